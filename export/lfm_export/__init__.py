@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint → split ONNX graphs, without torch or transformers."""

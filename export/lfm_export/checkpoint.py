@@ -1,0 +1,76 @@
+"""A checkpoint folder as the export sees it: the architecture, and weights by their place in it.
+
+Knows how hub files spell tensor names and how a LoRA adapter changes them; knows nothing about graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lfm_export.config import CheckpointError, Config, load_config
+from lfm_export.lora import Adapter
+from lfm_export.tensors import Floats, TensorStore, checkpoint_files
+
+# Tensor names differ between transformers 4 (hub files), transformers 5 and older remote code.
+_VISION = ("model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.vision_model.", "vision_tower.")
+_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
+_TEXT = ("model.language_model.", "language_model.model.", "language_model.")
+_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
+
+
+class Checkpoint:
+    """Weights are asked for as `vision.…`, `projector.…`, `text.…` or `head`, with the shape the config implies."""
+
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+        self.folder = folder
+        self.config: Config = load_config(folder)
+        self.store = TensorStore(checkpoint_files(folder))
+        self.adapter = Adapter.load(adapter) if adapter else None
+        self._prefix = {
+            "vision": self._find(_VISION, "embeddings.patch_embedding.weight"),
+            "projector": self._find(_PROJECTOR, "linear_1.weight"),
+            "text": self._find(_TEXT, "embed_tokens.weight"),
+        }
+        if self.adapter:
+            self.adapter.check_targets(self.store)
+
+    def _find(self, prefixes: tuple[str, ...], probe: str) -> str:
+        for prefix in prefixes:
+            if prefix + probe in self.store:
+                return prefix
+        raise CheckpointError(f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint")
+
+    def tensor_name(self, place: str) -> str:
+        """`text.layers.0.ffn_norm.weight` → the name in the file."""
+        if place == "head":
+            return next((name for name in _HEAD if name in self.store), _HEAD[0])
+        part, _, rest = place.partition(".")
+        return self._prefix[part] + rest
+
+    def read(self, place: str, *shape: int) -> Floats:
+        """float32 of `shape`, with the adapter merged in."""
+        name = self.tensor_name(place)
+        weight = self.store.read(name, shape)
+        return self.adapter.merge(name, weight) if self.adapter else weight
+
+    def read_transposed(self, places: list[str], rows: list[int], columns: int) -> Floats:
+        """Linear weights [rows_i, columns] → one [columns, sum of rows], contiguous: what MatMul multiplies by."""
+        out = np.empty((columns, sum(rows)), np.float32)
+        at = 0
+        for place, n in zip(places, rows, strict=True):
+            out[:, at : at + n] = self.read(place, n, columns).T
+            at += n
+        return out
+
+    def chunks(self, place: str, *shape: int) -> Iterator[Floats]:
+        """A large table in pieces. With an adapter on it, in one."""
+        name = self.tensor_name(place)
+        if self.adapter and self.adapter.touches(name):
+            yield self.read(place, *shape)
+        else:
+            yield from self.store.chunks(name, shape)

@@ -1,0 +1,56 @@
+"""`lfm-edge export`: parse, then call export(). Heavy imports wait until there is work to do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Convert a Hugging Face LFM2-VL checkpoint folder to a bundle of ONNX graphs."
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="weights: fp32 for CPUs, fp16 for GPUs (default fp32)")
+    parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
+    parser.add_argument("--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(options: argparse.Namespace) -> int:
+    from lfm_export.export import export
+
+    started = time.perf_counter()
+    progress = Printer(not options.quiet)
+    export(
+        options.checkpoint, options.output, dtype=options.dtype, adapter=options.adapter,
+        graphs=[g for g in options.graphs.split(",") if g], progress=progress,
+    )  # fmt: skip
+    progress.clear()
+    size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
+    print(f"{options.output}  {size / 1e6:,.1f} MB  {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+class Printer:
+    """Progress per tensor: one line overwritten on a terminal, a line every 200 MB in a log."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.live = enabled and sys.stderr.isatty()
+        self.enabled = enabled
+        self.tensors, self.bytes, self._next = 0, 0, 0
+
+    def __call__(self, name: str, size: int) -> None:
+        self.tensors += 1
+        self.bytes += size
+        line = f"{self.tensors:4d} tensors  {self.bytes / 1e6:8,.1f} MB  {name}"
+        if self.live:
+            print(f"\r\x1b[K{line[:100]}", end="", file=sys.stderr, flush=True)
+        elif self.enabled and self.bytes >= self._next:
+            print(line, file=sys.stderr)
+            self._next = self.bytes + 200_000_000
+
+    def clear(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,208 @@
+"""The decoder graph and the token embedding graph.
+
+The decoder takes embeddings, not ids, because image features and token embeddings meet there. Prefill and decoding are one
+graph: S new tokens after P past ones, state in as inputs, state out as outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lfm_export.builder import GraphBuilder
+from lfm_export.checkpoint import Checkpoint
+from lfm_export.config import TextConfig
+from lfm_runtime.contract import past_names, present_name
+
+FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
+
+MAX_CONTEXT = 32768
+"""LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in every decoder file."""
+
+
+def context_length(text: TextConfig) -> int:
+    return min(text.max_positions, MAX_CONTEXT)
+
+
+def build_embed_tokens(g: GraphBuilder, checkpoint: Checkpoint) -> ir.Value:
+    """ids → embeddings; returns the table, which a tied head shares."""
+    text = checkpoint.config.text
+    place, shape = "text.embed_tokens.weight", [text.vocabulary, text.hidden]
+    ids = g.input("input_ids", INT64, ["batch", "tokens"])
+    table = g.weight(place, shape, lambda: checkpoint.chunks(place, *shape))
+    embeds = g.op("Gather", table, ids, axis=0, name="text.embed_tokens")
+    g.output(g.cast(embeds, FLOAT), "inputs_embeds", FLOAT, ["batch", "tokens", text.hidden])
+    return table
+
+
+def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.ExternalTensor | None) -> None:
+    """`head_table`: the embedding table's place when the head is tied to it and lies in a data file."""
+    text = checkpoint.config.text
+    embeds = g.input("inputs_embeds", FLOAT, ["batch", "tokens", text.hidden])
+    mask = g.input("attention_mask", INT64, ["batch", "past_and_tokens"])
+    past = {name: g.input(name, g.float_type, _state_shape(name, text, "past")) for name in past_names(text.layers)}
+
+    # GroupQueryAttention counts: index of the last token of each row, and the total length.
+    last_index = g.op("Cast", g.op("Sub", g.op("ReduceSum", mask, [1], keepdims=0), 1), to=int(INT32))
+    total = g.op("Cast", g.op("Squeeze", g.op("Shape", mask, start=1, end=2)), to=int(INT32))
+    rotary = _rotary_tables(g, text)
+
+    x = g.cast(embeds, g.float_type)
+    normed = _rms_norm(g, checkpoint, x, "text.layers.0.operator_norm")
+    for i, kind in enumerate(text.layers):
+        place = f"text.layers.{i}"
+        if kind == "conv":
+            mixed, state = _short_conv(g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv")
+            states = {f"past_conv.{i}": state}
+        else:
+            names = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+            mixed, *kv = _attention(g, checkpoint, normed, [past[n] for n in names], last_index, total, rotary, f"{place}.self_attn")
+            states = dict(zip(names, kv, strict=True))
+        for name, state in states.items():
+            g.output(state, present_name(name), g.float_type, _state_shape(name, text, "past_and_tokens"))
+        if i + 1 == len(text.layers):  # beyond the last layer's state, only the last position is read
+            mixed, x = (g.op("Slice", v, [-1], [np.iinfo(np.int64).max], [1]) for v in (mixed, x))
+        normed, x = _add_and_norm(g, checkpoint, mixed, x, f"{place}.ffn_norm")
+        change = _feed_forward(g, checkpoint, normed, f"{place}.feed_forward")
+        after = f"text.layers.{i + 1}.operator_norm" if i + 1 < len(text.layers) else "text.embedding_norm"
+        normed, x = _add_and_norm(g, checkpoint, change, x, after)
+
+    g.output(_head(g, checkpoint, normed, head_table), "logits", FLOAT, ["batch", 1, text.vocabulary])
+    g.outputs.insert(0, g.outputs.pop())  # logits first: the model card takes outputs by position
+
+
+def _state_shape(name: str, text: TextConfig, length: str) -> list[int | str]:
+    if name.startswith("past_conv."):
+        return ["batch", text.hidden, text.kernel]
+    return ["batch", text.kv_heads, length, text.head_dim]
+
+
+def _rms_norm(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str, width: int | None = None) -> ir.Value:
+    text = checkpoint.config.text
+    n = width or text.hidden
+    scale = g.weight(f"{place}.weight", [n], lambda: checkpoint.read(f"{place}.weight", n))
+    return g.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=text.norm_eps, name=place)
+
+
+def _add_and_norm(
+    g: GraphBuilder, checkpoint: Checkpoint, change: ir.Value, x: ir.Value, place: str
+) -> tuple[ir.Value, ir.Value]:
+    """(norm of x + change, x + change) in one pass."""
+    text = checkpoint.config.text
+    scale = g.weight(f"{place}.weight", [text.hidden], lambda: checkpoint.read(f"{place}.weight", text.hidden))
+    normed, _, _, total = g.contrib(
+        "SkipSimplifiedLayerNormalization", change, x, scale, outputs=4, epsilon=text.norm_eps, name=place
+    )
+    return normed, total
+
+
+def _linear(
+    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, places: list[str], rows: list[int], columns: int, name: str,
+    bias: bool = False,
+) -> ir.Value:  # fmt: skip
+    """One matrix product for linear layers that read the same input; outputs side by side."""
+    weight = g.weight(
+        f"{name}.weight", [columns, sum(rows)],
+        lambda: checkpoint.read_transposed([f"{p}.weight" for p in places], rows, columns),
+    )  # fmt: skip
+    y = g.op("MatMul", x, weight, name=name)
+    if not bias:
+        return y
+    biases = g.weight(
+        f"{name}.bias", [sum(rows)],
+        lambda: np.concatenate([checkpoint.read(f"{p}.bias", n) for p, n in zip(places, rows, strict=True)]),
+    )  # fmt: skip
+    return g.op("Add", y, biases)
+
+
+def _short_conv(
+    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: ir.Value, place: str
+) -> tuple[ir.Value, ir.Value]:
+    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel]).
+
+    The state holds the convolution's last `kernel` inputs, channels first (the hub's shape); inside, time runs along axis 1
+    so that each tap is one contiguous multiply-add. The oldest entry is never read: kernel - 1 past inputs suffice.
+    """
+    text = checkpoint.config.text
+    hidden, kernel = text.hidden, text.kernel
+    projected = _linear(g, checkpoint, x, [f"{place}.in_proj"], [3 * hidden], hidden, f"{place}.in_proj", text.conv_bias)
+    b, c, signal = g.op("Split", projected, outputs=3, axis=2, num_outputs=3)
+    history = g.op("Transpose", past, perm=[0, 2, 1])  # [batch, kernel, H]
+    full = g.op("Concat", history, g.op("Mul", b, signal), axis=1)  # [batch, kernel + tokens, H]
+    taps = g.weight(
+        f"{place}.conv.weight", [kernel, hidden],
+        lambda: np.ascontiguousarray(checkpoint.read(f"{place}.conv.weight", hidden, 1, kernel)[:, 0].T),
+    )  # fmt: skip
+    convolved = None
+    for k in range(kernel):
+        end = k + 1 - kernel if k + 1 < kernel else np.iinfo(np.int64).max
+        shifted = g.op("Slice", full, [k + 1], [end], [1])
+        term = g.op("Mul", shifted, g.op("Gather", taps, k, axis=0))
+        convolved = term if convolved is None else g.op("Add", convolved, term)
+    assert convolved is not None  # kernel >= 1
+    if text.conv_bias:
+        bias = g.weight(f"{place}.conv.bias", [hidden], lambda: checkpoint.read(f"{place}.conv.bias", hidden))
+        convolved = g.op("Add", convolved, bias)
+    gated = g.op("Mul", c, convolved)
+    state = g.op("Transpose", g.op("Slice", full, [-kernel], [np.iinfo(np.int64).max], [1]), perm=[0, 2, 1])
+    out = _linear(g, checkpoint, gated, [f"{place}.out_proj"], [hidden], hidden, f"{place}.out_proj", text.conv_bias)
+    return out, state
+
+
+def _attention(
+    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: list[ir.Value], last_index: ir.Value, total: ir.Value,
+    rotary: tuple[ir.Value, ir.Value], place: str,
+) -> list[ir.Value]:  # fmt: skip
+    """Grouped-query attention with RMSNorm on every query and key head. Returns [output, key state, value state].
+
+    The norms stay nodes of their own: GroupQueryAttention's q_norm_weight has no CPU kernel (onnxruntime 1.31).
+    """
+    text = checkpoint.config.text
+    d, rows = text.head_dim, [text.heads * text.head_dim, text.kv_heads * text.head_dim, text.kv_heads * text.head_dim]
+    names = [f"{place}.{p}_proj" for p in "qkv"]
+    packed = _linear(g, checkpoint, x, names, rows, text.hidden, f"{place}.qkv_proj")
+    query, key, value = g.op("Split", packed, np.array(rows, np.int64), outputs=3, axis=2)
+
+    def norm(heads: ir.Value, width: int, name: str) -> ir.Value:
+        split = g.op("Reshape", heads, [0, 0, -1, d])
+        return g.op("Reshape", _rms_norm(g, checkpoint, split, f"{place}.{name}_layernorm", d), [0, 0, width])
+
+    attended, key_state, value_state = g.contrib(
+        "GroupQueryAttention", norm(query, rows[0], "q"), norm(key, rows[1], "k"), value, *past, last_index, total, *rotary,
+        outputs=3, num_heads=text.heads, kv_num_heads=text.kv_heads, do_rotary=1, rotary_interleaved=0, name=place,
+    )  # fmt: skip
+    out = _linear(g, checkpoint, attended, [f"{place}.out_proj"], [text.hidden], rows[0], f"{place}.out_proj")
+    return [out, key_state, value_state]
+
+
+def _rotary_tables(g: GraphBuilder, text: TextConfig) -> tuple[ir.Value, ir.Value]:
+    """cos and sin [context, head dim / 2], in float32 arithmetic as transformers computes them."""
+    half, length = text.head_dim // 2, context_length(text)
+    inverse = np.float32(1) / np.float32(text.rope_theta) ** (np.arange(0, text.head_dim, 2, dtype=np.float32) / text.head_dim)
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse[None, :].astype(np.float32)
+    cos = g.weight("rotary.cos", [length, half], lambda: np.cos(angles))
+    return cos, g.weight("rotary.sin", [length, half], lambda: np.sin(angles))
+
+
+def _feed_forward(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str) -> ir.Value:
+    """SwiGLU: w2(silu(w1 x) · w3 x), w1 and w3 in one product."""
+    text = checkpoint.config.text
+    width = text.feed_forward
+    both = _linear(g, checkpoint, x, [f"{place}.w1", f"{place}.w3"], [width, width], text.hidden, f"{place}.w1_w3")
+    gate, up = g.op("Split", both, outputs=2, axis=2, num_outputs=2)
+    active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+    return _linear(g, checkpoint, active, [f"{place}.w2"], [text.hidden], width, f"{place}.w2")
+
+
+def _head(g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, table: ir.ExternalTensor | None) -> ir.Value:
+    """normed [batch, 1, H] → logits float32 [batch, 1, V]. Gemm reads the table as it is stored, [V, H]."""
+    text = checkpoint.config.text
+    shape = [text.vocabulary, text.hidden]
+    place = "text.embed_tokens.weight" if text.tied_head else "head"
+    if table is not None and text.tied_head:
+        assert table.offset is not None and table.length is not None  # the builder always writes both
+        weight = g.shared_weight("head.weight", shape, str(table.location), table.offset, table.length)
+    else:
+        weight = g.weight("head.weight", shape, lambda: checkpoint.chunks(place, *shape))
+    logits = g.op("Gemm", g.op("Reshape", normed, [-1, text.hidden]), weight, transB=1, name="head")
+    return g.op("Reshape", g.cast(logits, FLOAT), [-1, 1, text.vocabulary])

@@ -1,0 +1,177 @@
+"""The main path: a checkpoint folder in, a bundle out. Reads top to bottom as one export happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
+from lfm_export.bundle_writer import replacing
+from lfm_export.checkpoint import Checkpoint
+from lfm_export.config import CheckpointError
+from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
+from lfm_export.prompt import compile_prompt
+from lfm_export.vision import build_vision_encoder
+from lfm_runtime import __version__
+from lfm_runtime.bundle import MANIFEST, file_hash
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+
+MIN_ONNXRUNTIME = "1.20.0"
+HUB_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE",
+)  # fmt: skip
+
+
+def export(
+    checkpoint_folder: Path, bundle: Path, *, dtype: str = "fp32", adapter: Path | None = None,
+    graphs: Sequence[str] = (), progress: Progress = lambda name, size: None,
+) -> None:  # fmt: skip
+    """Write the fp32 or fp16 variant of a checkpoint's graphs into a bundle, beside variants it already has.
+
+    Args:
+        checkpoint_folder: config.json, safetensors and tokenizer files as on the hub.
+        bundle: the folder to make or to add to; it changes all at once or not at all.
+        dtype: fp32 or fp16, the variant's name.
+        adapter: a PEFT LoRA adapter to merge into the weights.
+        graphs: stems to write anew; the others are kept from the bundle. All by default.
+        progress: told of every tensor written.
+
+    Raises:
+        CheckpointError, PromptError: the input cannot be exported, or the output not written; the bundle is as before.
+    """
+    known = [graph.stem for graph in GRAPHS]
+    if unknown := [stem for stem in graphs if stem not in known]:
+        raise CheckpointError(f"unknown graph {unknown[0]}; the graphs are {', '.join(known)}")
+    checkpoint = Checkpoint(checkpoint_folder, adapter)
+    prompt = compile_prompt(checkpoint_folder)
+    wanted = set(graphs or known)
+    if wanted & {DECODER.stem, EMBED_TOKENS.stem} and checkpoint.config.text.tied_head:
+        wanted |= {DECODER.stem, EMBED_TOKENS.stem}  # they share the embedding table's bytes
+    old = json.loads((bundle / MANIFEST).read_text(encoding="utf-8")) if (bundle / MANIFEST).exists() else {}
+    kept = _kept_files(old, dtype, wanted)
+    _check_complete(bundle, old, dtype, set(known) - wanted)
+
+    with replacing(bundle) as folder:
+        (folder / "onnx").mkdir()
+        for name in kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(bundle / name, folder / name)
+        for name in HUB_FILES:
+            if (checkpoint_folder / name).exists():
+                shutil.copyfile(checkpoint_folder / name, folder / name)
+        prompt.save(folder / "prompt.json")
+
+        described: dict[str, Any] = {name: entry for name, entry in (old.get("graphs") or {}).items() if name in kept}
+
+        def write(stem: str, build: Callable[[GraphBuilder], Any]) -> Any:
+            name = graph_file(stem, dtype)
+            data = DataFile(folder / f"{name}_data", progress)
+            graph = GraphBuilder(stem, data, dtype)
+            try:
+                result = build(graph)
+            finally:
+                data.close()
+            graph.save(folder / name)
+            described[name] = _describe(graph, name)
+            return result
+
+        table = None
+        if VISION_ENCODER.stem in wanted:
+            write(VISION_ENCODER.stem, lambda g: build_vision_encoder(g, checkpoint))
+        if EMBED_TOKENS.stem in wanted:
+            table = write(EMBED_TOKENS.stem, lambda g: build_embed_tokens(g, checkpoint)).const_value
+        if DECODER.stem in wanted:
+            shared = table if isinstance(table, ir.ExternalTensor) else None
+            write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
+        _write_manifest(folder, checkpoint, dtype, old, described)
+
+
+def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
+    """Files of the old bundle that this export does not write: other variants and other graphs."""
+    replaced = {graph_file(stem, dtype) for stem in wanted}
+    replaced |= {f"{name}_data" for name in replaced}
+    return [name for name in old.get("files") or {} if name.startswith("onnx/") and name not in replaced]
+
+
+def _check_complete(bundle: Path, old: dict[str, Any], dtype: str, rest: set[str]) -> None:
+    for stem in rest:
+        if graph_file(stem, dtype) not in (old.get("files") or {}):
+            raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes at another name: a hard link where the file system can, a copy elsewhere."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _describe(graph: GraphBuilder, name: str) -> dict[str, Any]:
+    def edges(values: list[ir.Value]) -> dict[str, Any]:
+        return {
+            str(v.name): {"dtype": v.dtype.name if v.dtype else None, "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()]}
+            for v in values
+        }
+
+    locations = {str(t.location) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    return {
+        "inputs": edges(graph.inputs), "outputs": edges(graph.outputs), "opset": OPSET, "ir_version": IR_VERSION,
+        "min_onnxruntime": MIN_ONNXRUNTIME, "data": sorted(f"onnx/{location}" for location in locations),
+    }  # fmt: skip
+
+
+def _write_manifest(
+    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], described: dict[str, Any]
+) -> None:
+    text = checkpoint.config.text
+    variants = dict(old.get("variants") or {})
+    variants[dtype] = {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "tool": {"name": "lfm-edge", "version": __version__},
+        "source": {
+            "name": checkpoint.folder.resolve().name, "revision": _revision(checkpoint.folder), "license": _license(checkpoint.folder),
+            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
+        },
+        "model": {
+            "layers": list(text.layers), "hidden": text.hidden, "kv_heads": text.kv_heads, "head_dim": text.head_dim,
+            "conv_kernel": text.kernel, "vocabulary": text.vocabulary, "context_length": context_length(text),
+            "image_token_id": checkpoint.config.image_token_id,
+        },
+        "variants": variants,
+        "graphs": dict(sorted(described.items())),
+        "files": {
+            str(p.relative_to(folder).as_posix()): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files
+        },
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _revision(folder: Path) -> str | None:
+    """The hub's commit: the snapshot folder's name in the hub cache (…/snapshots/<commit>)."""
+    resolved = folder.resolve()
+    return resolved.name if resolved.parent.name == "snapshots" else None
+
+
+def _license(folder: Path) -> str | None:
+    """The `license` of the model card's front matter (`license_name` where it says "other")."""
+    card = folder / "README.md"
+    if not card.exists():
+        return None
+    found: dict[str, str] = {}
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[1:60]:
+        if line.strip() == "---":
+            break
+        key, _, value = line.partition(":")
+        if key in ("license", "license_name"):
+            found[key] = value.strip()
+    return found.get("license_name") or found.get("license")

@@ -1,0 +1,137 @@
+"""safetensors files read tensor by tensor, never mapped: mapped pages would count against the export's memory bound.
+
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the bytes
+(https://github.com/huggingface/safetensors). bfloat16 has no numpy type; its 16 bits are the upper half of a float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_export.config import CheckpointError, read_json
+
+Floats = NDArray[np.float32]
+_ITEM = {"BF16": 2, "F16": 2, "F32": 4}
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class TensorStore:
+    """All tensors of a checkpoint folder, by name; reads only what is asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            self.entries.update(_header(file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
+        """The tensor's place, after checking that it is there, of `shape`, and of a floating type we read."""
+        if name not in self.entries:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint; download it again or check config.json")
+        found = self.entries[name]
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
+            )
+        if found.dtype not in _ITEM:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} has dtype {found.dtype}; only {', '.join(_ITEM)} can be exported"
+            )
+        return found
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """The whole tensor as float32."""
+        return np.concatenate(list(self.chunks(name, shape))).reshape(shape)
+
+    def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[Floats]:
+        """The tensor as flat float32 pieces of at most 16 MiB of source bytes, in order."""
+        entry = self.entry(name, shape)
+        with entry.file.open("rb") as f:
+            f.seek(entry.offset)
+            left = entry.bytes
+            while left or not entry.bytes:
+                data = f.read(min(left, _CHUNK))
+                left -= len(data)
+                yield _to_float32(data, entry.dtype)
+                if not left:
+                    return
+
+
+def _to_float32(data: bytes, dtype: str) -> Floats:
+    if dtype == "F32":
+        return np.frombuffer(data, np.float32)
+    if dtype == "F16":
+        return np.frombuffer(data, np.float16).astype(np.float32)
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
+    shards = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if shard.parent != folder:
+            raise CheckpointError(f"{index} names {shard}, outside the checkpoint folder")
+        if not shard.exists():
+            raise CheckpointError(f"shard {shard} is missing; {index.name} names it: download it")
+    return shards
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    def damaged(why: str) -> CheckpointError:
+        return CheckpointError(f"{file} is truncated or damaged ({why}); download it again")
+
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise damaged(f"{size} bytes, header of {length}")
+            header = json.loads(f.read(length))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{file} is missing; the export needs it") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise damaged("its header is not JSON") from e
+    start = 8 + length
+    entries: dict[str, Entry] = {}
+    try:
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = (int(x) for x in info["data_offsets"])
+            shape = tuple(int(x) for x in info["shape"])
+            if not 0 <= begin <= end <= size - start:
+                raise damaged(f"tensor {name} ends at byte {start + end} of {size}")
+            item = _ITEM.get(info["dtype"])
+            if item and end - begin != item * int(np.prod(shape, dtype=np.int64)):
+                raise damaged(f"tensor {name} has {end - begin} bytes for shape {list(shape)}")
+            entries[name] = Entry(file, info["dtype"], shape, start + begin, end - begin)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise damaged(f"a header entry is incomplete: {e}") from e
+    return entries

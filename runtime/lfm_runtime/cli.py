@@ -1,0 +1,117 @@
+"""The `lfm-edge` command. `run` and `chat` live here; commands of other packages are found by entry points and loaded only
+when asked for, so that this file never imports them.
+
+A command is a module with `add_arguments(parser)` and `run(options) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+from lfm_runtime.errors import EdgeError
+
+_GROUP = "lfm_edge.commands"
+_EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a problem we can explain, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {point.name: point for point in entry_points(group=_GROUP)}
+    parser = argparse.ArgumentParser(prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure.")
+    parser.add_argument("command", choices=sorted(commands), help="what to do; lfm-edge COMMAND --help tells more")
+    if not words or words[0] in ("-h", "--help") or words[0] not in commands:
+        parser.parse_args(words[:1] or ["--help"])
+    try:
+        module = _load(commands[words[0]])
+        inner = argparse.ArgumentParser(prog=f"lfm-edge {words[0]}")
+        module.add_arguments(inner)
+        return int(module.run(inner.parse_args(words[1:])))
+    except EdgeError as e:
+        print(f"lfm-edge: {e}", file=sys.stderr)
+        return _EXIT_ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
+        sys.stderr.close()
+        return 0
+
+
+def _load(point: EntryPoint) -> ModuleType:
+    package = point.value.partition(".")[0]
+    try:
+        return importlib.import_module(point.value)
+    except ModuleNotFoundError as e:
+        extra = package.removeprefix("lfm_")
+        raise EdgeError(f"{point.name} needs {e.name}; install it with: pip install 'lfm-edge[{extra}]'") from e
+
+
+# ------------------------------------------------------------------------------------------------ shared by commands
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The user's parameters, under the same names everywhere."""
+    parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
+    model = parser.add_argument_group("model")
+    model.add_argument("--variant", choices=("fp32", "fp16", "int8", "int4"), help="default: the bundle's first")
+    model.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    model.add_argument("--verify", action="store_true", help="hash every file before loading")
+    image = parser.add_argument_group("images (defaults: the checkpoint's)")
+    image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
+    image.add_argument("--max-image-tokens", type=int, metavar="N", help="of one view; downscale above this")
+    image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
+    image.add_argument("--min-tiles", type=int, metavar="N")
+    image.add_argument("--max-tiles", type=int, metavar="N")
+    image.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles")
+    image.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
+    text = parser.add_argument_group("generation (defaults: generation_config.json, else the model card's)")
+    text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    text.add_argument("--min-p", type=float, metavar="P")
+    text.add_argument("--top-k", type=int, metavar="K")
+    text.add_argument("--top-p", type=float, metavar="P")
+    text.add_argument("--repetition-penalty", type=float, metavar="R")
+    text.add_argument("--max-new-tokens", type=int, metavar="N")
+    text.add_argument("--seed", type=int, metavar="N")
+    text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+
+
+IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
+_GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+
+
+def image_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """The image settings given; an error when there is no image they could apply to."""
+    given = {name: value for name in IMAGE_FLAGS if (value := getattr(options, name)) is not None}
+    if given and not options.images:
+        raise EdgeError(f"--{next(iter(given)).replace('_', '-')} has no effect without an image; leave it out or name an image")
+    return given
+
+
+def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Generation settings given, and the image limit."""
+    given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
+    if options.stop:
+        given["stop"] = tuple(options.stop)
+    if options.max_megapixels is not None:
+        given["max_megapixels"] = options.max_megapixels
+    return given
+
+
+def show_progress(done: int, total: int) -> None:
+    """Views encoded, on a terminal, where there is more than one."""
+    if total > 1 and sys.stderr.isatty():
+        end = "\r\x1b[K" if done == total else f"\r\x1b[Kencoding view {done + 1} of {total}"
+        print(end, end="", file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,78 @@
+"""The graphs' contract: file stems, input and output names, state shapes. Export writes from it, the runtime checks by it.
+
+H hidden, V vocabulary, B batch, S new tokens, P past tokens, n image views, p patches. The names are the hub's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lfm_runtime.errors import GraphContractError
+
+LayerKind = Literal["conv", "full_attention"]
+
+SCHEMA_VERSION = 1
+"""Of manifest.json and prompt.json. A reader refuses newer ones."""
+
+VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph: its file stem, the names other tools use for it, and the names the runtime binds."""
+
+    stem: str
+    aliases: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    optional_inputs: tuple[str, ...] = ()
+
+    def check(self, path: object, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+        """Raise GraphContractError when a name is missing, or an input is left that nobody would feed."""
+        found_inputs, found_outputs = set(inputs), set(outputs)
+        missing = (set(self.inputs) - found_inputs) | (set(self.outputs) - found_outputs)
+        unknown = {
+            name
+            for name in found_inputs - set(self.inputs) - set(self.optional_inputs)
+            if not name.startswith(("past_conv.", "past_key_values."))
+        }
+        if missing or unknown:
+            parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            parts += [f"wants unknown inputs {', '.join(sorted(unknown))}"] if unknown else []
+            raise GraphContractError(f"{path}: not a {self.stem} graph: it {' and '.join(parts)}; export it again")
+
+
+VISION_ENCODER = Graph(
+    "vision_encoder",
+    ("vision_encoder", "embed_images"),
+    ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # f32 [n, p, 768], i64 [n, p], i64 [n, 2] rows × cols
+    ("image_features",),  # f32 [image tokens of all views, H]
+)
+EMBED_TOKENS = Graph("embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",))  # i64 [B, S] → f32 [B, S, H]
+DECODER = Graph(
+    "decoder_model_merged",
+    ("decoder_model_merged", "decoder", "decoder_model"),
+    ("inputs_embeds", "attention_mask"),  # f32 [B, S, H], i64 [B, P + S]
+    ("logits",),  # f32 [B, 1 or S, V]
+    ("position_ids",),
+)
+GRAPHS = (VISION_ENCODER, EMBED_TOKENS, DECODER)
+
+
+def past_names(layers: Iterable[LayerKind]) -> list[str]:
+    """State inputs in layer order. conv: f32 [B, H, kernel]; key and value: f32 [B, kv heads, P, head dim]."""
+    names: list[str] = []
+    for i, kind in enumerate(layers):
+        names += [f"past_conv.{i}"] if kind == "conv" else [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
+    return names
+
+
+def present_name(past: str) -> str:
+    """The output that carries a state input on: past_conv.0 → present_conv.0, past_key_values.2.key → present.2.key."""
+    return past.replace("past_key_values.", "present.").replace("past_conv.", "present_conv.")
+
+
+def graph_file(stem: str, variant: str) -> str:
+    return f"onnx/{stem}{VARIANT_SUFFIX[variant]}.onnx"

@@ -1,0 +1,300 @@
+"""Images: open, plan the views (tiles and thumbnail), resize, cut into patches. numpy and Pillow in, numpy out.
+
+Follows the reference image processor (transformers, Lfm2VlImageProcessorFast) decision for decision; the plan is separate
+from the pixels, so that tokens and cost are known before anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from lfm_runtime.errors import ImageError, SettingError
+
+ImageLike = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
+Patches = NDArray[np.float32]
+
+MAX_MEGAPIXELS = 100.0
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images become views. Names and defaults are the Hugging Face processor's; a token covers 32×32 pixels."""
+
+    min_image_tokens: int = 64
+    max_image_tokens: int = 256
+    do_image_splitting: bool = True
+    min_tiles: int = 2
+    max_tiles: int = 10
+    use_thumbnail: bool = True
+    tile_size: int = 512  # pixels a side
+    downsample_factor: int = 2
+    encoder_patch_size: int = 16  # pixels a side
+    max_pixels_tolerance: float = 2.0
+    resample: int = 2  # Pillow's number: 2 bilinear, 3 bicubic
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        """Refuse values no image could be planned with."""
+        if not 1 <= self.min_image_tokens <= self.max_image_tokens:
+            raise SettingError(
+                f"min_image_tokens {self.min_image_tokens} and max_image_tokens {self.max_image_tokens}: 1 <= min <= max is needed"
+            )
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise SettingError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: 1 <= min <= max is needed")
+        if self.tile_size % self.cell or self.tile_size < self.cell:
+            raise SettingError(f"tile_size {self.tile_size} is not a multiple of {self.cell}")
+        if self.resample not in iter(Image.Resampling):
+            raise SettingError(f"resample {self.resample} is not one of Pillow's filters (2 bilinear, 3 bicubic)")
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side that one image token covers."""
+        return self.encoder_patch_size * self.downsample_factor
+
+    @staticmethod
+    def from_folder(folder: Path) -> ImageSettings:
+        """Settings of a checkpoint: preprocessor_config.json, else processor_config.json, else config.json, else defaults."""
+        found: dict[str, Any] = {}
+        # Least specific first, so that later files override.
+        for name, inner in (("config.json", None), ("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+            path = folder / name
+            if path.exists():
+                try:
+                    raw = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as e:
+                    raise SettingError(f"{path} is not valid JSON ({e}); copy it from the checkpoint again") from e
+                found.update(_known_settings((raw.get(inner) or {}) if inner else raw))
+        try:
+            return ImageSettings(**found)
+        except TypeError as e:
+            raise SettingError(f"{folder}: image settings have a wrong type ({e})") from e
+
+
+def _known_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(ImageSettings)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known and v is not None}
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class View:
+    """One call of the vision encoder: a grid of patches and the image tokens it gives."""
+
+    rows: int  # patches
+    columns: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """What becomes of one image. Views are the tiles row by row, then the thumbnail; or the whole image alone."""
+
+    width: int  # pixels of the upright source image
+    height: int
+    rows: int  # tiles
+    columns: int
+    whole_size: tuple[int, int]  # (width, height) of the whole image or thumbnail after resizing
+    views: tuple[View, ...]
+
+    @property
+    def tiled(self) -> bool:
+        return self.rows * self.columns > 1
+
+    @property
+    def thumbnail(self) -> View | None:
+        return self.views[-1] if len(self.views) > self.rows * self.columns else None
+
+    @property
+    def tokens(self) -> int:
+        return sum(view.tokens for view in self.views)
+
+
+def plan_image(width: int, height: int, settings: ImageSettings) -> ImagePlan:
+    """Decide views and tokens for an image of `width` × `height` pixels."""
+    whole = _whole_size(width, height, settings)
+    splitting = settings.do_image_splitting and not settings.min_tiles == settings.max_tiles == 1
+    if splitting and _is_large(width, height, settings):
+        columns, rows = _tile_grid(width, height, settings)
+        tile = _view(settings.tile_size, settings.tile_size, settings)
+        views = [tile] * (rows * columns)
+        if settings.use_thumbnail and rows * columns > 1:
+            views.append(_view(*whole, settings))
+        return ImagePlan(width, height, rows, columns, whole, tuple(views))
+    return ImagePlan(width, height, 1, 1, whole, (_view(*whole, settings),))
+
+
+def _view(width: int, height: int, settings: ImageSettings) -> View:
+    rows, columns = height // settings.encoder_patch_size, width // settings.encoder_patch_size
+    return View(rows, columns, (rows // settings.downsample_factor) * (columns // settings.downsample_factor))
+
+
+def _whole_size(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
+    """(width, height) in multiples of a cell, within the token limits, near the aspect ratio. round() is half to even."""
+    cell = settings.cell
+    fewest, most = settings.min_image_tokens * cell * cell, settings.max_image_tokens * cell * cell
+    h, w = max(cell, round(height / cell) * cell), max(cell, round(width / cell) * cell)
+    if h * w > most:
+        shrink = math.sqrt(height * width / most)
+        h, w = (max(cell, math.floor(side / shrink / cell) * cell) for side in (height, width))
+    elif h * w < fewest:
+        grow = math.sqrt(fewest / (height * width))
+        h, w = (math.ceil(side * grow / cell) * cell for side in (height, width))
+    return w, h
+
+
+def _is_large(width: int, height: int, settings: ImageSettings) -> bool:
+    cell = settings.cell
+    h, w = (max(settings.encoder_patch_size, round(side / cell) * cell) for side in (height, width))
+    return h * w > settings.max_image_tokens * cell * cell * settings.max_pixels_tolerance
+
+
+def _tile_grid(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
+    """(columns, rows) with the closest aspect ratio; on a tie the later one if the image fills more than half of it."""
+    aspect, area = width / height, width * height
+    best, best_difference = (1, 1), math.inf
+    for columns, rows in _grids(settings.min_tiles, settings.max_tiles):
+        difference = abs(aspect - columns / rows)
+        fills = area > 0.5 * settings.tile_size**2 * columns * rows
+        if difference < best_difference or (difference == best_difference and fills):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+@functools.cache
+def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with fewest <= product <= most, by product.
+
+    Among equal products the order is that of the reference, which sorts a set: the set is built the same way here, so that
+    its order, and with it the tie-break, is the same.
+    """
+    found = {
+        (w, h) for n in range(fewest, most + 1) for w in range(1, n + 1) for h in range(1, n + 1) if fewest <= w * h <= most
+    }
+    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+# ------------------------------------------------------------------------------------------------------------ pixels
+
+
+def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """An upright RGB image: EXIF orientation applied, transparency composited on white, 16 bits scaled to 8.
+
+    Raises:
+        ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
+    """
+    name = str(source) if isinstance(source, (str, os.PathLike)) else f"image ({type(source).__name__})"
+    try:
+        with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
+            image = _read(source)
+            if image.width < 1 or image.height < 1:
+                raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
+            megapixels = image.width * image.height / 1e6
+            if megapixels > max_megapixels:
+                raise ImageError(
+                    f"{name} has {megapixels:.0f} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
+                )
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image) or image)
+    except ImageError:
+        raise
+    except FileNotFoundError as e:
+        raise ImageError(f"{name} does not exist; check the path") from e
+    except IsADirectoryError as e:
+        raise ImageError(f"{name} is a folder; name an image file") from e
+    except PermissionError as e:
+        raise ImageError(f"{name} cannot be read; check its permissions") from e
+    # Pillow's decoders raise all of these for damaged files.
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, OverflowError, MemoryError) as e:
+        raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
+
+
+def _read(source: ImageLike) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
+            raise ImageError(f"array of {source.dtype} {source.shape}: give uint8 [height, width] or [height, width, 1, 3 or 4]")
+        if not source.size:
+            raise ImageError(f"array of shape {source.shape} has no pixels")
+        return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits")
+        image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(canvas, rgba)
+    return image.convert("RGB")
+
+
+_LIMIT_LOCK = threading.Lock()
+
+
+@contextmanager
+def _pillow_limit_lifted() -> Iterator[None]:
+    """Pillow's own bomb limit is a global of 89 MP that warns, then raises at twice that; ours is per call."""
+    with _LIMIT_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def cut_views(image: Image.Image, plan: ImagePlan, settings: ImageSettings) -> Iterator[Patches]:
+    """For each view of the plan, its patches float32 [rows·columns, patch²·3] in (row, column, channel) order."""
+    resample = Image.Resampling(settings.resample)
+    if plan.tiled:
+        side = settings.tile_size
+        large = _resized(image, (side * plan.columns, side * plan.rows), resample)
+        for row in range(plan.rows):
+            for column in range(plan.columns):
+                box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+                yield patchify(np.asarray(large.crop(box)), settings)
+        if plan.thumbnail is None:
+            return
+    yield patchify(np.asarray(_resized(image, plan.whole_size, resample)), settings)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, resample)
+
+
+def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
+    """uint8 [height, width, 3] → normalised float32 [patches, patch²·3]."""
+    size = settings.encoder_patch_size
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    patches = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
+    mean = np.asarray(settings.image_mean, np.float32) * np.float32(255)
+    scale = np.float32(1) / (np.asarray(settings.image_std, np.float32) * np.float32(255))
+    return ((patches.astype(np.float32) - mean) * scale).reshape(rows * columns, -1)

@@ -1,0 +1,102 @@
+"""What an answer cost: milliseconds per stage and megabytes of the process. Measured, never estimated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STAGES = ("load", "image", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
+
+
+@dataclass
+class Report:
+    """Filled while an answer is made; complete when it ends. A time that did not occur stays None."""
+
+    text: str = ""
+    finish_reason: str = ""  # eos, length, context or stop
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    tiles: int = 0
+    new_tokens: int = 0
+    timing_ms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
+    throughput: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s")))
+    memory_mib: dict[str, float | None] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        yield
+        self.timing_ms[name] = (self.timing_ms[name] or 0.0) + (time.perf_counter() - start) * 1e3
+
+    def finish(self, started: float, first_token: float | None, ended: float) -> None:
+        """Derive what follows from the stages. Times are time.perf_counter() values.
+
+        `ttft` runs from the question to the first token, the model being loaded. `decode_per_token` is the mean over the
+        tokens after the first: embedding, decoder, sampling and detokenising.
+        """
+        ms = self.timing_ms
+        ms["total"] = (ended - started) * 1e3
+        if first_token is not None:
+            ms["ttft"] = (first_token - started) * 1e3
+            if self.new_tokens > 1:
+                per_token = (ended - first_token) / (self.new_tokens - 1)
+                ms["decode_per_token"] = per_token * 1e3
+                self.throughput["decode_tok_s"] = 1 / per_token
+        if ms["prefill"]:
+            self.throughput["prefill_tok_s"] = self.prompt_tokens / ms["prefill"] * 1e3
+        self.memory_mib = memory_mib()
+
+    def as_dict(self) -> dict[str, Any]:
+        return _rounded(asdict(self))
+
+    def table(self) -> str:
+        """The same numbers for a person: two lines of milliseconds, one of tokens, one of megabytes."""
+
+        def show(value: float | None, digits: int = 0) -> str:
+            return "–" if value is None else f"{value:,.{digits}f}"
+
+        ms, memory = self.timing_ms, self.memory_mib
+        columns = [(name.replace("decode_per_token", "per token"), show(ms[name], 2 if name == "decode_per_token" else 0)) for name in STAGES]
+        widths = [max(len(a), len(b)) for a, b in columns]
+        head = "  ".join(a.rjust(w) for (a, _), w in zip(columns, widths, strict=True))
+        body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))
+        views = f"{self.tiles} view{'s' if self.tiles != 1 else ''}"
+        return "\n".join([
+            f"ms    {head}", f"      {body}",
+            f"tokens  {self.prompt_tokens} prompt ({self.image_tokens} image, {views}), {self.new_tokens} new ({self.finish_reason}); "
+            f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode {show(self.throughput['decode_tok_s'])} tok/s",
+            f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "
+            f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",
+        ])  # fmt: skip
+
+
+def memory_mib() -> dict[str, float | None]:
+    """rss, rss_anon, rss_file and peak of this process. Mapped files can be evicted; anonymous memory cannot.
+
+    From /proc/self/status; elsewhere psutil gives rss alone and the others are None.
+    """
+    found: dict[str, float | None] = dict.fromkeys(("rss", "rss_anon", "rss_file", "peak"))
+    found["rss"] = psutil.Process().memory_info().rss / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        names = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "VmHWM": "peak"}
+        for line in status.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in names:
+                found[names[key]] = int(value.split()[0]) / 1024
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value

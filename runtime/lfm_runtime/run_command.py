@@ -1,0 +1,37 @@
+"""`lfm-edge run`: one question about images, the answer streamed, then what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lfm_runtime.cli import add_model_arguments, answer_changes, image_changes, print_json, show_progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Answer a question about images, or a question alone."
+    add_model_arguments(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    from lfm_runtime.model import Model
+
+    model = Model.load(
+        options.bundle, variant=options.variant, threads=options.threads, verify=options.verify, **image_changes(options)
+    )
+    answer = model.answer(
+        options.images, options.prompt, system=options.system, progress=show_progress, **answer_changes(options)
+    )
+    for piece in answer:
+        if not options.json:
+            print(piece, end="", flush=True)
+    if options.json:
+        print_json(answer.report.as_dict())
+    else:
+        print()
+        sys.stdout.flush()
+        print(f"\n{model.bundle.folder.name}, {model.variant}, {model.threads} threads\n{answer.report.table()}", file=sys.stderr)
+    return 0

@@ -1,0 +1,211 @@
+"""Byte-level BPE in the standard library: text ↔ ids as `tokenizers` gives them, from the compiled form in prompt.json.
+
+Own code, because the `tokenizers` wheel brings an HTTP stack to the device. It knows one family: byte-level BPE behind
+regular-expression splits (GPT-2, Llama 3, LFM2). Anything else is refused when the prompt is compiled, by name.
+"""
+
+from __future__ import annotations
+
+import bisect
+import codecs
+import heapq
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+_CACHE_WORDS = 1 << 15
+
+# Stand-ins: a pattern sees these instead of the thousands of characters of each Unicode class.
+_LETTER, _NUMBER, _SPACE, _OTHER = "ª", "²", "\xa0", "§"
+_KEPT = "ſ\u212a"  # letters that match an ASCII letter when case is ignored: they stay themselves
+CLASSES = {"L": f"A-Za-z{_LETTER}{_KEPT}", "N": f"0-9{_NUMBER}", "s": f"\\t-\\r {_SPACE}"}
+"""What \\p{L}, \\p{N} and \\s become inside the brackets of a compiled split pattern."""
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    extra = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(extra)) for b in range(256)]
+
+
+class CharacterClasses(dict[int, str]):
+    """str.translate table: non-ASCII characters → their class's stand-in, found in sorted code point ranges when first met."""
+
+    def __init__(self, letters: list[int], numbers: list[int], spaces: list[int]) -> None:
+        """Each list holds flat ranges: start, end (inclusive), start, end …"""
+        super().__init__((code, chr(code)) for code in [*range(128), *map(ord, _KEPT)])
+        self.ranges = ((letters, _LETTER), (numbers, _NUMBER), (spaces, _SPACE))
+
+    def __missing__(self, code: int) -> str:
+        found = next((stand_in for flat, stand_in in self.ranges if _in_ranges(flat, code)), _OTHER)
+        self[code] = found
+        return found
+
+
+def _in_ranges(flat: list[int], code: int) -> bool:
+    at = bisect.bisect_right(flat, code)
+    return at % 2 == 1 or (at > 0 and flat[at - 1] == code)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The compiled tokenizer, as prompt.json stores it."""
+
+    tokens: list[str | None]  # by id: byte-level spelling, or the content of an added token; None where no id is used
+    merges: list[int]  # flat: left id, right id, merged id; in order of rank
+    ignore_merges: bool  # a whole piece that is a token is that token
+    splits: list[str]  # patterns, applied in order; each match is a piece
+    added: list[list[str]]  # added tokens' contents; all of the first list are cut out before any of the second
+    special: list[int]  # ids left out of decoded text
+    letters: list[int]
+    numbers: list[int]
+    spaces: list[int]
+
+
+class Tokenizer:
+    """Encode and decode with a compiled vocabulary. Thread-compatible: only its word cache changes."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.special = frozenset(vocabulary.special)
+        self.id_of = {token: i for i, token in enumerate(vocabulary.tokens) if token is not None}
+        self._alphabet = byte_alphabet()
+        self._byte_ids = [self.id_of[c] for c in self._alphabet]
+        m = vocabulary.merges
+        ranked = zip(range(len(m) // 3), m[2::3], strict=True)
+        self._merges: dict[tuple[int, int], tuple[int, int]] = dict(zip(zip(m[0::3], m[1::3], strict=True), ranked, strict=True))
+        self._added = [
+            re.compile("|".join(re.escape(c) for c in sorted(contents, key=len, reverse=True)))
+            for contents in vocabulary.added
+            if contents
+        ]
+        self._splits = [re.compile(pattern) for pattern in vocabulary.splits]
+        self._classes = CharacterClasses(vocabulary.letters, vocabulary.numbers, vocabulary.spaces)
+        self._words: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; added tokens in it are recognised; nothing is put in front or behind."""
+        ids: list[int] = []
+        for piece, is_token in self._cut_added(text, 0):
+            if is_token:
+                ids.append(self.id_of[piece])
+            else:
+                for word in self._split(piece):
+                    ids += self._word(word)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self.special)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one id stands for; empty for an id the vocabulary does not use."""
+        text = self.vocabulary.tokens[token] if 0 <= token < len(self.vocabulary.tokens) else None
+        if text is None:
+            return b""
+        if text in self._added_contents:
+            return text.encode()
+        decode = self._byte_of
+        return bytes(decode[c] for c in text) if all(c in decode for c in text) else text.encode()
+
+    @cached_property
+    def _added_contents(self) -> frozenset[str]:
+        return frozenset(c for contents in self.vocabulary.added for c in contents)
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        return {c: b for b, c in enumerate(self._alphabet)}
+
+    def _cut_added(self, text: str, stage: int) -> Iterator[tuple[str, bool]]:
+        """Pieces of `text` in order, with whether each is an added token."""
+        if stage == len(self._added):
+            if text:
+                yield text, False
+            return
+        at = 0
+        for match in self._added[stage].finditer(text):
+            yield from self._cut_added(text[at : match.start()], stage + 1)
+            yield match[0], True
+            at = match.end()
+        yield from self._cut_added(text[at:], stage + 1)
+
+    def _split(self, text: str) -> Iterator[str]:
+        pieces = [(text, text if text.isascii() else text.translate(self._classes))]
+        for pattern in self._splits:
+            pieces = [piece for whole, classes in pieces for piece in _isolate(pattern, whole, classes)]
+        return (text for text, _ in pieces)
+
+    def _word(self, word: str) -> list[int]:
+        found = self._words.get(word)
+        if found is None:
+            if len(self._words) >= _CACHE_WORDS:
+                self._words.clear()
+            found = self._words[word] = self._merge(word)
+        return found
+
+    def _merge(self, word: str) -> list[int]:
+        """Byte-pair merges, lowest rank first, leftmost first among equals; a heap keeps long pieces at n log n."""
+        data = word.encode("utf-8", "surrogatepass")
+        ids = [self._byte_ids[b] for b in data]
+        if self.vocabulary.ignore_merges:
+            whole = self.id_of.get("".join(self._alphabet[b] for b in data))
+            if whole is not None:
+                return [whole]
+        merges, n = self._merges, len(ids)
+        after = list(range(1, n + 1))
+        before = list(range(-1, n - 1))
+        # An entry is (rank, left position, merged id, left id, right id); it is stale once either id has changed.
+        queue: list[tuple[int, int, int, int, int]] = []
+        for i in range(n - 1):
+            if (pair := (ids[i], ids[i + 1])) in merges:
+                rank, merged = merges[pair]
+                queue.append((rank, i, merged, *pair))
+        heapq.heapify(queue)
+        while queue:
+            _, i, merged, left, right = heapq.heappop(queue)
+            j = after[i] if ids[i] == left else n
+            if j >= n or ids[j] != right:
+                continue
+            ids[i], ids[j] = merged, -1
+            after[i] = after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            for a, b in ((before[i], i), (i, after[i])):
+                if a >= 0 and b < n and (pair := (ids[a], ids[b])) in merges:
+                    rank, new = merges[pair]
+                    heapq.heappush(queue, (rank, a, new, *pair))
+        return [i for i in ids if i >= 0]
+
+
+def _isolate(pattern: re.Pattern[str], text: str, classes: str) -> Iterator[tuple[str, str]]:
+    """Cut at every match; matches and what lies between them are pieces. `classes` is `text` with stand-ins, as long."""
+    at = 0
+    for match in pattern.finditer(classes):
+        start, end = match.span()
+        if start == end:
+            continue
+        if at < start:
+            yield text[at:start], classes[at:start]
+        yield text[start:end], classes[start:end]
+        at = end
+    if at < len(text):
+        yield text[at:], classes[at:]
+
+
+class TextStream:
+    """Ids in, text out, piece by piece; a character whose bytes are still incomplete waits for the next id."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        if token in self.tokenizer.special:
+            return ""
+        return self._decoder.decode(self.tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left; an incomplete character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
