@@ -119,7 +119,7 @@ def _count_questions(
     asked = [
         (f"{subject.colour} shapes", lambda thing: thing.colour == subject.colour),
         (f"{subject.shape}s" if subject.shape != "cross" else "crosses", lambda thing: thing.shape == subject.shape),
-        ("shapes", lambda thing: True),
+        ("shapes", lambda _: True),
         (f"{absent.colour} shapes", lambda thing: thing.colour == absent.colour),
         (f"{absent.shape}s" if absent.shape != "cross" else "crosses", lambda thing: thing.shape == absent.shape),
     ]
@@ -152,11 +152,11 @@ def _paint(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, 
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+    import matplotlib as mpl
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _random_text(rng: random.Random) -> str:
@@ -175,8 +175,8 @@ def _draw_text(rng: random.Random, width: int, height: int) -> Sample:
     wanted = width * rng.uniform(0.72, 0.92)
     size = int(min(40 * wanted / probe.getlength(text), height * 0.45))
     font = _font(name, size)
-    left, top, right, bottom = font.getbbox(text)
-    x = rng.uniform(2, max(3, width - 2 - right)) - 0
+    _, top, right, bottom = font.getbbox(text)
+    x = rng.uniform(2, max(3, width - 2 - right))
     y = rng.uniform(2 - top, max(3 - top, height - 2 - bottom))
     ink = rng.choice(((250, 250, 250), (255, 230, 120), (150, 220, 255)) if dark else ((10, 10, 10), (160, 20, 30), (20, 40, 140)))
     draw.text((x, y), text, font=font, fill=ink)

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import demo_data
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision_shim  # noqa: F401
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
-
-import demo_data
 
 VOCABULARY = 640
 IMAGE_ROWS_COLUMNS = 10
@@ -159,7 +159,7 @@ class Trainee(nn.Module):
         """labels int64 [3, n, patches]: shape, character, slot."""
         parts = self.head(features).split([31, 37, 7], dim=-1)
         total = features.new_zeros(())
-        for part, wanted, n in zip(parts, labels, (31, 37, 7)):
+        for part, wanted, n in zip(parts, labels, (31, 37, 7), strict=True):
             weight = torch.ones(n)
             weight[0] = 0.15
             total = total + F.cross_entropy(part.flatten(0, 1), wanted.flatten(), weight=weight)
@@ -183,7 +183,7 @@ class Trainee(nn.Module):
 def faster_short_conv(model: Lfm2VlForConditionalGeneration) -> None:
     """Depthwise convolution as three shifted multiply-adds: same numbers, a third of conv1d's CPU time in training."""
 
-    def forward(self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None):
+    def forward(self, hidden_states, **_):
         b, c, x = self.in_proj(hidden_states).chunk(3, dim=-1)
         bx = F.pad(b * x, (0, 0, 2, 0))
         n = hidden_states.shape[1]
@@ -277,7 +277,7 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(gradient, 1 - group["momentum"])
             update = orthogonalise(gradient.lerp(buffer, group["momentum"]))
             scale = group["lr"] * max(1.0, params[0].shape[0] / params[0].shape[1]) ** 0.5
-            for p, direction in zip(params, update):
+            for p, direction in zip(params, update, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-scale)
 
 
@@ -301,11 +301,14 @@ def optimizers(trainee: Trainee, muon_lr: float, adam_lr: float) -> list[torch.o
     return [Muon(matrices, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def train(trainee: Trainee, batcher: Batcher, minutes: float, save: Callable[[], None], log: Callable[[str], None]) -> None:
+def train(
+    trainee: Trainee, batcher: Batcher, minutes: float, start_at: float, save: Callable[[], None], log: Callable[[str], None]
+) -> None:
+    """From `start_at` of the schedule (0 to 1) to its end, in `minutes`."""
     muon, adam = groups = optimizers(trainee, MUON_LR, ADAM_LR)
     start, step, seen = time.perf_counter(), 0, 0
     smooth: dict[str, float] = {}
-    while (at := (time.perf_counter() - start) / (minutes * 60)) < 1:
+    while (at := start_at + (1 - start_at) * (time.perf_counter() - start) / (minutes * 60)) < 1:
         scale = min(1.0, (step + 1) / 60) * min(1.0, (1 - at) / (1 - DECAY_FROM))
         for group in muon.param_groups:
             group["lr"] = MUON_LR * scale
@@ -315,8 +318,8 @@ def train(trainee: Trainee, batcher: Batcher, minutes: float, save: Callable[[],
             width, height = batcher.rng.choice(demo_data.SIDES), batcher.rng.choice(demo_data.SIDES)
         share = 128 * 128 / (width * height)
         # Two batches a step: conversations about shapes are twice as long as a reading, and padding is not free.
-        for kind, n, weight in (("shapes", 32, 1.0), ("text", 20, 0.6)):
-            n = max(4, round(n * share))
+        for kind, at_128, weight in (("shapes", 32, 1.0), ("text", 20, 0.6)):
+            n = max(4, round(at_128 * share))
             if at < VISION_ALONE_UNTIL:
                 pixels, grid, labels, *_ = batcher.batch(kind, 2 * n, width, height)
                 loss = dense = trainee.dense_loss(trainee.vision(pixels, grid), labels)
@@ -437,6 +440,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--start-at", type=float, default=0, metavar="FRACTION", help="go on from the saved state, here in the schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -448,8 +452,10 @@ def main() -> None:
     trainee = Trainee(model)
     state = options.folder.with_suffix(".state.pt")
     options.folder.parent.mkdir(parents=True, exist_ok=True)
+    if options.start_at:
+        trainee.load_state_dict(torch.load(state))
     train(
-        trainee, Batcher(tokenizer, options.seed), options.minutes,
+        trainee, Batcher(tokenizer, options.seed), options.minutes, options.start_at,
         save=lambda: (save_checkpoint(model, tokenizer, options.folder), torch.save(trainee.state_dict(), state)),
         log=lambda line: print(line, flush=True),
     )  # fmt: skip

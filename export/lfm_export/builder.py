@@ -21,7 +21,7 @@ IR_VERSION = 10  # the newest that onnxruntime 1.20 reads
 CONTRIB = "com.microsoft"
 
 Array = NDArray[Any]
-Operand = "ir.Value | Array | Sequence[int] | float | int"
+Operand = ir.Value | Array | Sequence[int] | float
 Progress = Callable[[str, int], None]  # (tensor name, bytes written)
 
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
@@ -48,8 +48,7 @@ class DataFile:
         return offset, size
 
     def close(self) -> None:
-        """Flush to the disk; an unfinished write must not look finished after a power cut."""
-        self.file.flush()
+        """End the file; the bundle writer syncs it to the disk."""
         self.file.close()
 
 
@@ -71,11 +70,13 @@ class GraphBuilder:
     # ------------------------------------------------------------------------------------------------ edges
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Declare a graph input; a string in `shape` is a free axis."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make `value` a graph output called `name`."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self.outputs.append(value)
 
@@ -100,17 +101,16 @@ class GraphBuilder:
             self.data.progress(name, whole.nbytes)
         else:
             offset, size = self.data.write(name, typed)
-            tensor = self._external(self.data.path.name, offset, size, shape, name)
+            tensor = ir.ExternalTensor(self.data.path.name, offset, size, self.float_type, shape=ir.Shape(shape), name=name)
         return self._initializer(name, tensor)
 
-    def shared_weight(self, name: str, shape: Sequence[int], location: str, offset: int, size: int) -> ir.Value:
-        """A constant whose bytes another graph's data file in the same folder holds."""
-        return self._initializer(name, self._external(location, offset, size, shape, name))
+    def shared_weight(self, name: str, shape: Sequence[int], other: ir.ExternalTensor) -> ir.Value:
+        """A constant whose bytes lie in another graph's data file in the same folder."""
+        return self._initializer(
+            name, ir.ExternalTensor(other.location, other.offset, other.length, other.dtype, shape=ir.Shape(shape), name=name)
+        )
 
-    def _external(self, location: str, offset: int, size: int, shape: Sequence[int], name: str) -> ir.ExternalTensor:
-        return ir.ExternalTensor(location, offset, size, self.float_type, shape=ir.Shape(shape), name=name)
-
-    def constant(self, value: Array | Sequence[int] | float | int, name: str | None = None) -> ir.Value:
+    def constant(self, value: Array | Sequence[int] | float, name: str | None = None) -> ir.Value:
         """Integers become int64; floats take the graph's float type; arrays keep theirs."""
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
         if not isinstance(value, np.ndarray):
@@ -121,30 +121,30 @@ class GraphBuilder:
         return self._initializer(name, ir.Tensor(array, name=name))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.initializers[name] = value
         return value
 
     # ------------------------------------------------------------------------------------------------ nodes
 
-    def op(
-        self, op_type: str, *operands: Any, outputs: int = 1, domain: str = "", name: str | None = None, **attributes: Any
-    ) -> Any:
-        """Add a node; returns its output, or a list of them when `outputs` > 1. None leaves an optional input out."""
+    def op(self, op_type: str, *operands: Operand | None, name: str | None = None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output; None leaves an optional input out."""
+        return self.ops(op_type, 1, *operands, name=name, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, outputs: int, *operands: Operand | None, name: str | None = None, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Add a node with several outputs."""
         inputs = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in operands]
         label = self._unique(name or op_type)
         attrs = [
-            ir.AttrGraph(k, v) if isinstance(v, ir.Graph) else ir.convenience.convert_attribute(k, v)
-            for k, v in attributes.items()
+            ir.AttrGraph(k, v) if isinstance(v, ir.Graph) else ir.convenience.convert_attribute(k, v) for k, v in attributes.items()
         ]
         node = ir.Node(domain, op_type, inputs, attrs, num_outputs=outputs, name=label)
         for i, value in enumerate(node.outputs):
             value.name = label if outputs == 1 else f"{label}.{i}"
         self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else list(node.outputs)
-
-    def contrib(self, op_type: str, *operands: Any, **attributes: Any) -> Any:
-        return self.op(op_type, *operands, domain=CONTRIB, **attributes)
+        return node.outputs
 
     def subgraph(self, name: str, build: Callable[[], ir.Value]) -> ir.Graph:
         """A branch of If: `build` adds nodes that may use any value of the enclosing graph, and returns the result."""

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm_export.config import CheckpointError
 from lfm_runtime.bundle import MANIFEST
+
+from lfm_export.config import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

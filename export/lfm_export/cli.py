@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
     parser.description = "Convert a Hugging Face LFM2-VL checkpoint folder to a bundle of ONNX graphs."
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to")
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Export and say where, how large and how long."""
     from lfm_export.export import export
 
     started = time.perf_counter()
@@ -42,6 +44,7 @@ class Printer:
         self.tensors, self.bytes, self._next = 0, 0, 0
 
     def __call__(self, name: str, size: int) -> None:
+        """A tensor of `size` bytes was written."""
         self.tensors += 1
         self.bytes += size
         line = f"{self.tensors:4d} tensors  {self.bytes / 1e6:8,.1f} MB  {name}"
@@ -52,5 +55,6 @@ class Printer:
             self._next = self.bytes + 200_000_000
 
     def clear(self) -> None:
+        """Take the line away."""
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

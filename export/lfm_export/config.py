@@ -63,6 +63,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole checkpoint."""
+
     vision: VisionConfig
     projector: ProjectorConfig
     text: TextConfig
@@ -70,6 +72,7 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint file; CheckpointError when missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

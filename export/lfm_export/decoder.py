@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from lfm_runtime.contract import past_names, present_name
 
-from lfm_export.builder import GraphBuilder
+from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint import Checkpoint
 from lfm_export.config import TextConfig
-from lfm_runtime.contract import past_names, present_name
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 
@@ -21,6 +21,7 @@ MAX_CONTEXT = 32768
 
 
 def context_length(text: TextConfig) -> int:
+    """Tokens the exported decoder has rotary tables for."""
     return min(text.max_positions, MAX_CONTEXT)
 
 
@@ -90,8 +91,8 @@ def _add_and_norm(
     """(norm of x + change, x + change) in one pass."""
     text = checkpoint.config.text
     scale = g.weight(f"{place}.weight", [text.hidden], lambda: checkpoint.read(f"{place}.weight", text.hidden))
-    normed, _, _, total = g.contrib(
-        "SkipSimplifiedLayerNormalization", change, x, scale, outputs=4, epsilon=text.norm_eps, name=place
+    normed, _, _, total = g.ops(
+        "SkipSimplifiedLayerNormalization", 4, change, x, scale, domain=CONTRIB, epsilon=text.norm_eps, name=place
     )
     return normed, total
 
@@ -126,7 +127,7 @@ def _short_conv(
     text = checkpoint.config.text
     hidden, kernel = text.hidden, text.kernel
     projected = _linear(g, checkpoint, x, [f"{place}.in_proj"], [3 * hidden], hidden, f"{place}.in_proj", text.conv_bias)
-    b, c, signal = g.op("Split", projected, outputs=3, axis=2, num_outputs=3)
+    b, c, signal = g.ops("Split", 3, projected, axis=2, num_outputs=3)
     history = g.op("Transpose", past, perm=[0, 2, 1])  # [batch, kernel, H]
     full = g.op("Concat", history, g.op("Mul", b, signal), axis=1)  # [batch, kernel + tokens, H]
     taps = g.weight(
@@ -161,15 +162,15 @@ def _attention(
     d, rows = text.head_dim, [text.heads * text.head_dim, text.kv_heads * text.head_dim, text.kv_heads * text.head_dim]
     names = [f"{place}.{p}_proj" for p in "qkv"]
     packed = _linear(g, checkpoint, x, names, rows, text.hidden, f"{place}.qkv_proj")
-    query, key, value = g.op("Split", packed, np.array(rows, np.int64), outputs=3, axis=2)
+    query, key, value = g.ops("Split", 3, packed, np.array(rows, np.int64), axis=2)
 
     def norm(heads: ir.Value, width: int, name: str) -> ir.Value:
         split = g.op("Reshape", heads, [0, 0, -1, d])
         return g.op("Reshape", _rms_norm(g, checkpoint, split, f"{place}.{name}_layernorm", d), [0, 0, width])
 
-    attended, key_state, value_state = g.contrib(
-        "GroupQueryAttention", norm(query, rows[0], "q"), norm(key, rows[1], "k"), value, *past, last_index, total, *rotary,
-        outputs=3, num_heads=text.heads, kv_num_heads=text.kv_heads, do_rotary=1, rotary_interleaved=0, name=place,
+    attended, key_state, value_state = g.ops(
+        "GroupQueryAttention", 3, norm(query, rows[0], "q"), norm(key, rows[1], "k"), value, *past, last_index, total, *rotary,
+        domain=CONTRIB, num_heads=text.heads, kv_num_heads=text.kv_heads, do_rotary=1, rotary_interleaved=0, name=place,
     )  # fmt: skip
     out = _linear(g, checkpoint, attended, [f"{place}.out_proj"], [text.hidden], rows[0], f"{place}.out_proj")
     return [out, key_state, value_state]
@@ -189,7 +190,7 @@ def _feed_forward(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: s
     text = checkpoint.config.text
     width = text.feed_forward
     both = _linear(g, checkpoint, x, [f"{place}.w1", f"{place}.w3"], [width, width], text.hidden, f"{place}.w1_w3")
-    gate, up = g.op("Split", both, outputs=2, axis=2, num_outputs=2)
+    gate, up = g.ops("Split", 2, both, axis=2, num_outputs=2)
     active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
     return _linear(g, checkpoint, active, [f"{place}.w2"], [text.hidden], width, f"{place}.w2")
 
@@ -200,8 +201,7 @@ def _head(g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, table: ir.E
     shape = [text.vocabulary, text.hidden]
     place = "text.embed_tokens.weight" if text.tied_head else "head"
     if table is not None and text.tied_head:
-        assert table.offset is not None and table.length is not None  # the builder always writes both
-        weight = g.shared_weight("head.weight", shape, str(table.location), table.offset, table.length)
+        weight = g.shared_weight("head.weight", shape, table)
     else:
         weight = g.weight("head.weight", shape, lambda: checkpoint.chunks(place, *shape))
     logits = g.op("Gemm", g.op("Reshape", normed, [-1, text.hidden]), weight, transB=1, name="head")

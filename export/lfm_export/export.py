@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from lfm_runtime import __version__
+from lfm_runtime.bundle import MANIFEST, file_hash
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.bundle_writer import replacing
@@ -18,9 +21,6 @@ from lfm_export.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
 from lfm_export.prompt import compile_prompt
 from lfm_export.vision import build_vision_encoder
-from lfm_runtime import __version__
-from lfm_runtime.bundle import MANIFEST, file_hash
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
 
 MIN_ONNXRUNTIME = "1.20.0"
 HUB_FILES = (
@@ -31,7 +31,7 @@ HUB_FILES = (
 
 def export(
     checkpoint_folder: Path, bundle: Path, *, dtype: str = "fp32", adapter: Path | None = None,
-    graphs: Sequence[str] = (), progress: Progress = lambda name, size: None,
+    graphs: Sequence[str] = (), progress: Progress = lambda *_: None,
 ) -> None:  # fmt: skip
     """Write the fp32 or fp16 variant of a checkpoint's graphs into a bundle, beside variants it already has.
 
@@ -79,7 +79,7 @@ def export(
             finally:
                 data.close()
             graph.save(folder / name)
-            described[name] = _describe(graph, name)
+            described[name] = _describe(graph)
             return result
 
         table = None
@@ -114,7 +114,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _describe(graph: GraphBuilder, name: str) -> dict[str, Any]:
+def _describe(graph: GraphBuilder) -> dict[str, Any]:
     def edges(values: list[ir.Value]) -> dict[str, Any]:
         return {
             str(v.name): {"dtype": v.dtype.name if v.dtype else None, "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()]}

@@ -20,6 +20,8 @@ _PREFIX = "base_model.model."
 
 @dataclass
 class Adapter:
+    """An adapter folder, opened."""
+
     folder: Path
     store: TensorStore
     config: dict[str, Any]
@@ -63,6 +65,7 @@ class Adapter:
                 raise CheckpointError(f"{self.folder}: adapter changes {module}, which the checkpoint does not have")
 
     def touches(self, name: str) -> bool:
+        """Whether the adapter changes this tensor."""
         return _canonical(name.removesuffix(".weight")) in self.modules
 
     def merge(self, name: str, weight: Floats) -> Floats:
@@ -79,7 +82,8 @@ class Adapter:
         rank = self.store.entries[a_name].shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
         b = self.store.read(b_name, (weight.shape[0], rank))
-        return weight + np.float32(self._scale(module, rank)) * (b @ a)
+        change: Floats = (b @ a) * np.float32(self._scale(module, rank))
+        return weight + change
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))

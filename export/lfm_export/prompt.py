@@ -16,13 +16,12 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Regex, pre_tokenizers
-from tokenizers import Tokenizer as ReferenceTokenizer
-
 from lfm_runtime.compile_tokenizer import compile_tokenizer
 from lfm_runtime.errors import PromptError
 from lfm_runtime.prompt import ChatFormat, Message, PromptSpec, Role, chat_template, image_tokens, read_json_object, token_text
 from lfm_runtime.tokenizer import Tokenizer
+from tokenizers import Regex, pre_tokenizers
+from tokenizers import Tokenizer as ReferenceTokenizer
 
 CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
     (Message("user", "Hi"),),
@@ -38,9 +37,10 @@ CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 
 STRINGS: tuple[str, ...] = (
     "", " ", "\n", "\t\t \r\n", "Hello, world! It's 3.14159 o'clock; we'll SEE, they'RE here.", "12345678901234567890",
-    "def f(x: int) -> str:\n    return f\"{x!r}\"  # comment\n\n\n", "{\"a\": [1, 2.5e-3, null], \"b\": \"\\u00e9\"}",
+    'def f(x: int) -> str:\n    return f"{x!r}"  # comment\n\n\n', '{"a": [1, 2.5e-3, null], "b": "\\u00e9"}',
     "Grüße, señor! Ça va? Příliš žluťoučký kůň. Καλημέρα κόσμε. Привет, мир. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया.",
-    "你好，世界。こんにちは世界。안녕하세요 세계. สวัสดีชาวโลก. ሰላም ልዑል. 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 ✨ e\u0301 \u200d\u200b\ufeff ½ ② Ⅷ ٣٤ 𝟙𝟚",
+    "你好，世界。こんにちは世界。안녕하세요 세계. สวัสดีชาวโลก. ሰላም ልዑል. 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 ✨ e\u0301 \u200d\u200b\ufeff ½ ② Ⅷ ٣٤ 𝟙𝟚",
     "\x00\x01\x1c\x1d\x7f\x80\x85\xa0\u1680\u2028\u2029\u3000 \ufffd", "ſ'ſ K'RE 'll'VE n't", "a" * 300, "<|im_end|> <image>x",
     "   leading and trailing   ", "tab\tnew\nline\rreturn\r\nboth", "!!!???...,,,;;;---___===+++***///\\\\\\|||",
 )  # fmt: skip
@@ -58,10 +58,8 @@ def compile_prompt(folder: Path) -> PromptSpec:
     template = chat_template(folder, config)
     if template is None:
         raise PromptError(f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
-    specials = {
-        name: token_text(value) for name, value in {**read_json_object(folder / "special_tokens_map.json", required=False), **config}.items()
-        if name.endswith("_token") and token_text(value) is not None
-    }  # fmt: skip
+    named = {**read_json_object(folder / "special_tokens_map.json", required=False), **config}
+    specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
     compiled = PromptSpec(
         vocabulary, compile_chat(template, specials), image_tokens(config, {token for token in vocabulary.tokens if token})
     )
@@ -105,7 +103,7 @@ def check_tokenizer(compiled: Tokenizer, reference: ReferenceTokenizer, strings:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks assistant text for training; rendering ignores it, as transformers does."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -123,7 +121,7 @@ def render_template(template: str, messages: Sequence[Message], specials: dict[s
     )
     environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
     turns = [{"role": m.role, "content": _content(m)} for m in messages]
     return environment.from_string(template).render(messages=turns, add_generation_prompt=generation, **specials)
 

@@ -1,8 +1,8 @@
 """Answers questions about images on small machines: numpy, onnxruntime, pillow and psutil, nothing else.
 
-    model = Model.load("bundle")
-    for piece in model.answer(["photo.jpg"], "What is in this image?"):
-        print(piece, end="")
+model = Model.load("bundle")
+for piece in model.answer(["photo.jpg"], "What is in this image?"):
+print(piece, end="")
 """
 
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError

@@ -10,12 +10,14 @@ from lfm_runtime.errors import PromptError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
     parser.description = "Talk about images: one question a line; an empty line or Ctrl-D ends."
     add_model_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Talk until the input ends."""
     from lfm_runtime.model import Model
     from lfm_runtime.prompt import Message
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -111,7 +110,3 @@ def show_progress(done: int, total: int) -> None:
     if total > 1 and sys.stderr.isatty():
         end = "\r\x1b[K" if done == total else f"\r\x1b[Kencoding view {done + 1} of {total}"
         print(end, end="", file=sys.stderr, flush=True)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))

@@ -75,4 +75,5 @@ def present_name(past: str) -> str:
 
 
 def graph_file(stem: str, variant: str) -> str:
+    """Where a graph of a variant lies in a bundle."""
     return f"onnx/{stem}{VARIANT_SUFFIX[variant]}.onnx"

@@ -42,6 +42,7 @@ class StateInput:
 
     @property
     def is_conv(self) -> bool:
+        """Of a convolution, or else of an attention layer."""
         return self.name.startswith("past_conv.")
 
 
@@ -111,6 +112,7 @@ class SharedState:
         self._turn = 0
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """See State."""
         binding = self._bindings[self._turn]
         self._turn = 1 - self._turn
         self.length += embeds.shape[1]
@@ -118,7 +120,8 @@ class SharedState:
         binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
         binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(self._mask[:, : self.length]))
         self._session.run_with_iobinding(binding)
-        return self._logits[0, 0]
+        logits: NDArray[np.float32] = self._logits[0, 0]
+        return logits
 
 
 class ConcatenatedState:
@@ -131,6 +134,7 @@ class ConcatenatedState:
         self._outputs = ["logits", *(present_name(s.name) for s in decoder.states)]
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """See State."""
         new = embeds.shape[1]
         feeds: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + new), np.int64), **self._past,

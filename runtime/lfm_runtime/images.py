@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
 
-ImageLike = Union[str, "os.PathLike[str]", bytes, Image.Image, NDArray[Any]]
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
 
 MAX_MEGAPIXELS = 100.0
@@ -62,7 +62,7 @@ class ImageSettings:
             raise SettingError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: 1 <= min <= max is needed")
         if self.tile_size % self.cell or self.tile_size < self.cell:
             raise SettingError(f"tile_size {self.tile_size} is not a multiple of {self.cell}")
-        if self.resample not in iter(Image.Resampling):
+        if self.resample not in {int(r) for r in Image.Resampling}:
             raise SettingError(f"resample {self.resample} is not one of Pillow's filters (2 bilinear, 3 bicubic)")
 
     @property
@@ -119,14 +119,17 @@ class ImagePlan:
 
     @property
     def tiled(self) -> bool:
+        """Cut into more than one tile."""
         return self.rows * self.columns > 1
 
     @property
     def thumbnail(self) -> View | None:
+        """The whole image beside its tiles."""
         return self.views[-1] if len(self.views) > self.rows * self.columns else None
 
     @property
     def tokens(self) -> int:
+        """Image tokens of all views."""
         return sum(view.tokens for view in self.views)
 
 
@@ -207,13 +210,7 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
             image = _read(source)
-            if image.width < 1 or image.height < 1:
-                raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
-            megapixels = image.width * image.height / 1e6
-            if megapixels > max_megapixels:
-                raise ImageError(
-                    f"{name} has {megapixels:.0f} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
-                )
+            _check_size(image, name, max_megapixels)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image) or image)
     except ImageError:
@@ -239,6 +236,14 @@ def _read(source: ImageLike) -> Image.Image:
             raise ImageError(f"array of shape {source.shape} has no pixels")
         return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
+    if image.width < 1 or image.height < 1:
+        raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise ImageError(f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -287,7 +292,11 @@ def cut_views(image: Image.Image, plan: ImagePlan, settings: ImageSettings) -> I
 
 
 def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return image if image.size == size else image.resize(size, resample)
+    """Columns first, then rows, rounded to 8 bits between, as torch does. Pillow 13 alone would go the other way round."""
+    for step in ((size[0], image.height), size):
+        if image.size != step:
+            image = image.resize(step, resample)
+    return image
 
 
 def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
@@ -297,4 +306,5 @@ def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
     patches = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
     mean = np.asarray(settings.image_mean, np.float32) * np.float32(255)
     scale = np.float32(1) / (np.asarray(settings.image_std, np.float32) * np.float32(255))
-    return ((patches.astype(np.float32) - mean) * scale).reshape(rows * columns, -1)
+    normalised: Patches = (patches.astype(np.float32) - mean) * scale
+    return normalised.reshape(rows * columns, -1)

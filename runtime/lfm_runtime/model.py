@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_profiles import default_threads
 from numpy.typing import NDArray
 from PIL import Image
 
-from lfm_profiles import default_threads
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decoder import Decoder, Embeds
 from lfm_runtime.errors import PromptError, SettingError

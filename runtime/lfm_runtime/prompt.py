@@ -95,6 +95,7 @@ class PromptSpec:
     image_tokens: ImageTokens
 
     def save(self, path: Path) -> None:
+        """Write prompt.json."""
         value = {"schema": SCHEMA_VERSION, **asdict(self)}
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
@@ -188,7 +189,7 @@ def compile_on_device(folder: Path) -> PromptSpec:
             drop_empty_system=system_first,
             thinking_end="</think>" if template is not None and "</think>" in template else "",
         ),
-        image_tokens(config, set(token for token in vocabulary.tokens if token)),
+        image_tokens(config, {token for token in vocabulary.tokens if token}),
     )
 
 
@@ -226,6 +227,7 @@ def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
 
 
 def read_json_object(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """A JSON object; {} when it is missing and not required. PromptError otherwise."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

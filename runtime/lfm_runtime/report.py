@@ -54,7 +54,8 @@ class Report:
         self.memory_mib = memory_mib()
 
     def as_dict(self) -> dict[str, Any]:
-        return _rounded(asdict(self))
+        """The numbers as plain values, rounded to a thousandth: what --json prints."""
+        return {name: _rounded(value) for name, value in asdict(self).items()}
 
     def table(self) -> str:
         """The same numbers for a person: two lines of milliseconds, one of tokens, one of megabytes."""
@@ -63,7 +64,8 @@ class Report:
             return "–" if value is None else f"{value:,.{digits}f}"
 
         ms, memory = self.timing_ms, self.memory_mib
-        columns = [(name.replace("decode_per_token", "per token"), show(ms[name], 2 if name == "decode_per_token" else 0)) for name in STAGES]
+        digits = {"decode_per_token": 2}
+        columns = [(name.replace("decode_per_token", "per token"), show(ms[name], digits.get(name, 0))) for name in STAGES]
         widths = [max(len(a), len(b)) for a, b in columns]
         head = "  ".join(a.rjust(w) for (a, _), w in zip(columns, widths, strict=True))
         body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from lfm_runtime.cli import add_model_arguments, answer_changes, image_changes, print_json, show_progress
+from lfm_runtime.cli import add_model_arguments, answer_changes, image_changes, show_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
     parser.description = "Answer a question about images, or a question alone."
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Answer once."""
     from lfm_runtime.model import Model
 
     model = Model.load(
@@ -29,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             print(piece, end="", flush=True)
     if options.json:
-        print_json(answer.report.as_dict())
+        print(json.dumps(answer.report.as_dict(), ensure_ascii=False))
     else:
         print()
         sys.stdout.flush()

@@ -92,12 +92,13 @@ class Sampler:
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = distribution(logits, self.settings)
-        return int(ids[np.searchsorted(np.cumsum(probabilities), self.rng.random() * probabilities.sum(), side="right").clip(0, len(ids) - 1)])
+        at = np.searchsorted(np.cumsum(probabilities), self.rng.random(), side="right")
+        return int(ids[min(int(at), len(ids) - 1)])  # the sum of rounded probabilities can fall short of 1
 
 
 def penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> Logits:
     """Seen ids: positive logits divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
-    out = logits.copy()
+    out: Logits = logits.copy()
     values = out[seen]
     out[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
     return out
@@ -111,10 +112,8 @@ def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[
     if 0 < settings.top_k < len(ids):
         smallest = np.partition(scaled, -settings.top_k)[-settings.top_k]
         ids = np.flatnonzero(scaled >= smallest)  # ties with the k-th stay, as in transformers
-    if settings.min_p > 0:  # relative to the likeliest, so it can go first and spare the sort below
-        candidates = ids[scaled[ids] >= np.log(settings.min_p)]
-    else:
-        candidates = ids
+    # min_p is relative to the likeliest, so it can go first and spare the sorts below.
+    candidates = ids[scaled[ids] >= np.log(settings.min_p)] if settings.min_p > 0 else ids
     if settings.top_p < 1:
         order = ids[np.argsort(-scaled[ids], kind="stable")]
         p = np.exp(scaled[order])

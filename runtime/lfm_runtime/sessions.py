@@ -10,10 +10,10 @@ from pathlib import Path
 # Wheels since 1.29 send telemetry unless this is set before the import; a user's own setting stands.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import onnxruntime as ort  # noqa: E402
+import onnxruntime as ort
 
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph  # noqa: E402
-from lfm_runtime.errors import BundleError  # noqa: E402
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
+from lfm_runtime.errors import BundleError
 
 _ERROR_SEVERITY = 3
 

@@ -202,6 +202,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is incomplete, and for special tokens."""
         if token in self.tokenizer.special:
             return ""
         return self._decoder.decode(self.tokenizer.token_bytes(token))

@@ -1,0 +1,45 @@
+"""Fixtures that need no torch: the runtime's tests also run where only the runtime's four dependencies are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory) -> Path:
+    """The demo checkpoint exported; or, where export's dependencies are missing, the bundle LFM_EDGE_TEST_BUNDLE names."""
+    if given := os.environ.get("LFM_EDGE_TEST_BUNDLE"):
+        return Path(given)
+    pytest.importorskip("onnx_ir")
+    from lfm_export.export import export
+
+    bundle = tmp_path_factory.mktemp("demo") / "bundle"
+    export(ROOT / "demo" / "checkpoint", bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def demo_model(demo_bundle):
+    from lfm_runtime import Model
+
+    return Model.load(demo_bundle, threads=2)
+
+
+@pytest.fixture
+def bundle_copy(demo_bundle, tmp_path) -> Path:
+    """A bundle that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def photo() -> Path:
+    return ROOT / "demo" / "photos" / "chelsea.jpg"

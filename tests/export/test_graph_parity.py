@@ -1,0 +1,206 @@
+"""Exported graphs against transformers: every config spelling, both projectors, batches of different grids, cached decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+torch = pytest.importorskip("torch")
+reference = pytest.importorskip("reference")
+
+from lfm_export.export import export  # noqa: E402
+from lfm_runtime.contract import present_name  # noqa: E402
+
+GRIDS = [(8, 12), (4, 6), (32, 32), (2, 64), (20, 18), (2, 2)]
+
+
+def spell_early_hub(config: dict) -> None:
+    """The hub's first files: dashes in model_type, attention layers by index, block_ names, settings at the top."""
+    text = config["text_config"]
+    config["model_type"] = "lfm2-vl"
+    config["image_token_index"] = config.pop("image_token_id")
+    text["full_attn_idxs"] = [i for i, kind in enumerate(text.pop("layer_types")) if kind == "full_attention"]
+    text["theta"] = text.pop("rope_theta", None) or text.pop("rope_parameters")["rope_theta"]
+    text.pop("rope_parameters", None)
+    text["block_ff_dim"], text["intermediate_size"] = text["intermediate_size"], 1
+    text["tie_embedding"] = text.pop("tie_word_embeddings", True)
+
+
+def spell_rope_parameters(config: dict) -> None:
+    text = config["text_config"]
+    theta = text.pop("rope_theta", None) or text["rope_parameters"]["rope_theta"]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    config["model_type"] = "lfm2_vl"
+
+
+def name_as_transformers_5(name: str) -> str:
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def name_as_transformers_4(name: str) -> str:
+    return name if "vision_tower.vision_model." in name else name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+CASES = {
+    "plain": {},
+    "early hub spelling": {"edit": spell_early_hub, "rename": name_as_transformers_4},
+    "transformers 5 spelling": {"edit": spell_rope_parameters, "rename": name_as_transformers_5},
+    "auto-adjusted FF": {"text": {"block_auto_adjust_ff_dim": True, "intermediate_size": 300, "block_multiple_of": 32}},
+    "biased convolution": {"text": {"conv_bias": True}},
+    "kernel 4": {"text": {"conv_L_cache": 4}},
+    "vision head present, 9 wide heads": {"vision": {"vision_use_head": True, "hidden_size": 36, "intermediate_size": 43}},
+    "small table": {"vision": {"num_patches": 64}},
+    "no projector bias": {"top": {"projector_bias": False}},
+    "no projector norm": {"top": {"projector_use_layernorm": False}},
+    "untied head": {"text": {"tie_word_embeddings": False}, "top": {"tie_word_embeddings": False}},
+    "bfloat16 in three shards": {"dtype": torch.bfloat16, "shards": 3},
+    "float16": {"dtype": torch.float16},
+    "starts with attention": {"text": {"layer_types": ["full_attention", "conv", "conv", "full_attention"]}},
+}
+
+
+def build(case: dict, folder):
+    """(reference model, sessions by stem)"""
+    top = dict(case.get("top", {}))
+    if "projector_use_layernorm" in top and not reference.TRANSFORMERS_5:
+        top.pop("projector_use_layernorm")
+    model = reference.tiny_model(text=case.get("text"), vision=case.get("vision"), **top)
+    edit = case.get("edit")
+    if "projector_use_layernorm" in case.get("top", {}) and not reference.TRANSFORMERS_5:
+        model.model.multi_modal_projector.layer_norm = torch.nn.Identity()  # what transformers 5 leaves out
+        edit = lambda config: config.update(projector_use_layernorm=False)  # noqa: E731
+    reference.save_tiny(model, folder / "checkpoint", dtype=case.get("dtype", torch.float32), shards=case.get("shards", 1),
+                        edit_config=edit, rename=case.get("rename"))  # fmt: skip
+    export(folder / "checkpoint", folder / "bundle")
+    return model, {
+        stem: ort.InferenceSession(folder / "bundle" / "onnx" / f"{stem}.onnx")
+        for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    }
+
+
+@pytest.fixture(scope="module", params=list(CASES), ids=lambda name: name.replace(" ", "_"))
+def pair(request, tmp_path_factory):
+    return build(CASES[request.param], tmp_path_factory.mktemp("case"))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_vision_features(pair) -> None:
+    model, sessions = pair
+    pixels, grids, mask = reference.random_views(GRIDS)
+    wanted = reference.image_features(model, pixels, grids, mask)
+    feeds = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}
+    (padded,) = sessions["vision_encoder"].run(None, feeds)
+    alone = []
+    for i, (rows, columns) in enumerate(GRIDS):
+        n = rows * columns
+        one = {"pixel_values": pixels[i : i + 1, :n], "pixel_attention_mask": mask[i : i + 1, :n], "spatial_shapes": grids[i : i + 1]}
+        alone.append(sessions["vision_encoder"].run(None, one)[0])
+    for got in (padded, np.concatenate(alone)):
+        assert got.shape == wanted.shape
+        assert cosine(got, wanted).min() >= 0.99999
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def decode(session, embeds: np.ndarray, chunks: list[int]) -> np.ndarray:
+    """Logits of the last position after feeding `embeds` in chunks, state carried by hand."""
+    past = {}
+    for i in session.get_inputs():
+        if i.name.startswith("past_"):
+            past[i.name] = np.zeros([n if isinstance(n, int) else (1 if axis == 0 else 0) for axis, n in enumerate(i.shape)], np.float32)
+    names = [o.name for o in session.get_outputs()]
+    assert names[0] == "logits"
+    at = 0
+    for n in chunks:
+        feeds = {"inputs_embeds": embeds[:, at : at + n], "attention_mask": np.ones((1, at + n), np.int64), **past}
+        found = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: found[present_name(name)] for name in past}
+        at += n
+    return found["logits"][0, -1]
+
+
+def test_logits_and_cached_decoding(pair) -> None:
+    model, sessions = pair
+    ids = torch.tensor(np.random.default_rng(1).integers(8, 390, (1, 48)))
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits.numpy()[0]
+    (embeds,) = sessions["embed_tokens"].run(None, {"input_ids": ids.numpy()})
+    decoder = sessions["decoder_model_merged"]
+    for length in (1, 2, 3, 48):
+        np.testing.assert_allclose(decode(decoder, embeds[:, :length], [length]), wanted[length - 1], atol=1e-4)
+    for chunks in ([40] + [1] * 8, [1] * 48, [20, 20, 8], [1, 2, 3, 4, 38]):
+        np.testing.assert_allclose(decode(decoder, embeds, chunks), wanted[-1], atol=5e-3)
+
+
+def test_demo_model_parity(demo_bundle) -> None:
+    """The trained demo model: features and logits of image prompts."""
+    model = load_demo()
+    vision, embed, decoder = (ort.InferenceSession(demo_bundle / "onnx" / f"{s}.onnx") for s in ("vision_encoder", "embed_tokens", "decoder_model_merged"))
+    pixels, grids, mask = reference.random_views([(8, 8), (16, 16), (10, 14)])
+    wanted = reference.image_features(model, pixels, grids, mask)
+    (got,) = vision.run(None, {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids})
+    assert cosine(got, wanted).min() >= 0.99999
+    ids = torch.tensor(np.random.default_rng(2).integers(0, 490, (1, 60)))
+    ids[ids == model.config.image_token_id] = 9
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.numpy()[0, -1]
+    (embeds,) = embed.run(None, {"input_ids": ids.numpy()})
+    np.testing.assert_allclose(decode(decoder, embeds, [60]), logits, atol=1e-4)
+
+
+def load_demo():
+    from transformers import Lfm2VlForConditionalGeneration
+
+    return Lfm2VlForConditionalGeneration.from_pretrained(reference.DEMO, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_greedy_text_identical(seed, demo_bundle, demo_model) -> None:
+    """50 prompts about drawn pictures, some large enough to be tiled: ids from transformers' processor and generate."""
+    import random
+
+    import demo_data
+
+    rng = random.Random(seed)
+    size = (rng.choice((416, 512, 640)), rng.choice((416, 480))) if seed % 10 == 0 else demo_data.random_size(rng)
+    sample = demo_data.draw_sample(rng, rng.choice(("shapes", "text")), *size)
+    question = rng.choice([sample.questions[0][1], "Tell me more, please.", "How many?", "Größe? 大きさ 🙂"])
+    processor, model = demo_reference()
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=[[sample.image]], text=[prompt], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=64, do_sample=False, repetition_penalty=1.3 if seed % 3 == 0 else 1.0)
+    wanted = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = demo_model.answer([sample.image], question, temperature=0, max_new_tokens=64, repetition_penalty=1.3 if seed % 3 == 0 else 1.0)
+    assert answer.text() == wanted
+    assert answer.report.prompt_tokens == inputs["input_ids"].shape[1]
+    assert answer.report.image_tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
+def demo_reference():
+    if not hasattr(demo_reference, "pair"):
+        demo_reference.pair = (demo_processor(), load_demo())
+    return demo_reference.pair
+
+
+def demo_processor():
+    """The reference processor, put together by hand: its loader wants names from the hub's class registry."""
+    import json
+
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(reference.DEMO)
+    for name in ("image_token", "image_start_token", "image_end_token", "image_thumbnail"):
+        if not hasattr(tokenizer, name):
+            setattr(tokenizer, name, tokenizer.init_kwargs[name])
+    if not hasattr(tokenizer, "image_token_id"):
+        tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    settings = json.loads((reference.DEMO / "preprocessor_config.json").read_text())
+    image_processor = reference.image_processor_class()(**{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))})
+    return Lfm2VlProcessor(image_processor, tokenizer, chat_template=(reference.DEMO / "chat_template.jinja").read_text())

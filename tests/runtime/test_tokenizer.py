@@ -1,0 +1,199 @@
+"""The tokenizer against `tokenizers`: random Unicode, real code, hand-made merges; streaming; what cannot be compiled."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lfm_runtime.compile_tokenizer import GPT2_SPLIT, compile_tokenizer, translate_pattern, unicode_ranges
+from lfm_runtime.errors import PromptError
+from lfm_runtime.tokenizer import TextStream, Tokenizer, byte_alphabet
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(reference, ours) for the demo tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+
+    return tokenizers.Tokenizer.from_file(str(DEMO)), Tokenizer(compile_tokenizer(json.loads(DEMO.read_text()), reference_ranges))
+
+
+@pytest.fixture(scope="module")
+def large_pair(tmp_path_factory):
+    """(reference, ours) for a tokenizer with a few thousand merges, trained on the standard library."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+    from tokenizers import trainers
+
+    spec = json.loads(DEMO.read_text())
+    reference = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+    texts = [p.read_text(errors="replace") for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
+    texts += ["日本語の文章。Кириллица и ещё. ελληνικά עברית العربية हिन्दी 한국어 🙂🙃👩‍👩‍👧"] * 40
+    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=byte_alphabet(), show_progress=False,
+                                  special_tokens=["<|a|>", "<|a|>b", "<image>"])  # fmt: skip
+    reference.train_from_iterator(texts, trainer)
+    return reference, Tokenizer(compile_tokenizer(json.loads(reference.to_str()), reference_ranges))
+
+
+def random_text(rng: random.Random) -> str:
+    """Up to 24 characters from all planes, mixed with the kinds that patterns treat differently."""
+    kinds = (
+        lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, sys.maxunicode + 1)])),
+        lambda: chr(rng.randrange(128)),
+        lambda: chr(rng.randrange(0x80, 0x3000)),
+        lambda: rng.choice(["'s", "'RE", "'ll", " ", "  ", "\n", "\r\n", "\t", "123", "٣", "Ⅷ", "ſ", "\u212a", "\x1c", "\x85", "\u2028", "ﬆ", "e\u0301", "🙂", "<image>", "<|a|>", "<|im_end|>", "abc", "the"]),
+    )
+    return "".join(rng.choice(kinds)() for _ in range(rng.randint(0, 24)))
+
+
+def same(reference, ours, text: str) -> None:
+    wanted = reference.encode(text, add_special_tokens=False).ids
+    got = ours.encode(text)
+    assert got == wanted, ascii(text)
+    assert ours.decode(got, skip_special=False) == text, ascii(text)
+
+
+def test_random_strings(pair, large_pair) -> None:
+    """100,000 strings over all Unicode planes, each both ways."""
+    rng = random.Random(0)
+    for i in range(100_000):
+        same(*(pair if i % 2 else large_pair), random_text(rng))
+
+
+def test_standard_library(large_pair, pair) -> None:
+    """Every source file of the standard library."""
+    reference, ours = large_pair
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    files = [p for p in files if "site-packages" not in p.parts]
+    assert len(files) > 500
+    texts = [p.read_bytes().decode("utf-8", "replace") for p in files]
+    for text, wanted in zip(texts, reference.encode_batch(texts, add_special_tokens=False), strict=True):
+        got = ours.encode(text)
+        assert got == wanted.ids
+        assert ours.decode(got, skip_special=False) == text
+
+
+def test_long_pieces(large_pair) -> None:
+    """Pieces of thousands of characters: merging must not be quadratic, and ties go left."""
+    for text in ("a" * 5000, "=" * 4001, "ab" * 3000, "é" * 2000, " " * 3000 + "x", "\n" * 2000):
+        same(*large_pair, text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=80))
+def test_any_text(pair, large_pair, text) -> None:
+    same(*pair, text)
+    same(*large_pair, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60), pattern=st.sampled_from([
+    GPT2_SPLIT,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"\p{N}", r"\s+$|\S+", r"[A-Z]+[a-z]*|[\p{L}]+", r"[^\s]+",
+]))  # fmt: skip
+def test_patterns(text, pattern) -> None:
+    """Translated patterns cut where Oniguruma cuts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    wanted = [piece for piece, _ in split.pre_tokenize_str(text)]
+    if not hasattr(test_patterns, "ranges"):
+        test_patterns.ranges = reference_ranges()
+    spec = json.loads(DEMO.read_text())
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]}  # fmt: skip
+    ours = Tokenizer(compile_tokenizer(spec, lambda: test_patterns.ranges))
+    assert list(ours._split(text)) == wanted
+
+
+def test_python_tables_are_close() -> None:
+    """On-device compilation uses Python's Unicode tables; they differ from the library's only where Unicode grew."""
+    pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+
+    for ours, theirs in zip(unicode_ranges(), reference_ranges(), strict=True):
+        a, b = ({c for s, e in zip(flat[::2], flat[1::2], strict=True) for c in range(s, e + 1)} for flat in (ours, theirs))
+        assert len(a ^ b) < 12_000
+        assert not {c for c in a ^ b if c < 0x500}
+
+
+def test_merges_by_hand() -> None:
+    """Lowest rank first, leftmost first: with merges (b c), (a b), "abc" is a·bc and "abab" is ab·ab."""
+    alphabet = byte_alphabet()
+    vocab = {c: i for i, c in enumerate(alphabet)} | {"bc": 256, "ab": 257}
+    spec = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": ["b c", "a b"]}, "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    }  # fmt: skip
+    ours = Tokenizer(compile_tokenizer(spec, unicode_ranges))
+    assert ours.encode("abc") == [vocab["a"], 256]
+    assert ours.encode("abab") == [257, 257]
+    assert ours.decode([257, 256]) == "abbc"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"), ({"normalizer": {"type": "NFC"}}, "NFC"),
+        ({"decoder": {"type": "WordPiece"}}, "WordPiece"), ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel"), ({"pre_tokenizer": None}, "without ByteLevel"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{Lu}+"}, "behavior": "Isolated"}}, r"\\p\{Lu\}"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{L}++"}, "behavior": "Isolated"}}, "possessive"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"(x"}, "behavior": "Isolated"}}, "pattern"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"x"}, "behavior": "Removed"}}, "Split"),
+        ({"added_tokens": [{"id": 1, "content": "<x>", "lstrip": True}]}, "lstrip"),
+    ],
+    ids=lambda v: str(v)[:60],
+)  # fmt: skip
+def test_what_cannot_be_compiled(change, says) -> None:
+    spec = {**json.loads(DEMO.read_text()), **change}
+    with pytest.raises(PromptError, match=says):
+        compile_tokenizer(spec, unicode_ranges)
+
+
+def test_missing_bytes_and_broken_merges() -> None:
+    spec = json.loads(DEMO.read_text())
+    del spec["model"]["vocab"]["!"]
+    with pytest.raises(PromptError, match="256 bytes"):
+        compile_tokenizer(spec, unicode_ranges)
+    spec = json.loads(DEMO.read_text())
+    spec["model"]["merges"].append(["zz", "zz"])
+    with pytest.raises(PromptError, match="merge"):
+        compile_tokenizer(spec, unicode_ranges)
+    with pytest.raises(PromptError, match=r"\\b"):
+        translate_pattern(r"\bx")
+
+
+def test_streaming_never_splits_a_character(pair) -> None:
+    """Every piece is whole characters, and the pieces make the text."""
+    _, ours = pair
+    text = "naïve 日本 🙂👩‍👩‍👧 end"
+    stream = TextStream(ours)
+    pieces = [stream.add(i) for i in ours.encode(text)]
+    assert "".join(pieces) + stream.finish() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    stream = TextStream(ours)
+    cut = ours.encode("🙂")[:2]
+    assert "".join(stream.add(i) for i in cut) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_special_tokens_are_left_out(pair) -> None:
+    reference, ours = pair
+    ids = ours.encode("a<|im_end|>b")
+    assert ours.decode(ids) == "ab" == reference.decode(ids)
+    assert ours.decode(ids, skip_special=False) == "a<|im_end|>b"
+    assert ours.decode([10**6, -1]) == ""
