@@ -219,9 +219,7 @@ def write_evaluation(folder: Path, seed: int, per_task: int) -> int:
     lines = []
     for index, (image, questions) in enumerate(evaluation_questions(seed, per_task)):
         name = f"images/{index:04d}.png"
-        image.quantize(256, dither=Image.Dither.NONE).save(folder / name, optimize=True) if len(
-            image.getcolors(65536) or ()
-        ) <= 256 else image.save(folder / name, optimize=True)
+        image.save(folder / name, optimize=True)
         for task, question, answer in questions:
             lines.append(json.dumps({"image": name, "question": question, "answer": answer, "task": task}))
     (folder / "eval.jsonl").write_text("\n".join(lines) + "\n")

@@ -390,6 +390,7 @@ def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer,
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))
     config = _without_defaults(config)
+    config["model_type"] = "lfm2_vl"  # transformers 4.57 writes lfm2-vl, which its own AutoConfig does not know
     config["dtype"] = "float16"
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]
     _write(folder / "config.json", config)

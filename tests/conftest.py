@@ -42,4 +42,4 @@ def bundle_copy(demo_bundle, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def photo() -> Path:
-    return ROOT / "demo" / "photos" / "chelsea.jpg"
+    return ROOT / "demo" / "photos" / "coffee.jpg"

@@ -5,6 +5,7 @@ Imported only by tests that have torch and transformers; works with transformers
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -133,3 +134,26 @@ def random_views(grids: list[tuple[int, int]], seed: int = 0) -> tuple[np.ndarra
         pixels[i, : rows * columns] = rng.standard_normal((rows * columns, 768)) * 0.5
         mask[i, : rows * columns] = 1
     return pixels, np.array(grids, np.int64), mask
+
+
+@functools.cache
+def demo_model() -> Lfm2VlForConditionalGeneration:
+    """The trained demo checkpoint in transformers."""
+    return Lfm2VlForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+
+@functools.cache
+def demo_processor():
+    """Its processor, put together by hand: the loader would ask the hub's class registry."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.lfm2_vl import Lfm2VlProcessor
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(DEMO)
+    for name in ("image_token", "image_start_token", "image_end_token", "image_thumbnail"):
+        if not hasattr(tokenizer, name):
+            setattr(tokenizer, name, tokenizer.init_kwargs[name])
+    if not hasattr(tokenizer, "image_token_id"):
+        tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    settings = json.loads((DEMO / "preprocessor_config.json").read_text())
+    image_processor = image_processor_class()(**{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))})
+    return Lfm2VlProcessor(image_processor, tokenizer, chat_template=(DEMO / "chat_template.jinja").read_text())

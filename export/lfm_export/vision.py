@@ -101,12 +101,12 @@ def _positions(
 
     def weights(position: ir.Value, length: ir.Value) -> ir.Value:
         """[views, patches, side] float32, rows sum to 1; computed in float32 also in fp16 graphs."""
-        scale = g.op("Div", np.float32(side).reshape(()), g.op("Cast", length, to=int(FLOAT)))
-        spread = g.op("Max", scale, np.float32(1).reshape(()))
-        center = g.op("Mul", g.op("Add", g.op("Cast", position, to=int(FLOAT)), np.float32(0.5).reshape(())), scale)
+        scale = g.op("Div", np.array(side, np.float32), g.op("Cast", length, to=int(FLOAT)))
+        spread = g.op("Max", scale, np.array(1, np.float32))
+        center = g.op("Mul", g.op("Add", g.op("Cast", position, to=int(FLOAT)), np.array(0.5, np.float32)), scale)
         distance = g.op("Sub", np.arange(side, dtype=np.float32) + np.float32(0.5), g.op("Unsqueeze", center, [2]))
         distance = g.op("Div", g.op("Abs", distance), g.op("Unsqueeze", spread, [2]))
-        triangle = g.op("Relu", g.op("Sub", np.float32(1).reshape(()), distance))
+        triangle = g.op("Relu", g.op("Sub", np.array(1, np.float32), distance))
         return g.op("Div", triangle, g.op("ReduceSum", triangle, [2], keepdims=1))
 
     by_row = g.op("Unsqueeze", weights(rows, heights), [3])

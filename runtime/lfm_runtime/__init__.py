@@ -1,14 +1,21 @@
 """Answers questions about images on small machines: numpy, onnxruntime, pillow and psutil, nothing else.
 
-model = Model.load("bundle")
-for piece in model.answer(["photo.jpg"], "What is in this image?"):
-print(piece, end="")
+    model = Model.load("bundle")
+    for piece in model.answer(["photo.jpg"], "What is in this image?"):
+        print(piece, end="")
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
-from lfm_runtime.model import Answer, Model
-from lfm_runtime.prompt import Message
-from lfm_runtime.report import Report
+
+if TYPE_CHECKING:
+    from lfm_runtime.model import Answer, Model
+    from lfm_runtime.prompt import Message
+    from lfm_runtime.report import Report
 
 __version__ = "0.1.0"
 
@@ -16,3 +23,12 @@ __all__ = [
     "Answer", "BundleError", "EdgeError", "GraphContractError", "ImageError", "Message", "Model", "PromptError", "Report",
     "SettingError", "__version__",
 ]  # fmt: skip
+
+# Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
+_LATER = {"Answer": "model", "Model": "model", "Message": "prompt", "Report": "report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

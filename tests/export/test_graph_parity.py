@@ -137,7 +137,7 @@ def test_logits_and_cached_decoding(pair) -> None:
 
 def test_demo_model_parity(demo_bundle) -> None:
     """The trained demo model: features and logits of image prompts."""
-    model = load_demo()
+    model = reference.demo_model()
     vision, embed, decoder = (ort.InferenceSession(demo_bundle / "onnx" / f"{s}.onnx") for s in ("vision_encoder", "embed_tokens", "decoder_model_merged"))
     pixels, grids, mask = reference.random_views([(8, 8), (16, 16), (10, 14)])
     wanted = reference.image_features(model, pixels, grids, mask)
@@ -151,12 +151,6 @@ def test_demo_model_parity(demo_bundle) -> None:
     np.testing.assert_allclose(decode(decoder, embeds, [60]), logits, atol=1e-4)
 
 
-def load_demo():
-    from transformers import Lfm2VlForConditionalGeneration
-
-    return Lfm2VlForConditionalGeneration.from_pretrained(reference.DEMO, dtype=torch.float32).eval()
-
-
 @pytest.mark.parametrize("seed", range(50))
 def test_greedy_text_identical(seed, demo_bundle, demo_model) -> None:
     """50 prompts about drawn pictures, some large enough to be tiled: ids from transformers' processor and generate."""
@@ -168,7 +162,7 @@ def test_greedy_text_identical(seed, demo_bundle, demo_model) -> None:
     size = (rng.choice((416, 512, 640)), rng.choice((416, 480))) if seed % 10 == 0 else demo_data.random_size(rng)
     sample = demo_data.draw_sample(rng, rng.choice(("shapes", "text")), *size)
     question = rng.choice([sample.questions[0][1], "Tell me more, please.", "How many?", "Größe? 大きさ 🙂"])
-    processor, model = demo_reference()
+    processor, model = reference.demo_processor(), reference.demo_model()
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=[[sample.image]], text=[prompt], return_tensors="pt")
@@ -180,27 +174,3 @@ def test_greedy_text_identical(seed, demo_bundle, demo_model) -> None:
     assert answer.text() == wanted
     assert answer.report.prompt_tokens == inputs["input_ids"].shape[1]
     assert answer.report.image_tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
-
-
-def demo_reference():
-    if not hasattr(demo_reference, "pair"):
-        demo_reference.pair = (demo_processor(), load_demo())
-    return demo_reference.pair
-
-
-def demo_processor():
-    """The reference processor, put together by hand: its loader wants names from the hub's class registry."""
-    import json
-
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.lfm2_vl import Lfm2VlProcessor
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(reference.DEMO)
-    for name in ("image_token", "image_start_token", "image_end_token", "image_thumbnail"):
-        if not hasattr(tokenizer, name):
-            setattr(tokenizer, name, tokenizer.init_kwargs[name])
-    if not hasattr(tokenizer, "image_token_id"):
-        tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    settings = json.loads((reference.DEMO / "preprocessor_config.json").read_text())
-    image_processor = reference.image_processor_class()(**{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))})
-    return Lfm2VlProcessor(image_processor, tokenizer, chat_template=(reference.DEMO / "chat_template.jinja").read_text())

@@ -1,0 +1,7 @@
+"""`python -m lfm_runtime` is `lfm-edge`."""
+
+import sys
+
+from lfm_runtime.cli import main
+
+sys.exit(main())

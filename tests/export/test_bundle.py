@@ -1,0 +1,221 @@
+"""The bundle as a whole: manifest, alignment, shared bytes, fp16 beside fp32, and that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir")
+
+from lfm_export.bundle_writer import replacing  # noqa: E402
+from lfm_export.config import CheckpointError  # noqa: E402
+from lfm_export.export import export  # noqa: E402
+from lfm_runtime import Model  # noqa: E402
+from lfm_runtime.cli import main  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "demo" / "checkpoint"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_manifest_is_true(demo_bundle) -> None:
+    """Every file is listed with its own hash and size; every graph's edges are what onnxruntime sees; no machine path is in it."""
+    import onnxruntime as ort
+
+    text = (demo_bundle / "manifest.json").read_text()
+    manifest = json.loads(text)
+    files = tree(demo_bundle)
+    files.pop("manifest.json")
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == files
+    assert str(demo_bundle.parent) not in text
+    assert manifest["source"]["name"] == "checkpoint"
+    for name, described in manifest["graphs"].items():
+        session = ort.InferenceSession(demo_bundle / name)
+        assert {i.name: i.shape for i in session.get_inputs()} == {n: e["shape"] for n, e in described["inputs"].items()}
+        assert {o.name for o in session.get_outputs()} == set(described["outputs"])
+        assert all((demo_bundle / data).exists() for data in described["data"])
+
+
+def test_hub_files_are_unchanged(demo_bundle) -> None:
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (demo_bundle / name).read_bytes() == (DEMO / name).read_bytes()
+
+
+def test_alignment_and_sharing(demo_bundle) -> None:
+    """External tensors at multiples of 64 KiB; the tied head points into the embedding's file."""
+    onnx = pytest.importorskip("onnx")
+    for path in (demo_bundle / "onnx").glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        where = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+        assert where
+        assert all(int(place["offset"]) % 65536 == 0 for place in where.values())
+        if path.name == "decoder_model_merged.onnx":
+            assert where["head.weight"]["location"] == "embed_tokens.onnx_data"
+        onnx.checker.check_model(str(path)) if path.name == "embed_tokens.onnx" else None
+
+
+def test_same_input_same_bytes(demo_bundle, tmp_path) -> None:
+    export(DEMO, tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(demo_bundle)
+
+
+def test_fp16_beside_fp32(demo_bundle, tmp_path) -> None:
+    """The second dtype joins the bundle; the first stays as it was; answers agree; the caches are half the size."""
+    bundle = tmp_path / "bundle"
+    export(DEMO, bundle)
+    before = tree(bundle)
+    export(DEMO, bundle, dtype="fp16")
+    after = tree(bundle)
+    assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {k: v for k, v in before.items() if k != "manifest.json"}
+    assert list(json.loads((bundle / "manifest.json").read_text())["variants"]) == ["fp32", "fp16"]
+    half = sum(p.stat().st_size for p in (bundle / "onnx").glob("*_fp16.onnx_data"))
+    full = sum(p.stat().st_size for p in (bundle / "onnx").glob("*.onnx_data")) - half
+    assert 0.45 < half / full < 0.55
+    image = ROOT / "demo" / "eval" / "images" / "0000.png"
+    texts = [Model.load(bundle, variant=v, threads=1).answer([image], "What is in this image?").text() for v in ("fp32", "fp16")]
+    assert texts[0] == texts[1]
+    assert Model.load(bundle, variant="fp16").decoder.states[0].dtype == np.float16
+
+
+def test_some_graphs_only(tmp_path) -> None:
+    bundle = tmp_path / "bundle"
+    export(DEMO, bundle)
+    before = tree(bundle)
+    (bundle / "onnx" / "vision_encoder.onnx").write_bytes(b"broken")
+    export(DEMO, bundle, graphs=["vision_encoder"])
+    assert tree(bundle) == before
+    with pytest.raises(CheckpointError, match="no fp16 decoder_model_merged"):
+        export(DEMO, bundle, dtype="fp16", graphs=["vision_encoder"])
+    with pytest.raises(CheckpointError, match="unknown graph embed"):
+        export(DEMO, bundle, graphs=["embed"])
+
+
+# --------------------------------------------------------------------------------------------------------- whole or not
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if ".partial-" in p.name]
+
+
+def test_output_that_is_not_a_bundle(tmp_path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for target in ("mine", "file"):
+        assert main(["export", str(DEMO), "-o", str(tmp_path / target), "--quiet"]) == 2
+        assert "choose another output" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_unwritable_output(tmp_path, capsys) -> None:
+    """A parent that is a file; root may write anywhere, so permissions alone prove nothing here."""
+    (tmp_path / "file").write_text("x")
+    assert main(["export", str(DEMO), "-o", str(tmp_path / "file" / "bundle"), "--quiet"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    if Path("/proc").exists():
+        assert main(["export", str(DEMO), "-o", "/proc/bundle", "--quiet"]) == 2
+        assert "cannot write" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+from lfm_runtime.cli import main
+sys.exit(main(["export", sys.argv[1], "-o", sys.argv[2], "--quiet"]))
+"""
+
+
+def test_write_that_fails_midway(tmp_path) -> None:
+    """A limit on file size fails writes as a full disk does: exit 2, one line, old bundle intact, nothing beside it."""
+    bundle = tmp_path / "bundle"
+    export(DEMO, bundle)
+    before = tree(bundle)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(DEMO), str(bundle)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert tree(bundle) == before
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_full_disk(tmp_path, capsys) -> None:
+    """A real full disk: 8 MB of tmpfs for a 22 MB bundle."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        assert main(["export", str(DEMO), "-o", str(small / "bundle"), "--quiet"]) == 2
+        assert "No space left" in capsys.readouterr().err
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path) -> None:
+    """SIGKILL at 20 random moments: the bundle is the old one or the new one, and the next export cleans up."""
+    bundle = tmp_path / "bundle"
+    export(DEMO, bundle)
+    old = tree(bundle)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in DEMO.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((changed / "preprocessor_config.json").read_text())
+    (changed / "preprocessor_config.json").write_text(json.dumps({**settings, "max_tiles": 4}))
+    export(changed, tmp_path / "new")
+    new = tree(tmp_path / "new")
+    rng = random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-m", "lfm_runtime", "export", str(changed), "-o", str(bundle), "--quiet"],
+                                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+        time.sleep(rng.uniform(0.3, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {k: v for k, v in tree(bundle).items() if k != "manifest.json"}
+        assert now in ({k: v for k, v in t.items() if k != "manifest.json"} for t in (old, new))
+    export(DEMO, bundle)
+    assert tree(bundle) == old
+    assert not leftovers(tmp_path)
+
+
+def test_swap_without_exchange(tmp_path, monkeypatch) -> None:
+    """Where the kernel cannot exchange two folders, two renames do."""
+    import ctypes
+
+    class NoExchange:
+        def __init__(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(ctypes, "CDLL", NoExchange)
+    for text in ("one", "two"):
+        with replacing(tmp_path / "bundle") as folder:
+            (folder / "manifest.json").write_text(text)
+        assert (tmp_path / "bundle" / "manifest.json").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_leftovers_of_the_dead_go(tmp_path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".bundle.partial-{dead.pid}").mkdir()
+    (tmp_path / ".bundle.partial-1").mkdir()  # process 1 always runs: another export may be at work
+    with replacing(tmp_path / "bundle") as folder:
+        (folder / "manifest.json").write_text("x")
+    assert leftovers(tmp_path) == [".bundle.partial-1"]

@@ -1,0 +1,430 @@
+"""The Python API and the command line on the demo bundle: answers, reports, streaming, other people's folders, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, SettingError
+from lfm_runtime.cli import main
+from lfm_runtime.decoder import ConcatenatedState, SharedState
+from lfm_runtime.model import StopStrings
+from lfm_runtime.report import STAGES
+
+EVAL = Path(__file__).resolve().parents[2] / "demo" / "eval"
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Path:
+    return EVAL / "images" / "0000.png"
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+def test_answer_and_report(demo_model, drawing) -> None:
+    answer = demo_model.answer([drawing], "What is in this image?", temperature=0)
+    pieces = list(answer)
+    report = answer.report.as_dict()
+    assert "".join(pieces) == report["text"]
+    assert len(pieces) > 1
+    assert report["finish_reason"] == "eos"
+    assert set(report["timing_ms"]) == set(STAGES)
+    assert all(value is not None and value > 0 for value in report["timing_ms"].values())
+    assert report["timing_ms"]["ttft"] <= report["timing_ms"]["total"]
+    parts = sum(report["timing_ms"][s] for s in ("image", "vision", "embed", "prefill"))
+    assert parts <= report["timing_ms"]["ttft"]
+    assert report["memory_mib"]["peak"] >= report["memory_mib"]["rss"] > 20
+    assert report["image_tokens"] < report["prompt_tokens"]
+
+
+def test_evaluation_set(demo_model) -> None:
+    """The stored evaluation set: at least 400 questions in four tasks, mean accuracy at least 90 %, no task below 85 %."""
+    lines = [json.loads(line) for line in (EVAL / "eval.jsonl").read_text().splitlines()]
+    assert len(lines) >= 400
+    tasks = sorted({line["task"] for line in lines})
+    assert tasks == ["count", "describe", "read", "where"]
+    right = {task: [] for task in tasks}
+    for line in lines:
+        right[line["task"]].append(demo_model.answer([EVAL / line["image"]], line["question"]).text() == line["answer"])
+    accuracy = {task: np.mean(found) for task, found in right.items()}
+    print(accuracy)
+    assert np.mean(list(accuracy.values())) >= 0.90, accuracy
+    assert min(accuracy.values()) >= 0.85, accuracy
+
+
+def test_photo_is_tiled(demo_model, photo) -> None:
+    seen = []
+    answer = demo_model.answer([photo], "What is in this image?", max_new_tokens=4, progress=lambda *n: seen.append(n))
+    answer.text()
+    assert answer.report.tiles > 2
+    assert seen[0] == (0, answer.report.tiles)
+    assert seen[-1] == (answer.report.tiles, answer.report.tiles)
+
+
+def test_several_images_and_none(demo_model, drawing) -> None:
+    one = demo_model.answer([drawing], "How many shapes?", temperature=0)
+    two = demo_model.answer([drawing, np.asarray(Image.open(drawing).convert("RGB"))], "How many shapes?", temperature=0)
+    none = demo_model.answer([], "How many shapes?", temperature=0, max_new_tokens=5)
+    for answer in (one, two, none):
+        answer.text()
+    assert two.report.image_tokens == 2 * one.report.image_tokens
+    assert none.report.image_tokens == none.report.tiles == 0
+    assert none.report.timing_ms["vision"] is None
+
+
+def test_finish_reasons(demo_model, drawing) -> None:
+    question = "What is in this image?"
+    whole = demo_model.answer([drawing], question).text()
+    short = demo_model.answer([drawing], question, max_new_tokens=2)
+    assert whole.startswith(short.text())
+    assert (short.report.finish_reason, short.report.new_tokens) == ("length", 2)
+    word = whole.split()[-1]
+    stopped = demo_model.answer([drawing], question, stop=(word,))
+    assert whole.startswith(stopped.text())
+    assert word not in stopped.report.text
+    assert stopped.report.finish_reason == "stop"
+
+
+def test_context_limit(bundle_copy, drawing) -> None:
+    """The answer ends at the context limit; a prompt beyond it is refused before any work."""
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["context_length"] = 80
+    path.write_text(json.dumps(manifest))
+    model = Model.load(bundle_copy, threads=1)
+    answer = model.answer([drawing], "What is in this image?", repetition_penalty=0.5)  # below 1: it repeats itself
+    answer.text()
+    assert answer.report.finish_reason in ("context", "eos")
+    assert answer.report.prompt_tokens + answer.report.new_tokens <= 81
+    with pytest.raises(PromptError, match="context holds 80"):
+        model.answer([drawing], "word " * 100)
+
+
+def test_several_turns(demo_model, drawing) -> None:
+    """Features kept from an earlier turn give the same answer as encoding again."""
+    planned = [demo_model.open(drawing)]
+    features = demo_model.encode(planned)
+    messages = [Message("user", "How many shapes?", 1), Message("assistant", "3"), Message("user", "What is in this image?")]
+    kept = demo_model.converse(messages, [drawing], features=features)
+    again = demo_model.converse(messages, [drawing])
+    assert kept.text() == again.text()
+    assert kept.report.timing_ms["vision"] is None
+    assert again.report.timing_ms["vision"]
+
+
+def test_early_close(demo_model, drawing) -> None:
+    """Leaving an answer half-way and asking again gives the same text."""
+    first = demo_model.answer([drawing], "What is in this image?").text()
+    pieces = iter(demo_model.answer([drawing], "What is in this image?"))
+    next(pieces)
+    pieces.close()
+    assert demo_model.answer([drawing], "What is in this image?").text() == first
+
+
+def test_threads_of_one_process(demo_bundle, drawing) -> None:
+    """Two models at once in two threads: no state is shared by accident."""
+    models = [Model.load(demo_bundle, threads=1) for _ in range(2)]
+    wanted = models[0].answer([drawing], "What is in this image?").text()
+    found: list[str] = []
+    workers = [threading.Thread(target=lambda m=m: found.append(m.answer([drawing], "What is in this image?").text())) for m in models]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == [wanted, wanted]
+
+
+def test_both_forms_of_state_agree(demo_model) -> None:
+    """Shared buffers and plain past/present give the same logits, step by step and in chunks."""
+    decoder = demo_model.decoder
+    embeds = decoder.embed([int(i) for i in np.random.default_rng(0).integers(10, 400, 40)])
+    shared, plain = SharedState(decoder, 64), ConcatenatedState(decoder)
+    at = 0
+    for n in (20, 1, 1, 5, 1, 12):
+        a = shared.step(embeds[:, at : at + n]).copy()
+        np.testing.assert_allclose(a, plain.step(embeds[:, at : at + n]), atol=1e-4)
+        at += n
+    assert shared.length == plain.length == 40
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "wanted"),
+    [
+        (["abc", "def"], ("cd",), "ab"), (["a", "b", "c"], ("x",), "abc"), (["aab", "b"], ("abb",), "a"), (["xy", "x"], ("xyz",), "xyx"),
+        (["one END two"], ("END", "one E"), ""), (["a"], (), "a"),
+    ],
+)  # fmt: skip
+def test_stop_strings(pieces, stops, wanted) -> None:
+    held = StopStrings(stops)
+    assert "".join(held.pass_on(p) for p in pieces) + held.rest() == wanted
+
+
+# ------------------------------------------------------------------------------------------------ other people's folders
+
+
+@pytest.mark.parametrize("names", ["hub", "older"])
+def test_hub_folder(demo_bundle, demo_model, drawing, tmp_path, names) -> None:
+    """Only the hub's files: no manifest, no prompt.json; also with the names older repositories use, beside config.json."""
+    rename = {"vision_encoder.onnx": "embed_images.onnx", "decoder_model_merged.onnx": "decoder.onnx"} if names == "older" else {}
+    target = tmp_path / "onnx" if names == "hub" else tmp_path
+    target.mkdir(exist_ok=True)
+    for path in (demo_bundle / "onnx").iterdir():
+        shutil.copy(path, target / rename.get(path.name, path.name))
+    for path in demo_bundle.iterdir():
+        if path.is_file() and path.name not in ("manifest.json", "prompt.json"):
+            shutil.copy(path, tmp_path / path.name)
+    model = Model.load(tmp_path, threads=1)
+    for question in ("What is in this image?", "How many shapes?", "naïve 日本?"):
+        wanted, got = demo_model.answer([drawing], question), model.answer([drawing], question)
+        assert got.text() == wanted.text()
+        assert got.report.prompt_tokens == wanted.report.prompt_tokens
+
+
+def test_hub_folder_without_a_tokenizer(demo_bundle, tmp_path) -> None:
+    shutil.copytree(demo_bundle, tmp_path / "b")
+    for name in ("manifest.json", "prompt.json", "tokenizer.json"):
+        (tmp_path / "b" / name).unlink()
+    with pytest.raises(PromptError, match="tokenizer.json is missing"):
+        Model.load(tmp_path / "b")
+
+
+def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:
+    """The contract as model cards use it: three sessions, zeros for the caches, past_conv of width 3, logits[:, -1]."""
+    reference = pytest.importorskip("reference")
+    import onnxruntime as ort
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(demo_bundle)
+    processor = reference.demo_processor()
+    vision, embed, decoder = (ort.InferenceSession(str(demo_bundle / "onnx" / f"{stem}.onnx"))
+                              for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged"))  # fmt: skip
+    text = config.text_config
+    cache = {}
+    for i, kind in enumerate(text.layer_types):
+        if kind == "conv":
+            cache[f"past_conv.{i}"] = np.zeros((1, text.hidden_size, 3), np.float32)
+        else:
+            shape = (1, text.num_key_value_heads, 0, text.hidden_size // text.num_attention_heads)
+            cache[f"past_key_values.{i}.key"] = np.zeros(shape, np.float32)
+            cache[f"past_key_values.{i}.value"] = np.zeros(shape, np.float32)
+
+    question = "What is in this image?"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=[[Image.open(drawing).convert("RGB")]], text=[prompt], return_tensors="pt")
+    ids = inputs["input_ids"].numpy()
+    features = vision.run(["image_features"], {
+        "pixel_values": inputs["pixel_values"].numpy(), "pixel_attention_mask": inputs["pixel_attention_mask"].numpy().astype(np.int64),
+        "spatial_shapes": inputs["spatial_shapes"].numpy(),
+    })[0]  # fmt: skip
+    mask = np.ones_like(ids)
+    embeds = embed.run(None, {"input_ids": ids})[0]
+    embeds[ids == config.image_token_id] = features
+    said = []
+    for _ in range(40):
+        logits, *present = decoder.run(None, {"inputs_embeds": embeds, "attention_mask": mask, **cache})
+        token = logits[:, -1].argmax(-1, keepdims=True)
+        said.append(int(token[0, 0]))
+        if said[-1] == text.eos_token_id:
+            break
+        cache = dict(zip(cache, present, strict=True))
+        mask = np.concatenate([mask, np.ones_like(token)], -1)
+        embeds = embed.run(None, {"input_ids": token})[0]
+    assert processor.tokenizer.decode(said, skip_special_tokens=True) == demo_model.answer([drawing], question, temperature=0).text()
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    code = main([str(w) for w in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_run_prints_text_then_table(demo_bundle, drawing, capsys) -> None:
+    code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "What is in this image?", "--threads", 1)
+    assert code == 0
+    assert len(out.strip().splitlines()) == 1
+    for word in ("ttft", "vision", "per token", "tok/s", "MiB", "peak"):
+        assert word in err
+
+
+def test_run_json(demo_bundle, drawing, capsys) -> None:
+    code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "How many shapes?", "--json", "--threads", 1, "--temperature", 0)
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert set(report) == {"text", "finish_reason", "prompt_tokens", "image_tokens", "tiles", "new_tokens", "timing_ms", "throughput", "memory_mib"}
+    assert set(report["throughput"]) == {"prefill_tok_s", "decode_tok_s"}
+    assert set(report["memory_mib"]) == {"rss", "rss_anon", "rss_file", "peak"}
+
+
+def test_flags_arrive(demo_bundle, photo, capsys) -> None:
+    """Each image flag changes the plan as it should."""
+
+    def tiles(*flags) -> tuple[int, int]:
+        _, out, _ = run(capsys, "run", demo_bundle, photo, "-p", "x", "--json", "--max-new-tokens", 1, "--threads", 1, *flags)
+        report = json.loads(out)
+        return report["tiles"], report["image_tokens"]
+
+    views, tokens = tiles()
+    assert tiles("--no-use-thumbnail")[0] == views - 1
+    assert tiles("--no-do-image-splitting")[0] == 1
+    assert tiles("--no-do-image-splitting", "--max-image-tokens", 16)[1] <= 16
+    assert tiles("--max-tiles", 2)[0] == 3
+    assert tiles("--min-image-tokens", 60)[1] >= tokens - 64 + 60 - 16
+
+
+def test_chat(demo_bundle, drawing, capsys, monkeypatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many shapes?\nWhat is in this image?\n\n"))
+    code, out, err = run(capsys, "chat", demo_bundle, drawing, "--threads", 1)
+    assert code == 0
+    assert len(out.strip()) > 2
+    assert err.count("tokens, first after") == 2
+
+
+BAD = {
+    "no bundle": (["run", "nowhere", "-p", "x"], "is not a folder"),
+    "not a bundle": (["run", "{tmp}", "-p", "x"], "config.json is missing"),
+    "no image": (["run", "{bundle}", "nope.png", "-p", "x"], "does not exist"),
+    "not an image": (["run", "{bundle}", "{bundle}/manifest.json", "-p", "x"], "not a readable image"),
+    "variant": (["run", "{bundle}", "-p", "x", "--variant", "int4"], "no variant 'int4'; it has fp32"),
+    "useless image flag": (["run", "{bundle}", "-p", "x", "--max-tiles", "3"], "no effect without an image"),
+    "useless tile flag": (["run", "{bundle}", "{image}", "-p", "x", "--no-do-image-splitting", "--max-tiles", "3"], "no effect while"),
+    "useless seed": (["run", "{bundle}", "{image}", "-p", "x", "--temperature", "0", "--seed", "1"], "no effect at temperature 0"),
+    "impossible": (["run", "{bundle}", "{image}", "-p", "x", "--min-p", "7"], "min_p 7.0 is impossible"),
+    "impossible tiles": (["run", "{bundle}", "{image}", "-p", "x", "--max-tiles", "0"], "max_tiles 0"),
+    "threads": (["run", "{bundle}", "{image}", "-p", "x", "--threads", "-1"], "threads -1"),
+    "image in text": (["run", "{bundle}", "{image}", "-p", "<image>"], "2 places for 1 images"),
+    "image in text alone": (["run", "{bundle}", "-p", "<image>"], "1 places for 0 images"),
+    "long prompt": (["run", "{bundle}", "{image}", "-p", "word " * 5000], "context holds"),
+    "bomb": (["run", "{bundle}", "{image}", "-p", "x", "--max-megapixels", "0.001"], "megapixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "_"))
+def test_bad_input(case, demo_bundle, drawing, tmp_path, capsys) -> None:
+    """One line on stderr, exit code 2, nothing on stdout, nothing left behind."""
+    words, says = BAD[case]
+    before = sorted(p.name for p in demo_bundle.rglob("*"))
+    code, out, err = run(capsys, *(w.format(bundle=demo_bundle, image=drawing, tmp=tmp_path) for w in words))
+    assert (code, out) == (2, "")
+    assert err.startswith("lfm-edge: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert sorted(p.name for p in demo_bundle.rglob("*")) == before
+
+
+def damage(bundle: Path, what: str) -> None:
+    data = bundle / "onnx" / "decoder_model_merged.onnx_data"
+    graph = bundle / "onnx" / "vision_encoder.onnx"
+    manifest = bundle / "manifest.json"
+    if what == "graph":
+        graph.write_bytes(graph.read_bytes()[:-100])
+    elif what == "graph byte":
+        content = bytearray(graph.read_bytes())
+        content[len(content) // 2] ^= 1
+        graph.write_bytes(content)
+    elif what == "data":
+        os.truncate(data, data.stat().st_size // 2)
+    elif what == "data byte":
+        content = bytearray(data.read_bytes())
+        content[1000] ^= 1
+        data.write_bytes(content)
+    elif what == "missing":
+        data.unlink()
+    elif what == "newer":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
+    elif what == "manifest":
+        manifest.write_text(manifest.read_text()[:200])
+    elif what == "outside":
+        raw = json.loads(manifest.read_text())
+        raw["variants"]["fp32"]["vision_encoder"] = "../../etc/passwd"
+        manifest.write_text(json.dumps(raw))
+    elif what == "prompt":
+        (bundle / "prompt.json").write_text("{}")
+        raw = json.loads(manifest.read_text())
+        raw["files"].pop("prompt.json")
+        manifest.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("graph", "bytes, the manifest says"), ("graph byte", "SHA-256"), ("data", "bytes, the manifest says"), ("data byte", "SHA-256"),
+     ("missing", "is missing"), ("newer", "update lfm-edge"), ("manifest", "damaged"), ("outside", "outside the bundle"), ("prompt", "prompt.json")],
+)  # fmt: skip
+def test_damaged_bundle(what, says, bundle_copy) -> None:
+    damage(bundle_copy, what)
+    with pytest.raises(BundleError, match=says):
+        Model.load(bundle_copy)
+
+
+def test_damaged_hub_folder(bundle_copy) -> None:
+    """Without a manifest there are no hashes; onnxruntime's own complaint becomes one line."""
+    (bundle_copy / "manifest.json").unlink()
+    damage(bundle_copy, "graph")
+    with pytest.raises(BundleError, match="cannot be loaded by onnxruntime"):
+        Model.load(bundle_copy)
+
+
+def test_wrong_graph(bundle_copy) -> None:
+    """A decoder in the place of the vision encoder is named as such."""
+    (bundle_copy / "manifest.json").unlink()
+    shutil.copy(bundle_copy / "onnx" / "embed_tokens.onnx", bundle_copy / "onnx" / "vision_encoder.onnx")
+    with pytest.raises(GraphContractError, match="lacks"):
+        Model.load(bundle_copy)
+
+
+def test_errors_are_standard_errors() -> None:
+    for error in (BundleError, GraphContractError, ImageError, PromptError, SettingError):
+        assert issubclass(error, EdgeError)
+        assert issubclass(error, ValueError)
+
+
+# ---------------------------------------------------------------------------------------------------------- the promise
+
+FORBIDDEN = {"torch", "transformers", "onnx", "onnx_ir", "tokenizers", "jinja2", "lfm_export", "lfm_quantize", "requests", "huggingface_hub"}
+
+
+def loaded_by(code: str) -> set[str]:
+    out = subprocess.run([sys.executable, "-c", code + "\nimport sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"],
+                         capture_output=True, text=True, check=True).stdout  # fmt: skip
+    return set(out.splitlines()[-1].split())
+
+
+def test_runtime_stays_light() -> None:
+    assert not FORBIDDEN & loaded_by("import lfm_runtime, lfm_runtime.cli, lfm_runtime.run_command, lfm_runtime.chat_command, lfm_profiles")
+
+
+def test_command_line_stays_light(demo_bundle, drawing) -> None:
+    """The whole command, to the end of an answer."""
+    code = f"from lfm_runtime.cli import main\nassert main(['run', {str(demo_bundle)!r}, {str(drawing)!r}, '-p', 'x', '--json']) == 0"
+    assert not FORBIDDEN & loaded_by(code)
+
+
+def test_help_is_instant() -> None:
+    """--help loads no onnxruntime and no numpy."""
+    code = "from lfm_runtime.cli import main\nimport contextlib\nwith contextlib.suppress(SystemExit):\n    main(['run', '--help'])"
+    assert not {"onnxruntime", "numpy", "PIL"} & loaded_by(code)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "1"), ("0", "0")])
+def test_telemetry_is_off_unless_the_user_says_otherwise(given, wanted) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if given:
+        env["ORT_DISABLE_TELEMETRY"] = given
+    code = "from lfm_runtime import Model; import os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert out.stdout.strip() == wanted
