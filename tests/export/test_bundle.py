@@ -17,11 +17,11 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from lfm_export.bundle_writer import replacing  # noqa: E402
-from lfm_export.config import CheckpointError  # noqa: E402
-from lfm_export.export import export  # noqa: E402
-from lfm_runtime import Model  # noqa: E402
-from lfm_runtime.cli import main  # noqa: E402
+from lfm_export.bundle_writer import replacing
+from lfm_export.config import CheckpointError
+from lfm_export.export import export
+from lfm_runtime import Model
+from lfm_runtime.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from lfm_export.prompt import CONVERSATIONS, compile_chat, compile_prompt, render_template  # noqa: E402
-from lfm_runtime.errors import BundleError, PromptError  # noqa: E402
-from lfm_runtime.images import ImageSettings, plan_image  # noqa: E402
-from lfm_runtime.prompt import Message, PromptBuilder, PromptSpec, compile_on_device  # noqa: E402
+from lfm_export.prompt import CONVERSATIONS, compile_chat, compile_prompt, render_template
+from lfm_runtime.errors import BundleError, PromptError
+from lfm_runtime.images import ImageSettings, plan_image
+from lfm_runtime.prompt import Message, PromptBuilder, PromptSpec, compile_on_device
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
 SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"}

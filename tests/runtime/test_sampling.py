@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from lfm_runtime.errors import SettingError
 from lfm_runtime.sampling import GenerationSettings, Sampler, distribution, penalise
 
