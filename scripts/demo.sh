@@ -5,7 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . scripts/environment.sh
-make_environment .venv '.[export]'
+python=$(find_python) || {
+    echo "lfm-edge needs Python 3.10 or newer with venv and pip (Debian: apt install python3-venv)" >&2
+    exit 1
+}
+make_environment .venv "$python" '.[export]'
 
 if [ ! -f demo/bundle/manifest.json ] || [ demo/checkpoint/model.safetensors -nt demo/bundle/manifest.json ]; then
     echo "== exporting demo/checkpoint to demo/bundle"

@@ -7,33 +7,41 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 # Two pytest processes with one thread each; more threads would only wait for each other.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-select=(-m "not slow")
-[ "${LONG:-}" = 1 ] && select=()
+select="not slow"
+[ "${LONG:-}" = 1 ] && select="slow or not slow"
+# torchvision's own requirements would replace the CPU torch; its Python part is all the reference image processor needs.
+add_torchvision() {
+    "$1/bin/python" -m pip show --quiet torchvision 2>/dev/null ||
+        "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+}
 
-make_environment .venv '.[test]'
-# The reference image processor wants torchvision, whose own requirements would replace the CPU torch.
-.venv/bin/python -c 'import torchvision' 2>/dev/null || [ -d .venv/lib/python3*/site-packages/torchvision ] ||
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+python=$(find_python) || {
+    echo "lfm-edge needs Python 3.10 or newer with venv and pip (Debian: apt install python3-venv)" >&2
+    exit 1
+}
+make_environment .venv "$python" '.[test]'
+add_torchvision .venv
 
 echo "== ruff, mypy"
 .venv/bin/ruff check .
 .venv/bin/mypy
 
 echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6)"
-old=$(command -v python3.10 || ls "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python3.10 2>/dev/null | head -n 1 || true)
-if [ -n "$old" ]; then
-    PYTHON=$old make_environment .venv-3.10 . onnxruntime==1.23.2 pytest hypothesis
+if old=$(find_python 3.10); then
+    make_environment .venv-3.10 "$old" . onnxruntime==1.23.2 tokenizers jinja2 pytest hypothesis
     .venv/bin/lfm-edge export demo/checkpoint -o build/test-bundle --quiet
-    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q tests/runtime "${select[@]}"
+    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q tests/runtime -m "$select"
 else
-    echo "skipped: this machine has no Python 3.10"
+    echo "skipped: this machine has no Python 3.10 with venv"
 fi
 
+# From here on a missing reference is a failure, not a skip.
+export LFM_EDGE_TEST_ALL=1
+
 echo "== graphs and images against transformers 5"
-make_environment .venv-transformers5 '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest hypothesis matplotlib
-[ -d .venv-transformers5/lib/python3*/site-packages/torchvision ] ||
-    .venv-transformers5/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
-.venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py "${select[@]}"
+make_environment .venv-transformers5 "$python" '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest hypothesis matplotlib
+add_torchvision .venv-transformers5
+.venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py -m "$select"
 
 echo "== all tests, transformers 4.57"
-.venv/bin/python -m pytest -q -n 2 --dist loadscope "${select[@]}"
+.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "$select"

@@ -1,22 +1,26 @@
 """A bundle appears whole or not at all: everything is written beside it, then the two change places.
 
-A killed export leaves a folder `.NAME.partial-PID` behind; the next export of that bundle removes it.
+A killed export leaves a folder `.NAME.partial-…` behind; the next export of that bundle removes it. Exports
+into one folder wait for each other, so that neither loses the other's variants.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm_runtime.bundle import MANIFEST
+from lfm_runtime.bundle import MANIFEST, read_manifest
 
 from lfm_export.config import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_TOOL = "lfm-edge"
 
 
 @contextmanager
@@ -26,44 +30,62 @@ def replacing(bundle: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
     """
-    if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
-        raise CheckpointError(f"{bundle} is not a folder; choose another output")
-    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / MANIFEST).exists():
-        raise CheckpointError(f"{bundle} is a folder with other files and no {MANIFEST}; choose another output")
-    staging = bundle.parent / f".{bundle.name}.partial-{os.getpid()}"
+    bundle = Path(os.path.abspath(bundle))  # noqa: PTH100  (resolve() would follow a link at the end); "." must get a name; links in its parents are followed as they stand
     try:
         bundle.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(bundle)
-        staging.mkdir()
-        yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _swap(staging, bundle)
+        with _locked(bundle):
+            _recover(bundle)
+            _check_replaceable(bundle)
+            staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.partial-", dir=bundle.parent))
+            try:
+                yield staging
+                staging.chmod(0o755)  # mkdtemp makes it private
+                for path in staging.rglob("*"):
+                    if path.is_file():
+                        _sync(path)
+                _swap(staging, bundle)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
-        reason = e.strerror or str(e)
-        free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if bundle.parent.exists() else ""
-        raise CheckpointError(f"cannot write {bundle}: {reason}{free}; the bundle is as before") from e
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if bundle.parent.is_dir() else ""
+        raise CheckpointError(f"cannot write {bundle}: {e.strerror or e}{free}; the bundle is as before") from e
 
 
-def remove_leftovers(bundle: Path) -> None:
-    """Staging folders of exports of this bundle that are no longer running."""
-    for path in bundle.parent.glob(f".{bundle.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
+@contextmanager
+def _locked(bundle: Path) -> Iterator[None]:
+    """Wait for exports into the same folder, then keep others waiting. The lock is the folder's own: no lock file is left behind, and
+    the kernel releases it when a process dies.
+    """
+    descriptor = os.open(bundle.parent, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_replaceable(bundle: Path) -> None:
+    """Only what an export made may be replaced, and only when nothing else lies in it."""
+    if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
+        raise CheckpointError(f"{bundle} is not a folder; choose another output")
+    if not bundle.is_dir() or not any(bundle.iterdir()):
+        return
+    manifest = read_manifest(bundle)
+    if manifest is None or (manifest.get("tool") or {}).get("name") != _TOOL:
+        raise CheckpointError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
+    known = {MANIFEST, *manifest["files"]}
+    for path in bundle.rglob("*"):
+        if not path.is_dir() and path.relative_to(bundle).as_posix() not in known:
+            raise CheckpointError(f"{path} is not part of the bundle and would be lost; move it or choose another output")
+
+
+def _recover(bundle: Path) -> None:
+    """After exports that were killed: put back a bundle caught between two renames, remove half-written ones."""
+    for path in sorted(bundle.parent.glob(f".{bundle.name}.partial-*")):
+        if path.name.endswith(".old") and not bundle.exists():
+            path.rename(bundle)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -85,5 +107,9 @@ def _swap(staging: Path, bundle: Path) -> None:
     # Where the kernel or file system cannot exchange (macOS, some network disks): two renames, a moment without a bundle.
     old = staging.with_name(staging.name + ".old")
     bundle.rename(old)
-    staging.rename(bundle)
+    try:
+        staging.rename(bundle)
+    except OSError:
+        old.rename(bundle)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -5,19 +5,22 @@ Knows how hub files spell tensor names and how a LoRA adapter changes them; know
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lfm_export.config import CheckpointError, Config, load_config
-from lfm_export.lora import Adapter
+from lfm_export.lora import ADAPTER_WEIGHTS, Adapter
 from lfm_export.tensors import Floats, TensorStore, checkpoint_files
 
 # Tensor names differ between transformers 4 (hub files), transformers 5 and older remote code.
 _VISION = ("model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.vision_model.", "vision_tower.")
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 _TEXT = ("model.language_model.", "language_model.model.", "language_model.")
+_SAMPLE = 1 << 20
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 
 
@@ -29,7 +32,11 @@ class Checkpoint:
             raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         self.folder = folder
         self.config: Config = load_config(folder)
-        self.store = TensorStore(checkpoint_files(folder))
+        self.files = checkpoint_files(folder)
+        self.store = TensorStore(self.files)
+        if self.config.text.tied_head is None:
+            tied = not any(name in self.store for name in _HEAD)
+            self.config = replace(self.config, text=replace(self.config.text, tied_head=tied))
         self.adapter = Adapter.load(adapter) if adapter else None
         self._prefix = {
             "vision": self._find(_VISION, "embeddings.patch_embedding.weight"),
@@ -44,6 +51,17 @@ class Checkpoint:
             if prefix + probe in self.store:
                 return prefix
         raise CheckpointError(f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint")
+
+    def fingerprint(self) -> str:
+        """Tells these weights from others: a hash over every file's header and the ends of its data, not over gigabytes."""
+        files = [*self.files, *([self.adapter.folder / ADAPTER_WEIGHTS] if self.adapter else [])]
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in files:
+            with file.open("rb") as f:
+                digest.update(f.read(_SAMPLE))
+                f.seek(max(0, file.stat().st_size - _SAMPLE))
+                digest.update(f.read(_SAMPLE))
+        return digest.hexdigest()[:32]
 
     def tensor_name(self, place: str) -> str:
         """`text.layers.0.ffn_norm.weight` → the name in the file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lfm_runtime.contract import LayerKind
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.files import damage_is, read_json_object
 
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # transformers, and the hub's first files
 
@@ -58,7 +58,7 @@ class TextConfig:
     norm_eps: float
     rope_theta: float
     max_positions: int
-    tied_head: bool
+    tied_head: bool | None  # None: the config contradicts itself, a head in the weights decides
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,6 @@ class Config:
     image_token_id: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint file; CheckpointError when missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing; a checkpoint folder needs it") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path} is not valid JSON ({e}); download the checkpoint again") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download the checkpoint again")
-    return value
-
-
 def load_config(folder: Path) -> Config:
     """Read `folder/config.json`.
 
@@ -91,23 +78,38 @@ def load_config(folder: Path) -> Config:
         CheckpointError: missing file, another architecture, or a part we cannot export, named.
     """
     path = folder / "config.json"
-    raw = read_json(path)
+    raw = read_json_object(path, CheckpointError)
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"{path}: model_type is {model_type!r}; lfm-edge exports {', '.join(MODEL_TYPES)} (LFM2-VL, LFM2.5-VL)"
         )
-    try:
-        text, vision = _text(raw, raw["text_config"]), _vision(raw["vision_config"])
-        projector = _projector(raw)
-        image_token = _first(raw, "image_token_id", "image_token_index", default=396)
-        return Config(vision, projector, text, int(image_token))
-    except KeyError as e:
-        raise CheckpointError(f"{path}: key {e} is missing; is this a complete LFM2-VL checkpoint?") from e
-    except (TypeError, ValueError) as e:
-        if isinstance(e, CheckpointError):
-            raise CheckpointError(f"{path}: {e}") from e
-        raise CheckpointError(f"{path}: a value has the wrong type ({e})") from e
+    with damage_is(CheckpointError, path, "is this a complete LFM2-VL checkpoint?"):
+        config = Config(
+            _vision(raw["vision_config"]), _projector(raw), _text(raw, raw["text_config"]),
+            int(_first(raw, "image_token_id", "image_token_index", default=396)),
+        )  # fmt: skip
+    _check(config, path)
+    return config
+
+
+def _check(config: Config, path: Path) -> None:
+    text, vision, projector = config.text, config.vision, config.projector
+    sizes = {
+        "hidden_size": text.hidden, "num_attention_heads": text.heads, "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim,
+        "intermediate_size": text.feed_forward, "vocab_size": text.vocabulary, "conv_L_cache": text.kernel,
+        "max_position_embeddings": text.max_positions, "vision hidden_size": vision.hidden, "vision num_hidden_layers": vision.layers,
+        "vision num_attention_heads": vision.heads, "vision intermediate_size": vision.feed_forward, "patch_size": vision.patch,
+        "num_channels": vision.channels, "downsample_factor": projector.factor, "projector_hidden_size": projector.hidden,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{path}: {name} is {value}; it must be 1 or above")
+    if text.heads % text.kv_heads or text.head_dim % 2 or vision.hidden % vision.heads:
+        raise CheckpointError(
+            f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and {vision.heads} vision heads in "
+            f"{vision.hidden}, do not divide"
+        )
 
 
 def _first(raw: Mapping[str, Any], *names: str, default: Any = None) -> Any:
@@ -127,8 +129,8 @@ def _text(top: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfig:
     rope = raw.get("rope_parameters") or {}
     for source in (rope, raw.get("rope_scaling") or {}):
         kind = source.get("rope_type", source.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"rope type {kind!r} cannot be exported; only default")
+        if kind != "default" or any(isinstance(value, dict) for value in source.values()):
+            raise CheckpointError(f"config.json: rope {source} cannot be exported; only rope_type default")
     hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
     return TextConfig(
         hidden=hidden,
@@ -143,8 +145,16 @@ def _text(top: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfig:
         norm_eps=float(_first(raw, "norm_eps", "block_norm_eps", default=1e-5)),
         rope_theta=float(_first({**raw, **rope}, "theta", "rope_theta", default=1_000_000.0)),
         max_positions=int(_first(raw, "max_position_embeddings", default=128_000)),
-        tied_head=bool(_first(raw, "tie_embedding", "tie_word_embeddings", default=top.get("tie_word_embeddings", True))),
+        tied_head=_tied(top, raw),
     )
+
+
+def _tied(top: Mapping[str, Any], raw: Mapping[str, Any]) -> bool | None:
+    """None where the two places disagree: transformers 4 reads the inner one, transformers 5 the outer one."""
+    outer, inner = top.get("tie_word_embeddings"), _first(raw, "tie_embedding", "tie_word_embeddings")
+    if outer is not None and inner is not None and outer != inner:
+        return None
+    return bool(_first({"inner": inner, "outer": outer}, "inner", "outer", default=True))
 
 
 def _feed_forward(raw: Mapping[str, Any]) -> int:

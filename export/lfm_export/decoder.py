@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lfm_runtime.contract import past_names, present_name
+from lfm_runtime.contract import MAX_CONTEXT, past_names, present_name
 
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint import Checkpoint
 from lfm_export.config import TextConfig
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
-
-MAX_CONTEXT = 32768
-"""LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in every decoder file."""
-
 
 def context_length(text: TextConfig) -> int:
     """Tokens the exported decoder has rotary tables for."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 from lfm_runtime import __version__
-from lfm_runtime.bundle import MANIFEST, file_hash
+from lfm_runtime.bundle import MANIFEST, file_hash, read_manifest
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.bundle_writer import replacing
@@ -51,14 +52,15 @@ def export(
         raise CheckpointError(f"unknown graph {unknown[0]}; the graphs are {', '.join(known)}")
     checkpoint = Checkpoint(checkpoint_folder, adapter)
     prompt = compile_prompt(checkpoint_folder)
+    _check_tokens(checkpoint, prompt)
     wanted = set(graphs or known)
     if wanted & {DECODER.stem, EMBED_TOKENS.stem} and checkpoint.config.text.tied_head:
         wanted |= {DECODER.stem, EMBED_TOKENS.stem}  # they share the embedding table's bytes
-    old = json.loads((bundle / MANIFEST).read_text(encoding="utf-8")) if (bundle / MANIFEST).exists() else {}
-    kept = _kept_files(old, dtype, wanted)
-    _check_complete(bundle, old, dtype, set(known) - wanted)
 
     with replacing(bundle) as folder:
+        old = read_manifest(bundle) or {}
+        kept = _kept_files(old, dtype, wanted)
+        _check_fits(bundle, old, kept, checkpoint, dtype, set(known) - wanted)
         (folder / "onnx").mkdir()
         for name in kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,19 @@ def export(
         if DECODER.stem in wanted:
             shared = table if isinstance(table, ir.ExternalTensor) else None
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
-        _write_manifest(folder, checkpoint, dtype, old, described)
+        _write_manifest(folder, checkpoint, dtype, old, kept, described)
+
+
+def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> None:
+    """Tokenizer and weights must belong together."""
+    tokens, config = prompt.vocabulary.tokens, checkpoint.config
+    if len(tokens) > config.text.vocabulary:
+        sizes = f"{len(tokens)} tokens, config.json's vocab_size is {config.text.vocabulary}"
+        raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {sizes}")
+    if config.image_token_id >= len(tokens) or tokens[config.image_token_id] != prompt.image_tokens.image:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json's image token {config.image_token_id} is not the tokenizer's {prompt.image_tokens.image}"
+        )
 
 
 def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
@@ -100,8 +114,13 @@ def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
     return [name for name in old.get("files") or {} if name.startswith("onnx/") and name not in replaced]
 
 
-def _check_complete(bundle: Path, old: dict[str, Any], dtype: str, rest: set[str]) -> None:
-    for stem in rest:
+def _check_fits(
+    bundle: Path, old: dict[str, Any], kept: list[str], checkpoint: Checkpoint, dtype: str, rest: set[str]
+) -> None:
+    """What is kept must be of the same weights, and together with what is written make a whole variant."""
+    if kept and (old.get("source") or {}).get("weights") != checkpoint.fingerprint():
+        raise CheckpointError(f"{bundle} holds graphs of another checkpoint or adapter; choose another output, or remove it first")
+    for stem in sorted(rest):
         if graph_file(stem, dtype) not in (old.get("files") or {}):
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
 
@@ -129,18 +148,23 @@ def _describe(graph: GraphBuilder) -> dict[str, Any]:
 
 
 def _write_manifest(
-    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], described: dict[str, Any]
+    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], kept: list[str], described: dict[str, Any]
 ) -> None:
     text = checkpoint.config.text
     variants = dict(old.get("variants") or {})
     variants[dtype] = {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    # A kept file keeps its hash: hashing it again would make a damaged one look sound.
+    files = {
+        name: old["files"][name] if name in kept else {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
+        for name in names
+    }
     manifest = {
         "schema": SCHEMA_VERSION,
-        "tool": {"name": "lfm-edge", "version": __version__},
+        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__}, "min_onnxruntime": MIN_ONNXRUNTIME,
         "source": {
             "name": checkpoint.folder.resolve().name, "revision": _revision(checkpoint.folder), "license": _license(checkpoint.folder),
-            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
+            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None, "weights": checkpoint.fingerprint(),
         },
         "model": {
             "layers": list(text.layers), "hidden": text.hidden, "kv_heads": text.kv_heads, "head_dim": text.head_dim,
@@ -149,9 +173,7 @@ def _write_manifest(
         },
         "variants": variants,
         "graphs": dict(sorted(described.items())),
-        "files": {
-            str(p.relative_to(folder).as_posix()): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files
-        },
+        "files": files,
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_runtime.files import damage_is, read_json_object
 
-from lfm_export.config import CheckpointError, read_json
+from lfm_export.config import CheckpointError
 from lfm_export.tensors import Floats, TensorStore
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -34,7 +36,7 @@ class Adapter:
         Raises:
             CheckpointError: a file is missing, or the adapter does something a weight merge cannot express.
         """
-        config = read_json(folder / "adapter_config.json")
+        config = read_json_object(folder / "adapter_config.json", CheckpointError)
         unsupported = [
             key
             for key, neutral in (
@@ -43,12 +45,14 @@ class Adapter:
             )
             if config.get(key, neutral) not in (neutral, None, [], False)
         ]  # fmt: skip
+        if str(config.get("init_lora_weights")).lower().split("_")[0] in ("pissa", "olora", "corda", "loftq", "eva"):
+            unsupported.append(f"init_lora_weights {config['init_lora_weights']}")  # they change the base weights as well
         if config.get("peft_type", "LORA") != "LORA" or unsupported:
             raise CheckpointError(
                 f"{folder}: adapter uses {', '.join(unsupported) or config.get('peft_type')}, which cannot be merged; "
                 "merge it with peft's merge_and_unload() and export the result"
             )
-        store = TensorStore([folder / "adapter_model.safetensors"])
+        store = TensorStore([folder / ADAPTER_WEIGHTS])
         modules: dict[str, str] = {}
         for name in store.entries:
             match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight", name)
@@ -82,12 +86,13 @@ class Adapter:
         rank = self.store.entries[a_name].shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
         b = self.store.read(b_name, (weight.shape[0], rank))
-        change: Floats = (b @ a) * np.float32(self._scale(module, rank))
+        change: Floats = (b @ a) * np.float32(self._scale(stem.removeprefix(_PREFIX), rank))
         return weight + change
 
     def _scale(self, module: str, rank: int) -> float:
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
-        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+        with damage_is(CheckpointError, self.folder / "adapter_config.json", "save the adapter again"):
+            alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank)))
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lfm_runtime.compile_tokenizer import compile_tokenizer
 from lfm_runtime.errors import PromptError
-from lfm_runtime.prompt import ChatFormat, Message, PromptSpec, Role, chat_template, image_tokens, read_json_object, token_text
+from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.prompt import ChatFormat, Message, PromptSpec, Role, chat_template, image_tokens, token_text
 from lfm_runtime.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer
@@ -52,19 +52,28 @@ def compile_prompt(folder: Path) -> PromptSpec:
     Raises:
         PromptError: a file is missing, or a part cannot be compiled.
     """
-    spec = read_json_object(folder / "tokenizer.json")
-    config = read_json_object(folder / "tokenizer_config.json", required=False)
-    vocabulary = compile_tokenizer(spec, reference_ranges)
+    path = folder / "tokenizer.json"
+    spec = read_json_object(path, PromptError)
+    config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
+    with damage_is(PromptError, path, "copy it from the checkpoint again"):
+        vocabulary = compile_tokenizer(spec, reference_ranges)
     template = chat_template(folder, config)
     if template is None:
         raise PromptError(f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
-    named = {**read_json_object(folder / "special_tokens_map.json", required=False), **config}
+    named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **config}
     specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
-    compiled = PromptSpec(
-        vocabulary, compile_chat(template, specials), image_tokens(config, {token for token in vocabulary.tokens if token})
-    )
-    check_tokenizer(Tokenizer(vocabulary), ReferenceTokenizer.from_file(str(folder / "tokenizer.json")), STRINGS)
-    return compiled
+    tokens = image_tokens(folder, config, {token for token in vocabulary.tokens if token})
+    chat = compile_chat(template, specials)
+    if chat.image != tokens.image:
+        raise PromptError(f"chat template: no place for images: it writes {chat.image!r} for one, the tokenizer has {tokens.image!r}")
+    try:
+        reference = ReferenceTokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise PromptError(f"{path} cannot be read by the tokenizers library ({e})") from e
+    reference.no_padding()
+    reference.no_truncation()
+    check_tokenizer(Tokenizer(vocabulary), reference, STRINGS)
+    return PromptSpec(vocabulary, chat, tokens)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
@@ -121,7 +130,7 @@ def render_template(template: str, messages: Sequence[Message], specials: dict[s
     )
     environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
+    environment.globals["strftime_now"] = lambda _: fail("it asks for today's date, which a compiled prompt cannot know")
     turns = [{"role": m.role, "content": _content(m)} for m in messages]
     return environment.from_string(template).render(messages=turns, add_generation_prompt=generation, **specials)
 
@@ -142,7 +151,7 @@ def compile_chat(template: str, specials: dict[str, Any]) -> ChatFormat:
     def render(*messages: Message, generation: bool = False) -> str:
         try:
             return render_template(template, messages, specials, generation=generation)
-        except jinja2.TemplateError as e:
+        except Exception as e:  # a template can raise anything: TemplateError, TypeError, KeyError …
             raise PromptError(f"chat template: it fails on {_describe(messages)} ({e}); it cannot be compiled") from e
 
     def around(text: str, mark: str, part: str) -> tuple[str, str]:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from lfm_runtime.files import read_json_object
 from numpy.typing import NDArray
 
-from lfm_export.config import CheckpointError, read_json
+from lfm_export.config import CheckpointError
 
 Floats = NDArray[np.float32]
 _ITEM = {"BF16": 2, "F16": 2, "F32": 4}
 _CHUNK = 1 << 24
+_MAX_HEADER = 100 << 20  # the safetensors library's own limit
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,16 @@ class TensorStore:
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[Floats]:
         """The tensor as flat float32 pieces of at most 16 MiB of source bytes, in order."""
         entry = self.entry(name, shape)
-        with entry.file.open("rb") as f:
-            f.seek(entry.offset)
-            left = entry.bytes
-            while left or not entry.bytes:
-                data = f.read(min(left, _CHUNK))
-                left -= len(data)
-                yield _to_float32(data, entry.dtype)
-                if not left:
-                    return
+        try:
+            with entry.file.open("rb") as f:
+                f.seek(entry.offset)
+                for at in range(0, entry.bytes, _CHUNK):
+                    data = f.read(min(entry.bytes - at, _CHUNK))
+                    if not data or len(data) % _ITEM[entry.dtype]:
+                        raise CheckpointError(f"{entry.file} became shorter while it was read; export again")
+                    yield _to_float32(data, entry.dtype)
+        except OSError as e:
+            raise CheckpointError(f"{entry.file} cannot be read: {e.strerror or e}") from e
 
 
 def _to_float32(data: bytes, dtype: str) -> Floats:
@@ -91,7 +94,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
     shards = [folder / str(name) for name in sorted(set(weight_map.values()))]
@@ -111,13 +114,15 @@ def _header(file: Path) -> dict[str, Entry]:
         size = file.stat().st_size
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise damaged(f"{size} bytes, header of {length}")
             header = json.loads(f.read(length))
     except FileNotFoundError as e:
         raise CheckpointError(f"{file} is missing; the export needs it") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise damaged("its header is not JSON") from e
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {e.strerror or e}") from e
     start = 8 + length
     entries: dict[str, Entry] = {}
     try:
@@ -132,6 +137,8 @@ def _header(file: Path) -> dict[str, Entry]:
             if item and end - begin != item * int(np.prod(shape, dtype=np.int64)):
                 raise damaged(f"tensor {name} has {end - begin} bytes for shape {list(shape)}")
             entries[name] = Entry(file, info["dtype"], shape, start + begin, end - begin)
-    except (KeyError, TypeError, AttributeError) as e:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise damaged(f"a header entry is incomplete: {e}") from e
     return entries

@@ -8,7 +8,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime's wheels since 1.29 send telemetry unless this is set before its import, which any module below may cause. A user's
+# own setting stands.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
 

@@ -7,14 +7,14 @@ onnxruntime here: a bundle can be looked at on a machine that could not run it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VARIANT_SUFFIX, VISION_ENCODER, Graph
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, SCHEMA_VERSION, VARIANT_SUFFIX, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
+from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.prompt import PromptSpec, compile_on_device
 from lfm_runtime.sampling import GenerationSettings
@@ -46,23 +46,24 @@ class Bundle:
         """
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; make a bundle with: lfm-edge export CHECKPOINT -o {folder}")
-        manifest = _manifest(folder)
-        generation = _json(folder / "generation_config.json", required=False)
-        config = _json(folder / "config.json", required=manifest is None)
-        text = config.get("text_config") or {}
+        manifest = read_manifest(folder)
+        generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
+        config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
+        with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
+            text = config.get("text_config") or {}
+            context = min(int(text.get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT)
+            eos = _first(generation.get("eos_token_id"), text.get("eos_token_id"), 7)
+            eos_ids = tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
         if manifest is None:
             variants, files = _hub_variants(folder), {}
-            context = int(text.get("max_position_embeddings", 32768))
         else:
-            variants = {
-                name: {stem: folder / file for stem, file in graphs.items()} for name, graphs in manifest["variants"].items()
-            }
-            files, context = manifest["files"], int(manifest["model"]["context_length"])
+            files = manifest["files"]
+            variants = {n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()}
+            context = manifest["model"]["context_length"]
             _check_files(folder, files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
-        eos = generation.get("eos_token_id", text.get("eos_token_id", 7))
         return Bundle(
-            folder, variants, files, context, tuple(eos) if isinstance(eos, list) else (int(eos),),
+            folder, variants, files, context, eos_ids,
             PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder),
             ImageSettings.from_folder(folder), GenerationSettings.from_config(generation),
         )  # fmt: skip
@@ -94,11 +95,22 @@ class Bundle:
             _check_hash(self.folder / name, wanted["sha256"])
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, its structure checked; None for a folder without one.
+
+    Raises:
+        BundleError: damaged, not ours, of a newer schema, or naming files outside the folder.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = _json(path)
+    manifest = read_json_object(path, BundleError)
+    with damage_is(BundleError, path, "copy or export the bundle again"):
+        _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     schema = manifest.get("schema")
     if not isinstance(schema, int):
         raise BundleError(f"{path} has no schema number; it is not a manifest of lfm-edge")
@@ -110,7 +122,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     for name in [*manifest["files"], *(f for graphs in manifest["variants"].values() for f in graphs.values())]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
-    return manifest
+    types: list[tuple[Any, type]] = [(manifest["model"]["context_length"], int)]
+    types += [pair for entry in manifest["files"].values() for pair in ((entry["bytes"], int), (entry["sha256"], str))]
+    for value, wanted in types:
+        if not isinstance(value, wanted):
+            raise BundleError(f"{path} has {value!r} where a {wanted.__name__} belongs; copy or export the bundle again")
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -143,9 +159,14 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     """Graphs by the names hub repositories use, in onnx/ or beside config.json."""
     places = [place for place in (folder / "onnx", folder) if place.is_dir()]
     variants: dict[str, dict[str, Path]] = {}
-    for variant, suffix in VARIANT_SUFFIX.items():
-        found = {graph.stem: path for graph in GRAPHS if (path := _find(places, graph, suffix)) is not None}
-        if {DECODER.stem, VISION_ENCODER.stem, EMBED_TOKENS.stem} <= set(found):
+    for variant in VARIANT_SUFFIX:
+        decoder = _find(places, DECODER, VARIANT_SUFFIX[variant])
+        if decoder is None:
+            continue
+        # Hub repositories often quantize the decoder alone: the others may have their own suffix, the nearest first.
+        rest = {graph.stem: _nearest(places, graph, variant) for graph in (VISION_ENCODER, EMBED_TOKENS)}
+        found = {DECODER.stem: decoder, **{stem: path for stem, path in rest.items() if path is not None}}
+        if len(found) == len(GRAPHS):
             variants[variant] = found
     if not variants:
         raise BundleError(
@@ -155,20 +176,16 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
+def _nearest(places: list[Path], graph: Graph, variant: str) -> Path | None:
+    suffixes = [VARIANT_SUFFIX[variant], *(VARIANT_SUFFIX[v] for v in ("int8", "fp16", "fp32", "int4"))]
+    return next((path for suffix in suffixes if (path := _find(places, graph, suffix)) is not None), None)
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None: a key that is there with null says nothing."""
+    return next(value for value in values if value is not None)
+
+
 def _find(places: list[Path], graph: Graph, suffix: str) -> Path | None:
     candidates = (place / f"{name}{suffix}.onnx" for place in places for name in graph.aliases)
     return next((path for path in candidates if path.exists()), None)
-
-
-def _json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        if not required:
-            return {}
-        raise BundleError(f"{path} is missing; make a bundle with: lfm-edge export") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path} is damaged ({e}); copy or export the bundle again") from e
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} holds no JSON object; copy or export the bundle again")
-    return value

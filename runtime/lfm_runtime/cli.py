@@ -29,28 +29,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help") or words[0] not in commands:
         parser.parse_args(words[:1] or ["--help"])
     try:
-        module = _load(commands[words[0]])
+        module: ModuleType = importlib.import_module(commands[words[0]].value)
         inner = argparse.ArgumentParser(prog=f"lfm-edge {words[0]}")
         module.add_arguments(inner)
-        return int(module.run(inner.parse_args(words[1:])))
+        return int(module.run(inner.parse_intermixed_args(words[1:])))
     except EdgeError as e:
-        print(f"lfm-edge: {e}", file=sys.stderr)
-        return _EXIT_ERROR
+        return _fail(str(e))
+    except ModuleNotFoundError as e:
+        return _fail(_missing(commands[words[0]], e))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
         sys.stderr.close()
         return 0
+    except OSError as e:  # a file or disk failed where no better message was made
+        return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
 
 
-def _load(point: EntryPoint) -> ModuleType:
-    package = point.value.partition(".")[0]
-    try:
-        return importlib.import_module(point.value)
-    except ModuleNotFoundError as e:
-        extra = package.removeprefix("lfm_")
-        raise EdgeError(f"{point.name} needs {e.name}; install it with: pip install 'lfm-edge[{extra}]'") from e
+def _fail(message: str) -> int:
+    print(f"lfm-edge: {' '.join(message.split())}", file=sys.stderr)
+    return _EXIT_ERROR
+
+
+def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
+    extra = point.value.partition(".")[0].removeprefix("lfm_")
+    return f"{point.name} needs the Python package {e.name}; install it with: pip install 'lfm-edge[{extra}]'"
 
 
 # ------------------------------------------------------------------------------------------------ shared by commands
@@ -90,8 +94,9 @@ _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penal
 def image_changes(options: argparse.Namespace) -> dict[str, Any]:
     """The image settings given; an error when there is no image they could apply to."""
     given = {name: value for name in IMAGE_FLAGS if (value := getattr(options, name)) is not None}
-    if given and not options.images:
-        raise EdgeError(f"--{next(iter(given)).replace('_', '-')} has no effect without an image; leave it out or name an image")
+    useless = next(iter(given), "max_megapixels" if options.max_megapixels is not None else None)
+    if useless and not options.images:
+        raise EdgeError(f"--{useless.replace('_', '-')} has no effect without an image; leave it out or name an image")
     return given
 
 

@@ -120,6 +120,9 @@ def translate_pattern(pattern: str) -> str:
             out.append(rest[:2])
             at += 2
         else:
+            # Oniguruma reads these otherwise than `re` does, or `re` of Python 3.10 does not read them at all.
+            if (not inside and (rest[0] in "^$" or rest.startswith("(?>"))) or (inside and (rest[0] == "[" or rest.startswith("&&"))):
+                raise _cannot(f"{rest[:3]!r} in the pre_tokenizer's pattern", "plain groups and character classes without anchors")
             inside = (inside or rest[0] == "[") and not (inside and rest[0] == "]")
             if not rest[0].isascii():
                 raise _cannot(f"the character {rest[0]!r} in the pre_tokenizer's pattern", "ASCII")

@@ -16,6 +16,9 @@ LayerKind = Literal["conv", "full_attention"]
 SCHEMA_VERSION = 1
 """Of manifest.json and prompt.json. A reader refuses newer ones."""
 
+MAX_CONTEXT = 32768
+"""LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in every decoder file."""
+
 VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 
 

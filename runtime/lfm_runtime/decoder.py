@@ -57,10 +57,14 @@ class Decoder:
         outputs = {o.name: o for o in decoder.get_outputs()}
         if missing := [s.name for s in self.states if present_name(s.name) not in outputs]:
             raise GraphContractError(f"{path}: no output carries on {', '.join(missing)}; export the graph again")
-        self.vocabulary = int(outputs["logits"].shape[2])
-        self.hidden = int(self.inputs["inputs_embeds"].shape[2])
+        sizes = outputs["logits"].shape[2], self.inputs["inputs_embeds"].shape[2]
+        if not all(isinstance(size, int) for size in sizes):
+            raise GraphContractError(f"{path}: vocabulary and hidden size {sizes} are not fixed in the graph; export it again")
+        self.vocabulary, self.hidden = sizes
+        self.embeds_type = _NUMPY.get(self.inputs["inputs_embeds"].type, np.float32)
         # Sharing needs an operator that writes into its past; its name is in the protobuf or it is not there.
-        self.shares_kv = b"GroupQueryAttention" in path.read_bytes() and "position_ids" not in self.inputs
+        fp32_edges = self.embeds_type is np.float32 and outputs["logits"].type == "tensor(float)"
+        self.shares_kv = fp32_edges and b"GroupQueryAttention" in path.read_bytes() and "position_ids" not in self.inputs
         self._last_only = outputs["logits"].shape[1] == 1
 
     def embed(self, ids: list[int]) -> Embeds:
@@ -137,8 +141,10 @@ class ConcatenatedState:
         """See State."""
         new = embeds.shape[1]
         feeds: dict[str, NDArray[Any]] = {
-            "inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + new), np.int64), **self._past,
-        }  # fmt: skip
+            "inputs_embeds": embeds.astype(self._decoder.embeds_type, copy=False),
+            "attention_mask": np.ones((1, self.length + new), np.int64),
+            **self._past,
+        }
         if "position_ids" in self._decoder.inputs:
             feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=np.int64)[None]
         logits, *present = self._decoder.session.run(self._outputs, feeds)

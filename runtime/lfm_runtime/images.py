@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import math
 import os
 import threading
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
+from lfm_runtime.files import damage_is, read_json_object
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
@@ -54,6 +54,10 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         """Refuse values no image could be planned with."""
+        if self.encoder_patch_size < 1 or self.downsample_factor < 1:
+            raise SettingError(
+                f"encoder_patch_size {self.encoder_patch_size} and downsample_factor {self.downsample_factor}: both must be 1 or above"
+            )
         if not 1 <= self.min_image_tokens <= self.max_image_tokens:
             raise SettingError(
                 f"min_image_tokens {self.min_image_tokens} and max_image_tokens {self.max_image_tokens}: 1 <= min <= max is needed"
@@ -77,16 +81,22 @@ class ImageSettings:
         # Least specific first, so that later files override.
         for name, inner in (("config.json", None), ("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
             path = folder / name
-            if path.exists():
-                try:
-                    raw = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as e:
-                    raise SettingError(f"{path} is not valid JSON ({e}); copy it from the checkpoint again") from e
-                found.update(_known_settings((raw.get(inner) or {}) if inner else raw))
-        try:
-            return ImageSettings(**found)
-        except TypeError as e:
-            raise SettingError(f"{folder}: image settings have a wrong type ({e})") from e
+            raw = read_json_object(path, SettingError, required=False)
+            with damage_is(SettingError, path, "copy it from the checkpoint again"):
+                raw = (raw.get(inner) or {}) if inner else raw
+                _refuse_other_processing(raw)
+                found.update(_known_settings(raw))
+                ImageSettings(**found)
+        return ImageSettings(**found)
+
+
+def _refuse_other_processing(raw: Mapping[str, Any]) -> None:
+    """Steps of the reference processor that can be turned off there and not here."""
+    for name, fixed in (("do_normalize", True), ("do_rescale", True)):
+        if raw.get(name, fixed) is not fixed:
+            raise SettingError(f"image setting {name} {raw[name]!r} is not supported; only {fixed}")
+    if abs(raw.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise SettingError(f"image setting rescale_factor {raw['rescale_factor']!r} is not supported; only 1/255")
 
 
 def _known_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,8 +231,7 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         raise ImageError(f"{name} is a folder; name an image file") from e
     except PermissionError as e:
         raise ImageError(f"{name} cannot be read; check its permissions") from e
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, OverflowError, MemoryError) as e:
+    except Exception as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
         raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
 
 

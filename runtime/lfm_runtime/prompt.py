@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lfm_runtime.compile_tokenizer import compile_tokenizer, unicode_ranges
 from lfm_runtime.contract import SCHEMA_VERSION
 from lfm_runtime.errors import BundleError, PromptError
+from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImagePlan
 from lfm_runtime.tokenizer import Tokenizer, Vocabulary
 
@@ -106,17 +107,18 @@ class PromptSpec:
         Raises:
             BundleError: damaged, incomplete, or of a newer schema.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path, BundleError)
+        with damage_is(BundleError, path, "export the bundle again"):
             if raw["schema"] > SCHEMA_VERSION:
                 raise BundleError(f"{path} has schema {raw['schema']}, this lfm-edge reads {SCHEMA_VERSION}; update lfm-edge")
-            return PromptSpec(
+            spec = PromptSpec(
                 Vocabulary(**_known(Vocabulary, raw["vocabulary"])),
                 ChatFormat(**_known(ChatFormat, raw["chat"])),
                 ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
             )
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
-            raise BundleError(f"{path} is missing or damaged ({type(e).__name__}: {e}); export the bundle again") from e
+            if not spec.chat.image:
+                raise BundleError(f"{path} has no place for images in its chat format; export the bundle again")
+            return spec
 
 
 def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
@@ -173,13 +175,14 @@ def compile_on_device(folder: Path) -> PromptSpec:
     Raises:
         PromptError: no tokenizer.json, a tokenizer that cannot be compiled, or a chat template that is not ChatML.
     """
-    spec = read_json_object(folder / "tokenizer.json")
-    config = read_json_object(folder / "tokenizer_config.json", required=False)
+    spec = read_json_object(folder / "tokenizer.json", PromptError)
+    config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
     template = chat_template(folder, config)
     for marker in ("<|im_start|>", "<|im_end|>"):
         if template is not None and marker not in template:
             raise PromptError(f"{folder}: the chat template does not use {marker}; make a bundle with: lfm-edge export")
-    vocabulary = compile_tokenizer(spec, unicode_ranges)
+    with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
+        vocabulary = compile_tokenizer(spec, unicode_ranges)
     bos = token_text(config.get("bos_token")) or "<|startoftext|>"
     system_first = template is not None and "system_prompt" in template
     return PromptSpec(
@@ -189,20 +192,25 @@ def compile_on_device(folder: Path) -> PromptSpec:
             drop_empty_system=system_first,
             thinking_end="</think>" if template is not None and "</think>" in template else "",
         ),
-        image_tokens(config, {token for token in vocabulary.tokens if token}),
+        image_tokens(folder, config, {token for token in vocabulary.tokens if token}),
     )
 
 
-def image_tokens(tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
-    """The image tokens by the names tokenizer_config.json gives them; a token the vocabulary lacks is left out."""
+def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
+    """The image tokens by the names tokenizer_config.json gives them; a token the vocabulary lacks is left out, and all but the
+    image token itself where the processor's `use_image_special_tokens` is off.
+    """
     default = ImageTokens()
+    image = token_text(tokenizer_config.get("image_token")) or default.image
+    for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
+        if read_json_object(folder / name, PromptError, required=False).get("use_image_special_tokens") is False:
+            return ImageTokens(image, None, None, None, None)
 
     def pick(key: str, fallback: str | None) -> str | None:
         name = token_text(tokenizer_config.get(key)) or fallback
         return name if name in known else None
 
     tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
-    image = token_text(tokenizer_config.get("image_token")) or default.image
     return ImageTokens(
         image, pick("image_start_token", default.start), pick("image_end_token", default.end),
         pick("image_thumbnail", default.thumbnail), tile,
@@ -219,23 +227,8 @@ def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default" wins)."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = read_json_object(folder / "chat_template.json", required=False).get("chat_template")
+    found = read_json_object(folder / "chat_template.json", PromptError, required=False).get("chat_template")
     found = found or tokenizer_config.get("chat_template")
     if isinstance(found, list):
         found = next((t.get("template") for t in found if t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
-
-
-def read_json_object(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object; {} when it is missing and not required. PromptError otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        if not required:
-            return {}
-        raise PromptError(f"{path} is missing; copy it from the checkpoint") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise PromptError(f"{path} is not valid JSON ({e}); copy it from the checkpoint again") from e
-    if not isinstance(value, dict):
-        raise PromptError(f"{path} holds no JSON object; copy it from the checkpoint again")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,12 +83,17 @@ class Report:
 def memory_mib() -> dict[str, float | None]:
     """rss, rss_anon, rss_file and peak of this process. Mapped files can be evicted; anonymous memory cannot.
 
-    From /proc/self/status; elsewhere psutil gives rss alone and the others are None.
+    From /proc/self/status; elsewhere psutil gives rss, the operating system the peak, and the others are None.
     """
     found: dict[str, float | None] = dict.fromkeys(("rss", "rss_anon", "rss_file", "peak"))
     found["rss"] = psutil.Process().memory_info().rss / 2**20
     status = Path("/proc/self/status")
-    if status.exists():
+    if not status.exists() and sys.platform != "win32":
+        import resource  # there is none on Windows
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    elif status.exists():
         names = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "VmHWM": "peak"}
         for line in status.read_text().splitlines():
             key, _, value = line.partition(":")

@@ -39,6 +39,7 @@ class GenerationSettings:
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or above"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),
         ):
             if not ok:
@@ -63,6 +64,8 @@ class GenerationSettings:
             SettingError: unknown name, impossible value, or a sampling setting beside temperature 0.
         """
         changed = {name: value for name, value in changes.items() if value is not None}
+        if isinstance(changed.get("stop"), str):
+            changed["stop"] = (changed["stop"],)
         try:
             settings = replace(self, **changed)
         except TypeError as e:

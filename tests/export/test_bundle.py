@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from lfm_export.config import CheckpointError
 from lfm_export.export import export
 from lfm_runtime import Model
 from lfm_runtime.cli import main
+from lfm_runtime.errors import EdgeError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -81,12 +84,17 @@ def test_fp16_beside_fp32(demo_bundle, tmp_path) -> None:
     after = tree(bundle)
     assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {k: v for k, v in before.items() if k != "manifest.json"}
     assert list(json.loads((bundle / "manifest.json").read_text())["variants"]) == ["fp32", "fp16"]
-    half = sum(p.stat().st_size for p in (bundle / "onnx").glob("*_fp16.onnx_data"))
-    full = sum(p.stat().st_size for p in (bundle / "onnx").glob("*.onnx_data")) - half
-    assert 0.45 < half / full < 0.55
+    small = sum(p.stat().st_size for p in (bundle / "onnx").glob("*_fp16.onnx_data"))
+    full = sum(p.stat().st_size for p in (bundle / "onnx").glob("*.onnx_data")) - small
+    assert 0.45 < small / full < 0.55
     image = ROOT / "demo" / "eval" / "images" / "0000.png"
     texts = [Model.load(bundle, variant=v, threads=1).answer([image], "What is in this image?").text() for v in ("fp32", "fp16")]
     assert texts[0] == texts[1]
+    full, half = (Model.load(bundle, variant=v, threads=1) for v in ("fp32", "fp16"))
+    a, b = (m.encode([m.open(image)]) for m in (full, half))
+    assert ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min() > 0.9999
+    embeds = full.decoder.embed(list(range(20, 60)))
+    np.testing.assert_allclose(full.decoder.start(64).step(embeds), half.decoder.start(64).step(embeds), atol=0.05)
     assert Model.load(bundle, variant="fp16").decoder.states[0].dtype == np.float16
 
 
@@ -206,16 +214,96 @@ def test_swap_without_exchange(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", NoExchange)
     for text in ("one", "two"):
         with replacing(tmp_path / "bundle") as folder:
-            (folder / "manifest.json").write_text(text)
-        assert (tmp_path / "bundle" / "manifest.json").read_text() == text
+            write_manifest(folder, note=text)
+        assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["note"] == text
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_leftovers_of_the_dead_go(tmp_path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".bundle.partial-{dead.pid}").mkdir()
-    (tmp_path / ".bundle.partial-1").mkdir()  # process 1 always runs: another export may be at work
+    (tmp_path / ".bundle.partial-abc").mkdir()
+    (tmp_path / ".other.partial-abc").mkdir()
     with replacing(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("x")
-    assert leftovers(tmp_path) == [".bundle.partial-1"]
+        write_manifest(folder)
+    assert leftovers(tmp_path) == [".other.partial-abc"]
+
+
+def test_recovery_between_two_renames(tmp_path) -> None:
+    """Killed between the renames of the fallback: the next export, even a failing one, puts the old bundle back first."""
+    old = tmp_path / ".bundle.partial-abc.old"
+    old.mkdir()
+    write_manifest(old, note="old")
+    with pytest.raises(CheckpointError, match="model_type"):
+        fail_inside(tmp_path / "bundle")
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["note"] == "old"
+    assert not leftovers(tmp_path)
+
+
+def fail_inside(bundle: Path) -> None:
+    with replacing(bundle):
+        raise CheckpointError("model_type")
+
+
+def write_manifest(folder: Path, **more) -> None:
+    """The smallest manifest that counts as ours."""
+    value = {"schema": 1, "tool": {"name": "lfm-edge"}, "model": {"context_length": 1}, "variants": {"fp32": {}}, **more}
+    value["files"] = {"x": {"bytes": 1, "sha256": ""}}
+    (folder / "manifest.json").write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("case", ["web app", "list", "extra file", "newer"])
+def test_folders_that_must_survive(tmp_path, case) -> None:
+    """A manifest.json alone makes no bundle; a stranger's file in a bundle is not thrown away; a newer bundle is not replaced."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    if case == "web app":
+        (bundle / "manifest.json").write_text('{"name": "my app"}')
+        (bundle / "index.html").write_text("<html>")
+    elif case == "list":
+        (bundle / "manifest.json").write_text("[]")
+    else:
+        write_manifest(bundle, schema=99 if case == "newer" else 1)
+        if case == "extra file":
+            (bundle / "notes.txt").write_text("mine")
+    before = tree(bundle)
+    with pytest.raises(EdgeError):
+        export(DEMO, bundle)
+    assert tree(bundle) == before
+    assert not leftovers(tmp_path)
+
+
+def test_variants_of_other_weights_do_not_mix(tmp_path) -> None:
+    """fp16 of one checkpoint cannot join fp32 of another; replacing everything can."""
+    other = Path(shutil.copytree(DEMO, tmp_path / "other"))
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    bundle = tmp_path / "bundle"
+    export(DEMO, bundle)
+    before = tree(bundle)
+    for options in ({"dtype": "fp16"}, {"graphs": ["vision_encoder"]}):
+        with pytest.raises(CheckpointError, match="another checkpoint"):
+            export(other, bundle, **options)
+    assert tree(bundle) == before
+    export(other, bundle)
+    assert tree(bundle) != before
+
+
+def test_relative_outputs(tmp_path, monkeypatch) -> None:
+    """`-o bundle/` and `-o .` name a folder as well."""
+    monkeypatch.chdir(tmp_path)
+    export(DEMO, Path("bundle/"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(DEMO, Path())
+    assert tree(tmp_path / "here") == tree(tmp_path / "bundle")
+
+
+def test_two_exports_at_once(tmp_path) -> None:
+    """fp32 and fp16 into one bundle from two threads: neither variant is lost."""
+    threads = [threading.Thread(target=export, args=(DEMO, tmp_path / "bundle"), kwargs={"dtype": d}) for d in ("fp32", "fp16")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(json.loads((tmp_path / "bundle" / "manifest.json").read_text())["variants"]) == {"fp32", "fp16"}
+    Model.load(tmp_path / "bundle", variant="fp16", verify=True)

@@ -1,0 +1,45 @@
+"""Reading files that somebody else may have damaged: whatever is wrong becomes one of our errors, naming the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lfm_runtime.errors import EdgeError
+
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError)
+
+
+def read_json_object(path: Path, error: type[EdgeError], *, required: bool = True) -> dict[str, Any]:
+    """A JSON object; {} when the file is missing and not required.
+
+    Raises:
+        error: missing, unreadable, not JSON, or JSON of another kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        if not required:
+            return {}
+        raise error(f"{path} is missing; copy it from the checkpoint, or export the bundle again") from e
+    except OSError as e:
+        raise error(f"{path} cannot be read: {e.strerror}") from e
+    except ValueError as e:  # JSON and UTF-8 errors alike
+        raise error(f"{path} is not valid JSON ({e}); copy or export it again") from e
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object; copy or export it again")
+    return value
+
+
+@contextmanager
+def damage_is(error: type[EdgeError], path: Path, advice: str) -> Iterator[None]:
+    """While the content of `path` is taken apart, a wrong type or a missing key is `error`, in one line."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except _DAMAGE as e:
+        raise error(f"{path} has a wrong or missing value ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {advice}") from e
