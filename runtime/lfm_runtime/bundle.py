@@ -52,6 +52,7 @@ class Bundle:
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
             text = config.get("text_config") or {}
             context = min(int(text.get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT)
+        with damage_is(BundleError, folder / "generation_config.json", "copy it from the checkpoint again"):
             eos = _first(generation.get("eos_token_id"), text.get("eos_token_id"), 7)
             eos_ids = tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
         if manifest is None:

@@ -20,7 +20,7 @@ from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettin
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
-from lfm_runtime.sessions import Sessions, load_sessions
+from lfm_runtime.sessions import Sessions, failures_are_ours, load_sessions
 from lfm_runtime.tokenizer import TextStream
 
 Progress = Callable[[int, int], None]
@@ -131,7 +131,8 @@ class Model:
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
-        return Answer(self._generate(prompt, planned, features, settings, report, progress, started), report)
+        pieces = self._generate(prompt, planned, features, settings, report, progress, started)
+        return Answer(_explained(pieces, self.bundle.folder), report)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
         """Open one image and plan its views; nothing is encoded."""
@@ -218,6 +219,11 @@ class Model:
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the context holds {limit} "
                 "with the answer; shorten the text, or lower --max-image-tokens or --max-tiles"
             )
+
+
+def _explained(pieces: Iterator[str], folder: Path) -> Iterator[str]:
+    with failures_are_ours(folder):
+        yield from pieces
 
 
 class StopStrings:

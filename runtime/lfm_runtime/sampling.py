@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import BundleError, SettingError
 
 Logits = NDArray[np.float32]
 
@@ -95,6 +95,8 @@ class Sampler:
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = distribution(logits, self.settings)
+        if not len(ids):
+            raise BundleError("the decoder gave logits that are not numbers; check the bundle with --verify, or export it again")
         at = np.searchsorted(np.cumsum(probabilities), self.rng.random(), side="right")
         return int(ids[min(int(at), len(ids) - 1)])  # the sum of rounded probabilities can fall short of 1
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
 
 _ERROR_SEVERITY = 3
+# onnxruntime's exceptions share no base class of their own; these are all of them.
+_FAILURES = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
+
+
+@contextmanager
+def failures_are_ours(what: object) -> Iterator[None]:
+    """An exception of onnxruntime becomes a BundleError about `what`, in one line."""
+    try:
+        yield
+    except _FAILURES as e:
+        reason = " ".join(str(e).split())[:300]
+        raise BundleError(
+            f"{what} does not work with onnxruntime {ort.__version__} ({reason}); check it with --verify, or export it again"
+        ) from e
 
 
 @dataclass(frozen=True)
@@ -41,12 +57,7 @@ def _load(path: Path, graph: Graph, threads: int) -> ort.InferenceSession:
     options.log_severity_level = _ERROR_SEVERITY
     # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
     options.enable_mem_pattern = False
-    try:
+    with failures_are_ours(path):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's exceptions share no public base class
-        reason = " ".join(str(e).split())[:300]
-        raise BundleError(
-            f"{path} cannot be loaded by onnxruntime {ort.__version__} ({reason}); copy or export the bundle again"
-        ) from e
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
     return session

@@ -443,8 +443,19 @@ def test_damaged_hub_folder(bundle_copy) -> None:
     """Without a manifest there are no hashes; onnxruntime's own complaint becomes one line."""
     (bundle_copy / "manifest.json").unlink()
     damage(bundle_copy, "graph")
-    with pytest.raises(BundleError, match="cannot be loaded by onnxruntime"):
+    with pytest.raises(BundleError, match="does not work with onnxruntime"):
         Model.load(bundle_copy)
+
+
+def test_graph_that_fails_at_run_time(demo_bundle, drawing, capsys, monkeypatch) -> None:
+    """An error of onnxruntime in the middle of an answer is one line, too."""
+    from lfm_runtime.decoder import Decoder
+
+    embed = Decoder.embed
+    monkeypatch.setattr(Decoder, "embed", lambda self, ids: embed(self, [10**6 for _ in ids]))
+    code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "x")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "does not work with onnxruntime" in err
 
 
 def test_wrong_graph(bundle_copy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.sampling import GenerationSettings, Sampler, distribution, penalise
 
 CASES = [
@@ -78,6 +78,11 @@ def test_seed_and_greedy() -> None:
 def test_bad_settings(bad) -> None:
     with pytest.raises(SettingError):
         GenerationSettings().with_changes(bad)
+
+
+def test_logits_that_are_not_numbers() -> None:
+    with pytest.raises(BundleError, match="not numbers"):
+        Sampler(GenerationSettings(), 4, []).next(np.full(4, np.nan, np.float32))
 
 
 def test_defaults() -> None:
