@@ -60,7 +60,7 @@ SPECIAL = [
 MUON_LR, ADAM_LR = 6e-3, 1.5e-3
 # Parts of the time given: dense labels alone, then conversations about 128×128 pictures, then all sizes, then decay to 0.
 VISION_ALONE_UNTIL, MIXED_SIZES_FROM, DECAY_FROM = 0.08, 0.40, 0.50
-LOSS_WEIGHT = {"describe": 1.0, "count": 3.0, "where": 4.0, "read": 1.0}
+LOSS_WEIGHT = {"describe": 1.0, "count": 3.0, "where": 2.0, "read": 1.0}
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
