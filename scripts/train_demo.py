@@ -181,7 +181,7 @@ class Trainee(nn.Module):
 
 
 def faster_short_conv(model: Lfm2VlForConditionalGeneration) -> None:
-    """Depthwise convolution as three shifted multiply-adds: same numbers, a third of conv1d's CPU time in training."""
+    """Depthwise convolution as three shifted multiply-adds: the same numbers as conv1d."""
 
     def forward(self, hidden_states, **_):
         b, c, x = self.in_proj(hidden_states).chunk(3, dim=-1)
@@ -257,7 +257,7 @@ class Batcher:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), matrices of one shape stacked, in fp32.
 
-    torch.optim.Muon iterates in bfloat16, matrix by matrix: 720 ms a step on a CPU without bfloat16 units, this 160 ms.
+    torch.optim.Muon iterates in bfloat16, matrix by matrix: as long as the rest of a step on a CPU without bfloat16 units.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
