@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, 
 from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
-from lfm_export.bundle_writer import replacing
+from lfm_runtime.bundle_writer import carry_over, replacing
 from lfm_export.checkpoint import Checkpoint
 from lfm_export.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
@@ -62,9 +61,7 @@ def export(
         kept = _kept_files(old, dtype, wanted)
         _check_fits(bundle, old, kept, checkpoint, dtype, set(known) - wanted)
         (folder / "onnx").mkdir()
-        for name in kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(bundle / name, folder / name)
+        carry_over(bundle, folder, kept)
         for name in HUB_FILES:
             if (checkpoint_folder / name).exists():
                 shutil.copyfile(checkpoint_folder / name, folder / name)
@@ -123,14 +120,6 @@ def _check_fits(
     for stem in sorted(rest):
         if graph_file(stem, dtype) not in (old.get("files") or {}):
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same bytes at another name: a hard link where the file system can, a copy elsewhere."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _describe(graph: GraphBuilder) -> dict[str, Any]:

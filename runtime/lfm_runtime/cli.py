@@ -21,7 +21,7 @@ _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a problem we can explain, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=_GROUP)}
     parser = argparse.ArgumentParser(prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure.")
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(inner)
         return int(module.run(inner.parse_intermixed_args(words[1:])))
     except EdgeError as e:
-        return _fail(str(e))
+        return _fail(str(e), e.exit_code)
     except ModuleNotFoundError as e:
         return _fail(_missing(commands[words[0]], e))
     except KeyboardInterrupt:
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = _EXIT_ERROR) -> int:
     print(f"lfm-edge: {' '.join(message.split())}", file=sys.stderr)
-    return _EXIT_ERROR
+    return code
 
 
 def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:

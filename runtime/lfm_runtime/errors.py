@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class EdgeError(Exception):
-    """A problem we can explain: what, where, and what to do next. Exit code 2, no traceback."""
+    """A problem we can explain: what, where, and what to do next. No traceback."""
+
+    exit_code = 2
 
 
 class BundleError(EdgeError, ValueError):

@@ -43,20 +43,25 @@ class Sessions:
 def load_sessions(graphs: Mapping[str, Path], threads: int) -> Sessions:
     """Load a variant's graphs and check each against its contract."""
     return Sessions(
-        _load(graphs[VISION_ENCODER.stem], VISION_ENCODER, threads),
-        _load(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
-        _load(graphs[DECODER.stem], DECODER, threads),
+        load_session(graphs[VISION_ENCODER.stem], VISION_ENCODER, threads),
+        load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
+        load_session(graphs[DECODER.stem], DECODER, threads),
         graphs[DECODER.stem],
     )
 
 
-def _load(path: Path, graph: Graph, threads: int) -> ort.InferenceSession:
+def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True) -> ort.InferenceSession:
+    """Load one graph and check it against its contract. Not `packed`: weights are used where the file is mapped, no faster copy of
+    them is made.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERROR_SEVERITY
     # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
     options.enable_mem_pattern = False
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     with failures_are_ours(path):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))

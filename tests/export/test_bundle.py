@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from lfm_export.bundle_writer import replacing
+from lfm_runtime.bundle_writer import replacing
 from lfm_export.config import CheckpointError
 from lfm_export.export import export
 from lfm_runtime import Model

@@ -1,7 +1,7 @@
 """A bundle appears whole or not at all: everything is written beside it, then the two change places.
 
-A killed export leaves a folder `.NAME.partial-…` behind; the next export of that bundle removes it. Exports
-into one folder wait for each other, so that neither loses the other's variants.
+A killed writer leaves a folder `.NAME.partial-…` behind; the next one that writes this bundle removes it. Writers of
+one folder wait for each other, so that neither loses the other's variants.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lfm_runtime.bundle import MANIFEST, read_manifest
-
-from lfm_export.config import CheckpointError
+from lfm_runtime.errors import BundleError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _TOOL = "lfm-edge"
@@ -28,7 +27,7 @@ def replacing(bundle: Path) -> Iterator[Path]:
     """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays.
 
     Raises:
-        CheckpointError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
+        BundleError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
     """
     bundle = Path(os.path.abspath(bundle))  # noqa: PTH100  (resolve() would follow a link at the end); "." must get a name; links in its parents are followed as they stand
     try:
@@ -48,12 +47,22 @@ def replacing(bundle: Path) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
         free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if bundle.parent.is_dir() else ""
-        raise CheckpointError(f"cannot write {bundle}: {e.strerror or e}{free}; the bundle is as before") from e
+        raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; the bundle is as before") from e
+
+
+def carry_over(bundle: Path, folder: Path, names: Iterable[str]) -> None:
+    """The bundle's files `names` in the new folder as well: hard links where the file system can, copies elsewhere."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(bundle / name, folder / name)
+        except OSError:
+            shutil.copyfile(bundle / name, folder / name)
 
 
 @contextmanager
 def _locked(bundle: Path) -> Iterator[None]:
-    """Wait for exports into the same folder, then keep others waiting. The lock is the folder's own: no lock file is left behind, and
+    """Wait for writers of the same folder, then keep others waiting. The lock is the folder's own: no lock file is left behind, and
     the kernel releases it when a process dies.
     """
     descriptor = os.open(bundle.parent, os.O_RDONLY)
@@ -67,16 +76,16 @@ def _locked(bundle: Path) -> Iterator[None]:
 def _check_replaceable(bundle: Path) -> None:
     """Only what an export made may be replaced, and only when nothing else lies in it."""
     if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
-        raise CheckpointError(f"{bundle} is not a folder; choose another output")
+        raise BundleError(f"{bundle} is not a folder; choose another output")
     if not bundle.is_dir() or not any(bundle.iterdir()):
         return
     manifest = read_manifest(bundle)
     if manifest is None or (manifest.get("tool") or {}).get("name") != _TOOL:
-        raise CheckpointError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
+        raise BundleError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
     known = {MANIFEST, *manifest["files"]}
     for path in bundle.rglob("*"):
         if not path.is_dir() and path.relative_to(bundle).as_posix() not in known:
-            raise CheckpointError(f"{path} is not part of the bundle and would be lost; move it or choose another output")
+            raise BundleError(f"{path} is not part of the bundle and would be lost; move it or choose another output")
 
 
 def _recover(bundle: Path) -> None:

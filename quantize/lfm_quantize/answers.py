@@ -1,0 +1,88 @@
+"""A variant answering: features, greedy answers and the distributions behind them. One graph is loaded at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
+from lfm_runtime.decoder import Decoder
+from lfm_runtime.prompt import PromptBuilder
+from lfm_runtime.sessions import load_session
+from numpy.typing import NDArray
+
+from lfm_quantize.samples import Sample, View
+
+Float = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""Told (what, how many done, how many in all)."""
+
+
+def features_of(bundle: Bundle, variant: str, views: Sequence[Sequence[View]], threads: int, *, packed: bool = True,
+                progress: Progress = lambda *_: None) -> list[Float]:  # fmt: skip
+    """Image features [tokens, H] of each sample's views."""
+    session = load_session(bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, threads, packed=packed)
+    found = []
+    for i, sample in enumerate(views):
+        parts = [session.run(["image_features"], view.feeds())[0].astype(np.float32, copy=False) for view in sample]
+        found.append(np.concatenate(parts))
+        progress(f"{variant} encodes images", i + 1, len(views))
+    return found
+
+
+def open_decoder(bundle: Bundle, variant: str, threads: int, *, packed: bool = True) -> Decoder:
+    """The variant's decoder and embeddings."""
+    graphs = bundle.graphs(variant)[1]
+    decoder = load_session(graphs[DECODER.stem], DECODER, threads, packed=packed)
+    embed = load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1)
+    return Decoder(decoder, embed, graphs[DECODER.stem])
+
+
+def prompt_embeds(decoder: Decoder, ids: Sequence[int], features: Float, image_id: int) -> Float:
+    """[1, tokens, H]: token embeddings with image features in their places."""
+    embeds = decoder.embed(list(ids))
+    embeds[0, np.array(ids) == image_id] = features
+    return embeds
+
+
+def greedy(decoder: Decoder, embeds: Float, limit: int, eos: Iterable[int]) -> tuple[list[int], Float]:
+    """The greedy answer, eos included where it came, and the logits [tokens, V] behind each of its tokens."""
+    state = decoder.start(embeds.shape[1] + limit)
+    logits, ends = state.step(embeds), set(eos)
+    ids: list[int] = []
+    behind = []
+    while True:
+        behind.append(np.array(logits, np.float32))
+        ids.append(int(logits.argmax()))
+        if ids[-1] in ends or len(ids) == limit:
+            return ids, np.stack(behind)
+        logits = state.step(decoder.embed(ids[-1:]))
+
+
+def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
+    """Logits [tokens, V] before each token of a given answer (teacher forcing)."""
+    state = decoder.start(embeds.shape[1] + len(answer))
+    behind = [np.array(state.step(embeds), np.float32)]
+    for token in answer[:-1]:
+        behind.append(np.array(state.step(decoder.embed([token])), np.float32))
+    return np.stack(behind)
+
+
+def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress) -> None:
+    """Give each sample its answer: the known one, else the greedy one of `variant`."""
+    tokenizer = PromptBuilder(bundle.prompt).tokenizer
+    unknown = []
+    for sample in samples:
+        if sample.question.answer is None:
+            unknown.append(sample)
+        else:
+            sample.ids += [*tokenizer.encode(sample.question.answer), bundle.eos[0]]
+    if not unknown:
+        return
+    features = features_of(bundle, variant, [s.views for s in unknown], threads, packed=False, progress=progress)
+    decoder = open_decoder(bundle, variant, threads, packed=False)
+    image_id = PromptBuilder(bundle.prompt).image_id
+    for i, (sample, found) in enumerate(zip(unknown, features, strict=True)):
+        sample.ids += greedy(decoder, prompt_embeds(decoder, sample.ids, found, image_id), limit, bundle.eos)[0]
+        progress(f"{variant} answers", i + 1, len(unknown))

@@ -1,0 +1,133 @@
+"""One block quantized: observe its products' inputs, move outliers into the weights, round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from lfm_quantize.blocks import Block, Feeds, Values, run_block
+from lfm_quantize.graph import Graph, QuantizeError, Tensor
+from lfm_quantize.observe import KINDS, ROWS, Observed
+from lfm_quantize.recipe import Recipe
+from lfm_quantize.rewrite import quantized_nodes
+from lfm_quantize.rounding import METHODS, Rounded, output_error
+from lfm_quantize.smooth import find_factors, folded, sources
+
+Float = NDArray[np.float32]
+
+
+@dataclass
+class Change:
+    """What becomes of a block: nodes that replace others, constants that are new, and how far it moved from fp32."""
+
+    nodes: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)  # a record for each product
+
+    def add(self, other: Change) -> None:
+        """Take in the changes of another block."""
+        self.nodes |= other.nodes
+        self.tensors |= other.tensors
+        self.layers += other.layers
+
+    def judge(self, block: Block, exact: Sequence[Values], rounded: Sequence[Values], kinds: Sequence[NDArray[np.bool_]]) -> None:
+        """Record the relative error of the hidden state after this block, image and text tokens apart."""
+        sums = {kind: [0.0, 0.0] for kind in KINDS}
+        for a, b, is_image in zip(exact, rounded, kinds, strict=True):
+            x, y = (sum(v[n].reshape(-1, v[n].shape[-1]) for n in block.outputs) for v in (a, b))
+            for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
+                if len(chosen) == len(x):  # the projector joins patches: all of them are image tokens
+                    x_k, y_k = x[chosen], y[chosen]
+                else:
+                    x_k, y_k = (x, y) if kind == "image" else (x[:0], y[:0])
+                sums[kind][0] += float(np.square(y_k - x_k).sum(dtype=np.float64))
+                sums[kind][1] += float(np.square(x_k).sum(dtype=np.float64))
+        error = {kind: (num / den) ** 0.5 for kind, (num, den) in sums.items() if den}
+        for layer in self.layers:
+            layer["block_error"] = {kind: float(f"{value:.4g}") for kind, value in error.items()}
+
+
+def quantize_block(
+    graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], kinds: Sequence[NDArray[np.bool_]], recipe: Recipe,
+    threads: int, head: tuple[bool, Rounded | None] | None,
+) -> Change:  # fmt: skip
+    """Decide a block's integers from what its products are fed in the samples (none: from the weights alone).
+
+    Args:
+        graph: the whole graph, fp32.
+        block: the part to quantize.
+        feeds: graph inputs of each sample.
+        states: each sample's hidden state before the block.
+        kinds: for each sample, which of its tokens are image tokens.
+        recipe: precision by product name.
+        threads: of onnxruntime.
+        head: (tied to the embedding table, the table rounded already); None for graphs without a head.
+    """
+    linears = {name: linear for name, linear in graph.linears().items() if name in block.linears}
+    wanted = {name: recipe.precision(name) for name in linears}
+    weights = {name: graph.weight(linear) for name, linear in linears.items()}
+    for name, weight in weights.items():
+        if not np.isfinite(weight).all():
+            raise QuantizeError(f"{name} has NaN or infinite weights; the checkpoint is broken: export a sound one")
+    small = [n for n in linears if wanted[n].bits < 32 and n != "head"]
+    seen = _observe(graph, block, feeds, states, kinds, {n: wanted[n].bits == 4 and wanted[n].method != "rtn" for n in small}, threads)
+
+    where = {name: source for name, source in sources(graph).items() if name in seen}
+    factors = {name: find_factors(linears[name], weights[name], seen[name], source, wanted[name]) for name, source in where.items()}
+    factors = {name: s for name, s in factors.items() if (s != 1).any()}
+    names = {v for source in where.values() for v in source.vectors} | {b for linear in linears.values() if (b := linear.bias)}
+    vectors = {name: graph.tensors[name].array for name in names}
+    before = {**weights}, {**vectors}
+    weights = {name: weight.copy() for name, weight in weights.items()}
+    folded(weights, vectors, factors, where, {name: linear.bias for name, linear in linears.items()})
+
+    change = Change()
+    change.tensors = {name: Tensor.of(v) for name, v in vectors.items() if v is not before[1][name]}
+    for name, linear in linears.items():
+        precision, weight = wanted[name], weights[name]
+        if precision.bits == 32:
+            if not np.array_equal(weight, before[0][name]):
+                change.tensors[linear.weight] = Tensor.of(weight if linear.by_output else np.ascontiguousarray(weight.T))
+            continue
+        moments = None
+        if name in seen and seen[name].with_moments:
+            s = factors.get(name, np.ones(linear.k, np.float32))
+            moments = seen[name].moment() / np.outer(s, s)
+        tied, table = head if head and name == "head" else (False, None)
+        rounded = table if tied and table else METHODS[precision.method](weight, precision, moments)
+        nodes, tensors = quantized_nodes(linear, rounded, tied=tied)
+        change.nodes[name] = nodes
+        change.tensors |= tensors
+        change.layers.append({
+            "name": name, "bits": precision.bits, "block": precision.block, "method": precision.method, "smoothed": name in factors,
+            "bits_per_weight": round(precision.bits_per_weight, 3), "weights": int(weight.size),
+            "weight_error": None if moments is None else float(f"{output_error(weight, rounded.weight(), moments):.4g}"),
+        })  # fmt: skip
+    return change
+
+
+def _observe(
+    graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], kinds: Sequence[NDArray[np.bool_]],
+    with_moments: dict[str, bool], threads: int,
+) -> dict[str, Observed]:  # fmt: skip
+    if not feeds or not with_moments:
+        return {}
+    linears = graph.linears()
+    seen = {name: Observed(linears[name].k, moments) for name, moments in with_moments.items()}
+    inputs = {name: linears[name].node.input[0] for name in seen}
+    rows = -(-ROWS // len(feeds))
+    rng = np.random.default_rng(0)
+
+    def note(i: int, values: Values) -> None:
+        for name, observed in seen.items():
+            x = values[inputs[name]].reshape(-1, observed.k)
+            kind = kinds[i] if len(x) == len(kinds[i]) else np.full(len(x), kinds[i].all())
+            observed.add(x, kind, rows, rng)
+
+    run_block(graph, block, feeds, states, threads, [x for x in inputs.values() if x not in block.cut], note)
+    return seen

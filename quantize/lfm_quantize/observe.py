@@ -1,0 +1,55 @@
+"""What passes through a block's matrix products on the calibration data, gathered sample by sample in bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+KINDS = ("image", "text")
+ROWS = 384
+"""Input rows kept of each matrix product and kind of token, to try a precision on."""
+
+
+@dataclass
+class Observed:
+    """The inputs of one matrix product. Image and text tokens apart: a prompt is mostly image tokens, an answer is text."""
+
+    k: int
+    with_moments: bool
+    largest: Float = field(init=False)  # [k]
+    moments: dict[str, Float] = field(init=False, default_factory=dict)  # kind → sum of xᵀx [k, k]
+    counts: dict[str, int] = field(init=False, default_factory=lambda: dict.fromkeys(KINDS, 0))
+    rows: dict[str, list[Float]] = field(init=False, default_factory=lambda: {kind: [] for kind in KINDS})
+
+    def __post_init__(self) -> None:
+        """Nothing seen yet."""
+        self.largest = np.zeros(self.k, np.float32)
+
+    def add(self, x: Float, is_image: NDArray[np.bool_], rows: int, rng: np.random.Generator) -> None:
+        """x [tokens, k]; up to `rows` of them are kept of each kind."""
+        np.maximum(self.largest, np.abs(x).max(0), out=self.largest)
+        for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
+            part = x[chosen]
+            if not len(part):
+                continue
+            self.counts[kind] += len(part)
+            self.rows[kind].append(part[rng.permutation(len(part))[:rows]].copy())
+            if self.with_moments:
+                product = part.T @ part
+                if kind in self.moments:
+                    self.moments[kind] += product
+                else:
+                    self.moments[kind] = product
+
+    def kept(self) -> Float:
+        """The rows kept, both kinds."""
+        return np.concatenate([r for kind in KINDS for r in self.rows[kind]])
+
+    def moment(self) -> Float:
+        """Mean of xᵀx [k, k]; each kind of token that occurs counts the same."""
+        parts = [self.moments[kind] / np.float32(self.counts[kind]) for kind in self.moments]
+        total: Float = sum(parts[1:], parts[0]) / np.float32(len(parts))
+        return total

@@ -1,0 +1,233 @@
+"""The quality gate: what a variant costs in cosines, distributions and answers, against the fp32 one, on images calibration never saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.prompt import PromptBuilder
+from numpy.typing import NDArray
+
+from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder, prompt_embeds
+from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.samples import Question, Sample, prepare
+
+DEFAULT_FLOORS: Mapping[str, float] = {"fp16": 0.001, "int8": 0.01, "int4": 0.1}
+"""Highest KL divergence allowed."""
+COSINE_FLOOR = 0.99
+"""Lowest allowed 1st percentile of the image features' cosines."""
+ANSWER_TOKENS = 48
+LOGIT_BYTES = 128 << 20
+"""Distributions kept at a time; a question more than that waits for the next round."""
+
+Float = NDArray[np.float32]
+
+
+class GateError(EdgeError, ValueError):
+    """A variant was made and is not good enough; the bundle is as before."""
+
+    exit_code = 3
+
+
+@dataclass
+class Quality:
+    """A variant against another on the same questions."""
+
+    variant: str
+    against: str
+    questions: int
+    images: int
+    answer_tokens: int
+    cosine_min: float
+    cosine_p1: float
+    cosine_mean: float
+    kl: float  # nats, mean over the answer tokens of `against`, which both are led through
+    same_top1: float  # share of those tokens
+    same_answers: float  # share of questions whose greedy answers are identical
+    accuracy: dict[str, dict[str, float]]  # task → {questions, of `against`, of `variant`}: share of exact answers; where answers are known
+    bytes: int
+    against_bytes: int
+    bits_per_weight: float
+    seconds: float
+    onnxruntime: str = field(default_factory=lambda: str(ort.__version__))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; numbers in five digits."""
+        return {k: _rounded(v) for k, v in asdict(self).items()}
+
+    def accuracy_lost(self) -> float | None:
+        """Points of exact answers lost, mean over all questions with a known answer."""
+        total = sum(t["questions"] for t in self.accuracy.values())
+        if not total:
+            return None
+        return 100 * sum((t[self.against] - t[self.variant]) * t["questions"] for t in self.accuracy.values()) / total
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, {self.answer_tokens} answer tokens",
+            f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean {self.cosine_mean:.5f}",
+            f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
+            f"  greedy answers   {self.same_answers:.1%} identical",
+        ]
+        for task, found in sorted(self.accuracy.items()):
+            a, b = found[self.against], found[self.variant]
+            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {100 * (a - b):+.2f} points ({found['questions']:.0f} questions)")
+        if len(self.accuracy) > 1:
+            lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
+        lines.append(
+            f"  size             {self.bytes / 1e6:.1f} MB, {self.bytes / self.against_bytes:.3f} of {self.against}, "
+            f"{self.bits_per_weight:.2f} bits a weight, all files"
+        )
+        return "\n".join(lines)
+
+
+def measure(
+    folder: Path, variant: str, against: str, questions: Sequence[Question], threads: int, progress: Progress = lambda *_: None
+) -> Quality:
+    """Compare two variants of a bundle. The graphs run as they are, through onnxruntime, as the runtime runs them.
+
+    Raises:
+        BundleError: a variant is missing. QuantizeError: no questions.
+    """
+    if not questions:
+        raise QuantizeError("no questions to judge with; name images with --images")
+    started = time.perf_counter()
+    bundle = Bundle.open(folder)
+    builder = PromptBuilder(bundle.prompt)
+    tokenizer, image_id = builder.tokenizer, builder.image_id
+    vocabulary = len(bundle.prompt.vocabulary.tokens)
+    cosines: list[Float] = []
+    divergence: list[Float] = []
+    same_token: list[NDArray[np.bool_]] = []
+    same_answer = 0
+    right: dict[str, list[tuple[bool, bool]]] = {}
+    done = 0
+    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * vocabulary * ANSWER_TOKENS))):
+        samples = [prepare(bundle, q, split=True) for q in part]
+        features, answers, behind = _reference(bundle, against, samples, image_id, threads)
+        found = features_of(bundle, variant, [s.views for s in samples], threads)
+        cosines += [_cosine(a, b) for a, b in zip(features, found, strict=True)]
+        decoder = open_decoder(bundle, variant, threads)
+        for sample, mine, ids, logits in zip(samples, found, answers, behind, strict=True):
+            embeds = prompt_embeds(decoder, sample.ids, mine, image_id)
+            other = follow(decoder, embeds, ids)
+            divergence.append(kl_divergence(logits, other))
+            same_token.append(logits.argmax(1) == other.argmax(1))
+            # Led through the same tokens and agreeing on each, the variant would have said the same by itself.
+            said = ids if same_token[-1].all() else greedy(decoder, embeds, ANSWER_TOKENS, bundle.eos)[0]
+            same_answer += said == ids
+            if sample.question.answer is not None:
+                exact = tuple(_text(tokenizer, i, bundle.eos) == sample.question.answer for i in (ids, said))
+                right.setdefault(sample.question.task, []).append((exact[0], exact[1]))
+            done += 1
+            progress(f"judges {variant}", done, len(questions))
+        del decoder
+    all_cosines, all_kl = np.concatenate(cosines), np.concatenate(divergence)
+    sizes = {v: _bytes(bundle, v) for v in (variant, against)}
+    return Quality(
+        variant, against, len(questions), len({q.image for q in questions}), len(all_kl), float(all_cosines.min()),
+        float(np.percentile(all_cosines, 1)), float(all_cosines.mean()), float(all_kl.mean()), float(np.concatenate(same_token).mean()),
+        same_answer / len(questions),
+        {t: {"questions": len(r), against: float(np.mean([a for a, _ in r])), variant: float(np.mean([b for _, b in r]))} for t, r in right.items()},
+        sizes[variant], sizes[against], 8 * sizes[variant] / _weights(bundle, against), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _reference(
+    bundle: Bundle, against: str, samples: Sequence[Sample], image_id: int, threads: int
+) -> tuple[list[Float], list[list[int]], list[Float]]:
+    """Features, greedy answers and the logits behind them. Weights stay where the file is mapped: this variant is the large one."""
+    features = features_of(bundle, against, [s.views for s in samples], threads, packed=False)
+    decoder = open_decoder(bundle, against, threads, packed=False)
+    pairs = [
+        greedy(decoder, prompt_embeds(decoder, s.ids, f, image_id), ANSWER_TOKENS, bundle.eos) for s, f in zip(samples, features, strict=True)
+    ]
+    return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
+
+
+def check_floor(quality: Quality, floor: float, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise GateError when KL or the cosines are beyond the floor; says which layers to keep."""
+    reasons = []
+    if not quality.kl <= floor:
+        reasons.append(f"KL {quality.kl:.4g} is above {floor:g}")
+    if not quality.cosine_p1 >= COSINE_FLOOR:
+        reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
+    if reasons:
+        worst = " ".join(f"--keep {name}" for name in worst_layers(layers))
+        raise GateError(f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {worst}")
+
+
+def worst_layers(layers: Sequence[Mapping[str, Any]], count: int = 3) -> list[str]:
+    """The products of the blocks that added the most error, largest first."""
+    added: dict[str, float] = {}
+    before: dict[str, float] = {}
+    for layer in layers:
+        graph = layer["name"].split(".")[0]
+        error = max(layer.get("block_error", {}).values(), default=0.0)
+        block = layer["name"].rsplit(".", 2)[0]
+        if block not in added:
+            added[block] = error - before.get(graph, 0.0)
+            before[graph] = error
+    blocks = sorted(added, key=lambda b: -added[b])[:count]
+    return [f"'{block}.*'" if block.split(".")[0] in ("vision", "text") else block for block in blocks]
+
+
+def kl_divergence(logits: Float, other: Float) -> Float:
+    """KL(softmax(logits) ‖ softmax(other)) in nats, for each row."""
+    p, q = _log_softmax(logits), _log_softmax(other)
+    divergence: Float = (np.exp(p) * (p - q)).sum(1)
+    return divergence
+
+
+def _log_softmax(logits: Float) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return result
+
+
+def _cosine(a: Float, b: Float) -> Float:
+    """Of each row."""
+    result: Float = (a * b).sum(1, dtype=np.float64) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).astype(np.float64)
+    return result
+
+
+def _text(tokenizer: Any, ids: Sequence[int], eos: Sequence[int]) -> str:
+    return str(tokenizer.decode([i for i in ids if i not in eos]))
+
+
+def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    for start in range(0, len(questions), size):
+        yield questions[start : start + size]
+
+
+def _bytes(bundle: Bundle, variant: str) -> int:
+    """Of all files of a variant's graphs."""
+    files = {path for path in bundle.graphs(variant)[1].values()}
+    return sum(p.stat().st_size for f in files for p in (f, f.with_name(f"{f.name}_data")) if p.exists())
+
+
+def _weights(bundle: Bundle, variant: str) -> int:
+    """How many weights the model has, the shared table counted once."""
+    files = set(bundle.graphs(variant)[1].values())
+    graphs = [Graph.open(f) for f in files]
+    linears = [linear for g in graphs for linear in g.linears().values()]
+    tables = [t for g in graphs if g.name == "embed_tokens" for t in g.tensors.values() if len(t.shape) == 2]
+    head = [linear for linear in linears if linear.name == "head"]
+    table = sum(int(np.prod(t.shape)) for t in tables)
+    return sum(linear.k * linear.n for linear in linears if linear.name != "head") + max(table, sum(h.k * h.n for h in head))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < 0.9 else round(value, 6)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value

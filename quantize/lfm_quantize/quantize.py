@@ -1,0 +1,295 @@
+"""The main path: a bundle and images in, one more variant in the bundle out. Reads top to bottom as one run happens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from lfm_runtime import __version__
+from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle_writer import carry_over, replacing
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
+from lfm_runtime.prompt import PromptBuilder
+from numpy.typing import NDArray
+
+from lfm_quantize.answers import Progress, add_answers
+from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds, run_block
+from lfm_quantize.graph import Graph, QuantizeError, Tensor
+from lfm_quantize.layer import Change, quantize_block
+from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
+from lfm_quantize.recipe import Recipe
+from lfm_quantize.rewrite import TABLE, embedding_nodes, quantized_nodes
+from lfm_quantize.rounding import METHODS, Precision, Rounded
+from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
+from lfm_quantize.work import Work
+
+ANSWER_TOKENS = 24
+"""Of each fp32 answer that calibration follows."""
+HELD_OUT = 0.25
+"""Share of the images kept from calibration, to judge with."""
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asks for. Without calibration images weights are rounded blindly, and nothing can be judged."""
+
+    variant: str
+    calibration: Path | None = None
+    prompts: Path | None = None
+    method: str | None = None
+    recipe: Path | None = None
+    keep: tuple[str, ...] = ()
+    floor: float | None = None
+    threads: int = 2
+
+    def check(self) -> None:
+        """Raise QuantizeError for what could not be done or would have no effect."""
+        if self.variant not in ("int8", "int4"):
+            raise QuantizeError(f"unknown variant {self.variant!r}; allowed: int8, int4")
+        if self.method is not None and self.method not in METHODS:
+            raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.recipe and self.method:
+            raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
+        if self.variant == "int8" and self.method == "gptq":
+            raise QuantizeError("--method gptq has no effect on int8; its weights are rounded to nearest: leave it out")
+        if self.prompts and not self.calibration:
+            raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
+        if self.floor is not None and not (self.calibration and self.floor > 0):
+            raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
+
+
+@dataclass
+class Source:
+    """The graphs to start from, taken apart."""
+
+    vision: Graph
+    embed: Graph
+    decoder: Graph
+    table: Float  # [V, H]
+    tied: bool
+
+    @staticmethod
+    def open(bundle: Bundle) -> tuple[str, Source]:
+        """(variant, its graphs): fp32, or fp16 where there is no fp32."""
+        variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
+        if variant is None:
+            raise QuantizeError(f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export")
+        files = bundle.graphs(variant)[1]
+        vision, embed, decoder = (Graph.open(files[g.stem]) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
+        gather = _look_up(embed)
+        table: Float = embed.tensors[gather.input[0]].array
+        head = decoder.tensors[decoder.linears()["head"].weight].array
+        return variant, Source(vision, embed, decoder, table, head.shape == table.shape and np.array_equal(head, table))
+
+
+def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Any = print) -> Quality | None:
+    """Write one variant into a bundle, calibrated on images, and judge it on others.
+
+    Args:
+        folder: a bundle of ours with an fp32 or fp16 variant.
+        settings: see Settings.
+        progress: told what is done, how much and of how much.
+        warn: told what the user should know, in one line.
+
+    Returns:
+        The quality measured; None without calibration images.
+
+    Raises:
+        QuantizeError, BundleError: nothing was changed.
+        GateError: the variant is below the floor; nothing was changed.
+    """
+    started = time.perf_counter()
+    settings.check()
+    bundle = Bundle.open(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise QuantizeError(f"{folder} has no manifest.json; quantize starts from a bundle made by: lfm-edge export")
+    start, source = Source.open(bundle)
+    names = [*source.vision.linears(), *source.decoder.linears()]
+    method = settings.method or ("gptq" if settings.calibration and settings.variant == "int4" else "rtn")
+    recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
+    recipe = recipe.keeping(settings.keep)
+    recipe.check(names)
+    _check_space(folder, bundle, start)
+
+    calibrate, judge, skipped = _questions(settings, warn)
+    key = {"source": manifest["files"], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__}
+    with Work.open(folder, settings.variant, key) as work:
+        samples = [prepare(bundle, q, split=False) for q in calibrate]
+        add_answers(bundle, start, samples, ANSWER_TOKENS, settings.threads, progress)
+        vision, features = _quantize_vision(source.vision, samples, recipe, work, settings.threads, progress)
+        table = _round_table(source, recipe)
+        decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, settings.threads, progress)
+        layers = [*vision.layers, *decoder.layers]
+        with replacing(folder) as new:
+            carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
+            _save(new, settings.variant, source, vision, decoder, table)
+            entry = {
+                "recipe": recipe.to_list(), "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
+                "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
+                "layers": layers, "seconds": round(time.perf_counter() - started, 1),
+            }  # fmt: skip
+            _write_manifest(new, manifest, settings.variant, start, entry, None)
+            quality = None
+            if judge:
+                quality = measure(new, settings.variant, start, judge, settings.threads, progress)
+                check_floor(quality, settings.floor or DEFAULT_FLOORS[settings.variant], layers)
+                _write_manifest(new, manifest, settings.variant, start, entry, quality)
+        work.finished()
+    return quality
+
+
+def _questions(settings: Settings, warn: Any) -> tuple[list[Question], list[Question], int]:
+    """(to calibrate with, to judge with, images skipped)."""
+    if settings.calibration is None:
+        warn("no --calibration images: weights are rounded without looking at what they do, and the result is not judged")
+        return [], [], 0
+    questions, skipped = read_questions(settings.calibration, settings.prompts)
+    images = len({q.image for q in questions})
+    if skipped:
+        warn(f"{skipped} of {images + skipped} images could not be opened and are left out")
+    if images < FEW_IMAGES:
+        warn(f"only {images} usable images; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
+    calibrate, judge = split_off(questions, HELD_OUT, seed=0)
+    return calibrate, judge, skipped
+
+
+def _quantize_vision(
+    graph: Graph, samples: Sequence[Sample], recipe: Recipe, work: Work, threads: int, progress: Progress
+) -> tuple[Change, list[tuple[Float, Float]]]:
+    """The changes, and each sample's image features: (fp32, quantized)."""
+    views = [view for sample in samples for view in (*sample.views, *sample.extra)]
+    feeds: list[Feeds] = [view.feeds() for view in views]
+    kinds = [np.ones(len(view.patches), np.bool_) for view in views]
+    change, exact, rounded = _through_blocks(graph, feeds, feeds, kinds, recipe, work, threads, progress, None)
+    features, at = [], 0
+    for sample in samples:
+        count = len(sample.views)
+        features.append((
+            np.concatenate([v["image_features"] for v in exact[at : at + count]]),
+            np.concatenate([v["image_features"] for v in rounded[at : at + count]]),
+        ))  # fmt: skip
+        at += count + len(sample.extra)
+    return change, features
+
+
+def _quantize_decoder(
+    source: Source, samples: Sequence[Sample], features: Sequence[tuple[Float, Float]], table: Rounded | None, bundle: Bundle,
+    recipe: Recipe, work: Work, threads: int, progress: Progress,
+) -> Change:  # fmt: skip
+    graph = all_positions(source.decoder)
+    image_id = PromptBuilder(bundle.prompt).image_id
+    kinds = [np.array(sample.ids) == image_id for sample in samples]
+    both: list[list[Feeds]] = []
+    for which, rows in enumerate((source.table, table.weight() if table else source.table)):
+        feeds = []
+        for sample, kind, found in zip(samples, kinds, features, strict=True):
+            embeds = rows[np.array(sample.ids)][None].astype(np.float32)
+            embeds[0, kind] = found[which]
+            feeds.append(decoder_feeds(graph, embeds))
+        both.append(feeds)
+    head = (source.tied, table)
+    change, *_ = _through_blocks(graph, both[0], both[1], kinds, recipe, work, threads, progress, head)
+    return change
+
+
+def _through_blocks(
+    graph: Graph, exact_feeds: list[Feeds], feeds: list[Feeds], kinds: list[NDArray[np.bool_]], recipe: Recipe, work: Work, threads: int,
+    progress: Progress, head: tuple[bool, Rounded | None] | None,
+) -> tuple[Change, list[Values], list[Values]]:  # fmt: skip
+    """Quantize block after block, each on the inputs that the quantized blocks before it produce."""
+    blocks = blocks_of(graph)
+    exact: list[Values] = [{} for _ in feeds]
+    rounded: list[Values] = [{} for _ in feeds]
+    total = Change()
+    for i, block in enumerate(blocks):
+        change = work.load(block.name)
+        if change is None:
+            change = quantize_block(graph, block, feeds, rounded, kinds, recipe, threads, head)
+        if feeds:
+            exact = run_block(graph, block, exact_feeds, exact, threads)
+            rounded = run_block(graph.replaced(change.nodes, change.tensors), block, feeds, rounded, threads)
+            change.judge(block, exact, rounded, kinds)
+        work.save(block.name, change)
+        total.add(change)
+        progress(f"quantizes {graph.name}", i + 1, len(blocks))
+    return total, exact, rounded
+
+
+def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
+    """The embedding table at the head's precision; None where that stays fp32."""
+    precision = recipe.precision("head")
+    if precision.bits == 32:
+        return None
+    if precision.bits == 4:  # both a look-up and a product read it: each row is to be near itself, whatever meets it
+        precision = replace(precision, method="clipped" if precision.method == "gptq" else precision.method)
+    return METHODS[precision.method](source.table, precision, None)
+
+
+def _look_up(embed: Graph) -> Any:
+    return next(node for node in embed.nodes if node.op_type == "Gather")
+
+
+def _save(folder: Path, variant: str, source: Source, vision: Change, decoder: Change, table: Rounded | None) -> None:
+    source.vision.replaced(vision.nodes, vision.tensors).save(folder / graph_file(VISION_ENCODER.stem, variant))
+    embed = source.embed
+    if table:
+        nodes, tensors = embedding_nodes(_look_up(embed), table)
+        embed = embed.replaced({_look_up(embed).name: nodes}, tensors)
+    places = embed.save(folder / graph_file(EMBED_TOKENS.stem, variant))
+    whole = source.decoder.replaced(decoder.nodes, decoder.tensors)
+    if source.tied:
+        shared = {n: p for n, p in places.items() if n.startswith(TABLE)}
+        if not table:
+            shared = {whole.linears()["head"].weight: next(iter(places.values()))} if places else {}
+        whole.tensors = {n: replace(t, place=shared[n]) if n in shared else t for n, t in whole.tensors.items()}
+    whole.save(folder / graph_file(DECODER.stem, variant))
+
+
+def _files(variant: str) -> set[str]:
+    """Files a variant writes."""
+    names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
+    return names | {f"{name}_data" for name in names} | {MANIFEST}
+
+
+def _write_manifest(
+    folder: Path, old: dict[str, Any], variant: str, start: str, entry: dict[str, Any], quality: Quality | None
+) -> None:
+    """The old manifest with the variant's files, recipe and quality in it."""
+    manifest = json.loads(json.dumps(old))
+    written = {name for name in _files(variant) if name != MANIFEST and (folder / name).exists()}
+    manifest["files"] = {n: e for n, e in old["files"].items() if n not in _files(variant)}
+    manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
+    manifest["variants"][variant] = {g.stem: graph_file(g.stem, variant) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
+    for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER):
+        described = dict(old["graphs"][graph_file(graph.stem, start)])
+        name = graph_file(graph.stem, variant)
+        own = [f"{name}_data"] if f"{name}_data" in written else []
+        table = f"{graph_file(EMBED_TOKENS.stem, variant)}_data"
+        described["data"] = sorted({*own, *([table] if graph is DECODER and table in written else [])})
+        manifest["graphs"][name] = described
+    manifest.setdefault("quantization", {})[variant] = entry
+    manifest.setdefault("quality", {}).pop(variant, None)
+    if quality:
+        manifest["quality"][variant] = quality.to_dict()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_space(folder: Path, bundle: Bundle, start: str) -> None:
+    """Room for the work folder and the new files: a third of the weights each, roughly."""
+    weights = sum(int(e["bytes"]) for n, e in bundle.files.items() if n.startswith("onnx/") and n in _files(start))
+    free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
+    if free < wanted:
+        raise QuantizeError(f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room")
+
+
+__all__ = ["METHODS", "Precision", "Settings", "Tensor", "quantize", "quantized_nodes"]

@@ -1,0 +1,116 @@
+"""A recipe: which matrix product is kept at which precision. TOML, readable, written into the manifest and accepted back.
+
+    [[layer]]
+    pattern = "vision.*"            # of the product's name; the first rule that matches decides
+    bits = 8
+    method = "rtn"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lfm_quantize.graph import QuantizeError
+from lfm_quantize.rounding import METHODS, Precision
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BLOCKS = (32, 64, 128)
+_KEYS = {"pattern", "bits", "block", "method", "zero_points"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Products whose name matches `pattern` (`*` is anything) have this precision."""
+
+    pattern: str
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order; the first that matches decides. A product that none matches stays fp32."""
+
+    rules: tuple[Rule, ...]
+
+    def precision(self, name: str) -> Precision:
+        """Of one product."""
+        return next((rule.precision for rule in self.rules if fnmatchcase(name, rule.pattern)), Precision(32))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise QuantizeError when a pattern matches no product: it would be a typo without effect."""
+        names = list(names)
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.pattern) for name in names):
+                raise QuantizeError(f"recipe pattern {rule.pattern!r} matches no layer of this model; layers are named like {names[-2]}")
+
+    def keeping(self, patterns: Sequence[str]) -> Recipe:
+        """With products that stay fp32 put first."""
+        return Recipe((*(Rule(p, Precision(32)) for p in patterns), *self.rules))
+
+    def to_toml(self) -> str:
+        """The recipe as a file."""
+        lines = []
+        for rule in self.rules:
+            p = rule.precision
+            lines += ["[[layer]]", f'pattern = "{rule.pattern}"', f"bits = {p.bits}"]
+            lines += [f"block = {p.block}"] if p.bits == 4 else []
+            lines += [f'method = "{p.method}"'] if p.bits != 32 else []
+            lines += ["zero_points = true"] if p.zero_points else []
+            lines.append("")
+        return "\n".join(lines)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """For the manifest."""
+        return [{"pattern": rule.pattern, **asdict(rule.precision)} for rule in self.rules]
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            QuantizeError: not TOML, an unknown key or an impossible value; names the rule.
+        """
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+            raise QuantizeError(f"{path} cannot be read as a recipe ({e}); it is TOML with [[layer]] tables") from e
+        layers = raw.get("layer")
+        if set(raw) != {"layer"} or not isinstance(layers, list) or not layers:
+            raise QuantizeError(f"{path} is not a recipe; it is made of [[layer]] tables with pattern, bits, block, method")
+        return Recipe(tuple(_rule(entry, f"{path}, layer {i}") for i, entry in enumerate(layers, 1)))
+
+    @staticmethod
+    def default(variant: str, method: str) -> Recipe:
+        """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder with scales for 64 inputs."""
+        if variant == "int8":
+            return Recipe((Rule("*", Precision(8)),))
+        vision = Precision(8)
+        return Recipe((Rule("vision.*", vision), Rule("projector.*", vision), Rule("*", Precision(4, 64, method))))
+
+
+def _rule(entry: Any, where: str) -> Rule:
+    if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str) or "bits" not in entry:
+        raise QuantizeError(f"{where}: pattern (text) and bits are needed")
+    if unknown := sorted(set(entry) - _KEYS):
+        raise QuantizeError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
+    bits, block, method = entry["bits"], entry.get("block", 64 if entry["bits"] == 4 else 0), entry.get("method", "rtn")
+    if bits not in (4, 8, 32):
+        raise QuantizeError(f"{where}: bits {bits!r}; allowed: 4, 8, 32")
+    if bits == 4 and block not in BLOCKS:
+        raise QuantizeError(f"{where}: block {block!r}; allowed: {', '.join(map(str, BLOCKS))}")
+    if bits != 4 and ("block" in entry or "zero_points" in entry):
+        raise QuantizeError(f"{where}: block and zero_points have an effect with bits = 4 alone; leave them out")
+    if method not in METHODS:
+        raise QuantizeError(f"{where}: unknown method {method!r}; allowed: {', '.join(METHODS)}")
+    if not isinstance(entry.get("zero_points", False), bool):
+        raise QuantizeError(f"{where}: zero_points is true or false")
+    return Rule(entry["pattern"], Precision(bits, block if bits == 4 else 0, method, entry.get("zero_points", False)))

@@ -1,0 +1,168 @@
+"""Images and questions to calibrate and to judge with: read, checked, and turned into what the graphs take."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import ImageError
+from lfm_runtime.images import cut_views, open_image, plan_image
+from lfm_runtime.prompt import Message, PromptBuilder
+from numpy.typing import NDArray
+from PIL import Image
+
+from lfm_quantize.graph import QuantizeError
+
+SUFFIXES = frozenset(Image.registered_extensions())
+FEW_IMAGES = 8
+BUILT_IN = (
+    "What is in this image?", "Describe the image in detail.", "What text can be read here?", "How many objects are there?",
+    "What colours do you see?", "Where is the main object?", "Is there a person in the picture?", "What is happening here?",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image; with its answer where it is known, and the task it belongs to."""
+
+    image: Path
+    text: str
+    answer: str | None = None
+    task: str = "all"
+
+
+@dataclass
+class View:
+    """One view of an image as the encoder takes it."""
+
+    patches: NDArray[np.float32]  # [rows·columns, 768]
+    rows: int
+    columns: int
+
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        """The vision encoder's inputs."""
+        return {
+            "pixel_values": self.patches[None], "pixel_attention_mask": np.ones((1, len(self.patches)), np.int64),
+            "spatial_shapes": np.array([[self.rows, self.columns]], np.int64),
+        }  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """A question ready for the graphs. `ids` is the prompt, then the answer once there is one."""
+
+    question: Question
+    views: list[View]
+    ids: list[int]
+    prompt_tokens: int
+    extra: list[View] = field(default_factory=list)  # more views of the image, for the encoder alone
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The answer's tokens."""
+        return self.ids[self.prompt_tokens :]
+
+
+def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Question], int]:
+    """Questions about the usable images, and how many images could not be used.
+
+    Args:
+        images: a folder (searched with its subfolders) or a text file of paths, one a line.
+        prompts: questions, one a line, dealt out to the images in turn; or JSONL {image, question, answer, task}, whose images lie
+            beside the file or in `images`. Without prompts, a few built-in questions.
+
+    Raises:
+        QuantizeError: nothing usable, or a file that is not what it should be.
+    """
+    found = _find_images(images) if images else []
+    given = _read_prompts(prompts, images) if prompts else []
+    if given and isinstance(given[0], Question):
+        questions: list[Question] = [q for q in given if isinstance(q, Question)]
+    else:
+        texts = [t for t in given if isinstance(t, str)] or list(BUILT_IN)
+        questions = [Question(path, texts[i % len(texts)]) for i, path in enumerate(found)]
+    usable: dict[Path, bool] = {}
+    for question in questions:
+        if question.image not in usable:
+            usable[question.image] = _opens(question.image)
+    skipped = sum(not ok for ok in usable.values())
+    questions = [q for q in questions if usable[q.image]]
+    if not questions:
+        where = images or prompts
+        raise QuantizeError(f"{where} has no usable image ({skipped} could not be opened); name a folder with JPEG or PNG files")
+    return questions, skipped
+
+
+def _find_images(images: Path) -> list[Path]:
+    if images.is_dir():
+        return sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not images.exists():
+        raise QuantizeError(f"{images} does not exist; name a folder of images, or a text file with one path a line")
+    try:
+        lines = images.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as e:
+        raise QuantizeError(f"{images} is neither a folder nor a text file of paths; name one of them") from e
+    return [images.parent / line.strip() for line in lines if line.strip()]
+
+
+def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, OSError) as e:
+        raise QuantizeError(f"{path} cannot be read as text ({e}); prompts are one a line, or JSONL") from e
+    if not lines:
+        raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
+    if not lines[0].lstrip().startswith("{"):
+        return lines
+    questions = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            name = Path(entry["image"])
+            image = next((p for p in (path.parent / name, *([images / name] if images else [])) if p.exists()), path.parent / name)
+            answer = entry.get("answer")
+            questions.append(Question(image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all"))))
+        except (ValueError, KeyError, TypeError) as e:
+            raise QuantizeError(f'{path}, line {number}: not a JSON object with "image" and "question"; write it as {{"image": …}}') from e
+    return questions
+
+
+def _opens(path: Path) -> bool:
+    try:
+        open_image(path)
+    except ImageError:
+        return False
+    return True
+
+
+def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
+    """The question as the runtime would put it. Without `split`, the image is one view, and a tile of a large one goes to `extra`."""
+    image = open_image(question.image)
+    settings = bundle.images if split else replace(bundle.images, do_image_splitting=False)
+    plan = plan_image(image.width, image.height, settings)
+    views = _views(image, plan, settings)
+    extra = []
+    if not split and bundle.images.do_image_splitting:
+        tiled = plan_image(image.width, image.height, bundle.images)
+        if tiled.tiled:
+            extra = [_views(image, tiled, bundle.images)[tiled.rows * tiled.columns // 2]]
+    rendered = PromptBuilder(bundle.prompt).render([Message("user", question.text, 1)], [plan])
+    ids = list(rendered.ids)
+    return Sample(question, views, ids, len(ids), extra)
+
+
+def _views(image: Image.Image, plan: Any, settings: Any) -> list[View]:
+    return [View(patches, v.rows, v.columns) for patches, v in zip(cut_views(image, plan, settings), plan.views, strict=True)]
+
+
+def split_off(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:
+    """(rest, part): `share` of the images, with all their questions, set apart."""
+    images = sorted({q.image for q in questions})
+    apart = set(random.Random(seed).sample(images, max(1, round(len(images) * share)))) if len(images) > 1 else set()  # noqa: S311
+    return [q for q in questions if q.image not in apart], [q for q in questions if q.image in apart]

@@ -1,0 +1,151 @@
+"""Moves large input channels of a matrix product into its weights, where the layer before can undo it exactly.
+
+x · W = (x / s) · (s W): dividing x by s costs nothing when it can be done once in the weights of what makes x, a norm or another
+projection. Sources: SmoothQuant, Xiao et al. 2022 (arXiv 2211.10438), for inputs rounded to 8 bits; AWQ, Lin et al. 2023
+(arXiv 2306.00978), for weights rounded to 4. One search serves both: the candidate whose simulated output is nearest wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_quantize.graph import Graph, Linear
+from lfm_quantize.observe import Observed
+from lfm_quantize.rounding import Precision, clipped
+
+Float = NDArray[np.float32]
+STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+OUTPUTS_TRIED = 768
+"""Output channels that a candidate is judged on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the inputs of a matrix product can be scaled: constants of a norm, or output channels of an earlier product."""
+
+    vectors: tuple[str, ...] = ()
+    linear: str = ""
+    first: int = 0  # of its output channels
+    heads: tuple[int, int] = (1, 1)  # query and key/value heads: inputs of heads that share a value must share factors
+
+    def tie(self, factors: Float) -> Float:
+        """The factors [k] made equal where they must be."""
+        queries, shared = self.heads
+        if queries == shared:
+            return factors
+        grouped = factors.reshape(shared, queries // shared, -1)
+        tied: Float = np.broadcast_to(np.exp(np.log(grouped).mean(1, keepdims=True)), grouped.shape).reshape(-1)
+        return tied
+
+    def per_channel(self, factors: Float) -> Float:
+        """One factor for each of the source's channels."""
+        queries, shared = self.heads
+        return factors if queries == shared else np.ascontiguousarray(factors.reshape(shared, queries // shared, -1)[:, 0].reshape(-1))
+
+
+def sources(graph: Graph) -> dict[str, Source]:
+    """For each matrix product whose inputs can be scaled: where."""
+    linears, found = graph.linears(), {}
+    for name, linear in linears.items():
+        place, _, part = name.partition(".self_attn." if ".self_attn." in name else ".mlp." if ".mlp." in name else
+                                        ".conv." if ".conv." in name else ".feed_forward.")  # fmt: skip
+        before = {
+            "qkv": "layer_norm1", "fc1": "layer_norm2", "qkv_proj": "operator_norm", "in_proj": "operator_norm", "w1_w3": "ffn_norm",
+        }.get(part)  # fmt: skip
+        if name == "projector.linear_1":
+            place, before = "projector", "layer_norm"
+        if before:
+            vectors = tuple(v for v in (f"{place}.{before}.weight", f"{place}.{before}.bias") if v in graph.tensors)
+            if vectors:
+                found[name] = Source(vectors=vectors)
+        elif part == "w2":
+            found[name] = Source(linear=f"{place}.feed_forward.w1_w3", first=linear.k)  # the half that is not gated
+        elif part == "out_proj" and ".conv." in name:
+            found[name] = Source(linear=f"{place}.conv.in_proj", first=linear.k)  # C, of B, C and the signal
+        elif part == "out_proj":
+            before = f"{place}.self_attn.qkv" + ("" if name.startswith("vision.") else "_proj")
+            made = linears[before].n
+            values = (made - linear.k) // 2
+            size = _head_size(graph, place)
+            found[name] = Source(linear=before, first=made - values, heads=(linear.k // size, values // size))
+    return found
+
+
+def _head_size(graph: Graph, place: str) -> int:
+    norm = graph.tensors.get(f"{place}.self_attn.q_layernorm.weight")
+    return norm.shape[0] if norm else 1  # heads that share nothing need no grouping
+
+
+def strengths_tried(linear: Linear, weight: Float, seen: Observed, source: Source) -> Iterable[Float]:
+    """Candidates for s [k], geometric mean 1."""
+    rows = seen.kept()
+    inputs = (np.maximum(seen.largest, 1e-6), np.maximum(np.abs(rows).mean(0), 1e-6))
+    outgoing = np.maximum(np.abs(weight).max(0), 1e-6)
+    for size in inputs:
+        for strength in STRENGTHS:
+            s = size**strength / outgoing ** (1 - strength)
+            yield source.tie(_centred(s))
+    for strength in (0.3, 0.6, 1.0):
+        yield source.tie(_centred(inputs[1] ** strength))
+    assert linear.k == weight.shape[1]
+
+
+def _centred(s: Float) -> Float:
+    s = s / np.exp(np.log(s).mean())
+    return np.clip(s, 1e-3, 1e3).astype(np.float32)
+
+
+def find_factors(linear: Linear, weight: Float, seen: Observed, source: Source, precision: Precision) -> Float:
+    """s [k] with the least simulated output error; ones where nothing is better."""
+    rows = seen.kept()
+    chosen = np.linspace(0, linear.n - 1, min(linear.n, OUTPUTS_TRIED)).astype(int)
+    part = np.ascontiguousarray(weight[chosen])
+    wanted = rows @ part.T
+
+    def error(s: Float) -> float:
+        x = rows / s
+        w = clipped(part * s, precision, None).weight()
+        got = (fake_rows(x) if precision.bits == 8 else x) @ w.T
+        return float(np.square(got - wanted).sum(dtype=np.float64))
+
+    best, least = np.ones(linear.k, np.float32), error(np.ones(linear.k, np.float32))
+    for s in strengths_tried(linear, weight, seen, source):
+        if (found := error(s)) < least * 0.98:  # a change must earn its place
+            best, least = s, found
+    return best
+
+
+def fake_rows(x: Float) -> Float:
+    """Rounded to 8 bits, each row by its own range: what the int8 graph does to its inputs."""
+    step = np.maximum(np.abs(x).max(1, keepdims=True), 1e-20) / np.float32(127.5)
+    rounded: Float = np.round(x / step) * step
+    return rounded
+
+
+def folded(weights: dict[str, Float], vectors: dict[str, Float], factors: Mapping[str, Float], where: Mapping[str, Source],
+           biases: Mapping[str, str | None]) -> None:  # fmt: skip
+    """Apply factors in place: to the weights [n, k] of each product and to what makes its inputs.
+
+    Args:
+        weights: of all products of a block, by name.
+        vectors: constants of norms, and biases, by tensor name.
+        factors: s [k] by product.
+        where: the products' sources.
+        biases: each product's bias tensor.
+    """
+    for name, s in factors.items():
+        weights[name] = weights[name] * s
+        source = where[name]
+        for vector in source.vectors:
+            vectors[vector] = vectors[vector] / s
+        if source.linear:
+            per_channel = source.per_channel(s)
+            span = slice(source.first, source.first + len(per_channel))
+            weights[source.linear][span] /= per_channel[:, None]
+            if bias := biases.get(source.linear):
+                vectors[bias] = vectors[bias].copy()
+                vectors[bias][span] /= per_channel
