@@ -173,12 +173,16 @@ def _attention(
 
 
 def _rotary_tables(g: GraphBuilder, text: TextConfig) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [context, head dim / 2], in float32 arithmetic as transformers computes them."""
-    half, length = text.head_dim // 2, context_length(text)
-    inverse = np.float32(1) / np.float32(text.rope_theta) ** (np.arange(0, text.head_dim, 2, dtype=np.float32) / text.head_dim)
-    angles = np.arange(length, dtype=np.float32)[:, None] * inverse[None, :].astype(np.float32)
-    cos = g.weight("rotary.cos", [length, half], lambda: np.cos(angles))
-    return cos, g.weight("rotary.sin", [length, half], lambda: np.sin(angles))
+    """cos and sin [context, head dim / 2], in float32 arithmetic as transformers computes them.
+
+    Computed from constants, so onnxruntime folds them into tables when it loads the graph (27 ms for 32,768 positions on a server
+    core): 8 MB less in every decoder file of the 450M.
+    """
+    exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / text.head_dim
+    inverse = (np.float32(1) / np.float32(text.rope_theta) ** exponents).astype(np.float32)
+    positions = g.op("Unsqueeze", g.op("Cast", g.op("Range", 0, context_length(text), 1), to=int(FLOAT)), [1])
+    angles = g.op("Mul", positions, g.constant(inverse[None], "rotary.inverse_frequencies"))
+    return g.cast(g.op("Cos", angles), g.float_type), g.cast(g.op("Sin", angles), g.float_type)
 
 
 def _feed_forward(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str) -> ir.Value:

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from lfm_quantize.blocks import Block, Feeds, Values, run_block
 from lfm_quantize.graph import Graph, QuantizeError, Tensor
-from lfm_quantize.observe import KINDS, ROWS, Observed
+from lfm_quantize.observe import ROWS, Observed
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.rewrite import quantized_nodes
 from lfm_quantize.rounding import METHODS, Rounded, output_error
-from lfm_quantize.smooth import find_factors, folded, sources
+from lfm_quantize.smooth import find_fit, folded, sources
 
 Float = NDArray[np.float32]
 
 
 @dataclass
 class Change:
-    """What becomes of a block: nodes that replace others, constants that are new, and how far it moved from fp32."""
+    """What becomes of a block: nodes that replace others, and constants that are new."""
 
     nodes: dict[str, list[onnx.NodeProto]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -34,22 +34,6 @@ class Change:
         self.nodes |= other.nodes
         self.tensors |= other.tensors
         self.layers += other.layers
-
-    def judge(self, block: Block, exact: Sequence[Values], rounded: Sequence[Values], kinds: Sequence[NDArray[np.bool_]]) -> None:
-        """Record the relative error of the hidden state after this block, image and text tokens apart."""
-        sums = {kind: [0.0, 0.0] for kind in KINDS}
-        for a, b, is_image in zip(exact, rounded, kinds, strict=True):
-            x, y = (sum(v[n].reshape(-1, v[n].shape[-1]) for n in block.outputs) for v in (a, b))
-            for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
-                if len(chosen) == len(x):  # the projector joins patches: all of them are image tokens
-                    x_k, y_k = x[chosen], y[chosen]
-                else:
-                    x_k, y_k = (x, y) if kind == "image" else (x[:0], y[:0])
-                sums[kind][0] += float(np.square(y_k - x_k).sum(dtype=np.float64))
-                sums[kind][1] += float(np.square(x_k).sum(dtype=np.float64))
-        error = {kind: (num / den) ** 0.5 for kind, (num, den) in sums.items() if den}
-        for layer in self.layers:
-            layer["block_error"] = {kind: float(f"{value:.4g}") for kind, value in error.items()}
 
 
 def quantize_block(
@@ -75,11 +59,11 @@ def quantize_block(
         if not np.isfinite(weight).all():
             raise QuantizeError(f"{name} has NaN or infinite weights; the checkpoint is broken: export a sound one")
     small = [n for n in linears if wanted[n].bits < 32 and n != "head"]
-    seen = _observe(graph, block, feeds, states, kinds, {n: wanted[n].bits == 4 and wanted[n].method != "rtn" for n in small}, threads)
+    seen = _observe(graph, block, feeds, states, kinds, {n: wanted[n].method != "rtn" for n in small}, threads)
 
     where = {name: source for name, source in sources(graph).items() if name in seen}
-    factors = {name: find_factors(linears[name], weights[name], seen[name], source, wanted[name]) for name, source in where.items()}
-    factors = {name: s for name, s in factors.items() if (s != 1).any()}
+    fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
+    factors = {name: fit.factors for name, fit in fits.items() if (fit.factors != 1).any()}
     names = {v for source in where.values() for v in source.vectors} | {b for linear in linears.values() if (b := linear.bias)}
     vectors = {name: graph.tensors[name].array for name in names}
     before = {**weights}, {**vectors}
@@ -100,7 +84,7 @@ def quantize_block(
             moments = seen[name].moment() / np.outer(s, s)
         tied, table = head if head and name == "head" else (False, None)
         rounded = table if tied and table else METHODS[precision.method](weight, precision, moments)
-        nodes, tensors = quantized_nodes(linear, rounded, tied=tied)
+        nodes, tensors = quantized_nodes(linear, rounded, negative=fits[name].negative if name in fits else 1.0, tied=tied)
         change.nodes[name] = nodes
         change.tensors |= tensors
         change.layers.append({

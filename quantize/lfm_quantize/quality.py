@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder, prompt_embeds
+from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds
 from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.observe import KINDS
 from lfm_quantize.samples import Question, Sample, prepare
 
 DEFAULT_FLOORS: Mapping[str, float] = {"fp16": 0.001, "int8": 0.01, "int4": 0.1}
@@ -27,6 +30,9 @@ ANSWER_TOKENS = 48
 LOGIT_BYTES = 128 << 20
 """Distributions kept at a time; a question more than that waits for the next round."""
 
+LAYER_SAMPLES = 8
+"""Questions that the error is followed through the layers on."""
+
 Float = NDArray[np.float32]
 
 
@@ -34,6 +40,16 @@ class GateError(EdgeError, ValueError):
     """A variant was made and is not good enough; the bundle is as before."""
 
     exit_code = 3
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the hidden state after a layer is from the other variant's: |difference| / |state|, and what this layer added to it."""
+
+    name: str
+    image: float | None  # over image tokens (patches, in the encoder)
+    text: float | None
+    added: float  # root of the difference of squares with the layer before, the larger of both kinds
 
 
 @dataclass
@@ -55,6 +71,7 @@ class Quality:
     bytes: int
     against_bytes: int
     bits_per_weight: float
+    layers: list[LayerError]
     seconds: float
     onnxruntime: str = field(default_factory=lambda: str(ort.__version__))
 
@@ -68,6 +85,14 @@ class Quality:
         if not total:
             return None
         return 100 * sum((t[self.against] - t[self.variant]) * t["questions"] for t in self.accuracy.values()) / total
+
+    def layer_table(self) -> str:
+        """Where the error comes from."""
+        lines = ["layer                         error: image      text     added here"]
+        for layer in self.layers:
+            image, text = (f"{v:10.5f}" if v is not None else " " * 9 + "–" for v in (layer.image, layer.text))
+            lines.append(f"{layer.name:30s}      {image}{text}     {layer.added:10.5f}")
+        return "\n".join(lines)
 
     def table(self) -> str:
         """For people."""
@@ -130,6 +155,7 @@ def measure(
             done += 1
             progress(f"judges {variant}", done, len(questions))
         del decoder
+    layers = layer_errors(bundle, variant, against, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES], threads)
     all_cosines, all_kl = np.concatenate(cosines), np.concatenate(divergence)
     sizes = {v: _bytes(bundle, v) for v in (variant, against)}
     return Quality(
@@ -137,7 +163,7 @@ def measure(
         float(np.percentile(all_cosines, 1)), float(all_cosines.mean()), float(all_kl.mean()), float(np.concatenate(same_token).mean()),
         same_answer / len(questions),
         {t: {"questions": len(r), against: float(np.mean([a for a, _ in r])), variant: float(np.mean([b for _, b in r]))} for t, r in right.items()},
-        sizes[variant], sizes[against], 8 * sizes[variant] / _weights(bundle, against), time.perf_counter() - started,
+        sizes[variant], sizes[against], 8 * sizes[variant] / _weights(bundle, against), layers, time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -153,7 +179,60 @@ def _reference(
     return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
 
 
-def check_floor(quality: Quality, floor: float, layers: Sequence[Mapping[str, Any]]) -> None:
+def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence[Question], threads: int) -> list[LayerError]:
+    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge did not make."""
+    found: list[LayerError] = []
+    samples = [prepare(bundle, q, split=False) for q in questions]
+    ours = [Graph.open(bundle.graphs(against)[1][stem]) for stem in (VISION_ENCODER.stem, DECODER.stem)]
+    if ours[0].name != VISION_ENCODER.stem or ours[1].name != DECODER.stem:
+        return found
+    views = [view for sample in samples for view in sample.views]
+    image_id = PromptBuilder(bundle.prompt).image_id
+    states: dict[str, list[list[Values]]] = {}
+    for name in (against, variant):
+        vision = _states(bundle, name, ours[0], [view.feeds() for view in views], threads)
+        decoder = open_decoder(bundle, name, threads, packed=name != against)
+        embeds = [
+            prompt_embeds(decoder, s.ids, v["image_features"], image_id) for s, v in zip(samples, vision, strict=True)
+        ]
+        del decoder
+        feeds = [decoder_feeds(all_positions(ours[1]), e) for e in embeds]
+        states[name] = [vision, _states(bundle, name, all_positions(ours[1]), feeds, threads)]
+    kinds = ([np.ones(len(view.patches), np.bool_) for view in views], [np.array(sample.ids) == image_id for sample in samples])
+    for which, graph in enumerate(ours):
+        before: dict[str, float] = {}
+        for block in blocks_of(graph if which == 0 else all_positions(graph)):
+            pairs = zip(states[against][which], states[variant][which], kinds[which], strict=True)
+            error = _relative(block.outputs, pairs)
+            added = max((max(0.0, e**2 - before.get(kind, 0.0) ** 2) ** 0.5 for kind, e in error.items()), default=0.0)
+            found.append(LayerError(block.name, error.get("image"), error.get("text"), added))
+            before = error
+    return found
+
+
+def _states(bundle: Bundle, variant: str, like: Graph, feeds: Sequence[Feeds], threads: int) -> list[Values]:
+    """The hidden states between all blocks of a variant's graph, for each sample."""
+    graph = Graph.open(bundle.graphs(variant)[1][like.name])
+    graph = graph if like.name == VISION_ENCODER.stem else all_positions(graph)
+    names = list(dict.fromkeys(name for block in blocks_of(like) for name in block.outputs))
+    session = graph.part(names).session(threads)
+    taken = {i.name for i in session.get_inputs()}
+    return [dict(zip(names, session.run(names, {n: v for n, v in f.items() if n in taken}), strict=True)) for f in feeds]
+
+
+def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArray[np.bool_]]]) -> dict[str, float]:
+    """|y - x| / |x| over all samples, by kind of token; the values `names` are added up first (a residual may be in two parts)."""
+    sums = {kind: [0.0, 0.0] for kind in KINDS}
+    for a, b, is_image in pairs:
+        x, y = (sum(v[n].reshape(-1, v[n].shape[-1]) for n in names) for v in (a, b))
+        chosen = is_image if len(is_image) == len(x) else np.ones(len(x), np.bool_)  # the projector joins patches
+        for kind, mask in zip(KINDS, (chosen, ~chosen), strict=True):
+            sums[kind][0] += float(np.square(y[mask] - x[mask]).sum(dtype=np.float64))
+            sums[kind][1] += float(np.square(x[mask]).sum(dtype=np.float64))
+    return {kind: (num / den) ** 0.5 for kind, (num, den) in sums.items() if den}
+
+
+def check_floor(quality: Quality, floor: float) -> None:
     """Raise GateError when KL or the cosines are beyond the floor; says which layers to keep."""
     reasons = []
     if not quality.kl <= floor:
@@ -161,23 +240,9 @@ def check_floor(quality: Quality, floor: float, layers: Sequence[Mapping[str, An
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
-        worst = " ".join(f"--keep {name}" for name in worst_layers(layers))
-        raise GateError(f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {worst}")
-
-
-def worst_layers(layers: Sequence[Mapping[str, Any]], count: int = 3) -> list[str]:
-    """The products of the blocks that added the most error, largest first."""
-    added: dict[str, float] = {}
-    before: dict[str, float] = {}
-    for layer in layers:
-        graph = layer["name"].split(".")[0]
-        error = max(layer.get("block_error", {}).values(), default=0.0)
-        block = layer["name"].rsplit(".", 2)[0]
-        if block not in added:
-            added[block] = error - before.get(graph, 0.0)
-            before[graph] = error
-    blocks = sorted(added, key=lambda b: -added[b])[:count]
-    return [f"'{block}.*'" if block.split(".")[0] in ("vision", "text") else block for block in blocks]
+        worst = sorted(quality.layers, key=lambda layer: -layer.added)[:3]
+        keep = " ".join(f"--keep '{layer.name}*'" for layer in worst)
+        raise GateError(f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}")
 
 
 def kl_divergence(logits: Float, other: Float) -> Float:
@@ -230,4 +295,6 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.5g}") if abs(value) < 0.9 else round(value, 6)
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
     return value

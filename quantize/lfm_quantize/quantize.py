@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds, run_block
-from lfm_quantize.graph import Graph, QuantizeError, Tensor
+from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.layer import Change, quantize_block
 from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
 from lfm_quantize.recipe import Recipe
-from lfm_quantize.rewrite import TABLE, embedding_nodes, quantized_nodes
-from lfm_quantize.rounding import METHODS, Precision, Rounded
+from lfm_quantize.rewrite import TABLE, embedding_nodes, halved
+from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.work import Work
 
@@ -59,8 +59,8 @@ class Settings:
             raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
-        if self.variant == "int8" and self.method == "gptq":
-            raise QuantizeError("--method gptq has no effect on int8; its weights are rounded to nearest: leave it out")
+        if self.method == "gptq" and not self.calibration:
+            raise QuantizeError("--method gptq needs --calibration: it rounds weights by what images put through them")
         if self.prompts and not self.calibration:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
         if self.floor is not None and not (self.calibration and self.floor > 0):
@@ -115,7 +115,7 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
         raise QuantizeError(f"{folder} has no manifest.json; quantize starts from a bundle made by: lfm-edge export")
     start, source = Source.open(bundle)
     names = [*source.vision.linears(), *source.decoder.linears()]
-    method = settings.method or ("gptq" if settings.calibration and settings.variant == "int4" else "rtn")
+    method = settings.method or ("gptq" if settings.calibration else "rtn")
     recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
     recipe = recipe.keeping(settings.keep)
     recipe.check(names)
@@ -129,20 +129,19 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
         vision, features = _quantize_vision(source.vision, samples, recipe, work, settings.threads, progress)
         table = _round_table(source, recipe)
         decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, settings.threads, progress)
-        layers = [*vision.layers, *decoder.layers]
         with replacing(folder) as new:
             carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
             _save(new, settings.variant, source, vision, decoder, table)
             entry = {
                 "recipe": recipe.to_list(), "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
                 "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
-                "layers": layers, "seconds": round(time.perf_counter() - started, 1),
+                "layers": [*vision.layers, *decoder.layers], "seconds": round(time.perf_counter() - started, 1),
             }  # fmt: skip
             _write_manifest(new, manifest, settings.variant, start, entry, None)
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
-                check_floor(quality, settings.floor or DEFAULT_FLOORS[settings.variant], layers)
+                check_floor(quality, settings.floor or DEFAULT_FLOORS[settings.variant])
                 _write_manifest(new, manifest, settings.variant, start, entry, quality)
         work.finished()
     return quality
@@ -165,64 +164,51 @@ def _questions(settings: Settings, warn: Any) -> tuple[list[Question], list[Ques
 
 def _quantize_vision(
     graph: Graph, samples: Sequence[Sample], recipe: Recipe, work: Work, threads: int, progress: Progress
-) -> tuple[Change, list[tuple[Float, Float]]]:
-    """The changes, and each sample's image features: (fp32, quantized)."""
-    views = [view for sample in samples for view in (*sample.views, *sample.extra)]
+) -> tuple[Change, list[Float]]:
+    """The changes, and the image features that the quantized encoder gives each sample."""
+    first = {sample.question.image: sample for sample in reversed(samples)}  # several questions may be about one image
+    whole = {image: i for i, image in enumerate(first)}
+    views = [sample.views[0] for sample in first.values()] + [view for sample in first.values() for view in sample.extra]
     feeds: list[Feeds] = [view.feeds() for view in views]
     kinds = [np.ones(len(view.patches), np.bool_) for view in views]
-    change, exact, rounded = _through_blocks(graph, feeds, feeds, kinds, recipe, work, threads, progress, None)
-    features, at = [], 0
-    for sample in samples:
-        count = len(sample.views)
-        features.append((
-            np.concatenate([v["image_features"] for v in exact[at : at + count]]),
-            np.concatenate([v["image_features"] for v in rounded[at : at + count]]),
-        ))  # fmt: skip
-        at += count + len(sample.extra)
-    return change, features
+    change, end = _through_blocks(graph, feeds, kinds, recipe, work, threads, progress, None)
+    if any(precision.bits < 32 for precision in map(recipe.precision, graph.linears())):
+        change.add(Change(*halved(graph, "vision.embeddings.position_embedding.weight")))
+    return change, [end[whole[s.question.image]]["image_features"] for s in samples]
 
 
 def _quantize_decoder(
-    source: Source, samples: Sequence[Sample], features: Sequence[tuple[Float, Float]], table: Rounded | None, bundle: Bundle,
+    source: Source, samples: Sequence[Sample], features: Sequence[Float], table: Rounded | None, bundle: Bundle,
     recipe: Recipe, work: Work, threads: int, progress: Progress,
 ) -> Change:  # fmt: skip
     graph = all_positions(source.decoder)
     image_id = PromptBuilder(bundle.prompt).image_id
     kinds = [np.array(sample.ids) == image_id for sample in samples]
-    both: list[list[Feeds]] = []
-    for which, rows in enumerate((source.table, table.weight() if table else source.table)):
-        feeds = []
-        for sample, kind, found in zip(samples, kinds, features, strict=True):
-            embeds = rows[np.array(sample.ids)][None].astype(np.float32)
-            embeds[0, kind] = found[which]
-            feeds.append(decoder_feeds(graph, embeds))
-        both.append(feeds)
-    head = (source.tied, table)
-    change, *_ = _through_blocks(graph, both[0], both[1], kinds, recipe, work, threads, progress, head)
-    return change
+    rows = table.weight() if table else source.table
+    feeds = []
+    for sample, kind, found in zip(samples, kinds, features, strict=True):
+        embeds = rows[np.array(sample.ids)][None].astype(np.float32)
+        embeds[0, kind] = found
+        feeds.append(decoder_feeds(graph, embeds))
+    return _through_blocks(graph, feeds, kinds, recipe, work, threads, progress, (source.tied, table))[0]
 
 
 def _through_blocks(
-    graph: Graph, exact_feeds: list[Feeds], feeds: list[Feeds], kinds: list[NDArray[np.bool_]], recipe: Recipe, work: Work, threads: int,
-    progress: Progress, head: tuple[bool, Rounded | None] | None,
-) -> tuple[Change, list[Values], list[Values]]:  # fmt: skip
-    """Quantize block after block, each on the inputs that the quantized blocks before it produce."""
+    graph: Graph, feeds: list[Feeds], kinds: list[NDArray[np.bool_]], recipe: Recipe, work: Work, threads: int, progress: Progress,
+    head: tuple[bool, Rounded | None] | None,
+) -> tuple[Change, list[Values]]:  # fmt: skip
+    """Quantize block after block, each on the inputs that the quantized blocks before it produce; also what the last one gives."""
     blocks = blocks_of(graph)
-    exact: list[Values] = [{} for _ in feeds]
-    rounded: list[Values] = [{} for _ in feeds]
+    states: list[Values] = [{} for _ in feeds]
     total = Change()
     for i, block in enumerate(blocks):
-        change = work.load(block.name)
-        if change is None:
-            change = quantize_block(graph, block, feeds, rounded, kinds, recipe, threads, head)
-        if feeds:
-            exact = run_block(graph, block, exact_feeds, exact, threads)
-            rounded = run_block(graph.replaced(change.nodes, change.tensors), block, feeds, rounded, threads)
-            change.judge(block, exact, rounded, kinds)
+        change = work.load(block.name) or quantize_block(graph, block, feeds, states, kinds, recipe, threads, head)
         work.save(block.name, change)
+        if feeds:
+            states = run_block(graph.replaced(change.nodes, change.tensors), block, feeds, states, threads)
         total.add(change)
         progress(f"quantizes {graph.name}", i + 1, len(blocks))
-    return total, exact, rounded
+    return total, states
 
 
 def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
@@ -230,8 +216,8 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     precision = recipe.precision("head")
     if precision.bits == 32:
         return None
-    if precision.bits == 4:  # both a look-up and a product read it: each row is to be near itself, whatever meets it
-        precision = replace(precision, method="clipped" if precision.method == "gptq" else precision.method)
+    if precision.method == "gptq":  # both a look-up and a product read it: each row is to be near itself, whatever meets it
+        precision = replace(precision, method="clipped")
     return METHODS[precision.method](source.table, precision, None)
 
 
@@ -291,5 +277,3 @@ def _check_space(folder: Path, bundle: Bundle, start: str) -> None:
     if free < wanted:
         raise QuantizeError(f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room")
 
-
-__all__ = ["METHODS", "Precision", "Settings", "Tensor", "quantize", "quantized_nodes"]

@@ -91,10 +91,10 @@ class Recipe:
     @staticmethod
     def default(variant: str, method: str) -> Recipe:
         """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder with scales for 64 inputs."""
+        eight = Precision(8, 0, method)
         if variant == "int8":
-            return Recipe((Rule("*", Precision(8)),))
-        vision = Precision(8)
-        return Recipe((Rule("vision.*", vision), Rule("projector.*", vision), Rule("*", Precision(4, 64, method))))
+            return Recipe((Rule("*", eight),))
+        return Recipe((Rule("vision.*", eight), Rule("projector.*", eight), Rule("*", Precision(4, 64, method))))
 
 
 def _rule(entry: Any, where: str) -> Rule:

@@ -1,8 +1,8 @@
 """One matrix product → its quantized form; one embedding table → its quantized form. Nodes in, nodes out.
 
-8 bits: each row of the input is divided by its largest magnitude, so that onnxruntime's dynamic quantization, which takes one
-range for the whole tensor, quantizes every token with a range of its own; then multiplied back. 4 bits: MatMulNBits, which
-quantizes inputs block by block of a row. Both exist on every onnxruntime from 1.20.
+8 bits: each row of the input is divided by its own range, so that onnxruntime's dynamic quantization, which takes one range for
+the whole tensor, quantizes every token with a range of its own; then multiplied back. 4 bits: MatMulNBits, which quantizes inputs
+block by block of a row. Both exist on every onnxruntime from 1.20.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from lfm_quantize.graph import CONTRIB, FLOAT, UINT4, Array, Linear, Tensor
+from lfm_quantize.graph import CONTRIB, FLOAT, UINT4, Array, Graph, Linear, Tensor
 from lfm_quantize.rounding import Rounded, fits_half
 
 TABLE = "table"
@@ -22,25 +22,34 @@ ACCURACY_LEVEL = 4  # of MatMulNBits: int8 inputs
 _TINY = np.array(1e-20, np.float32)  # a row of zeros is divided by this
 
 
-def quantized_nodes(linear: Linear, rounded: Rounded, *, tied: bool = False) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
-    """Nodes and constants that take the place of `linear`. `tied`: the weight is the embedding table, and its constants are TABLE's."""
+def quantized_nodes(linear: Linear, rounded: Rounded, *, negative: float = 1.0, tied: bool = False) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
+    """Nodes and constants that take the place of a matrix product.
+
+    Args:
+        linear: the product.
+        rounded: its weights.
+        negative: for 8 bits, the share of the inputs' range that lies below zero, against that above: 1 for inputs of both signs,
+            1/8 after Gelu, whose least output is -0.17. The 255 steps are spent where the inputs are.
+        tied: the weight is the embedding table, and its constants are TABLE's.
+    """
     x, y, name = linear.node.input[0], linear.node.output[0], TABLE if tied else linear.name
     product = f"{name}.product" if linear.bias else y
     if rounded.precision.bits == 4:
         nodes, tensors = _four_bits(name, x, product, rounded)
     else:
-        nodes, tensors = _eight_bits(name, x, product, rounded, tied)
+        nodes, tensors = _eight_bits(name, x, product, rounded, negative, tied)
     if linear.bias:
         nodes.append(helper.make_node("Add", [product, linear.bias], [y], f"{name}.bias"))
     return nodes, tensors
 
 
-def _eight_bits(name: str, x: str, y: str, rounded: Rounded, tied: bool) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
+def _eight_bits(name: str, x: str, y: str, rounded: Rounded, negative: float, tied: bool) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
     weight = f"{name}.transposed" if tied else f"{name}.weight_int8"
     nodes = []
     tensors = {
         f"{name}.scales": Tensor.of(np.ascontiguousarray(rounded.scales[:, 0])),
         "quantize.last_axis": Tensor.of(np.array([-1], np.int64)), "quantize.tiny": Tensor.of(_TINY),
+        f"quantize.minus_{1 / negative:g}": Tensor.of(np.array(-1 / negative, np.float32)),
     }  # fmt: skip
     if tied:  # onnxruntime makes the transposed copy once, when it loads the graph
         tensors[f"{name}.weight_int8"] = Tensor.of(rounded.codes)
@@ -48,9 +57,10 @@ def _eight_bits(name: str, x: str, y: str, rounded: Rounded, tied: bool) -> tupl
     else:
         tensors[weight] = Tensor.of(np.ascontiguousarray(rounded.codes.T))
     nodes += [
-        helper.make_node("Abs", [x], [f"{name}.abs"], f"{name}.abs"),
-        helper.make_node("ReduceMax", [f"{name}.abs", "quantize.last_axis"], [f"{name}.max"], f"{name}.max", keepdims=1),
-        helper.make_node("Max", [f"{name}.max", "quantize.tiny"], [f"{name}.range"], f"{name}.range"),
+        helper.make_node("ReduceMax", [x, "quantize.last_axis"], [f"{name}.max"], f"{name}.max", keepdims=1),
+        helper.make_node("ReduceMin", [x, "quantize.last_axis"], [f"{name}.min"], f"{name}.min", keepdims=1),
+        helper.make_node("Mul", [f"{name}.min", f"quantize.minus_{1 / negative:g}"], [f"{name}.below"], f"{name}.below"),
+        helper.make_node("Max", [f"{name}.max", f"{name}.below", "quantize.tiny"], [f"{name}.range"], f"{name}.range"),
         helper.make_node("Div", [x, f"{name}.range"], [f"{name}.unit"], f"{name}.unit"),
         helper.make_node(
             "DynamicQuantizeMatMul", [f"{name}.unit", weight, f"{name}.scales"], [f"{name}.matmul"], f"{name}.matmul", domain=CONTRIB
@@ -112,6 +122,16 @@ def embedding_nodes(node: onnx.NodeProto, rounded: Rounded) -> tuple[list[onnx.N
         gather_axis=0, quantize_axis=1, block_size=rounded.precision.block,
     ))  # fmt: skip
     return nodes, tensors
+
+
+def halved(graph: Graph, name: str) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, Tensor]]:
+    """A float constant that is no product's weight, as fp16 in the file: replacements for the node that reads it, and the constant."""
+    (reader,) = [node for node in graph.nodes if name in node.input]
+    changed = onnx.NodeProto()
+    changed.CopyFrom(reader)
+    changed.input[:] = [f"{name}.fp32" if i == name else i for i in reader.input]
+    cast = helper.make_node("Cast", [f"{name}.fp16"], [f"{name}.fp32"], f"{name}.fp32", to=FLOAT)
+    return {reader.name: [cast, changed]}, {f"{name}.fp16": Tensor.of(graph.tensors[name].array.astype(np.float16))}
 
 
 def pack(codes: Any) -> Array:

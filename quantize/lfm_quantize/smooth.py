@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm_quantize.graph import Graph, Linear
+from lfm_quantize.graph import Graph
 from lfm_quantize.observe import Observed
 from lfm_quantize.rounding import Precision, clipped
 
 Float = NDArray[np.float32]
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+NEGATIVES = (0.5, 0.25, 0.125, 2.0)
 OUTPUTS_TRIED = 768
 """Output channels that a candidate is judged on."""
 
@@ -80,7 +81,7 @@ def _head_size(graph: Graph, place: str) -> int:
     return norm.shape[0] if norm else 1  # heads that share nothing need no grouping
 
 
-def strengths_tried(linear: Linear, weight: Float, seen: Observed, source: Source) -> Iterable[Float]:
+def factors_tried(weight: Float, seen: Observed, source: Source) -> Iterable[Float]:
     """Candidates for s [k], geometric mean 1."""
     rows = seen.kept()
     inputs = (np.maximum(seen.largest, 1e-6), np.maximum(np.abs(rows).mean(0), 1e-6))
@@ -91,7 +92,6 @@ def strengths_tried(linear: Linear, weight: Float, seen: Observed, source: Sourc
             yield source.tie(_centred(s))
     for strength in (0.3, 0.6, 1.0):
         yield source.tie(_centred(inputs[1] ** strength))
-    assert linear.k == weight.shape[1]
 
 
 def _centred(s: Float) -> Float:
@@ -99,29 +99,54 @@ def _centred(s: Float) -> Float:
     return np.clip(s, 1e-3, 1e3).astype(np.float32)
 
 
-def find_factors(linear: Linear, weight: Float, seen: Observed, source: Source, precision: Precision) -> Float:
-    """s [k] with the least simulated output error; ones where nothing is better."""
+@dataclass(frozen=True)
+class Fit:
+    """How a product's inputs are prepared: divided by `factors` [k] (in the source), `negative` of the 8-bit range below zero."""
+
+    factors: Float
+    negative: float = 1.0
+
+
+def find_fit(weight: Float, seen: Observed, source: Source | None, precision: Precision) -> Fit:
+    """The fit with the least simulated output error on the rows seen.
+
+    Args:
+        weight: [n, k].
+        seen: the inputs.
+        source: where inputs can be scaled; None where they cannot.
+        precision: 8 or 4 bits.
+    """
     rows = seen.kept()
-    chosen = np.linspace(0, linear.n - 1, min(linear.n, OUTPUTS_TRIED)).astype(int)
-    part = np.ascontiguousarray(weight[chosen])
+    part = np.ascontiguousarray(weight[np.linspace(0, len(weight) - 1, min(len(weight), OUTPUTS_TRIED)).astype(int)])
     wanted = rows @ part.T
 
-    def error(s: Float) -> float:
+    def error(s: Float, negative: float) -> float:
         x = rows / s
         w = clipped(part * s, precision, None).weight()
-        got = (fake_rows(x) if precision.bits == 8 else x) @ w.T
+        got = (fake_rows(x, negative) if precision.bits == 8 else x) @ w.T
         return float(np.square(got - wanted).sum(dtype=np.float64))
 
-    best, least = np.ones(linear.k, np.float32), error(np.ones(linear.k, np.float32))
-    for s in strengths_tried(linear, weight, seen, source):
-        if (found := error(s)) < least * 0.98:  # a change must earn its place
-            best, least = s, found
+    plain = np.ones(weight.shape[1], np.float32)
+    best, least = Fit(plain), error(plain, 1.0)
+
+    def consider(fit: Fit) -> None:
+        nonlocal best, least
+        if (found := error(fit.factors, fit.negative)) < least * 0.98:  # a change must earn its place
+            best, least = fit, found
+
+    if precision.bits == 8:
+        for negative in NEGATIVES:
+            consider(Fit(plain, negative))
+    if source:
+        for s in factors_tried(weight, seen, source):
+            consider(Fit(s, best.negative))
     return best
 
 
-def fake_rows(x: Float) -> Float:
+def fake_rows(x: Float, negative: float = 1.0) -> Float:
     """Rounded to 8 bits, each row by its own range: what the int8 graph does to its inputs."""
-    step = np.maximum(np.abs(x).max(1, keepdims=True), 1e-20) / np.float32(127.5)
+    span = np.maximum(np.maximum(x.max(1, keepdims=True), x.min(1, keepdims=True) / -np.float32(negative)), 1e-20)
+    step = span * np.float32((1 + negative) / 255)
     rounded: Float = np.round(x / step) * step
     return rounded
 

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 """Of manifest.json and prompt.json. A reader refuses newer ones."""
 
 MAX_CONTEXT = 32768
-"""LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in every decoder file."""
+"""LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in memory."""
 
 VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 
