@@ -110,7 +110,7 @@ def build_model(tokenizer: Tokenizer) -> Lfm2VlForConditionalGeneration:
             num_patches=256, vision_use_head=False, attention_dropout=0.0,
         ).to_dict(),
         text_config=Lfm2Config(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
             num_key_value_heads=2, conv_L_cache=3, block_auto_adjust_ff_dim=False, max_position_embeddings=4096,
             layer_types=["conv", "full_attention"] * 3, rope_theta=10000.0,
             pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"],
@@ -198,6 +198,13 @@ def faster_short_conv(model: Lfm2VlForConditionalGeneration) -> None:
 # ------------------------------------------------------------------------------------------------------------- batch
 
 
+def same_colour(sample: demo_data.Sample) -> list[tuple[str, str, str]]:
+    """The `where` questions about things that share their colour with another thing."""
+    things = sample.questions[0][2].split(", ")
+    colours = [thing.split()[0] for thing in things]
+    return [q for q in sample.questions if q[0] == "where" and colours.count(q[1].split()[3]) > 1]
+
+
 class Batcher:
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -207,13 +214,21 @@ class Batcher:
         self.image_id = tokenizer.token_to_id("<image>")
         self.head = encode("<|startoftext|><|im_start|>user\n<|image_start|>")
 
+    def draw(self, kind: str, width: int, height: int) -> demo_data.Sample:
+        """Most pictures of shapes with a `where` that the colour alone does not answer: without them the model reads no shape word."""
+        while True:
+            sample = demo_data.draw_sample(self.rng, kind, width, height)
+            if kind == "text" or self.rng.random() < 0.2 or same_colour(sample):
+                return sample
+
     def conversation(self, sample: demo_data.Sample, image_tokens: int, turns: int) -> tuple[list[int], list[float]]:
         """Token ids and, for each, the loss weight of predicting it (0 outside the answers)."""
         questions = list(sample.questions)
         self.rng.shuffle(questions)
         if self.rng.random() < 0.75:  # a description tells all later answers: mostly ask it last, or first and alone
-            questions.sort(key=lambda q: q[0] == "describe")
-            if self.rng.random() < 0.35:
+            hard = same_colour(sample)
+            questions.sort(key=lambda q: (q[0] == "describe", q not in hard))
+            if self.rng.random() < 0.25:
                 questions = questions[-1:]
         ids = self.head + [self.image_id] * image_tokens
         weights = [0.0] * len(ids)
@@ -229,7 +244,7 @@ class Batcher:
     def batch(self, kind: str, n: int, width: int, height: int, turns: int = 3):
         """n pictures of one kind and size, right-padded: what Trainee.forward takes."""
         rows, cols = height // 16, width // 16
-        samples = [demo_data.draw_sample(self.rng, kind, width, height) for _ in range(n)]
+        samples = [self.draw(kind, width, height) for _ in range(n)]
         array = np.stack([np.asarray(s.image) for s in samples])
         patches = array.reshape(n, rows, 16, cols, 16, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * cols, 768)
         pixels = torch.from_numpy(patches.astype(np.float32) / 127.5 - 1.0)

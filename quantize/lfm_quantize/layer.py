@@ -59,7 +59,7 @@ def quantize_block(
         if not np.isfinite(weight).all():
             raise QuantizeError(f"{name} has NaN or infinite weights; the checkpoint is broken: export a sound one")
     small = [n for n in linears if wanted[n].bits < 32 and n != "head"]
-    seen = _observe(graph, block, feeds, states, kinds, {n: wanted[n].method != "rtn" for n in small}, threads)
+    seen = observe(graph, block, feeds, states, kinds, {n: wanted[n].method != "rtn" for n in small}, threads)
 
     where = {name: source for name, source in sources(graph).items() if name in seen}
     fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
@@ -95,10 +95,11 @@ def quantize_block(
     return change
 
 
-def _observe(
+def observe(
     graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], kinds: Sequence[NDArray[np.bool_]],
     with_moments: dict[str, bool], threads: int,
 ) -> dict[str, Observed]:  # fmt: skip
+    """What the named products are fed; with the second moments where `with_moments` says so. Nothing without samples."""
     if not feeds or not with_moments:
         return {}
     linears = graph.linears()

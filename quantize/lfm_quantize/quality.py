@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
 from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.prompt import PromptBuilder
@@ -129,7 +130,7 @@ def measure(
     builder = PromptBuilder(bundle.prompt)
     tokenizer, image_id = builder.tokenizer, builder.image_id
     vocabulary = len(bundle.prompt.vocabulary.tokens)
-    cosines: list[Float] = []
+    token_cosines: list[Float] = []
     divergence: list[Float] = []
     same_token: list[NDArray[np.bool_]] = []
     same_answer = 0
@@ -139,7 +140,7 @@ def measure(
         samples = [prepare(bundle, q, split=True) for q in part]
         features, answers, behind = _reference(bundle, against, samples, image_id, threads)
         found = features_of(bundle, variant, [s.views for s in samples], threads)
-        cosines += [_cosine(a, b) for a, b in zip(features, found, strict=True)]
+        token_cosines += [cosines(a, b) for a, b in zip(features, found, strict=True)]
         decoder = open_decoder(bundle, variant, threads)
         for sample, mine, ids, logits in zip(samples, found, answers, behind, strict=True):
             embeds = prompt_embeds(decoder, sample.ids, mine, image_id)
@@ -156,7 +157,7 @@ def measure(
             progress(f"judges {variant}", done, len(questions))
         del decoder
     layers = layer_errors(bundle, variant, against, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES], threads)
-    all_cosines, all_kl = np.concatenate(cosines), np.concatenate(divergence)
+    all_cosines, all_kl = np.concatenate(token_cosines), np.concatenate(divergence)
     sizes = {v: _bytes(bundle, v) for v in (variant, against)}
     return Quality(
         variant, against, len(questions), len({q.image for q in questions}), len(all_kl), float(all_cosines.min()),
@@ -177,6 +178,22 @@ def _reference(
         greedy(decoder, prompt_embeds(decoder, s.ids, f, image_id), ANSWER_TOKENS, bundle.eos) for s, f in zip(samples, features, strict=True)
     ]
     return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
+
+
+def keep_in_manifest(folder: Path, quality: Quality) -> str | None:
+    """Write the numbers into manifest.json; returns why they could not be, for a folder that is not ours or cannot be written."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{folder} has no manifest.json to keep the numbers in"
+    manifest.setdefault("quality", {})[quality.variant] = quality.to_dict()
+    partial = folder.with_name(f".{folder.resolve().name}.manifest.partial")
+    try:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / MANIFEST)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        return f"{folder / MANIFEST} could not be written ({e.strerror}); the numbers are not kept"
+    return None
 
 
 def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence[Question], threads: int) -> list[LayerError]:
@@ -258,7 +275,7 @@ def _log_softmax(logits: Float) -> NDArray[np.float64]:
     return result
 
 
-def _cosine(a: Float, b: Float) -> Float:
+def cosines(a: Float, b: Float) -> Float:
     """Of each row."""
     result: Float = (a * b).sum(1, dtype=np.float64) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).astype(np.float64)
     return result

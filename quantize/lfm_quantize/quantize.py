@@ -28,6 +28,8 @@ from lfm_quantize.recipe import Recipe
 from lfm_quantize.rewrite import TABLE, embedding_nodes, halved
 from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
+from lfm_quantize.search import choose, survey
+from lfm_quantize.source import Source, look_up
 from lfm_quantize.work import Work
 
 ANSWER_TOKENS = 24
@@ -49,6 +51,7 @@ class Settings:
     recipe: Path | None = None
     keep: tuple[str, ...] = ()
     floor: float | None = None
+    max_size: float | None = None  # MB
     threads: int = 2
 
     def check(self) -> None:
@@ -65,30 +68,13 @@ class Settings:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
         if self.floor is not None and not (self.calibration and self.floor > 0):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
+        if self.max_size is not None and not (self.calibration and self.variant == "int4" and not self.recipe and not self.method):
+            raise QuantizeError("--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method")
 
-
-@dataclass
-class Source:
-    """The graphs to start from, taken apart."""
-
-    vision: Graph
-    embed: Graph
-    decoder: Graph
-    table: Float  # [V, H]
-    tied: bool
-
-    @staticmethod
-    def open(bundle: Bundle) -> tuple[str, Source]:
-        """(variant, its graphs): fp32, or fp16 where there is no fp32."""
-        variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
-        if variant is None:
-            raise QuantizeError(f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export")
-        files = bundle.graphs(variant)[1]
-        vision, embed, decoder = (Graph.open(files[g.stem]) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
-        gather = _look_up(embed)
-        table: Float = embed.tensors[gather.input[0]].array
-        head = decoder.tensors[decoder.linears()["head"].weight].array
-        return variant, Source(vision, embed, decoder, table, head.shape == table.shape and np.array_equal(head, table))
+    def searches(self) -> bool:
+        """Whether the recipe is to be found: int4 within a size or a floor of quality."""
+        given = self.recipe is not None or self.method is not None
+        return self.variant == "int4" and not given and (self.max_size is not None or self.floor is not None)
 
 
 def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Any = print) -> Quality | None:
@@ -119,13 +105,20 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
     recipe = recipe.keeping(settings.keep)
     recipe.check(names)
+    floor = settings.floor or DEFAULT_FLOORS[settings.variant]
     _check_space(folder, bundle, start)
 
     calibrate, judge, skipped = _questions(settings, warn)
-    key = {"source": manifest["files"], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__}
+    key = {
+        "source": manifest["files"], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__,
+        "search": [settings.max_size, settings.floor],
+    }  # fmt: skip
     with Work.open(folder, settings.variant, key) as work:
         samples = [prepare(bundle, q, split=False) for q in calibrate]
         add_answers(bundle, start, samples, ANSWER_TOKENS, settings.threads, progress)
+        if settings.searches():
+            recipe = work.recipe() or _search(source, bundle, samples, settings, floor, progress)
+            work.keep_recipe(recipe)
         vision, features = _quantize_vision(source.vision, samples, recipe, work, settings.threads, progress)
         table = _round_table(source, recipe)
         decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, settings.threads, progress)
@@ -141,10 +134,20 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
-                check_floor(quality, settings.floor or DEFAULT_FLOORS[settings.variant])
+                check_floor(quality, floor)
                 _write_manifest(new, manifest, settings.variant, start, entry, quality)
         work.finished()
     return quality
+
+
+def _search(
+    source: Source, bundle: Bundle, samples: Sequence[Sample], settings: Settings, floor: float, progress: Progress
+) -> Recipe:
+    """The best recipe for the size or floor asked for."""
+    choices = survey(source, bundle, samples, settings.threads, progress)
+    if settings.max_size is None:
+        return choose(choices, floor, None).keeping(settings.keep)
+    return choose(choices, floor, settings.max_size * 1e6 - source.other_bytes()).keeping(settings.keep)
 
 
 def _questions(settings: Settings, warn: Any) -> tuple[list[Question], list[Question], int]:
@@ -221,16 +224,12 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     return METHODS[precision.method](source.table, precision, None)
 
 
-def _look_up(embed: Graph) -> Any:
-    return next(node for node in embed.nodes if node.op_type == "Gather")
-
-
 def _save(folder: Path, variant: str, source: Source, vision: Change, decoder: Change, table: Rounded | None) -> None:
     source.vision.replaced(vision.nodes, vision.tensors).save(folder / graph_file(VISION_ENCODER.stem, variant))
     embed = source.embed
     if table:
-        nodes, tensors = embedding_nodes(_look_up(embed), table)
-        embed = embed.replaced({_look_up(embed).name: nodes}, tensors)
+        nodes, tensors = embedding_nodes(look_up(embed), table)
+        embed = embed.replaced({look_up(embed).name: nodes}, tensors)
     places = embed.save(folder / graph_file(EMBED_TOKENS.stem, variant))
     whole = source.decoder.replaced(decoder.nodes, decoder.tensors)
     if source.tied:

@@ -18,6 +18,7 @@ import onnx
 
 from lfm_quantize.graph import QuantizeError, Tensor
 from lfm_quantize.layer import Change
+from lfm_quantize.recipe import Recipe
 
 
 class Work:
@@ -52,6 +53,17 @@ class Work:
             yield Work(folder)
         finally:
             os.close(descriptor)
+
+    def recipe(self) -> Recipe | None:
+        """The recipe that a search found before."""
+        place = self.folder / "recipe.toml"
+        return Recipe.read(place) if place.exists() else None
+
+    def keep_recipe(self, recipe: Recipe) -> None:
+        """Keep a recipe that was searched for."""
+        partial = self.folder / "recipe.toml.partial"
+        partial.write_text(recipe.to_toml(), encoding="utf-8")
+        partial.replace(self.folder / "recipe.toml")
 
     def load(self, block: str) -> Change | None:
         """A block finished before; its arrays stay in their files."""

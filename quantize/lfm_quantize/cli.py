@@ -1,0 +1,80 @@
+"""`lfm-edge quantize`: parse, then call quantize(). Heavy imports wait until there is work to do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Make a smaller variant of a bundle, calibrated with images, and judge it on images it was not calibrated with."
+    parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
+    parser.add_argument("--variant", required=True, metavar="NAME", help="int8, int4, fp16 or int8-static")
+    parser.add_argument("--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; 32 are plenty")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}")
+    parser.add_argument("--method", metavar="NAME", help="rounding: gptq (default with --calibration), clipped, rtn (default without)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)")
+    parser.add_argument("--max-size", type=float, metavar="MB", help="of the variant's files: search the best precision for each layer")
+    parser.add_argument("--floor", type=float, metavar="KL", help="highest KL divergence allowed, nats (default int8 0.01, int4 0.1)")
+    parser.add_argument("--keep", action="append", default=[], metavar="LAYER", help="leave these layers fp32; * matches anything; repeatable")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Quantize and say what it cost."""
+    from lfm_profiles import default_threads
+
+    from lfm_quantize.quantize import Settings, quantize
+
+    settings = Settings(
+        options.variant, options.calibration, options.prompts, options.method, options.recipe, tuple(options.keep), options.floor,
+        options.max_size, options.threads or default_threads(),
+    )  # fmt: skip
+    printer = Printer(not options.quiet)
+    try:
+        quality = quantize(options.bundle, settings, printer.progress, printer.warn)
+    finally:
+        printer.clear()
+    if quality:
+        print(quality.table())
+    return 0
+
+
+class Printer:
+    """Progress on stderr: one line overwritten on a terminal, a line a stage and every half minute in a log. With the time left."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.live = enabled and sys.stderr.isatty()
+        self._stage, self._since, self._last = "", 0.0, 0.0
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` parts of a stage."""
+        now = time.monotonic()
+        if what != self._stage:
+            self._stage, self._since, self._last = what, now, now - 60
+        if not self.enabled:
+            return
+        line = f"{what}: {done} of {total}"
+        if 1 < done < total:
+            left = (now - self._since) / (done - 1) * (total - done)  # the stage's clock starts when its first part is done
+            line += f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+        if self.live:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif done == total or now - self._last > 30:
+            print(line, file=sys.stderr, flush=True)
+            self._last = now
+
+    def warn(self, message: str) -> None:
+        """One line that the user should see, quiet or not."""
+        self.clear()
+        print(f"lfm-edge: warning: {message}", file=sys.stderr)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

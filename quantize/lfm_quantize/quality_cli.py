@@ -1,0 +1,61 @@
+"""`lfm-edge quality`: judge a variant that is there, on images of your own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+DEMO_SET = Path(__file__).resolve().parents[2] / "demo" / "eval" / "eval.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Compare a variant of a bundle with another: cosines, KL divergence, answers, accuracy, size."
+    parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export and quantize")
+    parser.add_argument("--variant", required=True, metavar="NAME", help="what to judge")
+    parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with (default fp32)")
+    parser.add_argument("--images", type=Path, metavar="IMAGES", help="folder, text file of paths, or JSONL {image, question, answer, task}; "
+                        "default: the demo's evaluation set, in a clone")  # fmt: skip
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions for the images, one a line")
+    parser.add_argument("--layers", action="store_true", help="print the error after each layer, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the error after each layer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, and keep the numbers in the manifest."""
+    from lfm_profiles import default_threads
+
+    from lfm_quantize.cli import Printer
+    from lfm_quantize.graph import QuantizeError
+    from lfm_quantize.plot import error_plot
+    from lfm_quantize.quality import keep_in_manifest, measure
+    from lfm_quantize.samples import read_questions
+
+    images, prompts = options.images or DEMO_SET, options.prompts
+    if options.images is None and not DEMO_SET.exists():
+        raise QuantizeError("--images is needed: a folder, a text file of paths or a JSONL file of questions")
+    if options.images is None and prompts:
+        raise QuantizeError("--prompts has no effect without --images; name the images' folder")
+    if images.suffix == ".jsonl":
+        images, prompts = None, images
+    questions, skipped = read_questions(images, prompts)
+    printer = Printer(not options.quiet)
+    if skipped:
+        printer.warn(f"{skipped} images could not be opened and are left out")
+    try:
+        quality = measure(options.bundle, options.variant, options.against, questions, options.threads or default_threads(), printer.progress)
+    finally:
+        printer.clear()
+    if problem := keep_in_manifest(options.bundle, quality):
+        printer.warn(problem)
+    if options.plot:
+        options.plot.write_text(error_plot(quality), encoding="utf-8")
+    if options.json:
+        print(json.dumps(quality.to_dict()))
+    else:
+        print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
+    return 0
