@@ -141,7 +141,7 @@ class Graph:
             if not needed.intersection(node.output) or not set(node.output).intersection(needed - cut):
                 continue
             nodes.append(node)
-            needed |= _reads(node)
+            needed |= reads(node)
         made = {name for node in nodes for name in node.output}
         inputs = {name: info for name, info in self.inputs.items() if name in needed}
         inputs |= {name: helper.make_tensor_value_info(name, FLOAT, None) for name in sorted(cut & needed) if name not in inputs}
@@ -150,15 +150,28 @@ class Graph:
         known = {v.name: v for v in self.outputs}
         return replace(
             self, nodes=nodes[::-1], inputs=inputs, tensors={n: t for n, t in self.tensors.items() if n in needed},
-            outputs=[known.get(name) or helper.make_tensor_value_info(name, FLOAT, None) for name in outputs], _keep=[],
+            outputs=[known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs], _keep=[],  # onnxruntime infers the type
         )  # fmt: skip
 
     def replaced(self, nodes: Mapping[str, Sequence[onnx.NodeProto]], tensors: Mapping[str, Tensor]) -> Graph:
         """A copy with the named nodes replaced by others, constants added or replaced, and unused ones dropped."""
         new = [n for node in self.nodes for n in nodes.get(node.name, (node,))]
         both = {**self.tensors, **tensors}
-        used = set().union(*(_reads(node) for node in new))
+        used = set().union(*(reads(node) for node in new))
         return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used}, _keep=[])
+
+    def edges(self) -> dict[str, Any]:
+        """Inputs and outputs for the manifest."""
+        def describe(info: onnx.ValueInfoProto) -> dict[str, Any]:
+            kind = info.type.tensor_type
+            shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
+            return {"dtype": onnx.TensorProto.DataType.Name(kind.elem_type), "shape": shape}
+
+        return {"inputs": {n: describe(i) for n, i in self.inputs.items()}, "outputs": {o.name: describe(o) for o in self.outputs}}
+
+    def data_files(self, name: str) -> set[str]:
+        """Names of the data files that `save` under `name` uses."""
+        return {t.place.file if t.place else f"{name}_data" for t in self.tensors.values() if t.place or t.data.nbytes >= INLINE_BYTES}
 
     def session(self, threads: int) -> ort.InferenceSession:
         """Run it: large constants are handed over where they lie, none is copied or packed."""
@@ -246,12 +259,12 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
                 yield from _all_nodes(attribute.g.node)
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """Every name a node takes, branches included."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             inner = attribute.g.node
             made = {name for n in inner for name in n.output}
-            names |= set().union(*(_reads(n) for n in inner)) - made - {t.name for t in attribute.g.initializer}
+            names |= set().union(*(reads(n) for n in inner)) - made - {t.name for t in attribute.g.initializer}
     return names

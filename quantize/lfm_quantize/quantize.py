@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_fi
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
-from lfm_quantize.answers import Progress, add_answers
+from lfm_quantize.answers import Progress, add_answers, features_of
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds, run_block
-from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.graph import Graph, Place, QuantizeError
+from lfm_quantize.half import half, overflowing
 from lfm_quantize.layer import Change, quantize_block
 from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
 from lfm_quantize.recipe import Recipe
@@ -30,6 +32,7 @@ from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.search import choose, survey
 from lfm_quantize.source import Source, look_up
+from lfm_quantize.static import static_int8
 from lfm_quantize.work import Work
 
 ANSWER_TOKENS = 24
@@ -37,7 +40,12 @@ ANSWER_TOKENS = 24
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
+VARIANTS = ("int8", "int4", "fp16", "int8-static")
+
 Float = NDArray[np.float32]
+Warn = Callable[[str], None]
+Graphs = dict[str, "Graph | str"]
+"""Stem → a new graph, or the file of one that is there."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,14 @@ class Settings:
 
     def check(self) -> None:
         """Raise QuantizeError for what could not be done or would have no effect."""
-        if self.variant not in ("int8", "int4"):
-            raise QuantizeError(f"unknown variant {self.variant!r}; allowed: int8, int4")
+        if self.variant not in VARIANTS:
+            raise QuantizeError(f"unknown variant {self.variant!r}; allowed: {', '.join(VARIANTS)}")
         if self.method is not None and self.method not in METHODS:
             raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.variant in ("fp16", "int8-static") and (self.method or self.recipe):
+            raise QuantizeError(f"--method and --recipe have no effect on {self.variant}; leave them out")
+        if self.variant == "int8-static" and not self.calibration:
+            raise QuantizeError("int8-static needs --calibration: its ranges are those of the images")
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
         if self.method == "gptq" and not self.calibration:
@@ -77,7 +89,7 @@ class Settings:
         return self.variant == "int4" and not given and (self.max_size is not None or self.floor is not None)
 
 
-def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Any = print) -> Quality | None:
+def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Warn = print) -> Quality | None:
     """Write one variant into a bundle, calibrated on images, and judge it on others.
 
     Args:
@@ -100,14 +112,11 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     if manifest is None:
         raise QuantizeError(f"{folder} has no manifest.json; quantize starts from a bundle made by: lfm-edge export")
     start, source = Source.open(bundle)
-    names = [*source.vision.linears(), *source.decoder.linears()]
-    method = settings.method or ("gptq" if settings.calibration else "rtn")
-    recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
-    recipe = recipe.keeping(settings.keep)
-    recipe.check(names)
+    if settings.variant == start:
+        raise QuantizeError(f"{folder} has {start} from lfm-edge export and nothing finer to make it from")
     floor = settings.floor or DEFAULT_FLOORS[settings.variant]
+    recipe = _recipe(settings, source)
     _check_space(folder, bundle, start)
-
     calibrate, judge, skipped = _questions(settings, warn)
     key = {
         "source": manifest["files"], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__,
@@ -116,28 +125,91 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     with Work.open(folder, settings.variant, key) as work:
         samples = [prepare(bundle, q, split=False) for q in calibrate]
         add_answers(bundle, start, samples, ANSWER_TOKENS, settings.threads, progress)
-        if settings.searches():
-            recipe = work.recipe() or _search(source, bundle, samples, settings, floor, progress)
-            work.keep_recipe(recipe)
-        vision, features = _quantize_vision(source.vision, samples, recipe, work, settings.threads, progress)
-        table = _round_table(source, recipe)
-        decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, settings.threads, progress)
+        if settings.variant == "fp16":
+            graphs, record = _halved(source, bundle, start, samples, settings)
+        elif settings.variant == "int8-static":
+            graphs, record = _static(source, bundle, start, samples, settings)
+        else:
+            if settings.searches():
+                recipe = work.recipe() or _search(source, bundle, samples, settings, floor, progress)
+                work.keep_recipe(recipe)
+            graphs, record = _rounded(source, bundle, samples, recipe, work, settings.threads, progress)
+        record |= {
+            "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
+            "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
+        }  # fmt: skip
         with replacing(folder) as new:
             carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
-            _save(new, settings.variant, source, vision, decoder, table)
-            entry = {
-                "recipe": recipe.to_list(), "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
-                "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
-                "layers": [*vision.layers, *decoder.layers], "seconds": round(time.perf_counter() - started, 1),
-            }  # fmt: skip
-            _write_manifest(new, manifest, settings.variant, start, entry, None)
+            _save(new, settings.variant, graphs, source)
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            _write_manifest(new, manifest, settings.variant, start, graphs, record, None)
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
                 check_floor(quality, floor)
-                _write_manifest(new, manifest, settings.variant, start, entry, quality)
+                _write_manifest(new, manifest, settings.variant, start, graphs, record, quality)
         work.finished()
     return quality
+
+
+def _recipe(settings: Settings, source: Source) -> Recipe:
+    """What the user gave, or the variant's default; layers to keep first."""
+    method = settings.method or ("gptq" if settings.calibration else "rtn")
+    recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
+    recipe = recipe.keeping(settings.keep)
+    recipe.check([*source.vision.linears(), *source.decoder.linears()])
+    return recipe
+
+
+def _rounded(
+    source: Source, bundle: Bundle, samples: Sequence[Sample], recipe: Recipe, work: Work, threads: int, progress: Progress
+) -> tuple[Graphs, dict[str, Any]]:
+    """int8 or int4, layer by layer."""
+    vision, features = _quantize_vision(source.vision, samples, recipe, work, threads, progress)
+    table = _round_table(source, recipe)
+    decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, threads, progress)
+    embed = source.embed
+    if table:
+        nodes, tensors = embedding_nodes(look_up(embed), table)
+        embed = embed.replaced({look_up(embed).name: nodes}, tensors)
+    graphs: Graphs = {
+        VISION_ENCODER.stem: source.vision.replaced(vision.nodes, vision.tensors), EMBED_TOKENS.stem: embed,
+        DECODER.stem: source.decoder.replaced(decoder.nodes, decoder.tensors),
+    }  # fmt: skip
+    return graphs, {"recipe": recipe.to_list(), "layers": [*vision.layers, *decoder.layers]}
+
+
+def _halved(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
+    """fp16, but for nodes whose values would overflow on the calibration images, or that the user keeps."""
+    threads = settings.threads
+    image_id = PromptBuilder(bundle.prompt).image_id
+    views = [sample.views[0].feeds() for sample in samples]
+    features = features_of(bundle, start, [s.views for s in samples], threads, packed=False) if samples else []
+    feeds = []
+    for sample, found in zip(samples, features, strict=True):
+        ids = np.array(sample.ids)
+        embeds = source.table[ids][None].astype(np.float32)
+        embeds[0, ids == image_id] = found
+        feeds.append(decoder_feeds(source.decoder, embeds))
+    graphs: Graphs = {}
+    stay = []
+    for stem, graph, inputs in (
+        (VISION_ENCODER.stem, source.vision, views), (EMBED_TOKENS.stem, source.embed, []), (DECODER.stem, source.decoder, feeds),
+    ):  # fmt: skip
+        names = overflowing(graph, inputs, threads)
+        names += [n.name for n in graph.nodes if any(fnmatchcase(n.name, p) for p in settings.keep)]
+        graphs[stem] = half(graph, names)
+        stay += names
+    return graphs, {"kept_fp32": sorted(set(stay))}
+
+
+def _static(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
+    """The encoder with fixed ranges; the other graphs are those of int8, where the bundle has it."""
+    feeds = [view.feeds() for sample in samples for view in (*sample.views, *sample.extra)]
+    keep = [name for name in source.vision.linears() if any(fnmatchcase(name, p) for p in settings.keep)]
+    rest = bundle.graphs("int8" if "int8" in bundle.variants else start)[1]
+    others = {stem: path.relative_to(bundle.folder).as_posix() for stem, path in rest.items() if stem != VISION_ENCODER.stem}
+    return {VISION_ENCODER.stem: static_int8(source.vision, feeds, keep), **others}, {"kept_fp32": keep}
 
 
 def _search(
@@ -150,7 +222,7 @@ def _search(
     return choose(choices, floor, settings.max_size * 1e6 - source.other_bytes()).keeping(settings.keep)
 
 
-def _questions(settings: Settings, warn: Any) -> tuple[list[Question], list[Question], int]:
+def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Question], int]:
     """(to calibrate with, to judge with, images skipped)."""
     if settings.calibration is None:
         warn("no --calibration images: weights are rounded without looking at what they do, and the result is not judged")
@@ -224,45 +296,44 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     return METHODS[precision.method](source.table, precision, None)
 
 
-def _save(folder: Path, variant: str, source: Source, vision: Change, decoder: Change, table: Rounded | None) -> None:
-    source.vision.replaced(vision.nodes, vision.tensors).save(folder / graph_file(VISION_ENCODER.stem, variant))
-    embed = source.embed
-    if table:
-        nodes, tensors = embedding_nodes(look_up(embed), table)
-        embed = embed.replaced({look_up(embed).name: nodes}, tensors)
-    places = embed.save(folder / graph_file(EMBED_TOKENS.stem, variant))
-    whole = source.decoder.replaced(decoder.nodes, decoder.tensors)
-    if source.tied:
-        shared = {n: p for n, p in places.items() if n.startswith(TABLE)}
-        if not table:
-            shared = {whole.linears()["head"].weight: next(iter(places.values()))} if places else {}
-        whole.tensors = {n: replace(t, place=shared[n]) if n in shared else t for n, t in whole.tensors.items()}
-    whole.save(folder / graph_file(DECODER.stem, variant))
+def _save(folder: Path, variant: str, graphs: Graphs, source: Source) -> None:
+    """Write the graphs that are new. A head tied to the embedding table points into the table's file."""
+    places: dict[str, Place] = {}
+    for stem in (VISION_ENCODER.stem, EMBED_TOKENS.stem, DECODER.stem):
+        graph = graphs[stem]
+        if isinstance(graph, str):
+            continue
+        if stem == DECODER.stem and source.tied:
+            same = {n: n for n in places if n.startswith(TABLE)} | {source.head: look_up(source.embed).input[0]}
+            graph.tensors = {
+                n: replace(t, place=places[same[n]]) if n in same and same[n] in places and places[same[n]].size == t.array.nbytes else t
+                for n, t in graph.tensors.items()
+            }  # fmt: skip
+        written = graph.save(folder / graph_file(stem, variant))
+        places = written if stem == EMBED_TOKENS.stem else places
 
 
 def _files(variant: str) -> set[str]:
-    """Files a variant writes."""
+    """Files a variant may write."""
     names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
     return names | {f"{name}_data" for name in names} | {MANIFEST}
 
 
 def _write_manifest(
-    folder: Path, old: dict[str, Any], variant: str, start: str, entry: dict[str, Any], quality: Quality | None
+    folder: Path, old: dict[str, Any], variant: str, start: str, graphs: Graphs, record: dict[str, Any], quality: Quality | None
 ) -> None:
     """The old manifest with the variant's files, recipe and quality in it."""
     manifest = json.loads(json.dumps(old))
     written = {name for name in _files(variant) if name != MANIFEST and (folder / name).exists()}
     manifest["files"] = {n: e for n, e in old["files"].items() if n not in _files(variant)}
     manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
-    manifest["variants"][variant] = {g.stem: graph_file(g.stem, variant) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
-    for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER):
-        described = dict(old["graphs"][graph_file(graph.stem, start)])
-        name = graph_file(graph.stem, variant)
-        own = [f"{name}_data"] if f"{name}_data" in written else []
-        table = f"{graph_file(EMBED_TOKENS.stem, variant)}_data"
-        described["data"] = sorted({*own, *([table] if graph is DECODER and table in written else [])})
-        manifest["graphs"][name] = described
-    manifest.setdefault("quantization", {})[variant] = entry
+    names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
+    manifest["variants"][variant] = names
+    for stem, graph in graphs.items():
+        if isinstance(graph, Graph):
+            described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
+            manifest["graphs"][names[stem]] = {**described, "data": sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))}
+    manifest.setdefault("quantization", {})[variant] = record
     manifest.setdefault("quality", {}).pop(variant, None)
     if quality:
         manifest["quality"][variant] = quality.to_dict()

@@ -38,6 +38,11 @@ class Source:
         head = decoder.tensors[decoder.linears()["head"].weight].array
         return variant, Source(vision, embed, decoder, table, head.shape == table.shape and np.array_equal(head, table))
 
+    @property
+    def head(self) -> str:
+        """Name of the head's weights."""
+        return self.decoder.linears()["head"].weight
+
     def other_bytes(self) -> int:
         """What of the files is no product's weight: norms, biases, the position table (kept as fp16), nodes."""
         total = 0

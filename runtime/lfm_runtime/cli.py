@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
+from lfm_runtime.contract import VARIANT_SUFFIX
 from lfm_runtime.errors import EdgeError
 
 _GROUP = "lfm_edge.commands"
@@ -65,7 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
     model = parser.add_argument_group("model")
-    model.add_argument("--variant", choices=("fp32", "fp16", "int8", "int4"), help="default: the bundle's first")
+    model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the bundle's first")
     model.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     model.add_argument("--verify", action="store_true", help="hash every file before loading")
     image = parser.add_argument_group("images (defaults: the checkpoint's)")

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 MAX_CONTEXT = 32768
 """LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in memory."""
 
-VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
+VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static"}
 
 
 @dataclass(frozen=True)
