@@ -214,7 +214,7 @@ def evaluation_questions(seed: int, per_task: int) -> list[tuple[Image.Image, li
 
 
 def write_evaluation(folder: Path, seed: int, per_task: int) -> int:
-    """Write `images/*.png` and `eval.jsonl` (image, question, answer, task); returns the number of questions."""
+    """Write `images/*.png` and `<folder's name>.jsonl` (image, question, answer, task); returns the number of questions."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (image, questions) in enumerate(evaluation_questions(seed, per_task)):
@@ -222,12 +222,12 @@ def write_evaluation(folder: Path, seed: int, per_task: int) -> int:
         image.save(folder / name, optimize=True)
         for task, question, answer in questions:
             lines.append(json.dumps({"image": name, "question": question, "answer": answer, "task": task}))
-    (folder / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / f"{folder.name}.jsonl").write_text("\n".join(lines) + "\n")
     return len(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw an evaluation set for the demo model.")
+    parser = argparse.ArgumentParser(description="Draw an evaluation or calibration set for the demo model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-task", type=int, default=120)
