@@ -11,11 +11,11 @@ from typing import Any
 import onnx_ir as ir
 from lfm_runtime import __version__
 from lfm_runtime.bundle import MANIFEST, file_hash, read_manifest
+from lfm_runtime.bundle_writer import carry_over, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
 from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
-from lfm_runtime.bundle_writer import carry_over, replacing
 from lfm_export.checkpoint import Checkpoint
 from lfm_export.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length

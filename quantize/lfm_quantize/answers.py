@@ -63,10 +63,8 @@ def greedy(decoder: Decoder, embeds: Float, limit: int, eos: Iterable[int]) -> t
 def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
     """Logits [tokens, V] before each token of a given answer (teacher forcing)."""
     state = decoder.start(embeds.shape[1] + len(answer))
-    behind = [np.array(state.step(embeds), np.float32)]
-    for token in answer[:-1]:
-        behind.append(np.array(state.step(decoder.embed([token])), np.float32))
-    return np.stack(behind)
+    first = np.array(state.step(embeds), np.float32)
+    return np.stack([first, *(np.array(state.step(decoder.embed([token])), np.float32) for token in answer[:-1])])
 
 
 def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress) -> None:

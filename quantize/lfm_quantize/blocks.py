@@ -6,13 +6,14 @@ larger than memory's share quantizable, and a killed run resumable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import helper
 
 from lfm_quantize.graph import Graph
 
@@ -53,9 +54,9 @@ def blocks_of(graph: Graph) -> list[Block]:
     return blocks
 
 
-def _residual(norm: onnx.NodeProto) -> Iterable[str]:
+def _residual(norm: onnx.NodeProto) -> list[str]:
     """What a norm normalises: one value, or two that it adds."""
-    return norm.input[:2] if norm.op_type.startswith("Skip") else norm.input[:1]
+    return list(norm.input[: 2 if norm.op_type.startswith("Skip") else 1])
 
 
 def all_positions(graph: Graph) -> Graph:
@@ -70,8 +71,9 @@ def all_positions(graph: Graph) -> Graph:
             changed = onnx.NodeProto()
             changed.CopyFrom(node)
             changed.input[:] = [slices[name].input[0] if name in slices else name for name in node.input]
-            node = changed
-        nodes.append(node)
+            nodes.append(changed)
+        else:
+            nodes.append(node)
     return Graph(graph.name, nodes, graph.tensors, graph.inputs, graph.outputs, graph.opset, graph.ir_version)
 
 
@@ -81,7 +83,8 @@ def decoder_feeds(graph: Graph, embeds: NDArray[np.float32]) -> Feeds:
     for name, info in graph.inputs.items():
         if name.startswith("past_"):
             dims = info.type.tensor_type.shape.dim
-            feeds[name] = np.zeros([d.dim_value if d.HasField("dim_value") else int(i == 0) for i, d in enumerate(dims)], np.float32)
+            shape = [d.dim_value if d.HasField("dim_value") else int(i == 0) for i, d in enumerate(dims)]
+            feeds[name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
     return feeds
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.description = "Make a smaller variant of a bundle, calibrated with images, and judge it on images it was not calibrated with."
+    parser.description = "Make a smaller variant of a bundle, calibrated with images and judged on images it was not calibrated with."
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
     parser.add_argument("--variant", required=True, metavar="NAME", help="int8, int4, fp16 or int8-static")
     parser.add_argument("--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; 32 are plenty")
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)")
     parser.add_argument("--max-size", type=float, metavar="MB", help="of the variant's files: search the best precision for each layer")
     parser.add_argument("--floor", type=float, metavar="KL", help="highest KL divergence allowed, nats (default int8 0.01, int4 0.1)")
-    parser.add_argument("--keep", action="append", default=[], metavar="LAYER", help="leave these layers fp32; * matches anything; repeatable")
+    parser.add_argument("--keep", action="append", default=[], metavar="LAYER", help="leave these layers fp32; * matches all; repeatable")
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -94,8 +94,8 @@ class Graph:
     _keep: list[Any] = field(default_factory=list, repr=False)
 
     @staticmethod
-    def open(path: Path) -> Graph:
-        """Read an fp32 or fp16 graph as an fp32 one; weights stay in the file until they are used.
+    def open(path: Path, *, widen: bool = True) -> Graph:
+        """Read a graph; weights stay in the file until they are used. With `widen`, an fp16 graph becomes the fp32 one it is made of.
 
         Raises:
             QuantizeError: not a graph, or its data file does not hold what it names.
@@ -109,9 +109,7 @@ class Graph:
             model.graph.name, list(model.graph.node), tensors, {v.name: v for v in model.graph.input}, list(model.graph.output),
             next(o.version for o in model.opset_import if not o.domain), model.ir_version,
         )  # fmt: skip
-        if any(v.type.tensor_type.elem_type == FLOAT16 for v in graph.inputs.values()) or any(
-            t.dtype == FLOAT16 for t in tensors.values()
-        ):
+        if widen:
             _widen(graph)
         return graph
 
@@ -179,8 +177,9 @@ class Graph:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False
-        # Packing a weight would keep a second copy of it; a calibration run is short.
-        options.add_session_config_entry("session.disable_prepacking", "0" if any(n.domain == CONTRIB and "Q" in n.op_type for n in self.nodes) else "1")
+        # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits crawls.
+        quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
+        options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
         model, large = self._proto()
         values = [ort.OrtValue.ortvalue_from_numpy(np.asarray(self.tensors[name].array)) for name in large]
         self._keep = values

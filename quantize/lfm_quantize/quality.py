@@ -68,7 +68,7 @@ class Quality:
     kl: float  # nats, mean over the answer tokens of `against`, which both are led through
     same_top1: float  # share of those tokens
     same_answers: float  # share of questions whose greedy answers are identical
-    accuracy: dict[str, dict[str, float]]  # task → {questions, of `against`, of `variant`}: share of exact answers; where answers are known
+    accuracy: dict[str, dict[str, float]]  # task → {"questions", variant names: share of exact answers}; where answers are known
     bytes: int
     against_bytes: int
     bits_per_weight: float
@@ -98,14 +98,16 @@ class Quality:
     def table(self) -> str:
         """For people."""
         lines = [
-            f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, {self.answer_tokens} answer tokens",
+            f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, "
+            f"{self.answer_tokens} answer tokens",
             f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean {self.cosine_mean:.5f}",
             f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
         for task, found in sorted(self.accuracy.items()):
             a, b = found[self.against], found[self.variant]
-            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {100 * (a - b):+.2f} points ({found['questions']:.0f} questions)")
+            lost, asked = 100 * (a - b), found["questions"]
+            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost:+.2f} points ({asked:.0f} questions)")
         if len(self.accuracy) > 1:
             lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
         lines.append(
@@ -157,14 +159,18 @@ def measure(
             progress(f"judges {variant}", done, len(questions))
         del decoder
     layers = layer_errors(bundle, variant, against, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES], threads)
+    accuracy = {
+        task: {"questions": len(r), against: float(np.mean([a for a, _ in r])), variant: float(np.mean([b for _, b in r]))}
+        for task, r in right.items()
+    }
     all_cosines, all_kl = np.concatenate(token_cosines), np.concatenate(divergence)
-    sizes = {v: _bytes(bundle, v) for v in (variant, against)}
+    size = _bytes(bundle, variant)
     return Quality(
-        variant, against, len(questions), len({q.image for q in questions}), len(all_kl), float(all_cosines.min()),
-        float(np.percentile(all_cosines, 1)), float(all_cosines.mean()), float(all_kl.mean()), float(np.concatenate(same_token).mean()),
-        same_answer / len(questions),
-        {t: {"questions": len(r), against: float(np.mean([a for a, _ in r])), variant: float(np.mean([b for _, b in r]))} for t, r in right.items()},
-        sizes[variant], sizes[against], 8 * sizes[variant] / _weights(bundle, against), layers, time.perf_counter() - started,
+        variant=variant, against=against, questions=len(questions), images=len({q.image for q in questions}), answer_tokens=len(all_kl),
+        cosine_min=float(all_cosines.min()), cosine_p1=float(np.percentile(all_cosines, 1)), cosine_mean=float(all_cosines.mean()),
+        kl=float(all_kl.mean()), same_top1=float(np.concatenate(same_token).mean()), same_answers=same_answer / len(questions),
+        accuracy=accuracy, bytes=size, against_bytes=_bytes(bundle, against), bits_per_weight=8 * size / _weights(bundle, against),
+        layers=layers, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -213,8 +219,7 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
             prompt_embeds(decoder, s.ids, v["image_features"], image_id) for s, v in zip(samples, vision, strict=True)
         ]
         del decoder
-        feeds = [decoder_feeds(all_positions(ours[1]), e) for e in embeds]
-        states[name] = [vision, _states(bundle, name, all_positions(ours[1]), feeds, threads)]
+        states[name] = [vision, _states(bundle, name, ours[1], embeds, threads)]
     kinds = ([np.ones(len(view.patches), np.bool_) for view in views], [np.array(sample.ids) == image_id for sample in samples])
     for which, graph in enumerate(ours):
         before: dict[str, float] = {}
@@ -227,21 +232,27 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
     return found
 
 
-def _states(bundle: Bundle, variant: str, like: Graph, feeds: Sequence[Feeds], threads: int) -> list[Values]:
-    """The hidden states between all blocks of a variant's graph, for each sample."""
-    graph = Graph.open(bundle.graphs(variant)[1][like.name])
-    graph = graph if like.name == VISION_ENCODER.stem else all_positions(graph)
+def _states(bundle: Bundle, variant: str, like: Graph, samples: Sequence[Feeds] | Sequence[Float], threads: int) -> list[Values]:
+    """The hidden states between all blocks of a variant's graph for each sample: the encoder's inputs, or prompt embeddings."""
+    graph = Graph.open(bundle.graphs(variant)[1][like.name], widen=False)
+    if like.name == DECODER.stem:
+        graph, like = all_positions(graph), all_positions(like)
     names = list(dict.fromkeys(name for block in blocks_of(like) for name in block.outputs))
     session = graph.part(names).session(threads)
     taken = {i.name for i in session.get_inputs()}
-    return [dict(zip(names, session.run(names, {n: v for n, v in f.items() if n in taken}), strict=True)) for f in feeds]
+    found = []
+    for sample in samples:
+        feeds = sample if isinstance(sample, dict) else decoder_feeds(graph, sample)
+        values = session.run(names, {n: v for n, v in feeds.items() if n in taken})
+        found.append({n: v.astype(np.float32, copy=False) for n, v in zip(names, values, strict=True)})
+    return found
 
 
 def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArray[np.bool_]]]) -> dict[str, float]:
     """|y - x| / |x| over all samples, by kind of token; the values `names` are added up first (a residual may be in two parts)."""
     sums = {kind: [0.0, 0.0] for kind in KINDS}
     for a, b, is_image in pairs:
-        x, y = (sum(v[n].reshape(-1, v[n].shape[-1]) for n in names) for v in (a, b))
+        x, y = (np.sum([v[n].reshape(-1, v[n].shape[-1]) for n in names], axis=0) for v in (a, b))
         chosen = is_image if len(is_image) == len(x) else np.ones(len(x), np.bool_)  # the projector joins patches
         for kind, mask in zip(KINDS, (chosen, ~chosen), strict=True):
             sums[kind][0] += float(np.square(y[mask] - x[mask]).sum(dtype=np.float64))
@@ -292,7 +303,7 @@ def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Questi
 
 def _bytes(bundle: Bundle, variant: str) -> int:
     """Of all files of a variant's graphs."""
-    files = {path for path in bundle.graphs(variant)[1].values()}
+    files = set(bundle.graphs(variant)[1].values())
     return sum(p.stat().st_size for f in files for p in (f, f.with_name(f"{f.name}_data")) if p.exists())
 
 

@@ -332,7 +332,8 @@ def _write_manifest(
     for stem, graph in graphs.items():
         if isinstance(graph, Graph):
             described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
-            manifest["graphs"][names[stem]] = {**described, "data": sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))}
+            data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
+            manifest["graphs"][names[stem]] = {**described, "data": data}
     manifest.setdefault("quantization", {})[variant] = record
     manifest.setdefault("quality", {}).pop(variant, None)
     if quality:

@@ -21,7 +21,7 @@ from lfm_quantize.rounding import METHODS, Precision
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 BLOCKS = (32, 64, 128)
 _KEYS = {"pattern", "bits", "block", "method", "zero_points"}

@@ -22,7 +22,9 @@ ACCURACY_LEVEL = 4  # of MatMulNBits: int8 inputs
 _TINY = np.array(1e-20, np.float32)  # a row of zeros is divided by this
 
 
-def quantized_nodes(linear: Linear, rounded: Rounded, *, negative: float = 1.0, tied: bool = False) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
+def quantized_nodes(
+    linear: Linear, rounded: Rounded, *, negative: float = 1.0, tied: bool = False
+) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
     """Nodes and constants that take the place of a matrix product.
 
     Args:

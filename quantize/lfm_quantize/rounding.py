@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
+Codes = NDArray[Any]
+"""uint8 0…15 for 4 bits, int8 for 8."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Precision:
 class Rounded:
     """A weight matrix as integers: weight[n, k] = (codes[n, k] - zero_points[n, b]) · scales[n, b], b = k // block."""
 
-    codes: NDArray[np.uint8] | NDArray[np.int8]  # [n, k]; int8 for 8 bits, 0…15 for 4
+    codes: Codes  # [n, k]
     scales: Float  # [n, blocks]
     zero_points: NDArray[np.uint8] | None  # [n, blocks]; None is 8 for 4 bits, 0 for 8
     precision: Precision
@@ -168,7 +171,7 @@ def _grid(
     return scales.astype(np.float32), zeros if precision.zero_points else None
 
 
-def _codes(weight: Float, scales: Float, zero_points: NDArray[np.uint8] | None, precision: Precision) -> NDArray[np.uint8] | NDArray[np.int8]:
+def _codes(weight: Float, scales: Float, zero_points: NDArray[np.uint8] | None, precision: Precision) -> Codes:
     k = weight.shape[1]
     block = precision.block or k
     spread = np.repeat(scales, block, 1)[:, :k]
@@ -176,7 +179,7 @@ def _codes(weight: Float, scales: Float, zero_points: NDArray[np.uint8] | None, 
     return _codes_of(weight, spread, zeros, precision.bits)
 
 
-def _codes_of(weight: Float, scale: Float, zero: NDArray[np.uint8] | None, bits: int) -> NDArray[np.uint8] | NDArray[np.int8]:
+def _codes_of(weight: Float, scale: Float, zero: NDArray[np.uint8] | None, bits: int) -> Codes:
     if bits == 8:
         return np.clip(np.round(weight / scale), -127, 127).astype(np.int8)
     return np.clip(np.round(weight / scale) + (8 if zero is None else zero), 0, 15).astype(np.uint8)

@@ -120,17 +120,18 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
     if not lines[0].lstrip().startswith("{"):
         return lines
-    questions = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            name = Path(entry["image"])
-            image = next((p for p in (path.parent / name, *([images / name] if images else [])) if p.exists()), path.parent / name)
-            answer = entry.get("answer")
-            questions.append(Question(image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all"))))
-        except (ValueError, KeyError, TypeError) as e:
-            raise QuantizeError(f'{path}, line {number}: not a JSON object with "image" and "question"; write it as {{"image": …}}') from e
-    return questions
+    folders = [path.parent, *([images] if images else [])]
+    return [_read_question(line, folders, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_question(line: str, folders: Sequence[Path], where: str) -> Question:
+    try:
+        entry = json.loads(line)
+        image = next((f / entry["image"] for f in folders if (f / entry["image"]).exists()), folders[0] / entry["image"])
+        answer = entry.get("answer")
+        return Question(image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all")))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise QuantizeError(f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}') from e
 
 
 def _opens(path: Path) -> bool:

@@ -58,5 +58,4 @@ def static_int8(graph: Graph, feeds: Sequence[Feeds], keep: Sequence[str]) -> Gr
             activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=[*EXCLUDED, *keep],
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True}, use_external_data_format=False,
         )  # fmt: skip
-        made = Graph.open(target)
-    return made
+        return Graph.open(target)

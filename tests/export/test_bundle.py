@@ -19,10 +19,10 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from lfm_runtime.bundle_writer import replacing
 from lfm_export.config import CheckpointError
 from lfm_export.export import export
 from lfm_runtime import Model
+from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.cli import main
 from lfm_runtime.errors import EdgeError
 
