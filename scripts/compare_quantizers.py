@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import random
 import shutil
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    logging.disable(logging.INFO)  # onnxruntime's quantizer tells of every node
     methods = {
         "onnxruntime RTN, block 32": lambda b: onnxruntimes(b, nbits.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)),
         "onnxruntime RTN, block 64": lambda b: onnxruntimes(b, nbits.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, accuracy_level=4)),

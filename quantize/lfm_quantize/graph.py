@@ -7,7 +7,7 @@ some nodes replaced. All three are plain list work on names, so nodes stay proto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
+_HANDED = "handed over"
 FLOAT, FLOAT16, INT8, UINT8, INT64, UINT4 = (
     onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT64,
     onnx.TensorProto.UINT4,
@@ -50,7 +51,9 @@ class Tensor:
     data: Array
     dtype: int
     shape: tuple[int, ...]
-    place: Place | None = None  # in a file that is written already
+    place: Place | None = None  # in a file beside the one being written
+    source: Path | None = None  # the file that `data` is mapped from, all of it at `offset`
+    offset: int = 0
 
     @staticmethod
     def of(data: Array, dtype: int | None = None, shape: Sequence[int] | None = None) -> Tensor:
@@ -91,7 +94,6 @@ class Graph:
     outputs: list[onnx.ValueInfoProto]
     opset: int = 20
     ir_version: int = 10
-    _keep: list[Any] = field(default_factory=list, repr=False)
 
     @staticmethod
     def open(path: Path, *, widen: bool = True) -> Graph:
@@ -148,7 +150,7 @@ class Graph:
         known = {v.name: v for v in self.outputs}
         return replace(
             self, nodes=nodes[::-1], inputs=inputs, tensors={n: t for n, t in self.tensors.items() if n in needed},
-            outputs=[known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs], _keep=[],  # onnxruntime infers the type
+            outputs=[known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs],  # onnxruntime infers the type
         )  # fmt: skip
 
     def replaced(self, nodes: Mapping[str, Sequence[onnx.NodeProto]], tensors: Mapping[str, Tensor]) -> Graph:
@@ -156,7 +158,7 @@ class Graph:
         new = [n for node in self.nodes for n in nodes.get(node.name, (node,))]
         both = {**self.tensors, **tensors}
         used = set().union(*(reads(node) for node in new))
-        return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used}, _keep=[])
+        return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used})
 
     def edges(self) -> dict[str, Any]:
         """Inputs and outputs for the manifest."""
@@ -172,7 +174,7 @@ class Graph:
         return {t.place.file if t.place else f"{name}_data" for t in self.tensors.values() if t.place or t.data.nbytes >= INLINE_BYTES}
 
     def session(self, threads: int) -> ort.InferenceSession:
-        """Run it: large constants are handed over where they lie, none is copied or packed."""
+        """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not packed."""
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
@@ -180,23 +182,30 @@ class Graph:
         # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits crawls.
         quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
         options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
-        model, large = self._proto()
-        values = [ort.OrtValue.ortvalue_from_numpy(np.asarray(self.tensors[name].array)) for name in large]
-        self._keep = values
-        options.add_external_initializers(list(large), values)
+        folders = {t.source.parent for t in self.tensors.values() if t.source}
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(next(iter(folders), "")))
+
+        def place(_: str, tensor: Tensor) -> Place:
+            as_stored = tensor.source and tensor.data.dtype == helper.tensor_dtype_to_np_dtype(tensor.dtype)
+            return Place(tensor.source.name, tensor.offset, tensor.data.nbytes) if tensor.source and as_stored else Place(_HANDED, 0, 0)
+
+        model, external = self._proto(place)
+        handed = [t.name for t in model.graph.initializer if t.name in external and t.external_data[0].value == _HANDED]
+        values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(self.tensors[name].array)) for name in handed]
+        options.add_external_initializers(handed, values)
         with failures_are_ours(self.name):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _proto(self, place: Callable[[str, Tensor], Place] | None = None) -> tuple[onnx.ModelProto, list[str]]:
-        """The protobuf, and the names of constants that are not in it."""
+    def _proto(self, place: Callable[[str, Tensor], Place]) -> tuple[onnx.ModelProto, list[str]]:
+        """The protobuf, and the names of constants that are not in it but where `place` says."""
         large: list[str] = []
         protos = []
         for name, tensor in self.tensors.items():
-            if tensor.place is None and (tensor.data.nbytes < INLINE_BYTES or (place is None and tensor.dtype == UINT4)):
+            if tensor.place is None and tensor.data.nbytes < INLINE_BYTES:
                 protos.append(helper.make_tensor(name, tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.array).tobytes(), raw=True))
                 continue
             large.append(name)
-            at = place(name, tensor) if place else Place("memory", 0, 0)
+            at = place(name, tensor)
             proto = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL)
             for key, value in (("location", at.file), ("offset", str(at.offset)), ("length", str(at.size))):
                 proto.external_data.add(key=key, value=value)
@@ -235,7 +244,7 @@ def _read(proto: onnx.TensorProto, folder: Path) -> Tensor:
     where = {entry.key: entry.value for entry in proto.external_data}
     kind = helper.tensor_dtype_to_np_dtype(proto.data_type)
     data = np.memmap(folder / where["location"], kind, "r", int(where.get("offset", 0)), tuple(proto.dims))
-    return Tensor(data, proto.data_type, tuple(proto.dims))
+    return Tensor(data, proto.data_type, tuple(proto.dims), source=folder / where["location"], offset=int(where.get("offset", 0)))
 
 
 def _widen(graph: Graph) -> None:

@@ -72,7 +72,7 @@ def half(graph: Graph, stay: Sequence[str] = ()) -> Graph:
         if kinds[info.name] != (FLOAT16 if state else FLOAT):
             _rename_output(nodes, info.name, f"{info.name}.inner")
             nodes.append(helper.make_node("Cast", [f"{info.name}.inner"], [info.name], f"{info.name}.cast", to=FLOAT16 if state else FLOAT))
-    return replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs, _keep=[])
+    return replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs)
 
 
 def overflowing(graph: Graph, feeds: Sequence[Feeds], threads: int) -> list[str]:

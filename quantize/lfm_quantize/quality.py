@@ -141,7 +141,7 @@ def measure(
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * vocabulary * ANSWER_TOKENS))):
         samples = [prepare(bundle, q, split=True) for q in part]
         features, answers, behind = _reference(bundle, against, samples, image_id, threads)
-        found = features_of(bundle, variant, [s.views for s in samples], threads)
+        found = _features(bundle, variant, samples, threads, packed=True)
         token_cosines += [cosines(a, b) for a, b in zip(features, found, strict=True)]
         decoder = open_decoder(bundle, variant, threads)
         for sample, mine, ids, logits in zip(samples, found, answers, behind, strict=True):
@@ -178,11 +178,10 @@ def _reference(
     bundle: Bundle, against: str, samples: Sequence[Sample], image_id: int, threads: int
 ) -> tuple[list[Float], list[list[int]], list[Float]]:
     """Features, greedy answers and the logits behind them. Weights stay where the file is mapped: this variant is the large one."""
-    features = features_of(bundle, against, [s.views for s in samples], threads, packed=False)
+    features = _features(bundle, against, samples, threads, packed=False)
     decoder = open_decoder(bundle, against, threads, packed=False)
-    pairs = [
-        greedy(decoder, prompt_embeds(decoder, s.ids, f, image_id), ANSWER_TOKENS, bundle.eos) for s, f in zip(samples, features, strict=True)
-    ]
+    embeds = (prompt_embeds(decoder, s.ids, f, image_id) for s, f in zip(samples, features, strict=True))
+    pairs = [greedy(decoder, e, ANSWER_TOKENS, bundle.eos) for e in embeds]
     return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
 
 
@@ -258,6 +257,13 @@ def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArra
             sums[kind][0] += float(np.square(y[mask] - x[mask]).sum(dtype=np.float64))
             sums[kind][1] += float(np.square(x[mask]).sum(dtype=np.float64))
     return {kind: (num / den) ** 0.5 for kind, (num, den) in sums.items() if den}
+
+
+def _features(bundle: Bundle, variant: str, samples: Sequence[Sample], threads: int, *, packed: bool) -> list[Float]:
+    """Of each sample's image; an image that several questions are about is encoded once."""
+    first = {sample.question.image: sample for sample in samples}
+    found = dict(zip(first, features_of(bundle, variant, [s.views for s in first.values()], threads, packed=packed), strict=True))
+    return [found[sample.question.image] for sample in samples]
 
 
 def check_floor(quality: Quality, floor: float) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.graph import Graph
 from lfm_quantize.observe import Observed
-from lfm_quantize.rounding import Precision, clipped
+from lfm_quantize.rounding import Precision, rtn
 
 Float = NDArray[np.float32]
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -122,7 +122,7 @@ def find_fit(weight: Float, seen: Observed, source: Source | None, precision: Pr
 
     def error(s: Float, negative: float) -> float:
         x = rows / s
-        w = clipped(part * s, precision, None).weight()
+        w = rtn(part * s, precision, None).weight()
         got = (fake_rows(x, negative) if precision.bits == 8 else x) @ w.T
         return float(np.square(got - wanted).sum(dtype=np.float64))
 
@@ -144,10 +144,11 @@ def find_fit(weight: Float, seen: Observed, source: Source | None, precision: Pr
 
 
 def fake_rows(x: Float, negative: float = 1.0) -> Float:
-    """Rounded to 8 bits, each row by its own range: what the int8 graph does to its inputs."""
+    """Rounded to 8 bits as the int8 graph does to its inputs: each row divided by its range, then one step size for what is left."""
     span = np.maximum(np.maximum(x.max(1, keepdims=True), x.min(1, keepdims=True) / -np.float32(negative)), 1e-20)
-    step = span * np.float32((1 + negative) / 255)
-    rounded: Float = np.round(x / step) * step
+    unit = x / span
+    step = max(float(unit.max()) - min(float(unit.min()), 0.0), 1e-20) / 255
+    rounded: Float = np.round(unit / np.float32(step)) * (np.float32(step) * span)
     return rounded
 
 

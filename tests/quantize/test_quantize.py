@@ -1,0 +1,396 @@
+"""The whole stage on the demo model: floors, manifest, resuming, the gate, the commands, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from lfm_export.export import export
+from lfm_quantize import quantize as stage
+from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.quality import GateError, cosines, kl_divergence, measure
+from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.rewrite import quantized_nodes
+from lfm_quantize.rounding import Precision, rtn
+from lfm_quantize.samples import prepare
+from lfm_runtime import Model
+from lfm_runtime.bundle import Bundle, file_hash, read_manifest
+from lfm_runtime.cli import main
+from onnx import helper
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------- floors
+
+FLOORS = {  # lowest cosine min and mean, highest KL and points lost, largest size
+    "int8": (0.998, 0.9995, 0.0005, 0.3, 0.27),
+    "int4": (0.998, 0.9995, 0.0015, 0.7, 0.18),
+    "fp16": (0.9999, 0.9999, 1e-5, 0.0, 0.51),
+}
+
+
+def check_floors(quality, variant: str) -> None:
+    least, mean, kl, lost, size = FLOORS[variant]
+    assert quality.cosine_min >= least
+    assert quality.cosine_mean >= mean
+    assert quality.kl <= kl
+    assert quality.accuracy_lost() <= lost
+    assert quality.bytes / quality.against_bytes <= size
+
+
+@pytest.mark.parametrize("variant", FLOORS)
+def test_floors(quantized, questions, variant) -> None:
+    """On half of the stored questions, none of whose pictures calibration saw."""
+    check_floors(measure(quantized, variant, "fp32", questions[1][::2], 2), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", FLOORS)
+def test_floors_on_2000_fresh_questions(quantized, variant, tmp_path) -> None:
+    import demo_data
+    from lfm_quantize.samples import read_questions
+
+    demo_data.write_evaluation(tmp_path / "fresh", 2026, 500)
+    fresh = read_questions(None, tmp_path / "fresh" / "fresh.jsonl")[0]
+    assert len(fresh) == 2000
+    check_floors(measure(quantized, variant, "fp32", fresh, 2), variant)
+
+
+def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
+    """Every variant loads with all hashes checked and answers; fp32 is untouched; the manifest tells how each was made and how good it is."""
+    manifest = read_manifest(quantized)
+    assert list(manifest["variants"]) == ["fp32", "fp16", "int8", "int4"]
+    before = tree(demo_bundle)
+    assert {n: h for n, h in tree(quantized).items() if n in before and n != "manifest.json"} == {n: h for n, h in before.items() if n != "manifest.json"}
+    for variant in ("int8", "int4", "fp16"):
+        model = Model.load(quantized, variant=variant, threads=1, verify=True)
+        assert model.answer([ROOT / "demo/eval/images/0000.png"], "What is in this image?", temperature=0).text()
+        quality, record = manifest["quality"][variant], manifest["quantization"][variant]
+        assert quality["kl"] < 0.01
+        assert len(quality["layers"]) == 13
+        assert record["from"] == "fp32"
+        assert record["calibration"]["images"] == 48
+        for graph in manifest["variants"][variant].values():
+            assert set(manifest["graphs"][graph]) >= {"inputs", "outputs", "opset", "min_onnxruntime", "data"}
+            assert all((quantized / name).exists() for name in manifest["graphs"][graph]["data"])
+    layers = {layer["name"]: layer for layer in manifest["quantization"]["int4"]["layers"]}
+    assert layers["vision.encoder.layers.0.mlp.fc1"]["bits"] == 8
+    assert layers["text.layers.0.conv.in_proj"]["bits"] == 4  # short convolutions take part
+    # The table lies in one file, which the head reads as well.
+    assert "onnx/embed_tokens_q4.onnx_data" in manifest["graphs"]["onnx/decoder_model_merged_q4.onnx"]["data"]
+
+
+# ------------------------------------------------------------------------------------------------- outlier checkpoints
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory) -> Path:
+    import make_outliers
+
+    folder = tmp_path_factory.mktemp("outliers")
+    assert make_outliers.add_outliers(CHECKPOINT, folder / "checkpoint", seed=0) > 100
+    export(folder / "checkpoint", folder / "bundle")
+    return folder / "bundle"
+
+
+def test_outliers_change_no_answer(outliers, demo_model) -> None:
+    image = ROOT / "demo/eval/images/0003.png"
+    model = Model.load(outliers, threads=1)
+    a, b = (m.encode([m.open(image)]) for m in (model, demo_model))
+    np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize(("variant", "kl"), [("int8", 0.005), ("int4", 0.02)])
+def test_outliers_are_survived(outliers, few, questions, variant, kl) -> None:
+    quantize(outliers, Settings(variant, few / "images", few / "calibration.jsonl"))
+    quality = measure(outliers, variant, "fp32", questions[1][::8], 2)
+    assert quality.cosine_min >= 0.99
+    assert quality.kl <= kl
+
+
+def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
+    """What onnxruntime's dynamic quantization does: one range for all tokens, no smoothing."""
+    bundle = Bundle.open(outliers)
+    graph = Graph.open(bundle.graphs("fp32")[1]["vision_encoder"])
+    nodes, tensors = {}, {}
+    for name, linear in graph.linears().items():
+        made, constants = quantized_nodes(linear, rtn(graph.weight(linear), Precision(8), None))
+        inputs = [linear.node.input[0], f"{name}.weight_int8", f"{name}.scales"]
+        out = f"{name}.product" if linear.bias else linear.node.output[0]
+        nodes[name] = [helper.make_node("DynamicQuantizeMatMul", inputs, [out], domain="com.microsoft"), *(n for n in made if n.op_type == "Add")]
+        tensors |= constants
+    views = [prepare(bundle, q, split=False).views[0] for q in questions[1][:8]]
+    exact, coarse = graph.session(1), graph.replaced(nodes, tensors).session(1)
+    found = np.concatenate([cosines(exact.run(None, v.feeds())[0], coarse.run(None, v.feeds())[0]) for v in views])
+    assert found.min() < 0.99
+
+
+# ------------------------------------------------------------------------------------------------------- killed, again
+
+
+def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypatch) -> None:
+    settings = Settings("int4", few / "images", few / "calibration.jsonl", method="gptq")
+    undisturbed = Path(shutil.copytree(demo_bundle, tmp_path / "undisturbed"))
+    quantize(undisturbed, settings)
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    before = tree(bundle)
+    blocks: list[str] = []
+    real = stage.quantize_block
+    monkeypatch.setattr(stage, "quantize_block", lambda graph, block, *rest: (blocks.append(block.name), real(graph, block, *rest))[1])
+
+    def kill(what: str, done: int, _: int) -> None:
+        if what == "quantizes decoder_model_merged" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(bundle, settings, kill)
+    assert tree(bundle) == before
+    first, blocks[:] = list(blocks), []
+    quantize(bundle, settings)
+    assert len(first) == 9
+    assert len(blocks) == 4
+    assert not set(first) & set(blocks)
+    onnx_files = lambda folder: {n: h for n, h in tree(folder).items() if n.startswith("onnx/")}  # noqa: E731
+    assert onnx_files(bundle) == onnx_files(undisturbed)
+    assert not list(tmp_path.glob(".*"))  # nothing left beside the bundles
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(bundle, settings, kill)
+    blocks.clear()
+    quantize(bundle, Settings("int4", few / "images", few / "calibration.jsonl", method="gptq", keep=("head",)))  # another recipe: from the start
+    assert len(blocks) == 13
+
+
+def test_two_runs_at_once(demo_bundle, few, tmp_path) -> None:
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+
+    def again(what: str, done: int, _: int) -> None:
+        if what == "quantizes vision_encoder" and done == 1:
+            with pytest.raises(QuantizeError, match="another run is making int8"):
+                quantize(bundle, Settings("int8", few / "images", few / "calibration.jsonl"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(bundle, Settings("int8", few / "images", few / "calibration.jsonl"), again)
+
+
+# ------------------------------------------------------------------------------------------------------------- gate
+
+
+def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
+    """Exit 3, the reason and the layers to keep in one line, and the variant that was there still there."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    arguments = ["quantize", str(bundle), "--variant", "int4", "--calibration", str(few / "images"), "--prompts", str(few / "calibration.jsonl"), "--quiet"]
+    assert main([*arguments, "--method", "rtn"]) == 0
+    before = tree(bundle)
+    assert main([*arguments, "--method", "rtn", "--floor", "1e-9"]) == 3
+    err = capsys.readouterr().err
+    assert "int4 is not good enough: KL" in err
+    assert "--keep '" in err
+    assert err.count("\n") == 1
+    assert tree(bundle) == before
+    suggested = err.split("--keep '")[1].split("'")[0]
+    assert main([*arguments, "--keep", suggested]) == 0
+    kept = [layer["name"] for layer in read_manifest(bundle)["quantization"]["int4"]["layers"] if layer["name"].startswith(suggested.rstrip("*"))]
+    assert not kept
+
+
+def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
+    """A variant compared with itself differs in nothing; the divergence is torch's."""
+    quality = measure(demo_bundle, "fp32", "fp32", questions[1][:6], 1)
+    assert quality.kl < 1e-9
+    assert quality.same_answers == 1
+    assert quality.cosine_min > 0.999999
+    assert all(layer.added < 1e-5 for layer in quality.layers)
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 5, 100)).astype(np.float32) * 4
+    wanted = torch.nn.functional.kl_div(torch.log_softmax(torch.tensor(b), 1), torch.log_softmax(torch.tensor(a), 1), log_target=True, reduction="none").sum(1)
+    np.testing.assert_allclose(kl_divergence(a, b), wanted, rtol=1e-4)
+
+
+def test_judging_follows_the_runtime(quantized, questions) -> None:
+    """Accuracy by the gate is accuracy by Model.answer."""
+    asked = questions[1][:40]
+    quality = measure(quantized, "int4", "fp32", asked, 1)
+    model = Model.load(quantized, variant="int4", threads=1)
+    right = [model.answer([q.image], q.text, temperature=0).text() == q.answer for q in asked]
+    total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
+    assert total == pytest.approx(sum(right))
+
+
+def test_quality_command(quantized, tmp_path, capsys) -> None:
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    lines = (ROOT / "demo/eval/eval.jsonl").read_text().splitlines()[:10]
+    shutil.copytree(ROOT / "demo/eval/images", tmp_path / "images")
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    arguments = ["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "q.jsonl"), "--quiet"]
+    assert main([*arguments, "--layers", "--plot", str(tmp_path / "p.svg")]) == 0
+    out = capsys.readouterr().out
+    assert "image features" in out
+    assert "text.layers.5" in out
+    svg = ElementTree.parse(tmp_path / "p.svg").getroot()  # noqa: S314
+    texts = [e.text for e in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "vision.encoder.layers.3" in texts
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["questions"] == 10
+    assert read_manifest(bundle)["quality"]["int8"]["kl"] == found["kl"]
+    Bundle.open(bundle).verify()
+    assert main(["quality", str(bundle), "--variant", "int3", "--images", str(tmp_path / "q.jsonl")]) == 2
+    assert "has no variant 'int3'" in capsys.readouterr().err
+    assert main(["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "nothing")]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- search, static
+
+
+def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
+    """The files are no larger than asked and not much smaller; the recipe found makes the same files again."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    arguments = ["quantize", str(bundle), "--variant", "int4", "--calibration", str(few / "images"), "--prompts", str(few / "calibration.jsonl"), "--quiet"]
+    assert main([*arguments, "--max-size", "3.9"]) == 0
+    files = {n: h for n, h in tree(bundle).items() if "_q4" in n}
+    size = sum((bundle / n).stat().st_size for n in files)
+    assert 3.6e6 < size <= 3.9e6
+    rules = read_manifest(bundle)["quantization"]["int4"]["recipe"]
+    assert {rule["bits"] for rule in rules} == {4, 8}
+    from lfm_quantize.recipe import Recipe, Rule
+
+    (tmp_path / "r.toml").write_text(Recipe(tuple(
+        Rule(r["pattern"], Precision(r["bits"], r["block"], r["method"], r["zero_points"])) for r in rules)).to_toml())  # fmt: skip
+    assert main([*arguments, "--recipe", str(tmp_path / "r.toml")]) == 0
+    assert {n: h for n, h in tree(bundle).items() if "_q4" in n} == files
+    assert main([*arguments, "--max-size", "1"]) == 2
+    assert "--max-size cannot be met" in capsys.readouterr().err
+
+
+def test_static_int8(demo_bundle, few, questions, tmp_path) -> None:
+    """QDQ nodes around every product, ranges in the graph, no If; good enough on pictures it did not see."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    quantize(bundle, Settings("int8-static", few / "images", few / "calibration.jsonl"))
+    graph = onnx.load(bundle / "onnx" / "vision_encoder_int8_static.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("QuantizeLinear") >= 19
+    assert "If" not in kinds
+    quality = measure(bundle, "int8-static", "fp32", questions[1][::12], 1)
+    assert quality.cosine_mean > 0.998
+    assert read_manifest(bundle)["variants"]["int8-static"]["decoder_model_merged"] == "onnx/decoder_model_merged.onnx"
+    assert Model.load(bundle, variant="int8-static", threads=1).answer([], "hi").text() is not None
+
+
+# -------------------------------------------------------------------------------------------------------- no images
+
+
+def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
+    """Said plainly, and nothing is claimed about quality."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    assert main(["quantize", str(bundle), "--variant", "int4", "--quiet"]) == 0
+    assert "rounded without looking" in capsys.readouterr().err
+    manifest = read_manifest(bundle)
+    assert manifest["quantization"]["int4"]["calibration"] == {"images": 0, "questions": 0, "skipped": 0}
+    assert "int4" not in manifest.get("quality", {})
+    assert Model.load(bundle, variant="int4", threads=1).answer([], "hi").text() is not None
+
+
+def test_starting_from_fp16(few, tmp_path) -> None:
+    export(CHECKPOINT, tmp_path / "bundle", dtype="fp16")
+    quality = quantize(tmp_path / "bundle", Settings("int8", few / "images", few / "calibration.jsonl"))
+    assert quality.against == "fp16"
+    assert quality.cosine_min > 0.998
+    with pytest.raises(QuantizeError, match="nothing finer to make it from"):
+        quantize(tmp_path / "bundle", Settings("fp16"))
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def remove_fp32(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["variants"] = {"int8": manifest["variants"]["fp32"]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put_nan(bundle: Path) -> None:
+    path = bundle / "onnx" / "decoder_model_merged.onnx"
+    tensor = Graph.open(path).tensors["text.layers.2.conv.in_proj.weight"]
+    with (bundle / "onnx" / "decoder_model_merged.onnx_data").open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(np.array([np.nan], np.float32).tobytes())
+
+
+BREAK = {
+    "no bundle": (lambda b: shutil.rmtree(b), "is not a folder"),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
+    "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
+    "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),
+    "truncated graph": (lambda b: (b / "onnx/vision_encoder.onnx").write_bytes(b"x"), "has 1 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BREAK, ids=lambda name: name.replace(" ", "_"))
+def test_bad_bundle(case, demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    breaking, says = BREAK[case]
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    if case == "NaN":  # larger files are hashed only when asked; this one is small
+        monkeypatch.setattr("lfm_runtime.bundle.HASHED_AT_LOAD", 0)
+    breaking(bundle)
+    before = tree(bundle)
+    assert main(["quantize", str(bundle), "--variant", "int4", "--quiet"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("lfm-edge: ")
+    assert says in err[-1]
+    assert tree(bundle) == before
+
+
+def test_bad_wishes(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """Each one line, exit 2, the bundle as before."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    before = tree(bundle)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "typo.toml").write_text('[[layer]]\npattern = "vison.*"\nbits = 8\n')
+    for arguments, says in (
+        (["--variant", "int5"], "unknown variant 'int5'"),
+        (["--variant", "int4", "--method", "best"], "unknown method 'best'"),
+        (["--variant", "int4", "--keep", "text.layers.77.*"], "matches no layer"),
+        (["--variant", "int4", "--recipe", str(tmp_path / "typo.toml")], "'vison.*' matches no layer"),
+        (["--variant", "int4", "--calibration", str(tmp_path / "empty")], "has no usable image"),
+    ):
+        assert main(["quantize", str(bundle), *arguments]) == 2
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    assert main(["quantize", str(bundle), "--variant", "int4"]) == 2
+    assert "has 1 MiB free" in capsys.readouterr().err
+    assert tree(bundle) == before
+
+
+def test_disk_full_while_writing(demo_bundle, tmp_path, monkeypatch, capsys) -> None:
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    before = tree(bundle)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Graph, "save", full)
+    assert main(["quantize", str(bundle), "--variant", "int8", "--quiet"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert tree(bundle) == before
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_gate_error_is_an_edge_error() -> None:
+    assert GateError.exit_code == 3
+    assert issubclass(GateError, ValueError)
