@@ -6,6 +6,7 @@ some nodes replaced. All three are plain list work on names, so nodes stay proto
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,12 @@ class Graph:
         both = {**self.tensors, **tensors}
         used = set().union(*(reads(node) for node in new))
         return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used})
+
+    def release(self) -> None:
+        """Give back the memory of weights that were read: pages of the file, which count as ours while they are mapped."""
+        for tensor in self.tensors.values():
+            if isinstance(tensor.data, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                tensor.data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
 
     def edges(self) -> dict[str, Any]:
         """Inputs and outputs for the manifest."""

@@ -280,7 +280,10 @@ def _through_blocks(
         change = work.load(block.name) or quantize_block(graph, block, feeds, states, kinds, recipe, threads, head)
         work.save(block.name, change)
         if feeds:
-            states = run_block(graph.replaced(change.nodes, change.tensors), block, feeds, states, threads)
+            quantized = graph.replaced(change.nodes, change.tensors)
+            states = run_block(quantized, block, feeds, states, threads)
+            quantized.release()
+        graph.release()
         total.add(change)
         progress(f"quantizes {graph.name}", i + 1, len(blocks))
     return total, states

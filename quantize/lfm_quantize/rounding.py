@@ -87,10 +87,12 @@ def gptq(weight: Float, precision: Precision, moments: Float | None) -> Rounded:
     moments[dead, dead] = 1.0
     moments[np.diag_indices(k)] += _DAMPING * np.mean(np.diag(moments))
     order = np.argsort(-np.diag(moments), kind="stable")
-    # Row i of the upper Cholesky factor of the inverse tells how an error in input i spreads over those after it.
-    inverse = np.linalg.inv(moments[np.ix_(order, order)].astype(np.float64))
-    spread = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
-    del inverse, moments
+    # H⁻¹ = UᵀU: row i of U tells how an error in input i spreads over those after it. With H = RRᵀ, R upper, U is R⁻¹: no inverse of H.
+    backward = order[::-1]
+    upper = np.linalg.cholesky(moments[np.ix_(backward, backward)].astype(np.float64))[::-1, ::-1]
+    del moments
+    spread = _upper_inverse(np.ascontiguousarray(upper)).astype(np.float32)
+    del upper
     block = precision.block or k
     owner = order // block  # which scale an input has
     left = weight[:, order].astype(np.float32)
@@ -117,6 +119,19 @@ METHODS: dict[str, Method] = {"rtn": rtn, "clipped": clipped, "gptq": gptq}
 
 _DAMPING = 0.01
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+
+
+def _upper_inverse(r: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of an upper triangular matrix, by halves, in its own memory."""
+    k = len(r)
+    if k <= 64:
+        r[:] = np.linalg.inv(r)
+        return r
+    half = k // 2
+    _upper_inverse(r[:half, :half])
+    _upper_inverse(r[half:, half:])
+    r[:half, half:] = -(r[:half, :half] @ r[:half, half:]) @ r[half:, half:]
+    return r
 
 
 def output_error(weight: Float, rounded: Float, moments: Float) -> float:

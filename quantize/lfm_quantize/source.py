@@ -36,7 +36,9 @@ class Source:
         gather = look_up(embed)
         table: Float = embed.tensors[gather.input[0]].array
         head = decoder.tensors[decoder.linears()["head"].weight].array
-        return variant, Source(vision, embed, decoder, table, head.shape == table.shape and np.array_equal(head, table))
+        tied = head.shape == table.shape and np.array_equal(head, table)
+        decoder.release()
+        return variant, Source(vision, embed, decoder, table, tied)
 
     @property
     def head(self) -> str:
