@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from lfm_quantize.graph import Graph
+from lfm_quantize.samples import Sample
 
 Feeds = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[np.float32]]
@@ -86,6 +87,24 @@ def decoder_feeds(graph: Graph, embeds: NDArray[np.float32]) -> Feeds:
             shape = [d.dim_value if d.HasField("dim_value") else int(i == 0) for i, d in enumerate(dims)]
             feeds[name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
     return feeds
+
+
+def prompt_feeds(
+    graph: Graph, samples: Sequence[Sample], kinds: Sequence[NDArray[np.bool_]], table: NDArray[np.float32],
+    features: Sequence[NDArray[np.float32]],
+) -> list[Feeds]:  # fmt: skip
+    """The decoder's inputs for each sample: rows of the embedding table [V, H], image features where `kinds` says image token."""
+    found = []
+    for sample, is_image, image in zip(samples, kinds, features, strict=True):
+        embeds = table[np.array(sample.ids)][None].astype(np.float32)
+        embeds[0, is_image] = image
+        found.append(decoder_feeds(graph, embeds))
+    return found
+
+
+def image_positions(samples: Sequence[Sample], image_id: int) -> list[NDArray[np.bool_]]:
+    """For each sample, which of its tokens are image tokens."""
+    return [np.array(sample.ids) == image_id for sample in samples]
 
 
 def run_block(graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], threads: int,

@@ -21,7 +21,7 @@ from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers, features_of
-from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds, run_block
+from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
 from lfm_quantize.graph import Graph, Place, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.layer import Change, quantize_block
@@ -119,7 +119,7 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     _check_space(folder, bundle, start)
     calibrate, judge, skipped = _questions(settings, warn)
     key = {
-        "source": manifest["files"], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__,
+        "source": [entry for name, entry in manifest["files"].items() if name in _files(start)], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__,
         "search": [settings.max_size, settings.floor],
     }  # fmt: skip
     with Work.open(folder, settings.variant, key) as work:
@@ -139,6 +139,7 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
         }  # fmt: skip
         with replacing(folder) as new:
+            manifest = read_manifest(folder) or manifest  # another variant may have been added meanwhile
             carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
             _save(new, settings.variant, graphs, source)
             record["seconds"] = round(time.perf_counter() - started, 1)
@@ -182,15 +183,10 @@ def _rounded(
 def _halved(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
     """fp16, but for nodes whose values would overflow on the calibration images, or that the user keeps."""
     threads = settings.threads
-    image_id = PromptBuilder(bundle.prompt).image_id
+    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
     views = [sample.views[0].feeds() for sample in samples]
     features = features_of(bundle, start, [s.views for s in samples], threads, packed=False) if samples else []
-    feeds = []
-    for sample, found in zip(samples, features, strict=True):
-        ids = np.array(sample.ids)
-        embeds = source.table[ids][None].astype(np.float32)
-        embeds[0, ids == image_id] = found
-        feeds.append(decoder_feeds(source.decoder, embeds))
+    feeds = prompt_feeds(source.decoder, samples, kinds, source.table, features)
     graphs: Graphs = {}
     stay = []
     for stem, graph, inputs in (
@@ -257,14 +253,8 @@ def _quantize_decoder(
     recipe: Recipe, work: Work, threads: int, progress: Progress,
 ) -> Change:  # fmt: skip
     graph = all_positions(source.decoder)
-    image_id = PromptBuilder(bundle.prompt).image_id
-    kinds = [np.array(sample.ids) == image_id for sample in samples]
-    rows = table.weight() if table else source.table
-    feeds = []
-    for sample, kind, found in zip(samples, kinds, features, strict=True):
-        embeds = rows[np.array(sample.ids)][None].astype(np.float32)
-        embeds[0, kind] = found
-        feeds.append(decoder_feeds(graph, embeds))
+    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
+    feeds = prompt_feeds(graph, samples, kinds, table.weight() if table else source.table, features)
     return _through_blocks(graph, feeds, kinds, recipe, work, threads, progress, (source.tied, table))[0]
 
 

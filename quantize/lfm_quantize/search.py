@@ -16,7 +16,7 @@ from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress
-from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, decoder_feeds, run_block
+from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.layer import observe
 from lfm_quantize.quality import cosines, kl_divergence
@@ -64,7 +64,6 @@ def survey(source: Source, bundle: Bundle, samples: Sequence[Sample], threads: i
     if not samples:
         raise QuantizeError("a search for precisions needs --calibration images")
     samples = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
-    image_id = PromptBuilder(bundle.prompt).image_id
     graph = all_positions(source.decoder)
     linears = {**source.vision.linears(), **graph.linears()}
 
@@ -72,16 +71,11 @@ def survey(source: Source, bundle: Bundle, samples: Sequence[Sample], threads: i
     every_patch = [np.ones(len(sample.views[0].patches), np.bool_) for sample in samples]
     features, losses, worst = _effects(source.vision, view_feeds, every_patch, _cosine_loss, threads, progress)
 
-    kinds = [np.array(sample.ids) == image_id for sample in samples]
+    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
     answers = [slice(sample.prompt_tokens - 1, len(sample.ids) - 1) for sample in samples]
 
     def feeds(table: Float, images: Sequence[Values]) -> list[Feeds]:
-        made = []
-        for sample, kind, found in zip(samples, kinds, images, strict=True):
-            embeds = table[np.array(sample.ids)][None].astype(np.float32)
-            embeds[0, kind] = found["image_features"]
-            made.append(decoder_feeds(graph, embeds))
-        return made
+        return prompt_feeds(graph, samples, kinds, table, [values["image_features"] for values in images])
 
     def divergence(exact: Sequence[Values], changed: Sequence[Values]) -> float:
         parts = [kl_divergence(a["logits"][s, 0], b["logits"][s, 0]) for a, b, s in zip(exact, changed, answers, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +240,7 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "image features" in out
     assert "text.layers.5" in out
-    svg = ElementTree.parse(tmp_path / "p.svg").getroot()  # noqa: S314
+    svg = ET.parse(tmp_path / "p.svg").getroot()
     texts = [e.text for e in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert "vision.encoder.layers.3" in texts
     assert main([*arguments, "--json"]) == 0
@@ -331,7 +331,7 @@ def put_nan(bundle: Path) -> None:
 
 
 BREAK = {
-    "no bundle": (lambda b: shutil.rmtree(b), "is not a folder"),
+    "no bundle": (shutil.rmtree, "is not a folder"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
     "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
     "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),
@@ -394,3 +394,18 @@ def test_disk_full_while_writing(demo_bundle, tmp_path, monkeypatch, capsys) -> 
 def test_gate_error_is_an_edge_error() -> None:
     assert GateError.exit_code == 3
     assert issubclass(GateError, ValueError)
+
+
+def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> None:
+    """Three pictures and a broken one: two warnings, and a variant all the same."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    (tmp_path / "images").mkdir()
+    for path in sorted((few / "images").iterdir())[:3]:
+        shutil.copy(path, tmp_path / "images")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    assert main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 4 images could not be opened" in captured.err
+    assert "only 3 usable images" in captured.err
+    assert "fp16 against fp32" in captured.out
+    assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 2, "questions": 2, "skipped": 1}
