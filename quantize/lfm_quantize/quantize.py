@@ -119,8 +119,8 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     _check_space(folder, bundle, start)
     calibrate, judge, skipped = _questions(settings, warn)
     key = {
-        "source": [entry for name, entry in manifest["files"].items() if name in _files(start)], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate], "ort": ort.__version__,
-        "search": [settings.max_size, settings.floor],
+        "source": [entry for name, entry in manifest["files"].items() if name in _files(start)], "ort": ort.__version__,
+        "recipe": recipe.to_list(), "search": [settings.max_size, settings.floor], "questions": [str(q) for q in calibrate],
     }  # fmt: skip
     with Work.open(folder, settings.variant, key) as work:
         samples = [prepare(bundle, q, split=False) for q in calibrate]
