@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.cli import main
 from onnx import helper
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -409,3 +413,30 @@ def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> N
     assert "only 3 usable images" in captured.err
     assert "fp16 against fp32" in captured.out
     assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 2, "questions": 2, "skipped": 1}
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from lfm_quantize.quantize import Settings, quantize
+bundle, images, method = sys.argv[1:]
+quantize(Path(bundle), Settings("int4", Path(images) if images else None, method=method, floor=1000.0 if images else None))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.parametrize(("size", "limit_mib"), [("450m", 2048), ("1.6b", 5120)])
+def test_memory_at_full_size(tmp_path, size, limit_mib) -> None:
+    """Peak resident memory of int4 with calibration on random full-size weights. A quarter of an hour, and an hour; 5 and 17 GB of disk."""
+    make = [sys.executable, str(ROOT / "scripts" / "make_random_checkpoint.py"), "--size", size, str(tmp_path / "checkpoint")]
+    subprocess.run(make, check=True, capture_output=True)
+    export(tmp_path / "checkpoint", tmp_path / "bundle")
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.open(ROOT / "demo/photos/coffee.jpg").crop((0, 0, 400 + 16 * i, 380)).save(tmp_path / "images" / f"{i}.jpg")
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "bundle"), str(tmp_path / "images"), "gptq"], capture_output=True,
+                          text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert float(done.stdout.split()[-1]) <= limit_mib
+    shutil.rmtree(tmp_path)
