@@ -142,6 +142,9 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             manifest = read_manifest(folder) or manifest  # another variant may have been added meanwhile
             carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
             _save(new, settings.variant, graphs, source)
+            if "recipe" in record:
+                (new / "recipes").mkdir(exist_ok=True)
+                (new / recipe_file(settings.variant)).write_text(recipe.to_toml(), encoding="utf-8")
             record["seconds"] = round(time.perf_counter() - started, 1)
             _write_manifest(new, manifest, settings.variant, start, graphs, record, None)
             quality = None
@@ -309,7 +312,12 @@ def _save(folder: Path, variant: str, graphs: Graphs, source: Source) -> None:
 def _files(variant: str) -> set[str]:
     """Files a variant may write."""
     names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
-    return names | {f"{name}_data" for name in names} | {MANIFEST}
+    return names | {f"{name}_data" for name in names} | {recipe_file(variant), MANIFEST}
+
+
+def recipe_file(variant: str) -> str:
+    """Where a variant's recipe lies in a bundle, to be read and to be given to --recipe."""
+    return f"recipes/{variant}.toml"
 
 
 def _write_manifest(

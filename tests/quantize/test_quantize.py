@@ -270,10 +270,7 @@ def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     assert 3.6e6 < size <= 3.9e6
     rules = read_manifest(bundle)["quantization"]["int4"]["recipe"]
     assert {rule["bits"] for rule in rules} == {4, 8}
-    from lfm_quantize.recipe import Recipe, Rule
-
-    (tmp_path / "r.toml").write_text(Recipe(tuple(
-        Rule(r["pattern"], Precision(r["bits"], r["block"], r["method"], r["zero_points"])) for r in rules)).to_toml())  # fmt: skip
+    shutil.copy(bundle / "recipes" / "int4.toml", tmp_path / "r.toml")
     assert main([*arguments, "--recipe", str(tmp_path / "r.toml")]) == 0
     assert {n: h for n, h in tree(bundle).items() if "_q4" in n} == files
     assert main([*arguments, "--max-size", "1"]) == 2
