@@ -18,7 +18,7 @@ from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder, prompt_embeds
-from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, decoder_feeds
+from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, decoder_feeds
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.observe import KINDS
 from lfm_quantize.samples import Question, Sample, prepare
@@ -28,10 +28,10 @@ DEFAULT_FLOORS: Mapping[str, float] = {"fp16": 0.001, "int8": 0.01, "int8-static
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""
 ANSWER_TOKENS = 48
-LOGIT_BYTES = 128 << 20
+LOGIT_BYTES = 64 << 20
 """Distributions kept at a time; a question more than that waits for the next round."""
 
-LAYER_SAMPLES = 8
+LAYER_SAMPLES = 4
 """Questions that the error is followed through the layers on."""
 
 Float = NDArray[np.float32]
@@ -222,7 +222,7 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
     kinds = ([np.ones(len(view.patches), np.bool_) for view in views], [np.array(sample.ids) == image_id for sample in samples])
     for which, graph in enumerate(ours):
         before: dict[str, float] = {}
-        for block in blocks_of(graph if which == 0 else all_positions(graph)):
+        for block in _judged(graph if which == 0 else all_positions(graph)):
             pairs = zip(states[against][which], states[variant][which], kinds[which], strict=True)
             error = _relative(block.outputs, pairs)
             added = max((max(0.0, e**2 - before.get(kind, 0.0) ** 2) ** 0.5 for kind, e in error.items()), default=0.0)
@@ -236,7 +236,7 @@ def _states(bundle: Bundle, variant: str, like: Graph, samples: Sequence[Feeds] 
     graph = Graph.open(bundle.graphs(variant)[1][like.name], widen=False)
     if like.name == DECODER.stem:
         graph, like = all_positions(graph), all_positions(like)
-    names = list(dict.fromkeys(name for block in blocks_of(like) for name in block.outputs))
+    names = list(dict.fromkeys(name for block in _judged(like) for name in block.outputs))
     session = graph.part(names).session(threads)
     taken = {i.name for i in session.get_inputs()}
     found = []
@@ -245,6 +245,11 @@ def _states(bundle: Bundle, variant: str, like: Graph, samples: Sequence[Feeds] 
         values = session.run(names, {n: v for n, v in feeds.items() if n in taken})
         found.append({n: v.astype(np.float32, copy=False) for n, v in zip(names, values, strict=True)})
     return found
+
+
+def _judged(graph: Graph) -> list[Block]:
+    """All blocks but the head: KL tells of the logits, and those of every position would fill the memory."""
+    return [block for block in blocks_of(graph) if block.name != "head"]
 
 
 def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArray[np.bool_]]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_p
 from lfm_quantize.graph import Graph, Place, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.layer import Change, quantize_block
-from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
+from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, keep_in_manifest, measure
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.rewrite import TABLE, embedding_nodes, halved
 from lfm_quantize.rounding import METHODS, Rounded
@@ -146,12 +146,13 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
                 (new / "recipes").mkdir(exist_ok=True)
                 (new / recipe_file(settings.variant)).write_text(recipe.to_toml(), encoding="utf-8")
             record["seconds"] = round(time.perf_counter() - started, 1)
-            _write_manifest(new, manifest, settings.variant, start, graphs, record, None)
+            _write_manifest(new, manifest, settings.variant, start, graphs, record)
+            del samples, graphs, source  # the fp32 model takes their place
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
                 check_floor(quality, floor)
-                _write_manifest(new, manifest, settings.variant, start, graphs, record, quality)
+                keep_in_manifest(new, quality)
         work.finished()
     return quality
 
@@ -321,9 +322,9 @@ def recipe_file(variant: str) -> str:
 
 
 def _write_manifest(
-    folder: Path, old: dict[str, Any], variant: str, start: str, graphs: Graphs, record: dict[str, Any], quality: Quality | None
+    folder: Path, old: dict[str, Any], variant: str, start: str, graphs: Graphs, record: dict[str, Any]
 ) -> None:
-    """The old manifest with the variant's files, recipe and quality in it."""
+    """The old manifest with the variant's files and recipe in it, and no word on its quality yet."""
     manifest = json.loads(json.dumps(old))
     written = {name for name in _files(variant) if name != MANIFEST and (folder / name).exists()}
     manifest["files"] = {n: e for n, e in old["files"].items() if n not in _files(variant)}
@@ -337,8 +338,6 @@ def _write_manifest(
             manifest["graphs"][names[stem]] = {**described, "data": data}
     manifest.setdefault("quantization", {})[variant] = record
     manifest.setdefault("quality", {}).pop(variant, None)
-    if quality:
-        manifest["quality"][variant] = quality.to_dict()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -37,7 +37,8 @@ class Source:
         table: Float = embed.tensors[gather.input[0]].array
         head = decoder.tensors[decoder.linears()["head"].weight].array
         tied = head.shape == table.shape and np.array_equal(head, table)
-        decoder.release()
+        for graph in (embed, decoder):
+            graph.release()
         return variant, Source(vision, embed, decoder, table, tied)
 
     @property

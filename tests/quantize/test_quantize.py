@@ -82,7 +82,7 @@ def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
         assert model.answer([ROOT / "demo/eval/images/0000.png"], "What is in this image?", temperature=0).text()
         quality, record = manifest["quality"][variant], manifest["quantization"][variant]
         assert quality["kl"] < 0.01
-        assert len(quality["layers"]) == 13
+        assert len(quality["layers"]) == 12
         assert record["from"] == "fp32"
         assert record["calibration"]["images"] == 48
         for graph in manifest["variants"][variant].values():
