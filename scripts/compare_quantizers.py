@@ -44,6 +44,11 @@ def onnxruntimes(bundle: Path, config) -> None:
     model = onnx.load(str(bundle / DECODER))
     quantizer = nbits.MatMulNBitsQuantizer(model, algo_config=config)
     quantizer.process()
+    for node in quantizer.model.model.graph.node:  # all methods with inputs rounded to 8 bits, as lfm-edge runs them
+        if node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 4)])
     onnx.save(quantizer.model.model, str(bundle / MADE), save_as_external_data=True, location=f"{Path(MADE).name}_data", size_threshold=4096)
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["variants"]["int4"] = {**manifest["variants"]["fp32"], "decoder_model_merged": MADE}

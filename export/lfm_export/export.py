@@ -108,7 +108,7 @@ def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
     """Files of the old bundle that this export does not write: other variants and other graphs."""
     replaced = {graph_file(stem, dtype) for stem in wanted}
     replaced |= {f"{name}_data" for name in replaced}
-    return [name for name in old.get("files") or {} if name.startswith("onnx/") and name not in replaced]
+    return [name for name in old.get("files") or {} if name.startswith(("onnx/", "recipes/")) and name not in replaced]
 
 
 def _check_fits(
@@ -163,6 +163,8 @@ def _write_manifest(
         "variants": variants,
         "graphs": dict(sorted(described.items())),
         "files": files,
+        # What quantize wrote about the other variants stays true: they are of the same weights.
+        **{key: {v: e for v, e in old[key].items() if v != dtype} for key in ("quantization", "quality") if old.get(key) and kept},
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,8 @@ from lfm_runtime.prompt import PromptBuilder
 from lfm_runtime.sessions import load_session
 from numpy.typing import NDArray
 
-from lfm_quantize.samples import Sample, View
+from lfm_quantize.graph import QuantizeError
+from lfm_quantize.samples import MOST_ANSWER_TOKENS, Sample, View
 
 Float = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -69,18 +70,20 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
 
 def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress) -> None:
     """Give each sample its answer: the known one, else the greedy one of `variant`."""
-    tokenizer = PromptBuilder(bundle.prompt).tokenizer
+    builder = PromptBuilder(bundle.prompt)
     unknown = []
     for sample in samples:
         if sample.question.answer is None:
             unknown.append(sample)
-        else:
-            sample.ids += [*tokenizer.encode(sample.question.answer), bundle.eos[0]]
+            continue
+        answer = [*builder.tokenizer.encode(sample.question.answer), bundle.eos[0]]
+        if builder.image_id in answer or len(answer) > MOST_ANSWER_TOKENS:
+            raise QuantizeError(f"the answer to {sample.question.text!r} about {sample.question.image} is too long or holds an image token")
+        sample.ids += answer
     if not unknown:
         return
     features = features_of(bundle, variant, [s.views for s in unknown], threads, packed=False, progress=progress)
     decoder = open_decoder(bundle, variant, threads, packed=False)
-    image_id = PromptBuilder(bundle.prompt).image_id
     for i, (sample, found) in enumerate(zip(unknown, features, strict=True)):
-        sample.ids += greedy(decoder, prompt_embeds(decoder, sample.ids, found, image_id), limit, bundle.eos)[0]
+        sample.ids += greedy(decoder, prompt_embeds(decoder, sample.ids, found, builder.image_id), limit, bundle.eos)[0]
         progress(f"{variant} answers", i + 1, len(unknown))

@@ -27,21 +27,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Quantize and say what it cost."""
     from lfm_profiles import default_threads
+    from lfm_runtime.sessions import failures_are_ours
 
     from lfm_quantize.quantize import Settings, quantize
 
     settings = Settings(
         options.variant, options.calibration, options.prompts, options.method, options.recipe, tuple(options.keep), options.floor,
-        options.max_size, options.threads or default_threads(),
+        options.max_size, default_threads() if options.threads is None else check_threads(options.threads),
     )  # fmt: skip
     printer = Printer(not options.quiet)
     try:
-        quality = quantize(options.bundle, settings, printer.progress, printer.warn)
+        with failures_are_ours(options.bundle):
+            quality = quantize(options.bundle, settings, printer.progress, printer.warn)
     finally:
         printer.clear()
     if quality:
         print(quality.table())
     return 0
+
+
+def check_threads(count: int) -> int:
+    """The user's number, or a SettingError."""
+    from lfm_runtime.errors import SettingError
+
+    if not 1 <= count <= 1024:
+        raise SettingError(f"threads {count} is impossible; allowed: 1 up to the machine's cores")
+    return count
 
 
 class Printer:

@@ -128,6 +128,10 @@ class Graph:
             found[node.name] = Linear(node.name, node, node.input[1], by_output, k, n)
         return found
 
+    def bias(self, linear: Linear) -> str | None:
+        """The bias of a product, added by its node or by one of its own (the decoder's)."""
+        return linear.bias or (f"{linear.name}.bias" if f"{linear.name}.bias" in self.tensors else None)
+
     def weight(self, linear: Linear) -> NDArray[np.float32]:
         """[n, k], float32, contiguous: an output channel is a row."""
         stored = self.tensors[linear.weight].array.astype(np.float32, copy=False)
@@ -139,7 +143,7 @@ class Graph:
         nodes: list[onnx.NodeProto] = []
         needed = set(wanted)
         for node in reversed(self.nodes):
-            if not needed.intersection(node.output) or not set(node.output).intersection(needed - cut):
+            if not set(node.output).intersection(needed - cut):
                 continue
             nodes.append(node)
             needed |= reads(node)
@@ -249,8 +253,10 @@ def _read(proto: onnx.TensorProto, folder: Path) -> Tensor:
     if proto.data_location != onnx.TensorProto.EXTERNAL:
         return Tensor.of(numpy_helper.to_array(proto))
     where = {entry.key: entry.value for entry in proto.external_data}
-    kind = helper.tensor_dtype_to_np_dtype(proto.data_type)
-    data = np.memmap(folder / where["location"], kind, "r", int(where.get("offset", 0)), tuple(proto.dims))
+    packed = proto.data_type == UINT4
+    kind = np.dtype(np.uint8) if packed else helper.tensor_dtype_to_np_dtype(proto.data_type)
+    shape = ((int(np.prod(proto.dims)) + 1) // 2,) if packed else tuple(proto.dims)
+    data = np.memmap(folder / where["location"], kind, "r", int(where.get("offset", 0)), shape)
     return Tensor(data, proto.data_type, tuple(proto.dims), source=folder / where["location"], offset=int(where.get("offset", 0)))
 
 

@@ -64,11 +64,12 @@ def quantize_block(
     where = {name: source for name, source in sources(graph).items() if name in seen}
     fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
     factors = {name: fit.factors for name, fit in fits.items() if (fit.factors != 1).any()}
-    names = {v for source in where.values() for v in source.vectors} | {b for linear in linears.values() if (b := linear.bias)}
+    biases = {name: graph.bias(linear) for name, linear in linears.items()}
+    names = {v for source in where.values() for v in source.vectors} | {b for b in biases.values() if b}
     vectors = {name: graph.tensors[name].array for name in names}
     before = {**weights}, {**vectors}
     weights = {name: weight.copy() for name, weight in weights.items()}
-    folded(weights, vectors, factors, where, {name: linear.bias for name, linear in linears.items()})
+    folded(weights, vectors, factors, where, biases)
 
     change = Change()
     change.tensors = {name: Tensor.of(v) for name, v in vectors.items() if v is not before[1][name]}
@@ -88,7 +89,7 @@ def quantize_block(
         change.nodes[name] = nodes
         change.tensors |= tensors
         change.layers.append({
-            "name": name, "bits": precision.bits, "block": precision.block, "method": precision.method, "smoothed": name in factors,
+            "name": name, "bits": precision.bits, "block": precision.block, "method": rounded.precision.method, "smoothed": name in factors,
             "bits_per_weight": round(precision.bits_per_weight, 3), "weights": int(weight.size),
             "weight_error": None if moments is None else float(f"{output_error(weight, rounded.weight(), moments):.4g}"),
         })  # fmt: skip

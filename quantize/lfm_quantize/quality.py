@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def measure(
         variant=variant, against=against, questions=len(questions), images=len({q.image for q in questions}), answer_tokens=len(all_kl),
         cosine_min=float(all_cosines.min()), cosine_p1=float(np.percentile(all_cosines, 1)), cosine_mean=float(all_cosines.mean()),
         kl=float(all_kl.mean()), same_top1=float(np.concatenate(same_token).mean()), same_answers=same_answer / len(questions),
-        accuracy=accuracy, bytes=size, against_bytes=_bytes(bundle, against), bits_per_weight=8 * size / _weights(bundle, against),
+        accuracy=accuracy, bytes=size, against_bytes=_bytes(bundle, against), bits_per_weight=8 * size / _weights(bundle),
         layers=layers, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
@@ -191,12 +192,14 @@ def keep_in_manifest(folder: Path, quality: Quality) -> str | None:
     if manifest is None:
         return f"{folder} has no manifest.json to keep the numbers in"
     manifest.setdefault("quality", {})[quality.variant] = quality.to_dict()
-    partial = folder.with_name(f".{folder.resolve().name}.manifest.partial")
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.manifest.partial")
     try:
         partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / MANIFEST)
     except OSError as e:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         return f"{folder / MANIFEST} could not be written ({e.strerror}); the numbers are not kept"
     return None
 
@@ -221,7 +224,8 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
         states[name] = [vision, _states(bundle, name, ours[1], embeds, threads)]
     kinds = ([np.ones(len(view.patches), np.bool_) for view in views], [np.array(sample.ids) == image_id for sample in samples])
     for which, graph in enumerate(ours):
-        before: dict[str, float] = {}
+        # Image tokens come into the decoder with the error of the encoder.
+        before: dict[str, float] = {"image": found[-1].image or 0.0} if found else {}
         for block in _judged(graph if which == 0 else all_positions(graph)):
             pairs = zip(states[against][which], states[variant][which], kinds[which], strict=True)
             error = _relative(block.outputs, pairs)
@@ -279,8 +283,9 @@ def check_floor(quality: Quality, floor: float) -> None:
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
-        worst = sorted(quality.layers, key=lambda layer: -layer.added)[:3]
-        keep = " ".join(f"--keep '{layer.name}*'" for layer in worst)
+        parts = ("vision.", "projector") if quality.variant == "int8-static" else ("vision.", "projector", "text.layers.")
+        worst = sorted((layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added)[:3]
+        keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst)
         raise GateError(f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}")
 
 
@@ -318,10 +323,10 @@ def _bytes(bundle: Bundle, variant: str) -> int:
     return sum(p.stat().st_size for f in files for p in (f, f.with_name(f"{f.name}_data")) if p.exists())
 
 
-def _weights(bundle: Bundle, variant: str) -> int:
-    """How many weights the model has, the shared table counted once."""
-    files = set(bundle.graphs(variant)[1].values())
-    graphs = [Graph.open(f) for f in files]
+def _weights(bundle: Bundle) -> int:
+    """How many weights the model has, the shared table counted once; counted where they are floats."""
+    variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
+    graphs = [Graph.open(f) for f in set(bundle.graphs(variant)[1].values())]
     linears = [linear for g in graphs for linear in g.linears().values()]
     tables = [t for g in graphs if g.name == "embed_tokens" for t in g.tensors.values() if len(t.shape) == 2]
     head = [linear for linear in linears if linear.name == "head"]

@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep the numbers in the manifest."""
     from lfm_profiles import default_threads
+    from lfm_runtime.sessions import failures_are_ours
 
-    from lfm_quantize.cli import Printer
+    from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.plot import error_plot
     from lfm_quantize.quality import keep_in_manifest, measure
@@ -41,22 +42,25 @@ def run(options: argparse.Namespace) -> int:
     if options.images is None and prompts:
         raise QuantizeError("--prompts has no effect without --images; name the images' folder")
     if images.suffix == ".jsonl":
+        if prompts:
+            raise QuantizeError("--prompts has no effect beside a JSONL file, which has the questions; leave it out")
         images, prompts = None, images
     questions, skipped = read_questions(images, prompts)
     printer = Printer(not options.quiet)
     if skipped:
         printer.warn(f"{skipped} images could not be opened and are left out")
     try:
-        threads = options.threads or default_threads()
-        quality = measure(options.bundle, options.variant, options.against, questions, threads, printer.progress)
+        threads = default_threads() if options.threads is None else check_threads(options.threads)
+        with failures_are_ours(options.bundle):
+            quality = measure(options.bundle, options.variant, options.against, questions, threads, printer.progress)
     finally:
         printer.clear()
-    if problem := keep_in_manifest(options.bundle, quality):
-        printer.warn(problem)
-    if options.plot:
-        options.plot.write_text(error_plot(quality), encoding="utf-8")
     if options.json:
         print(json.dumps(quality.to_dict()))
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
+    if problem := keep_in_manifest(options.bundle, quality):
+        printer.warn(problem)
+    if options.plot:
+        options.plot.write_text(error_plot(quality), encoding="utf-8")
     return 0

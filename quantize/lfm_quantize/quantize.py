@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from lfm_runtime import __version__
 from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
-from lfm_runtime.bundle_writer import carry_over, replacing
+from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
@@ -32,11 +33,11 @@ from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.search import choose, survey
 from lfm_quantize.source import Source, look_up
-from lfm_quantize.static import static_int8
 from lfm_quantize.work import Work
 
 ANSWER_TOKENS = 24
 """Of each fp32 answer that calibration follows."""
+MANY_IMAGES = 256
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
@@ -107,6 +108,7 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     """
     started = time.perf_counter()
     settings.check()
+    folder = folder.resolve()
     bundle = Bundle.open(folder)
     manifest = read_manifest(folder)
     if manifest is None:
@@ -116,11 +118,14 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
         raise QuantizeError(f"{folder} has {start} from lfm-edge export and nothing finer to make it from")
     floor = settings.floor or DEFAULT_FLOORS[settings.variant]
     recipe = _recipe(settings, source)
+    check_replaceable(folder)
     _check_space(folder, bundle, start)
     calibrate, judge, skipped = _questions(settings, warn)
     key = {
-        "source": [entry for name, entry in manifest["files"].items() if name in _files(start)], "ort": ort.__version__,
-        "recipe": recipe.to_list(), "search": [settings.max_size, settings.floor], "questions": [str(q) for q in calibrate],
+        "source": [entry for name, entry in manifest["files"].items() if name in _files(start) or "/" not in name],
+        "versions": [ort.__version__, __version__], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate],
+        "images": [file_hash(image) for image in sorted({q.image for q in calibrate})],
+        "search": [settings.max_size, settings.floor] if settings.searches() else None,
     }  # fmt: skip
     with Work.open(folder, settings.variant, key) as work:
         samples = [prepare(bundle, q, split=False) for q in calibrate]
@@ -139,12 +144,16 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
         }  # fmt: skip
         with replacing(folder) as new:
-            manifest = read_manifest(folder) or manifest  # another variant may have been added meanwhile
+            now = read_manifest(folder)  # another variant may have been added meanwhile
+            if now is None or now.get("source") != manifest.get("source"):
+                raise QuantizeError(f"{folder} was exported anew from other weights while {settings.variant} was made; start again")
+            manifest = now
             carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
             _save(new, settings.variant, graphs, source)
             if "recipe" in record:
                 (new / "recipes").mkdir(exist_ok=True)
                 (new / recipe_file(settings.variant)).write_text(recipe.to_toml(), encoding="utf-8")
+            _check_size(new, settings)
             record["seconds"] = round(time.perf_counter() - started, 1)
             _write_manifest(new, manifest, settings.variant, start, graphs, record)
             del samples, graphs, source  # the fp32 model takes their place
@@ -152,9 +161,18 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
                 check_floor(quality, floor)
-                keep_in_manifest(new, quality)
+                if problem := keep_in_manifest(new, quality):
+                    raise QuantizeError(problem)
         work.finished()
     return quality
+
+
+def _check_size(folder: Path, settings: Settings) -> None:
+    size = sum((folder / name).stat().st_size for name in _files(settings.variant) if name.startswith("onnx/") and (folder / name).exists())
+    if settings.max_size is not None and size > settings.max_size * 1e6:
+        raise QuantizeError(
+            f"the files came out at {size / 1e6:.2f} MB, --max-size is {settings.max_size:g}; the bundle is as before: ask for less"
+        )
 
 
 def _recipe(settings: Settings, source: Source) -> Recipe:
@@ -205,6 +223,8 @@ def _halved(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample
 
 def _static(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
     """The encoder with fixed ranges; the other graphs are those of int8, where the bundle has it."""
+    from lfm_quantize.static import static_int8  # onnxruntime.quantization wants more packages than the rest
+
     feeds = [view.feeds() for sample in samples for view in (*sample.views, *sample.extra)]
     keep = [name for name in source.vision.linears() if any(fnmatchcase(name, p) for p in settings.keep)]
     rest = bundle.graphs("int8" if "int8" in bundle.variants else start)[1]
@@ -216,10 +236,9 @@ def _search(
     source: Source, bundle: Bundle, samples: Sequence[Sample], settings: Settings, floor: float, progress: Progress
 ) -> Recipe:
     """The best recipe for the size or floor asked for."""
-    choices = survey(source, bundle, samples, settings.threads, progress)
-    if settings.max_size is None:
-        return choose(choices, floor, None).keeping(settings.keep)
-    return choose(choices, floor, settings.max_size * 1e6 - source.other_bytes()).keeping(settings.keep)
+    kept = [name for name in [*source.vision.linears(), *source.decoder.linears()] if any(fnmatchcase(name, p) for p in settings.keep)]
+    choices = survey(source, bundle, samples, kept, settings.threads, progress)
+    return choose(choices, floor, None if settings.max_size is None else settings.max_size * 1e6 - source.other_bytes())
 
 
 def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Question], int]:
@@ -231,9 +250,17 @@ def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Que
     images = len({q.image for q in questions})
     if skipped:
         warn(f"{skipped} of {images + skipped} images could not be opened and are left out")
+    if images > MANY_IMAGES:
+        chosen = set(random.Random(0).sample(sorted({q.image for q in questions}), MANY_IMAGES))  # noqa: S311
+        questions = [q for q in questions if q.image in chosen]
+        warn(f"{MANY_IMAGES} of {images} images are used; more would not make a better calibration")
     if images < FEW_IMAGES:
         warn(f"only {images} usable images; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
     calibrate, judge = split_off(questions, HELD_OUT, seed=0)
+    if not judge:
+        if settings.floor is not None:
+            raise QuantizeError(f"--floor needs a second image to judge with; {settings.calibration} has one")
+        warn("with one image nothing is left to judge with: the result is not judged")
     return calibrate, judge, skipped
 
 
@@ -273,7 +300,7 @@ def _through_blocks(
     for i, block in enumerate(blocks):
         change = work.load(block.name) or quantize_block(graph, block, feeds, states, kinds, recipe, threads, head)
         work.save(block.name, change)
-        if feeds:
+        if feeds and block.name != "head":  # nobody reads the logits of every position, and they are large
             quantized = graph.replaced(change.nodes, change.tensors)
             states = run_block(quantized, block, feeds, states, threads)
             quantized.release()

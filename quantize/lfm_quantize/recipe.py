@@ -103,13 +103,13 @@ def _rule(entry: Any, where: str) -> Rule:
     if unknown := sorted(set(entry) - _KEYS):
         raise QuantizeError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
     bits, block, method = entry["bits"], entry.get("block", 64 if entry["bits"] == 4 else 0), entry.get("method", "rtn")
-    if bits not in (4, 8, 32):
+    if type(bits) is not int or bits not in (4, 8, 32):
         raise QuantizeError(f"{where}: bits {bits!r}; allowed: 4, 8, 32")
-    if bits == 4 and block not in BLOCKS:
+    if bits == 4 and (type(block) is not int or block not in BLOCKS):
         raise QuantizeError(f"{where}: block {block!r}; allowed: {', '.join(map(str, BLOCKS))}")
     if bits != 4 and ("block" in entry or "zero_points" in entry):
         raise QuantizeError(f"{where}: block and zero_points have an effect with bits = 4 alone; leave them out")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise QuantizeError(f"{where}: unknown method {method!r}; allowed: {', '.join(METHODS)}")
     if not isinstance(entry.get("zero_points", False), bool):
         raise QuantizeError(f"{where}: zero_points is true or false")

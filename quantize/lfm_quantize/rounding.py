@@ -83,9 +83,10 @@ def gptq(weight: Float, precision: Precision, moments: Float | None) -> Rounded:
         return start
     n, k = weight.shape
     moments = moments.astype(np.float32, copy=True)
-    dead = np.diag(moments) <= 0
-    moments[dead, dead] = 1.0
-    moments[np.diag_indices(k)] += _DAMPING * np.mean(np.diag(moments))
+    power = np.diag(moments).copy()
+    dead = power <= 0  # inputs that were always zero here, and may not be elsewhere: rounded to nearest, after all others
+    typical = np.mean(power[~dead]) if not dead.all() else np.float32(1)
+    moments[np.diag_indices(k)] += np.where(dead, np.float32(1e-3), np.float32(_DAMPING)) * typical
     order = np.argsort(-np.diag(moments), kind="stable")
     # H⁻¹ = UᵀU: row i of U tells how an error in input i spreads over those after it. With H = RRᵀ, R upper, U is R⁻¹: no inverse of H.
     backward = order[::-1]
@@ -96,7 +97,6 @@ def gptq(weight: Float, precision: Precision, moments: Float | None) -> Rounded:
     block = precision.block or k
     owner = order // block  # which scale an input has
     left = weight[:, order].astype(np.float32)
-    left[:, dead[order]] = 0
     codes = np.empty((n, k), start.codes.dtype)
     step = 128
     for first in range(0, k, step):

@@ -21,6 +21,8 @@ from lfm_quantize.graph import QuantizeError
 
 SUFFIXES = frozenset(Image.registered_extensions())
 FEW_IMAGES = 8
+MOST_ANSWER_TOKENS = 64
+"""Room kept for an answer, known or greedy."""
 BUILT_IN = (
     "What is in this image?", "Describe the image in detail.", "What text can be read here?", "How many objects are there?",
     "What colours do you see?", "Where is the main object?", "Is there a person in the picture?", "What is happening here?",
@@ -155,6 +157,9 @@ def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
             extra = [_views(image, tiled, bundle.images)[tiled.rows * tiled.columns // 2]]
     rendered = PromptBuilder(bundle.prompt).render([Message("user", question.text, 1)], [plan])
     ids = list(rendered.ids)
+    if len(ids) + MOST_ANSWER_TOKENS > bundle.context_length:
+        size = f"{len(ids)} tokens, the context holds {bundle.context_length} with the answer"
+        raise QuantizeError(f"the question about {question.image} has {size}; leave it out")
     return Sample(question, views, ids, len(ids), extra)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress
 from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
-from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.graph import LARGE_BYTES, Graph, QuantizeError
 from lfm_quantize.layer import observe
 from lfm_quantize.quality import cosines, kl_divergence
 from lfm_quantize.recipe import Recipe, Rule
@@ -36,6 +36,8 @@ COSINE_LOSS = 5e-4
 """Mean loss of cosine of the image features that is as bad as a KL divergence at the floor."""
 CAUTION = 0.7
 """Share of a budget of quality that the search plans to spend: effects add up nearly, not exactly."""
+PADDING_BYTES = 1 << 15
+"""Before a large constant in the data file, on average."""
 NODE_BYTES = 900
 """Of the protobuf, for a quantized product."""
 
@@ -59,8 +61,10 @@ class Choice:
         return self.kl / floor + self.cosine / COSINE_LOSS
 
 
-def survey(source: Source, bundle: Bundle, samples: Sequence[Sample], threads: int, progress: Progress) -> list[list[Choice]]:
-    """For every product, its choices from the smallest to the largest."""
+def survey(
+    source: Source, bundle: Bundle, samples: Sequence[Sample], kept: Sequence[str], threads: int, progress: Progress
+) -> list[list[Choice]]:
+    """For every product, its choices from the smallest to the largest; for those in `kept`, fp32 alone."""
     if not samples:
         raise QuantizeError("a search for precisions needs --calibration images")
     samples = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
@@ -96,7 +100,8 @@ def survey(source: Source, bundle: Bundle, samples: Sequence[Sample], threads: i
             Choice(name, p, _bytes(linear.n, linear.k, p), effect * per_cosine if vision else effect, effect if vision else 0.0)
             for p, effect in effects.items()
         ]
-        found.append(sorted(choices, key=lambda c: c.bytes))
+        fp32 = [Choice(name, Precision(32), 4 * linear.n * linear.k, 0.0, 0.0)]
+        found.append(fp32 if name in kept else sorted(choices, key=lambda c: c.bytes))
     return found
 
 
@@ -122,7 +127,8 @@ def _effects(
             rows = seen[name].kept()
             wanted = rows @ weight.T
             power = float(np.square(wanted).sum(dtype=np.float64))
-            errors, reference = {}, None
+            errors: Effects = {}
+            reference = None
             for p in OPTIONS:
                 if p.bits == 4 and linear.k % p.block:
                     continue
@@ -132,9 +138,9 @@ def _effects(
                 got = (fake_rows(x, fit.negative) if p.bits == 8 else x) @ rounded.weight().T
                 errors[p] = float(np.square(got - wanted).sum(dtype=np.float64)) / power
                 if reference is None or p == REFERENCE:
-                    reference = (p, rtn(weight, p, None), errors[p])
-            assert reference is not None
-            p, rounded, _ = reference
+                    reference = rtn(weight, p, None)
+            assert reference is not None  # 8 bits suit any width
+            rounded = reference
             nodes, tensors = quantized_nodes(linear, rounded)
             after = run_block(graph.replaced({name: nodes}, tensors), block, feeds, trail[i], threads)
             end = run_block(graph, rest, feeds, after, threads) if i + 1 < len(blocks) else after
@@ -173,16 +179,18 @@ def _cosine_loss(exact: Sequence[Values], changed: Sequence[Values]) -> float:
 
 def _bytes(n: int, k: int, precision: Precision) -> int:
     """Of a product's constants and nodes in the files."""
-    return round(n * k * precision.bits_per_weight / 8) + (4 * n if precision.bits == 8 else 0) + NODE_BYTES
+    stored = round(n * k * precision.bits_per_weight / 8) + (4 * n if precision.bits == 8 else 0)
+    return stored + NODE_BYTES + (PADDING_BYTES if stored >= LARGE_BYTES else 0)
 
 
 def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float | None) -> Recipe:
     """The recipe that costs least quality within a size; or, without a size, the smallest that is expected to keep the floor.
 
     Starts from the largest choice everywhere and goes, product by product, where the least quality is lost for the bytes saved.
+    Where even the largest choices are not expected to keep the floor, they are the recipe, and the gate will tell.
 
     Raises:
-        QuantizeError: no choice is small enough, or none good enough.
+        QuantizeError: no choice is small enough.
     """
     ladders = [_hull(found, floor) for found in choices]
     at = [0] * len(ladders)
@@ -206,7 +214,7 @@ def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float |
         size += new.bytes - old.bytes
         loss += new.loss(floor) - old.loss(floor)
     picked = [ladder[i] for ladder, i in zip(ladders, at, strict=True)]
-    return Recipe(tuple(Rule(choice.name, replace(choice.precision, method="gptq")) for choice in picked))
+    return Recipe(tuple(Rule(c.name, replace(c.precision, method="gptq") if c.precision.bits < 32 else c.precision) for c in picked))
 
 
 def _hull(choices: Sequence[Choice], floor: float) -> list[Choice]:
@@ -215,7 +223,7 @@ def _hull(choices: Sequence[Choice], floor: float) -> list[Choice]:
     for choice in sorted(choices, key=lambda c: (-c.bytes, c.loss(floor))):
         if kept and choice.bytes == kept[-1].bytes:
             continue
-        while kept and choice.loss(floor) <= kept[-1].loss(floor) and len(kept) > 0:
+        while kept and choice.loss(floor) <= kept[-1].loss(floor):
             kept.pop()  # smaller and no worse
         while len(kept) > 1 and _price(kept[-2], kept[-1], floor) >= _price(kept[-1], choice, floor):
             kept.pop()

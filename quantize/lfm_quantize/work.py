@@ -70,13 +70,17 @@ class Work:
         place = self.folder / block
         if not (place / "change.json").exists():
             return None
-        raw = json.loads((place / "change.json").read_text())
-        nodes = {name: [onnx.NodeProto.FromString(base64.b64decode(n)) for n in found] for name, found in raw["nodes"].items()}
-        tensors = {
-            name: Tensor(np.load(place / f"{i}.npy", mmap_mode="r"), entry["dtype"], tuple(entry["shape"]))
-            for i, (name, entry) in enumerate(raw["tensors"].items())
-        }
-        return Change(nodes, tensors, raw["layers"])
+        try:
+            raw = json.loads((place / "change.json").read_text())
+            nodes = {name: [onnx.NodeProto.FromString(base64.b64decode(n)) for n in found] for name, found in raw["nodes"].items()}
+            tensors = {
+                name: Tensor(np.load(place / f"{i}.npy", mmap_mode="r"), entry["dtype"], tuple(entry["shape"]))
+                for i, (name, entry) in enumerate(raw["tensors"].items())
+            }
+            return Change(nodes, tensors, raw["layers"])
+        except Exception:  # noqa: BLE001  (damaged in whatever way: the block is made again)
+            shutil.rmtree(place)
+            return None
 
     def save(self, block: str, change: Change) -> None:
         """Keep a finished block; its arrays move from memory to files."""

@@ -34,7 +34,7 @@ def replacing(bundle: Path) -> Iterator[Path]:
         bundle.parent.mkdir(parents=True, exist_ok=True)
         with _locked(bundle):
             _recover(bundle)
-            _check_replaceable(bundle)
+            check_replaceable(bundle)
             staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.partial-", dir=bundle.parent))
             try:
                 yield staging
@@ -73,7 +73,7 @@ def _locked(bundle: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_replaceable(bundle: Path) -> None:
+def check_replaceable(bundle: Path) -> None:
     """Only what an export made may be replaced, and only when nothing else lies in it."""
     if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
         raise BundleError(f"{bundle} is not a folder; choose another output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from lfm_quantize.blocks import all_positions, blocks_of, decoder_feeds, run_blo
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.quality import cosines
+from lfm_quantize.quantize import Settings, quantize
 from lfm_quantize.samples import View
 from lfm_quantize.smooth import folded, sources
+from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,17 +61,46 @@ def test_blocks_in_a_row_are_the_graph(demo_bundle, graphs, view, embeds) -> Non
         np.testing.assert_allclose(got[-len(wanted) :], wanted, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory) -> Path:
+    """A random bundle unlike the demo: biased convolutions, a head of its own, widths that blocks do not divide."""
+    reference = pytest.importorskip("reference")
+    folder = tmp_path_factory.mktemp("unlike")
+    model = reference.tiny_model(text={"conv_bias": True, "tie_word_embeddings": False}, tie_word_embeddings=False)
+    reference.save_tiny(model, folder / "checkpoint")
+    export(folder / "checkpoint", folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4", "fp16"])
+@pytest.mark.parametrize("images", [None, ROOT / "demo" / "photos"], ids=["blind", "calibrated"])
+def test_another_architecture(unlike, tmp_path, variant, images) -> None:
+    """It loads, answers, and is near fp32, with and without images."""
+    bundle = Path(shutil.copytree(unlike, tmp_path / "bundle"))
+    quantize(bundle, Settings(variant, images, floor=5.0 if images else None, method=None if variant == "fp16" or images is None else "gptq"))
+    exact, model = (Model.load(bundle, variant=v, threads=1, max_image_tokens=64, do_image_splitting=False) for v in ("fp32", variant))
+    a, b = (m.encode([m.open(ROOT / "demo/photos/coffee.jpg")]) for m in (exact, model))
+    assert cosines(a, b).min() > 0.99
+    ids = [5, 300, 20, 41]
+    a, b = (np.array(m.decoder.start(8).step(m.decoder.embed(ids))) for m in (exact, model))
+    assert cosines(a[None], b[None]).min() > (0.9 if variant == "int4" else 0.999)  # random weights, 64 wide: 4 bits tell
+
+
 @pytest.mark.parametrize("stem", ["vision_encoder", "decoder_model_merged"])
-def test_factors_change_nothing(graphs, view, embeds, stem) -> None:
+@pytest.mark.parametrize("which", ["demo", "unlike"])
+def test_factors_change_nothing(graphs, unlike, view, which, stem) -> None:
     """Random factors on every product that has a source, folded into it: the same outputs in fp32."""
-    graph = graphs[stem]
+    graph = graphs[stem] if which == "demo" else Graph.open(Bundle.open(unlike).variants["fp32"][stem])
+    width = 256 if which == "demo" else 64
+    embeds = np.random.default_rng(1).standard_normal((1, 30, width)).astype(np.float32)
     feeds = view.feeds() if stem == "vision_encoder" else decoder_feeds(graph, embeds)
     where, linears = sources(graph), graph.linears()
-    assert len(where) == len(linears) - len([n for n in linears if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))])
+    if which == "demo":
+        assert len(where) == len(linears) - len([n for n in linears if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))])
     rng = np.random.default_rng(2)
     factors = {name: source.tie(np.exp(rng.normal(0, 1, linears[name].k)).astype(np.float32)) for name, source in where.items()}
     weights = {name: graph.weight(linear).copy() for name, linear in linears.items()}
-    biases = {name: linear.bias for name, linear in linears.items()}
+    biases = {name: graph.bias(linear) for name, linear in linears.items()}
     names = {v for s in where.values() for v in s.vectors} | {b for b in biases.values() if b}
     vectors = {name: graph.tensors[name].array for name in names}
     folded(weights, vectors, factors, where, biases)
