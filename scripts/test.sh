@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, in three environments made here. On two cores about twelve minutes, and the first time some minutes
-# more for pip. LONG=1 adds the tests marked slow.
+# Lint, types and all tests, in three environments made here. On two cores about thirteen minutes, pip and
+# the first time included. LONG=1 adds the tests marked slow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
