@@ -16,6 +16,7 @@ import random
 import shutil
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import demo_data
@@ -91,6 +92,8 @@ def main() -> None:
         "lfm-edge gptq, block 64": lambda b: ours(b, 64, "gptq", options.calibration),
         "lfm-edge gptq, block 128": lambda b: ours(b, 128, "gptq", options.calibration),
     }
+    if find_spec("torch") is None:
+        parser.error("HQQ needs torch: pip install torch")
     names = ("onnxruntime", "onnx", "numpy", "torch")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names))
     print(f"{'method':32s} bits a weight   KL, nats   same first choice   accuracy lost, points")

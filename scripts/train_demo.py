@@ -21,117 +21,15 @@ import demo_data
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision_shim  # noqa: F401
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from demo_checkpoint import build_model, save_checkpoint, train_tokenizer
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
+from transformers import Lfm2VlForConditionalGeneration
 
-VOCABULARY = 640
-IMAGE_ROWS_COLUMNS = 10
-CHAT_TEMPLATE = """{{- bos_token -}}
-{%- for message in messages -%}
-{{- "<|im_start|>" + message["role"] + "\\n" -}}
-{%- if message["content"] is string -%}
-{{- message["content"] -}}
-{%- else -%}
-{%- for item in message["content"] -%}
-{%- if item["type"] == "image" -%}
-{{- "<image>" -}}
-{%- elif item["type"] == "text" -%}
-{{- item["text"] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- "<|im_end|>\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- "<|im_start|>assistant\\n" -}}
-{%- endif -%}
-"""
-# The pre-tokenizer of LFM2's tokenizer.json.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = [
-    "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>",
-    *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(IMAGE_ROWS_COLUMNS) for c in range(IMAGE_ROWS_COLUMNS)),
-    "<|img_thumbnail|>", "<|image_start|>", "<|image_end|>",
-]  # fmt: skip
 MUON_LR, ADAM_LR = 6e-3, 1.5e-3
 # Parts of the time given: dense labels alone, then conversations about 128×128 pictures, then all sizes, then decay to 0.
 VISION_ALONE_UNTIL, MIXED_SIZES_FROM, DECAY_FROM = 0.08, 0.40, 0.50
 LOSS_WEIGHT = {"describe": 1.0, "count": 3.0, "where": 2.0, "read": 1.0}
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE over the lower-case words of the task; upper-case text and digits stay one token a character."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random(0)
-    lines = []
-    for _ in range(4000):
-        for task, question, answer in demo_data.draw_sample(rng, "shapes", 128, 128).questions:
-            lines += [question, answer, "user\n", "assistant\n", "system\n"] if task else []
-    lines += [*demo_data.READ] * 2000
-    tokenizer.train_from_iterator(
-        lines,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[AddedToken(t, normalized=False, special=True) for t in SPECIAL],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    bos = tokenizer.token_to_id("<|startoftext|>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", bos)]
-    )
-    return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-
-
-def build_model(tokenizer: Tokenizer) -> Lfm2VlForConditionalGeneration:
-    ids = {name: tokenizer.token_to_id(token) for name, token in (
-        ("pad", "<|pad|>"), ("bos", "<|startoftext|>"), ("eos", "<|im_end|>"), ("image", "<image>"))}  # fmt: skip
-    config = Lfm2VlConfig(
-        vision_config=Siglip2VisionConfig(
-            hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, patch_size=16,
-            num_patches=256, vision_use_head=False, attention_dropout=0.0,
-        ).to_dict(),
-        text_config=Lfm2Config(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, conv_L_cache=3, block_auto_adjust_ff_dim=False, max_position_embeddings=4096,
-            layer_types=["conv", "full_attention"] * 3, rope_theta=10000.0,
-            pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"],
-        ).to_dict(),
-        image_token_id=ids["image"], projector_hidden_size=384, downsample_factor=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    model = Lfm2VlForConditionalGeneration(config)
-    embeddings = model.model.vision_tower.vision_model.embeddings
-    with torch.no_grad():
-        embeddings.position_embedding.weight.copy_(_sincos(16, config.vision_config.hidden_size) * 0.5)
-    return model
-
-
-def _sincos(side: int, width: int) -> torch.Tensor:
-    quarter = width // 4
-    omega = 1.0 / (100.0 ** (torch.arange(quarter) / quarter))
-    ys, xs = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [axis.reshape(-1, 1) * omega for axis in (ys, xs)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
 class Trainee(nn.Module):
@@ -387,69 +285,6 @@ def accuracy(trainee: Trainee, tokenizer: Tokenizer, seed: int, per_task: int) -
             right[task] += tokenizer.decode(said) == answer
     trainee.train()
     return {task: count / per_task for task, count in right.items()}
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoint
-
-
-def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
-    """The hub's files, weights in fp16."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().to(torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("lm_head")
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config = _without_defaults(config)
-    config["model_type"] = "lfm2_vl"  # transformers 4.57 writes lfm2-vl, which its own AutoConfig does not know
-    config["dtype"] = "float16"
-    config["architectures"] = ["Lfm2VlForConditionalGeneration"]
-    _write(folder / "config.json", config)
-    text = model.config.text_config
-    _write(folder / "generation_config.json", {
-        "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id,
-        "do_sample": False, "max_new_tokens": 64, "repetition_penalty": 1.0,
-    })  # fmt: skip
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
-    _write(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|im_end|>",
-        "pad_token": "<|pad|>", "image_token": "<image>", "image_start_token": "<|image_start|>",
-        "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>", "model_max_length": 4096,
-        "add_bos_token": True, "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write(folder / "preprocessor_config.json", {
-        "image_processor_type": "Lfm2VlImageProcessorFast", "processor_class": "Lfm2VlProcessor",
-        "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
-        "do_resize": True, "downsample_factor": 2, "encoder_patch_size": 16, "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5], "max_image_tokens": 64, "max_num_patches": 256, "max_pixels_tolerance": 2.0,
-        "max_tiles": 10, "min_image_tokens": 16, "min_tiles": 2, "resample": 2, "rescale_factor": 1 / 255,
-        "return_row_col_info": True, "tile_size": 256, "use_thumbnail": True,
-    })  # fmt: skip
-
-
-def _without_defaults(config: dict) -> dict:
-    """The keys that describe the architecture; generation and bookkeeping defaults of PretrainedConfig say nothing."""
-    text = ("block_auto_adjust_ff_dim", "bos_token_id", "conv_L_cache", "conv_bias", "eos_token_id", "hidden_size",
-            "intermediate_size", "layer_types", "max_position_embeddings", "model_type", "norm_eps", "num_attention_heads",
-            "num_hidden_layers", "num_key_value_heads", "pad_token_id", "rope_theta", "tie_word_embeddings", "vocab_size")  # fmt: skip
-    vision = ("attention_dropout", "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "model_type",
-              "num_attention_heads", "num_channels", "num_hidden_layers", "num_patches", "patch_size", "vision_use_head")  # fmt: skip
-    top = ("downsample_factor", "image_token_id", "model_type", "projector_bias", "projector_hidden_act",
-           "projector_hidden_size", "tie_word_embeddings")  # fmt: skip
-    return {
-        **{key: config[key] for key in top if key in config},
-        "text_config": {key: config["text_config"][key] for key in text if key in config["text_config"]},
-        "vision_config": {key: config["vision_config"][key] for key in vision if key in config["vision_config"]},
-    }
-
-
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,10 +41,36 @@ def demo_model(demo_bundle):
 
 
 @pytest.fixture
+def full_size(tmp_path):
+    """A function: a random checkpoint of full size ("450m", "1.6b")."""
+
+    def make(size: str) -> Path:
+        script = str(ROOT / "scripts" / "make_random_checkpoint.py")
+        subprocess.run([sys.executable, script, "--size", size, str(tmp_path / "checkpoint")], check=True, capture_output=True)
+        return tmp_path / "checkpoint"
+
+    yield make
+    shutil.rmtree(tmp_path)  # gigabytes, that pytest would keep
+
+
+@pytest.fixture
+def peak_mib():
+    """A function: the peak resident memory of a fresh Python that runs `code`, with `arguments` in sys.argv."""
+    if sys.platform != "linux":
+        pytest.skip("ru_maxrss is in KiB on Linux alone")
+
+    def run(code: str, *arguments: object) -> float:
+        code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True, env=environment)
+        return float(done.stdout.split()[-1])
+
+    return run
+
+
+@pytest.fixture
 def bundle_copy(demo_bundle, tmp_path) -> Path:
     """A bundle that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
 
 

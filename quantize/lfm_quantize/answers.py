@@ -40,13 +40,6 @@ def open_decoder(bundle: Bundle, variant: str, threads: int, *, packed: bool = T
     return Decoder(decoder, embed, graphs[DECODER.stem])
 
 
-def prompt_embeds(decoder: Decoder, ids: Sequence[int], features: Float, image_id: int) -> Float:
-    """[1, tokens, H]: token embeddings with image features in their places."""
-    embeds = decoder.embed(list(ids))
-    embeds[0, np.array(ids) == image_id] = features
-    return embeds
-
-
 def greedy(decoder: Decoder, embeds: Float, limit: int, eos: Iterable[int]) -> tuple[list[int], Float]:
     """The greedy answer, eos included where it came, and the logits [tokens, V] behind each of its tokens."""
     state = decoder.start(embeds.shape[1] + limit)
@@ -85,5 +78,5 @@ def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: 
     features = features_of(bundle, variant, [s.views for s in unknown], threads, packed=False, progress=progress)
     decoder = open_decoder(bundle, variant, threads, packed=False)
     for i, (sample, found) in enumerate(zip(unknown, features, strict=True)):
-        sample.ids += greedy(decoder, prompt_embeds(decoder, sample.ids, found, builder.image_id), limit, bundle.eos)[0]
+        sample.ids += greedy(decoder, decoder.embed_prompt(sample.ids, found, builder.image_id), limit, bundle.eos)[0]
         progress(f"{variant} answers", i + 1, len(unknown))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.sessions import failures_are_ours
 from numpy.typing import NDArray
@@ -22,10 +23,9 @@ from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
 _HANDED = "handed over"
-FLOAT, FLOAT16, INT8, UINT8, INT64, UINT4 = (
-    onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT64,
-    onnx.TensorProto.UINT4,
-)  # fmt: skip
+FLOAT, FLOAT16, INT64, UINT4 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64, onnx.TensorProto.UINT4
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, DecodeError)
+"""What reading a damaged graph or array raises."""
 CONTRIB = "com.microsoft"
 INLINE_BYTES = 1 << 12
 """Smaller constants stay inside the protobuf."""
@@ -77,11 +77,12 @@ class Linear:
     by_output: bool  # stored [n, k], else [k, n]
     k: int
     n: int
+    bias: str | None  # the tensor's name; the decoder's biases are added by a node of their own
 
     @property
-    def bias(self) -> str | None:
-        """The bias, where the node adds it."""
-        return self.node.input[2] if len(self.node.input) > 2 else None
+    def adds_bias(self) -> bool:
+        """Whether the product's own node (Gemm) adds the bias."""
+        return len(self.node.input) > 2
 
 
 @dataclass
@@ -106,11 +107,12 @@ class Graph:
         try:
             model = onnx.load(str(path), load_external_data=False)
             tensors = {t.name: _read(t, path.parent) for t in model.graph.initializer}
-        except Exception as e:
+            opset = {o.domain or "ai.onnx": o.version for o in model.opset_import}["ai.onnx"]
+        except DAMAGE as e:
             raise QuantizeError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again") from e
         graph = Graph(
-            model.graph.name, list(model.graph.node), tensors, {v.name: v for v in model.graph.input}, list(model.graph.output),
-            next(o.version for o in model.opset_import if not o.domain), model.ir_version,
+            model.graph.name, list(model.graph.node), tensors, {v.name: v for v in model.graph.input}, list(model.graph.output), opset,
+            model.ir_version,
         )  # fmt: skip
         if widen:
             _widen(graph)
@@ -125,12 +127,10 @@ class Graph:
             by_output = any(a.name == "transB" and a.i for a in node.attribute)
             shape = self.tensors[node.input[1]].shape
             n, k = shape if by_output else shape[::-1]
-            found[node.name] = Linear(node.name, node, node.input[1], by_output, k, n)
+            beside = f"{node.name}.bias" if f"{node.name}.bias" in self.tensors else None
+            bias = node.input[2] if len(node.input) > 2 else beside
+            found[node.name] = Linear(node.name, node, node.input[1], by_output, k, n, bias)
         return found
-
-    def bias(self, linear: Linear) -> str | None:
-        """The bias of a product, added by its node or by one of its own (the decoder's)."""
-        return linear.bias or (f"{linear.name}.bias" if f"{linear.name}.bias" in self.tensors else None)
 
     def weight(self, linear: Linear) -> NDArray[np.float32]:
         """[n, k], float32, contiguous: an output channel is a row."""

@@ -6,7 +6,7 @@ whose values leave fp16's range stay fp32 as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,7 @@ LARGEST = 60_000.0
 """Magnitude above which a value counts as out of fp16's range (65,504), with a little room for other images."""
 
 
-def half(graph: Graph, stay: Sequence[str] = ()) -> Graph:
+def half(graph: Graph, stay: Container[str] = ()) -> Graph:
     """The graph in fp16, nodes named in `stay` in fp32."""
     tensors: dict[str, Tensor] = {}
     nodes: list[onnx.NodeProto] = []

@@ -64,7 +64,7 @@ def quantize_block(
     where = {name: source for name, source in sources(graph).items() if name in seen}
     fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
     factors = {name: fit.factors for name, fit in fits.items() if (fit.factors != 1).any()}
-    biases = {name: graph.bias(linear) for name, linear in linears.items()}
+    biases = {name: linear.bias for name, linear in linears.items()}
     names = {v for source in where.values() for v in source.vectors} | {b for b in biases.values() if b}
     vectors = {name: graph.tensors[name].array for name in names}
     before = {**weights}, {**vectors}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
-from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder, prompt_embeds
+from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder
 from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, decoder_feeds
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.observe import KINDS
@@ -28,7 +26,8 @@ DEFAULT_FLOORS: Mapping[str, float] = {"fp16": 0.001, "int8": 0.01, "int8-static
 """Highest KL divergence allowed."""
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""
-ANSWER_TOKENS = 48
+JUDGED_TOKENS = 48
+"""Of each answer, at most."""
 LOGIT_BYTES = 64 << 20
 """Distributions kept at a time; a question more than that waits for the next round."""
 
@@ -79,7 +78,7 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers in five digits."""
-        return {k: _rounded(v) for k, v in asdict(self).items()}
+        return {k: _five_digits(v) for k, v in asdict(self).items()}
 
     def accuracy_lost(self) -> float | None:
         """Points of exact answers lost, mean over all questions with a known answer."""
@@ -139,19 +138,19 @@ def measure(
     same_answer = 0
     right: dict[str, list[tuple[bool, bool]]] = {}
     done = 0
-    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * vocabulary * ANSWER_TOKENS))):
+    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * vocabulary * JUDGED_TOKENS))):
         samples = [prepare(bundle, q, split=True) for q in part]
         features, answers, behind = _reference(bundle, against, samples, image_id, threads)
         found = _features(bundle, variant, samples, threads, packed=True)
         token_cosines += [cosines(a, b) for a, b in zip(features, found, strict=True)]
         decoder = open_decoder(bundle, variant, threads)
         for sample, mine, ids, logits in zip(samples, found, answers, behind, strict=True):
-            embeds = prompt_embeds(decoder, sample.ids, mine, image_id)
+            embeds = decoder.embed_prompt(sample.ids, mine, image_id)
             other = follow(decoder, embeds, ids)
             divergence.append(kl_divergence(logits, other))
             same_token.append(logits.argmax(1) == other.argmax(1))
             # Led through the same tokens and agreeing on each, the variant would have said the same by itself.
-            said = ids if same_token[-1].all() else greedy(decoder, embeds, ANSWER_TOKENS, bundle.eos)[0]
+            said = ids if same_token[-1].all() else greedy(decoder, embeds, JUDGED_TOKENS, bundle.eos)[0]
             same_answer += said == ids
             if sample.question.answer is not None:
                 exact = tuple(_text(tokenizer, i, bundle.eos) == sample.question.answer for i in (ids, said))
@@ -181,27 +180,9 @@ def _reference(
     """Features, greedy answers and the logits behind them. Weights stay where the file is mapped: this variant is the large one."""
     features = _features(bundle, against, samples, threads, packed=False)
     decoder = open_decoder(bundle, against, threads, packed=False)
-    embeds = (prompt_embeds(decoder, s.ids, f, image_id) for s, f in zip(samples, features, strict=True))
-    pairs = [greedy(decoder, e, ANSWER_TOKENS, bundle.eos) for e in embeds]
+    embeds = (decoder.embed_prompt(s.ids, f, image_id) for s, f in zip(samples, features, strict=True))
+    pairs = [greedy(decoder, e, JUDGED_TOKENS, bundle.eos) for e in embeds]
     return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
-
-
-def keep_in_manifest(folder: Path, quality: Quality) -> str | None:
-    """Write the numbers into manifest.json; returns why they could not be, for a folder that is not ours or cannot be written."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"{folder} has no manifest.json to keep the numbers in"
-    manifest.setdefault("quality", {})[quality.variant] = quality.to_dict()
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.manifest.partial")
-    try:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
-    except OSError as e:
-        with suppress(OSError):
-            partial.unlink()
-        return f"{folder / MANIFEST} could not be written ({e.strerror}); the numbers are not kept"
-    return None
 
 
 def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence[Question], threads: int) -> list[LayerError]:
@@ -218,7 +199,7 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
         vision = _states(bundle, name, ours[0], [view.feeds() for view in views], threads)
         decoder = open_decoder(bundle, name, threads, packed=name != against)
         embeds = [
-            prompt_embeds(decoder, s.ids, v["image_features"], image_id) for s, v in zip(samples, vision, strict=True)
+            decoder.embed_prompt(s.ids, v["image_features"], image_id) for s, v in zip(samples, vision, strict=True)
         ]
         del decoder
         states[name] = [vision, _states(bundle, name, ours[1], embeds, threads)]
@@ -334,11 +315,11 @@ def _weights(bundle: Bundle) -> int:
     return sum(linear.k * linear.n for linear in linears if linear.name != "head") + max(table, sum(h.k * h.n for h in head))
 
 
-def _rounded(value: Any) -> Any:
+def _five_digits(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}") if abs(value) < 0.9 else round(value, 6)
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: _five_digits(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rounded(v) for v in value]
+        return [_five_digits(v) for v in value]
     return value

@@ -33,8 +33,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.plot import error_plot
-    from lfm_quantize.quality import keep_in_manifest, measure
+    from lfm_quantize.quality import measure
     from lfm_quantize.samples import read_questions
+    from lfm_quantize.variant import keep_quality
 
     images, prompts = options.images or DEMO_SET, options.prompts
     if options.images is None and not DEMO_SET.exists():
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(quality.to_dict()))
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
-    if problem := keep_in_manifest(options.bundle, quality):
+    if problem := keep_quality(options.bundle, quality):
         printer.warn(problem)
     if options.plot:
         options.plot.write_text(error_plot(quality), encoding="utf-8")

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from lfm_runtime import __version__
-from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers, features_of
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
-from lfm_quantize.graph import Graph, Place, QuantizeError
+from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.layer import Change, quantize_block
-from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, keep_in_manifest, measure
-from lfm_quantize.recipe import Recipe
-from lfm_quantize.rewrite import TABLE, embedding_nodes, halved
+from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
+from lfm_quantize.recipe import Recipe, matching
+from lfm_quantize.rewrite import embedding_nodes, stored_as_half
 from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.search import choose, survey
 from lfm_quantize.source import Source, look_up
+from lfm_quantize.variant import (
+    Graphs,
+    add_quality,
+    check_size,
+    check_space,
+    recipe_file,
+    save_graphs,
+    variant_files,
+    write_manifest,
+)  # fmt: skip
 from lfm_quantize.work import Work
 
-ANSWER_TOKENS = 24
+CALIBRATION_TOKENS = 24
 """Of each fp32 answer that calibration follows."""
 MANY_IMAGES = 256
+"""Beyond these a sample is used: hidden states of all of them are in memory."""
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
@@ -45,8 +53,6 @@ VARIANTS = ("int8", "int4", "fp16", "int8-static")
 
 Float = NDArray[np.float32]
 Warn = Callable[[str], None]
-Graphs = dict[str, "Graph | str"]
-"""Stem → a new graph, or the file of one that is there."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,35 @@ class Settings:
         if self.max_size is not None and not (self.calibration and self.variant == "int4" and not self.recipe and not self.method):
             raise QuantizeError("--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method")
 
+    def kl_floor(self) -> float:
+        """Highest KL divergence allowed: the user's, or the variant's default."""
+        return self.floor or DEFAULT_FLOORS[self.variant]
+
+    def rounds(self) -> bool:
+        """Whether weights become integers, by a recipe."""
+        return self.variant in ("int8", "int4")
+
     def searches(self) -> bool:
         """Whether the recipe is to be found: int4 within a size or a floor of quality."""
         given = self.recipe is not None or self.method is not None
         return self.variant == "int4" and not given and (self.max_size is not None or self.floor is not None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of one run works with."""
+
+    settings: Settings
+    bundle: Bundle
+    start: str  # the variant whose graphs `source` holds
+    source: Source
+    samples: list[Sample]
+    work: Work
+    progress: Progress
+
+    def image_positions(self) -> list[NDArray[np.bool_]]:
+        """For each sample, which of its tokens are image tokens."""
+        return image_positions(self.samples, PromptBuilder(self.bundle.prompt).image_id)
 
 
 def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Warn = print) -> Quality | None:
@@ -116,63 +147,49 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
     start, source = Source.open(bundle)
     if settings.variant == start:
         raise QuantizeError(f"{folder} has {start} from lfm-edge export and nothing finer to make it from")
-    floor = settings.floor or DEFAULT_FLOORS[settings.variant]
-    recipe = _recipe(settings, source)
+    recipe = _recipe(settings, source) if settings.rounds() else None
     check_replaceable(folder)
-    _check_space(folder, bundle, start)
+    check_space(folder, bundle, start)
     calibrate, judge, skipped = _questions(settings, warn)
-    key = {
-        "source": [entry for name, entry in manifest["files"].items() if name in _files(start) or "/" not in name],
-        "versions": [ort.__version__, __version__], "recipe": recipe.to_list(), "questions": [str(q) for q in calibrate],
-        "images": [file_hash(image) for image in sorted({q.image for q in calibrate})],
-        "search": [settings.max_size, settings.floor] if settings.searches() else None,
-    }  # fmt: skip
-    with Work.open(folder, settings.variant, key) as work:
+
+    with Work.open(folder, settings.variant, _key(settings, recipe, manifest, start, calibrate)) as work:
         samples = [prepare(bundle, q, split=False) for q in calibrate]
-        add_answers(bundle, start, samples, ANSWER_TOKENS, settings.threads, progress)
-        if settings.variant == "fp16":
-            graphs, record = _halved(source, bundle, start, samples, settings)
-        elif settings.variant == "int8-static":
-            graphs, record = _static(source, bundle, start, samples, settings)
-        else:
+        add_answers(bundle, start, samples, CALIBRATION_TOKENS, settings.threads, progress)
+        run = Run(settings, bundle, start, source, samples, work, progress)
+        if recipe:
             if settings.searches():
-                recipe = work.recipe() or _search(source, bundle, samples, settings, floor, progress)
-                work.keep_recipe(recipe)
-            graphs, record = _rounded(source, bundle, samples, recipe, work, settings.threads, progress)
+                recipe = _search(run)
+            graphs, record = _as_integers(run, recipe)
+        elif settings.variant == "fp16":
+            graphs, record = _as_fp16(run)
+        else:
+            graphs, record = _with_static_ranges(run)
         record |= {
             "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
             "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
         }  # fmt: skip
+
         with replacing(folder) as new:
             now = read_manifest(folder)  # another variant may have been added meanwhile
             if now is None or now.get("source") != manifest.get("source"):
                 raise QuantizeError(f"{folder} was exported anew from other weights while {settings.variant} was made; start again")
-            manifest = now
-            carry_over(folder, new, [n for n in manifest["files"] if n not in _files(settings.variant)])
-            _save(new, settings.variant, graphs, source)
-            if "recipe" in record:
+            carry_over(folder, new, [n for n in now["files"] if n not in variant_files(settings.variant)])
+            save_graphs(new, settings.variant, graphs, source)
+            if recipe:
                 (new / "recipes").mkdir(exist_ok=True)
                 (new / recipe_file(settings.variant)).write_text(recipe.to_toml(), encoding="utf-8")
-            _check_size(new, settings)
+            if settings.max_size is not None:
+                check_size(new, settings.variant, settings.max_size)
             record["seconds"] = round(time.perf_counter() - started, 1)
-            _write_manifest(new, manifest, settings.variant, start, graphs, record)
-            del samples, graphs, source  # the fp32 model takes their place
+            write_manifest(new, now, settings.variant, start, graphs, record)
+            del run, samples, graphs, source  # the fp32 model takes their place
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
-                check_floor(quality, floor)
-                if problem := keep_in_manifest(new, quality):
-                    raise QuantizeError(problem)
+                check_floor(quality, settings.kl_floor())
+                add_quality(new, quality)
         work.finished()
     return quality
-
-
-def _check_size(folder: Path, settings: Settings) -> None:
-    size = sum((folder / name).stat().st_size for name in _files(settings.variant) if name.startswith("onnx/") and (folder / name).exists())
-    if settings.max_size is not None and size > settings.max_size * 1e6:
-        raise QuantizeError(
-            f"the files came out at {size / 1e6:.2f} MB, --max-size is {settings.max_size:g}; the bundle is as before: ask for less"
-        )
 
 
 def _recipe(settings: Settings, source: Source) -> Recipe:
@@ -180,65 +197,8 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
     method = settings.method or ("gptq" if settings.calibration else "rtn")
     recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
     recipe = recipe.keeping(settings.keep)
-    recipe.check([*source.vision.linears(), *source.decoder.linears()])
+    recipe.check(source.linears())
     return recipe
-
-
-def _rounded(
-    source: Source, bundle: Bundle, samples: Sequence[Sample], recipe: Recipe, work: Work, threads: int, progress: Progress
-) -> tuple[Graphs, dict[str, Any]]:
-    """int8 or int4, layer by layer."""
-    vision, features = _quantize_vision(source.vision, samples, recipe, work, threads, progress)
-    table = _round_table(source, recipe)
-    decoder = _quantize_decoder(source, samples, features, table, bundle, recipe, work, threads, progress)
-    embed = source.embed
-    if table:
-        nodes, tensors = embedding_nodes(look_up(embed), table)
-        embed = embed.replaced({look_up(embed).name: nodes}, tensors)
-    graphs: Graphs = {
-        VISION_ENCODER.stem: source.vision.replaced(vision.nodes, vision.tensors), EMBED_TOKENS.stem: embed,
-        DECODER.stem: source.decoder.replaced(decoder.nodes, decoder.tensors),
-    }  # fmt: skip
-    return graphs, {"recipe": recipe.to_list(), "layers": [*vision.layers, *decoder.layers]}
-
-
-def _halved(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
-    """fp16, but for nodes whose values would overflow on the calibration images, or that the user keeps."""
-    threads = settings.threads
-    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
-    views = [sample.views[0].feeds() for sample in samples]
-    features = features_of(bundle, start, [s.views for s in samples], threads, packed=False) if samples else []
-    feeds = prompt_feeds(source.decoder, samples, kinds, source.table, features)
-    graphs: Graphs = {}
-    stay = []
-    for stem, graph, inputs in (
-        (VISION_ENCODER.stem, source.vision, views), (EMBED_TOKENS.stem, source.embed, []), (DECODER.stem, source.decoder, feeds),
-    ):  # fmt: skip
-        names = overflowing(graph, inputs, threads)
-        names += [n.name for n in graph.nodes if any(fnmatchcase(n.name, p) for p in settings.keep)]
-        graphs[stem] = half(graph, names)
-        stay += names
-    return graphs, {"kept_fp32": sorted(set(stay))}
-
-
-def _static(source: Source, bundle: Bundle, start: str, samples: Sequence[Sample], settings: Settings) -> tuple[Graphs, dict[str, Any]]:
-    """The encoder with fixed ranges; the other graphs are those of int8, where the bundle has it."""
-    from lfm_quantize.static import static_int8  # onnxruntime.quantization wants more packages than the rest
-
-    feeds = [view.feeds() for sample in samples for view in (*sample.views, *sample.extra)]
-    keep = [name for name in source.vision.linears() if any(fnmatchcase(name, p) for p in settings.keep)]
-    rest = bundle.graphs("int8" if "int8" in bundle.variants else start)[1]
-    others = {stem: path.relative_to(bundle.folder).as_posix() for stem, path in rest.items() if stem != VISION_ENCODER.stem}
-    return {VISION_ENCODER.stem: static_int8(source.vision, feeds, keep), **others}, {"kept_fp32": keep}
-
-
-def _search(
-    source: Source, bundle: Bundle, samples: Sequence[Sample], settings: Settings, floor: float, progress: Progress
-) -> Recipe:
-    """The best recipe for the size or floor asked for."""
-    kept = [name for name in [*source.vision.linears(), *source.decoder.linears()] if any(fnmatchcase(name, p) for p in settings.keep)]
-    choices = survey(source, bundle, samples, kept, settings.threads, progress)
-    return choose(choices, floor, None if settings.max_size is None else settings.max_size * 1e6 - source.other_bytes())
 
 
 def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Question], int]:
@@ -264,49 +224,88 @@ def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Que
     return calibrate, judge, skipped
 
 
-def _quantize_vision(
-    graph: Graph, samples: Sequence[Sample], recipe: Recipe, work: Work, threads: int, progress: Progress
-) -> tuple[Change, list[Float]]:
+def _key(
+    settings: Settings, recipe: Recipe | None, manifest: Mapping[str, Any], start: str, calibrate: list[Question]
+) -> dict[str, Any]:
+    """Everything the blocks depend on: a run that was killed goes on only with the same."""
+    return {
+        "source": [entry for name, entry in manifest["files"].items() if name in variant_files(start) or "/" not in name],
+        "versions": [ort.__version__, __version__], "recipe": recipe.to_list() if recipe else list(settings.keep),
+        "questions": [str(q) for q in calibrate], "images": [file_hash(image) for image in sorted({q.image for q in calibrate})],
+        "search": [settings.max_size, settings.floor] if settings.searches() else None,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- int8 and int4
+
+
+def _search(run: Run) -> Recipe:
+    """The best recipe for the size or floor asked for; the one found before the run was killed, if it was."""
+    if recipe := run.work.recipe():
+        return recipe
+    kept = matching(run.settings.keep, run.source.linears())
+    choices = survey(run.source, run.bundle, run.samples, kept, run.settings.threads, run.progress)
+    size = run.settings.max_size
+    recipe = choose(choices, run.settings.kl_floor(), None if size is None else size * 1e6 - run.source.other_bytes())
+    run.work.keep_recipe(recipe)
+    return recipe
+
+
+def _as_integers(run: Run, recipe: Recipe) -> tuple[Graphs, dict[str, Any]]:
+    """Vision, then the table, then the decoder, which is fed what the first two give."""
+    source = run.source
+    vision, features = _quantize_vision(run, recipe)
+    table = _round_table(source, recipe)
+    decoder = _quantize_decoder(run, recipe, features, table)
+    embed = source.embed
+    if table:
+        nodes, tensors = embedding_nodes(look_up(embed), table)
+        embed = embed.replaced({look_up(embed).name: nodes}, tensors)
+    graphs: Graphs = {
+        VISION_ENCODER.stem: source.vision.replaced(vision.nodes, vision.tensors), EMBED_TOKENS.stem: embed,
+        DECODER.stem: source.decoder.replaced(decoder.nodes, decoder.tensors),
+    }  # fmt: skip
+    return graphs, {"recipe": recipe.to_list(), "layers": [*vision.layers, *decoder.layers]}
+
+
+def _quantize_vision(run: Run, recipe: Recipe) -> tuple[Change, list[Float]]:
     """The changes, and the image features that the quantized encoder gives each sample."""
+    graph, samples = run.source.vision, run.samples
     first = {sample.question.image: sample for sample in reversed(samples)}  # several questions may be about one image
     whole = {image: i for i, image in enumerate(first)}
     views = [sample.views[0] for sample in first.values()] + [view for sample in first.values() for view in sample.extra]
     feeds: list[Feeds] = [view.feeds() for view in views]
     kinds = [np.ones(len(view.patches), np.bool_) for view in views]
-    change, end = _through_blocks(graph, feeds, kinds, recipe, work, threads, progress, None)
+    change, end = _through_blocks(run, recipe, graph, feeds, kinds, None)
     if any(precision.bits < 32 for precision in map(recipe.precision, graph.linears())):
-        change.add(Change(*halved(graph, "vision.embeddings.position_embedding.weight")))
+        change.add(Change(*stored_as_half(graph, "vision.embeddings.position_embedding.weight")))
     return change, [end[whole[s.question.image]]["image_features"] for s in samples]
 
 
-def _quantize_decoder(
-    source: Source, samples: Sequence[Sample], features: Sequence[Float], table: Rounded | None, bundle: Bundle,
-    recipe: Recipe, work: Work, threads: int, progress: Progress,
-) -> Change:  # fmt: skip
-    graph = all_positions(source.decoder)
-    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
-    feeds = prompt_feeds(graph, samples, kinds, table.weight() if table else source.table, features)
-    return _through_blocks(graph, feeds, kinds, recipe, work, threads, progress, (source.tied, table))[0]
+def _quantize_decoder(run: Run, recipe: Recipe, features: list[Float], table: Rounded | None) -> Change:
+    """The changes; `table` is the embedding table rounded, None where it stays fp32."""
+    graph, kinds = all_positions(run.source.decoder), run.image_positions()
+    feeds = prompt_feeds(graph, run.samples, kinds, table.weight() if table else run.source.table, features)
+    return _through_blocks(run, recipe, graph, feeds, kinds, (run.source.tied, table))[0]
 
 
 def _through_blocks(
-    graph: Graph, feeds: list[Feeds], kinds: list[NDArray[np.bool_]], recipe: Recipe, work: Work, threads: int, progress: Progress,
-    head: tuple[bool, Rounded | None] | None,
-) -> tuple[Change, list[Values]]:  # fmt: skip
+    run: Run, recipe: Recipe, graph: Graph, feeds: list[Feeds], kinds: list[NDArray[np.bool_]], head: tuple[bool, Rounded | None] | None
+) -> tuple[Change, list[Values]]:
     """Quantize block after block, each on the inputs that the quantized blocks before it produce; also what the last one gives."""
-    blocks = blocks_of(graph)
+    blocks, threads = blocks_of(graph), run.settings.threads
     states: list[Values] = [{} for _ in feeds]
     total = Change()
     for i, block in enumerate(blocks):
-        change = work.load(block.name) or quantize_block(graph, block, feeds, states, kinds, recipe, threads, head)
-        work.save(block.name, change)
+        change = run.work.load(block.name) or quantize_block(graph, block, feeds, states, kinds, recipe, threads, head)
+        run.work.save(block.name, change)
         if feeds and block.name != "head":  # nobody reads the logits of every position, and they are large
             quantized = graph.replaced(change.nodes, change.tensors)
             states = run_block(quantized, block, feeds, states, threads)
             quantized.release()
         graph.release()
         total.add(change)
-        progress(f"quantizes {graph.name}", i + 1, len(blocks))
+        run.progress(f"quantizes {graph.name}", i + 1, len(blocks))
     return total, states
 
 
@@ -320,58 +319,30 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     return METHODS[precision.method](source.table, precision, None)
 
 
-def _save(folder: Path, variant: str, graphs: Graphs, source: Source) -> None:
-    """Write the graphs that are new. A head tied to the embedding table points into the table's file."""
-    places: dict[str, Place] = {}
-    for stem in (VISION_ENCODER.stem, EMBED_TOKENS.stem, DECODER.stem):
-        graph = graphs[stem]
-        if isinstance(graph, str):
-            continue
-        if stem == DECODER.stem and source.tied:
-            same = {n: n for n in places if n.startswith(TABLE)} | {source.head: look_up(source.embed).input[0]}
-            graph.tensors = {
-                n: replace(t, place=places[same[n]]) if n in same and same[n] in places and places[same[n]].size == t.array.nbytes else t
-                for n, t in graph.tensors.items()
-            }  # fmt: skip
-        written = graph.save(folder / graph_file(stem, variant))
-        places = written if stem == EMBED_TOKENS.stem else places
+# ------------------------------------------------------------------------------------------------ fp16, int8-static
 
 
-def _files(variant: str) -> set[str]:
-    """Files a variant may write."""
-    names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
-    return names | {f"{name}_data" for name in names} | {recipe_file(variant), MANIFEST}
+def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
+    """fp16, but for nodes whose values would overflow on the calibration images, or that the user keeps."""
+    source, threads = run.source, run.settings.threads
+    features = features_of(run.bundle, run.start, [s.views for s in run.samples], threads, packed=False) if run.samples else []
+    inputs = {
+        VISION_ENCODER.stem: [sample.views[0].feeds() for sample in run.samples],
+        DECODER.stem: prompt_feeds(source.decoder, run.samples, run.image_positions(), source.table, features),
+    }
+    originals = {VISION_ENCODER.stem: source.vision, EMBED_TOKENS.stem: source.embed, DECODER.stem: source.decoder}
+    stay = set(matching(run.settings.keep, [node.name for graph in originals.values() for node in graph.nodes]))
+    for stem, graph in originals.items():
+        stay.update(overflowing(graph, inputs.get(stem, []), threads))
+    return {stem: half(graph, stay) for stem, graph in originals.items()}, {"kept_fp32": sorted(stay)}
 
 
-def recipe_file(variant: str) -> str:
-    """Where a variant's recipe lies in a bundle, to be read and to be given to --recipe."""
-    return f"recipes/{variant}.toml"
+def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
+    """The encoder with fixed ranges; the other graphs are those of int8, where the bundle has it."""
+    from lfm_quantize.static import static_int8  # onnxruntime.quantization wants more packages than the rest
 
-
-def _write_manifest(
-    folder: Path, old: dict[str, Any], variant: str, start: str, graphs: Graphs, record: dict[str, Any]
-) -> None:
-    """The old manifest with the variant's files and recipe in it, and no word on its quality yet."""
-    manifest = json.loads(json.dumps(old))
-    written = {name for name in _files(variant) if name != MANIFEST and (folder / name).exists()}
-    manifest["files"] = {n: e for n, e in old["files"].items() if n not in _files(variant)}
-    manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
-    names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
-    manifest["variants"][variant] = names
-    for stem, graph in graphs.items():
-        if isinstance(graph, Graph):
-            described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
-            data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
-            manifest["graphs"][names[stem]] = {**described, "data": data}
-    manifest.setdefault("quantization", {})[variant] = record
-    manifest.setdefault("quality", {}).pop(variant, None)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_space(folder: Path, bundle: Bundle, start: str) -> None:
-    """Room for the work folder and the new files: a third of the weights each, roughly."""
-    weights = sum(int(e["bytes"]) for n, e in bundle.files.items() if n.startswith("onnx/") and n in _files(start))
-    free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
-    if free < wanted:
-        raise QuantizeError(f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room")
-
+    feeds = [view.feeds() for sample in run.samples for view in (*sample.views, *sample.extra)]
+    keep = matching(run.settings.keep, run.source.vision.linears())
+    rest = run.bundle.graphs("int8" if "int8" in run.bundle.variants else run.start)[1]
+    others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in rest.items() if stem != VISION_ENCODER.stem}
+    return {VISION_ENCODER.stem: static_int8(run.source.vision, feeds, keep), **others}, {"kept_fp32": keep}

@@ -47,10 +47,7 @@ class Recipe:
 
     def check(self, names: Iterable[str]) -> None:
         """Raise QuantizeError when a pattern matches no product: it would be a typo without effect."""
-        names = list(names)
-        for rule in self.rules:
-            if not any(fnmatchcase(name, rule.pattern) for name in names):
-                raise QuantizeError(f"recipe pattern {rule.pattern!r} matches no layer of this model; layers are named like {names[-2]}")
+        matching([rule.pattern for rule in self.rules], names)
 
     def keeping(self, patterns: Sequence[str]) -> Recipe:
         """With products that stay fp32 put first."""
@@ -95,6 +92,19 @@ class Recipe:
         if variant == "int8":
             return Recipe((Rule("*", eight),))
         return Recipe((Rule("vision.*", eight), Rule("projector.*", eight), Rule("*", Precision(4, 64, method))))
+
+
+def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that a pattern matches, in order.
+
+    Raises:
+        QuantizeError: a pattern that matches none.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise QuantizeError(f"pattern {pattern!r} matches no layer of this model; layers are named like {names[-2]}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _rule(entry: Any, where: str) -> Rule:

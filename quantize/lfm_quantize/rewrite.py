@@ -35,13 +35,13 @@ def quantized_nodes(
         tied: the weight is the embedding table, and its constants are TABLE's.
     """
     x, y, name = linear.node.input[0], linear.node.output[0], TABLE if tied else linear.name
-    product = f"{name}.product" if linear.bias else y
+    product = f"{name}.product" if linear.adds_bias else y
     if rounded.precision.bits == 4:
         nodes, tensors = _four_bits(name, x, product, rounded)
     else:
         nodes, tensors = _eight_bits(name, x, product, rounded, negative, tied)
-    if linear.bias:
-        nodes.append(helper.make_node("Add", [product, linear.bias], [y], f"{name}.bias"))
+    if linear.adds_bias:
+        nodes.append(helper.make_node("Add", [product, linear.node.input[2]], [y], f"{name}.bias"))
     return nodes, tensors
 
 
@@ -126,7 +126,7 @@ def embedding_nodes(node: onnx.NodeProto, rounded: Rounded) -> tuple[list[onnx.N
     return nodes, tensors
 
 
-def halved(graph: Graph, name: str) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, Tensor]]:
+def stored_as_half(graph: Graph, name: str) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, Tensor]]:
     """A float constant that is no product's weight, as fp16 in the file: replacements for the node that reads it, and the constant."""
     (reader,) = [node for node in graph.nodes if name in node.input]
     changed = onnx.NodeProto()

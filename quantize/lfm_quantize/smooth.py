@@ -25,7 +25,7 @@ OUTPUTS_TRIED = 768
 
 
 @dataclass(frozen=True)
-class Source:
+class InputSource:
     """Where the inputs of a matrix product can be scaled: constants of a norm, or output channels of an earlier product."""
 
     vectors: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Source:
         return factors if queries == shared else np.ascontiguousarray(factors.reshape(shared, queries // shared, -1)[:, 0].reshape(-1))
 
 
-def sources(graph: Graph) -> dict[str, Source]:
+def sources(graph: Graph) -> dict[str, InputSource]:
     """For each matrix product whose inputs can be scaled: where."""
     linears, found = graph.linears(), {}
     for name, linear in linears.items():
@@ -62,17 +62,17 @@ def sources(graph: Graph) -> dict[str, Source]:
         if before:
             vectors = tuple(v for v in (f"{place}.{before}.weight", f"{place}.{before}.bias") if v in graph.tensors)
             if vectors:
-                found[name] = Source(vectors=vectors)
+                found[name] = InputSource(vectors=vectors)
         elif part == "w2":
-            found[name] = Source(linear=f"{place}.feed_forward.w1_w3", first=linear.k)  # the half that is not gated
+            found[name] = InputSource(linear=f"{place}.feed_forward.w1_w3", first=linear.k)  # the half that is not gated
         elif part == "out_proj" and ".conv." in name:
-            found[name] = Source(linear=f"{place}.conv.in_proj", first=linear.k)  # C, of B, C and the signal
+            found[name] = InputSource(linear=f"{place}.conv.in_proj", first=linear.k)  # C, of B, C and the signal
         elif part == "out_proj":
             before = f"{place}.self_attn.qkv" + ("" if name.startswith("vision.") else "_proj")
             made = linears[before].n
             values = (made - linear.k) // 2
             size = _head_size(graph, place)
-            found[name] = Source(linear=before, first=made - values, heads=(linear.k // size, values // size))
+            found[name] = InputSource(linear=before, first=made - values, heads=(linear.k // size, values // size))
     return found
 
 
@@ -81,7 +81,7 @@ def _head_size(graph: Graph, place: str) -> int:
     return norm.shape[0] if norm else 1  # heads that share nothing need no grouping
 
 
-def factors_tried(weight: Float, seen: Observed, source: Source) -> Iterable[Float]:
+def factors_tried(weight: Float, seen: Observed, source: InputSource) -> Iterable[Float]:
     """Candidates for s [k], geometric mean 1."""
     rows = seen.kept()
     inputs = (np.maximum(seen.largest, 1e-6), np.maximum(np.abs(rows).mean(0), 1e-6))
@@ -107,7 +107,7 @@ class Fit:
     negative: float = 1.0
 
 
-def find_fit(weight: Float, seen: Observed, source: Source | None, precision: Precision) -> Fit:
+def find_fit(weight: Float, seen: Observed, source: InputSource | None, precision: Precision) -> Fit:
     """The fit with the least simulated output error on the rows seen.
 
     Args:
@@ -152,7 +152,7 @@ def fake_rows(x: Float, negative: float = 1.0) -> Float:
     return rounded
 
 
-def folded(weights: dict[str, Float], vectors: dict[str, Float], factors: Mapping[str, Float], where: Mapping[str, Source],
+def folded(weights: dict[str, Float], vectors: dict[str, Float], factors: Mapping[str, Float], where: Mapping[str, InputSource],
            biases: Mapping[str, str | None]) -> None:  # fmt: skip
     """Apply factors in place: to the weights [n, k] of each product and to what makes its inputs.
 

@@ -41,6 +41,10 @@ class Source:
             graph.release()
         return variant, Source(vision, embed, decoder, table, tied)
 
+    def linears(self) -> list[str]:
+        """Names of all matrix products with constant weights, the encoder's first."""
+        return [*self.vision.linears(), *self.decoder.linears()]
+
     @property
     def head(self) -> str:
         """Name of the head's weights."""

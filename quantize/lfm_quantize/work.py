@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from lfm_quantize.graph import QuantizeError, Tensor
+from lfm_quantize.graph import DAMAGE, QuantizeError, Tensor
 from lfm_quantize.layer import Change
 from lfm_quantize.recipe import Recipe
 
@@ -78,7 +78,7 @@ class Work:
                 for i, (name, entry) in enumerate(raw["tensors"].items())
             }
             return Change(nodes, tensors, raw["layers"])
-        except Exception:  # noqa: BLE001  (damaged in whatever way: the block is made again)
+        except DAMAGE:  # the block is made again
             shutil.rmtree(place)
             return None
 

@@ -72,6 +72,13 @@ class Decoder:
         (embeds,) = self.embed_session.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)})
         return np.asarray(embeds, np.float32)
 
+    def embed_prompt(self, ids: list[int], features: NDArray[np.float32], image_id: int) -> Embeds:
+        """Embeddings [1, tokens, H] with image features [image tokens, H] in the image tokens' places."""
+        embeds = self.embed(ids)
+        if len(features):
+            embeds[0, np.array(ids) == image_id] = features
+        return embeds
+
     def start(self, capacity: int) -> State:
         """Fresh state for at most `capacity` tokens, prompt and answer together."""
         return SharedState(self, capacity) if self.shares_kv and self._last_only else ConcatenatedState(self)

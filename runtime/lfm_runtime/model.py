@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.decoder import Decoder, Embeds
+from lfm_runtime.decoder import Decoder
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
@@ -146,7 +146,7 @@ class Model:
         if features is None:
             features = self.encode(planned, report, progress)
         with report.stage("embed"):
-            embeds = self._embed_prompt(prompt, features)
+            embeds = self.decoder.embed_prompt(prompt.ids, features, self.prompts.image_id)
         capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
         with report.stage("prefill"):
             state = self.decoder.start(capacity)
@@ -205,12 +205,6 @@ class Model:
         if progress and total:
             progress(total, total)
         return np.concatenate(parts) if parts else np.empty((0, self.decoder.hidden), np.float32)
-
-    def _embed_prompt(self, prompt: RenderedPrompt, features: NDArray[np.float32]) -> Embeds:
-        embeds = self.decoder.embed(prompt.ids)
-        if len(features):
-            embeds[0, np.array(prompt.ids) == self.prompts.image_id] = features
-        return embeds
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
         limit = self.bundle.context_length

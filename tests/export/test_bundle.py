@@ -203,26 +203,12 @@ def test_killed_at_any_moment(tmp_path) -> None:
     assert not leftovers(tmp_path)
 
 
-PEAK = """
-import resource, sys
-from pathlib import Path
-from lfm_export.export import export
-export(Path(sys.argv[1]), Path(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 @pytest.mark.parametrize(("size", "limit_mib"), [("450m", 700), ("1.6b", 1300)])
-def test_export_memory(tmp_path, size, limit_mib) -> None:
-    """Peak resident memory of exporting a full-size random checkpoint. Needs 3 GB and 10 GB of disk."""
-    make = [sys.executable, str(ROOT / "scripts" / "make_random_checkpoint.py"), "--size", size, str(tmp_path / "checkpoint")]
-    subprocess.run(make, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "checkpoint"), str(tmp_path / "bundle")], capture_output=True,
-                          text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
-    assert float(done.stdout) <= limit_mib
-    shutil.rmtree(tmp_path)
+def test_export_memory(full_size, peak_mib, tmp_path, size, limit_mib) -> None:
+    """Of exporting a full-size random checkpoint. Needs 3 GB and 10 GB of disk."""
+    code = "import sys; from pathlib import Path; from lfm_export.export import export; export(Path(sys.argv[1]), Path(sys.argv[2]))"
+    assert peak_mib(code, full_size(size), tmp_path / "bundle") <= limit_mib
 
 
 def test_swap_without_exchange(tmp_path, monkeypatch) -> None:

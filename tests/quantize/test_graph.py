@@ -100,7 +100,7 @@ def test_factors_change_nothing(graphs, unlike, view, which, stem) -> None:
     rng = np.random.default_rng(2)
     factors = {name: source.tie(np.exp(rng.normal(0, 1, linears[name].k)).astype(np.float32)) for name, source in where.items()}
     weights = {name: graph.weight(linear).copy() for name, linear in linears.items()}
-    biases = {name: graph.bias(linear) for name, linear in linears.items()}
+    biases = {name: linear.bias for name, linear in linears.items()}
     names = {v for s in where.values() for v in s.vectors} | {b for b in biases.values() if b}
     vectors = {name: graph.tensors[name].array for name in names}
     folded(weights, vectors, factors, where, biases)
