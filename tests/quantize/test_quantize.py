@@ -13,7 +13,7 @@ import onnx
 import pytest
 from lfm_export.export import export
 from lfm_quantize import quantize as stage
-from lfm_quantize import variant
+from lfm_quantize import variant as variant_files
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.quality import GateError, cosines, kl_divergence, measure
 from lfm_quantize.quantize import Settings, quantize
@@ -373,7 +373,7 @@ def test_bad_wishes(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
-    monkeypatch.setattr(variant.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    monkeypatch.setattr(variant_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     assert main(["quantize", str(bundle), "--variant", "int4"]) == 2
     assert "has 1 MiB free" in capsys.readouterr().err
     assert tree(bundle) == before
