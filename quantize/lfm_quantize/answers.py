@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
-from lfm_runtime.decoder import Decoder
+from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.prompt import PromptBuilder
 from lfm_runtime.sessions import load_session
 from numpy.typing import NDArray
@@ -36,8 +36,8 @@ def open_decoder(bundle: Bundle, variant: str, threads: int, *, packed: bool = T
     """The variant's decoder and embeddings."""
     graphs = bundle.graphs(variant)[1]
     decoder = load_session(graphs[DECODER.stem], DECODER, threads, packed=packed)
-    embed = load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1)
-    return Decoder(decoder, embed, graphs[DECODER.stem])
+    sessions = DecoderSessions(decoder, load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1))
+    return Decoder(lambda: sessions, graphs[DECODER.stem])
 
 
 def greedy(decoder: Decoder, embeds: Float, limit: int, eos: Iterable[int]) -> tuple[list[int], Float]:

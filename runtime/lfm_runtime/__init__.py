@@ -18,6 +18,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
 
 if TYPE_CHECKING:
+    from lfm_runtime.conversation import Session
     from lfm_runtime.model import Answer, Model
     from lfm_runtime.prompt import Message
     from lfm_runtime.report import Report
@@ -26,11 +27,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer", "BundleError", "EdgeError", "GraphContractError", "ImageError", "Message", "Model", "PromptError", "Report",
-    "SettingError", "__version__",
+    "Session", "SettingError", "__version__",
 ]  # fmt: skip
 
 # Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
-_LATER = {"Answer": "model", "Model": "model", "Message": "prompt", "Report": "report"}
+_LATER = {"Answer": "model", "Model": "model", "Message": "prompt", "Report": "report", "Session": "conversation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.contract import VARIANT_SUFFIX
 from lfm_runtime.errors import EdgeError
+
+if TYPE_CHECKING:
+    from lfm_runtime.model import Model
 
 _GROUP = "lfm_edge.commands"
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
@@ -68,6 +71,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the bundle's first")
     model.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    model.add_argument("--prefill", choices=tuple(VARIANT_SUFFIX), metavar="VARIANT",
+                       help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
+    model.add_argument("--low-memory", action="store_true", help="one graph in memory at a time")
+    model.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
     model.add_argument("--verify", action="store_true", help="hash every file before loading")
     image = parser.add_argument_group("images (defaults: the checkpoint's)")
     image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
@@ -90,6 +97,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+
+
+def load_model(options: argparse.Namespace) -> Model:
+    """The model the flags describe."""
+    from lfm_runtime.model import Model
+
+    return Model.load(
+        options.bundle, variant=options.variant, prefill=options.prefill, threads=options.threads, low_memory=options.low_memory,
+        verify=options.verify, cache_folder=options.cache, **image_changes(options),
+    )  # fmt: skip
 
 
 def image_changes(options: argparse.Namespace) -> dict[str, Any]:

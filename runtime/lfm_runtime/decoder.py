@@ -7,6 +7,8 @@ past → present form, for graphs without GroupQueryAttention.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,16 +21,54 @@ from lfm_runtime.contract import present_name
 from lfm_runtime.errors import GraphContractError
 
 Embeds = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+PREFILL_TOKENS = 16
+"""From so many tokens a step is bound by arithmetic, not by reading weights: the prefill graph takes it, where there is one."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point to go back to within one state: attention's past is cut there, convolutions are given what they held."""
+
+    length: int
+    convs: Arrays
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that is remembered of `length` tokens, by state input: convolutions [1, H, kernel], attention [1, kv heads, length, D]."""
+
+    length: int
+    values: Arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in self.values.values())
 
 
 class State(Protocol):
     """Everything remembered of the tokens so far."""
 
     length: int
+    capacity: int
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """Feed embeds [1, S, H]; returns the logits [vocabulary] of the last position, valid until the next step."""
+        ...
+
+    def mark(self) -> Mark:
+        """Where the state is now. Small: attention's past stays where it is."""
+        ...
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a mark of this state."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """A copy that can start other states."""
         ...
 
 
@@ -46,30 +86,60 @@ class StateInput:
         return self.name.startswith("past_conv.")
 
 
-class Decoder:
-    """The decoder and embedding graphs of one model."""
+@dataclass(frozen=True)
+class DecoderSessions:
+    """The graphs a decoder runs. `prefill` computes the same model from other weights, for steps of many tokens."""
 
-    def __init__(self, decoder: ort.InferenceSession, embed: ort.InferenceSession, path: Path) -> None:
-        self.session = decoder
-        self.embed_session = embed
+    decoder: ort.InferenceSession
+    embed: ort.InferenceSession
+    prefill: ort.InferenceSession | None = None
+
+
+class Decoder:
+    """The decoder and embedding graphs of one model. They are loaded when first used, and again after a release."""
+
+    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False) -> None:
+        self.path = path
+        self._load = load
+        self._sessions: DecoderSessions | None = None
+        self._bound: weakref.WeakSet[SharedState] = weakref.WeakSet()
+        self.many_options = ort.RunOptions()
+        if shrink:  # after a step of many tokens its memory goes back to the operating system
+            self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    @property
+    def sessions(self) -> DecoderSessions:
+        """Loaded."""
+        if self._sessions is None:
+            self._sessions = self._load()
+            self._probe(self._sessions.decoder)
+        return self._sessions
+
+    def release(self) -> None:
+        """Give back the graphs' memory. States stay valid."""
+        for state in self._bound:
+            state.unbind()
+        self._sessions = None
+
+    def _probe(self, decoder: ort.InferenceSession) -> None:
         self.inputs = {i.name: i for i in decoder.get_inputs()}
-        self.states = [_probe(i) for i in decoder.get_inputs() if i.name.startswith(("past_conv.", "past_key_values."))]
+        self.states = [_state_input(i) for i in decoder.get_inputs() if i.name.startswith(("past_conv.", "past_key_values."))]
         outputs = {o.name: o for o in decoder.get_outputs()}
         if missing := [s.name for s in self.states if present_name(s.name) not in outputs]:
-            raise GraphContractError(f"{path}: no output carries on {', '.join(missing)}; export the graph again")
+            raise GraphContractError(f"{self.path}: no output carries on {', '.join(missing)}; export the graph again")
         sizes = outputs["logits"].shape[2], self.inputs["inputs_embeds"].shape[2]
         if not all(isinstance(size, int) for size in sizes):
-            raise GraphContractError(f"{path}: vocabulary and hidden size {sizes} are not fixed in the graph; export it again")
+            raise GraphContractError(f"{self.path}: vocabulary and hidden size {sizes} are not fixed in the graph; export it again")
         self.vocabulary, self.hidden = sizes
         self.embeds_type = _NUMPY.get(self.inputs["inputs_embeds"].type, np.float32)
         # Sharing needs an operator that writes into its past; its name is in the protobuf or it is not there.
         fp32_edges = self.embeds_type is np.float32 and outputs["logits"].type == "tensor(float)"
-        self.shares_kv = fp32_edges and b"GroupQueryAttention" in path.read_bytes() and "position_ids" not in self.inputs
-        self._last_only = outputs["logits"].shape[1] == 1
+        shares = fp32_edges and b"GroupQueryAttention" in self.path.read_bytes() and "position_ids" not in self.inputs
+        self.shares_kv = shares and outputs["logits"].shape[1] == 1
 
     def embed(self, ids: list[int]) -> Embeds:
         """Embeddings [1, tokens, H]."""
-        (embeds,) = self.embed_session.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)})
+        (embeds,) = self.sessions.embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)})
         return np.asarray(embeds, np.float32)
 
     def embed_prompt(self, ids: list[int], features: NDArray[np.float32], image_id: int) -> Embeds:
@@ -79,12 +149,17 @@ class Decoder:
             embeds[0, np.array(ids) == image_id] = features
         return embeds
 
-    def start(self, capacity: int) -> State:
-        """Fresh state for at most `capacity` tokens, prompt and answer together."""
-        return SharedState(self, capacity) if self.shares_kv and self._last_only else ConcatenatedState(self)
+    def start(self, capacity: int, after: Snapshot | None = None) -> State:
+        """State for at most `capacity` tokens, prompt and answer together; fresh, or where a snapshot was taken."""
+        self.sessions  # noqa: B018  (loads what tells the shapes)
+        if not self.shares_kv:
+            return ConcatenatedState(self, capacity, after)
+        state = SharedState(self, capacity, after)
+        self._bound.add(state)
+        return state
 
 
-def _probe(graph_input: Any) -> StateInput:
+def _state_input(graph_input: Any) -> StateInput:
     if graph_input.type not in _NUMPY:
         raise GraphContractError(f"state input {graph_input.name} is {graph_input.type}; float and float16 are supported")
     shape = list(graph_input.shape)
@@ -97,51 +172,90 @@ def _probe(graph_input: Any) -> StateInput:
 
 
 class SharedState:
-    """State in place, through two prepared bindings that differ in which convolution buffers are read and which written."""
+    """State in place, through prepared bindings that differ in which convolution buffers are read and which written."""
 
-    def __init__(self, decoder: Decoder, capacity: int) -> None:
-        self.length = 0
-        self._session = decoder.session
+    def __init__(self, decoder: Decoder, capacity: int, after: Snapshot | None = None) -> None:
+        self.length, self.capacity = 0, capacity
+        self._decoder = decoder
+        self._turn = 0  # which of each convolution's two buffers holds its state
         self._mask = np.ones((1, capacity), np.int64)
         self._logits = np.empty((1, 1, decoder.vocabulary), np.float32)
-        self._bindings = [self._session.io_binding(), self._session.io_binding()]
-        logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
-        self._keep: list[ort.OrtValue] = [logits]
-        for binding in self._bindings:
-            binding.bind_ortvalue_output("logits", logits)
+        self._buffers: dict[str, list[NDArray[Any]]] = {}
         for state in decoder.states:
             if state.is_conv:
-                buffers = [np.zeros(state.shape, state.dtype) for _ in range(2)]
+                self._buffers[state.name] = [np.zeros(state.shape, state.dtype) for _ in range(2)]
             else:
-                shape = (*state.shape[:2], capacity, state.shape[3])
-                buffers = [np.zeros(shape, state.dtype)] * 2
-            values = [ort.OrtValue.ortvalue_from_numpy(b) for b in buffers]
-            self._keep += values
-            for turn, binding in enumerate(self._bindings):
-                binding.bind_ortvalue_input(state.name, values[turn])
-                binding.bind_ortvalue_output(present_name(state.name), values[turn - 1] if state.is_conv else values[turn])
-        self._turn = 0
+                # Pages of a fresh zero array cost nothing until they are written.
+                self._buffers[state.name] = [np.zeros((*state.shape[:2], capacity, state.shape[3]), state.dtype)]
+        self._bindings: dict[int, list[ort.IOBinding]] = {}
+        self._values: list[ort.OrtValue] = []
+        if after:
+            self.length = after.length
+            for name, array in after.values.items():
+                target = self._buffers[name][0]
+                (target if array.shape == target.shape else target[:, :, : after.length])[...] = array
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """See State."""
-        binding = self._bindings[self._turn]
-        self._turn = 1 - self._turn
-        self.length += embeds.shape[1]
+        sessions, tokens = self._decoder.sessions, embeds.shape[1]
+        many = tokens >= PREFILL_TOKENS
+        session = sessions.prefill if many and sessions.prefill is not None else sessions.decoder
+        binding = self._binding(session)[self._turn]
+        self.length += tokens
         # OrtValues over numpy memory: a view costs microseconds and copies nothing.
         binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
         binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(self._mask[:, : self.length]))
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, self._decoder.many_options if many else None)
+        self._turn = 1 - self._turn
         logits: NDArray[np.float32] = self._logits[0, 0]
         return logits
+
+    def mark(self) -> Mark:
+        """See State."""
+        return Mark(self.length, {s.name: self._buffers[s.name][self._turn].copy() for s in self._decoder.states if s.is_conv})
+
+    def rewind(self, mark: Mark) -> None:
+        """See State."""
+        self.length = mark.length
+        for name, array in mark.convs.items():
+            self._buffers[name][self._turn][...] = array
+
+    def snapshot(self) -> Snapshot:
+        """See State."""
+        attention = {s.name: self._buffers[s.name][0][:, :, : self.length].copy() for s in self._decoder.states if not s.is_conv}
+        return Snapshot(self.length, {**attention, **self.mark().convs})
+
+    def unbind(self) -> None:
+        """Let go of the sessions; the next step binds anew."""
+        self._bindings.clear()
+
+    def _binding(self, session: ort.InferenceSession) -> list[ort.IOBinding]:
+        if (found := self._bindings.get(id(session))) is not None:
+            return found
+        if not self._bindings:
+            self._values = [ort.OrtValue.ortvalue_from_numpy(self._logits)]
+        logits = self._values[0]
+        bindings = [session.io_binding(), session.io_binding()]
+        for binding in bindings:
+            binding.bind_ortvalue_output("logits", logits)
+        for name, buffers in self._buffers.items():
+            values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
+            self._values += values
+            for turn, binding in enumerate(bindings):
+                binding.bind_ortvalue_input(name, values[turn % len(values)])
+                binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
+        self._bindings[id(session)] = bindings
+        return bindings
 
 
 class ConcatenatedState:
     """Past in, present out, through plain session runs."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.length = 0
+    def __init__(self, decoder: Decoder, capacity: int, after: Snapshot | None = None) -> None:
+        self.length, self.capacity = (after.length if after else 0), capacity
         self._decoder = decoder
         self._past: dict[str, NDArray[Any]] = {s.name: np.zeros(s.shape, s.dtype) for s in decoder.states}
+        self._past |= after.values if after else {}
         self._outputs = ["logits", *(present_name(s.name) for s in decoder.states)]
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
@@ -154,7 +268,21 @@ class ConcatenatedState:
         }
         if "position_ids" in self._decoder.inputs:
             feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=np.int64)[None]
-        logits, *present = self._decoder.session.run(self._outputs, feeds)
+        logits, *present = self._decoder.sessions.decoder.run(self._outputs, feeds)
         self._past = dict(zip(self._past, present, strict=True))
         self.length += new
         return np.asarray(logits[0, -1], np.float32)
+
+    def mark(self) -> Mark:
+        """See State."""
+        return Mark(self.length, {s.name: self._past[s.name] for s in self._decoder.states if s.is_conv})
+
+    def rewind(self, mark: Mark) -> None:
+        """See State."""
+        attention = {s.name: self._past[s.name][:, :, : mark.length] for s in self._decoder.states if not s.is_conv}
+        self._past |= {**attention, **mark.convs}
+        self.length = mark.length
+
+    def snapshot(self) -> Snapshot:
+        """See State."""
+        return Snapshot(self.length, dict(self._past))  # each step makes new arrays: nobody writes into these

@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_profiles import default_threads
 from numpy.typing import NDArray
 from PIL import Image
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.decoder import Decoder
+from lfm_runtime.cache import Cache
+from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
-from lfm_runtime.sessions import Sessions, failures_are_ours, load_sessions
+from lfm_runtime.sessions import Graphs, failures_are_ours
 from lfm_runtime.tokenizer import TextStream
 
 Progress = Callable[[int, int], None]
@@ -33,6 +34,12 @@ class PlannedImage:
 
     image: Image.Image
     plan: ImagePlan
+    settings: ImageSettings
+
+    @cached_property
+    def key(self) -> int:
+        """Tells this image, cut this way, from others."""
+        return image_key(self.image.tobytes(), repr((self.image.size, self.plan, self.settings)))
 
 
 class Answer:
@@ -55,28 +62,31 @@ class Answer:
 class Model:
     """A loaded bundle. `load` is the way in; one answer at a time per Model."""
 
-    def __init__(self, bundle: Bundle, variant: str, sessions: Sessions, images: ImageSettings, threads: int) -> None:
+    def __init__(self, bundle: Bundle, graphs: Graphs, images: ImageSettings, cache: Cache | None = None) -> None:
         self.bundle = bundle
-        self.variant = variant
+        self.graphs = graphs
         self.images = images
-        self.threads = threads
+        self.cache = cache
         self.prompts = PromptBuilder(bundle.prompt)
-        self.decoder = Decoder(sessions.decoder, sessions.embed, sessions.decoder_path)
+        self.decoder = graphs.decoder
         self.load_ms = 0.0
-        self._vision = sessions.vision
-        self._mask_type = np.int64 if _type_of(sessions.vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
 
     @staticmethod
     def load(
-        folder: str | Path, *, variant: str | None = None, threads: int | None = None, verify: bool = False, **images: Any
-    ) -> Model:
+        folder: str | Path, *, variant: str | None = None, prefill: str | None = None, threads: int | None = None,
+        low_memory: bool = False, verify: bool = False, cache_mib: int = 0, cache_folder: str | Path | None = None, **images: Any,
+    ) -> Model:  # fmt: skip
         """Load a bundle, or a folder with a hub repository's ONNX files.
 
         Args:
             folder: the bundle.
             variant: fp32, fp16, int8 or int4; the bundle's first by default.
+            prefill: another variant whose decoder takes the prompt in ("int8" beside int4: faster there, and its weights in memory).
             threads: of each operator; the physical cores by default.
+            low_memory: one graph in memory at a time; the decoder is loaded when the images are encoded.
             verify: hash large files as well, not only small ones.
+            cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts there.
+            cache_folder: keep them on disk too, for other processes.
             **images: image settings that override the checkpoint's (max_image_tokens, do_image_splitting, max_tiles …).
 
         Raises:
@@ -84,16 +94,28 @@ class Model:
             SettingError: an unknown, impossible or useless setting.
         """
         started = time.perf_counter()
-        if threads is not None and not 1 <= threads <= 1024:
-            raise SettingError(f"threads {threads} is impossible; allowed: 1 up to the machine's cores")
         bundle = Bundle.open(Path(folder))
         if verify:
             bundle.verify()
-        name, graphs = bundle.graphs(variant)
-        count = threads or default_threads()
-        model = Model(bundle, name, load_sessions(graphs, count), image_settings(bundle.images, images), count)
+        settings = image_settings(bundle.images, images)
+        graphs = Graphs(bundle, variant, prefill=prefill, threads=threads, low_memory=low_memory)
+        cache = None
+        if cache_mib or cache_folder:
+            cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
+        model = Model(bundle, graphs, settings, cache)
+        graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
+
+    @property
+    def variant(self) -> str:
+        """The variant loaded."""
+        return self.graphs.variant
+
+    @property
+    def threads(self) -> int:
+        """Of each operator."""
+        return self.graphs.threads
 
     def answer(
         self, images: Sequence[ImageLike], question: str, *, system: str = "", max_megapixels: float = MAX_MEGAPIXELS,
@@ -117,40 +139,52 @@ class Model:
         return self.converse(messages, images, max_megapixels=max_megapixels, progress=progress, **generation)
 
     def converse(
-        self, messages: Sequence[Message], images: Sequence[ImageLike], *, max_megapixels: float = MAX_MEGAPIXELS,
-        features: NDArray[np.float32] | None = None, progress: Progress | None = None, **generation: Any,
+        self, messages: Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, context: Context | None = None,
+        max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
     ) -> Answer:  # fmt: skip
-        """As `answer`, for several turns. `features` are those of all images, kept from an earlier turn (see `encode`)."""
+        """As `answer`, for several turns. What `context` has taken in of them is not computed again (see Session)."""
         started = time.perf_counter()
         report = Report()
         report.timing_ms["load"] = self.load_ms
         settings = self.bundle.generation.with_changes(generation)
         with report.stage("image"):
-            planned = [self.open(image, max_megapixels=max_megapixels) for image in images]
+            planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
         prompt = self.prompts.render(messages, [p.plan for p in planned])
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
-        pieces = self._generate(prompt, planned, features, settings, report, progress, started)
+        if context is None and self.cache:
+            context = Context(self.decoder, self.cache)
+        pieces = self._generate(prompt, planned, context, settings, report, progress, started)
         return Answer(_explained(pieces, self.bundle.folder), report)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
         """Open one image and plan its views; nothing is encoded."""
         opened = open_image(image, max_megapixels=max_megapixels)
-        return PlannedImage(opened, plan_image(opened.width, opened.height, self.images))
+        return PlannedImage(opened, plan_image(opened.width, opened.height, self.images), self.images)
 
     def _generate(
-        self, prompt: RenderedPrompt, planned: Sequence[PlannedImage], features: NDArray[np.float32] | None,
+        self, prompt: RenderedPrompt, planned: Sequence[PlannedImage], context: Context | None,
         settings: GenerationSettings, report: Report, progress: Progress | None, started: float,
     ) -> Iterator[str]:  # fmt: skip
-        if features is None:
-            features = self.encode(planned, report, progress)
-        with report.stage("embed"):
-            embeds = self.decoder.embed_prompt(prompt.ids, features, self.prompts.image_id)
         capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
+        stops_at = () if context is None else prompt.image_ends  # points that another question may start from
+        with report.stage("image"):
+            images = [image.key for image in planned] if context else [-1] * len(planned)  # hashing pixels takes time
+            keys = prompt_keys(prompt.ids, self.prompts.image_id, images, prompt.image_ends)
+        context = context or Context(self.decoder)
+        found = context.find(keys)
+        known = report.cached_tokens = found.length
+        new = [image for image, end in zip(planned, prompt.image_ends, strict=True) if end > known]
+        features = self.encode(new, report, progress)
+        with report.stage("embed"):
+            embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
-            state = self.decoder.start(capacity)
-            logits = state.step(embeds)
+            context.resume(found, keys, capacity)
+            for end in (*(n for n in stops_at if n > known), len(prompt.ids)):
+                at = context.length
+                logits = context.feed(embeds[:, at - known : end - known], keys[at:end])
+                context.remember(cached=end < len(prompt.ids))
         del embeds, features
 
         sampler = Sampler(settings, self.decoder.vocabulary, prompt.ids)
@@ -172,10 +206,10 @@ class Model:
             if report.new_tokens == settings.max_new_tokens:
                 report.finish_reason = "length"
                 break
-            if state.length == capacity:
+            if context.length == capacity:
                 report.finish_reason = "context"
                 break
-            logits = state.step(self.decoder.embed([token]))
+            logits = context.feed(self.decoder.embed([token]), np.array([token]))
         if rest := stops.pass_on(stream.finish()) + stops.rest():
             report.text += rest
             yield rest
@@ -186,25 +220,40 @@ class Model:
     ) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order. Each view runs alone, without padding."""
         report = report or Report()
-        total = sum(len(p.plan.views) for p in planned)
-        parts: list[NDArray[np.float32]] = []
-        for item in planned:
-            cut = cut_views(item.image, item.plan, self.images)
-            for view in item.plan.views:
-                if progress:
-                    progress(len(parts), total)
-                with report.stage("image"):
-                    patches = next(cut)
-                with report.stage("vision"):
-                    (found,) = self._vision.run(["image_features"], {
-                        "pixel_values": patches[None],
-                        "pixel_attention_mask": np.ones((1, len(patches)), self._mask_type),
-                        "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
-                    })  # fmt: skip
-                parts.append(np.asarray(found, np.float32).reshape(view.tokens, -1))
-        if progress and total:
-            progress(total, total)
-        return np.concatenate(parts) if parts else np.empty((0, self.decoder.hidden), np.float32)
+        features: list[NDArray[np.float32] | None] = [self.cache.features(image.key) if self.cache else None for image in planned]
+        todo = [i for i, found in enumerate(features) if found is None]
+        total = sum(len(planned[i].plan.views) for i in todo)
+        done = iter(range(total + 1))
+
+        def tell() -> None:
+            if progress and total:
+                progress(next(done), total)
+
+        if todo:
+            with self.graphs.vision() as vision:
+                for i in todo:
+                    features[i] = made = np.concatenate(list(self._encode_views(vision, planned[i], report, tell)))
+                    if self.cache:
+                        self.cache.keep_features(planned[i].key, made)
+        tell()
+        return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
+
+    def _encode_views(
+        self, vision: Any, planned: PlannedImage, report: Report, tell: Callable[[], None]
+    ) -> Iterator[NDArray[np.float32]]:
+        mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
+        cut = cut_views(planned.image, planned.plan, self.images)
+        for view in planned.plan.views:
+            tell()
+            with report.stage("image"):
+                patches = next(cut)
+            with report.stage("vision"):
+                (found,) = vision.run(["image_features"], {
+                    "pixel_values": patches[None],
+                    "pixel_attention_mask": np.ones((1, len(patches)), mask_type),
+                    "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
+                })  # fmt: skip
+            yield np.asarray(found, np.float32).reshape(view.tokens, -1)
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
         limit = self.bundle.context_length

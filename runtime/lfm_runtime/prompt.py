@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,10 +128,11 @@ def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """Token ids; `image_token` stands once for every row of image features, in order."""
+    """Token ids; `image_token` stands once for every row of image features, in order. `image_ends[i]` is where those of image i end."""
 
     ids: list[int]
     image_tokens: int
+    image_ends: tuple[int, ...] = ()
 
 
 class PromptBuilder:
@@ -163,7 +165,9 @@ class PromptBuilder:
         wanted, found = sum(plan.tokens for plan in plans), ids.count(self.image_id)
         if wanted != found:
             raise PromptError(f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of the text")
-        return RenderedPrompt(ids, wanted)
+        places = [i for i, token in enumerate(ids) if token == self.image_id]
+        counts = accumulate(plan.tokens for plan in plans)
+        return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
 
 
 # ------------------------------------------------------------------------------------- folders without a prompt.json

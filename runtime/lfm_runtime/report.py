@@ -22,6 +22,7 @@ class Report:
     text: str = ""
     finish_reason: str = ""  # eos, length, context or stop
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, known from before and not computed again
     image_tokens: int = 0
     tiles: int = 0
     new_tokens: int = 0
@@ -51,7 +52,7 @@ class Report:
                 ms["decode_per_token"] = per_token * 1e3
                 self.throughput["decode_tok_s"] = 1 / per_token
         if ms["prefill"]:
-            self.throughput["prefill_tok_s"] = self.prompt_tokens / ms["prefill"] * 1e3
+            self.throughput["prefill_tok_s"] = (self.prompt_tokens - self.cached_tokens) / ms["prefill"] * 1e3
         self.memory_mib = memory_mib()
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,10 +71,11 @@ class Report:
         widths = [max(len(a), len(b)) for a, b in columns]
         head = "  ".join(a.rjust(w) for (a, _), w in zip(columns, widths, strict=True))
         body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))
-        views = f"{self.tiles} view{'s' if self.tiles != 1 else ''}"
+        prompt = f"{self.image_tokens} image, {self.tiles} view{'s' if self.tiles != 1 else ''}"
+        prompt += f"; {self.cached_tokens} known" if self.cached_tokens else ""
         return "\n".join([
             f"ms    {head}", f"      {body}",
-            f"tokens  {self.prompt_tokens} prompt ({self.image_tokens} image, {views}), {self.new_tokens} new ({self.finish_reason}); "
+            f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({self.finish_reason}); "
             f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode {show(self.throughput['decode_tok_s'])} tok/s",
             f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "
             f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from lfm_runtime.cli import add_model_arguments, answer_changes, image_changes, show_progress
+from lfm_runtime.cli import add_model_arguments, answer_changes, load_model, show_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer once."""
-    from lfm_runtime.model import Model
-
-    model = Model.load(
-        options.bundle, variant=options.variant, threads=options.threads, verify=options.verify, **image_changes(options)
-    )
+    model = load_model(options)
     answer = model.answer(
         options.images, options.prompt, system=options.system, progress=show_progress, **answer_changes(options)
     )

@@ -1,19 +1,24 @@
-"""onnxruntime sessions are created here and nowhere else."""
+"""onnxruntime sessions are created here and nowhere else: which graphs of a bundle, from which files, when, and for how long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
+from lfm_profiles import default_threads
 from onnxruntime.capi import onnxruntime_pybind11_state
 
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
-from lfm_runtime.errors import BundleError
+from lfm_runtime.decoder import Decoder, DecoderSessions
+from lfm_runtime.errors import BundleError, SettingError
 
 _ERROR_SEVERITY = 3
+_MOST_THREADS = 1024
 # onnxruntime's exceptions share no base class of their own; these are all of them.
 _FAILURES = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
 
@@ -30,24 +35,70 @@ def failures_are_ours(what: object) -> Iterator[None]:
         ) from e
 
 
-@dataclass(frozen=True)
-class Sessions:
-    """The three graphs, loaded."""
+class Graphs:
+    """The graphs of one variant of a bundle, loaded all at once, or with `low_memory` one stage at a time."""
 
-    vision: ort.InferenceSession
-    embed: ort.InferenceSession
-    decoder: ort.InferenceSession
-    decoder_path: Path
+    def __init__(
+        self, bundle: Bundle, variant: str | None, *, prefill: str | None = None, threads: int | None = None, low_memory: bool = False
+    ) -> None:
+        """Nothing is loaded yet.
 
+        Raises:
+            BundleError: the bundle lacks a variant.
+            SettingError: impossible threads; a prefill variant that is the variant itself, or beside low_memory.
+        """
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            raise SettingError(f"threads {threads} is impossible; allowed: 1 up to the machine's cores")
+        if prefill and low_memory:
+            raise SettingError("prefill needs a second decoder in memory, low_memory allows one; leave one out")
+        self.variant, self.paths = bundle.graphs(variant)
+        if prefill == self.variant:
+            raise SettingError(f"prefill {prefill} has no effect beside the variant {prefill}; leave it out")
+        self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
+        self.threads = threads or default_threads()
+        self.low_memory = low_memory
+        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)
+        self._bundle = bundle
+        self._vision: ort.InferenceSession | None = None
 
-def load_sessions(graphs: Mapping[str, Path], threads: int) -> Sessions:
-    """Load a variant's graphs and check each against its contract."""
-    return Sessions(
-        load_session(graphs[VISION_ENCODER.stem], VISION_ENCODER, threads),
-        load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
-        load_session(graphs[DECODER.stem], DECODER, threads),
-        graphs[DECODER.stem],
-    )
+    def load(self) -> None:
+        """Load everything, the encoder beside the decoder; with low_memory nothing yet."""
+        if self.low_memory:
+            return
+        with ThreadPoolExecutor(1) as other:
+            vision = other.submit(self._load, VISION_ENCODER)
+            self.decoder.sessions  # noqa: B018
+            self._vision = vision.result()
+
+    @contextmanager
+    def vision(self) -> Iterator[ort.InferenceSession]:
+        """The vision encoder. With low_memory the decoder leaves memory before, and the encoder after."""
+        if self.low_memory:
+            self.decoder.release()
+        yield self._vision or self._load(VISION_ENCODER)
+
+    def identity(self) -> str:
+        """Tells what these graphs compute from what others do, across processes."""
+        paths = [*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])]
+        names = sorted(path.relative_to(self._bundle.folder).as_posix() for path in paths)
+        known = {name: entry["sha256"] for name, entry in self._bundle.files.items()}
+        parts = [
+            known.get(part) or f"{part} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            for name in names
+            for part in (name, f"{name}_data")
+            if (path := self._bundle.folder / part).exists()
+        ]
+        return hashlib.sha256("\n".join([ort.__version__, *parts]).encode()).hexdigest()
+
+    def _load_decoder(self) -> DecoderSessions:
+        return DecoderSessions(
+            self._load(DECODER),
+            load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
+            load_session(self.prefill_path, DECODER, self.threads) if self.prefill_path else None,
+        )
+
+    def _load(self, graph: Graph) -> ort.InferenceSession:
+        return load_session(self.paths[graph.stem], graph, self.threads)
 
 
 def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True) -> ort.InferenceSession:

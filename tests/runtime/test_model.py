@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, SettingError
+from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, Session, SettingError
 from lfm_runtime.cli import main
 from lfm_runtime.decoder import ConcatenatedState, SharedState
 from lfm_runtime.model import StopStrings
@@ -111,15 +111,15 @@ def test_context_limit(bundle_copy, drawing) -> None:
 
 
 def test_several_turns(demo_model, drawing) -> None:
-    """Features kept from an earlier turn give the same answer as encoding again."""
-    planned = [demo_model.open(drawing)]
-    features = demo_model.encode(planned)
-    messages = [Message("user", "How many shapes?", 1), Message("assistant", "3"), Message("user", "What is in this image?")]
-    kept = demo_model.converse(messages, [drawing], features=features)
-    again = demo_model.converse(messages, [drawing])
+    """A session gives the same answers as the whole conversation computed again, and reads its own tokens alone."""
+    session = Session(demo_model)
+    session.ask("How many shapes?", [drawing]).text()
+    kept = session.ask("What is in this image?")
+    again = demo_model.converse([*session.messages[:2], Message("user", "What is in this image?")], [drawing])
     assert kept.text() == again.text()
     assert kept.report.timing_ms["vision"] is None
     assert again.report.timing_ms["vision"]
+    assert 0 < kept.report.prompt_tokens - kept.report.cached_tokens < 20 < again.report.prompt_tokens
 
 
 def test_early_close(demo_model, drawing) -> None:
@@ -148,7 +148,7 @@ def test_both_forms_of_state_agree(demo_model) -> None:
     """Shared buffers and plain past/present give the same logits, step by step and in chunks."""
     decoder = demo_model.decoder
     embeds = decoder.embed([int(i) for i in np.random.default_rng(0).integers(10, 400, 40)])
-    shared, plain = SharedState(decoder, 64), ConcatenatedState(decoder)
+    shared, plain = SharedState(decoder, 64), ConcatenatedState(decoder, 64)
     at = 0
     for n in (20, 1, 1, 5, 1, 12):
         a = shared.step(embeds[:, at : at + n]).copy()
@@ -264,7 +264,7 @@ def test_run_json(demo_bundle, drawing, capsys) -> None:
     code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "How many shapes?", "--json", "--threads", 1, "--temperature", 0)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert set(report) == {"text", "finish_reason", "prompt_tokens", "image_tokens", "tiles", "new_tokens", "timing_ms", "throughput", "memory_mib"}
+    assert set(report) == {"text", "finish_reason", "prompt_tokens", "cached_tokens", "image_tokens", "tiles", "new_tokens", "timing_ms", "throughput", "memory_mib"}
     assert set(report["throughput"]) == {"prefill_tok_s", "decode_tok_s"}
     assert set(report["memory_mib"]) == {"rss", "rss_anon", "rss_file", "peak"}
 
@@ -292,7 +292,7 @@ def test_chat(demo_bundle, drawing, capsys, monkeypatch) -> None:
     code, out, err = run(capsys, "chat", demo_bundle, drawing, "--threads", 1)
     assert code == 0
     assert len(out.strip()) > 2
-    assert err.count("tokens, first after") == 2
+    assert err.count("written, first after") == 2
 
 
 BAD = {

@@ -1,0 +1,72 @@
+"""A conversation that remembers: each question costs its own tokens, not those of all before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lfm_runtime.context import Context
+from lfm_runtime.errors import SettingError
+from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike
+from lfm_runtime.model import Answer, Model, PlannedImage, Progress
+from lfm_runtime.prompt import Message
+
+
+class Session:
+    """Questions and answers about images, in turns. `fork` gives a second conversation with the same past.
+
+        session = Session(model)
+        print(session.ask("What is this?", ["photo.jpg"]).text())
+        print(session.ask("What colour is it?").text())
+    """
+
+    def __init__(self, model: Model, *, system: str = "") -> None:
+        self.model = model
+        self.messages: list[Message] = [Message("system", system)] if system else []
+        self._images: list[PlannedImage] = []
+        self._context = Context(model.decoder, model.cache)
+        self._answering = False
+
+    def ask(
+        self, question: str, images: Sequence[ImageLike | PlannedImage] = (), *, max_megapixels: float = MAX_MEGAPIXELS,
+        progress: Progress | None = None, **generation: Any,
+    ) -> Answer:  # fmt: skip
+        """The next turn, about new images and all before; parameters as for `Model.answer`. What was said of an answer that is closed
+        early is part of the conversation; a turn that fails is not.
+
+        Raises:
+            SettingError: the answer before is not finished.
+            ImageError, PromptError: the conversation is as before.
+        """
+        if self._answering:
+            raise SettingError("the answer before is not finished; read it to its end, or close its iterator")
+        new = [i if isinstance(i, PlannedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
+        turn = Message("user", question, len(new))
+        answer = self.model.converse(
+            [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation
+        )
+        return Answer(self._keep(turn, new, answer), answer.report)
+
+    def fork(self) -> Session:
+        """Another conversation with this one's past; the two go on apart.
+
+        Raises:
+            SettingError: an answer is being made.
+        """
+        if self._answering:
+            raise SettingError("an answer is being made; fork before or after it")
+        other = Session(self.model)
+        other.messages, other._images = list(self.messages), list(self._images)
+        other._context = self._context.fork()
+        return other
+
+    def _keep(self, turn: Message, images: Sequence[PlannedImage], answer: Answer) -> Iterator[str]:
+        self._answering = True
+        try:
+            with suppress(GeneratorExit):
+                yield from answer
+            self.messages += [turn, Message("assistant", answer.report.text)]
+            self._images += images
+        finally:
+            self._answering = False

@@ -1,0 +1,317 @@
+"""Going on from what is known: marks, snapshots, forks and caches equal computing everything again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_runtime import EdgeError, Message, Model, Session, SettingError
+from lfm_runtime.cache import Cache
+from lfm_runtime.cli import main
+from lfm_runtime.context import Context, image_key, prompt_keys
+from lfm_runtime.decoder import ConcatenatedState, SharedState, Snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]
+QUESTION = "What is in this image?"
+
+
+def tokens(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(120, 400, n)
+
+
+def states(model, capacity):
+    return SharedState(model.decoder, capacity), ConcatenatedState(model.decoder, capacity)
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 3, 7, 20, 39])
+@pytest.mark.parametrize("form", [0, 1])
+def test_rewinding_equals_recomputing(demo_model, boundary, form) -> None:
+    """At every boundary, also within the convolutions' kernel of the start: logits after a rewind against a fresh state's."""
+    ids, other = tokens(40), tokens(9, 1)
+    embed = demo_model.decoder.embed
+    state, fresh = states(demo_model, 64)[form], states(demo_model, 64)[form]
+    state.step(embed(list(ids[:boundary])))
+    mark = state.mark()
+    for token in ids[boundary:]:
+        state.step(embed([int(token)]))
+    state.rewind(mark)
+    assert state.length == boundary
+    again = [state.step(embed([int(token)])).copy() for token in other]
+    fresh.step(embed(list(ids[:boundary])))
+    wanted = [fresh.step(embed([int(token)])).copy() for token in other]
+    np.testing.assert_allclose(again, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_snapshot_starts_another_state(demo_model, form) -> None:
+    """A copy: what the first state does afterwards, and a larger capacity, change nothing."""
+    embed = demo_model.decoder.embed
+    state = states(demo_model, 48)[form]
+    state.step(embed(list(tokens(21))))
+    snapshot = state.snapshot()
+    wanted = state.step(embed(list(tokens(5, 1)))).copy()
+    state.step(embed(list(tokens(5, 2))))
+    other = type(state)(demo_model.decoder, 96, snapshot)
+    np.testing.assert_allclose(other.step(embed(list(tokens(5, 1)))), wanted, atol=1e-4)
+    assert snapshot.nbytes == sum(a.nbytes for a in snapshot.values.values())
+
+
+def test_keys_tell_images_apart(demo_model) -> None:
+    one, two = (demo_model.open(p) for p in PICTURES[:2])
+    prompt = demo_model.prompts.render([Message("user", "x", 2)], [one.plan, two.plan])
+    image = demo_model.prompts.image_id
+    keys = [prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends) for a, b in ((one, two), (one, one), (two, one))]
+    assert len({k.tobytes() for k in keys}) == 3
+    assert [int((k < 0).sum()) for k in keys] == [prompt.image_tokens] * 3
+    assert {int(k) for k in keys[0] if k < 0} == {one.key, two.key}
+    first_end, last_end = prompt.image_ends
+    assert keys[0][first_end - 1] == one.key
+    assert keys[0][last_end - 1] == two.key
+    assert np.array_equal(np.flatnonzero(keys[0] < 0), np.flatnonzero(np.array(prompt.ids) == image))
+    assert demo_model.open(PICTURES[0]).key == one.key
+    assert image_key(b"abc", "one plan") != image_key(b"abc", "another plan")
+
+
+def test_session_equals_the_whole_conversation(demo_model) -> None:
+    """Three turns with a new image in the second, each against a conversation computed from nothing."""
+    session = Session(demo_model, system="Be short.")
+    messages, images = [Message("system", "Be short.")], []
+    for question, new in (("How many shapes?", PICTURES[:1]), (QUESTION, PICTURES[1:2]), ("How many shapes?", [])):
+        answer = session.ask(question, new, max_new_tokens=12)
+        turn = Message("user", question, len(new))
+        images += new
+        wanted = demo_model.converse([*messages, turn], images, max_new_tokens=12).text()
+        assert answer.text() == wanted
+        messages += [turn, Message("assistant", wanted)]
+    assert answer.report.cached_tokens > 0.8 * answer.report.prompt_tokens
+
+
+def test_fork_goes_its_own_way(demo_model) -> None:
+    session = Session(demo_model)
+    session.ask("How many shapes?", PICTURES[:1]).text()
+    other = session.fork()
+    apart = session.ask(QUESTION).text(), other.ask("How many shapes?").text()
+    assert apart == (
+        demo_model.converse([*session.messages[:2], Message("user", QUESTION)], PICTURES[:1]).text(),
+        demo_model.converse([*session.messages[:2], Message("user", "How many shapes?")], PICTURES[:1]).text(),
+    )
+    assert len(session.messages) == len(other.messages) == 4
+
+
+def test_closed_answers_are_part_of_the_talk(demo_model) -> None:
+    session = Session(demo_model)
+    answer = session.ask(QUESTION, PICTURES[:1])
+    pieces = iter(answer)
+    next(pieces)
+    with pytest.raises(SettingError, match="not finished"):
+        session.ask("x")
+    with pytest.raises(SettingError, match="fork before or after"):
+        session.fork()
+    pieces.close()
+    assert session.messages[-1] == Message("assistant", answer.report.text)
+    wanted = demo_model.converse([*session.messages, Message("user", "How many shapes?")], PICTURES[:1]).text()
+    assert session.ask("How many shapes?").text() == wanted
+
+
+def test_failed_turn_leaves_the_conversation(demo_model) -> None:
+    session = Session(demo_model)
+    session.ask("How many shapes?", PICTURES[:1]).text()
+    with pytest.raises(EdgeError):
+        session.ask("x", [ROOT / "README.md"])
+    assert len(session.messages) == 2
+    assert session.ask(QUESTION).report.cached_tokens == 0  # nothing happens before the answer is read
+    assert len(session.messages) == 2
+
+
+def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
+    """A context whose state broke half-way starts from nothing rather than from a wrong state."""
+    session = Session(demo_model)
+    wanted = session.ask(QUESTION, PICTURES[:1]).text()
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedState, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.ask("How many shapes?").text()
+    assert len(session.messages) == 2
+    again = session.ask("How many shapes?")
+    assert again.text() == demo_model.converse([*session.messages[:2], Message("user", "How many shapes?")], PICTURES[:1]).text()
+    assert wanted
+
+
+def cached_model(bundle, folder=None, **more) -> Model:
+    return Model.load(bundle, threads=2, cache_mib=16, cache_folder=folder, **more)
+
+
+def test_second_question_about_the_same_image(demo_bundle, demo_model) -> None:
+    """Nothing of the image is computed again, and the text is the same."""
+    model = cached_model(demo_bundle)
+    model.answer(PICTURES[:1], "How many shapes?").text()
+    answer = model.answer(PICTURES[:1], QUESTION)
+    assert answer.text() == demo_model.answer(PICTURES[:1], QUESTION).text()
+    assert answer.report.timing_ms["vision"] is None
+    assert answer.report.cached_tokens == answer.report.image_tokens + 5  # bos, <|im_start|>, user, newline, <|image_start|>
+    other = model.answer(PICTURES[1:2], QUESTION)
+    assert other.text() == demo_model.answer(PICTURES[1:2], QUESTION).text()
+    assert other.report.cached_tokens == 0
+    behind_text = model.converse([Message("system", "Be short."), Message("user", QUESTION, 1)], PICTURES[:1])
+    assert behind_text.text()
+    assert behind_text.report.timing_ms["vision"] is None  # features are kept apart from what stands before the image
+    assert behind_text.report.cached_tokens == 0
+
+
+def test_cache_on_disk_serves_another_process(demo_bundle, demo_model, tmp_path) -> None:
+    words = ["run", str(demo_bundle), str(PICTURES[0]), "-p", QUESTION, "--json", "--cache", str(tmp_path / "cache"), "--threads", "2"]
+    code = f"import sys; from lfm_runtime.cli import main; sys.exit(main({words!r}))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    reports = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    import json
+
+    first, second = (json.loads(done.stdout) for done in reports)
+    assert first["text"] == second["text"] == demo_model.answer(PICTURES[:1], QUESTION).text()
+    assert first["cached_tokens"] == 0 < second["cached_tokens"]
+    assert second["timing_ms"]["vision"] is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", "flip", "cut"])
+def test_damaged_entry_is_computed_again(demo_bundle, demo_model, tmp_path, damage) -> None:
+    cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION).text()
+    for path in tmp_path.glob("*.npz"):
+        content = bytearray(path.read_bytes())
+        if damage == "flip":
+            content[len(content) // 2] ^= 0xFF
+        path.write_bytes(damage if isinstance(damage, bytes) else content[: len(content) // 2] if damage == "cut" else content)
+    answer = cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION)
+    assert answer.text() == demo_model.answer(PICTURES[:1], QUESTION).text()
+    assert answer.report.cached_tokens == 0
+    assert all(zipfile.ZipFile(path).testzip() is None for path in tmp_path.glob("*.npz"))  # and kept anew
+
+
+def test_foreign_entries_are_not_used(demo_bundle, demo_model, tmp_path) -> None:
+    """Another variant's cache in the same folder: nothing is taken from it."""
+    cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION).text()
+    other = cached_model(demo_bundle, tmp_path)
+    other.cache = Cache("another model", folder=tmp_path)
+    answer = other.answer(PICTURES[:1], QUESTION)
+    answer.text()
+    assert answer.report.cached_tokens == 0
+
+
+def test_folder_that_cannot_be_written(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """A full disk is said once; the answers come all the same."""
+    model = cached_model(demo_bundle, tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lfm_runtime.cache.tempfile.mkstemp", full)
+    assert model.answer(PICTURES[:1], QUESTION).text() == model.answer(PICTURES[:1], QUESTION).text()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "No space left on device" in err
+
+
+def test_budgets_hold(tmp_path) -> None:
+    """In memory and on disk the entries longest unused go first; what is larger than the budget is not kept."""
+    entry = {"past_conv.0": np.zeros((1, 64, 4), np.float32)}  # 1 KiB
+    cache = Cache("m", max_bytes=3 << 10, folder=tmp_path, max_disk_bytes=5 << 10)
+    prompts = [np.arange(10 + i) for i in range(6)]
+    for i, keys in enumerate(prompts):
+        cache.keep(keys, Snapshot(len(keys), entry))
+        for path in tmp_path.glob("*.npz"):
+            os.utime(path, (i, i)) if path.stat().st_mtime > 100 else None
+    assert cache.nbytes <= 3 << 10
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.npz")) <= 5 << 10
+    assert cache.longest(prompts[-1]).length == 15
+    cache.keep(np.arange(99), Snapshot(99, {"a": np.zeros(4 << 10, np.uint8)}))
+    assert cache.nbytes <= 3 << 10
+    assert not any(name.startswith("prefix-99") for name in cache._kept)
+
+
+def test_longest_prefix_wins(tmp_path) -> None:
+    cache = Cache("m")
+    for n in (3, 8, 5):
+        cache.keep(np.arange(n), Snapshot(n, {"a": np.full(1, n)}))
+    assert cache.longest(np.arange(7)).length == 5
+    assert cache.longest(np.arange(7), longer_than=5) is None
+    assert cache.longest(np.array([0, 1, 2, 9, 9, 9])).length == 3
+    assert cache.longest(np.array([1, 2, 3])) is None
+
+
+def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
+    """One graph at a time: the encoder is gone when the decoder comes, and the other way round, in a conversation too."""
+    model = Model.load(demo_bundle, threads=2, low_memory=True)
+    assert model.decoder._sessions is None
+    session = Session(model)
+    assert session.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
+    messages = list(session.messages)
+    second = session.ask("How many shapes?", PICTURES[1:2]).text()  # loads the encoder again: the state outlives its decoder
+    assert second == demo_model.converse([*messages, Message("user", "How many shapes?", 1)], PICTURES[:2]).text()
+    with model.graphs.vision():
+        assert model.decoder._sessions is None
+    assert model.graphs._vision is None
+
+
+def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys) -> None:
+    """fp16's decoder is a stand-in for int8's: both decoders read and write one state."""
+    import shutil
+
+    pytest.importorskip("onnx")
+    from lfm_quantize.quantize import Settings, quantize
+
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    for variant in ("int8", "int4"):
+        quantize(bundle, Settings(variant), warn=lambda _: None)
+    split = Model.load(bundle, variant="int4", prefill="int8", threads=2)
+    plain, fast = Model.load(bundle, variant="int4", threads=2), Model.load(bundle, variant="int8", threads=2)
+    ids = [int(i) for i in tokens(40)]
+    for n in (40, 3):  # a long step is int8's, a short one int4's
+        wanted = (fast if n == 40 else plain).decoder
+        np.testing.assert_array_equal(
+            split.decoder.start(64).step(wanted.embed(ids[:n])), wanted.start(64).step(wanted.embed(ids[:n])).copy()
+        )
+    state = split.decoder.start(64)
+    state.step(split.decoder.embed(ids))
+    other = plain.decoder.start(64, state.snapshot())
+    np.testing.assert_array_equal(state.step(split.decoder.embed([7])).copy(), other.step(split.decoder.embed([7])))
+    assert split.answer(PICTURES[:1], QUESTION).text()
+    assert split.graphs.identity() != plain.graphs.identity()
+    assert main(["run", str(bundle), "--variant", "int4", "--prefill", "fp16", "-p", "x"]) == 2
+    assert "has no variant 'fp16'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prefill", "int8"], "has no variant 'int8'"), (["--prefill", "fp32"], "no effect"),
+        (["--prefill", "fp32", "--low-memory"], "low_memory"), (["--threads", "-1"], "impossible"), (["--threads", "99999"], "impossible"),
+        (["--cache", str(ROOT / "README.md")], "cannot be a cache folder"),
+    ],
+)  # fmt: skip
+def test_bad_wishes(demo_bundle, flags, says, capsys) -> None:
+    assert main(["run", str(demo_bundle), "-p", "x", *flags]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_context_of_a_new_prompt_forgets(demo_model) -> None:
+    """Another prompt in the same context shares what it shares and no more."""
+    context = Context(demo_model.decoder)
+    ids = tokens(30)
+    other = np.concatenate([ids[:12], tokens(10, 3)])
+    embed = demo_model.decoder.embed
+    context.resume(context.find(ids), ids, 40)
+    context.feed(embed(list(ids[:12])), ids[:12])
+    context.remember()
+    context.feed(embed(list(ids[12:])), ids[12:])
+    known = context.find(other)
+    assert known.length == 12
+    context.resume(known, other, 600)
+    logits = context.feed(embed(list(other[12:])), other[12:]).copy()
+    np.testing.assert_allclose(logits, demo_model.decoder.start(64).step(embed(list(other))), atol=1e-4)
+    assert context.find(tokens(5, 9)).length == 0
