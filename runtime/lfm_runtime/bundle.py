@@ -86,6 +86,15 @@ class Bundle:
                 )
         return name, graphs
 
+    def fingerprint(self, graph: Path) -> list[str]:
+        """Tells a graph and its weights from others: hashes where the manifest has them, else sizes and times."""
+        found = []
+        for path in (graph, graph.with_name(f"{graph.name}_data")):
+            if path.exists():
+                name, status = path.relative_to(self.folder).as_posix(), path.stat()
+                found.append(self.files[name]["sha256"] if name in self.files else f"{name} {status.st_size} {status.st_mtime_ns}")
+        return found
+
     def verify(self) -> None:
         """Hash every file the manifest names.
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +23,9 @@ _TOOL = "lfm-edge"
 
 
 @contextmanager
-def replacing(bundle: Path) -> Iterator[Path]:
-    """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays.
+def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays. `check` raises for a
+    folder that must not be replaced; by default everything but a bundle.
 
     Raises:
         BundleError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
@@ -34,7 +35,7 @@ def replacing(bundle: Path) -> Iterator[Path]:
         bundle.parent.mkdir(parents=True, exist_ok=True)
         with _locked(bundle):
             _recover(bundle)
-            check_replaceable(bundle)
+            (check or check_replaceable)(bundle)
             staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.partial-", dir=bundle.parent))
             try:
                 yield staging

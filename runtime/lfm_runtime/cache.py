@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
-import sys
 import tempfile
 import time
 import zipfile
@@ -25,6 +25,7 @@ from lfm_runtime.decoder import Arrays, Snapshot
 from lfm_runtime.errors import SettingError
 
 Keys = NDArray[np.int64]
+_log = logging.getLogger(__name__)
 _ABANDONED_S = 3600
 
 
@@ -102,7 +103,7 @@ class Cache:
                 _write(self._folder / f"{name}.npz", arrays)
                 self._trim_disk()
             except OSError as e:
-                print(f"lfm-edge: {self._folder} is not written to any more: {e.strerror or e}", file=sys.stderr)
+                _log.warning("lfm-edge: %s is not written to any more: %s", self._folder, e.strerror or e)
                 self._folder = None
 
     def _keep_in_memory(self, name: str, arrays: Arrays) -> None:

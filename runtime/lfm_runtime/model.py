@@ -74,7 +74,8 @@ class Model:
     @staticmethod
     def load(
         folder: str | Path, *, variant: str | None = None, prefill: str | None = None, threads: int | None = None,
-        low_memory: bool = False, verify: bool = False, cache_mib: int = 0, cache_folder: str | Path | None = None, **images: Any,
+        low_memory: bool = False, prepared: bool = True, verify: bool = False, cache_mib: int = 0,
+        cache_folder: str | Path | None = None, **images: Any,
     ) -> Model:  # fmt: skip
         """Load a bundle, or a folder with a hub repository's ONNX files.
 
@@ -84,6 +85,7 @@ class Model:
             prefill: another variant whose decoder takes the prompt in ("int8" beside int4: faster there, and its weights in memory).
             threads: of each operator; the physical cores by default.
             low_memory: one graph in memory at a time; the decoder is loaded when the images are encoded.
+            prepared: use what `lfm-edge prepare` wrote, where it fits; a warning is logged where it does not.
             verify: hash large files as well, not only small ones.
             cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts there.
             cache_folder: keep them on disk too, for other processes.
@@ -98,7 +100,9 @@ class Model:
         if verify:
             bundle.verify()
         settings = image_settings(bundle.images, images)
-        graphs = Graphs(bundle, variant, prefill=prefill, threads=threads, low_memory=low_memory)
+        graphs = Graphs(
+            bundle, variant, prefill=prefill, threads=threads, low_memory=low_memory, prepared=prepared, verify=verify
+        )
         cache = None
         if cache_mib or cache_folder:
             cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.prepared import find
+
+_log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
 _MOST_THREADS = 1024
@@ -39,9 +43,10 @@ class Graphs:
     """The graphs of one variant of a bundle, loaded all at once, or with `low_memory` one stage at a time."""
 
     def __init__(
-        self, bundle: Bundle, variant: str | None, *, prefill: str | None = None, threads: int | None = None, low_memory: bool = False
-    ) -> None:
-        """Nothing is loaded yet.
+        self, bundle: Bundle, variant: str | None, *, prefill: str | None = None, threads: int | None = None, low_memory: bool = False,
+        prepared: bool = True, verify: bool = False,
+    ) -> None:  # fmt: skip
+        """Nothing is loaded yet. `prepared`: use what `lfm-edge prepare` wrote; `verify`: hash all of it before.
 
         Raises:
             BundleError: the bundle lacks a variant.
@@ -58,7 +63,7 @@ class Graphs:
         self.threads = threads or default_threads()
         self.low_memory = low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)
-        self._bundle = bundle
+        self._bundle, self._prepared, self._verify = bundle, prepared, verify
         self._vision: ort.InferenceSession | None = None
 
     def load(self) -> None:
@@ -66,7 +71,7 @@ class Graphs:
         if self.low_memory:
             return
         with ThreadPoolExecutor(1) as other:
-            vision = other.submit(self._load, VISION_ENCODER)
+            vision = other.submit(self._load, VISION_ENCODER, self.paths[VISION_ENCODER.stem])
             self.decoder.sessions  # noqa: B018
             self._vision = vision.result()
 
@@ -75,35 +80,50 @@ class Graphs:
         """The vision encoder. With low_memory the decoder leaves memory before, and the encoder after."""
         if self.low_memory:
             self.decoder.release()
-        yield self._vision or self._load(VISION_ENCODER)
+        yield self._vision or self._load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
 
     def identity(self) -> str:
         """Tells what these graphs compute from what others do, across processes."""
         paths = [*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])]
-        names = sorted(path.relative_to(self._bundle.folder).as_posix() for path in paths)
-        known = {name: entry["sha256"] for name, entry in self._bundle.files.items()}
-        parts = [
-            known.get(part) or f"{part} {path.stat().st_size} {path.stat().st_mtime_ns}"
-            for name in names
-            for part in (name, f"{name}_data")
-            if (path := self._bundle.folder / part).exists()
-        ]
+        parts = [part for path in sorted(paths) for part in self._bundle.fingerprint(path)]
         return hashlib.sha256("\n".join([ort.__version__, *parts]).encode()).hexdigest()
 
     def _load_decoder(self) -> DecoderSessions:
         return DecoderSessions(
-            self._load(DECODER),
+            self._load(DECODER, self.paths[DECODER.stem]),
             load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
-            load_session(self.prefill_path, DECODER, self.threads) if self.prefill_path else None,
+            self._load(DECODER, self.prefill_path) if self.prefill_path else None,
         )
 
-    def _load(self, graph: Graph) -> ort.InferenceSession:
-        return load_session(self.paths[graph.stem], graph, self.threads)
+    def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
+        """The prepared form where it fits and works, else the graph as it is."""
+        if self._prepared:
+            found = find(self._bundle, path, verify=self._verify)
+            if found.note:
+                _log.warning("lfm-edge: %s", found.note)
+            if found.path != path:
+                try:
+                    return load_session(found.path, graph, self.threads)
+                except BundleError as e:
+                    _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
+        return load_session(path, graph, self.threads)
 
 
 def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True) -> ort.InferenceSession:
-    """Load one graph and check it against its contract. Not `packed`: weights are used where the file is mapped, no faster copy of
-    them is made.
+    """Load one graph and check it against its contract; see open_session."""
+    session = open_session(path, threads, packed=packed)
+    graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
+    return session
+
+
+def open_session(path: Path, threads: int, *, packed: bool = True, save_as: Path | None = None) -> ort.InferenceSession:
+    """Load a graph file on the CPU.
+
+    Args:
+        path: the graph.
+        threads: of each operator.
+        packed: make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped.
+        save_as: also write the graph as optimized here, with that copy.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -113,7 +133,10 @@ def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True)
     options.enable_mem_pattern = False
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if save_as:
+        options.optimized_model_filepath = str(save_as)
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     with failures_are_ours(path):
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
-    return session
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

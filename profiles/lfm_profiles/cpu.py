@@ -1,0 +1,25 @@
+"""What the processor can do, as far as kernels choose by it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+_ISA = re.compile(r"(avx\w*|amx_\w*|fma|f16c|sse4_\d|asimd\w*|sve\w*|i8mm|bf16|fphp|sme\w*|neon|CPU part \w+)$")
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The instruction set extensions of the first core, sorted, with Arm's core type; elsewhere the processor's name."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return (platform.machine(), platform.processor())
+    found = {platform.machine()}
+    for line in text.split("\n\n")[0].splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name in ("flags", "Features"):
+            found.update(flag for flag in value.split() if _ISA.match(flag))
+        elif name == "CPU part":
+            found.add(f"{name} {value}")
+    return tuple(sorted(found))
