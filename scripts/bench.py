@@ -1,57 +1,81 @@
-"""Time the runtime against the bare graphs, side by side: what does Python add to onnxruntime?
+"""Every figure of docs/performance.md in one run: encode, prefill, decode, first token, memory, start; each beside a baseline.
 
-    python scripts/bench.py BUNDLE [--threads 2] [--repeat 7] [--json FILE]
+    python scripts/bench.py BUNDLE --variant int4 --prefill int8 [--threads 2] [--repeat 7] [--json FILE]
 
-Every pair is measured A B A B …; medians with minimum and maximum. BUNDLE is usually the random 450M checkpoint of
-make_random_checkpoint.py. Nothing else should run on the machine: the load average is printed.
+BUNDLE is usually the random 450M checkpoint of make_random_checkpoint.py, quantized and prepared. A is the variant as `run` uses it, B the
+baseline (`--baseline`, by default the bundle's first variant); they are measured A B A B … after one warm-up of each, which is reported.
+Medians with minimum and maximum. What A answers is hashed beside what the unoptimized path answers: a fast path that says something else
+is marked. Nothing else should run on the machine: the load average is printed, and what the machine itself can do.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from lfm_runtime import Model
+import onnxruntime
+from lfm_runtime import Model, Session
 from lfm_runtime.images import cut_views
-from lfm_runtime.report import Report, memory_mib
+from lfm_runtime.report import Report
 from PIL import Image
 
-
-class TimedSession:
-    """An InferenceSession that adds up the time spent inside it."""
-
-    def __init__(self, session) -> None:
-        self.session = session
-        self.seconds: list[float] = []
-
-    def __getattr__(self, name):
-        return getattr(self.session, name)
-
-    def run(self, *arguments):
-        start = time.perf_counter()
-        out = self.session.run(*arguments)
-        self.seconds.append(time.perf_counter() - start)
-        return out
-
-    def run_with_iobinding(self, binding):
-        start = time.perf_counter()
-        self.session.run_with_iobinding(binding)
-        self.seconds.append(time.perf_counter() - start)
+QUESTION = "What is in this image, and where is the cup?"
+PHOTO = Path(__file__).resolve().parents[1] / "demo" / "photos" / "coffee.jpg"
+START = "import sys, json; from lfm_runtime import Model; m = Model.load(sys.argv[1], **json.loads(sys.argv[2]))"
+GREEDY = {"temperature": 0, "repetition_penalty": 1}
 
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def vision(model: Model, width: int, height: int, repeat: int) -> dict:
-    """ms of the runtime's encode of one image, and of a bare session.run with the same patches."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+def paired(repeat: int, **measures: Callable[[], float]) -> dict:
+    """Each measure's spread and its warm-up; `ratio`: the median over pairs of the first to the second."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(repeat + 1):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    row: dict = {name: {"warm_up": values[0], **spread(values[1:])} for name, values in found.items()}
+    first, *others = found
+    if others:
+        row["ratio"] = statistics.median(a / b for a, b in zip(found[first][1:], found[others[0]][1:], strict=True))
+    return row
+
+
+def timed_ms(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e3
+
+
+# ------------------------------------------------------------------------------------------------------- in process
+
+
+def encode(model: Model, image: Image.Image) -> Callable[[], float]:
+    """ms inside and around the vision graph, without opening and cutting the image."""
+    planned = [model.open(image)]
+
+    def measure() -> float:
+        report = Report()
+        model.encode(planned, report)
+        return report.timing_ms["vision"] or 0.0
+
+    return measure
+
+
+def bare_encode(model: Model, image: Image.Image) -> Callable[[], float]:
+    """The same patches through a plain session.run."""
     planned = model.open(image)
     (view,) = planned.plan.views
     (patches,) = cut_views(planned.image, planned.plan, model.images)
@@ -59,94 +83,194 @@ def vision(model: Model, width: int, height: int, repeat: int) -> dict:
         "pixel_values": patches[None], "pixel_attention_mask": np.ones((1, len(patches)), np.int64),
         "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
     }  # fmt: skip
-    runtime, bare = [], []
-    for i in range(repeat + 1):
-        report = Report()
-        model.encode([planned], report)
-        start = time.perf_counter()
-        model._vision.run(None, feeds)
-        if i:  # the first is warm-up
-            runtime.append(report.timing_ms["vision"])
-            bare.append((time.perf_counter() - start) * 1e3)
-    return {"patches": len(patches), "runtime_ms": spread(runtime), "bare_ms": spread(bare),
-            "ratio": statistics.median(a / b for a, b in zip(runtime, bare, strict=True))}  # fmt: skip
+    session = model.graphs.vision()
+    return lambda: timed_ms(lambda: session.run(None, feeds))
 
 
-def prefill(model: Model, tokens: int, repeat: int) -> dict:
+def prefill_rate(model: Model, tokens: int) -> Callable[[], float]:
     embeds = model.decoder.embed([10 + i % 300 for i in range(tokens)])
-    rates = []
-    for i in range(repeat + 1):
+
+    def measure() -> float:
         state = model.decoder.start(tokens + 1)
-        start = time.perf_counter()
-        state.step(embeds)
-        if i:
-            rates.append(tokens / (time.perf_counter() - start))
-    return {"tokens": tokens, "tok_s": spread(rates)}
+        return tokens / timed_ms(lambda: state.step(embeds)) * 1e3
+
+    return measure
 
 
-def decode(model: Model, context: int, tokens: int, repeat: int) -> dict:
-    """tok/s of a whole answer, and what of each token's time is spent outside onnxruntime."""
-    sessions = model.decoder.session, model.decoder.embed_session
-    timed = TimedSession(sessions[0]), TimedSession(sessions[1])
-    model.decoder.session, model.decoder.embed_session = timed
-    eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()  # a fixed number of tokens
-    rates, overheads = [], []
-    try:
-        question = "a" * max(1, context)  # one token each: no merge joins them
-        for i in range(repeat + 1):
-            for session in timed:
-                session.seconds.clear()
-            answer = model.answer([], question, temperature=0, repetition_penalty=1, max_new_tokens=tokens)
+def decode_rate(model: Model, context: int, tokens: int) -> Callable[[], float]:
+    """tok/s of the runtime's whole loop: embedding, decoder, sampling, detokenising. A text prompt: one token a letter."""
+    question = "a" * max(1, context - 10)
+
+    def measure() -> float:
+        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()  # a fixed number of tokens
+        try:
+            answer = model.answer([], question, max_new_tokens=tokens, **GREEDY)
             answer.text()
-            if i:
-                per_token = answer.report.timing_ms["decode_per_token"]
-                inside = sum(sum(session.seconds[1:]) for session in timed) * 1e3 / (tokens - 1)  # [0] is the prompt
-                rates.append(1e3 / per_token)
-                overheads.append(per_token - inside)
-    finally:
-        model.decoder.session, model.decoder.embed_session = sessions
-        model.bundle.__dict__["eos"] = eos
-    return {"context": answer.report.prompt_tokens, "tok_s": spread(rates), "python_ms_per_token": spread(overheads)}
+        finally:
+            model.bundle.__dict__["eos"] = eos
+        return answer.report.throughput["decode_tok_s"] or 0.0
+
+    return measure
+
+
+def python_ms(model: Model) -> Callable[[], float]:
+    """ms a token of the decode loop that are not spent inside onnxruntime."""
+
+    class Timed:
+        def __init__(self, session) -> None:
+            self.session, self.ms = session, []
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, *arguments):
+            start = time.perf_counter()
+            out = self.session.run(*arguments)
+            self.ms.append((time.perf_counter() - start) * 1e3)
+            return out
+
+        def run_with_iobinding(self, *arguments):
+            start = time.perf_counter()
+            self.session.run_with_iobinding(*arguments)
+            self.ms.append((time.perf_counter() - start) * 1e3)
+
+    def measure() -> float:
+        sessions = model.decoder.sessions
+        timed = Timed(sessions.decoder), Timed(sessions.embed)
+        model.decoder._sessions = type(sessions)(*timed, sessions.prefill)
+        try:
+            rate = decode_rate(model, 0, 49)()
+        finally:
+            model.decoder._sessions = sessions
+        return 1e3 / rate - sum(sum(session.ms[1:]) for session in timed) / 48  # [0] is the prompt
+
+    return measure
+
+
+def first_token(model: Model, image: Image.Image) -> Callable[[], float]:
+    def measure() -> float:
+        answer = model.answer([image], QUESTION, max_new_tokens=1, **GREEDY)
+        answer.text()
+        return answer.report.timing_ms["ttft"] or 0.0
+
+    return measure
+
+
+def second_question(model: Model, image: Image.Image) -> Callable[[], float]:
+    """A follow-up in a session that has read the image with another question."""
+    session = Session(model)
+    session.ask("Describe it.", [image], max_new_tokens=4, **GREEDY).text()
+
+    def measure() -> float:
+        answer = session.fork().ask(QUESTION, max_new_tokens=1, **GREEDY)
+        answer.text()
+        return answer.report.timing_ms["ttft"] or 0.0
+
+    return measure
+
+
+# ---------------------------------------------------------------------------------------------------- own processes
+
+
+def process(bundle: str, image: Path, tokens: int, *flags: str) -> dict:
+    """One `lfm-edge run` in a fresh process: its report, and a hash of what it said."""
+    code = "import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["run", bundle, str(image), "-p", QUESTION, "--json", "--temperature", "0", "--max-new-tokens", str(tokens), *flags]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    return {**report["memory_mib"], "ttft_ms": report["timing_ms"]["ttft"], "text": hashlib.sha256(report["text"].encode()).hexdigest()[:12]}
+
+
+def start_ms(bundle: str, **settings) -> Callable[[], float]:
+    """A fresh interpreter until the model is loaded and the process has ended; page cache warm."""
+    words = [sys.executable, "-c", START, bundle, json.dumps(settings)]
+    return lambda: timed_ms(lambda: subprocess.run(words, check=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- machine
+
+
+def machine(threads: int) -> dict:
+    """What bounds everything: reading memory, and matrix products through onnxruntime (fp32 and per-token int8's)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    arrays = [np.ones(64 << 20, np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        best = min(timed_ms(lambda: list(pool.map(np.max, arrays))) for _ in range(5))
+    found = {"read_gb_s": sum(a.nbytes for a in arrays) / best / 1e6}
+    a = np.ones((1024, 1024), np.float32)
+    b = np.ones((1024, 4096), np.float32)
+    best = min(timed_ms(lambda: a @ b) for _ in range(5))
+    return {**found, "fp32_gflop_s": 2 * 1024 * 1024 * 4096 / best / 1e6}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("--variant")
+    parser.add_argument("--prefill", help="variant whose decoder reads the prompt")
+    parser.add_argument("--baseline", help="variant to measure beside it; default: the bundle's first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    import onnxruntime
+    common = {"threads": options.threads}
+    ours = Model.load(options.bundle, variant=options.variant, **common)
+    split = Model.load(options.bundle, variant=options.variant, prefill=options.prefill, **common) if options.prefill else None
+    base = Model.load(options.bundle, variant=options.baseline, **common)
+    best = split or ours
+    tile = ours.images.tile_size
+    photo = Image.open(PHOTO).convert("RGB")
+    square, small = photo.resize((tile, tile)), photo.resize((3 * tile // 4, tile // 2))
+    repeat, load = options.repeat, os.getloadavg()[0]
+    rows: dict[str, dict] = {}
 
-    model = Model.load(options.bundle, variant=options.variant, threads=options.threads)
-    load = os.getloadavg()[0]
-    tile = model.images.tile_size
-    found = {
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version(),
-                    "onnxruntime": onnxruntime.__version__, "threads": options.threads, "load_average": load},
-        "variant": model.variant, "load_ms": model.load_ms,
-        "vision": [vision(model, w, h, options.repeat) for w, h in ((tile, tile), (3 * tile // 4, tile // 2))],
-        "prefill": [prefill(model, 275, options.repeat)],
-        "decode": [decode(model, context, 48, options.repeat) for context in (0, 512)],
-        "memory_mib": memory_mib(),
-    }  # fmt: skip
-    print(f"{options.bundle} {model.variant}, {options.threads} threads, onnxruntime {onnxruntime.__version__}, load average {load:.2f}")
-    for row in found["vision"]:
-        a, b = row["runtime_ms"], row["bare_ms"]
-        print(f"vision  {row['patches']:5d} patches  runtime {a['median']:8.1f} ms ({a['min']:.1f}…{a['max']:.1f})  "
-              f"bare {b['median']:8.1f} ms ({b['min']:.1f}…{b['max']:.1f})  ratio {row['ratio']:.3f}")  # fmt: skip
-    for row in found["prefill"]:
-        a = row["tok_s"]
-        print(f"prefill {row['tokens']:5d} tokens   {a['median']:8.1f} tok/s ({a['min']:.1f}…{a['max']:.1f})")
-    for row in found["decode"]:
-        a, b = row["tok_s"], row["python_ms_per_token"]
-        print(f"decode  at {row['context']:5d}      {a['median']:8.1f} tok/s ({a['min']:.1f}…{a['max']:.1f})  "
-              f"Python {b['median']:.3f} ms a token ({b['min']:.3f}…{b['max']:.3f})")  # fmt: skip
-    memory = found["memory_mib"]
-    print(f"load {model.load_ms:.0f} ms, peak {memory['peak'] or memory['rss']:.0f} MiB")
+    def row(name: str, unit: str, digits: int = 0, **measures: Callable[[], float]) -> None:
+        rows[name] = {"unit": unit, **paired(repeat, **measures)}
+        parts = [
+            f"{who} {v['median']:,.{digits}f} ({v['min']:,.{digits}f}…{v['max']:,.{digits}f})"
+            for who, v in rows[name].items() if isinstance(v, dict)
+        ]  # fmt: skip
+        ratio = f"  ratio {rows[name]['ratio']:.3f}" if "ratio" in rows[name] else ""
+        print(f"{name:34s} {unit:5s}  {'   '.join(parts)}{ratio}", flush=True)
+
+    about = {"processor": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__,
+             "onnxruntime": onnxruntime.__version__, "threads": options.threads, "load_average": load, **machine(options.threads)}  # fmt: skip
+    print(f"{options.bundle}: {ours.variant}{f', prefill {options.prefill}' if split else ''} beside {base.variant}")
+    print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items()))
+
+    row(f"vision encode, {tile}×{tile}", "ms", **{ours.variant: encode(ours, square), base.variant: encode(base, square)})
+    row("  the runtime around the graph", "ms", runtime=encode(ours, square), bare=bare_encode(ours, square))
+    row(f"  {3 * tile // 4}×{tile // 2} against it", "ms", small=encode(ours, small), whole=encode(ours, square))
+    row("prefill, 275 tokens", "tok/s", **{ours.variant: prefill_rate(ours, 275), base.variant: prefill_rate(base, 275)})
+    if split:
+        row(f"  through {options.prefill}", "tok/s", split=prefill_rate(split, 275), one=prefill_rate(ours, 275))
+    for context in (0, 512, 1500):
+        row(f"decode after {context} tokens", "tok/s", 1,
+            **{ours.variant: decode_rate(ours, context, 32), base.variant: decode_rate(base, context, 12)})  # fmt: skip
+    row("  Python of each token", "ms", 3, loop=python_ms(ours))
+    row("first token, image and question", "ms", ours=first_token(best, square), **{base.variant: first_token(base, square)})
+    row("  second question, same image", "ms", session=second_question(best, square), anew=first_token(best, square))
+
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        square.save(image)
+        del ours, split, base, best
+        variant = ["--variant", options.variant] if options.variant else []
+        flags = [*variant, "--threads", str(options.threads)]
+        runs = {"as it comes": flags, "low memory": [*flags, "--low-memory"]}
+        if options.prefill:
+            runs[f"prefill {options.prefill}"] = [*flags, "--prefill", options.prefill]
+        for name, words in runs.items():
+            found = process(options.bundle, image, 16, *words)
+            rows[f"memory, {name}"] = found
+            print(f"{f'peak of a whole answer, {name}':34s} MiB    {found['peak']:.0f}, at the end {found['rss_anon']:.0f} anonymous and "
+                  f"{found['rss_file']:.0f} mapped; text {found['text']}")  # fmt: skip
+    settings = {"variant": options.variant, "threads": options.threads}
+    row("start to loaded and ended", "ms", prepared=start_ms(options.bundle, **settings),
+        unprepared=start_ms(options.bundle, prepared=False, **settings))  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

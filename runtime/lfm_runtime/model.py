@@ -181,6 +181,8 @@ class Model:
         known = report.cached_tokens = found.length
         new = [image for image, end in zip(planned, prompt.image_ends, strict=True) if end > known]
         features = self.encode(new, report, progress)
+        with report.stage("load"):
+            self.decoder.sessions  # noqa: B018  (with low_memory it is loaded only now)
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
@@ -234,11 +236,12 @@ class Model:
                 progress(next(done), total)
 
         if todo:
-            with self.graphs.vision() as vision:
-                for i in todo:
-                    features[i] = made = np.concatenate(list(self._encode_views(vision, planned[i], report, tell)))
-                    if self.cache:
-                        self.cache.keep_features(planned[i].key, made)
+            with report.stage("load"):
+                vision = self.graphs.vision()
+            for i in todo:
+                features[i] = made = np.concatenate(list(self._encode_views(vision, planned[i], report, tell)))
+                if self.cache:
+                    self.cache.keep_features(planned[i].key, made)
         tell()
         return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
 

@@ -75,12 +75,11 @@ class Graphs:
             self.decoder.sessions  # noqa: B018
             self._vision = vision.result()
 
-    @contextmanager
-    def vision(self) -> Iterator[ort.InferenceSession]:
-        """The vision encoder. With low_memory the decoder leaves memory before, and the encoder after."""
+    def vision(self) -> ort.InferenceSession:
+        """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller lets go of it."""
         if self.low_memory:
             self.decoder.release()
-        yield self._vision or self._load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+        return self._vision or self._load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
 
     def identity(self) -> str:
         """Tells what these graphs compute from what others do, across processes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -250,8 +251,9 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     messages = list(session.messages)
     second = session.ask("How many shapes?", PICTURES[1:2]).text()  # loads the encoder again: the state outlives its decoder
     assert second == demo_model.converse([*messages, Message("user", "How many shapes?", 1)], PICTURES[:2]).text()
-    with model.graphs.vision():
-        assert model.decoder._sessions is None
+    gone = weakref.ref(model.graphs.vision())
+    assert gone() is None
+    assert model.decoder._sessions is None
     assert model.graphs._vision is None
 
 
