@@ -82,15 +82,21 @@ class Sampler:
     def __init__(self, settings: GenerationSettings, vocabulary: int, prompt: Iterable[int]) -> None:
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
-        self.seen = np.zeros(vocabulary, np.bool_)
-        self.seen[list(prompt)] = True
+        seen = np.unique(np.array(list(prompt), np.int64))
+        self._seen = np.resize(seen, max(vocabulary, len(seen)))  # the first `_count`; room for all
+        self._count = len(seen)
+        self._is_seen = np.zeros(vocabulary, np.bool_)
+        self._is_seen[seen] = True
 
     def next(self, logits: Logits) -> int:
-        """The next id for logits [vocabulary]; `logits` may be changed."""
+        """The next id for logits [vocabulary], which are changed."""
         if self.settings.repetition_penalty != 1:
-            logits = penalise(logits, self.seen, self.settings.repetition_penalty)
+            penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
         token = int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)
-        self.seen[token] = True
+        if not self._is_seen[token]:
+            self._is_seen[token] = True
+            self._seen[self._count] = token
+            self._count += 1
         return token
 
     def _draw(self, logits: Logits) -> int:
@@ -101,31 +107,39 @@ class Sampler:
         return int(ids[min(int(at), len(ids) - 1)])  # the sum of rounded probabilities can fall short of 1
 
 
-def penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> Logits:
-    """Seen ids: positive logits divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
-    out: Logits = logits.copy()
-    values = out[seen]
-    out[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
-    return out
+def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:
+    """In place, for seen ids: positive logits divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
 
 
 def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(ids, probabilities) that remain after the filters, likeliest first; probabilities sum to 1."""
-    scaled = logits.astype(np.float64) / settings.temperature
-    scaled -= scaled.max()
-    ids = np.arange(len(scaled))
-    if 0 < settings.top_k < len(ids):
-        smallest = np.partition(scaled, -settings.top_k)[-settings.top_k]
-        ids = np.flatnonzero(scaled >= smallest)  # ties with the k-th stay, as in transformers
-    # min_p is relative to the likeliest, so it can go first and spare the sorts below.
-    candidates = ids[scaled[ids] >= np.log(settings.min_p)] if settings.min_p > 0 else ids
-    if settings.top_p < 1:
-        order = ids[np.argsort(-scaled[ids], kind="stable")]
-        p = np.exp(scaled[order])
-        before = np.cumsum(p) - p
-        order = order[before < settings.top_p * p.sum()]  # the token that crosses the limit stays
-        kept = order[np.isin(order, candidates)]
-    else:
-        kept = candidates[np.argsort(-scaled[candidates], kind="stable")]
-    p = np.exp(scaled[kept])
-    return kept, p / p.sum()
+    """(ids, probabilities) that remain after the filters; probabilities sum to 1."""
+    scaled = (logits - logits.max()) / np.float32(settings.temperature)
+    ids = np.flatnonzero(scaled >= _lowest(scaled, settings))
+    p = np.exp(scaled[ids], dtype=np.float64)
+    return ids, p / p.sum()
+
+
+def _lowest(scaled: Logits, settings: GenerationSettings) -> float:
+    """The filters as one limit on the scaled logits, whose maximum is 0: each keeps what is likely enough, ties included."""
+    lowest = float(np.log(settings.min_p)) if settings.min_p > 0 else -np.inf
+    if settings.top_k == 0 and settings.top_p == 1:
+        return lowest
+    # What min_p drops may be left out of a search for the k likeliest, but not out of the sum that top_p is a share of.
+    pool = scaled[scaled >= lowest] if settings.top_p == 1 else scaled
+    if 0 < settings.top_k < len(pool):
+        smallest = np.partition(pool, -settings.top_k)[-settings.top_k]
+        pool, lowest = pool[pool >= smallest], max(lowest, float(smallest))
+    return lowest if settings.top_p == 1 else max(lowest, _nucleus(pool, settings.top_p))
+
+
+def _nucleus(scaled: Logits, top_p: float) -> float:
+    """The limit above which the likeliest reach `top_p` of the probability; the one that crosses it stays."""
+    wanted = top_p * float(np.exp(scaled).sum(dtype=np.float64))
+    for depth in (4.0, 8.0, 16.0, np.inf):  # sorting all 65,536 would take longer than the decoder does
+        likeliest = np.sort(scaled[scaled >= -depth])[::-1]
+        reached = np.exp(likeliest, dtype=np.float64).cumsum()
+        if reached[-1] >= wanted or depth == np.inf:
+            break
+    return float(likeliest[min(int(np.searchsorted(reached, wanted)), len(likeliest) - 1)])
