@@ -62,10 +62,10 @@ def test_seed_and_greedy() -> None:
     logits = np.random.default_rng(0).standard_normal(50).astype(np.float32)
     hot = GenerationSettings(temperature=1, min_p=0, seed=7)
     a, b = (Sampler(hot, 50, []) for _ in range(2))
-    assert [a.next(logits) for _ in range(20)] == [b.next(logits) for _ in range(20)]
-    assert Sampler(GenerationSettings(temperature=0, repetition_penalty=1), 50, []).next(logits) == logits.argmax()
+    assert [a.next(logits.copy()) for _ in range(20)] == [b.next(logits.copy()) for _ in range(20)]
+    assert Sampler(GenerationSettings(temperature=0, repetition_penalty=1), 50, []).next(logits.copy()) == logits.argmax()
     top = int(logits.argmax())
-    assert Sampler(GenerationSettings(temperature=0, repetition_penalty=100), 50, [top]).next(logits) != top
+    assert Sampler(GenerationSettings(temperature=0, repetition_penalty=100), 50, [top]).next(logits.copy()) != top
 
 
 @pytest.mark.parametrize(
