@@ -85,6 +85,11 @@ class Context:
         if cached and self._cache:
             self._cache.keep(self.keys, self._state.snapshot())
 
+    def snapshot(self) -> Snapshot:
+        """A copy of the state here."""
+        assert self._state is not None
+        return self._state.snapshot()
+
     def fork(self) -> Context:
         """Another context at the same point; the two go on apart."""
         other = Context(self._decoder, self._cache)

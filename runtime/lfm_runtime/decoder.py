@@ -188,7 +188,6 @@ class SharedState:
                 # Pages of a fresh zero array cost nothing until they are written.
                 self._buffers[state.name] = [np.zeros((*state.shape[:2], capacity, state.shape[3]), state.dtype)]
         self._bindings: dict[int, list[ort.IOBinding]] = {}
-        self._values: list[ort.OrtValue] = []
         if after:
             self.length = after.length
             for name, array in after.values.items():
@@ -230,22 +229,79 @@ class SharedState:
         self._bindings.clear()
 
     def _binding(self, session: ort.InferenceSession) -> list[ort.IOBinding]:
-        if (found := self._bindings.get(id(session))) is not None:
-            return found
+        if id(session) not in self._bindings:
+            self._bindings[id(session)] = _bind(session, self._buffers, self._logits)
+        return self._bindings[id(session)]
+
+
+class BatchState:
+    """Several sequences of different lengths in one step: rows of the same buffers, each filled up to its own length."""
+
+    def __init__(self, decoder: Decoder, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.lengths = [0] * rows  # 0: nobody is there
+        self._decoder = decoder
+        self._turn = 0
+        self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
+        self._buffers = {
+            s.name: [np.zeros((rows, *s.shape[1:]), s.dtype) for _ in range(2)] if s.is_conv
+            else [np.zeros((rows, s.shape[1], capacity, s.shape[3]), s.dtype)]
+            for s in decoder.states
+        }  # fmt: skip
+        self._bindings: list[ort.IOBinding] = []
+
+    def put(self, row: int, snapshot: Snapshot) -> None:
+        """Continue a sequence here."""
+        self.lengths[row] = snapshot.length
+        for name, array in snapshot.values.items():
+            buffers = self._buffers[name]
+            target = buffers[self._turn % len(buffers)][row]
+            (target if len(buffers) == 2 else target[:, : snapshot.length])[...] = array[0]
+
+    def leave(self, row: int) -> None:
+        """Nobody is there any more."""
+        self.lengths[row] = 0
+
+    def moved(self, rows: int, capacity: int) -> BatchState:
+        """The sequences that are there, in order, in the first rows of another state."""
+        other = BatchState(self._decoder, rows, capacity)
+        kept = [row for row, length in enumerate(self.lengths) if length]
+        for new, row in enumerate(kept):
+            values = {name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()}
+            length = self.lengths[row]
+            other.put(new, Snapshot(length, {n: v if n.startswith("past_conv.") else v[:, :, :length] for n, v in values.items()}))
+        return other
+
+    def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """Feed one token to every row, embeds [rows, 1, H]; returns logits [rows, vocabulary], valid until the next step."""
+        session = self._decoder.sessions.decoder
         if not self._bindings:
-            self._values = [ort.OrtValue.ortvalue_from_numpy(self._logits)]
-        logits = self._values[0]
-        bindings = [session.io_binding(), session.io_binding()]
-        for binding in bindings:
-            binding.bind_ortvalue_output("logits", logits)
-        for name, buffers in self._buffers.items():
-            values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
-            self._values += values
-            for turn, binding in enumerate(bindings):
-                binding.bind_ortvalue_input(name, values[turn % len(values)])
-                binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
-        self._bindings[id(session)] = bindings
-        return bindings
+            self._bindings = _bind(session, self._buffers, self._logits)
+        binding = self._bindings[self._turn]
+        # A row without a sequence writes its first position again and again; nobody reads it.
+        mask = (np.arange(max(self.lengths) + 1) <= np.array(self.lengths)[:, None]).astype(np.int64)
+        binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
+        binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        session.run_with_iobinding(binding)
+        self._turn = 1 - self._turn
+        self.lengths = [n + 1 if n else 0 for n in self.lengths]
+        logits: NDArray[np.float32] = self._logits[:, 0]
+        return logits
+
+
+def _bind(session: ort.InferenceSession, buffers: Mapping[str, list[NDArray[Any]]], logits: NDArray[np.float32]) -> list[ort.IOBinding]:
+    """Two bindings that differ in which convolution buffers are read and which written; attention's are both. They hold on to the
+    arrays' OrtValues.
+    """
+    bindings = [session.io_binding(), session.io_binding()]
+    for binding in bindings:
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+    for name, arrays in buffers.items():
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        for turn, binding in enumerate(bindings):
+            binding.bind_ortvalue_input(name, values[turn % len(values)])
+            binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
+    return bindings
 
 
 class ConcatenatedState:

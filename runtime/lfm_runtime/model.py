@@ -19,10 +19,10 @@ from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
+from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
 from lfm_runtime.sessions import Graphs, failures_are_ours
-from lfm_runtime.tokenizer import TextStream
 
 Progress = Callable[[int, int], None]
 """Called with (views encoded, views in all) before each view and after the last."""
@@ -40,6 +40,22 @@ class PlannedImage:
     def key(self) -> int:
         """Tells this image, cut this way, from others."""
         return image_key(self.image.tobytes(), repr((self.image.size, self.plan, self.settings)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be made: its prompt, and the reply that grows."""
+
+    prompt: RenderedPrompt
+    planned: Sequence[PlannedImage]
+    settings: GenerationSettings
+    reply: Reply
+    capacity: int  # of prompt and answer together
+    started: float  # time.perf_counter()
+
+    def finish(self) -> None:
+        """Complete the report."""
+        self.reply.report.finish(self.started, self.reply.first_token, time.perf_counter())
 
 
 class Answer:
@@ -147,6 +163,14 @@ class Model:
         max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
     ) -> Answer:  # fmt: skip
         """As `answer`, for several turns. What `context` has taken in of them is not computed again (see Session)."""
+        job = self.plan(messages, images, max_megapixels=max_megapixels, **generation)
+        return Answer(_explained(self._answer(job, context, progress), self.bundle.folder), job.reply.report)
+
+    def plan(
+        self, messages: Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, max_megapixels: float = MAX_MEGAPIXELS,
+        **generation: Any,
+    ) -> Job:  # fmt: skip
+        """Everything about an answer that bad input could spoil; nothing is computed yet. Parameters and errors as for `answer`."""
         started = time.perf_counter()
         report = Report()
         report.timing_ms["load"] = self.load_ms
@@ -157,26 +181,39 @@ class Model:
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
-        if context is None and self.cache:
-            context = Context(self.decoder, self.cache)
-        pieces = self._generate(prompt, planned, context, settings, report, progress, started)
-        return Answer(_explained(pieces, self.bundle.folder), report)
+        capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
+        return Job(prompt, planned, settings, Reply(self.prompts.tokenizer, self.bundle.eos, settings, report), capacity, started)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
         """Open one image and plan its views; nothing is encoded."""
         opened = open_image(image, max_megapixels=max_megapixels)
         return PlannedImage(opened, plan_image(opened.width, opened.height, self.images), self.images)
 
-    def _generate(
-        self, prompt: RenderedPrompt, planned: Sequence[PlannedImage], context: Context | None,
-        settings: GenerationSettings, report: Report, progress: Progress | None, started: float,
-    ) -> Iterator[str]:  # fmt: skip
-        capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
-        stops_at = () if context is None else prompt.image_ends  # points that another question may start from
+    def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Iterator[str]:
+        returning = context is not None or self.cache is not None
+        context = context or Context(self.decoder, self.cache)
+        logits = self.read(job, context, progress, returning=returning)
+        sampler = Sampler(job.settings, self.decoder.vocabulary, job.prompt.ids)
+        while True:
+            token = sampler.next(logits)
+            piece = job.reply.add(token, room=context.length < job.capacity)
+            if piece:
+                yield piece
+            if job.reply.finished:
+                break
+            logits = context.feed(self.decoder.embed([token]), np.array([token]))
+        job.finish()
+
+    def read(
+        self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False
+    ) -> NDArray[np.float32]:
+        """Take a job's prompt in, what `context` or the cache know of it excepted; returns the logits [vocabulary] after it. `returning`:
+        somebody may come back to where an image ends, in this context or through the cache.
+        """
+        prompt, planned, report = job.prompt, job.planned, job.reply.report
         with report.stage("image"):
-            images = [image.key for image in planned] if context else [-1] * len(planned)  # hashing pixels takes time
+            images = [image.key for image in planned] if returning else [-1] * len(planned)  # hashing pixels takes time
             keys = prompt_keys(prompt.ids, self.prompts.image_id, images, prompt.image_ends)
-        context = context or Context(self.decoder)
         found = context.find(keys)
         known = report.cached_tokens = found.length
         new = [image for image, end in zip(planned, prompt.image_ends, strict=True) if end > known]
@@ -186,40 +223,12 @@ class Model:
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
-            context.resume(found, keys, capacity)
-            for end in (*(n for n in stops_at if n > known), len(prompt.ids)):
+            context.resume(found, keys, job.capacity)
+            for end in (*(n for n in prompt.image_ends if returning and n > known), len(prompt.ids)):
                 at = context.length
                 logits = context.feed(embeds[:, at - known : end - known], keys[at:end])
                 context.remember(cached=end < len(prompt.ids))
-        del embeds, features
-
-        sampler = Sampler(settings, self.decoder.vocabulary, prompt.ids)
-        stream, stops = TextStream(self.prompts.tokenizer), StopStrings(settings.stop)
-        first_token: float | None = None
-        while True:
-            token = sampler.next(logits)
-            first_token = first_token or time.perf_counter()
-            report.new_tokens += 1
-            if token in self.bundle.eos:
-                report.finish_reason = "eos"
-                break
-            if piece := stops.pass_on(stream.add(token)):
-                report.text += piece
-                yield piece
-            if stops.found:
-                report.finish_reason = "stop"
-                break
-            if report.new_tokens == settings.max_new_tokens:
-                report.finish_reason = "length"
-                break
-            if context.length == capacity:
-                report.finish_reason = "context"
-                break
-            logits = context.feed(self.decoder.embed([token]), np.array([token]))
-        if rest := stops.pass_on(stream.finish()) + stops.rest():
-            report.text += rest
-            yield rest
-        report.finish(started, first_token, time.perf_counter())
+        return logits
 
     def encode(
         self, planned: Sequence[PlannedImage], report: Report | None = None, progress: Progress | None = None
@@ -274,36 +283,6 @@ class Model:
 def _explained(pieces: Iterator[str], folder: Path) -> Iterator[str]:
     with failures_are_ours(folder):
         yield from pieces
-
-
-class StopStrings:
-    """Holds text back while it could be the start of a stop string; a stop string itself is never passed on."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.found = False
-        self._held = ""
-
-    def pass_on(self, text: str) -> str:
-        """What of the text so far is certain to be before any stop string."""
-        if not self.stops or self.found:
-            return "" if self.found else text
-        text = self._held + text
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if ends:
-            self.found, self._held = True, ""
-            return text[: min(ends)]
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back when the answer ended for another reason."""
-        held, self._held = self._held, ""
-        return held
 
 
 def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSettings:

@@ -15,7 +15,7 @@ import pytest
 from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, Session, SettingError
 from lfm_runtime.cli import main
 from lfm_runtime.decoder import ConcatenatedState, SharedState
-from lfm_runtime.model import StopStrings
+from lfm_runtime.reply import StopStrings
 from lfm_runtime.report import STAGES
 from PIL import Image
 
