@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lfm_runtime.contract import MAX_CONTEXT, past_names, present_name
+from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, MAX_CONTEXT, past_names, present_name
 
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint import Checkpoint
@@ -43,13 +43,15 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
     last_index = g.op("Cast", g.op("Sub", g.op("ReduceSum", mask, [1], keepdims=0), 1), to=int(INT32))
     total = g.op("Cast", g.op("Squeeze", g.op("Shape", mask, start=1, end=2)), to=int(INT32))
     rotary = _rotary_tables(g, text)
+    read_from = _read_from(g, embeds)
+    windows: dict[str, ir.Value] = {}
 
     x = g.cast(embeds, g.float_type)
     normed = _rms_norm(g, checkpoint, x, "text.layers.0.operator_norm")
     for i, kind in enumerate(text.layers):
         place = f"text.layers.{i}"
         if kind == "conv":
-            mixed, state = _short_conv(g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv")
+            mixed, state, windows[f"{CONV_WINDOW}{i}"] = _short_conv(g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv")
             states = {f"past_conv.{i}": state}
         else:
             names = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
@@ -57,15 +59,27 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
             states = dict(zip(names, kv, strict=True))
         for name, state in states.items():
             g.output(state, present_name(name), g.float_type, _state_shape(name, text, "past_and_tokens"))
-        if i + 1 == len(text.layers):  # beyond the last layer's state, only the last position is read
-            mixed, x = (g.op("Slice", v, [-1], [np.iinfo(np.int64).max], [1]) for v in (mixed, x))
+        if i + 1 == len(text.layers):  # beyond the last layer's state, only positions whose logits are wanted are read
+            parts = {"text.read.mixed": mixed, "text.read.residual": x}
+            mixed, x = (g.op("Slice", v, read_from, [np.iinfo(np.int64).max], [1], name=name) for name, v in parts.items())
         normed, x = _add_and_norm(g, checkpoint, mixed, x, f"{place}.ffn_norm")
         change = _feed_forward(g, checkpoint, normed, f"{place}.feed_forward")
         after = f"text.layers.{i + 1}.operator_norm" if i + 1 < len(text.layers) else "text.embedding_norm"
         normed, x = _add_and_norm(g, checkpoint, change, x, after)
 
-    g.output(_head(g, checkpoint, normed, head_table), "logits", FLOAT, ["batch", 1, text.vocabulary])
-    g.outputs.insert(0, g.outputs.pop())  # logits first: the model card takes outputs by position
+    logits = _head(g, checkpoint, normed, embeds, head_table)
+    g.output(logits, "logits", FLOAT, ["batch", "positions", text.vocabulary])
+    g.outputs.insert(0, g.outputs.pop())  # logits first, windows last: the model card takes outputs by position
+    for name, window in windows.items():
+        g.output(window, name, g.float_type, ["batch", "kernel_and_tokens", text.hidden])
+
+
+def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:
+    """Where the positions begin whose logits are wanted, counted from the end [1]: all of a step of a few tokens, which may be guesses
+    to be verified; the last alone of a prompt, whose logits would be 262 KB a token.
+    """
+    tokens = g.op("Shape", embeds, start=1, end=2)
+    return g.op("Neg", g.op("Where", g.op("Less", tokens, [MANY_TOKENS]), tokens, [1]))
 
 
 def _state_shape(name: str, text: TextConfig, length: str) -> list[int | str]:
@@ -114,8 +128,9 @@ def _linear(
 
 def _short_conv(
     g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: ir.Value, place: str
-) -> tuple[ir.Value, ir.Value]:
-    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel]).
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel], all that the convolution
+    read [batch, kernel + tokens, H]).
 
     The state holds the convolution's last `kernel` inputs, channels first (the hub's shape); inside, time runs along axis 1
     so that each tap is one contiguous multiply-add. The oldest entry is never read: kernel - 1 past inputs suffice.
@@ -143,7 +158,7 @@ def _short_conv(
     gated = g.op("Mul", c, convolved)
     state = g.op("Transpose", g.op("Slice", full, [-kernel], [np.iinfo(np.int64).max], [1]), perm=[0, 2, 1])
     out = _linear(g, checkpoint, gated, [f"{place}.out_proj"], [hidden], hidden, f"{place}.out_proj", text.conv_bias)
-    return out, state
+    return out, state, full
 
 
 def _attention(
@@ -195,8 +210,10 @@ def _feed_forward(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: s
     return _linear(g, checkpoint, active, [f"{place}.w2"], [text.hidden], width, f"{place}.w2")
 
 
-def _head(g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, table: ir.ExternalTensor | None) -> ir.Value:
-    """normed [batch, 1, H] → logits float32 [batch, 1, V]. Gemm reads the table as it is stored, [V, H]."""
+def _head(
+    g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, embeds: ir.Value, table: ir.ExternalTensor | None
+) -> ir.Value:
+    """normed [batch, positions, H] → logits float32 [batch, positions, V]. Gemm reads the table as it is stored, [V, H]."""
     text = checkpoint.config.text
     shape = [text.vocabulary, text.hidden]
     place = "text.embed_tokens.weight" if text.tied_head else "head"
@@ -205,4 +222,5 @@ def _head(g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, table: ir.E
     else:
         weight = g.weight("head.weight", shape, lambda: checkpoint.chunks(place, *shape))
     logits = g.op("Gemm", g.op("Reshape", normed, [-1, text.hidden]), weight, transB=1, name="head")
-    return g.op("Reshape", g.cast(logits, FLOAT), [-1, 1, text.vocabulary])
+    batch = g.op("Shape", embeds, start=0, end=1)
+    return g.op("Reshape", g.cast(logits, FLOAT), g.op("Concat", batch, [-1, text.vocabulary], axis=0))

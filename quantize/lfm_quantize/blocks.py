@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from lfm_quantize.graph import INT64, Graph
+from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.samples import Sample
 
 Feeds = dict[str, NDArray[Any]]
@@ -61,10 +61,10 @@ def _residual(norm: onnx.NodeProto) -> list[str]:
 
 
 def all_positions(graph: Graph) -> Graph:
-    """The decoder with logits for every position: the graph slices the last one out before the last feed-forward layer."""
-    last = {name for name, t in graph.tensors.items() if t.shape == (1,) and t.dtype == INT64 and t.array[0] == -1}
-    slices = {n.output[0]: n for n in graph.nodes if n.op_type == "Slice" and n.input[1] in last}
-    assert len(slices) == 2, graph.name  # what the last layer mixed, and the residual
+    """The decoder with logits for every position: the graph slices the last ones out before the last feed-forward layer."""
+    slices = {n.output[0]: n for n in graph.nodes if n.op_type == "Slice" and n.name.startswith("text.read.")}
+    if len(slices) != 2:  # of what the last layer mixed, and of the residual
+        raise QuantizeError(f"{graph.name} is of an older lfm-edge; export the bundle again")
     nodes = []
     for node in graph.nodes:
         if node.output[0] in slices:

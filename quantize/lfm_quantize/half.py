@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+from lfm_runtime.contract import CONV_WINDOW
 from onnx import helper
 
 from lfm_quantize.blocks import Feeds, Values, blocks_of, run_block
@@ -67,7 +68,7 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
             kinds |= dict.fromkeys(node.output, FLOAT if to == FLOAT else kind)
     outputs = []
     for info in graph.outputs:
-        state = info.name.startswith("present")
+        state = info.name.startswith(("present", CONV_WINDOW))
         outputs.append(_typed(info, FLOAT16) if state else info)
         if kinds[info.name] != (FLOAT16 if state else FLOAT):
             _rename_output(nodes, info.name, f"{info.name}.inner")

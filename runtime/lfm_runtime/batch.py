@@ -84,7 +84,7 @@ def _answer_all(
             logits = model.read(job, context, returning=model.cache is not None)
             sampler = Sampler(job.settings, model.decoder.vocabulary, job.prompt.ids)
             row = _Row(index, job, sampler, sampler.next(logits))
-            job.reply.add(row.token, room=context.length < job.capacity)
+            job.reply.add(row.token)
             if job.reply.finished:
                 job.finish()
                 yield index, job.reply.report
@@ -107,7 +107,7 @@ def _answer_all(
             if one is None:
                 continue
             one.token = one.sampler.next(logits[place])
-            one.job.reply.add(one.token, room=state.lengths[place] < one.job.capacity)
+            one.job.reply.add(one.token)
             if one.job.reply.finished:
                 one.job.finish()
                 state.leave(place)

@@ -91,12 +91,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--top-p", type=float, metavar="P")
     text.add_argument("--repetition-penalty", type=float, metavar="R")
     text.add_argument("--max-new-tokens", type=int, metavar="N")
+    text.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step")
     text.add_argument("--seed", type=int, metavar="N")
     text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
 
 
 IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
-_GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+_GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
 
 def load_model(options: argparse.Namespace) -> Model:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.cache import Cache
-from lfm_runtime.decoder import Decoder, Embeds, Mark, Snapshot, State
+from lfm_runtime.decoder import Decoder, Embeds, Mark, SharedState, Snapshot, State
 
 Keys = NDArray[np.int64]
 _ROOM = 512
@@ -40,6 +40,7 @@ class Context:
         self._cache = cache
         self._state: State | None = None
         self._marks: list[Mark] = []
+        self._guessed = 0  # tokens of the last feed_all
 
     @property
     def length(self) -> int:
@@ -77,6 +78,23 @@ class Context:
         self._state = state
         self.keys = np.concatenate([self.keys, keys])
         return logits
+
+    def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
+        """As `feed`, but logits [S, vocabulary] after every token; tokens that were guesses can then be taken back by `keep`."""
+        state, self._state = self._state, None
+        assert isinstance(state, SharedState)
+        logits = state.step_all(embeds)
+        self._state = state
+        self.keys = np.concatenate([self.keys, keys])
+        self._guessed = len(keys)
+        return logits
+
+    def keep(self, tokens: int) -> None:
+        """Of the last `feed_all`, the first `tokens` were right: forget the others."""
+        assert isinstance(self._state, SharedState)
+        self._state.keep(tokens)
+        self.keys = self.keys[: self.length - self._guessed + tokens]
+        self._guessed = tokens
 
     def remember(self, *, cached: bool = False) -> None:
         """Make this point one to return to; `cached`, also for other contexts."""

@@ -19,6 +19,15 @@ SCHEMA_VERSION = 1
 MAX_CONTEXT = 32768
 """LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in memory."""
 
+MANY_TOKENS = 16
+"""A decoder of ours gives logits for every position of a step of fewer tokens, of the last position alone from here on."""
+
+CONV_WINDOW = "conv_window."
+"""Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state after any of
+the step's tokens can be cut. The hub's contract does not know them, so their names must not look like states'; whoever does not ask
+for them pays nothing.
+"""
+
 VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static"}
 
 

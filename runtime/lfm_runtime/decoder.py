@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +18,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lfm_runtime.contract import present_name
+from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, present_name
 from lfm_runtime.errors import GraphContractError
 
 Embeds = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-PREFILL_TOKENS = 16
-"""From so many tokens a step is bound by arithmetic, not by reading weights: the prefill graph takes it, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,12 @@ class Decoder:
         if shrink:  # after a step of many tokens its memory goes back to the operating system
             self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
+    @cached_property
+    def verifies(self) -> bool:
+        """Whether guessed tokens can be taken back."""
+        content = self.path.read_bytes()
+        return CONV_WINDOW.encode() in content and b"GroupQueryAttention" in content
+
     @property
     def sessions(self) -> DecoderSessions:
         """Loaded."""
@@ -135,7 +139,9 @@ class Decoder:
         # Sharing needs an operator that writes into its past; its name is in the protobuf or it is not there.
         fp32_edges = self.embeds_type is np.float32 and outputs["logits"].type == "tensor(float)"
         shares = fp32_edges and b"GroupQueryAttention" in self.path.read_bytes() and "position_ids" not in self.inputs
-        self.shares_kv = shares and outputs["logits"].shape[1] == 1
+        # How many positions' logits a step gives must be known before it.
+        self.windows = [name for name in outputs if name.startswith(CONV_WINDOW)]
+        self.shares_kv = shares and (bool(self.windows) or outputs["logits"].shape[1] == 1)
 
     def embed(self, ids: list[int]) -> Embeds:
         """Embeddings [1, tokens, H]."""
@@ -179,7 +185,9 @@ class SharedState:
         self._decoder = decoder
         self._turn = 0  # which of each convolution's two buffers holds its state
         self._mask = np.ones((1, capacity), np.int64)
-        self._logits = np.empty((1, 1, decoder.vocabulary), np.float32)
+        self._logits = np.empty((1, MANY_TOKENS - 1 if decoder.windows else 1, decoder.vocabulary), np.float32)
+        self._windows: dict[str, NDArray[Any]] = {}  # [1, kernel + tokens, H] of the last `step_all`
+        self._window_room: dict[str, NDArray[Any]] = {}
         self._buffers: dict[str, list[NDArray[Any]]] = {}
         for state in decoder.states:
             if state.is_conv:
@@ -187,7 +195,7 @@ class SharedState:
             else:
                 # Pages of a fresh zero array cost nothing until they are written.
                 self._buffers[state.name] = [np.zeros((*state.shape[:2], capacity, state.shape[3]), state.dtype)]
-        self._bindings: dict[int, list[ort.IOBinding]] = {}
+        self._bindings: dict[tuple[int, int, bool], list[ort.IOBinding]] = {}
         if after:
             self.length = after.length
             for name, array in after.values.items():
@@ -196,17 +204,38 @@ class SharedState:
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """See State."""
+        logits: NDArray[np.float32] = self._run(embeds, windows=False)[-1]
+        return logits
+
+    def step_all(self, embeds: Embeds) -> NDArray[np.float32]:
+        """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the last of them."""
+        return self._run(embeds, windows=True)
+
+    def keep(self, tokens: int) -> None:
+        """Be as if the last step, a `step_all`, had fed only its first `tokens`."""
+        for name, window in self._windows.items():
+            state = self._buffers[name.replace(CONV_WINDOW, "past_conv.")][self._turn]
+            state[0] = window[0, tokens : tokens + state.shape[2]].T
+            fed = window.shape[1] - state.shape[2]
+        self.length += tokens - fed
+
+    def _run(self, embeds: Embeds, *, windows: bool) -> NDArray[np.float32]:
+        """Logits [positions, vocabulary]."""
         sessions, tokens = self._decoder.sessions, embeds.shape[1]
-        many = tokens >= PREFILL_TOKENS
+        # A step of many tokens is bound by arithmetic, not by reading weights: the prefill graph takes it, where there is one.
+        many = tokens >= MANY_TOKENS
         session = sessions.prefill if many and sessions.prefill is not None else sessions.decoder
-        binding = self._binding(session)[self._turn]
+        positions = 1 if many or not self._decoder.windows else tokens
+        binding = self._binding(session, positions, windows)[self._turn]
+        if windows:
+            self._windows = self._room_for_windows(tokens)
         self.length += tokens
         # OrtValues over numpy memory: a view costs microseconds and copies nothing.
         binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
         binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(self._mask[:, : self.length]))
         session.run_with_iobinding(binding, self._decoder.many_options if many else None)
         self._turn = 1 - self._turn
-        logits: NDArray[np.float32] = self._logits[0, 0]
+        logits: NDArray[np.float32] = self._logits[0, :positions]
         return logits
 
     def mark(self) -> Mark:
@@ -228,10 +257,24 @@ class SharedState:
         """Let go of the sessions; the next step binds anew."""
         self._bindings.clear()
 
-    def _binding(self, session: ort.InferenceSession) -> list[ort.IOBinding]:
-        if id(session) not in self._bindings:
-            self._bindings[id(session)] = _bind(session, self._buffers, self._logits)
-        return self._bindings[id(session)]
+    def _binding(self, session: ort.InferenceSession, positions: int, windows: bool) -> list[ort.IOBinding]:
+        key = id(session), positions, windows
+        if key not in self._bindings:
+            self._bindings[key] = _bind(session, self._buffers, self._logits[:, :positions])
+            for name, array in (self._room_for_windows(positions) if windows else {}).items():
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                for binding in self._bindings[key]:
+                    binding.bind_ortvalue_output(name, value)
+        return self._bindings[key]
+
+    def _room_for_windows(self, tokens: int) -> dict[str, NDArray[Any]]:
+        """[1, kernel + tokens, H] for each convolution: the same memory for any number of tokens."""
+        if not self._window_room:
+            for s in self._decoder.states:
+                if s.is_conv:
+                    room = np.empty((1, s.shape[2] + MANY_TOKENS - 1, s.shape[1]), s.dtype)
+                    self._window_room[s.name.replace("past_conv.", CONV_WINDOW)] = room
+        return {name: room[:, : room.shape[1] - (MANY_TOKENS - 1) + tokens] for name, room in self._window_room.items()}
 
 
 class BatchState:

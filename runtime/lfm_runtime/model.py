@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
 from lfm_runtime.sessions import Graphs, failures_are_ours
+from lfm_runtime.speculation import PromptLookup
 
 Progress = Callable[[int, int], None]
 """Called with (views encoded, views in all) before each view and after the last."""
@@ -175,6 +177,8 @@ class Model:
         report = Report()
         report.timing_ms["load"] = self.load_ms
         settings = self.bundle.generation.with_changes(generation)
+        if settings.speculate and not self.decoder.verifies:
+            raise SettingError(f"speculate needs a decoder that gives out what its convolutions read; export {self.bundle.folder} again")
         with report.stage("image"):
             planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
         prompt = self.prompts.render(messages, [p.plan for p in planned])
@@ -182,7 +186,8 @@ class Model:
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
         capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
-        return Job(prompt, planned, settings, Reply(self.prompts.tokenizer, self.bundle.eos, settings, report), capacity, started)
+        reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, capacity - len(prompt.ids), report)
+        return Job(prompt, planned, settings, reply, capacity, started)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
         """Open one image and plan its views; nothing is encoded."""
@@ -194,15 +199,44 @@ class Model:
         context = context or Context(self.decoder, self.cache)
         logits = self.read(job, context, progress, returning=returning)
         sampler = Sampler(job.settings, self.decoder.vocabulary, job.prompt.ids)
-        while True:
-            token = sampler.next(logits)
-            piece = job.reply.add(token, room=context.length < job.capacity)
-            if piece:
-                yield piece
-            if job.reply.finished:
-                break
-            logits = context.feed(self.decoder.embed([token]), np.array([token]))
+        with closing(self._tokens(job, context, sampler, sampler.next(logits))) as tokens:
+            for token in tokens:
+                piece = job.reply.add(token)
+                if piece:
+                    yield piece
+                if job.reply.finished:
+                    break
         job.finish()
+
+    def _tokens(self, job: Job, context: Context, sampler: Sampler, token: int) -> Generator[int]:
+        """One token after the other, from the first on, for as long as anyone asks. Guesses are taken in beside the token before them, in
+        one step; every token is drawn from its own distribution all the same, so they change the time and nothing else.
+        """
+        lookup = PromptLookup(job.prompt.ids, job.settings.speculate) if job.settings.speculate else None
+        report = job.reply.report
+        while True:
+            yield token
+            guesses: list[int] = []
+            if lookup:
+                lookup.add(token)
+                guesses = lookup.guess()[: max(0, job.capacity - context.length - 1)]
+            if lookup is None or not guesses:
+                token = sampler.next(context.feed(self.decoder.embed([token]), np.array([token])))
+                continue
+            step = [token, *guesses]
+            logits = context.feed_all(self.decoder.embed(step), np.array(step))
+            report.guessed_tokens += len(guesses)
+            right = 0
+            try:
+                token = sampler.next(logits[0])
+                while right < len(guesses) and token == guesses[right]:
+                    right += 1
+                    report.right_guesses += 1
+                    lookup.add(token)
+                    yield token
+                    token = sampler.next(logits[right])
+            finally:
+                context.keep(1 + right)
 
     def read(
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False

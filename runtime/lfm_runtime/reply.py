@@ -13,19 +13,20 @@ from lfm_runtime.tokenizer import TextStream, Tokenizer
 class Reply:
     """Takes tokens until `finished`; the text goes into the report as well."""
 
-    def __init__(self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, report: Report) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, room: int, report: Report) -> None:
+        """`room`: tokens the context still takes in."""
         self.report = report
         self.first_token: float | None = None
         self._stream, self._stops = TextStream(tokenizer), StopStrings(settings.stop)
-        self._eos, self._limit = eos, settings.max_new_tokens
+        self._eos, self._limit, self._room = eos, settings.max_new_tokens, room
 
     @property
     def finished(self) -> bool:
         """No token is wanted any more."""
         return bool(self.report.finish_reason)
 
-    def add(self, token: int, *, room: bool = True) -> str:
-        """The text that this token makes certain. Without `room` in the context it is the last."""
+    def add(self, token: int) -> str:
+        """The text that this token makes certain."""
         self.first_token = self.first_token or time.perf_counter()
         report = self.report
         report.new_tokens += 1
@@ -38,7 +39,7 @@ class Reply:
                 report.finish_reason = "stop"
             elif report.new_tokens == self._limit:
                 report.finish_reason = "length"
-            elif not room:
+            elif report.new_tokens > self._room:  # the last token is said and not taken in
                 report.finish_reason = "context"
         if report.finish_reason:
             piece += self._stops.pass_on(self._stream.finish()) + self._stops.rest()

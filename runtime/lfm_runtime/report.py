@@ -26,6 +26,8 @@ class Report:
     image_tokens: int = 0
     tiles: int = 0
     new_tokens: int = 0
+    guessed_tokens: int = 0  # with speculation
+    right_guesses: int = 0
     timing_ms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     throughput: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s")))
     memory_mib: dict[str, float | None] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfm_runtime.contract import MANY_TOKENS
 from lfm_runtime.errors import BundleError, SettingError
 
 Logits = NDArray[np.float32]
@@ -29,6 +30,7 @@ class GenerationSettings:
     max_new_tokens: int = 512
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    speculate: int = 0  # tokens guessed from the prompt and the answer so far, and checked in one step; 0 off
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
@@ -41,6 +43,7 @@ class GenerationSettings:
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or above"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("speculate", 0 <= self.speculate <= MANY_TOKENS - 2, f"0 (off) to {MANY_TOKENS - 2}"),
         ):
             if not ok:
                 raise SettingError(f"{name} {getattr(self, name)!r} is impossible; allowed: {allowed}")

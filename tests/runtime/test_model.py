@@ -237,7 +237,7 @@ def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:
         said.append(int(token[0, 0]))
         if said[-1] == text.eos_token_id:
             break
-        cache = dict(zip(cache, present, strict=True))
+        cache = dict(zip(cache, present, strict=False))  # by position, as the card does
         mask = np.concatenate([mask, np.ones_like(token)], -1)
         embeds = embed.run(None, {"input_ids": token})[0]
     assert processor.tokenizer.decode(said, skip_special_tokens=True) == demo_model.answer([drawing], question, temperature=0).text()
@@ -264,7 +264,7 @@ def test_run_json(demo_bundle, drawing, capsys) -> None:
     code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "How many shapes?", "--json", "--threads", 1, "--temperature", 0)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert set(report) == {"text", "finish_reason", "prompt_tokens", "cached_tokens", "image_tokens", "tiles", "new_tokens", "timing_ms", "throughput", "memory_mib"}
+    assert set(report) == {"text", "finish_reason", "prompt_tokens", "cached_tokens", "image_tokens", "tiles", "new_tokens", "guessed_tokens", "right_guesses", "timing_ms", "throughput", "memory_mib"}
     assert set(report["throughput"]) == {"prefill_tok_s", "decode_tok_s"}
     assert set(report["memory_mib"]) == {"rss", "rss_anon", "rss_file", "peak"}
 
