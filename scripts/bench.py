@@ -23,14 +23,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lfm_runtime.model
 import numpy as np
 import onnxruntime
-from lfm_runtime import Model, Session
+from lfm_runtime import Message, Model, Session
+from lfm_runtime.batch import answer_all
 from lfm_runtime.images import cut_views
 from lfm_runtime.report import Report
+from lfm_runtime.sampling import Sampler
 from PIL import Image
 
 QUESTION = "What is in this image, and where is the cup?"
+PROMPT_TOKENS = 21  # ten words and what the chat template puts around them, in the real vocabulary; a random one spells all that out
 PHOTO = Path(__file__).resolve().parents[1] / "demo" / "photos" / "coffee.jpg"
 START = "import sys, json; from lfm_runtime import Model; m = Model.load(sys.argv[1], **json.loads(sys.argv[2]))"
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
@@ -99,15 +103,57 @@ def prefill_rate(model: Model, tokens: int) -> Callable[[], float]:
 
 def decode_rate(model: Model, context: int, tokens: int) -> Callable[[], float]:
     """tok/s of the runtime's whole loop: embedding, decoder, sampling, detokenising. A text prompt: one token a letter."""
-    question = "a" * max(1, context - 10)
+    text = "a" * max(1, context - 10)
 
     def measure() -> float:
         eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()  # a fixed number of tokens
         try:
-            answer = model.answer([], question, max_new_tokens=tokens, **GREEDY)
+            answer = model.answer([], text, max_new_tokens=tokens, **GREEDY)
             answer.text()
         finally:
             model.bundle.__dict__["eos"] = eos
+        return answer.report.throughput["decode_tok_s"] or 0.0
+
+    return measure
+
+
+def batch_rate(model: Model, rows: int, tokens: int) -> Callable[[], float]:
+    """tok/s of all answers together, eight short questions of equal length, their prompts included."""
+    questions = [([], "a" * (4 + i)) for i in range(8)]
+
+    def measure() -> float:
+        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
+        try:
+            taken = timed_ms(lambda: list(answer_all(model, questions, rows=rows, max_new_tokens=tokens, **GREEDY)))
+        finally:
+            model.bundle.__dict__["eos"] = eos
+        return 8 * tokens / taken * 1e3
+
+    return measure
+
+
+def copying_rate(model: Model, guesses: int) -> Callable[[], float]:
+    """tok/s of an answer that copies its prompt word by word. Random weights would not: what is said is scripted, what it costs is not."""
+    text = "What is in this image, and where is the cup? "
+
+    class Copying(Sampler):
+        def next(self, logits):
+            super().next(logits)
+            self.said = getattr(self, "said", -1) + 1
+            return self.script[self.said % len(self.script)]
+
+    Copying.script = model.prompts.tokenizer.encode(text)
+
+    def measure() -> float:
+        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
+        lfm_runtime.model.Sampler = Copying
+        try:
+            answer = model.answer([], text * 2, max_new_tokens=96, speculate=guesses, **GREEDY)
+            answer.text()
+        finally:
+            model.bundle.__dict__["eos"] = eos
+            lfm_runtime.model.Sampler = Sampler
+        assert guesses == 0 or answer.report.right_guesses > 60, answer.report
         return answer.report.throughput["decode_tok_s"] or 0.0
 
     return measure
@@ -147,9 +193,15 @@ def python_ms(model: Model) -> Callable[[], float]:
     return measure
 
 
+def question(model: Model) -> str:
+    """As much of the question as makes a prompt of PROMPT_TOKENS, an image apart."""
+    tokenizer, around = model.prompts.tokenizer, len(model.prompts.render([Message("user", "")], []).ids)
+    return tokenizer.decode(tokenizer.encode(QUESTION)[: max(1, PROMPT_TOKENS - around)])
+
+
 def first_token(model: Model, image: Image.Image) -> Callable[[], float]:
     def measure() -> float:
-        answer = model.answer([image], QUESTION, max_new_tokens=1, **GREEDY)
+        answer = model.answer([image], question(model), max_new_tokens=1, **GREEDY)
         answer.text()
         return answer.report.timing_ms["ttft"] or 0.0
 
@@ -162,7 +214,8 @@ def second_question(model: Model, image: Image.Image) -> Callable[[], float]:
     session.ask("Describe it.", [image], max_new_tokens=4, **GREEDY).text()
 
     def measure() -> float:
-        answer = session.fork().ask(QUESTION, max_new_tokens=1, **GREEDY)
+        other = session.fork()
+        answer = other.ask(question(model), max_new_tokens=1, **GREEDY)
         answer.text()
         return answer.report.timing_ms["ttft"] or 0.0
 
@@ -248,6 +301,10 @@ def main() -> None:
     for context in (0, 512, 1500):
         row(f"decode after {context} tokens", "tok/s", 1,
             **{ours.variant: decode_rate(ours, context, 32), base.variant: decode_rate(base, context, 12)})  # fmt: skip
+    for rows_at_once in (2, 4, 8):
+        row(f"  {rows_at_once} answers at once", "tok/s", 1, together=batch_rate(ours, rows_at_once, 32), one=batch_rate(ours, 1, 32))
+    for guesses in (2, 4, 8):
+        row(f"  {guesses} guesses a step, all right", "tok/s", 1, guessing=copying_rate(ours, guesses), without=copying_rate(ours, 0))
     row("  Python of each token", "ms", 3, loop=python_ms(ours))
     row("first token, image and question", "ms", ours=first_token(best, square), **{base.variant: first_token(base, square)})
     row("  second question, same image", "ms", session=second_question(best, square), anew=first_token(best, square))

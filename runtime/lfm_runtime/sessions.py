@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime as ort
+import psutil
 from lfm_profiles import default_threads
 from onnxruntime.capi import onnxruntime_pybind11_state
 
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
 _MOST_THREADS = 1024
+_PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
 # onnxruntime's exceptions share no base class of their own; these are all of them.
 _FAILURES = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
 
@@ -60,6 +62,9 @@ class Graphs:
         if prefill == self.variant:
             raise SettingError(f"prefill {prefill} has no effect beside the variant {prefill}; leave it out")
         self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
+        if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
+            _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
+            self.prefill_path = None
         self.threads = threads or default_threads()
         self.low_memory = low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)
@@ -106,6 +111,14 @@ class Graphs:
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
         return load_session(path, graph, self.threads)
+
+
+def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
+    """(MiB that graphs take, MiB available) where the first is more. Packed weights are about as large as the files."""
+    data = (path.with_name(f"{path.name}_data") for path in paths)
+    wanted = int(sum(path.stat().st_size for path in data if path.exists()) * _PACKED)
+    available = psutil.virtual_memory().available
+    return (wanted >> 20, available >> 20) if wanted > available else None
 
 
 def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True) -> ort.InferenceSession:

@@ -257,8 +257,8 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     assert model.graphs._vision is None
 
 
-def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys) -> None:
-    """fp16's decoder is a stand-in for int8's: both decoders read and write one state."""
+def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, monkeypatch) -> None:
+    """Long steps are int8's, short ones int4's, in one state; without the memory for both, int4's alone."""
     import shutil
 
     pytest.importorskip("onnx")
@@ -281,6 +281,11 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys) -> None:
     np.testing.assert_array_equal(state.step(split.decoder.embed([7])).copy(), other.step(split.decoder.embed([7])))
     assert split.answer(PICTURES[:1], QUESTION).text()
     assert split.graphs.identity() != plain.graphs.identity()
+    with monkeypatch.context() as patch:
+        patch.setattr("lfm_runtime.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20}))
+        short = Model.load(bundle, variant="int4", prefill="int8", threads=2)
+    assert short.graphs.prefill_path is None
+    assert "prefill int8 is left out" in caplog.text
     assert main(["run", str(bundle), "--variant", "int4", "--prefill", "fp16", "-p", "x"]) == 2
     assert "has no variant 'fp16'" in capsys.readouterr().err
 
