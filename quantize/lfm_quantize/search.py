@@ -82,7 +82,7 @@ def survey(
         return prompt_feeds(graph, samples, kinds, table, [values["image_features"] for values in images])
 
     def divergence(exact: Sequence[Values], changed: Sequence[Values]) -> float:
-        parts = [kl_divergence(a["logits"][s, 0], b["logits"][s, 0]) for a, b, s in zip(exact, changed, answers, strict=True)]
+        parts = [kl_divergence(a["logits"][0, s], b["logits"][0, s]) for a, b, s in zip(exact, changed, answers, strict=True)]
         return float(np.concatenate(parts).mean())
 
     exact_feeds = feeds(source.table, features)
