@@ -75,9 +75,11 @@ class Report:
         body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))
         prompt = f"{self.image_tokens} image, {self.tiles} view{'s' if self.tiles != 1 else ''}"
         prompt += f"; {self.cached_tokens} known" if self.cached_tokens else ""
+        ended = self.finish_reason
+        ended += f"; {self.right_guesses} of {self.guessed_tokens} guesses right" if self.guessed_tokens else ""
         return "\n".join([
             f"ms    {head}", f"      {body}",
-            f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({self.finish_reason}); "
+            f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({ended}); "
             f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode {show(self.throughput['decode_tok_s'])} tok/s",
             f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "
             f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",
