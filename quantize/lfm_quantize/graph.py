@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.sessions import failures_are_ours
+from lfm_runtime.sessions import exact_products, failures_are_ours
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -96,6 +96,7 @@ class Graph:
     outputs: list[onnx.ValueInfoProto]
     opset: int = 20
     ir_version: int = 10
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path, *, widen: bool = True) -> Graph:
@@ -190,6 +191,7 @@ class Graph:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False
+        exact_products(options)
         # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits crawls.
         quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
         options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
@@ -223,7 +225,9 @@ class Graph:
             protos.append(proto)
         graph = helper.make_graph(self.nodes, self.name, list(self.inputs.values()), self.outputs, protos)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="lfm-edge"), large
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="lfm-edge")
+        helper.set_model_props(model, dict(self.metadata))
+        return model, large
 
     def save(self, path: Path) -> dict[str, Place]:
         """Write `path` and `path`_data; returns where each constant went, for graphs that share some."""

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
@@ -22,6 +22,7 @@ from lfm_quantize.answers import Progress, add_answers, features_of
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
+from lfm_quantize.kv import int8_kv, largest_states
 from lfm_quantize.layer import Change, quantize_block
 from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
 from lfm_quantize.recipe import Recipe, matching
@@ -35,6 +36,7 @@ from lfm_quantize.variant import (
     add_quality,
     check_size,
     check_space,
+    outdated_files,
     recipe_file,
     save_graphs,
     variant_files,
@@ -49,7 +51,7 @@ MANY_IMAGES = 256
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
-VARIANTS = ("int8", "int4", "fp16", "int8-static")
+VARIANTS = ("int8", "int4", "fp16", "int8-static", "int8-kv8", "int4-kv8")
 
 Float = NDArray[np.float32]
 Warn = Callable[[str], None]
@@ -75,10 +77,12 @@ class Settings:
             raise QuantizeError(f"unknown variant {self.variant!r}; allowed: {', '.join(VARIANTS)}")
         if self.method is not None and self.method not in METHODS:
             raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
-        if self.variant in ("fp16", "int8-static") and (self.method or self.recipe):
+        if not self.rounds() and (self.method or self.recipe):
             raise QuantizeError(f"--method and --recipe have no effect on {self.variant}; leave them out")
-        if self.variant == "int8-static" and not self.calibration:
-            raise QuantizeError("int8-static needs --calibration: its ranges are those of the images")
+        if (self.variant == "int8-static" or self.keeps_weights()) and not self.calibration:
+            raise QuantizeError(f"{self.variant} needs --calibration: its ranges are those of the images")
+        if self.keeps_weights() and self.keep:
+            raise QuantizeError(f"--keep has no effect on {self.variant}, whose weights are another variant's; leave it out")
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
         if self.method == "gptq" and not self.calibration:
@@ -97,6 +101,10 @@ class Settings:
     def rounds(self) -> bool:
         """Whether weights become integers, by a recipe."""
         return self.variant in ("int8", "int4")
+
+    def keeps_weights(self) -> bool:
+        """Whether it is another variant that remembers in 8 bits."""
+        return self.variant.endswith(KV8)
 
     def searches(self) -> bool:
         """Whether the recipe is to be found: int4 within a size or a floor of quality."""
@@ -162,6 +170,8 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             graphs, record = _as_integers(run, recipe)
         elif settings.variant == "fp16":
             graphs, record = _as_fp16(run)
+        elif settings.keeps_weights():
+            graphs, record = _with_int8_kv(run)
         else:
             graphs, record = _with_static_ranges(run)
         record |= {
@@ -173,7 +183,7 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             now = read_manifest(folder)  # another variant may have been added meanwhile
             if now is None or now.get("source") != manifest.get("source"):
                 raise QuantizeError(f"{folder} was exported anew from other weights while {settings.variant} was made; start again")
-            carry_over(folder, new, [n for n in now["files"] if n not in variant_files(settings.variant)])
+            carry_over(folder, new, [n for n in now["files"] if n not in outdated_files(settings.variant)])
             save_graphs(new, settings.variant, graphs, source)
             if recipe:
                 (new / "recipes").mkdir(exist_ok=True)
@@ -182,6 +192,8 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
                 check_size(new, settings.variant, settings.max_size)
             record["seconds"] = round(time.perf_counter() - started, 1)
             write_manifest(new, now, settings.variant, start, graphs, record)
+            if f"{settings.variant}{KV8}" in now["variants"]:
+                warn(f"{settings.variant}{KV8} was made of the {settings.variant} before and is gone; make it again")
             del run, samples, graphs, source  # the fp32 model takes their place
             quality = None
             if judge:
@@ -319,7 +331,7 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     return METHODS[precision.method](source.table, precision, None)
 
 
-# ------------------------------------------------------------------------------------------------ fp16, int8-static
+# ------------------------------------------------------------------------------------- fp16, int8-static, int8 pasts
 
 
 def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
@@ -346,3 +358,15 @@ def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
     rest = run.bundle.graphs("int8" if "int8" in run.bundle.variants else run.start)[1]
     others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in rest.items() if stem != VISION_ENCODER.stem}
     return {VISION_ENCODER.stem: static_int8(run.source.vision, feeds, keep), **others}, {"kept_fp32": keep}
+
+
+def _with_int8_kv(run: Run) -> tuple[Graphs, dict[str, Any]]:
+    """Another variant's graphs, its decoder with keys and values in 8 bits."""
+    base = run.settings.variant.removesuffix(KV8)
+    features = features_of(run.bundle, run.start, [s.views for s in run.samples], run.settings.threads, packed=False)
+    decoder = all_positions(run.source.decoder)
+    feeds = prompt_feeds(decoder, run.samples, run.image_positions(), run.source.table, features)
+    largest = largest_states(decoder, feeds, run.settings.threads)  # of the start: scales are the same for every base
+    paths = run.bundle.graphs(base)[1]
+    others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in paths.items() if stem != DECODER.stem}
+    return {DECODER.stem: int8_kv(Graph.open(paths[DECODER.stem], widen=False), largest), **others}, {"base": base}

@@ -10,10 +10,11 @@ from typing import Any
 
 from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, VARIANT_SUFFIX, VISION_ENCODER, graph_file
 from lfm_runtime.errors import BundleError
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
+from lfm_quantize.kv import FIRST_ONNXRUNTIME
 from lfm_quantize.quality import Quality
 from lfm_quantize.rewrite import TABLE
 from lfm_quantize.source import Source, look_up
@@ -26,6 +27,11 @@ def variant_files(variant: str) -> set[str]:
     """Files a variant may write."""
     names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
     return names | {f"{name}_data" for name in names} | {recipe_file(variant), MANIFEST}
+
+
+def outdated_files(variant: str) -> set[str]:
+    """Files that are no longer true when a variant is written: its own, and those of the variant that uses its weights."""
+    return variant_files(variant) | variant_files(f"{variant}{KV8}") if f"{variant}{KV8}" in VARIANT_SUFFIX else variant_files(variant)
 
 
 def recipe_file(variant: str) -> str:
@@ -56,8 +62,11 @@ def write_manifest(
     """The old manifest with a variant's files and how they were made, and no word on its quality yet."""
     manifest = json.loads(json.dumps(old))
     written = {name for name in variant_files(variant) if name != MANIFEST and (folder / name).exists()}
-    manifest["files"] = {n: e for n, e in old["files"].items() if n not in variant_files(variant)}
+    manifest["files"] = {n: e for n, e in old["files"].items() if n not in outdated_files(variant)}
     manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
+    for key in ("variants", "quantization", "quality"):
+        manifest.get(key, {}).pop(f"{variant}{KV8}", None)
+    manifest["graphs"] = {n: e for n, e in old["graphs"].items() if n not in outdated_files(variant)}
     names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
     manifest["variants"][variant] = names
     for stem, graph in graphs.items():
@@ -65,6 +74,8 @@ def write_manifest(
             described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
             data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
             manifest["graphs"][names[stem]] = {**described, "data": data}
+            if variant.endswith(KV8):
+                manifest["graphs"][names[stem]]["min_onnxruntime"] = FIRST_ONNXRUNTIME
     manifest.setdefault("quantization", {})[variant] = record
     # What was measured of variants that use a file written anew is no longer true.
     stale = [v for v, files in manifest["variants"].items() if v == variant or written.intersection(files.values())]

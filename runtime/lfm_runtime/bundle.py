@@ -31,6 +31,7 @@ class Bundle:
     folder: Path
     variants: Mapping[str, Mapping[str, Path]]  # variant → graph stem → .onnx file
     files: Mapping[str, Mapping[str, Any]]  # relative path → {"sha256", "bytes"}
+    min_onnxruntime: Mapping[Path, str]  # of graphs, where the manifest says
     context_length: int
     eos: tuple[int, ...]
     prompt: PromptSpec
@@ -56,15 +57,16 @@ class Bundle:
             eos = _first(generation.get("eos_token_id"), text.get("eos_token_id"), 7)
             eos_ids = tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
         if manifest is None:
-            variants, files = _hub_variants(folder), {}
+            variants, files, versions = _hub_variants(folder), {}, {}
         else:
             files = manifest["files"]
             variants = {n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()}
+            versions = {folder / n: graph["min_onnxruntime"] for n, graph in manifest["graphs"].items()}
             context = manifest["model"]["context_length"]
             _check_files(folder, files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
         return Bundle(
-            folder, variants, files, context, eos_ids,
+            folder, variants, files, versions, context, eos_ids,
             PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder),
             ImageSettings.from_folder(folder), GenerationSettings.from_config(generation),
         )  # fmt: skip
@@ -126,13 +128,14 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise BundleError(f"{path} has no schema number; it is not a manifest of lfm-edge")
     if schema > SCHEMA_VERSION:
         raise BundleError(f"{path} has schema {schema}, this lfm-edge reads up to {SCHEMA_VERSION}; update lfm-edge")
-    for key in ("variants", "files", "model"):
+    for key in ("variants", "graphs", "files", "model"):
         if not isinstance(manifest.get(key), dict) or not manifest[key]:
             raise BundleError(f"{path} has no {key}; export the bundle again")
     for name in [*manifest["files"], *(f for graphs in manifest["variants"].values() for f in graphs.values())]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
     types: list[tuple[Any, type]] = [(manifest["model"]["context_length"], int)]
+    types += [(graph["min_onnxruntime"], str) for graph in manifest["graphs"].values()]
     types += [pair for entry in manifest["files"].values() for pair in ((entry["bytes"], int), (entry["sha256"], str))]
     for value, wanted in types:
         if not isinstance(value, wanted):

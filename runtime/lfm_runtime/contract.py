@@ -28,7 +28,15 @@ the step's tokens can be cut. The hub's contract does not know them, so their na
 for them pays nothing.
 """
 
-VARIANT_SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static"}
+KV_SCALES = "kv_scales"
+"""In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same scales."""
+
+VARIANT_SUFFIX = {
+    "fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static", "int8-kv8": "_int8_kv8",
+    "int4-kv8": "_q4_kv8",
+}  # fmt: skip
+KV8 = "-kv8"
+"""Ends the name of a variant that is another with keys and values in 8 bits, over the same weights' files."""
 
 
 @dataclass(frozen=True)

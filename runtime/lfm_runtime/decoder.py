@@ -23,7 +23,7 @@ from lfm_runtime.errors import GraphContractError
 
 Embeds = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 PREFILL_TOKENS = 8
@@ -173,7 +173,7 @@ class Decoder:
 
 def _state_input(graph_input: Any) -> StateInput:
     if graph_input.type not in _NUMPY:
-        raise GraphContractError(f"state input {graph_input.name} is {graph_input.type}; float and float16 are supported")
+        raise GraphContractError(f"state input {graph_input.name} is {graph_input.type}; float, float16 and int8 are supported")
     shape = list(graph_input.shape)
     shape[0] = 1
     if not graph_input.name.startswith("past_conv."):

@@ -17,11 +17,11 @@ from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
 from lfm_runtime.prepared import NOTE, folder_of
-from lfm_runtime.sessions import open_session
+from lfm_runtime.sessions import onnxruntime_is, open_session
 
 PREPARED = (VISION_ENCODER, DECODER)
 """The embedding table is mapped as it is: one row is read per token."""
-_FIRST_VERSION = (1, 23)  # that saves packed weights
+_FIRST_VERSION = "1.23"  # that saves packed weights
 _GROWTH = 2.6  # what is written, against the graph's weights: they and their packed form
 
 
@@ -31,8 +31,8 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
     Raises:
         BundleError: onnxruntime is too old, the disk too full or read-only, or the results differ; what was there stays.
     """
-    if tuple(int(n) for n in ort.__version__.split(".")[:2]) < _FIRST_VERSION:
-        raise BundleError(f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs 1.23 or later")
+    if not onnxruntime_is(_FIRST_VERSION):
+        raise BundleError(f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later")
     place = folder_of(bundle.folder) / source.stem
     weights = source.with_name(f"{source.name}_data")
     wanted = int((weights.stat().st_size if weights.exists() else 0) * _GROWTH)
@@ -65,7 +65,7 @@ def _example(graph: Graph, session: ort.InferenceSession) -> dict[str, NDArray[A
         }
     feeds: dict[str, NDArray[Any]] = {}
     for i in session.get_inputs():
-        kind = np.float16 if i.type == "tensor(float16)" else np.float32
+        kind = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(i.type, np.float32)
         if i.name == "inputs_embeds":
             feeds[i.name] = rng.standard_normal((1, 3, i.shape[2])).astype(kind) * 0.02
         elif i.name in ("attention_mask", "position_ids"):

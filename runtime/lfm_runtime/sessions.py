@@ -15,7 +15,7 @@ from lfm_profiles import default_threads
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.prepared import find
@@ -39,6 +39,12 @@ def failures_are_ours(what: object) -> Iterator[None]:
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason}); check it with --verify, or export it again"
         ) from e
+
+
+def onnxruntime_is(version: str) -> bool:
+    """Whether the onnxruntime here is of this version or a later one."""
+    here, wanted = ([int(n) for n in v.split(".")[:2]] for v in (ort.__version__, version))
+    return here >= wanted
 
 
 class Graphs:
@@ -65,6 +71,9 @@ class Graphs:
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
             self.prefill_path = None
+        for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
+            if not onnxruntime_is(wanted := bundle.min_onnxruntime.get(path, "0.0")):
+                raise BundleError(f"{path} needs onnxruntime {wanted} or later, this is {ort.__version__}; update it, or take another variant")
         self.threads = threads or default_threads()
         self.low_memory = low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)
@@ -93,11 +102,14 @@ class Graphs:
         return hashlib.sha256("\n".join([ort.__version__, *parts]).encode()).hexdigest()
 
     def _load_decoder(self) -> DecoderSessions:
-        return DecoderSessions(
-            self._load(DECODER, self.paths[DECODER.stem]),
-            load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, 1),  # a table look-up
-            self._load(DECODER, self.prefill_path) if self.prefill_path else None,
-        )
+        decoder = self._load(DECODER, self.paths[DECODER.stem])
+        prefill = self._load(DECODER, self.prefill_path) if self.prefill_path else None
+        if prefill and _kv_scales(prefill) != _kv_scales(decoder):
+            raise SettingError(
+                f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two variants with {KV8}, "
+                "quantized with the same images, or two without"
+            )
+        return DecoderSessions(decoder, load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, 1), prefill)  # a table look-up: 1 thread
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
         """The prepared form where it fits and works, else the graph as it is."""
@@ -111,6 +123,11 @@ class Graphs:
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
         return load_session(path, graph, self.threads)
+
+
+def _kv_scales(decoder: ort.InferenceSession) -> str | None:
+    found: str | None = decoder.get_modelmeta().custom_metadata_map.get(KV_SCALES)
+    return found
 
 
 def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
@@ -128,6 +145,13 @@ def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True)
     return session
 
 
+def exact_products(options: ort.SessionOptions) -> None:
+    """On x86 without VNNI, int8 products add pairs in 16 bits, which overflow where weights and inputs are large (a demo encoder falls
+    from 0.999 to 0.96 cosine). With this setting onnxruntime uses another kernel there: right, and 19 % slower. No effect elsewhere.
+    """
+    options.add_session_config_entry("session.x64quantprecision", "1")
+
+
 def open_session(path: Path, threads: int, *, packed: bool = True, save_as: Path | None = None) -> ort.InferenceSession:
     """Load a graph file on the CPU.
 
@@ -143,6 +167,7 @@ def open_session(path: Path, threads: int, *, packed: bool = True, save_as: Path
     options.log_severity_level = _ERROR_SEVERITY
     # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
     options.enable_mem_pattern = False
+    exact_products(options)
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if save_as:

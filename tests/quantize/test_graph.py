@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from lfm_export.export import export
 from lfm_quantize.blocks import all_positions, blocks_of, decoder_feeds, run_block
-from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.graph import Graph, Linear, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.quality import cosines
 from lfm_quantize.quantize import Settings, quantize
@@ -183,3 +183,21 @@ def test_damaged_graph(demo_bundle, tmp_path) -> None:
     (tmp_path / "vision_encoder.onnx_data").write_bytes(b"short")
     with pytest.raises(QuantizeError, match="cannot be read"):
         Graph.open(tmp_path / "vision_encoder.onnx")
+
+
+def test_int8_products_do_not_overflow(tmp_path) -> None:
+    """Largest weights meet largest inputs: on x86 without VNNI a pair of them leaves 16 bits, unless the runtime asks for exactness."""
+    from lfm_quantize.rewrite import quantized_nodes
+    from lfm_quantize.rounding import Precision, rtn
+    from lfm_runtime.sessions import open_session
+    from onnx import helper
+
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    weight = np.ones((8, 256), np.float32)
+    linear = Linear("product", node, "w", True, 256, 8, None)
+    nodes, tensors = quantized_nodes(linear, rtn(weight, Precision(8), None))
+    edges = [helper.make_tensor_value_info(n, 1, [1, "tokens", size]) for n, size in (("x", 256), ("y", 8))]
+    Graph("product", nodes, tensors, {"x": edges[0]}, edges[1:]).save(tmp_path / "product.onnx")
+    x = np.ones((1, 3, 256), np.float32)
+    (y,) = open_session(tmp_path / "product.onnx", threads=1).run(None, {"x": x})
+    np.testing.assert_allclose(y, x @ weight.T, rtol=0.01)

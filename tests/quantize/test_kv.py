@@ -1,0 +1,152 @@
+"""Keys and values in 8 bits: against the same variant with 32, and in everything that carries state."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_quantize import quantize as stage
+from lfm_quantize.graph import Graph
+from lfm_quantize.kv import int8_kv
+from lfm_quantize.quality import measure
+from lfm_quantize.quantize import Settings, quantize
+from lfm_runtime import Model, Session
+from lfm_runtime.batch import answer_all
+from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.cli import main
+from lfm_runtime.decoder import SharedState
+from lfm_runtime.prepared import folder_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:3]
+QUESTION = "What is in this image?"
+
+
+@pytest.fixture(scope="module")
+def bundle(quantized, few, tmp_path_factory) -> Path:
+    """With int4-kv8 and int8-kv8, calibrated on the same pictures."""
+    folder = Path(shutil.copytree(quantized, tmp_path_factory.mktemp("kv") / "bundle"))
+    for variant in ("int4-kv8", "int8-kv8"):
+        quantize(folder, Settings(variant, few / "images", few / "calibration.jsonl"))
+    return folder
+
+
+def test_quality_and_size(bundle, questions) -> None:
+    """Nearer to fp32 than 4-bit weights are, and no second copy of them."""
+    chosen = questions[1][::4]
+    plain, small = (measure(bundle, v, "fp32", chosen, 2) for v in ("int4", "int4-kv8"))
+    assert small.kl < plain.kl + 1e-4
+    assert small.accuracy_lost() <= plain.accuracy_lost() + 1
+    manifest = read_manifest(bundle)
+    files = manifest["graphs"]["onnx/decoder_model_merged_q4_kv8.onnx"]
+    assert files["data"] == manifest["graphs"]["onnx/decoder_model_merged_q4.onnx"]["data"]
+    assert files["min_onnxruntime"] == "1.27.0"
+    assert manifest["quantization"]["int4-kv8"]["base"] == "int4"
+    assert not list(bundle.glob("onnx/*kv8*_data"))
+
+
+def test_state_is_a_quarter_and_near(bundle) -> None:
+    """Each key and value against the one in 32 bits: half a step of its channel's scale, and what earlier layers' rounding adds."""
+    models = [Model.load(bundle, variant=v, threads=2) for v in ("int8", "int8-kv8")]
+    ids = [int(i) for i in np.random.default_rng(0).integers(120, 400, 60)]
+    snapshots = []
+    for model in models:
+        state = model.decoder.start(64)
+        state.step(model.decoder.embed(ids))
+        snapshots.append(state.snapshot())
+    graph = Graph.open(bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx", widen=False)
+    names = [n for n in snapshots[0].values if n.startswith("past_key_values.")]
+    assert names
+    for i, name in enumerate(names):
+        plain, small = (s.values[name] for s in snapshots)
+        assert small.dtype == np.int8
+        assert small.nbytes * 4 == plain.nbytes
+        scale = graph.tensors[f"{name}.scale"].array
+        assert scale.shape == (1, plain.shape[1], 1, plain.shape[3])
+        inside = np.abs(plain) < 126 * scale
+        assert inside.mean() > 0.95  # random tokens, not those it was calibrated with
+        if i < 2:  # nothing was rounded before the first attention layer
+            assert (np.abs(small * scale - plain) <= 0.51 * scale)[inside].all()
+
+
+def test_everything_that_carries_state(bundle) -> None:
+    """Turns, forks, batches, guesses and disk caches say what one whole computation says."""
+    model = Model.load(bundle, variant="int4-kv8", threads=2)
+    assert isinstance(model.decoder.start(8), SharedState)
+    session = Session(model)
+    session.ask(QUESTION, PICTURES[:1], temperature=0).text()
+    fork = session.fork()
+    second = session.ask("How many shapes are there?", temperature=0, speculate=4).text()
+    assert second == fork.ask("How many shapes are there?", temperature=0).text()
+    assert second == model.converse(session.messages[:3], PICTURES[:1], temperature=0).text()
+    singles = [model.answer([p], QUESTION, temperature=0).text() for p in PICTURES]
+    together = dict(answer_all(model, [([p], QUESTION) for p in PICTURES], rows=2, temperature=0))
+    assert [together[i].text for i in range(3)] == singles
+
+
+def test_cache_on_disk(bundle, tmp_path) -> None:
+    texts = []
+    for _ in range(2):
+        model = Model.load(bundle, variant="int4-kv8", threads=2, cache_folder=tmp_path)
+        answer = model.answer(PICTURES[:1], QUESTION, temperature=0)
+        texts.append(answer.text())
+    assert texts[0] == texts[1]
+    assert answer.report.cached_tokens > 0
+
+
+def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
+    """Only with the same scales: another variant's float past, or one calibrated otherwise, is refused."""
+    model = Model.load(bundle, variant="int4-kv8", prefill="int8-kv8", threads=2)
+    assert model.answer(PICTURES[:1], QUESTION, temperature=0).text()
+    words = ["run", str(bundle), "-p", "x", "--variant", "int4-kv8", "--prefill"]
+    assert main([*words, "int8"]) == 2
+    assert "another form" in capsys.readouterr().err
+    other = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    quantize(other, Settings("int8-kv8", few / "images"))  # other questions, other ranges
+    assert main([words[0], str(other), *words[2:], "int8-kv8"]) == 2
+    assert "same images" in capsys.readouterr().err
+
+
+def test_prepared(bundle, tmp_path, capsys) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    wanted = Model.load(copy, variant="int4-kv8", threads=1).answer([], QUESTION, temperature=0).text()
+    assert main(["prepare", str(copy), "--variant", "int4-kv8"]) == 0
+    assert (folder_of(copy) / "decoder_model_merged_q4_kv8").is_dir()
+    model = Model.load(copy, variant="int4-kv8", prefill="int8-kv8", threads=1)  # one decoder prepared, one not: scales still known
+    assert Model.load(copy, variant="int4-kv8", threads=1).answer([], QUESTION, temperature=0).text() == wanted
+    assert model.answer([], QUESTION, temperature=0).text()
+
+
+def test_a_new_base_takes_it_away(bundle, few, tmp_path) -> None:
+    """Its offsets would point into files written anew."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    said: list[str] = []
+    quantize(copy, Settings("int4", method="rtn"), warn=said.append)
+    assert any("int4-kv8" in line and "again" in line for line in said)
+    found = Bundle.open(copy)
+    assert set(found.variants) == {"fp32", "fp16", "int8", "int4", "int8-kv8"}
+    assert not list(copy.glob("onnx/*q4_kv8*"))
+    assert Model.load(copy, variant="int8-kv8", threads=1, verify=True).answer([], "x", temperature=0, max_new_tokens=2).text() is not None
+
+
+def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
+    for words, said in [
+        (["--variant", "int4-kv8"], "needs --calibration"),
+        (["--variant", "int4-kv8", "--calibration", str(few / "images")], "no variant 'int4'"),
+        (["--variant", "int4-kv8", "--calibration", str(few / "images"), "--method", "rtn"], "no effect"),
+        (["--variant", "int4-kv8", "--calibration", str(few / "images"), "--keep", "head"], "no effect"),
+    ]:
+        assert main(["quantize", str(demo_bundle), "--quiet", *words]) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr("lfm_runtime.sessions.ort.__version__", "1.26.0")
+    assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
+    assert "needs onnxruntime 1.27.0" in capsys.readouterr().err
+
+
+def test_attention_of_another_kind(demo_bundle) -> None:
+    graph = Graph.open(demo_bundle / "onnx" / "decoder_model_merged.onnx")
+    nodes = [n for n in graph.nodes if n.op_type != "GroupQueryAttention"]
+    with pytest.raises(stage.QuantizeError, match="export the bundle again"):
+        int8_kv(Graph(graph.name, nodes, graph.tensors, graph.inputs, graph.outputs), {"past_key_values.2.key": np.ones((2, 4), np.float32)})
