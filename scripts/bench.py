@@ -15,12 +15,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lfm_runtime.model
@@ -40,6 +43,18 @@ PHOTO = Path(__file__).resolve().parents[1] / "demo" / "photos" / "coffee.jpg"
 START = "import sys, json; from lfm_runtime import Model; m = Model.load(sys.argv[1], **json.loads(sys.argv[2]))"
 ANSWER = "; a = m.answer([sys.argv[3]], sys.argv[4], **json.loads(sys.argv[5])); a.text(); print(json.dumps(a.report.as_dict()))"
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
+LABEL = """Invoice 2026-1183. Sold to: Harbour Lane Bakery, 14 Quay Street, Bremen. 12 sacks wheat flour type 550 at 18.40 euro, 3 sacks rye
+flour type 1150 at 16.90 euro, 40 boxes baking paper 40 by 60 cm at 2.15 euro. Delivery on Tuesday 14 April before six in the morning, by the
+yard entrance. Payment within 30 days. Goods remain ours until they are paid for."""
+COPYING = {  # what a reader of documents is asked, and what it would say: quoting, rewriting, none of both
+    "Write the text again, with the delivery on Thursday 16 April.": LABEL.replace("Tuesday 14", "Thursday 16"),
+    "Give the items as JSON.": """[{"item": "wheat flour type 550", "unit": "sacks", "count": 12, "price": 18.40}, {"item": "rye flour type 1150",
+"unit": "sacks", "count": 3, "price": 16.90}, {"item": "baking paper 40 by 60 cm", "unit": "boxes", "count": 40, "price": 2.15}]""",
+    "Who bought, and when must be paid?": """Harbour Lane Bakery, 14 Quay Street, Bremen is the buyer. The invoice says "Payment within 30 days",
+and "Goods remain ours until they are paid for".""",
+    "Describe the document.": """It is a bill from a mill to a bakery for several kinds of flour and some paper, with an early morning delivery
+through the back of the building and a month to pay.""",
+}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -159,6 +174,47 @@ def copying_rate(model: Model, guesses: int) -> Callable[[], float]:
         return answer.report.throughput["decode_tok_s"] or 0.0
 
     return measure
+
+
+def pieces(text: str) -> list[int]:
+    """Ids for text in pieces of up to five letters, about what the real vocabulary makes of it; the random one spells."""
+    found = re.findall(r" ?[^\W\d]{1,5}|\d|\s|[^\w\s]", text)
+    return [1000 + zlib.crc32(piece.encode()) % 60000 for piece in found]
+
+
+def documents(model: Model, guesses: int) -> dict[str, Callable[[], float]]:
+    """For each question of COPYING, and all: tok/s of its answer, scripted. Wrong guesses cost what they cost."""
+
+    class Scripted(Sampler):
+        script: list[int]
+
+        def next(self, logits):
+            super().next(logits)
+            self.said = getattr(self, "said", -1) + 1
+            return self.script[self.said]
+
+    def seconds(question: str) -> tuple[int, float]:
+        Scripted.script = pieces(COPYING[question])
+        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
+        lfm_runtime.model.Sampler = Scripted
+        settings = {**GREEDY, "max_new_tokens": len(Scripted.script), "speculate": guesses}
+        try:
+            job = model.plan([Message("user", "")], [], **settings)
+            job.prompt.ids[1:1] = pieces(f"{LABEL} {question}")
+            job = replace(job, capacity=len(job.prompt.ids) + len(Scripted.script))
+            for _ in model._answer(job, None, None):
+                pass
+        finally:
+            model.bundle.__dict__["eos"] = eos
+            lfm_runtime.model.Sampler = Sampler
+        tokens = len(Scripted.script) - 1
+        return tokens, tokens / (job.reply.report.throughput["decode_tok_s"] or 1)
+
+    def rate(questions: Sequence[str]) -> float:
+        found = [seconds(q) for q in questions]
+        return sum(n for n, _ in found) / sum(s for _, s in found)
+
+    return {"all four": lambda: rate(list(COPYING)), **{q: lambda q=q: rate([q]) for q in COPYING}}
 
 
 def python_ms(model: Model) -> Callable[[], float]:
@@ -310,6 +366,11 @@ def main() -> None:
         row(f"  {rows_at_once} answers at once", "tok/s", 1, together=batch_rate(ours, rows_at_once, 32), one=batch_rate(ours, 1, 32))
     for guesses in (2, 4, 8):
         row(f"  {guesses} guesses a step, all right", "tok/s", 1, guessing=copying_rate(ours, guesses), without=copying_rate(ours, 0))
+    for guesses in (2, 4, 8):
+        guessing, without = documents(ours, guesses), documents(ours, 0)
+        for name in guessing:
+            if guesses == 4 or name == "all four":
+                row(f"  {guesses} guesses, {name}", "tok/s", 1, guessing=guessing[name], without=without[name])
     row("  Python of each token", "ms", 3, loop=python_ms(ours))
     row("first token, image and question", "ms", ours=first_token(best, square), **{base.variant: first_token(base, square)})
     row("  second question, same image", "ms", cached=second_question(best, square), anew=first_token(best, square))

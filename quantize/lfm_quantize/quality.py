@@ -299,9 +299,10 @@ def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Questi
 
 
 def _bytes(bundle: Bundle, variant: str) -> int:
-    """Of all files of a variant's graphs."""
-    files = set(bundle.graphs(variant)[1].values())
-    return sum(p.stat().st_size for f in files for p in (f, f.with_name(f"{f.name}_data")) if p.exists())
+    """Of all files of a variant's graphs, those it shares with another variant included."""
+    graphs = set(bundle.graphs(variant)[1].values())
+    data = {t.source for path in graphs for t in Graph.open(path, widen=False).tensors.values() if t.source}
+    return sum(path.stat().st_size for path in graphs | data)
 
 
 def _weights(bundle: Bundle) -> int:

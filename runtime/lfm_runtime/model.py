@@ -237,6 +237,7 @@ class Model:
                     token = sampler.next(logits[right])
             finally:
                 context.keep(1 + right)
+            lookup.learn(right, len(guesses))
 
     def read(
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False

@@ -72,8 +72,9 @@ class Graphs:
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
             self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
-            if not onnxruntime_is(wanted := bundle.min_onnxruntime.get(path, "0.0")):
-                raise BundleError(f"{path} needs onnxruntime {wanted} or later, this is {ort.__version__}; update it, or take another variant")
+            wanted = bundle.min_onnxruntime.get(path, "0.0")
+            if not onnxruntime_is(wanted):
+                raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
         self.threads = threads or default_threads()
         self.low_memory = low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LENGTHS = (3, 2)  # of the tail that must have occurred before, the longest first
+_LENGTHS = (4, 3, 2)  # of the tail that must have occurred before, the longest first
 
 
 class PromptLookup:
@@ -18,7 +18,7 @@ class PromptLookup:
         """`most`: guesses at a time."""
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # run of tokens → where what followed it last begins
-        self._most = most
+        self._most = self._now = most
         for token in prompt:
             self.add(token)
 
@@ -34,5 +34,9 @@ class PromptLookup:
         for length in _LENGTHS:
             at = self._after.get(tuple(self._tokens[-length:]))
             if at is not None:
-                return self._tokens[at : at + self._most]
+                return self._tokens[at : at + self._now]
         return []
+
+    def learn(self, right: int, of: int) -> None:
+        """How a guess went: twice as many next time, or as many as were right. A text that is not copied soon costs little."""
+        self._now = min(self._most, 2 * self._now) if right == of else max(1, right)

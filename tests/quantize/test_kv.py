@@ -142,7 +142,7 @@ def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
         assert said in capsys.readouterr().err
     monkeypatch.setattr("lfm_runtime.sessions.ort.__version__", "1.26.0")
     assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
-    assert "needs onnxruntime 1.27.0" in capsys.readouterr().err
+    assert "needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
 
 
 def test_attention_of_another_kind(demo_bundle) -> None:

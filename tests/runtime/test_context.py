@@ -321,3 +321,17 @@ def test_context_of_a_new_prompt_forgets(demo_model) -> None:
     logits = context.feed(embed(list(other[12:])), other[12:]).copy()
     np.testing.assert_allclose(logits, demo_model.decoder.start(64).step(embed(list(other))), atol=1e-4)
     assert context.find(tokens(5, 9)).length == 0
+
+
+def test_a_long_prompt_in_parts_is_the_prompt(demo_model, photo, monkeypatch) -> None:
+    """A tiled photo's tokens through steps of any size: the same logits, and the same text after them."""
+    found = []
+    for most in (10_000, 320, 50):
+        monkeypatch.setattr("lfm_runtime.context.MOST_AT_ONCE", most)
+        job = demo_model.plan([Message("user", QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
+        assert len(job.prompt.ids) > 320
+        logits = demo_model.read(job, Context(demo_model.decoder)).copy()
+        found.append((logits, demo_model.answer([photo], QUESTION, temperature=0, max_new_tokens=20).text()))
+    for logits, text in found[1:]:
+        np.testing.assert_allclose(logits, found[0][0], atol=1e-4)
+        assert text == found[0][1]

@@ -25,16 +25,25 @@ LOOP = "red circle, blue square, red circle, blue square, red circle,"
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 6))
 def test_guesses_are_what_followed_last(tokens, most) -> None:
-    """Against a search from the end, for runs of three and of two."""
+    """Against a search from the end, for runs of four, of three and of two."""
     lookup = PromptLookup(tokens, most)
     wanted: list[int] = []
-    for n in (3, 2):
+    for n in (4, 3, 2):
         tail = tokens[-n:]
         starts = [i for i in range(len(tokens) - n) if tokens[i : i + n] == tail]
         if len(tokens) > n - 1 and starts:
             wanted = tokens[starts[-1] + n :][:most]
             break
     assert lookup.guess() == wanted
+
+
+def test_fewer_guesses_after_wrong_ones() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], 6)
+    sizes = [len(lookup.guess())]
+    for right in (2, 2, 0, 1, 2):
+        lookup.learn(right, sizes[-1])
+        sizes.append(len(lookup.guess()))
+    assert sizes == [6, 2, 4, 1, 2, 4]
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 9, MANY_TOKENS - 1])
