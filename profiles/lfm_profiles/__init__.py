@@ -1,6 +1,12 @@
-"""What the device is: facts that choose how to run. Standard library and psutil only."""
+"""How to run on which device: profiles as data, what the device is, which profile fits. Standard library and psutil only."""
 
-from lfm_profiles.cores import default_threads
+from lfm_profiles.choice import Choice, choose
+from lfm_profiles.cores import default_threads, physical_cores
 from lfm_profiles.cpu import cpu_features
+from lfm_profiles.device import Device, detect
+from lfm_profiles.schema import Profile, ProfileError, read, with_flags
 
-__all__ = ["cpu_features", "default_threads"]
+__all__ = [
+    "Choice", "Device", "Profile", "ProfileError", "choose", "cpu_features", "default_threads", "detect", "physical_cores", "read",
+    "with_flags",
+]  # fmt: skip

@@ -1,14 +1,35 @@
-"""How many threads a compute-bound operator should use here."""
+"""Which processors to use: one of each physical core, the fastest first. Hyper-threads share the vector units that products wait for."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import psutil
 
 
 def default_threads() -> int:
-    """Physical cores this process may use; hyper-threads share the vector units that matrix products wait for."""
+    """Physical cores this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or usable
     return max(1, min(usable, physical))
+
+
+def physical_cores(root: Path = Path("/"), usable: set[int] | None = None) -> list[int]:
+    """One processor number of each physical core this process may use, cores of highest frequency first; [] where that cannot be known."""
+    if usable is None:
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    found: dict[str, tuple[int, int]] = {}
+    for number in sorted(usable):
+        folder = root / f"sys/devices/system/cpu/cpu{number}"
+        siblings = _read(folder / "topology/thread_siblings_list") or str(number)
+        speed = int(_read(folder / "cpu_capacity") or _read(folder / "cpufreq/cpuinfo_max_freq") or 0)
+        found.setdefault(siblings, (-speed, number))
+    return [number for _, number in sorted(found.values())]
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None

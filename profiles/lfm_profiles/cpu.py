@@ -6,7 +6,7 @@ import platform
 import re
 from pathlib import Path
 
-_ISA = re.compile(r"(avx\w*|amx_\w*|fma|f16c|sse4_\d|asimd\w*|sve\w*|i8mm|bf16|fphp|sme\w*|neon|CPU part \w+)$")
+_ISA = re.compile(r"(avx\w*|amx_\w*|fma|f16c|sse4_\d|asimd\w*|sve\w*|i8mm|bf16|fphp|sme(2\w*|_\w+)?|neon|CPU part \w+)$")
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
@@ -15,8 +15,13 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return (platform.machine(), platform.processor())
-    found = {platform.machine()}
-    for line in text.split("\n\n")[0].splitlines():
+    return features_of(text, platform.machine())
+
+
+def features_of(cpuinfo: str, machine: str) -> tuple[str, ...]:
+    """The same from the text of /proc/cpuinfo."""
+    found = {machine}
+    for line in cpuinfo.split("\n\n", 1)[0].splitlines():
         name, _, value = (part.strip() for part in line.partition(":"))
         if name in ("flags", "Features"):
             found.update(flag for flag in value.split() if _ISA.match(flag))

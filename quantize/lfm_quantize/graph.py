@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.sessions import exact_products, failures_are_ours
+from lfm_runtime.sessions import Execution, failures_are_ours
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -187,11 +187,7 @@ class Graph:
 
     def session(self, threads: int) -> ort.InferenceSession:
         """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not packed."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False
-        exact_products(options)
+        options = Execution(threads).options()
         # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits crawls.
         quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
         options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")

@@ -54,7 +54,7 @@ def answer_all(
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
     if model.graphs.low_memory:
         raise SettingError("answering several at once needs encoder and decoder in memory, low_memory allows one; load without it")
-    model.bundle.generation.with_changes(generation)  # a wrong setting is everyone's
+    model.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):
         if not (model.decoder.sessions and model.decoder.shares_kv):
             raise SettingError(f"{model.decoder.path} has no attention with a shared past; export the bundle with lfm-edge")

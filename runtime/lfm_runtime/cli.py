@@ -68,23 +68,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The user's parameters, under the same names everywhere."""
     parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
-    model = parser.add_argument_group("model")
-    model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the bundle's first")
-    model.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
-    model.add_argument("--prefill", choices=tuple(VARIANT_SUFFIX), metavar="VARIANT",
-                       help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
-    model.add_argument("--low-memory", action="store_true", help="one graph in memory at a time")
-    model.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
-    model.add_argument("--verify", action="store_true", help="hash every file before loading")
-    image = parser.add_argument_group("images (defaults: the checkpoint's)")
-    image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
-    image.add_argument("--max-image-tokens", type=int, metavar="N", help="of one view; downscale above this")
-    image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
-    image.add_argument("--min-tiles", type=int, metavar="N")
-    image.add_argument("--max-tiles", type=int, metavar="N")
-    image.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles")
-    image.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
-    text = parser.add_argument_group("generation (defaults: generation_config.json, else the model card's)")
+    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
+    parser.add_argument("--verify", action="store_true", help="hash every file before loading")
+    add_setting_arguments(parser)
+    text = parser.add_argument_group("generation (defaults: the profile's, generation_config.json, else the model card's)")
     text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     text.add_argument("--min-p", type=float, metavar="P")
     text.add_argument("--top-k", type=int, metavar="K")
@@ -94,9 +82,38 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step")
     text.add_argument("--seed", type=int, metavar="N")
     text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    text.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
 
 
-IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a profile sets too; a flag overrides it."""
+    model = parser.add_argument_group("model (defaults: the profile's)")
+    model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights")
+    model.add_argument("--threads", type=int, metavar="N", help="of each operator")
+    model.add_argument("--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…")
+    model.add_argument("--spinning", type=_spinning, metavar="US", help="how long threads wait without sleeping: on, off, or microseconds")
+    model.add_argument("--prefill", choices=("none", *VARIANT_SUFFIX), metavar="VARIANT",
+                       help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
+    model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
+    image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
+    image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
+    image.add_argument("--max-image-tokens", type=int, metavar="N", help="of one view; downscale above this")
+    image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
+    image.add_argument("--min-tiles", type=int, metavar="N")
+    image.add_argument("--max-tiles", type=int, metavar="N")
+    image.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles")
+
+
+def _affinity(text: str) -> str | tuple[int, ...]:
+    return text if text in ("cores", "none") else tuple(int(part) for part in text.split(","))
+
+
+def _spinning(text: str) -> bool | int:
+    return text == "on" if text in ("on", "off") else int(text)
+
+
+_MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory")
+_IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
 
@@ -104,19 +121,20 @@ def load_model(options: argparse.Namespace) -> Model:
     """The model the flags describe."""
     from lfm_runtime.model import Model
 
-    return Model.load(
-        options.bundle, variant=options.variant, prefill=options.prefill, threads=options.threads, low_memory=options.low_memory,
-        verify=options.verify, cache_folder=options.cache, **image_changes(options),
-    )  # fmt: skip
+    check_images(options)
+    return Model.load(options.bundle, profile=options.profile, verify=options.verify, cache_folder=options.cache, **setting_flags(options))
 
 
-def image_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """The image settings given; an error when there is no image they could apply to."""
-    given = {name: value for name in IMAGE_FLAGS if (value := getattr(options, name)) is not None}
-    useless = next(iter(given), "max_megapixels" if options.max_megapixels is not None else None)
-    if useless and not options.images:
-        raise EdgeError(f"--{useless.replace('_', '-')} has no effect without an image; leave it out or name an image")
-    return given
+def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings given as flags."""
+    return {name: value for name in (*_MODEL_FLAGS, *_IMAGE_FLAGS) if (value := getattr(options, name)) is not None}
+
+
+def check_images(options: argparse.Namespace) -> None:
+    """Image settings need an image that they could apply to."""
+    given = [name for name in (*_IMAGE_FLAGS, "max_megapixels") if getattr(options, name) is not None]
+    if given and not options.images:
+        raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")
 
 
 def answer_changes(options: argparse.Namespace) -> dict[str, Any]:

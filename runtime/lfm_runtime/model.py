@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_profiles import Profile
+from lfm_profiles.schema import GENERATION_SETTINGS
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,6 +21,7 @@ from lfm_runtime.cache import Cache
 from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
+from lfm_runtime.profile import find_profile, image_changes
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
@@ -80,34 +83,35 @@ class Answer:
 class Model:
     """A loaded bundle. `load` is the way in; one answer at a time per Model."""
 
-    def __init__(self, bundle: Bundle, graphs: Graphs, images: ImageSettings, cache: Cache | None = None) -> None:
+    def __init__(self, bundle: Bundle, graphs: Graphs, profile: Profile, images: ImageSettings, cache: Cache | None = None) -> None:
         self.bundle = bundle
         self.graphs = graphs
         self.images = images
         self.cache = cache
         self.prompts = PromptBuilder(bundle.prompt)
         self.decoder = graphs.decoder
+        self.profile = profile
+        wishes = profile.given(*GENERATION_SETTINGS)
+        if not profile.is_flag("speculate") and not self.decoder.verifies:
+            wishes.pop("speculate", None)
+        self.generation = bundle.generation.with_changes(wishes)
+        self.context_length = min(bundle.context_length, profile.context or bundle.context_length)
         self.load_ms = 0.0
 
     @staticmethod
     def load(
-        folder: str | Path, *, variant: str | None = None, prefill: str | None = None, threads: int | None = None,
-        low_memory: bool = False, prepared: bool = True, verify: bool = False, cache_mib: int = 0,
-        cache_folder: str | Path | None = None, **images: Any,
+        folder: str | Path, *, profile: str | Path | Profile = "", verify: bool = False, cache_mib: int = 0,
+        cache_folder: str | Path | None = None, **settings: Any,
     ) -> Model:  # fmt: skip
         """Load a bundle, or a folder with a hub repository's ONNX files.
 
         Args:
             folder: the bundle.
-            variant: fp32, fp16, int8 or int4; the bundle's first by default.
-            prefill: another variant whose decoder takes the prompt in ("int8" beside int4: faster there, and its weights in memory).
-            threads: of each operator; the physical cores by default.
-            low_memory: one graph in memory at a time; the decoder is loaded when the images are encoded.
-            prepared: use what `lfm-edge prepare` wrote, where it fits; a warning is logged where it does not.
+            profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one for this machine.
             verify: hash large files as well, not only small ones.
             cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts there.
             cache_folder: keep them on disk too, for other processes.
-            **images: image settings that override the checkpoint's (max_image_tokens, do_image_splitting, max_tiles …).
+            **settings: any setting of a profile (variant, prefill, threads, low_memory, max_image_tokens …), which overrides it.
 
         Raises:
             BundleError, GraphContractError: the folder cannot be used; the message says what to do.
@@ -117,14 +121,13 @@ class Model:
         bundle = Bundle.open(Path(folder))
         if verify:
             bundle.verify()
-        settings = image_settings(bundle.images, images)
-        graphs = Graphs(
-            bundle, variant, prefill=prefill, threads=threads, low_memory=low_memory, prepared=prepared, verify=verify
-        )
+        chosen = find_profile(profile, **settings)
+        images = image_settings(bundle.images, image_changes(chosen, bundle.images))
+        graphs = Graphs(bundle, chosen, verify=verify)
         cache = None
         if cache_mib or cache_folder:
             cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
-        model = Model(bundle, graphs, settings, cache)
+        model = Model(bundle, graphs, chosen, images, cache)
         graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
@@ -137,7 +140,7 @@ class Model:
     @property
     def threads(self) -> int:
         """Of each operator."""
-        return self.graphs.threads
+        return self.graphs.execution.threads
 
     def answer(
         self, images: Sequence[ImageLike], question: str, *, system: str = "", max_megapixels: float = MAX_MEGAPIXELS,
@@ -176,7 +179,7 @@ class Model:
         started = time.perf_counter()
         report = Report()
         report.timing_ms["load"] = self.load_ms
-        settings = self.bundle.generation.with_changes(generation)
+        settings = self.generation.with_changes(generation)
         if settings.speculate and not self.decoder.verifies:
             raise SettingError(f"speculate needs a decoder that gives out what its convolutions read; export {self.bundle.folder} again")
         with report.stage("image"):
@@ -185,7 +188,7 @@ class Model:
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
-        capacity = min(self.bundle.context_length, len(prompt.ids) + settings.max_new_tokens)
+        capacity = min(self.context_length, len(prompt.ids) + settings.max_new_tokens)
         reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, capacity - len(prompt.ids), report)
         return Job(prompt, planned, settings, reply, capacity, started)
 
@@ -307,7 +310,7 @@ class Model:
             yield np.asarray(found, np.float32).reshape(view.tokens, -1)
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
-        limit = self.bundle.context_length
+        limit = self.context_length
         if len(prompt.ids) >= limit:
             raise PromptError(
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the context holds {limit} "

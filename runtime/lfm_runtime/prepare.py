@@ -17,7 +17,7 @@ from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
 from lfm_runtime.prepared import NOTE, folder_of
-from lfm_runtime.sessions import onnxruntime_is, open_session
+from lfm_runtime.sessions import Execution, onnxruntime_is, open_session
 
 PREPARED = (VISION_ENCODER, DECODER)
 """The embedding table is mapped as it is: one row is read per token."""
@@ -40,8 +40,8 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
     if free < wanted:
         raise BundleError(f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; make room")
     with replacing(place, check=_check_ours) as new:
-        unprepared = open_session(source, threads=1, save_as=new / source.name)
-        if not _same(unprepared, open_session(new / source.name, threads=1), _example(graph, unprepared)):
+        unprepared = open_session(source, Execution(1), save_as=new / source.name)
+        if not _same(unprepared, open_session(new / source.name, Execution(1)), _example(graph, unprepared)):
             raise BundleError(f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left unprepared")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
         (new / NOTE).write_text(json.dumps({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")

@@ -32,5 +32,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         print()
         sys.stdout.flush()
-        print(f"\n{model.bundle.folder.name}, {model.variant}, {model.threads} threads\n{answer.report.table()}", file=sys.stderr)
+        how = f"{model.variant}, {model.threads} threads, profile {model.profile.name}"
+        print(f"\n{model.bundle.folder.name}, {how}\n{answer.report.table()}", file=sys.stderr)
     return 0

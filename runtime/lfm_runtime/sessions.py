@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
 import psutil
-from lfm_profiles import default_threads
+from lfm_profiles import Profile, default_threads, physical_cores
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.bundle import Bundle
@@ -23,7 +25,6 @@ from lfm_runtime.prepared import find
 _log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
-_MOST_THREADS = 1024
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
 # onnxruntime's exceptions share no base class of their own; these are all of them.
 _FAILURES = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
@@ -47,26 +48,91 @@ def onnxruntime_is(version: str) -> bool:
     return here >= wanted
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a graph is run."""
+
+    threads: int  # of each operator
+    affinity: tuple[int, ...] = ()  # processors, one for each thread; empty: wherever the system puts them
+    spinning: bool | int = True  # how long threads wait for the next operator without sleeping, µs; True: as onnxruntime does
+    arena: bool = True
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+    @staticmethod
+    def of(profile: Profile) -> Execution:
+        """What a profile asks for, here.
+
+        Raises:
+            SettingError: processors that are not there, or a provider this onnxruntime lacks.
+        """
+        available = ort.get_available_providers()
+        if missing := [name for name in profile.providers if name not in available]:
+            raise SettingError(
+                f"profile {profile.name} needs {missing[0]}, this onnxruntime {ort.__version__} has {', '.join(available)}; "
+                "install an onnxruntime for the GPU, or choose another profile"
+            )
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        threads = profile.threads or (len(profile.affinity) if isinstance(profile.affinity, tuple) else default_threads())
+        if threads > len(usable):
+            _log.warning("lfm-edge: %d threads on %d processors only wait for each other", threads, len(usable))
+        cores: tuple[int, ...] = ()
+        if profile.affinity != "none":
+            cores = profile.affinity if isinstance(profile.affinity, tuple) else tuple(physical_cores())
+            if not hasattr(os, "sched_setaffinity"):
+                raise SettingError("affinity cannot be set on this operating system; leave it out")
+            if strangers := sorted(set(cores) - set(usable)):
+                listed = ", ".join(map(str, usable))
+                raise SettingError(f"affinity: this process may not use processor {strangers[0]}; it may use {listed}")
+            if len(cores) < threads:
+                raise SettingError(f"affinity has {len(cores)} processors for {threads} threads; name as many, or lower threads")
+        spinning = profile.spinning
+        if type(spinning) is int and not onnxruntime_is("1.26"):
+            _log.warning("lfm-edge: onnxruntime %s cannot limit spinning, 1.26 can; threads spin as it does", ort.__version__)
+            spinning = True
+        return Execution(threads, cores[:threads], spinning, profile.arena, profile.providers)
+
+    def options(self) -> ort.SessionOptions:
+        """For a session."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERROR_SEVERITY
+        # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = self.arena
+        if self.affinity[1:]:  # onnxruntime counts processors from 1, and the calling thread is the first of its threads
+            options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(core + 1) for core in self.affinity[1:]))
+        if self.spinning is not True:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        if type(self.spinning) is int:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(self.spinning))
+        # On x86 without VNNI, int8 products add pairs in 16 bits, which overflow where weights and inputs are large (a demo encoder falls
+        # from 0.999 to 0.96 cosine). With this, another kernel is used there: right, and 19 % slower. No effect elsewhere.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        return options
+
+    def pin_this_thread(self) -> None:
+        """The calling thread computes as well: keep it on the first processor, where it may be moved there."""
+        if self.affinity:
+            try:
+                os.sched_setaffinity(0, self.affinity[:1])
+            except OSError as e:
+                _log.warning("lfm-edge: affinity: this process may not move to processor %d: %s", self.affinity[0], e.strerror)
+
+
 class Graphs:
     """The graphs of one variant of a bundle, loaded all at once, or with `low_memory` one stage at a time."""
 
-    def __init__(
-        self, bundle: Bundle, variant: str | None, *, prefill: str | None = None, threads: int | None = None, low_memory: bool = False,
-        prepared: bool = True, verify: bool = False,
-    ) -> None:  # fmt: skip
-        """Nothing is loaded yet. `prepared`: use what `lfm-edge prepare` wrote; `verify`: hash all of it before.
+    def __init__(self, bundle: Bundle, profile: Profile, *, verify: bool = False) -> None:
+        """Nothing is loaded yet. `verify`: hash all of what was prepared before it is used.
 
         Raises:
-            BundleError: the bundle lacks a variant.
-            SettingError: impossible threads; a prefill variant that is the variant itself, or beside low_memory.
+            BundleError: the bundle lacks a variant the user named, or it needs another onnxruntime.
+            SettingError: what the profile asks for is not possible here, or has no effect.
         """
-        if threads is not None and not 1 <= threads <= _MOST_THREADS:
-            raise SettingError(f"threads {threads} is impossible; allowed: 1 up to the machine's cores")
-        if prefill and low_memory:
-            raise SettingError("prefill needs a second decoder in memory, low_memory allows one; leave one out")
-        self.variant, self.paths = bundle.graphs(variant)
-        if prefill == self.variant:
-            raise SettingError(f"prefill {prefill} has no effect beside the variant {prefill}; leave it out")
+        self.execution = Execution.of(profile)
+        self.variant, self.paths = bundle.graphs(_variant(bundle, profile))
+        prefill = _prefill(bundle, profile, self.variant)
         self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
@@ -75,20 +141,21 @@ class Graphs:
             wanted = bundle.min_onnxruntime.get(path, "0.0")
             if not onnxruntime_is(wanted):
                 raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
-        self.threads = threads or default_threads()
-        self.low_memory = low_memory
-        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=low_memory)
-        self._bundle, self._prepared, self._verify = bundle, prepared, verify
+        self.low_memory = profile.low_memory
+        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory)
+        self._bundle, self._prepared, self._verify = bundle, profile.prepared, verify
         self._vision: ort.InferenceSession | None = None
 
     def load(self) -> None:
         """Load everything, the encoder beside the decoder; with low_memory nothing yet."""
         if self.low_memory:
+            self.execution.pin_this_thread()
             return
         with ThreadPoolExecutor(1) as other:
             vision = other.submit(self._load, VISION_ENCODER, self.paths[VISION_ENCODER.stem])
             self.decoder.sessions  # noqa: B018
             self._vision = vision.result()
+        self.execution.pin_this_thread()
 
     def vision(self) -> ort.InferenceSession:
         """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller lets go of it."""
@@ -110,7 +177,7 @@ class Graphs:
                 f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two variants with {KV8}, "
                 "quantized with the same images, or two without"
             )
-        return DecoderSessions(decoder, load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, 1), prefill)  # a table look-up: 1 thread
+        return DecoderSessions(decoder, load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)), prefill)  # a table look-up
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
         """The prepared form where it fits and works, else the graph as it is."""
@@ -120,10 +187,35 @@ class Graphs:
                 _log.warning("lfm-edge: %s", found.note)
             if found.path != path:
                 try:
-                    return load_session(found.path, graph, self.threads)
+                    return load_session(found.path, graph, self.execution)
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
-        return load_session(path, graph, self.threads)
+        return load_session(path, graph, self.execution)
+
+
+def _variant(bundle: Bundle, profile: Profile) -> str:
+    """The one the user named; the profile's first that is there; the bundle's first."""
+    if profile.is_flag("variant"):
+        name = profile.variant[0]
+    else:
+        name = next((v for v in profile.variant if v in bundle.variants), next(iter(bundle.variants)))
+    if profile.kv == "int8" and not name.endswith(KV8) and (f"{name}{KV8}" in bundle.variants or profile.is_flag("kv")):
+        return f"{name}{KV8}"
+    return name
+
+
+def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
+    """The variant whose decoder reads prompts. A profile's wish that cannot be met is none; the user's is an error."""
+    name, asked = profile.prefill, profile.is_flag("prefill")
+    if name in (None, "none") or profile.low_memory:
+        return None
+    if variant in (name, f"{name}{KV8}"):
+        if asked:
+            raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
+        return None
+    if variant.endswith(KV8) and not name.endswith(KV8) and f"{name}{KV8}" in bundle.variants:
+        name = f"{name}{KV8}"
+    return name if asked or (name in bundle.variants and name.endswith(KV8) == variant.endswith(KV8)) else None
 
 
 def _kv_scales(decoder: ort.InferenceSession) -> str | None:
@@ -139,36 +231,23 @@ def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
     return (wanted >> 20, available >> 20) if wanted > available else None
 
 
-def load_session(path: Path, graph: Graph, threads: int, *, packed: bool = True) -> ort.InferenceSession:
+def load_session(path: Path, graph: Graph, execution: Execution, *, packed: bool = True) -> ort.InferenceSession:
     """Load one graph and check it against its contract; see open_session."""
-    session = open_session(path, threads, packed=packed)
+    session = open_session(path, execution, packed=packed)
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
     return session
 
 
-def exact_products(options: ort.SessionOptions) -> None:
-    """On x86 without VNNI, int8 products add pairs in 16 bits, which overflow where weights and inputs are large (a demo encoder falls
-    from 0.999 to 0.96 cosine). With this setting onnxruntime uses another kernel there: right, and 19 % slower. No effect elsewhere.
-    """
-    options.add_session_config_entry("session.x64quantprecision", "1")
-
-
-def open_session(path: Path, threads: int, *, packed: bool = True, save_as: Path | None = None) -> ort.InferenceSession:
-    """Load a graph file on the CPU.
+def open_session(path: Path, execution: Execution, *, packed: bool = True, save_as: Path | None = None) -> ort.InferenceSession:
+    """Load a graph file.
 
     Args:
         path: the graph.
-        threads: of each operator.
+        execution: how it is run.
         packed: make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped.
         save_as: also write the graph as optimized here, with that copy.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERROR_SEVERITY
-    # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
-    options.enable_mem_pattern = False
-    exact_products(options)
+    options = execution.options()
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if save_as:
@@ -177,4 +256,4 @@ def open_session(path: Path, threads: int, *, packed: bool = True, save_as: Path
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     with failures_are_ours(path):
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=list(execution.providers))

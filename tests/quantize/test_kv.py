@@ -98,15 +98,27 @@ def test_cache_on_disk(bundle, tmp_path) -> None:
 
 def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
     """Only with the same scales: another variant's float past, or one calibrated otherwise, is refused."""
-    model = Model.load(bundle, variant="int4-kv8", prefill="int8-kv8", threads=2)
-    assert model.answer(PICTURES[:1], QUESTION, temperature=0).text()
-    words = ["run", str(bundle), "-p", "x", "--variant", "int4-kv8", "--prefill"]
-    assert main([*words, "int8"]) == 2
-    assert "another form" in capsys.readouterr().err
+    for prefill in ("int8", "int8-kv8"):
+        model = Model.load(bundle, variant="int4-kv8", prefill=prefill, threads=2)
+        assert model.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
+        assert model.answer(PICTURES[:1], QUESTION, temperature=0).text()
     other = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    words = ["run", str(other), "-p", "x", "--variant", "int4-kv8", "--prefill", "int8"]
     quantize(other, Settings("int8-kv8", few / "images"))  # other questions, other ranges
-    assert main([words[0], str(other), *words[2:], "int8-kv8"]) == 2
+    assert main(words) == 2
     assert "same images" in capsys.readouterr().err
+    quantize(other, Settings("int8", method="rtn"))  # takes int8-kv8 away
+    assert main(words) == 2
+    assert "another form" in capsys.readouterr().err
+
+
+def test_profile_takes_it_where_it_is(bundle, demo_bundle) -> None:
+    chosen = Model.load(bundle, profile="small", threads=1)
+    assert (chosen.variant, chosen.graphs.prefill_path, chosen.graphs.low_memory) == ("int4-kv8", None, True)
+    split = Model.load(bundle, profile="fast", threads=1, kv="int8")
+    assert split.variant == "int4-kv8"
+    assert split.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
+    assert Model.load(demo_bundle, profile="small", threads=1).variant == "fp32"
 
 
 def test_prepared(bundle, tmp_path, capsys) -> None:

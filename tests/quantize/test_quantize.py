@@ -43,19 +43,22 @@ FLOORS = {  # lowest cosine min and mean, highest KL and points lost, largest si
 }
 
 
-def check_floors(quality, variant: str) -> None:
+def check_floors(quality, variant: str, noise: float = 0.0) -> None:
+    """`noise`: points that chance may take beside the floor."""
     least, mean, kl, lost, size = FLOORS[variant]
     assert quality.cosine_min >= least
     assert quality.cosine_mean >= mean
     assert quality.kl <= kl
-    assert quality.accuracy_lost() <= lost
+    assert quality.accuracy_lost() <= lost + noise
     assert quality.bytes / quality.against_bytes <= size
 
 
 @pytest.mark.parametrize("variant", FLOORS)
 def test_floors(quantized, questions, variant) -> None:
-    """On half of the stored questions, none of whose pictures calibration saw."""
-    check_floors(measure(quantized, variant, "fp32", questions[1][::2], 2), variant)
+    """On half of the stored questions, none of whose pictures calibration saw. Of 240, one is 0.4 points, and which one flips depends on
+    the processor that calibrated; 2,000 decide (below).
+    """
+    check_floors(measure(quantized, variant, "fp32", questions[1][::2], 2), variant, noise=0.9)
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""Which profile holds: the one named, else LFM_EDGE_PROFILE's, else the one that fits this machine; and the user's flags beside it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import onnxruntime as ort
+from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, with_flags
+from lfm_profiles.schema import AUTO, IMAGE_SETTINGS, TILE_SETTINGS
+
+from lfm_runtime.errors import SettingError
+from lfm_runtime.images import ImageSettings
+
+VARIABLE = "LFM_EDGE_PROFILE"
+
+
+def detected() -> Choice:
+    """The shipped profile that fits this machine and this onnxruntime."""
+    return choose(detect(), ort.get_available_providers())
+
+
+def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> Profile:
+    """The profile with the flags, each a setting's name (see profiles/README.md); None is not given.
+
+    Raises:
+        SettingError: no such profile, something wrong in its file, or a flag that is unknown, impossible or without effect.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if isinstance(given.get("variant"), str):
+        given["variant"] = (given["variant"],)
+    try:
+        if not isinstance(name, Profile):
+            wanted = os.fspath(name) or os.environ.get(VARIABLE) or AUTO
+            name = detected().profile if wanted == AUTO else read(wanted, detected=lambda: detected().profile)
+        return with_flags(name, given)
+    except ProfileError as e:
+        raise SettingError(str(e)) from e
+
+
+def image_changes(profile: Profile, checkpoint: ImageSettings) -> dict[str, Any]:
+    """What of the checkpoint's image settings the profile changes. A profile asks for less than the checkpoint, never for more: a fine-tune
+    that does not tile, or was trained on small views, stays as it is. The user's flags hold as they are.
+    """
+    given = {
+        name: value if profile.is_flag(name) else min(value, getattr(checkpoint, name))  # false is less than true
+        for name, value in profile.given(*IMAGE_SETTINGS).items()
+    }
+    splitting = given.get("do_image_splitting", checkpoint.do_image_splitting)
+    given = {name: value for name, value in given.items() if splitting or name not in TILE_SETTINGS or profile.is_flag(name)}
+    for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
+        if low in given and high in given and given[low] > given[high] and profile.is_flag(low) != profile.is_flag(high):
+            del given[low if profile.is_flag(high) else high]  # the user's stands
+    return given

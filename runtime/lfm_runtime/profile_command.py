@@ -1,0 +1,130 @@
+"""`lfm-edge profile`: the profiles there are, what one says, what this machine is and which profile it gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from lfm_runtime.cli import add_setting_arguments, setting_flags
+from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_profiles import Device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Device profiles: how to run on which device."
+    parser.add_argument("action", choices=("list", "show", "validate", "detect"), help="list the profiles shipped; show what one comes to "
+                        "(default: the one for this machine); validate files; detect what this machine is")  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file")
+    parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
+    parser.add_argument("--json", action="store_true", help="detect, show: print one JSON object")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do one of them."""
+    flags = setting_flags(options)
+    for name, given, where in (("NAME", options.names, ("show", "validate")), ("--bundle", options.bundle, ("show",)),
+                               ("--json", options.json, ("show", "detect")), ("a setting", flags, ("show",))):  # fmt: skip
+        if given and options.action not in where:
+            raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
+    {"list": _list, "show": _show, "validate": _validate, "detect": _detect}[options.action](options)
+    return 0
+
+
+def _list(_: argparse.Namespace) -> None:
+    from lfm_profiles import read
+    from lfm_profiles.schema import names
+
+    from lfm_runtime.profile import detected
+
+    here = detected().profile.name
+    for name in names():
+        print(f"{'*' if name == here else ' '} {name:22s} {read(name).description}")
+    print(f"\n* is this machine's; lfm-edge profile show {here} tells what it sets")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lfm_profiles.schema import IMAGE_SETTINGS, SETTINGS
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.model import image_settings
+    from lfm_runtime.profile import find_profile, image_changes
+
+    if len(options.names) > 1:
+        raise SettingError("show takes one profile; name one")
+    profile = find_profile(*options.names, **setting_flags(options))
+    values = {name: (getattr(profile, name), profile.origin.get(name, "default")) for name in SETTINGS}
+    if options.bundle:
+        bundle = Bundle.open(Path(options.bundle))
+        images = image_settings(bundle.images, image_changes(profile, bundle.images))
+        values |= {name: (getattr(images, name), profile.origin.get(name, "checkpoint")) for name in IMAGE_SETTINGS}
+        most = bundle.context_length
+        values["context"] = min(profile.context or most, most), profile.origin.get("context", "checkpoint")
+    budget = {name: value for name, value in vars(profile.budget).items() if value is not None}
+    if options.json:
+        settings = {name: {"value": value, "from": origin} for name, (value, origin) in values.items()}
+        print(json.dumps({"name": profile.name, "description": profile.description, "settings": settings, "budget": budget}))
+        return
+    print(f"{profile.name}: {profile.description}\n")
+    for name, (value, origin) in values.items():
+        print(f"{name:20s} {_shown(value):34s} {origin}")
+    for name, value in budget.items():
+        print(f"budget.{name:13s} {_shown(value):34s}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from lfm_runtime.profile import find_profile
+
+    if not options.names:
+        raise SettingError("validate needs a file: lfm-edge profile validate FILE")
+    for name in options.names:
+        found = find_profile(name)
+        print(f"{name}: sets {', '.join(sorted(k for k, who in found.origin.items() if who == found.name)) or 'nothing'}")
+
+
+def _detect(options: argparse.Namespace) -> None:
+    from lfm_profiles import detect
+
+    from lfm_runtime.profile import VARIABLE, detected, find_profile
+
+    device, choice, holds = detect(), detected(), find_profile()
+    if options.json:
+        print(json.dumps({"device": device.as_dict(), "profile": holds.name, "reasons": choice.reasons}))
+        return
+    for name, value in device_lines(device):
+        print(f"{name:10s} {value}")
+    print(f"\nprofile    {choice.profile.name}: {', '.join(choice.reasons)}")
+    if holds.name != choice.profile.name:
+        print(f"           {VARIABLE} names {holds.name}, which holds")
+
+
+def device_lines(device: Device) -> list[tuple[str, str]]:
+    """What is known of a machine, for people."""
+    cores = " + ".join(
+        f"{core.count} × {core.name or device.cpu or 'core'}{f' {core.max_mhz} MHz' if core.max_mhz else ''}" for core in device.cores
+    )
+    memory = f"{device.ram_total_mib} MiB, {device.ram_available_mib} available" if device.ram_total_mib else None
+    limit = f"{device.limit_mib} MiB by {device.limit_by}, {device.limit_free_mib} free" if device.limit_mib else "none"
+    caches = ", ".join(f"{name} {size} KiB" for name, size in device.caches.items())
+    userland = f"{device.system} {device.machine}, {device.pointer_bits}-bit Python, pages of {device.page_size // 1024} KiB"
+    if device.pointer_bits == 32:
+        userland += " (there are no wheels of onnxruntime, numpy and pillow for 32-bit Arm: install a 64-bit system)"
+    throttled = None if device.throttled is None else ", ".join(device.throttled) or "no"
+    facts = [
+        ("board", device.board), ("soc", device.soc), ("cores", cores), ("features", ", ".join(device.features)), ("caches", caches),
+        ("memory", memory), ("limit", limit), ("system", userland), ("gpu", device.gpu), ("jetpack", device.jetpack),
+        ("governor", device.governor), ("throttled", throttled),
+    ]  # fmt: skip
+    return [(name, value or "not known") for name, value in facts]

@@ -1,0 +1,144 @@
+"""Profile files: what they may say, what they inherit, what is refused and how."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lfm_profiles import Profile, ProfileError, read, with_flags
+from lfm_profiles.schema import SETTINGS, Budget, Match, names
+from lfm_runtime.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+WANTED = {
+    "generic-x86", "x86-avx2", "x86-avx512-vnni", "generic-arm64", "pi-zero2w", "pi3", "pi4", "pi5", "jetson-nano", "jetson-orin-cpu",
+    "jetson-orin-cuda", "jetson-agx-orin-cuda", "apple-silicon", "x86-cuda", "fast", "balanced", "small", "quality",
+}  # fmt: skip
+
+
+def profile(folder: Path, text: str, name: str = "mine") -> str:
+    (folder / f"{name}.toml").write_text(text)
+    return str(folder / f"{name}.toml")
+
+
+def test_shipped_profiles(capsys) -> None:
+    assert set(names()) >= WANTED
+    for name in names():
+        found = read(name, detected=lambda: read("pi4"))
+        assert found.name == name
+        assert found.description
+        assert found.origin.keys() <= SETTINGS.keys()
+        assert main(["profile", "validate", name]) == 0
+        assert main(["profile", "show", name]) == 0
+        assert found.description in capsys.readouterr().out
+    assert main(["profile", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names())
+    assert out.count("\n* ") + out.startswith("* ") == 2  # this machine's, and the legend
+
+
+def test_inheritance(tmp_path) -> None:
+    """Settings and budgets come from the parent, rules when to take it do not."""
+    profile(tmp_path, 'threads = 3\nmax_tiles = 4\n[match]\nboard = ["x"]\n[budget]\nttft_ms = 900\npeak_rss_mib = 500\n', "parent")
+    path = profile(tmp_path, 'extends = "parent"\ndescription = "Mine"\nmax_tiles = 2\n[budget]\nttft_ms = 500\n')
+    found = read(path)
+    assert (found.name, found.description, found.threads, found.max_tiles) == ("mine", "Mine", 3, 2)
+    assert found.origin == {"threads": "parent", "max_tiles": "mine"}
+    assert found.budget == Budget(500, 500, None)
+    assert found.match == Match()
+    both = with_flags(found, {"threads": 1})
+    assert (both.threads, both.origin["threads"], both.is_flag("threads")) == (1, "flag", True)
+
+
+def test_extending_a_shipped_profile_of_the_same_name(tmp_path) -> None:
+    found = read(profile(tmp_path, 'extends = "pi4"\nthreads = 2\n', "pi4"))
+    assert (found.threads, found.max_image_tokens) == (2, 128)
+
+
+def test_extending_the_detected_one(tmp_path) -> None:
+    path = profile(tmp_path, 'extends = "auto"\nthreads = 2\n')
+    assert read(path, detected=lambda: read("pi4-1gb")).low_memory
+    assert not read(path).low_memory
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("threads = \n", "is not TOML"),
+        ("threads = 2\nthread = 3\n", "line 2: unknown key 'thread'; allowed: variant, prefill"),
+        ("\n\nthreads = 0\n", "line 3: threads = 0 is impossible; allowed: 1 to 1024"),
+        ("threads = true\n", "line 1: threads = true is impossible"),
+        ('threads = "two"\n', "line 1: threads = 'two' is impossible"),
+        ('variant = "int4"\n', "allowed: a list of fp32"),
+        ('variant = ["int4", "int4"]\n', "is impossible"),
+        ('variant = ["int3"]\n', "line 1: variant = ['int3'] is impossible"),
+        ('providers = ["CUDAExecutionProvider"]\n', "CPUExecutionProvider last"),
+        ("affinity = [0, 0]\n", "affinity = [0, 0] is impossible; allowed: none, cores, a list of processor numbers"),
+        ("spinning = 0\n", "allowed: true, false, 1 to 1000000 (µs)"),
+        ("max_image_tokens = 64\nmin_image_tokens = 128\n", "line 2: min_image_tokens = 128 is above max_image_tokens = 64"),
+        ("do_image_splitting = false\nmax_tiles = 3\n", "line 2: max_tiles has no effect beside do_image_splitting = false"),
+        ('low_memory = true\nprefill = "int8"\n', "line 2: prefill has no effect beside low_memory"),
+        ("[budget]\nttft = 3\n", "line 2: unknown key 'ttft'; allowed: peak_rss_mib, ttft_ms"),
+        ("[match]\nmin_ram_mib = -5\n", "line 2: min_ram_mib = -5 is impossible; allowed: 1 and above (MiB)"),
+        ("budget = 3\n", "line 1: budget is a table: [budget]"),
+        ("threads = 3\n[match]\nthreads = 3\n", "line 3: unknown key 'threads'"),
+        ("extends = 3\n", "line 1: extends is a text"),
+        ('extends = "nothing"\n', "there is no profile 'nothing'; shipped: auto, apple-silicon"),
+        ('extends = "mine"\n', "there is no profile"),
+        ("[[rules]]\n", "unknown key 'rules'"),
+        ("context = 1e3\n", "context = 1000.0 is impossible; allowed: 64 and above (tokens)"),
+        ("arena = 1\n", "arena = 1 is impossible"),
+    ],
+)
+def test_refusals(text, says, tmp_path, capsys) -> None:
+    path = profile(tmp_path, text)
+    with pytest.raises(ProfileError, match=re.escape(says)):
+        read(path)
+    assert main(["profile", "validate", path]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_cycles_and_missing_files(tmp_path) -> None:
+    profile(tmp_path, 'extends = "two"\n', "one")
+    profile(tmp_path, 'extends = "one"\n', "two")
+    with pytest.raises(ProfileError, match="circle: one → two → one"):
+        read(str(tmp_path / "one.toml"))
+    with pytest.raises(ProfileError, match="cannot be read"):
+        read(str(tmp_path / "none.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ProfileError, match="is not TOML"):
+        read(str(tmp_path / "binary.toml"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+)
+
+
+@given(st.dictionaries(st.sampled_from([*SETTINGS, "nonsense"]), VALUES, max_size=3))
+def test_flags_are_taken_or_refused_whole(flags) -> None:
+    """Any value of any setting: a profile that holds it, or a ProfileError; nothing else."""
+    try:
+        made = with_flags(Profile("p"), flags)
+    except ProfileError:
+        return
+    for name, value in flags.items():
+        assert getattr(made, name) == (tuple(value) if isinstance(value, list) else value)
+        assert made.is_flag(name)
+
+
+def test_every_setting_is_documented() -> None:
+    """The tables of profiles/README.md are the schema's own words."""
+    text = (ROOT / "profiles" / "README.md").read_text()
+    tables = {"": SETTINGS, "match.": {f.name: f for f in Match.__dataclass_fields__.values()},
+              "budget.": {f.name: f for f in Budget.__dataclass_fields__.values()}}  # fmt: skip
+    for prefix, known in tables.items():
+        for name, field in known.items():
+            m = field.metadata
+            assert f"| `{prefix}{name}` | {m['allowed']} | {m['unit']} | {m['meaning']} |" in text
+    assert set(re.findall(r"^\| `([a-z_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {f"{p}{n}" for p, known in tables.items() for n in known}
