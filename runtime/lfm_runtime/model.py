@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from lfm_profiles import Profile
-from lfm_profiles.schema import GENERATION_SETTINGS
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,7 +20,7 @@ from lfm_runtime.cache import Cache
 from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
-from lfm_runtime.profile import find_profile, image_changes
+from lfm_runtime.profile import find_profile, generation_changes, image_changes
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
@@ -91,10 +90,7 @@ class Model:
         self.prompts = PromptBuilder(bundle.prompt)
         self.decoder = graphs.decoder
         self.profile = profile
-        wishes = profile.given(*GENERATION_SETTINGS)
-        if not profile.is_flag("speculate") and not self.decoder.verifies:
-            wishes.pop("speculate", None)
-        self.generation = bundle.generation.with_changes(wishes)
+        self.generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=self.decoder.verifies))
         self.context_length = min(bundle.context_length, profile.context or bundle.context_length)
         self.load_ms = 0.0
 

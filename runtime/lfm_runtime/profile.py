@@ -7,10 +7,11 @@ from typing import Any
 
 import onnxruntime as ort
 from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, with_flags
-from lfm_profiles.schema import AUTO, IMAGE_SETTINGS, TILE_SETTINGS
+from lfm_profiles.schema import AUTO, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images import ImageSettings
+from lfm_runtime.sampling import GenerationSettings
 
 VARIABLE = "LFM_EDGE_PROFILE"
 
@@ -51,4 +52,14 @@ def image_changes(profile: Profile, checkpoint: ImageSettings) -> dict[str, Any]
     for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
         if low in given and high in given and given[low] > given[high] and profile.is_flag(low) != profile.is_flag(high):
             del given[low if profile.is_flag(high) else high]  # the user's stands
+    return given
+
+
+def generation_changes(profile: Profile, checkpoint: GenerationSettings, *, verifies: bool) -> dict[str, Any]:
+    """The same of the generation settings. `verifies`: the decoder can take guessed tokens back."""
+    given = profile.given(*GENERATION_SETTINGS)
+    if "max_new_tokens" in given and not profile.is_flag("max_new_tokens"):
+        given["max_new_tokens"] = min(given["max_new_tokens"], checkpoint.max_new_tokens)
+    if not verifies and not profile.is_flag("speculate"):
+        given.pop("speculate", None)
     return given
