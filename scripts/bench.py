@@ -328,10 +328,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    common = {"threads": options.threads}
+    common = {"profile": "generic", "threads": options.threads, "prefill": "none"}  # what is measured is what is said here
     ours = Model.load(options.bundle, variant=options.variant, **common)
-    split = Model.load(options.bundle, variant=options.variant, prefill=options.prefill, **common) if options.prefill else None
-    base = Model.load(options.bundle, variant=options.baseline, **common)
+    split = Model.load(options.bundle, variant=options.variant, **{**common, "prefill": options.prefill}) if options.prefill else None
+    base = Model.load(options.bundle, variant=options.baseline or next(iter(ours.bundle.variants)), **common)
     best = split or ours
     tile = ours.images.tile_size
     photo = Image.open(PHOTO).convert("RGB")
@@ -379,13 +379,13 @@ def main() -> None:
         image = Path(folder) / "image.png"
         square.save(image)
         del ours, split, base, best
-        settings = {"variant": options.variant, "threads": options.threads}
+        settings = {"variant": options.variant, **common}
         runs = {"unprepared": {"prepared": False}, "as it comes": {}, "low memory": {"low_memory": True}}
         if options.prefill:
             runs[f"prefill {options.prefill}"] = {"prefill": options.prefill}
         plain = ""
         for name, more in runs.items():
-            found = process(options.bundle, image, 16, **settings, **more)
+            found = process(options.bundle, image, 16, **{**settings, **more})
             plain = plain or found["text"]
             rows[f"memory, {name}"] = found
             print(f"{f'peak of a whole answer, {name}':34s} MiB    {found['peak']:.0f}, at the end {found['rss_anon']:.0f} anonymous and "

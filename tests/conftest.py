@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
 
 
 def pytest_runtest_logreport(report) -> None:

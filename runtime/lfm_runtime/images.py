@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -102,6 +102,25 @@ def _refuse_other_processing(raw: Mapping[str, Any]) -> None:
 def _known_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(ImageSettings)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known and v is not None}
+
+
+def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSettings:
+    """The checkpoint's image settings with the user's changes.
+
+    Raises:
+        SettingError: unknown or impossible; or tile settings while splitting is off.
+    """
+    changed = {name: value for name, value in changes.items() if value is not None}
+    if "max_image_tokens" in changed and "min_image_tokens" not in changed:  # lowering the maximum alone is what people ask for
+        changed["min_image_tokens"] = min(base.min_image_tokens, changed["max_image_tokens"])
+    try:
+        settings = replace(base, **changed)
+    except TypeError as e:
+        raise SettingError(f"image settings: {str(e).split('__init__() ')[-1]}") from e
+    useless = [name for name in ("min_tiles", "max_tiles", "use_thumbnail", "tile_size") if name in changed]
+    if not settings.do_image_splitting and useless:
+        raise SettingError(f"{', '.join(useless)} has no effect while do_image_splitting is off; leave it out or turn splitting on")
+    return settings
 
 
 # -------------------------------------------------------------------------------------------------------------- plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.cache import Cache
 from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
-from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, open_image, plan_image
+from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, image_settings, open_image, plan_image
 from lfm_runtime.profile import find_profile, generation_changes, image_changes
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.reply import Reply
@@ -317,25 +317,6 @@ class Model:
 def _explained(pieces: Iterator[str], folder: Path) -> Iterator[str]:
     with failures_are_ours(folder):
         yield from pieces
-
-
-def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSettings:
-    """The checkpoint's image settings with the user's changes.
-
-    Raises:
-        SettingError: unknown or impossible; or tile settings while splitting is off.
-    """
-    changed = {name: value for name, value in changes.items() if value is not None}
-    if "max_image_tokens" in changed and "min_image_tokens" not in changed:  # lowering the maximum alone is what people ask for
-        changed["min_image_tokens"] = min(base.min_image_tokens, changed["max_image_tokens"])
-    try:
-        settings = replace(base, **changed)
-    except TypeError as e:
-        raise SettingError(f"image settings: {str(e).split('__init__() ')[-1]}") from e
-    useless = [name for name in ("min_tiles", "max_tiles", "use_thumbnail", "tile_size") if name in changed]
-    if not settings.do_image_splitting and useless:
-        raise SettingError(f"{', '.join(useless)} has no effect while do_image_splitting is off; leave it out or turn splitting on")
-    return settings
 
 
 def _type_of(session: Any, name: str) -> str:

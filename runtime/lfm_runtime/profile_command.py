@@ -53,7 +53,7 @@ def _show(options: argparse.Namespace) -> None:
     from lfm_profiles.schema import IMAGE_SETTINGS, SETTINGS
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.model import image_settings
+    from lfm_runtime.images import image_settings
     from lfm_runtime.profile import find_profile, image_changes
 
     if len(options.names) > 1:

@@ -131,8 +131,8 @@ class Graphs:
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
         self.execution = Execution.of(profile)
-        self.variant, self.paths = bundle.graphs(_variant(bundle, profile))
-        prefill = _prefill(bundle, profile, self.variant)
+        name, prefill = choose_variants(bundle, profile)
+        self.variant, self.paths = bundle.graphs(name)
         self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
@@ -191,6 +191,16 @@ class Graphs:
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
         return load_session(path, graph, self.execution)
+
+
+def choose_variants(bundle: Bundle, profile: Profile) -> tuple[str, str | None]:
+    """(variant, the one whose decoder reads prompts) that a profile comes to with this bundle.
+
+    Raises:
+        SettingError: prefill, asked for by the user, has no effect.
+    """
+    variant = _variant(bundle, profile)
+    return variant, _prefill(bundle, profile, variant)
 
 
 def _variant(bundle: Bundle, profile: Profile) -> str:

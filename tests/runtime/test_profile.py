@@ -15,7 +15,7 @@ from lfm_profiles.schema import names
 from lfm_runtime import Model, SettingError
 from lfm_runtime.cli import main
 from lfm_runtime.images import plan_image
-from lfm_runtime.profile import find_profile
+from lfm_runtime.profile import detected, find_profile
 from lfm_runtime.sessions import Execution
 from PIL import Image
 
@@ -47,8 +47,7 @@ def sessions(monkeypatch) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in CUDA])
-def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions, monkeypatch) -> None:
-    monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
+def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) -> None:
     profile = find_profile(name)
     model = Model.load(demo_bundle, profile=name)
     answer = model.answer([Image.open(photo).resize((900, 600))], QUESTION, temperature=0)
@@ -228,3 +227,8 @@ def test_bad_wishes(words, says, capsys) -> None:
 def test_providers_are_looked_for(monkeypatch) -> None:
     monkeypatch.setattr("lfm_runtime.sessions.ort.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     assert Execution.of(read("x86-cuda")).providers == ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+def test_without_any_name_the_machine_decides(monkeypatch) -> None:
+    monkeypatch.delenv("LFM_EDGE_PROFILE")
+    assert find_profile() == detected().profile
