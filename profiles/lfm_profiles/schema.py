@@ -208,6 +208,7 @@ class Profile:
 
 
 FLAG = "flag"
+STEP = "memory"
 TILE_SETTINGS = ("min_tiles", "max_tiles", "use_thumbnail")
 IMAGE_SETTINGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", *TILE_SETTINGS)
 GENERATION_SETTINGS = ("max_new_tokens", "speculate")
@@ -238,6 +239,14 @@ def with_flags(profile: Profile, flags: Mapping[str, Any]) -> Profile:
         loser = "low_memory" if made.is_flag("prefill") else "prefill"  # the profile's wish yields to the user's
         made = _made(made, {loser: False if loser == "low_memory" else "none"}, FLAG)
     return made
+
+
+def stepped_down(profile: Profile, changes: Mapping[str, Any]) -> Profile:
+    """The profile with settings that the memory there is makes necessary."""
+    values = dict(changes)
+    if values.get("low_memory"):
+        values["prefill"] = "none"
+    return _made(profile, values, STEP)
 
 
 def _said_by(origin: str) -> str:

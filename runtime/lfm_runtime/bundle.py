@@ -61,7 +61,7 @@ class Bundle:
         else:
             files = manifest["files"]
             variants = {n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()}
-            versions = {folder / n: graph["min_onnxruntime"] for n, graph in manifest["graphs"].items()}
+            versions = {folder / n: graph["min_onnxruntime"] for n, graph in manifest.get("graphs", {}).items()}
             context = manifest["model"]["context_length"]
             _check_files(folder, files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
@@ -128,14 +128,14 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise BundleError(f"{path} has no schema number; it is not a manifest of lfm-edge")
     if schema > SCHEMA_VERSION:
         raise BundleError(f"{path} has schema {schema}, this lfm-edge reads up to {SCHEMA_VERSION}; update lfm-edge")
-    for key in ("variants", "graphs", "files", "model"):
+    for key in ("variants", "files", "model"):
         if not isinstance(manifest.get(key), dict) or not manifest[key]:
             raise BundleError(f"{path} has no {key}; export the bundle again")
     for name in [*manifest["files"], *(f for graphs in manifest["variants"].values() for f in graphs.values())]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
     types: list[tuple[Any, type]] = [(manifest["model"]["context_length"], int)]
-    types += [(graph["min_onnxruntime"], str) for graph in manifest["graphs"].values()]
+    types += [(graph["min_onnxruntime"], str) for graph in manifest.get("graphs", {}).values()]
     types += [pair for entry in manifest["files"].values() for pair in ((entry["bytes"], int), (entry["sha256"], str))]
     for value, wanted in types:
         if not isinstance(value, wanted):

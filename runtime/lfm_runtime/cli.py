@@ -18,6 +18,8 @@ from lfm_runtime.contract import VARIANT_SUFFIX
 from lfm_runtime.errors import EdgeError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lfm_runtime.model import Model
 
 _GROUP = "lfm_edge.commands"
@@ -71,6 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
     parser.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
     parser.add_argument("--verify", action="store_true", help="hash every file before loading")
+    parser.add_argument("--force", action="store_true", help="run as the profile says even where the memory does not suffice")
     add_setting_arguments(parser)
     text = parser.add_argument_group("generation (defaults: the profile's, generation_config.json, else the model card's)")
     text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -117,12 +120,30 @@ _IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "m
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
 
-def load_model(options: argparse.Namespace) -> Model:
-    """The model the flags describe."""
+def load_model(options: argparse.Namespace, question: str = "") -> tuple[Model, list[Image]]:
+    """The model the flags describe, and the images opened. Before it is loaded, it must fit this machine's memory (see plan.py)."""
+    from pathlib import Path
+
+    from lfm_profiles import detect
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.images import MAX_MEGAPIXELS, open_image
     from lfm_runtime.model import Model
+    from lfm_runtime.plan import fit, process_memory
+    from lfm_runtime.profile import find_profile
 
     check_images(options)
-    return Model.load(options.bundle, profile=options.profile, verify=options.verify, cache_folder=options.cache, **setting_flags(options))
+    bundle = Bundle.open(Path(options.bundle))
+    profile = find_profile(options.profile, **setting_flags(options))
+    device, start = detect(), process_memory()
+    most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
+    images = [open_image(image, max_megapixels=most) for image in options.images]
+    if bundle.files:  # a hub folder tells too little to plan from
+        fitted = fit(bundle, profile, [image.size for image in images], question, device, start, force=options.force)
+        for step in fitted.steps:
+            print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
+        profile = fitted.plan.profile
+    return Model.load(bundle, profile=profile, verify=options.verify, cache_folder=options.cache), images
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,12 +159,10 @@ def check_images(options: argparse.Namespace) -> None:
 
 
 def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Generation settings given, and the image limit."""
+    """Generation settings given."""
     given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
     if options.stop:
         given["stop"] = tuple(options.stop)
-    if options.max_megapixels is not None:
-        given["max_megapixels"] = options.max_megapixels
     return given
 
 

@@ -96,13 +96,13 @@ class Model:
 
     @staticmethod
     def load(
-        folder: str | Path, *, profile: str | Path | Profile = "", verify: bool = False, cache_mib: int = 0,
+        folder: str | Path | Bundle, *, profile: str | Path | Profile = "", verify: bool = False, cache_mib: int = 0,
         cache_folder: str | Path | None = None, **settings: Any,
     ) -> Model:  # fmt: skip
         """Load a bundle, or a folder with a hub repository's ONNX files.
 
         Args:
-            folder: the bundle.
+            folder: the bundle, opened or not.
             profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one for this machine.
             verify: hash large files as well, not only small ones.
             cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts there.
@@ -114,7 +114,7 @@ class Model:
             SettingError: an unknown, impossible or useless setting.
         """
         started = time.perf_counter()
-        bundle = Bundle.open(Path(folder))
+        bundle = folder if isinstance(folder, Bundle) else Bundle.open(Path(folder))
         if verify:
             bundle.verify()
         chosen = find_profile(profile, **settings)

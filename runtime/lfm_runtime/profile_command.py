@@ -16,22 +16,27 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Device profiles: how to run on which device."
-    parser.add_argument("action", choices=("list", "show", "validate", "detect"), help="list the profiles shipped; show what one comes to "
-                        "(default: the one for this machine); validate files; detect what this machine is")  # fmt: skip
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file")
+    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan"), help="list the profiles shipped; show "
+                        "what one comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of "
+                        "BUNDLE [IMAGE …]: tokens, memory, disk")  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images")
+    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile")
+    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan: for this question")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
-    parser.add_argument("--json", action="store_true", help="detect, show: print one JSON object")
+    parser.add_argument("--json", action="store_true", help="detect, show, plan: print one JSON object")
     add_setting_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do one of them."""
     flags = setting_flags(options)
-    for name, given, where in (("NAME", options.names, ("show", "validate")), ("--bundle", options.bundle, ("show",)),
-                               ("--json", options.json, ("show", "detect")), ("a setting", flags, ("show",))):  # fmt: skip
+    for name, given, where in (("NAME", options.names, ("show", "validate", "plan")), ("--bundle", options.bundle, ("show",)),
+                               ("--json", options.json, ("show", "detect", "plan")),
+                               ("--profile", options.profile, ("plan",)), ("--prompt", options.prompt, ("plan",)),
+                               ("a setting", flags, ("show", "plan"))):  # fmt: skip
         if given and options.action not in where:
             raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
-    {"list": _list, "show": _show, "validate": _validate, "detect": _detect}[options.action](options)
+    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan}[options.action](options)
     return 0
 
 
@@ -108,6 +113,47 @@ def _detect(options: argparse.Namespace) -> None:
     print(f"\nprofile    {choice.profile.name}: {', '.join(choice.reasons)}")
     if holds.name != choice.profile.name:
         print(f"           {VARIABLE} names {holds.name}, which holds")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lfm_profiles import detect
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.images import open_image
+    from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
+    from lfm_runtime.plan import fit, process_memory
+    from lfm_runtime.profile import find_profile
+
+    if not options.names:
+        raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
+    bundle = Bundle.open(Path(options.names[0]))
+    profile = find_profile(options.profile, **setting_flags(options))
+    device, start = detect(), process_memory()
+    sizes = [open_image(name).size for name in options.names[1:]]
+    fitted = fit(bundle, profile, sizes, options.prompt, device, start)
+    plan = fitted.plan
+    if options.json:
+        print(json.dumps({
+            "profile": plan.profile.name, "variant": plan.variant, "prefill": plan.prefill, "steps": fitted.steps, "views": plan.views,
+            "image_tokens": plan.image_tokens, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens,
+            "memory_mib": {"peak": plan.memory.peak, "anonymous": plan.memory.anonymous, "mapped": plan.memory.mapped},
+            "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib,
+        }))  # fmt: skip
+        return
+    reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
+    print(f"{'profile':10s} {plan.profile.name}: {plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}")
+    for name, image in zip(options.names[1:], plan.images, strict=True):
+        tiles = f"{image.columns} × {image.rows} tiles{' and a thumbnail' if image.thumbnail else ''}" if image.tiled else "one view"
+        print(f"{'image':10s} {name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens")
+    print(f"{'tokens':10s} {plan.prompt_tokens} prompt ({plan.image_tokens} image), an answer of at most {plan.new_tokens}")
+    parts = f"{plan.memory.anonymous:.0f} anonymous, {plan.memory.mapped:.0f} mapped files"
+    free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
+    print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
+    print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
+    for step in fitted.steps:
+        print(f"{'to fit':10s} {step}")
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:

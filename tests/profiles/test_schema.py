@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_profiles import Profile, ProfileError, read, with_flags
 from lfm_profiles.schema import SETTINGS, Budget, Match, names
@@ -120,6 +120,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from([*SETTINGS, "nonsense"]), VALUES, max_size=3))
 def test_flags_are_taken_or_refused_whole(flags) -> None:
     """Any value of any setting: a profile that holds it, or a ProfileError; nothing else."""

@@ -1,0 +1,307 @@
+"""What a run will take, before anything is loaded: views, tokens, memory, disk; and how to take less where that is too much.
+
+Memory is counted from the files' sizes and the model's shapes, with factors measured once (docs/performance.md); what the process has
+already, libraries and tokenizer, is measured when the plan is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm_profiles import Device, Profile, cpu_features, stepped_down
+from lfm_profiles.schema import TILE_SETTINGS
+
+from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.context import MOST_AT_ONCE
+from lfm_runtime.contract import DECODER, KV8, VISION_ENCODER
+from lfm_runtime.errors import BundleError, EdgeError
+from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.images import ImagePlan, image_settings, plan_image
+from lfm_runtime.prepared import find
+from lfm_runtime.profile import generation_changes, image_changes
+from lfm_runtime.prompt import Message, PromptBuilder
+from lfm_runtime.report import memory_mib
+from lfm_runtime.sessions import choose_variants
+
+MIB = float(1 << 20)
+FEW_IMAGE_TOKENS = 64
+MOST_NEW = 256
+"""Tokens of an answer that a plan reckons with: few are longer."""
+Size = tuple[int, int]
+"""Width and height of an upright image in pixels."""
+
+
+class DoesNotFitError(EdgeError, MemoryError):
+    """No plan fits the memory there is; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the process at its peak, MiB. What is mapped can be evicted and read again; what is anonymous cannot."""
+
+    anonymous: float
+    mapped: float
+
+    @property
+    def peak(self) -> float:
+        """Resident."""
+        return self.anonymous + self.mapped
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.anonymous + other.anonymous, self.mapped + other.mapped)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a bundle decides about memory."""
+
+    hidden: int
+    vision_hidden: int
+    vocabulary: int
+    kv_bytes: int  # of a token, keys and values of all layers in float32
+    rotary_bytes: int  # tables for all positions, made when the decoder is loaded
+    weights: Mapping[Path, int]  # graph → bytes of all data files it reads from
+
+    @staticmethod
+    def of(bundle: Bundle) -> Shapes:
+        """From manifest.json and config.json.
+
+        Raises:
+            BundleError: the bundle has no manifest, or one of them is damaged.
+        """
+        manifest = read_manifest(bundle.folder)
+        if manifest is None:
+            raise BundleError(f"{bundle.folder} has no manifest.json, from which plans are made; export it with: lfm-edge export")
+        config = read_json_object(bundle.folder / "config.json", BundleError)
+        with damage_is(BundleError, bundle.folder / "manifest.json", "export the bundle again"):
+            model, vision = manifest["model"], config.get("vision_config") or {}
+            attention = sum(kind == "full_attention" for kind in model["layers"])
+            kv_bytes = 8 * attention * int(model["kv_heads"]) * int(model["head_dim"])
+            sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+            weights = {bundle.folder / name: sum(sizes[f] for f in graph["data"]) for name, graph in manifest["graphs"].items()}
+            rotary = 4 * int(model["context_length"]) * int(model["head_dim"])
+            return Shapes(int(model["hidden"]), int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, foreseen."""
+
+    profile: Profile
+    variant: str
+    prefill: str | None
+    images: tuple[ImagePlan, ...]
+    image_tokens: int
+    prompt_tokens: int
+    new_tokens: int  # at most
+    memory: Memory
+    disk_mib: float
+
+    @property
+    def views(self) -> int:
+        """The encoder runs."""
+        return sum(len(plan.views) for plan in self.images)
+
+
+def process_memory() -> Memory:
+    """Of this process now: what a run starts from. Taken before images are opened, which plans count themselves."""
+    found = memory_mib()
+    return Memory(found["rss_anon"] or found["rss"] or 0.0, found["rss_file"] or 0.0)
+
+
+def make_plan(bundle: Bundle, profile: Profile, images: Sequence[Size], question: str, start: Memory) -> Plan:
+    """Foresee one run, from what process_memory gave.
+
+    Raises:
+        BundleError: no manifest to plan from, or the bundle lacks a variant.
+        SettingError: the profile or a flag cannot hold.
+    """
+    settings = image_settings(bundle.images, image_changes(profile, bundle.images))
+    plans = tuple(plan_image(width, height, settings) for width, height in images)
+    prompts = PromptBuilder(bundle.prompt)
+    prompt = prompts.render([Message("user", question, len(plans))], plans)
+    generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=False))
+    context = min(bundle.context_length, profile.context or bundle.context_length)
+    new = max(0, min(generation.max_new_tokens, context - len(prompt.ids)))
+    variant, prefill = choose_variants(bundle, profile)
+    bundle.graphs(variant)
+    shapes = Shapes.of(bundle)
+    run = _memory(bundle, shapes, profile, (variant, prefill), plans, images, settings.tile_size, (len(prompt.ids), min(new, MOST_NEW)))
+    read = {*bundle.graphs(variant)[1].values(), *([bundle.graphs(prefill)[1][DECODER.stem]] if prefill else [])}
+    disk = sum(shapes.weights[path] for path in read) / MIB
+    return Plan(profile, variant, prefill, plans, prompt.image_tokens, len(prompt.ids), new, start + run, disk)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+# Factors, measured with onnxruntime 1.31 on x86 (scripts/check_plan.py prints what they are worth).
+_PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
+"""What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32 on the CPU."""
+_COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
+"""The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
+_SESSIONS = Memory(5.0, 10.0)
+"""onnxruntime's own, and its library's pages."""
+_VISION_WORK, _TEXT_WORK = 17.0, 46.0
+"""What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
+_HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
+_IMAGE_COPIES = 3.0
+"""Of the decoded image, beside itself, while it is opened and resized."""
+_END = Memory(2.0, 1.0)
+"""Of the answer itself."""
+
+
+def _memory(
+    bundle: Bundle, shapes: Shapes, profile: Profile, chosen: tuple[str, str | None], plans: Sequence[ImagePlan], sizes: Sequence[Size],
+    tile_size: int, tokens: tuple[int, int],
+) -> Memory:  # fmt: skip
+    """What a run takes at its peak: `chosen` variant and prefill variant, `tokens` of prompt and of answer."""
+    variant, prefill = chosen
+    own = _SESSIONS + Memory(shapes.rotary_bytes / MIB, 0)
+    graphs = bundle.graphs(variant)[1]
+    vision = _loaded(bundle, shapes, profile, VISION_ENCODER.stem, graphs[VISION_ENCODER.stem])
+    paths = [graphs[DECODER.stem], *([bundle.graphs(prefill)[1][DECODER.stem]] if prefill else [])]
+    decoders = [_loaded(bundle, shapes, profile, DECODER.stem, path) for path in paths]
+    decoder = sum((d.kept for d in decoders), Memory(0, 0))
+
+    patches = max((view.rows * view.columns for plan in plans for view in plan.views), default=0)
+    encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
+    features = 4 * 2 * sum(plan.tokens for plan in plans) * shapes.hidden / MIB  # and the embeddings they are put into
+    reading = 4 * min(tokens[0], MOST_AT_ONCE) * _TEXT_WORK * shapes.hidden / MIB
+    kv = sum(tokens) * shapes.kv_bytes / (4 if variant.endswith(KV8) else 1) / MIB
+    held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
+    cutting = max((_cutting(size, plan, tile_size) for size, plan in zip(sizes, plans, strict=True)), default=0.0)
+    answering = Memory(features + reading + kv + held, 0) + _END
+    if profile.low_memory:  # the encoder's memory is given back before the decoder is loaded
+        seeing = vision.kept + Memory(max(vision.loading, encoding + features + held + cutting), 0) if plans else Memory(0, 0)
+        stages = [seeing, decoder + Memory(max(d.loading for d in decoders), 0), decoder + answering]
+    else:
+        both = decoder + (vision.kept if plans else Memory(vision.kept.anonymous, 0))  # what is mapped is read when it is used
+        loading, seeing = Memory(max(d.loading for d in decoders), 0), Memory(encoding + features + held + cutting, 0)
+        stages = [both + loading, both + seeing, both + Memory(encoding, 0) + answering]
+    return own + max(stages, key=lambda stage: stage.peak)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A graph in memory."""
+
+    kept: Memory
+    loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
+
+
+def _loaded(bundle: Bundle, shapes: Shapes, profile: Profile, stem: str, path: Path) -> _Loaded:
+    weights = shapes.weights[path] / MIB
+    kind = next((k for k, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
+    if stem == VISION_ENCODER.stem and kind == "int4":  # int4's encoder is int8's
+        kind = "int8"
+    head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[kind] / MIB if stem == DECODER.stem else 0.0
+    found = find(bundle, path).path if profile.prepared else path
+    if found != path:
+        whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
+        return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
+    packed = _COPIED[stem] if kind == "int8" and _copies_int8() else _PACKED[kind]
+    return _Loaded(Memory(packed * weights, 0), head)
+
+
+def _copies_int8() -> bool:
+    """See _COPIED."""
+    features = cpu_features()
+    return bool({"x86_64", "AMD64"}.intersection(features)) and not any(f.endswith("_vnni") for f in features)
+
+
+def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:
+    """MiB for opening, resizing and cutting one image."""
+    resized = plan.rows * plan.columns * tile_size**2 if plan.tiled else plan.whole_size[0] * plan.whole_size[1]
+    return 3 * (_IMAGE_COPIES * size[0] * size[1] + 2 * resized) / MIB
+
+
+# --------------------------------------------------------------------------------------------------- taking less of it
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plan that fits, and what was given up for it."""
+
+    plan: Plan
+    steps: tuple[str, ...]
+    free_mib: int | None  # that this process may still take; None where nothing tells
+
+
+def fit(
+    bundle: Bundle, profile: Profile, images: Sequence[Size], question: str, device: Device, start: Memory, *, force: bool = False
+) -> Fitted:
+    """A plan that this machine has the memory for. Stepping down, in this order, until it fits: prompts read by the variant's own
+    decoder, fewer tiles, no tiles, fewer image tokens, one graph at a time, a smaller variant; then whatever of it was not needed is
+    taken back. What the user set by a flag stays. With `force` the first plan stands.
+
+    Raises:
+        DoesNotFitError: not even the smallest fits; with the numbers.
+        BundleError, SettingError: see make_plan.
+    """
+    first = make_plan(bundle, profile, images, question, start)
+    free, whole, budget = device.free_mib, device.usable_mib, profile.budget.peak_rss_mib
+
+    def fits(plan: Plan) -> bool:
+        peak = plan.memory.peak
+        return (free is None or peak - start.peak <= free) and (whole is None or peak <= whole) and (budget is None or peak <= budget)
+
+    if force or fits(first):
+        return Fitted(first, (), device.free_mib)
+    taken: list[tuple[str, dict[str, Any]]] = []
+
+    def with_steps(steps: Sequence[tuple[str, dict[str, Any]]]) -> Plan:
+        changed = profile
+        for _, settings in steps:
+            changed = stepped_down(changed, settings)
+        return make_plan(bundle, changed, images, question, start)
+
+    smallest = first
+    for step in _steps_down(bundle, first):
+        plan = with_steps([*taken, step])
+        taken.append(step)
+        if plan.memory.peak < smallest.memory.peak:
+            smallest = plan
+        if fits(plan):
+            for done in list(taken):
+                rest = [s for s in taken if s is not done]
+                if fits(with_steps(rest)):
+                    taken = rest
+            return Fitted(with_steps(taken), tuple(words for words, _ in taken), device.free_mib)
+    wanted = f"{smallest.memory.peak:.0f} MiB at its smallest ({smallest.memory.anonymous:.0f} anonymous; {smallest.variant})"
+    there = f"{whole} MiB are there ({device.limit_by or 'the machine'}), {free} free beside this process's {start.peak:.0f}"
+    there += f", and the budget of profile {profile.name} is {budget} MiB" if budget else ""
+    raise DoesNotFitError(f"{bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use --force")
+
+
+def _steps_down(bundle: Bundle, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what it is, settings) of each step that the user's flags leave open."""
+    profile = plan.profile
+    settings = image_settings(bundle.images, image_changes(profile, bundle.images))
+
+    def free(*names: str) -> bool:
+        return not any(profile.is_flag(name) for name in names)
+
+    if plan.prefill and free("prefill"):
+        yield f"prompts read by {plan.variant}'s own decoder, not {plan.prefill}'s", {"prefill": "none"}
+    if any(image.tiled for image in plan.images) and free("do_image_splitting"):
+        tiles = max(image.rows * image.columns for image in plan.images)
+        if tiles > 4 and settings.min_tiles <= 4 and free("max_tiles"):
+            yield "at most 4 tiles", {"max_tiles": 4}
+        if free(*TILE_SETTINGS):
+            yield "no tiles", {"do_image_splitting": False}
+    if plan.images and settings.max_image_tokens > FEW_IMAGE_TOKENS and free("max_image_tokens", "min_image_tokens"):
+        whole = {"do_image_splitting": False} if free("do_image_splitting", *TILE_SETTINGS) else {}  # else more images would count as large
+        yield f"at most {FEW_IMAGE_TOKENS} tokens an image", {"max_image_tokens": FEW_IMAGE_TOKENS, **whole}
+    if not profile.low_memory and free("low_memory", "prefill"):
+        yield "one graph in memory at a time", {"low_memory": True}
+    if free("variant"):
+        smaller = [v for v in ("int8", "int4") if v in bundle.variants and _size(bundle, v) < _size(bundle, plan.variant)]
+        for variant in smaller:
+            yield f"{variant} instead of {plan.variant}", {"variant": (variant,)}
+
+
+def _size(bundle: Bundle, variant: str) -> int:
+    return sum(Shapes.of(bundle).weights[path] for path in bundle.graphs(variant)[1].values())

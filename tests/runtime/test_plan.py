@@ -1,0 +1,199 @@
+"""Plans: what is foreseen against what is measured, stepping down in order, refusing with the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lfm_profiles import Device, detect, read, with_flags
+from lfm_runtime import plan as planning
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.errors import BundleError
+from lfm_runtime.plan import DoesNotFitError, Memory, Shapes, fit, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTION = "What is in this image?"
+LARGE = (1400, 1000)
+START = Memory(40.0, 27.0)  # a process with the libraries loaded
+
+
+@pytest.fixture
+def bundle(demo_bundle) -> Bundle:
+    return Bundle.open(demo_bundle)
+
+
+@pytest.fixture
+def as_450m(bundle, monkeypatch) -> Bundle:
+    """The demo bundle with the weights and shapes of a 450M, in fp32, int8 and int4."""
+    graphs = {stem: bundle.variants["fp32"][stem] for stem in bundle.variants["fp32"]}
+    sizes = {"fp32": (367, 256, 1352), "int8": (94, 64, 343), "int4": (94, 33, 177)}  # MiB: encoder, table, decoder with the table
+    weights, variants = {}, {}
+    for variant, numbers in sizes.items():
+        suffix = {"fp32": "", "int8": "_int8", "int4": "_q4"}[variant]
+        files = {stem: path if not suffix else path.with_name(f"{path.stem}{suffix}.onnx") for stem, path in graphs.items()}
+        variants[variant] = {stem: ExistingPath(path) for stem, path in files.items()}
+        weights |= {files[stem]: n << 20 for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)}
+    monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 768, 65536, 24576, 8 << 20, weights)))
+    monkeypatch.setattr(planning, "_copies_int8", lambda: False)
+    return replace(bundle, variants=variants)
+
+
+class ExistingPath(type(Path())):
+    """A file that is not there and is not asked to be."""
+
+    def exists(self, **_) -> bool:
+        return True
+
+
+def device(free: int, total: int | None = None) -> Device:
+    return Device("Linux", "aarch64", 64, 4096, ram_total_mib=total or 2 * free, ram_available_mib=free)
+
+
+def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> None:
+    plan = make_plan(bundle, read("generic"), [(600, 400)], QUESTION, START)
+    answer = demo_model.answer([photo], QUESTION, max_new_tokens=1)
+    answer.text()
+    report = answer.report
+    assert (plan.views, plan.image_tokens, plan.prompt_tokens) == (report.tiles, report.image_tokens, report.prompt_tokens)
+    assert plan.new_tokens == demo_model.generation.max_new_tokens
+    assert make_plan(bundle, with_flags(read("generic"), {"context": 470}), [(600, 400)], QUESTION, START).new_tokens == 470 - report.prompt_tokens
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped memory is told on Linux alone")
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("size", [None, LARGE])
+def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
+    """Two fresh processes: one plans, one runs. The demo model is small, so this is mostly about images; scripts/check_plan.py
+    compares full sizes.
+    """
+    from PIL import Image
+
+    images = []
+    if size:
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "image.png")
+        images = [str(tmp_path / "image.png")]
+    words = [*(["--low-memory"] if low else []), "--threads", "1"]
+
+    def run(*command: str) -> dict:
+        code = "import sys; from lfm_runtime.cli import main; sys.exit(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    plan = run("profile", "plan", str(demo_bundle), *images, "-p", QUESTION, "--json", *words)
+    report = run("run", str(demo_bundle), *images, "-p", QUESTION, "--json", "--temperature", "0", *words)
+    assert plan["prompt_tokens"] == report["prompt_tokens"]
+    assert 0.95 <= plan["memory_mib"]["peak"] / report["memory_mib"]["peak"] <= 1.10
+
+
+def test_orders_of_magnitude_of_a_450m(as_450m) -> None:
+    """By hand: an unprepared int4 450M with one view is its packed weights, 46 vectors a token, 17 a patch, and the libraries."""
+    profile = with_flags(read("generic"), {"variant": ("int4",), "prepared": False, "do_image_splitting": False, "max_image_tokens": 64})
+    plan = make_plan(as_450m, profile, [(256, 256)], QUESTION, START)
+    (view,) = plan.images[0].views
+    work = 4 * (17 * 768 * view.rows * view.columns + 46 * 1024 * plan.prompt_tokens) / 2**20
+    weights = 94 * 1.04 + 177 * 1.24
+    assert plan.memory.peak == pytest.approx(START.peak + weights + work, abs=45)
+    assert plan.disk_mib == 94 + 33 + 177
+    low = make_plan(as_450m, with_flags(profile, {"low_memory": True}), [(256, 256)], QUESTION, START)
+    assert plan.memory.peak - low.memory.peak == pytest.approx(94 * 1.04, abs=40)
+
+
+def smallest_free(bundle, profile, sizes) -> int:
+    return int(make_plan(bundle, profile, sizes, QUESTION, START).memory.peak - START.peak) + 5
+
+
+def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
+    profile = with_flags(read("generic"), {"prefill": "int8"})
+    wide = replace(profile, origin={**profile.origin, "prefill": "somebody"})  # a profile's wish, not the user's
+    assert fit(as_450m, wide, [LARGE], QUESTION, device(8000), START).steps == ()
+    found = [fit(as_450m, wide, [LARGE], QUESTION, device(free), START) for free in range(900, 260, -20)]
+    order = ["prompts read by", "at most 4 tiles", "no tiles", "at most 64 tokens", "one graph", "int4 instead"]
+    for fitted in found:
+        ranks = [next(i for i, start in enumerate(order) if words.startswith(start)) for words in fitted.steps]
+        assert ranks == sorted(set(ranks))
+        assert fitted.plan.memory.peak - START.peak <= fitted.free_mib + 2
+    assert {fitted.steps[:1] for fitted in found} >= {("prompts read by int4's own decoder, not int8's",)}
+    assert any(fitted.plan.profile.low_memory for fitted in found)
+    last = found[-1].plan
+    assert last.profile.low_memory
+    assert last.prefill is None
+    # The user's own settings stay, and what is left open gives way.
+    mine = with_flags(read("generic"), {"max_image_tokens": 32, "variant": ("int8",)})
+    kept = fit(as_450m, mine, [LARGE], QUESTION, device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE])), START).plan
+    assert kept.variant == "int8"
+    assert kept.profile.max_image_tokens == 32
+
+
+def test_a_smaller_variant_is_the_last_step(as_450m) -> None:
+    profile = replace(read("quality"), variant=("fp32",))
+    fitted = fit(as_450m, profile, [], QUESTION, device(400, 8000), START)
+    assert fitted.plan.variant == "int4"
+    assert fitted.steps[-1] == "int4 instead of fp32"
+
+
+@pytest.mark.parametrize(("tree", "fits"), [("pi-zero2w", False), ("pi3b", True), ("pi4-1gb", True), ("pi4-8gb", True), ("pi5-2gb", True)])
+def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "profiles"))
+    from lfm_profiles import choose
+    from trees import DEVICES, write
+
+    board = detect(write(tmp_path, DEVICES[tree][0]), system="Linux", machine="aarch64")
+    profile = choose(board).profile
+    if not fits:
+        with pytest.raises(DoesNotFitError, match=r"would take \d+ MiB at its smallest .* 416 MiB are there .* budget of profile pi-zero2w is 320 MiB"):
+            fit(as_450m, profile, [LARGE], QUESTION, board, START)
+        assert fit(as_450m, profile, [LARGE], QUESTION, board, START, force=True).steps == ()
+        return
+    plan = fit(as_450m, profile, [LARGE], QUESTION, board, START).plan
+    assert plan.variant == "int4"
+    assert plan.views == 1
+    assert plan.memory.peak <= profile.budget.peak_rss_mib
+
+
+def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lfm_profiles.detect", lambda: device(10, 60))
+    words = ["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "MiB at its smallest" in err
+    assert "use --force" in err
+    assert err.count("\n") == 1
+    assert main([*words, "--force"]) == 0
+    assert main(["profile", "plan", str(demo_bundle), str(photo)]) == 2
+
+
+def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> None:
+    bundle = Bundle.open(demo_bundle)
+    need = make_plan(bundle, with_flags(read("generic"), {"low_memory": True}), [(600, 400)], QUESTION, START).memory.peak - START.peak
+    monkeypatch.setattr("lfm_profiles.detect", lambda: device(int(need) + 1, 100_000))
+    assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]) == 0
+    assert "MiB are free: " in capsys.readouterr().err
+
+
+def test_plan_for_people(demo_bundle, photo, capsys) -> None:
+    assert main(["profile", "plan", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", "balanced"]) == 0
+    out = capsys.readouterr().out
+    assert "balanced: fp32" in out
+    assert "2 × 2 tiles and a thumbnail" in out or "tiles" in out
+    assert "MiB at the peak" in out
+    assert "MiB are free" in out
+
+
+def test_bad_input(demo_bundle, tmp_path, capsys) -> None:
+    assert main(["profile", "plan"]) == 2
+    assert "plan needs a bundle" in capsys.readouterr().err
+    assert main(["profile", "plan", str(tmp_path / "none")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert main(["profile", "plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(BundleError, match="no manifest"):
+        Shapes.of(replace(Bundle.open(demo_bundle), folder=tmp_path))
