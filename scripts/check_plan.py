@@ -39,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundles", nargs="+")
     parser.add_argument("--variants", help="comma-separated; default: all of the bundle but fp16")
+    parser.add_argument("--sizes", type=int, nargs="*", help="which of the image sizes, by number")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows, off = [], 0
@@ -51,7 +52,7 @@ def main() -> int:
                 Image.open(PHOTO).convert("RGB").resize(size).save(images[size])
         for bundle in options.bundles:
             variants = options.variants.split(",") if options.variants else [v for v in Bundle.open(Path(bundle)).variants if v in ("fp32", "int8", "int4", "int4-kv8")]
-            for variant, low, prepared, size in itertools.product(variants, (False, True), (True, False), SIZES):
+            for variant, low, prepared, size in itertools.product(variants, (False, True), (True, False), [SIZES[i] for i in options.sizes] if options.sizes else SIZES):
                 settings = {"variant": variant, "low_memory": low, "prepared": prepared, "threads": 2}
                 words = [sys.executable, "-c", PLAN, bundle, json.dumps(settings), json.dumps([size] if size else []), QUESTION]
                 anonymous, mapped, tokens = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)

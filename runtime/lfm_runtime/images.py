@@ -29,6 +29,7 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[A
 Patches = NDArray[np.float32]
 
 MAX_MEGAPIXELS = 100.0
+_ORIENTATION = 0x0112  # in EXIF
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -241,7 +242,8 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
             image = _read(source)
             _check_size(image, name, max_megapixels)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) or image)
+            turned = image.getexif().get(_ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
+            return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except ImageError:
         raise
     except FileNotFoundError as e:

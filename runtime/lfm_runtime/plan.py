@@ -149,7 +149,7 @@ _VISION_WORK, _TEXT_WORK = 17.0, 46.0
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
 _IMAGE_COPIES = 3.0
 """Of the decoded image, beside itself, while it is opened and resized."""
-_END = Memory(2.0, 1.0)
+_END = Memory(8.0, 1.0)
 """Of the answer itself."""
 
 
