@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 
 from lfm_runtime.cli import add_model_arguments, answer_changes, load_model, show_progress
@@ -21,10 +20,11 @@ def run(options: argparse.Namespace) -> int:
     """Talk until the input ends."""
     from lfm_runtime.conversation import Session
 
-    model, opened = load_model(options)
+    model = load_model(options)
     changes = answer_changes(options)
     session = Session(model, system=options.system)
-    images = [model.open(image, max_megapixels=math.inf) for image in opened]
+    limit = {"max_megapixels": changes.pop("max_megapixels")} if "max_megapixels" in changes else {}
+    images = [model.open(image, **limit) for image in options.images]
     while question := _ask():
         try:
             answer = session.ask(question, images, progress=show_progress, **changes)

@@ -18,8 +18,6 @@ from lfm_runtime.contract import VARIANT_SUFFIX
 from lfm_runtime.errors import EdgeError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from lfm_runtime.model import Model
 
 _GROUP = "lfm_edge.commands"
@@ -120,14 +118,14 @@ _IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "m
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
 
-def load_model(options: argparse.Namespace, question: str = "") -> tuple[Model, list[Image]]:
-    """The model the flags describe, and the images opened. Before it is loaded, it must fit this machine's memory (see plan.py)."""
+def load_model(options: argparse.Namespace, question: str = "") -> Model:
+    """The model the flags describe. Before it is loaded, it must fit this machine's memory with these images (see plan.py)."""
     from pathlib import Path
 
     from lfm_profiles import detect
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import MAX_MEGAPIXELS, open_image
+    from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.plan import fit, process_memory
     from lfm_runtime.profile import find_profile
@@ -137,13 +135,13 @@ def load_model(options: argparse.Namespace, question: str = "") -> tuple[Model, 
     profile = find_profile(options.profile, **setting_flags(options))
     device, start = detect(), process_memory()
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
-    images = [open_image(image, max_megapixels=most) for image in options.images]
+    sizes = [image_size(image, max_megapixels=most) for image in options.images]
     if bundle.files:  # a hub folder tells too little to plan from
-        fitted = fit(bundle, profile, [image.size for image in images], question, device, start, force=options.force)
+        fitted = fit(bundle, profile, sizes, question, device, start, force=options.force)
         for step in fitted.steps:
             print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
         profile = fitted.plan.profile
-    return Model.load(bundle, profile=profile, verify=options.verify, cache_folder=options.cache), images
+    return Model.load(bundle, profile=profile, verify=options.verify, cache_folder=options.cache)
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -159,10 +157,12 @@ def check_images(options: argparse.Namespace) -> None:
 
 
 def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Generation settings given."""
+    """Generation settings given, and the image limit."""
     given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
     if options.stop:
         given["stop"] = tuple(options.stop)
+    if options.max_megapixels is not None:
+        given["max_megapixels"] = options.max_megapixels
     return given
 
 

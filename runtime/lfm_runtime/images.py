@@ -236,14 +236,28 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
     Raises:
         ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
     """
+    with _opened(source, max_megapixels) as image:
+        image.load()
+        turned = image.getexif().get(_ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
+
+
+def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
+    """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that cannot be decoded."""
+    with _opened(source, max_megapixels) as image:
+        on_its_side = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if on_its_side else image.size
+
+
+@contextmanager
+def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"image ({type(source).__name__})"
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
             image = _read(source)
             _check_size(image, name, max_megapixels)
-            image.load()
-            turned = image.getexif().get(_ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
-            return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
+            yield image
     except ImageError:
         raise
     except FileNotFoundError as e:

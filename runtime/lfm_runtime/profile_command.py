@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lfm_profiles import detect
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import open_image
+    from lfm_runtime.images import image_size
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
     from lfm_runtime.plan import fit, process_memory
     from lfm_runtime.profile import find_profile
@@ -131,7 +131,7 @@ def _plan(options: argparse.Namespace) -> None:
     bundle = Bundle.open(Path(options.names[0]))
     profile = find_profile(options.profile, **setting_flags(options))
     device, start = detect(), process_memory()
-    sizes = [open_image(name).size for name in options.names[1:]]
+    sizes = [image_size(name) for name in options.names[1:]]
     fitted = fit(bundle, profile, sizes, options.prompt, device, start)
     plan = fitted.plan
     if options.json:

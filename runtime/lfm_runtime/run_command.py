@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 
 from lfm_runtime.cli import add_model_arguments, answer_changes, load_model, show_progress
@@ -21,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer once."""
-    model, images = load_model(options, f"{options.system} {options.prompt}")
+    model = load_model(options, f"{options.system} {options.prompt}")
     answer = model.answer(
-        images, options.prompt, system=options.system, progress=show_progress, max_megapixels=math.inf, **answer_changes(options)
+        options.images, options.prompt, system=options.system, progress=show_progress, **answer_changes(options)
     )
     for piece in answer:
         if not options.json:

@@ -259,3 +259,14 @@ def test_settings_from_files(tmp_path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(SettingError, match="not valid JSON"):
         ImageSettings.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_from_the_header(orientation, tmp_path) -> None:
+    """What open_image gives, for every EXIF orientation, without decoding."""
+    from lfm_runtime.images import image_size
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg", exif=exif)
+    assert image_size(tmp_path / "image.jpg") == open_image(tmp_path / "image.jpg").size
