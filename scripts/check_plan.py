@@ -26,11 +26,11 @@ PLAN = """if True:
     from pathlib import Path
     import lfm_runtime.model
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.plan import make_plan, process_memory
+    from lfm_runtime.plan import Planner, process_memory
     from lfm_runtime.profile import find_profile
     from lfm_runtime.images import open_image
     bundle, profile = Bundle.open(Path(sys.argv[1])), find_profile("generic", max_new_tokens=32, **json.loads(sys.argv[2]))
-    plan = make_plan(bundle, profile, json.loads(sys.argv[3]), sys.argv[4], process_memory())
+    plan = Planner(bundle, json.loads(sys.argv[3]), sys.argv[4], process_memory()).plan(profile)
     print(json.dumps([plan.memory.anonymous, plan.memory.mapped, plan.prompt_tokens]))
 """
 

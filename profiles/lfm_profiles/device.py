@@ -10,7 +10,7 @@ import platform
 import re
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,18 +159,19 @@ def _cores(root: Path, cpuinfo: str) -> tuple[CoreType, ...]:
 def _caches(root: Path) -> dict[str, int]:
     """Of the first core: L1d, L2, L3 in KiB."""
     found = {}
-    for folder in _listed(root / "sys/devices/system/cpu/cpu0/cache", "index*"):
+    for folder in listed(root / "sys/devices/system/cpu/cpu0/cache", "index*"):
         level, kind, size = (read(folder / name) for name in ("level", "type", "size"))
         if level and size and kind != "Instruction" and (amount := re.fullmatch(r"(\d+)([KM])", size)):
             found[f"L{level}{'d' if level == '1' else ''}"] = int(amount[1]) * (1024 if amount[2] == "M" else 1)
     return dict(sorted(found.items()))
 
 
-def _listed(folder: Path, pattern: str) -> Iterable[Path]:
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What is in a folder; nothing where it is not there or may not be read."""
     try:
         return sorted(folder.glob(pattern))
     except OSError:
-        return ()
+        return []
 
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
@@ -229,7 +230,7 @@ def _gpu(root: Path, compatible: tuple[str, ...]) -> str | None:
     if any("tegra" in entry for entry in compatible):
         driver = any((root / name).exists() for name in ("dev/nvhost-gpu", "dev/nvgpu", "dev/nvidia0", "sys/devices/gpu.0"))
         return "integrated" if driver else None
-    for folder in _listed(root / "proc/driver/nvidia/gpus", "*"):
+    for folder in listed(root / "proc/driver/nvidia/gpus", "*"):
         model = re.search(r"^Model:\s*(.+)$", read(folder / "information") or "", re.MULTILINE)
         return model[1].strip() if model else "NVIDIA"
     return None
@@ -237,7 +238,7 @@ def _gpu(root: Path, compatible: tuple[str, ...]) -> str | None:
 
 def _throttled(root: Path) -> tuple[str, ...] | None:
     """A Raspberry Pi's throttle bits, now and since it started."""
-    for path in _listed(root / "sys/devices/platform", "soc*/soc*:firmware/get_throttled"):
+    for path in listed(root / "sys/devices/platform", "soc*/soc*:firmware/get_throttled"):
         text = read(path)
         if text and re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):
             bits = int(text, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -226,7 +227,7 @@ def with_flags(profile: Profile, flags: Mapping[str, Any]) -> Profile:
     if unknown := next((name for name in flags if name not in SETTINGS), None):
         raise ProfileError(f"unknown setting {unknown!r}; allowed: {', '.join(SETTINGS)}")
     values = {name: _checked(name, list(v) if isinstance(v, tuple) else v, SETTINGS[name].metadata) for name, v in flags.items()}
-    made = _made(profile, values, FLAG)
+    made = changed(profile, values, FLAG)
     useless = [name for name in TILE_SETTINGS if name in flags]
     if made.do_image_splitting is False and useless:
         raise ProfileError(
@@ -237,7 +238,7 @@ def with_flags(profile: Profile, flags: Mapping[str, Any]) -> Profile:
         if made.is_flag("prefill") and made.is_flag("low_memory"):
             raise ProfileError("prefill needs a second decoder in memory, low_memory allows one; leave one out")
         loser = "low_memory" if made.is_flag("prefill") else "prefill"  # the profile's wish yields to the user's
-        made = _made(made, {loser: False if loser == "low_memory" else "none"}, FLAG)
+        made = changed(made, {loser: False if loser == "low_memory" else "none"}, FLAG)
     return made
 
 
@@ -246,7 +247,23 @@ def stepped_down(profile: Profile, changes: Mapping[str, Any]) -> Profile:
     values = dict(changes)
     if values.get("low_memory"):
         values["prefill"] = "none"
-    return _made(profile, values, STEP)
+    return changed(profile, values, STEP)
+
+
+def to_toml(profile: Profile) -> str:
+    """A file that gives all that this profile gives, by itself. The rules of `auto` are left out."""
+    useless = {*(TILE_SETTINGS if profile.do_image_splitting is False else ()), *(("prefill",) if profile.low_memory else ())}
+    lines = [f"description = {json.dumps(profile.description, ensure_ascii=False)}", ""]
+    lines += [f"{name} = {_toml(getattr(profile, name))}" for name in SETTINGS if name in profile.origin and name not in useless]
+    budget = {f.name: getattr(profile.budget, f.name) for f in fields(Budget)}
+    if any(budget.values()):
+        lines += ["", "[budget]", *(f"{name} = {value}" for name, value in budget.items() if value)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Texts, numbers, booleans and lists of them are the same in JSON."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
 def _said_by(origin: str) -> str:
@@ -300,7 +317,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
     _check_together(path, text, values)
     budget = {f.name: getattr(parent.budget, f.name) for f in fields(Budget)} | sections["budget"]
-    made = _made(parent, values, path.stem)
+    made = changed(parent, values, path.stem)
     return Profile(**{
         **{f.name: getattr(made, f.name) for f in fields(Profile)}, "name": path.stem, "description": description,
         "match": Match(**sections["match"]), "budget": Budget(**budget),
@@ -363,7 +380,8 @@ def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:
             raise ProfileError(f"{_where(path, text, low)}: {low} = {values[low]} is above {high} = {values[high]}")
 
 
-def _made(parent: Profile, values: Mapping[str, Any], who: str) -> Profile:
+def changed(parent: Profile, values: Mapping[str, Any], who: str) -> Profile:
+    """The profile with other values; `who` gave them."""
     origin = {**parent.origin, **dict.fromkeys(values, who)}
     return Profile(**{**{f.name: getattr(parent, f.name) for f in fields(Profile)}, **values, "origin": origin})
 

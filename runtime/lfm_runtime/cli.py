@@ -127,7 +127,7 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
-    from lfm_runtime.plan import fit, process_memory
+    from lfm_runtime.plan import Planner, fit, process_memory
     from lfm_runtime.profile import find_profile
 
     check_images(options)
@@ -137,7 +137,7 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = [image_size(image, max_megapixels=most) for image in options.images]
     if bundle.files:  # a hub folder tells too little to plan from
-        fitted = fit(bundle, profile, sizes, question, device, start, force=options.force)
+        fitted = fit(Planner(bundle, sizes, question, start), profile, device, force=options.force)
         for step in fitted.steps:
             print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
         profile = fitted.plan.profile

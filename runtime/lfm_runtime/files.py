@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,23 @@ def read_json_object(path: Path, error: type[EdgeError], *, required: bool = Tru
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; copy or export it again")
     return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears whole or not at all; what was there stays until then."""
+    path = Path(os.path.realpath(path))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(f.name).chmod(0o666 & ~mask)  # temporary files are private
+            Path(f.name).replace(path)
+        except BaseException:
+            Path(f.name).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

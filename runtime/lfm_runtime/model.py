@@ -245,7 +245,7 @@ class Model:
         somebody may come back to where an image ends, in this context or through the cache.
         """
         prompt, planned, report = job.prompt, job.planned, job.reply.report
-        with report.stage("image"):
+        with report.stage("preprocess"):
             images = [image.key for image in planned] if returning else [-1] * len(planned)  # hashing pixels takes time
             keys = prompt_keys(prompt.ids, self.prompts.image_id, images, prompt.image_ends)
         found = context.find(keys)
@@ -295,7 +295,7 @@ class Model:
         cut = cut_views(planned.image, planned.plan, self.images)
         for view in planned.plan.views:
             tell()
-            with report.stage("image"):
+            with report.stage("preprocess"):
                 patches = next(cut)
             with report.stage("vision"):
                 (found,) = vision.run(["image_features"], {

@@ -7,7 +7,7 @@ already, libraries and tokenizer, is measured when the plan is made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,30 +112,91 @@ def process_memory() -> Memory:
     return Memory(found["rss_anon"] or found["rss"] or 0.0, found["rss_file"] or 0.0)
 
 
-def make_plan(bundle: Bundle, profile: Profile, images: Sequence[Size], question: str, start: Memory) -> Plan:
-    """Foresee one run, from what process_memory gave.
+class Planner:
+    """Foresees runs of one bundle about the same images and question."""
 
-    Raises:
-        BundleError: no manifest to plan from, or the bundle lacks a variant.
-        SettingError: the profile or a flag cannot hold.
-    """
-    settings = image_settings(bundle.images, image_changes(profile, bundle.images))
-    plans = tuple(plan_image(width, height, settings) for width, height in images)
-    prompts = PromptBuilder(bundle.prompt)
-    prompt = prompts.render([Message("user", question, len(plans))], plans)
-    generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=False))
-    context = min(bundle.context_length, profile.context or bundle.context_length)
-    new = max(0, min(generation.max_new_tokens, context - len(prompt.ids)))
-    variant, prefill = choose_variants(bundle, profile)
-    bundle.graphs(variant)
-    shapes = Shapes.of(bundle)
-    run = _memory(bundle, shapes, profile, (variant, prefill), plans, images, settings.tile_size, (len(prompt.ids), min(new, MOST_NEW)))
-    read = {*bundle.graphs(variant)[1].values(), *([bundle.graphs(prefill)[1][DECODER.stem]] if prefill else [])}
-    disk = sum(shapes.weights[path] for path in read) / MIB
-    return Plan(profile, variant, prefill, plans, prompt.image_tokens, len(prompt.ids), new, start + run, disk)
+    def __init__(self, bundle: Bundle, images: Sequence[Size], question: str, start: Memory) -> None:
+        """`start`: what process_memory gave.
+
+        Raises:
+            BundleError: the bundle has no manifest to plan from, or a damaged one.
+        """
+        self.bundle, self.images, self.question, self.start = bundle, images, question, start
+        self.shapes = Shapes.of(bundle)
+        self._prompts = PromptBuilder(bundle.prompt)
+
+    def plan(self, profile: Profile) -> Plan:
+        """One run.
+
+        Raises:
+            BundleError: the bundle lacks a variant.
+            SettingError: the profile or a flag cannot hold.
+        """
+        bundle = self.bundle
+        settings = image_settings(bundle.images, image_changes(profile, bundle.images))
+        plans = tuple(plan_image(width, height, settings) for width, height in self.images)
+        prompt = self._prompts.render([Message("user", self.question, len(plans))], plans)
+        generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=False))
+        context = min(bundle.context_length, profile.context or bundle.context_length)
+        new = max(0, min(generation.max_new_tokens, context - len(prompt.ids)))
+        variant, prefill = choose_variants(bundle, profile)
+        variant, graphs = bundle.graphs(variant)
+        disk = self._disk_mib(graphs, prefill)
+        plan = Plan(profile, variant, prefill, plans, prompt.image_tokens, len(prompt.ids), new, self.start, disk)
+        return replace(plan, memory=self.start + self._run_memory(plan, settings.tile_size))
+
+    def size(self, variant: str) -> int:
+        """Bytes of a variant's weights."""
+        return sum(self.shapes.weights[path] for path in self.bundle.graphs(variant)[1].values())
+
+    def _disk_mib(self, graphs: Mapping[str, Path], prefill: str | None) -> float:
+        paths = {*graphs.values(), *([self.bundle.graphs(prefill)[1][DECODER.stem]] if prefill else [])}
+        return sum(self.shapes.weights[path] for path in paths) / MIB
+
+    def _run_memory(self, plan: Plan, tile_size: int) -> Memory:
+        """What a run takes at its peak, beside what the process starts with."""
+        shapes, profile, plans, sizes = self.shapes, plan.profile, plan.images, self.images
+        own = _SESSIONS + Memory(shapes.rotary_bytes / MIB, 0)
+        graphs = self.bundle.graphs(plan.variant)[1]
+        vision = self._loaded(profile, VISION_ENCODER.stem, graphs[VISION_ENCODER.stem])
+        paths = [graphs[DECODER.stem], *([self.bundle.graphs(plan.prefill)[1][DECODER.stem]] if plan.prefill else [])]
+        decoders = [self._loaded(profile, DECODER.stem, path) for path in paths]
+        decoder = sum((d.kept for d in decoders), Memory(0, 0))
+
+        patches = max((view.rows * view.columns for image in plans for view in image.views), default=0)
+        encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
+        features = 4 * 4 * plan.image_tokens * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
+        step = -(-plan.prompt_tokens // -(-plan.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
+        reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
+        tokens = plan.prompt_tokens + min(plan.new_tokens, MOST_NEW)
+        kv = tokens * shapes.kv_bytes / (4 if plan.variant.endswith(KV8) else 1) / MIB
+        held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
+        cutting = max((_cutting(size, image, tile_size) for size, image in zip(sizes, plans, strict=True)), default=0.0)
+        answering = Memory(features + reading + kv + held, 0) + _END
+        if profile.low_memory:  # the encoder's memory is given back before the decoder is loaded
+            seeing = vision.kept + Memory(max(vision.loading, encoding + features + held + cutting), 0) if plans else Memory(0, 0)
+            stages = [seeing, decoder + Memory(max(d.loading for d in decoders), 0), decoder + answering]
+        else:
+            both = decoder + (vision.kept if plans else Memory(vision.kept.anonymous, 0))  # what is mapped is read when it is used
+            loading, seeing = Memory(max(d.loading for d in decoders), 0), Memory(encoding + features + held + cutting, 0)
+            stages = [both + loading, both + seeing, both + Memory(encoding, 0) + answering]
+        return own + max(stages, key=lambda stage: stage.peak)
+
+    def _loaded(self, profile: Profile, stem: str, path: Path) -> _Loaded:
+        weights = self.shapes.weights[path] / MIB
+        kind = next((k for k, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
+        if stem == VISION_ENCODER.stem and kind == "int4":  # int4's encoder is int8's
+            kind = "int8"
+        head = self.shapes.vocabulary * self.shapes.hidden * _HEAD_BYTES[kind] / MIB if stem == DECODER.stem else 0.0
+        found = find(self.bundle, path).path if profile.prepared else path
+        if found != path:
+            whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
+            return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
+        packed = _COPIED[stem] if kind == "int8" and _copies_int8() else _PACKED[kind]
+        return _Loaded(Memory(packed * weights, 0), head)
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------------------------------------- factors
 
 # Factors, measured with onnxruntime 1.31 on x86 (scripts/check_plan.py prints what they are worth).
 _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
@@ -153,58 +214,12 @@ _END = Memory(1.0, 1.0)
 """Of the answer itself."""
 
 
-def _memory(
-    bundle: Bundle, shapes: Shapes, profile: Profile, chosen: tuple[str, str | None], plans: Sequence[ImagePlan], sizes: Sequence[Size],
-    tile_size: int, tokens: tuple[int, int],
-) -> Memory:  # fmt: skip
-    """What a run takes at its peak: `chosen` variant and prefill variant, `tokens` of prompt and of answer."""
-    variant, prefill = chosen
-    own = _SESSIONS + Memory(shapes.rotary_bytes / MIB, 0)
-    graphs = bundle.graphs(variant)[1]
-    vision = _loaded(bundle, shapes, profile, VISION_ENCODER.stem, graphs[VISION_ENCODER.stem])
-    paths = [graphs[DECODER.stem], *([bundle.graphs(prefill)[1][DECODER.stem]] if prefill else [])]
-    decoders = [_loaded(bundle, shapes, profile, DECODER.stem, path) for path in paths]
-    decoder = sum((d.kept for d in decoders), Memory(0, 0))
-
-    patches = max((view.rows * view.columns for plan in plans for view in plan.views), default=0)
-    encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
-    features = 4 * 4 * sum(plan.tokens for plan in plans) * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
-    step = -(-tokens[0] // -(-tokens[0] // MOST_AT_ONCE))  # prompts are read in equal parts
-    reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
-    kv = sum(tokens) * shapes.kv_bytes / (4 if variant.endswith(KV8) else 1) / MIB
-    held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
-    cutting = max((_cutting(size, plan, tile_size) for size, plan in zip(sizes, plans, strict=True)), default=0.0)
-    answering = Memory(features + reading + kv + held, 0) + _END
-    if profile.low_memory:  # the encoder's memory is given back before the decoder is loaded
-        seeing = vision.kept + Memory(max(vision.loading, encoding + features + held + cutting), 0) if plans else Memory(0, 0)
-        stages = [seeing, decoder + Memory(max(d.loading for d in decoders), 0), decoder + answering]
-    else:
-        both = decoder + (vision.kept if plans else Memory(vision.kept.anonymous, 0))  # what is mapped is read when it is used
-        loading, seeing = Memory(max(d.loading for d in decoders), 0), Memory(encoding + features + held + cutting, 0)
-        stages = [both + loading, both + seeing, both + Memory(encoding, 0) + answering]
-    return own + max(stages, key=lambda stage: stage.peak)
-
-
 @dataclass(frozen=True)
 class _Loaded:
     """A graph in memory."""
 
     kept: Memory
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
-
-
-def _loaded(bundle: Bundle, shapes: Shapes, profile: Profile, stem: str, path: Path) -> _Loaded:
-    weights = shapes.weights[path] / MIB
-    kind = next((k for k, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
-    if stem == VISION_ENCODER.stem and kind == "int4":  # int4's encoder is int8's
-        kind = "int8"
-    head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[kind] / MIB if stem == DECODER.stem else 0.0
-    found = find(bundle, path).path if profile.prepared else path
-    if found != path:
-        whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
-        return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
-    packed = _COPIED[stem] if kind == "int8" and _copies_int8() else _PACKED[kind]
-    return _Loaded(Memory(packed * weights, 0), head)
 
 
 def _copies_int8() -> bool:
@@ -231,38 +246,38 @@ class Fitted:
     free_mib: int | None  # that this process may still take; None where nothing tells
 
 
-def fit(
-    bundle: Bundle, profile: Profile, images: Sequence[Size], question: str, device: Device, start: Memory, *, force: bool = False
-) -> Fitted:
+def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = False) -> Fitted:
     """A plan that this machine has the memory for. Stepping down, in this order, until it fits: prompts read by the variant's own
     decoder, fewer tiles, no tiles, fewer image tokens, one graph at a time, a smaller variant; then whatever of it was not needed is
     taken back. What the user set by a flag stays. With `force` the first plan stands.
 
     Raises:
         DoesNotFitError: not even the smallest fits; with the numbers.
-        BundleError, SettingError: see make_plan.
+        BundleError, SettingError: see Planner.plan.
     """
-    first = make_plan(bundle, profile, images, question, start)
+    first = planner.plan(profile)
     free, whole, budget = device.free_mib, device.usable_mib, profile.budget.peak_rss_mib
 
     def fits(plan: Plan) -> bool:
         peak = plan.memory.peak
-        return (free is None or peak - start.peak <= free) and (whole is None or peak <= whole) and (budget is None or peak <= budget)
+        return (
+            (free is None or peak - planner.start.peak <= free) and (whole is None or peak <= whole) and (budget is None or peak <= budget)
+        )
 
     if force or fits(first):
-        return Fitted(first, (), device.free_mib)
+        return Fitted(first, (), free)
     taken: list[tuple[str, dict[str, Any]]] = []
 
     def with_steps(steps: Sequence[tuple[str, dict[str, Any]]]) -> Plan:
         changed = profile
         for _, settings in steps:
             changed = stepped_down(changed, settings)
-        return make_plan(bundle, changed, images, question, start)
+        return planner.plan(changed)
 
     smallest = first
-    for step in _steps_down(bundle, first):
-        plan = with_steps([*taken, step])
+    for step in _steps_down(planner, first):
         taken.append(step)
+        plan = with_steps(taken)
         if plan.memory.peak < smallest.memory.peak:
             smallest = plan
         if fits(plan):
@@ -270,16 +285,18 @@ def fit(
                 rest = [s for s in taken if s is not done]
                 if fits(with_steps(rest)):
                     taken = rest
-            return Fitted(with_steps(taken), tuple(words for words, _ in taken), device.free_mib)
+            return Fitted(with_steps(taken), tuple(words for words, _ in taken), free)
     wanted = f"{smallest.memory.peak:.0f} MiB at its smallest ({smallest.memory.anonymous:.0f} anonymous; {smallest.variant})"
-    there = f"{whole} MiB are there ({device.limit_by or 'the machine'}), {free} free beside this process's {start.peak:.0f}"
+    there = f"{whole} MiB are there ({device.limit_by or 'the machine'}), {free} free beside this process's {planner.start.peak:.0f}"
     there += f", and the budget of profile {profile.name} is {budget} MiB" if budget else ""
-    raise DoesNotFitError(f"{bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use --force")
+    raise DoesNotFitError(
+        f"{planner.bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use --force"
+    )
 
 
-def _steps_down(bundle: Bundle, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what it is, settings) of each step that the user's flags leave open."""
-    profile = plan.profile
+    profile, bundle = plan.profile, planner.bundle
     settings = image_settings(bundle.images, image_changes(profile, bundle.images))
 
     def free(*names: str) -> bool:
@@ -299,10 +316,7 @@ def _steps_down(bundle: Bundle, plan: Plan) -> Iterator[tuple[str, dict[str, Any
     if not profile.low_memory and free("low_memory", "prefill"):
         yield "one graph in memory at a time", {"low_memory": True}
     if free("variant"):
-        smaller = [v for v in ("int8", "int4") if v in bundle.variants and _size(bundle, v) < _size(bundle, plan.variant)]
+        smaller = [v for v in ("int8", "int4") if v in bundle.variants and planner.size(v) < planner.size(plan.variant)]
         for variant in smaller:
             yield f"{variant} instead of {plan.variant}", {"variant": (variant,)}
 
-
-def _size(bundle: Bundle, variant: str) -> int:
-    return sum(Shapes.of(bundle).weights[path] for path in bundle.graphs(variant)[1].values())

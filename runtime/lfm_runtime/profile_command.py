@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.cli import add_setting_arguments, setting_flags
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Device profiles: how to run on which device."
-    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan"), help="list the profiles shipped; show "
+    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan", "tune"), help="list the profiles shipped; show "
                         "what one comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of "
-                        "BUNDLE [IMAGE …]: tokens, memory, disk")  # fmt: skip
+                        "BUNDLE [IMAGE …]: tokens, memory, disk; tune: measure which settings suit BUNDLE and IMAGEs like these here, and "
+                        "write them as a profile")  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images")
-    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile")
-    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan: for this question")
+    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile; tune: beginning with it")
+    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan, tune: for this question")
+    parser.add_argument("--minutes", type=float, metavar="N", help="tune: for so long (default 10); what is measured is kept")
+    parser.add_argument("--objective", choices=("latency", "memory", "energy"), help="tune: what to choose by (default latency)")
+    parser.add_argument("--floor", type=float, metavar="KL", help="tune: highest KL divergence to the best variant, nats (default 0.1)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="tune: the profile to write (default tuned.toml)")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
     parser.add_argument("--json", action="store_true", help="detect, show, plan: print one JSON object")
     add_setting_arguments(parser)
@@ -30,13 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do one of them."""
     flags = setting_flags(options)
-    for name, given, where in (("NAME", options.names, ("show", "validate", "plan")), ("--bundle", options.bundle, ("show",)),
+    for name, given, where in (("NAME", options.names, ("show", "validate", "plan", "tune")), ("--bundle", options.bundle, ("show",)),
                                ("--json", options.json, ("show", "detect", "plan")),
-                               ("--profile", options.profile, ("plan",)), ("--prompt", options.prompt, ("plan",)),
-                               ("a setting", flags, ("show", "plan"))):  # fmt: skip
+                               ("--profile", options.profile, ("plan", "tune")), ("--prompt", options.prompt, ("plan", "tune")),
+                               ("--minutes", options.minutes is not None, ("tune",)), ("--objective", options.objective, ("tune",)),
+                               ("--floor", options.floor is not None, ("tune",)), ("--output", options.output, ("tune",)),
+                               ("a setting", flags, ("show", "plan", "tune"))):  # fmt: skip
         if given and options.action not in where:
             raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
-    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan}[options.action](options)
+    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan, "tune": _tune}[options.action](options)
     return 0
 
 
@@ -123,7 +131,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.images import image_size
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
-    from lfm_runtime.plan import fit, process_memory
+    from lfm_runtime.plan import Planner, fit, process_memory
     from lfm_runtime.profile import find_profile
 
     if not options.names:
@@ -132,7 +140,7 @@ def _plan(options: argparse.Namespace) -> None:
     profile = find_profile(options.profile, **setting_flags(options))
     device, start = detect(), process_memory()
     sizes = [image_size(name) for name in options.names[1:]]
-    fitted = fit(bundle, profile, sizes, options.prompt, device, start)
+    fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
     plan = fitted.plan
     if options.json:
         print(json.dumps({
@@ -154,6 +162,64 @@ def _plan(options: argparse.Namespace) -> None:
     print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
     for step in fitted.steps:
         print(f"{'to fit':10s} {step}")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    import time
+    from pathlib import Path
+
+    from lfm_profiles import detect, to_toml
+    from lfm_profiles.sensors import Sensors
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.files import write_whole
+    from lfm_runtime.images import image_size
+    from lfm_runtime.profile import find_profile
+    from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
+
+    if len(options.names) < 2:
+        raise SettingError("tune needs a bundle and images like those it will be asked about: lfm-edge profile tune BUNDLE IMAGE …")
+    minutes = 10.0 if options.minutes is None else options.minutes
+    if not 0 <= minutes <= 1e5:
+        raise SettingError(f"minutes {minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")
+    output = Path(options.output or "tuned.toml")
+    if output.suffix != ".toml" or not output.absolute().parent.is_dir():
+        raise SettingError(f"{output} cannot be written as a profile; name a .toml file in a folder that is there")
+    images = [Path(name) for name in options.names[1:]]
+    for image in images:
+        image_size(image)  # better now than in the first process
+    bundle, profile, device = Bundle.open(Path(options.names[0])), find_profile(options.profile, **setting_flags(options)), detect()
+    tuning = Tuning(
+        bundle, profile, images, options.prompt or "Describe this image.", options.objective or "latency",
+        FLOOR if options.floor is None else options.floor, axes_of(bundle, profile, images),
+    )  # fmt: skip
+    kept = output.with_suffix(".json")
+    if tuning.resume(kept):
+        print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)
+    on_a_line = sys.stderr.isatty()
+
+    def tell(text: str) -> None:
+        print(f"\r\x1b[K{text}" if on_a_line else text, end="" if on_a_line else "\n", file=sys.stderr, flush=True)
+
+    tune(tuning, device, minutes=minutes, kept=kept, sensors=Sensors(), progress=tell)
+    if on_a_line:
+        tell("")
+    chosen = tuning.chosen()
+    best = tuning.points[chosen]
+    failed = [m.failed for m in tuning.points.values() if m.failed]
+    print(tuning.table())
+    print(
+        f"\n{len(tuning.points)} points in {tuning.rounds} rounds; answers of 32 tokens; KL to {tuning.reference} with the checkpoint's "
+        f"own image settings; * is best by {tuning.objective} with KL ≤ {tuning.floor:g}"
+    )
+    if failed:
+        print(f"{len(failed)} points could not be measured: {failed[0]}")
+    if not tuning.good_enough(chosen):
+        print(f"no point measured has a KL of {tuning.floor:g} or less: the best of the others is chosen; see --floor")
+    where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
+    said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
+    write_whole(output, to_toml(tuning.profile_of(chosen, said)))
+    print(f"\nwritten: {output}; use it with --profile {output}. Measurements: {kept}; plot: lfm-edge report {kept}")
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from lfm_runtime.report import Report
+from lfm_runtime.report import WRITTEN, Report
 from lfm_runtime.sampling import GenerationSettings
 from lfm_runtime.tokenizer import TextStream, Tokenizer
 
@@ -27,7 +27,8 @@ class Reply:
 
     def add(self, token: int) -> str:
         """The text that this token makes certain."""
-        self.first_token = self.first_token or time.perf_counter()
+        known = time.perf_counter()
+        self.first_token = self.first_token or known
         report = self.report
         report.new_tokens += 1
         piece = ""
@@ -44,6 +45,7 @@ class Reply:
         if report.finish_reason:
             piece += self._stops.pass_on(self._stream.finish()) + self._stops.rest()
         report.text += piece
+        report.spans.append((WRITTEN, known, time.perf_counter()))
         return piece
 
 

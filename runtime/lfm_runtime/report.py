@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-STAGES = ("load", "image", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
+STAGES = ("load", "image", "preprocess", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
+WRITTEN = "written"
+"""The span of a token, from when it was known to when its text was."""
 
 
 @dataclass
@@ -31,13 +33,17 @@ class Report:
     timing_ms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     throughput: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s")))
     memory_mib: dict[str, float | None] = field(default_factory=dict)
+    spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
+    """(stage, start, end) of every stretch of work and (WRITTEN, …) of every token; time.perf_counter() values."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of a block to a stage."""
         start = time.perf_counter()
         yield
-        self.timing_ms[name] = (self.timing_ms[name] or 0.0) + (time.perf_counter() - start) * 1e3
+        end = time.perf_counter()
+        self.spans.append((name, start, end))
+        self.timing_ms[name] = (self.timing_ms[name] or 0.0) + (end - start) * 1e3
 
     def finish(self, started: float, first_token: float | None, ended: float) -> None:
         """Derive what follows from the stages. Times are time.perf_counter() values.
@@ -58,8 +64,8 @@ class Report:
         self.memory_mib = memory_mib()
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers as plain values, rounded to a thousandth: what --json prints."""
-        return {name: _rounded(value) for name, value in asdict(self).items()}
+        """The numbers as plain values, rounded to a thousandth: what --json prints. Single spans are left to audits."""
+        return {name: _rounded(value) for name, value in asdict(replace(self, spans=[])).items() if name != "spans"}
 
     def table(self) -> str:
         """The same numbers for a person: two lines of milliseconds, one of tokens, one of megabytes."""

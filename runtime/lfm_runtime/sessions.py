@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -131,18 +132,20 @@ class Graphs:
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
         self.execution = Execution.of(profile)
-        name, prefill = choose_variants(bundle, profile)
+        name, self.prefill = choose_variants(bundle, profile)
         self.variant, self.paths = bundle.graphs(name)
-        self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
+        self.prefill_path = bundle.graphs(self.prefill)[1][DECODER.stem] if self.prefill else None
+        self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
-            _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", prefill, *short)
-            self.prefill_path = None
+            _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", self.prefill, *short)
+            self.prefill = self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
             wanted = bundle.min_onnxruntime.get(path, "0.0")
             if not onnxruntime_is(wanted):
                 raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
         self.low_memory = profile.low_memory
-        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory)
+        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena)
+        self.is_prepared = False  # whether a graph was loaded as `lfm-edge prepare` wrote it
         self._bundle, self._prepared, self._verify = bundle, profile.prepared, verify
         self._vision: ort.InferenceSession | None = None
 
@@ -177,19 +180,30 @@ class Graphs:
                 f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two variants with {KV8}, "
                 "quantized with the same images, or two without"
             )
-        return DecoderSessions(decoder, load_session(self.paths[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)), prefill)  # a table look-up
+        return DecoderSessions(decoder, self._load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem]), prefill)
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
+        started = time.perf_counter()
+        session = self._best(graph, path)
+        self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
+        return session
+
+    def _best(self, graph: Graph, path: Path) -> ort.InferenceSession:
         """The prepared form where it fits and works, else the graph as it is."""
+        if graph is EMBED_TOKENS:
+            return load_session(path, graph, Execution(1))  # a table look-up: neither threads nor packed weights
         if self._prepared:
             found = find(self._bundle, path, verify=self._verify)
             if found.note:
                 _log.warning("lfm-edge: %s", found.note)
             if found.path != path:
                 try:
-                    return load_session(found.path, graph, self.execution)
+                    session = load_session(found.path, graph, self.execution)
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
+                else:
+                    self.is_prepared = True
+                    return session
         return load_session(path, graph, self.execution)
 
 

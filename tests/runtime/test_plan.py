@@ -15,7 +15,7 @@ from lfm_runtime import plan as planning
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.cli import main
 from lfm_runtime.errors import BundleError
-from lfm_runtime.plan import DoesNotFitError, Memory, Shapes, fit, make_plan
+from lfm_runtime.plan import DoesNotFitError, Memory, Planner, Shapes, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is in this image?"
@@ -56,13 +56,13 @@ def device(free: int, total: int | None = None) -> Device:
 
 
 def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> None:
-    plan = make_plan(bundle, read("generic"), [(600, 400)], QUESTION, START)
+    plan = Planner(bundle, [(600, 400)], QUESTION, START).plan(read("generic"))
     answer = demo_model.answer([photo], QUESTION, max_new_tokens=1)
     answer.text()
     report = answer.report
     assert (plan.views, plan.image_tokens, plan.prompt_tokens) == (report.tiles, report.image_tokens, report.prompt_tokens)
     assert plan.new_tokens == demo_model.generation.max_new_tokens
-    assert make_plan(bundle, with_flags(read("generic"), {"context": 470}), [(600, 400)], QUESTION, START).new_tokens == 470 - report.prompt_tokens
+    assert Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"context": 470})).new_tokens == 470 - report.prompt_tokens
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped memory is told on Linux alone")
@@ -97,25 +97,25 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
 def test_orders_of_magnitude_of_a_450m(as_450m) -> None:
     """By hand: an unprepared int4 450M with one view is its packed weights, 46 vectors a token, 17 a patch, and the libraries."""
     profile = with_flags(read("generic"), {"variant": ("int4",), "prepared": False, "do_image_splitting": False, "max_image_tokens": 64})
-    plan = make_plan(as_450m, profile, [(256, 256)], QUESTION, START)
+    plan = Planner(as_450m, [(256, 256)], QUESTION, START).plan(profile)
     (view,) = plan.images[0].views
     work = 4 * (17 * 768 * view.rows * view.columns + 46 * 1024 * plan.prompt_tokens) / 2**20
     weights = 94 * 1.04 + 177 * 1.24
     assert plan.memory.peak == pytest.approx(START.peak + weights + work, abs=45)
     assert plan.disk_mib == 94 + 33 + 177
-    low = make_plan(as_450m, with_flags(profile, {"low_memory": True}), [(256, 256)], QUESTION, START)
+    low = Planner(as_450m, [(256, 256)], QUESTION, START).plan(with_flags(profile, {"low_memory": True}))
     assert plan.memory.peak - low.memory.peak == pytest.approx(94 * 1.04, abs=40)
 
 
 def smallest_free(bundle, profile, sizes) -> int:
-    return int(make_plan(bundle, profile, sizes, QUESTION, START).memory.peak - START.peak) + 5
+    return int(Planner(bundle, sizes, QUESTION, START).plan(profile).memory.peak - START.peak) + 5
 
 
 def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
     profile = with_flags(read("generic"), {"prefill": "int8"})
     wide = replace(profile, origin={**profile.origin, "prefill": "somebody"})  # a profile's wish, not the user's
-    assert fit(as_450m, wide, [LARGE], QUESTION, device(8000), START).steps == ()
-    found = [fit(as_450m, wide, [LARGE], QUESTION, device(free), START) for free in range(900, 260, -20)]
+    assert fit(Planner(as_450m, [LARGE], QUESTION, START), wide, device(8000)).steps == ()
+    found = [fit(Planner(as_450m, [LARGE], QUESTION, START), wide, device(free)) for free in range(900, 260, -20)]
     order = ["prompts read by", "at most 4 tiles", "no tiles", "at most 64 tokens", "one graph", "int4 instead"]
     for fitted in found:
         ranks = [next(i for i, start in enumerate(order) if words.startswith(start)) for words in fitted.steps]
@@ -128,14 +128,14 @@ def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
     assert last.prefill is None
     # The user's own settings stay, and what is left open gives way.
     mine = with_flags(read("generic"), {"max_image_tokens": 32, "variant": ("int8",)})
-    kept = fit(as_450m, mine, [LARGE], QUESTION, device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE])), START).plan
+    kept = fit(Planner(as_450m, [LARGE], QUESTION, START), mine, device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE]))).plan
     assert kept.variant == "int8"
     assert kept.profile.max_image_tokens == 32
 
 
 def test_a_smaller_variant_is_the_last_step(as_450m) -> None:
     profile = replace(read("quality"), variant=("fp32",))
-    fitted = fit(as_450m, profile, [], QUESTION, device(400, 8000), START)
+    fitted = fit(Planner(as_450m, [], QUESTION, START), profile, device(400, 8000))
     assert fitted.plan.variant == "int4"
     assert fitted.steps[-1] == "int4 instead of fp32"
 
@@ -150,10 +150,10 @@ def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
     profile = choose(board).profile
     if not fits:
         with pytest.raises(DoesNotFitError, match=r"would take \d+ MiB at its smallest .* 416 MiB are there .* budget of profile pi-zero2w is 320 MiB"):
-            fit(as_450m, profile, [LARGE], QUESTION, board, START)
-        assert fit(as_450m, profile, [LARGE], QUESTION, board, START, force=True).steps == ()
+            fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board)
+        assert fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board, force=True).steps == ()
         return
-    plan = fit(as_450m, profile, [LARGE], QUESTION, board, START).plan
+    plan = fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board).plan
     assert plan.variant == "int4"
     assert plan.views == 1
     assert plan.memory.peak <= profile.budget.peak_rss_mib
@@ -173,7 +173,7 @@ def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> No
 
 def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> None:
     bundle = Bundle.open(demo_bundle)
-    need = make_plan(bundle, with_flags(read("generic"), {"low_memory": True}), [(600, 400)], QUESTION, START).memory.peak - START.peak
+    need = Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"low_memory": True})).memory.peak - START.peak
     monkeypatch.setattr("lfm_profiles.detect", lambda: device(int(need) + 1, 100_000))
     assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]) == 0
     assert "MiB are free: " in capsys.readouterr().err

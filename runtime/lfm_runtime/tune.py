@@ -1,0 +1,388 @@
+"""The best settings for one device, found by measuring: a local search over the Pareto front of latency, memory and quality.
+
+Every point is measured in processes of its own (trial.py), in rounds: each point of a round once, in random order, so that whatever the
+machine does meanwhile meets them all. Points of one round are compared in pairs; one that another beats is dropped as soon as the
+difference is larger than chance (`_CLEARLY`). The rest is Pareto local search (Paquete, Chiarandini and Stützle, 2004): the neighbours of
+points still on the front, one setting changed, are measured next, those of the best points first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lfm_profiles import Device, Profile, changed, default_threads, to_toml
+from lfm_profiles.schema import SETTINGS
+from lfm_profiles.sensors import Sensors
+
+from lfm_runtime import __version__, watch
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.contract import KV8
+from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.files import read_json_object, write_whole
+from lfm_runtime.images import image_settings, image_size, plan_image
+from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
+from lfm_runtime.profile import find_profile, image_changes
+from lfm_runtime.sessions import choose_variants
+from lfm_runtime.trial import Trial, TrialError, start
+
+OBJECTIVES = ("latency", "memory", "energy")
+FLOOR = 0.1
+"""Nats a token: what quantize asks of int4."""
+_CLEARLY = {1: 1.25, 2: 1.10, 3: 1.05, 4: 1.03, 6: 1.0}
+"""From so many rounds together on: how much slower one must have been in every one of them to be dropped."""
+_SAME_MEMORY, _SAME_KL = 1.02, 1.1
+"""Less than such a factor is no difference."""
+_SEARCHING = 0.7  # of the time; what is left goes into measuring the best more often
+_IN_A_ROUND = 6  # points known to be good, and as many new ones
+_ENOUGH = 8  # samples of a point
+_SHOWN = 20
+
+Point = tuple[tuple[str, Any], ...]
+"""Settings by axis, sorted; hashable."""
+
+
+@dataclass
+class Measured:
+    """What is known of a point. Samples by round."""
+
+    latency_ms: dict[int, float] = field(default_factory=dict)  # an answer, its model loaded
+    ttft_ms: dict[int, float] = field(default_factory=dict)
+    peak_mib: float = 0.0
+    anonymous_mib: float = 0.0
+    energy_j: dict[int, float] = field(default_factory=dict)  # an answer
+    kl: float | None = None  # nats a token, against the reference
+    failed: str | None = None
+
+    @property
+    def latency(self) -> float:
+        """Median, ms."""
+        return statistics.median(self.latency_ms.values())
+
+    @property
+    def energy(self) -> float:
+        """Median, J."""
+        return statistics.median(self.energy_j.values())
+
+
+@dataclass
+class Tuning:
+    """A search, as far as it has come."""
+
+    bundle: Bundle
+    profile: Profile
+    images: Sequence[Path]
+    question: str
+    objective: str
+    floor: float
+    axes: Mapping[str, Sequence[Any]]
+    points: dict[Point, Measured] = field(default_factory=dict)
+    rounds: int = 0
+    reference: str = ""
+
+    def front(self) -> list[Point]:
+        """Points that no other beats in everything, the best for the objective first."""
+        there = [p for p, m in self.points.items() if m.latency_ms]
+        left = [p for p in there if not any(self._beats(q, p) for q in there if q != p)]
+        return sorted(left, key=self._rank)
+
+    def chosen(self) -> Point:
+        """The best for the objective. Of several that chance may have put in this order, the one nearest to the profile."""
+        first, *others = self.front()
+        same = [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
+        base = dict(self.first_point())
+        return min(same, key=lambda p: (sum(value != base[axis] for axis, value in p), self._rank(p)))
+
+    def first_point(self) -> Point:
+        """What the profile itself comes to on the axes."""
+        images = image_settings(self.bundle.images, image_changes(self.profile, self.bundle.images))
+        variant, prefill = choose_variants(self.bundle, self.profile)
+        values = {
+            "variant": variant, "prefill": (prefill or "none").removesuffix(KV8), "threads": self.profile.threads or default_threads(),
+            "low_memory": self.profile.low_memory, "arena": self.profile.arena, "max_image_tokens": images.max_image_tokens,
+            "tiles": images.max_tiles if images.do_image_splitting else 1,
+        }  # fmt: skip
+        return tuple(sorted((axis, _nearest(value, self.axes[axis])) for axis, value in values.items()))
+
+    def good_enough(self, point: Point) -> bool:
+        """Whether the floor of quality holds."""
+        kl = self.points[point].kl
+        return kl is not None and kl <= self.floor
+
+    def profile_of(self, point: Point, description: str = "") -> Profile:
+        """The profile with a point's settings."""
+        values = dict(point)
+        tiles, variant = values.pop("tiles"), values.pop("variant")
+        values |= {"variant": (variant.removesuffix(KV8),), "kv": "int8" if variant.endswith(KV8) else "float"}
+        values |= {"do_image_splitting": True, "max_tiles": tiles} if tiles > 1 else {"do_image_splitting": False}
+        if self.profile.min_image_tokens and self.profile.min_image_tokens > values["max_image_tokens"]:
+            values["min_image_tokens"] = values["max_image_tokens"]
+        return replace(changed(self.profile, values, "tune"), description=description)
+
+    def _rank(self, point: Point) -> tuple[bool, float, float]:
+        m = self.points[point]
+        cost = {"latency": lambda: m.latency, "memory": lambda: m.peak_mib, "energy": lambda: m.energy}[self.objective]()
+        return (not self.good_enough(point), cost, m.latency)
+
+    def _beats(self, a: Point, b: Point) -> bool:
+        """Whether a is faster than b beyond chance, and neither larger nor worse."""
+        one, other = self.points[a], self.points[b]
+        if one.peak_mib > other.peak_mib * _SAME_MEMORY or (one.kl or 0) > (other.kl or 0) * _SAME_KL + 1e-6:
+            return False
+        return _slower(other.latency_ms, one.latency_ms)
+
+    def _differ(self, a: Point, b: Point) -> bool:
+        one, other = self.points[a], self.points[b]
+        if self.objective == "memory":
+            return other.peak_mib > one.peak_mib * _SAME_MEMORY
+        pairs = (one.latency_ms, other.latency_ms) if self.objective == "latency" else (one.energy_j, other.energy_j)
+        return _slower(pairs[1], pairs[0])
+
+    def table(self) -> str:
+        """The front for people, the best first."""
+        chosen = self.chosen()
+        energy = any(m.energy_j for m in self.points.values())
+        head = f"  {'variant':9s} {'prefill':7s} {'threads':>7s} {'tokens':>6s} {'tiles':>5s} {'arena':5s} {'low_memory':10s}   "
+        head += f"{'answer ms':>22s} {'ttft ms':>8s} {'MiB':>6s} {'anon.':>6s} {'KL':>8s}{'       J' if energy else ''}   n"
+        lines = [head]
+        front = self.front()
+        for point in dict.fromkeys((*front[:_SHOWN], chosen)):
+            at, m = dict(point), self.points[point]
+            samples = sorted(m.latency_ms.values())
+            spread = f"{m.latency:,.0f} ({samples[0]:,.0f}…{samples[-1]:,.0f})"
+            joules = (f" {m.energy:7.2f}" if m.energy_j else " " * 8) if energy else ""
+            arena, low = ("on" if at[axis] else "off" for axis in ("arena", "low_memory"))
+            lines.append(
+                f"{'*' if point == chosen else ' '} {at['variant']:9s} {at['prefill']:7s} {at['threads']:7d} {at['max_image_tokens']:6d} "
+                f"{at['tiles'] if at['tiles'] > 1 else '–':>5} {arena:5s} {low:10s}   "
+                f"{spread:>22s} {statistics.median(m.ttft_ms.values()):8,.0f} {m.peak_mib:6,.0f} {m.anonymous_mib:6,.0f} "
+                f"{m.kl or 0:8.4f}{joules} {len(samples):3d}"
+            )
+        if len(front) > _SHOWN:
+            lines.append(f"  … and {len(front) - _SHOWN} more that no other beats in everything")
+        return "\n".join(lines)
+
+    # --------------------------------------------------------------------------------------------------- kept on disk
+
+    def key(self) -> dict[str, Any]:
+        """What measurements must have in common to be of one search."""
+        paths = {path for graphs in self.bundle.variants.values() for path in graphs.values()}
+        weights = sorted(part for path in paths for part in self.bundle.fingerprint(path))
+        return {"bundle": weights, "images": [str(p.resolve()) for p in self.images], "question": self.question}
+
+    def save(self, path: Path) -> None:
+        """Everything measured, as JSON."""
+        write_whole(path, json.dumps({
+            "tool": "lfm-edge tune", "version": __version__, "key": self.key(), "objective": self.objective, "floor_kl": self.floor,
+            "rounds": self.rounds, "reference": self.reference, "profile": self.profile.name, "front": [dict(p) for p in self.front()],
+            "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
+        }, indent=1) + "\n")  # fmt: skip
+
+    def resume(self, path: Path) -> bool:
+        """Take up what an earlier search of the same kind measured; whether there was one.
+
+        Raises:
+            SettingError: the file is of another search.
+        """
+        if not path.exists():
+            return False
+        found = read_json_object(path, SettingError)
+        if found.get("key") != self.key():
+            raise SettingError(f"{path} is of another bundle, images or question; remove it, or name another profile to write with -o")
+        self.rounds, self.reference = found["rounds"], found["reference"]
+        for entry in found["points"]:
+            point = tuple(sorted(entry.pop("settings").items()))
+            for name in ("latency_ms", "ttft_ms", "energy_j"):
+                entry[name] = {int(k): v for k, v in entry[name].items()}
+            self.points[point] = Measured(**entry)
+        return True
+
+
+def tune(
+    tuning: Tuning, device: Device, *, minutes: float, kept: Path, sensors: Sensors, progress: Callable[[str], None] = lambda _: None
+) -> None:
+    """Measure until the time is over or nothing is left to measure; KeyboardInterrupt ends it as well. What was measured is in `tuning`,
+    and after each round in the file `kept`.
+
+    Raises:
+        SettingError: nothing measures energy here.
+        DoesNotFitError: not even the smallest point fits.
+        TrialError: the first point cannot be measured.
+    """
+    if tuning.objective == "energy" and not sensors.power_from:
+        raise SettingError(f"energy cannot be measured here: {sensors.missing.get('power')}; choose another objective")
+    random_order, begin, start_point = random.Random(tuning.rounds), time.monotonic(), tuning.first_point()  # noqa: S311
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        try:
+            tuning.reference = _make_reference(tuning, device, Path(folder), progress)
+            if not tuning.points:
+                _measure(tuning, start_point, Path(folder), sensors)
+                if tuning.points[start_point].failed:
+                    raise TrialError(f"{tuning.bundle.folder}: {tuning.points[start_point].failed}")
+            while (passed := time.monotonic() - begin) < minutes * 60:
+                front = tuning.front()
+                new = _neighbours(tuning, device)[:_IN_A_ROUND] if passed < minutes * 60 * _SEARCHING else []
+                if not new:  # the best again, and those that are known least
+                    rest = sorted(front[_IN_A_ROUND // 2 :], key=lambda p: len(tuning.points[p].latency_ms))
+                    front = [*front[: _IN_A_ROUND // 2], *rest]
+                    if all(len(tuning.points[p].latency_ms) >= _ENOUGH for p in front):
+                        break
+                front = front[:_IN_A_ROUND]
+                tuning.rounds += 1
+                order = [*front, *new]
+                random_order.shuffle(order)
+                for n, point in enumerate(order):
+                    left = minutes - (time.monotonic() - begin) / 60
+                    known = len(tuning.points)
+                    progress(f"round {tuning.rounds}, {n + 1} of {len(order)}; {known} points known, {max(left, 0):.1f} min left")
+                    if left <= 0 and n:
+                        break
+                    _measure(tuning, point, Path(folder), sensors)
+                tuning.save(kept)
+        except KeyboardInterrupt:
+            if not any(m.latency_ms for m in tuning.points.values()):
+                raise
+    tuning.save(kept)
+
+
+def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) -> None:
+    """One trial of a point: the first time with what its answers lose."""
+    known = tuning.points.setdefault(point, Measured())
+    seen = watch.Watch(sensors)
+    written = reference / "point.toml"
+    write_whole(written, to_toml(tuning.profile_of(point)))
+    trial = Trial(
+        tuning.bundle.folder, str(written), images=tuning.images, question=tuning.question,
+        reference=reference if known.kl is None else None,
+    )  # fmt: skip
+    try:
+        outcome = start(trial, watch=seen.of)
+    except EdgeError as e:
+        known.failed = str(e)
+        return
+    finally:
+        seen.end()
+    timed = [answer for answer in outcome.answers if answer.repeat > 0]
+    known.latency_ms[tuning.rounds] = statistics.fmean(answer.total_ms for answer in timed)
+    known.ttft_ms[tuning.rounds] = statistics.fmean(answer.token_times[0] - answer.started for answer in timed)
+    known.peak_mib = max(known.peak_mib, outcome.memory_mib["peak"] or outcome.memory_mib["rss"] or 0.0)
+    known.anonymous_mib = max(known.anonymous_mib, outcome.memory_mib["rss_anon"] or 0.0)
+    known.kl = known.kl if outcome.kl is None else outcome.kl
+    spent = [watch.energy_j(seen.states, *(outcome.spawned + ms / 1e3 for ms in (answer.started, answer.ended))) for answer in timed]
+    if None not in spent:
+        known.energy_j[tuning.rounds] = statistics.fmean(joules for joules in spent if joules is not None)
+
+
+def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Callable[[str], None]) -> str:
+    """Answers of the best variant that fits here, with the checkpoint's own image settings; returns its name."""
+    order = [v for v in ("fp32", "int8", "int4", *tuning.bundle.variants) if v in tuning.bundle.variants]
+    planner = _planner(tuning)
+    for variant in dict.fromkeys(order):
+        settings = {"variant": variant, "low_memory": True, "prepared": True}
+        try:
+            fit_as_it_is(planner, find_profile("generic", **settings), device)
+        except DoesNotFitError:
+            continue
+        progress(f"reading the images with {variant} and the checkpoint's own settings, to compare with")
+        start(Trial(tuning.bundle.folder, "generic", settings, tuning.images, tuning.question, repeats=0, reference=folder))
+        return variant
+    raise DoesNotFitError(f"{tuning.bundle.folder}: no variant fits the {device.free_mib} MiB that are free; take a smaller model")
+
+
+def fit_as_it_is(planner: Planner, profile: Profile, device: Device) -> None:
+    """Raise DoesNotFitError where a profile would have to step down."""
+    if fit(planner, profile, device).steps:
+        raise DoesNotFitError(f"{planner.bundle.folder} does not fit with profile {profile.name} as it is")
+
+
+def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
+    """Points not yet measured that differ from one of the front in one setting, those of the best first; what cannot be, or does not fit
+    this device's memory, is left out.
+    """
+    found: dict[Point, None] = {}
+    planner = _planner(tuning)
+    for point in tuning.front():
+        for axis, values in tuning.axes.items():
+            at = values.index(dict(point)[axis])
+            for value in values[max(0, at - 1) : at + 2] if axis in _ORDERED else values:
+                other = _agreeing({**dict(point), axis: value}, axis)
+                if other in tuning.points or other in found:
+                    continue
+                try:
+                    fit_as_it_is(planner, tuning.profile_of(other), device)
+                except EdgeError:
+                    continue
+                found[other] = None
+        if len(found) >= _IN_A_ROUND:
+            break
+    return list(found)
+
+
+def _agreeing(values: dict[str, Any], axis: str) -> Point:
+    """Settings that exclude what was just set on `axis` give way: a second decoder and low_memory, or a decoder beside itself."""
+    if values["prefill"] != "none":
+        if values["low_memory"]:
+            values["low_memory" if axis == "prefill" else "prefill"] = False if axis == "prefill" else "none"
+        if values["variant"].removesuffix(KV8) == values["prefill"]:
+            values["prefill"] = "none"
+    return tuple(sorted(values.items()))
+
+
+# --------------------------------------------------------------------------------------------------------------- axes
+
+
+_ORDERED = ("threads", "max_image_tokens", "tiles")
+
+
+def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[str, list[Any]]:
+    """What may be changed, and to which values. What the user set by a flag is left as it is: one value."""
+    checkpoint = bundle.images
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tiled = any(plan_image(*image_size(image), checkpoint).tiled for image in images)
+    axes: dict[str, list[Any]] = {
+        "variant": [v for v in bundle.variants if v != "fp16"],  # on a CPU fp16 is fp32 with casts
+        "prefill": ["none", *(v for v in ("int8",) if v in bundle.variants)],
+        "threads": sorted(n for n in {1, 2, 4, 8, 16, default_threads(), usable} if n <= usable),
+        "low_memory": [False, True],
+        "arena": [True, False],
+        "max_image_tokens": _up_to(checkpoint.max_image_tokens, checkpoint.min_image_tokens, 64, 128),
+        "tiles": [1, *_up_to(checkpoint.max_tiles, checkpoint.min_tiles, 4)] if tiled else [1],
+    }  # fmt: skip
+    for setting, value in profile.given(*(name for name in SETTINGS if profile.is_flag(name))).items():
+        if setting in axes:
+            axes[setting] = [value[0] if setting == "variant" else value]
+        elif setting in ("do_image_splitting", "max_tiles"):
+            axes["tiles"] = [1] if profile.do_image_splitting is False else [profile.max_tiles or checkpoint.max_tiles]
+    return axes
+
+
+def _up_to(most: int, least: int, *fewer: int) -> list[int]:
+    return [*(n for n in fewer if least <= n < most), most]
+
+
+def _nearest(value: Any, values: Sequence[Any]) -> Any:
+    if value in values:
+        return value
+    return min(values, key=lambda v: abs(v - value)) if isinstance(value, int) else values[0]
+
+
+def _planner(tuning: Tuning) -> Planner:
+    """For the largest of the images: they are asked about one at a time."""
+    largest = max((image_size(image) for image in tuning.images), key=lambda size: size[0] * size[1])
+    return Planner(tuning.bundle, [largest], tuning.question, process_memory())
+
+
+def _slower(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
+    """Whether a was slower than b beyond chance, by the rounds that have both; where none has, by the medians."""
+    if not a or not b:
+        return False
+    ratios = [a[n] / b[n] for n in a.keys() & b.keys()] or [statistics.median(a.values()) / statistics.median(b.values())]
+    return min(ratios) > _CLEARLY[max(n for n in _CLEARLY if n <= len(ratios))]

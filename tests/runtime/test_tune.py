@@ -1,0 +1,224 @@
+"""The search against devices whose costs are known; then, shortly, the real one."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from lfm_profiles import Device, read, schema, with_flags
+from lfm_profiles.sensors import Sensors
+from lfm_runtime import tune as tuning_module
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.errors import SettingError
+from lfm_runtime.trial import AnswerTimes, Outcome, Trial, TrialError, start
+from lfm_runtime.tune import Tuning, axes_of, tune
+
+QUESTION = "What is in this image?"
+BIG = Device("Linux", "x86_64", 64, 4096, ram_total_mib=16000, ram_available_mib=16000)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    path = tmp_path / "photo.png"
+    Image.effect_noise((600, 400), 60).convert("RGB").save(path)
+    return path
+
+
+class Scripted:
+    """A device whose costs are a formula, with noise: trials ask this instead of a process."""
+
+    def __init__(self, cost, noise: float = 0.03) -> None:
+        self.cost, self.random, self.noise, self.asked = cost, random.Random(1), noise, 0
+        self.interrupt_at: int | None = None
+
+    def __call__(self, trial: Trial, *, watch=None, environment=None) -> Outcome:
+        if trial.repeats == 0:
+            return outcome(1.0, 1.0, 0.0)
+        self.asked += 1
+        if self.asked == self.interrupt_at:
+            raise KeyboardInterrupt
+        schema._parsed.cache_clear()  # every point is written to the same file
+        profile = read(trial.profile)
+        ms, mib, kl = self.cost(profile)
+        return outcome(ms * math.exp(self.random.gauss(0, self.noise)), mib, kl)
+
+
+def outcome(ms: float, mib: float, kl: float) -> Outcome:
+    answers = [AnswerTimes(0, repeat, [("written", ms * 0.8, ms * 0.8)], 0.0, ms, 10, 5, 32, 1, "") for repeat in (0, 1)]
+    memory = {"peak": mib, "rss": mib, "rss_anon": mib / 2}
+    return Outcome(0.0, "int4", None, 1, False, 1, 1, 1, {}, 1, answers, memory, memory, 0.1, kl)
+
+
+def search(bundle_folder: Path, photo: Path, monkeypatch, cost, *, objective="latency", floor=0.1, minutes=0.12, flags=None, noise=0.03):
+    bundle = Bundle.open(bundle_folder)
+    profile = with_flags(read("generic"), flags or {})
+    axes = axes_of(bundle, profile, [photo])
+    axes["variant"], axes["prefill"], axes["threads"] = ["fp32", "int8", "int4"], ["none", "int8"], [1, 2, 4]
+    monkeypatch.setattr(tuning_module, "fit_as_it_is", lambda *_: None)
+    monkeypatch.setattr(tuning_module, "_make_reference", lambda *_: "fp32")
+    monkeypatch.setattr(tuning_module, "start", scripted := Scripted(cost, noise))
+    found = Tuning(bundle, profile, [photo], QUESTION, objective, floor, axes)
+    tune(found, BIG, minutes=minutes, kept=photo.with_suffix(".json"), sensors=Sensors(photo.parent))
+    return found, scripted
+
+
+def cost(profile) -> tuple[float, float, float]:
+    """Best in latency within the floor: int4 read by int8, 2 threads, 4 tiles; least memory: int4, low_memory, no tiles."""
+    variant = profile.variant[0]
+    ms = {"fp32": 900.0, "int8": 500.0, "int4": 450.0}[variant] * {1: 1.7, 2: 1.0, 4: 1.3}[profile.threads]
+    tiles = profile.max_tiles if profile.do_image_splitting else 1
+    ms += 60 * tiles
+    mib = {"fp32": 1400.0, "int8": 450.0, "int4": 300.0}[variant]
+    if profile.prefill == "int8":
+        ms, mib = ms - 120, mib + 300
+    if profile.low_memory:
+        ms, mib = ms + 400, mib * 0.6
+    kl = {"fp32": 0.0, "int8": 0.01, "int4": 0.03}[variant] + {1: 0.3, 4: 0.05}.get(tiles, 0.0)
+    return ms, mib, kl
+
+
+def test_finds_the_fastest_that_is_good_enough(demo_bundle, photo, monkeypatch) -> None:
+    found, _ = search(demo_bundle, photo, monkeypatch, cost)
+    best = dict(found.chosen())
+    assert (best["variant"], best["prefill"], best["threads"], best["tiles"], best["low_memory"]) == ("int4", "int8", 2, 4, False)
+    assert found.good_enough(found.chosen())
+    assert len(found.points[found.chosen()].latency_ms) >= 8
+    slow = [p for p in found.points if dict(p)["threads"] == 1]
+    assert slow  # it was looked at
+    assert not {p for p in found.front() if dict(p)["threads"] == 1}, "1.7 times slower, the same in all else"
+
+
+def test_finds_the_smallest(demo_bundle, photo, monkeypatch) -> None:
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, objective="memory")
+    best = dict(found.chosen())
+    assert (best["variant"], best["low_memory"], best["prefill"]) == ("int4", True, "none")
+    unbounded, _ = search(demo_bundle, photo.with_name("photo.png"), monkeypatch, cost, floor=10.0)
+    assert dict(unbounded.chosen())["tiles"] == 1
+
+
+def test_keeps_the_profile_where_chance_decides(demo_bundle, photo, monkeypatch) -> None:
+    """All settings cost the same: whatever looked best by chance, nothing of the profile is changed."""
+    found, _ = search(demo_bundle, photo, monkeypatch, lambda _: (500.0, 300.0, 0.0))
+    assert found.chosen() == found.first_point()
+
+
+def test_flags_stand(demo_bundle, photo, monkeypatch) -> None:
+    bundle = Bundle.open(demo_bundle)
+    axes = axes_of(bundle, with_flags(read("generic"), {"threads": 1, "max_tiles": 3, "arena": False}), [photo])
+    assert (axes["threads"], axes["tiles"], axes["arena"]) == ([1], [3], [False])
+    assert axes_of(bundle, with_flags(read("generic"), {"do_image_splitting": False}), [photo])["tiles"] == [1]
+    small = photo.with_name("small.png")
+    from PIL import Image
+
+    Image.new("RGB", (100, 100)).save(small)
+    assert axes_of(bundle, read("generic"), [small])["tiles"] == [1], "tiling could have no effect"
+
+
+def test_interrupted_and_resumed(demo_bundle, photo, monkeypatch) -> None:
+    kept = photo.with_suffix(".json")
+    found, scripted = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
+    scripted.interrupt_at = scripted.asked + 10
+    tune(found, BIG, minutes=1, kept=kept, sensors=Sensors(photo.parent))  # ends where Ctrl-C came
+    assert 5 < len(found.points) <= 10
+    again = Tuning(found.bundle, found.profile, found.images, QUESTION, "latency", 0.1, found.axes)
+    assert again.resume(kept)
+    assert again.points == found.points and again.rounds == found.rounds
+    other = Tuning(found.bundle, found.profile, found.images, "Another question", "latency", 0.1, found.axes)
+    with pytest.raises(SettingError, match="of another bundle, images or question"):
+        other.resume(kept)
+    scripted.interrupt_at = scripted.asked + 1
+    nothing = Tuning(found.bundle, found.profile, found.images, QUESTION, "latency", 0.1, found.axes)
+    with pytest.raises(KeyboardInterrupt):
+        tune(nothing, BIG, minutes=1, kept=photo.with_name("none.json"), sensors=Sensors(photo.parent))
+
+
+def test_energy_without_a_sensor(demo_bundle, photo, monkeypatch) -> None:
+    with pytest.raises(SettingError, match="energy cannot be measured here: no sensor"):
+        search(demo_bundle, photo, monkeypatch, cost, objective="energy")
+
+
+def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
+    """Against the model in this process: tokens, views, and times that add up."""
+    from dataclasses import replace
+
+    from lfm_runtime.model import Model
+
+    seen = []
+    found = start(Trial(demo_bundle, "generic", {"variant": "fp32", "threads": 1}, [photo], QUESTION, 12), watch=seen.append)
+    model = Model.load(replace(Bundle.open(demo_bundle), eos=()), profile="generic", variant="fp32", threads=1)
+    answer = model.answer([photo], QUESTION, temperature=0, max_new_tokens=12)
+    answer.text()
+    assert seen
+    assert [a.repeat for a in found.answers] == [0, 1]
+    assert len({a.text_sha256 for a in found.answers}) == 1
+    for times in found.answers:
+        assert (times.prompt_tokens, times.views, times.new_tokens) == (answer.report.prompt_tokens, answer.report.tiles, 12)
+        assert len(times.of("vision")) == times.views and len(times.token_times) == 12
+        assert all(times.started <= s <= e <= times.ended for _, s, e in times.spans)
+        parts = sum(sum(times.of(stage)) for stage in ("image", "preprocess", "vision", "embed", "prefill"))
+        decode = times.token_times[-1] - times.token_times[0]
+        assert parts + decode <= times.total_ms
+    assert found.ready_ms >= found.python_ms + found.import_ms + found.open_ms
+    assert set(found.graphs_ms) == {f"{stem}.onnx" for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")}
+    assert found.kl is None
+
+
+def test_divergence(demo_bundle, photo, tmp_path) -> None:
+    trial = Trial(demo_bundle, "generic", {"variant": "fp32"}, [photo], QUESTION, 8, 0, tmp_path)
+    assert start(trial).kl == 0.0
+    assert start(trial).kl == pytest.approx(0.0, abs=1e-9)
+    fewer = start(Trial(demo_bundle, "generic", {"variant": "fp32", "do_image_splitting": False}, [photo], QUESTION, 8, 0, tmp_path))
+    assert fewer.kl > 1e-4
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"bundle": Path("nowhere")}, "nowhere is not a folder"),
+    ({"settings": {"threads": 0}}, "threads 0 is impossible"),
+])  # fmt: skip
+def test_trials_that_cannot_be(demo_bundle, photo, change, message) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(TrialError, match=message):
+        start(replace(Trial(demo_bundle, "generic", {}, [photo]), **change))
+
+
+def test_trial_killed(demo_bundle, photo) -> None:
+    import os
+    import signal
+
+    with pytest.raises(TrialError, match="ended by signal 9"):
+        start(Trial(demo_bundle, "generic", {}, [photo]), watch=lambda pid: os.kill(pid, signal.SIGKILL))
+
+
+def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
+    """For real: a profile is written that run takes."""
+    written = tmp_path / "mine.toml"
+    words = ["profile", "tune", str(demo_bundle), str(photo), "-o", str(written), "--threads", "1", "--variant", "fp32", "-p", QUESTION]
+    assert main([*words, "--minutes", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "* fp32" in out and "written" in out
+    assert main(["profile", "validate", str(written)]) == 0
+    assert read(str(written)).threads == 1
+    assert json.loads(written.with_suffix(".json").read_text())["points"]
+    capsys.readouterr()
+    assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", str(written), "--max-new-tokens", "4"]) == 0
+    assert "profile mine" in capsys.readouterr().err
+    assert main([*words, "--minutes", "0"]) == 0, "chooses from what was measured before"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["tune", "BUNDLE"], "tune needs a bundle and images"),
+    (["tune", "BUNDLE", "PHOTO", "--minutes", "-1"], "minutes -1 is impossible"),
+    (["tune", "BUNDLE", "PHOTO", "-o", "x.json"], "x.json cannot be written as a profile"),
+    (["tune", "BUNDLE", "nowhere.png"], "nowhere.png does not exist"),
+    (["list", "--minutes", "3"], "--minutes has no effect on profile list"),
+    (["plan", "BUNDLE", "--objective", "memory"], "--objective has no effect on profile plan"),
+])  # fmt: skip
+def test_command_refuses(demo_bundle, photo, capsys, words, message) -> None:
+    places = {"BUNDLE": str(demo_bundle), "PHOTO": str(photo)}
+    assert main(["profile", *(places.get(word, word) for word in words)]) == 2
+    assert message in capsys.readouterr().err
