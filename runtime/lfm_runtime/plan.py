@@ -20,6 +20,7 @@ from lfm_runtime.contract import DECODER, KV8, VISION_ENCODER
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImagePlan, image_settings, plan_image
+from lfm_runtime.measured import Costs
 from lfm_runtime.prepared import find
 from lfm_runtime.profile import generation_changes, image_changes
 from lfm_runtime.prompt import Message, PromptBuilder
@@ -104,6 +105,13 @@ class Plan:
     def views(self) -> int:
         """The encoder runs."""
         return sum(len(plan.views) for plan in self.images)
+
+    def times_ms(self, costs: Costs) -> dict[str, float]:
+        """Stages, first token and each further one, from what an audit measured."""
+        image = sum(plan.width * plan.height for plan in self.images) / 1e6 * costs.image_ms
+        vision = sum(costs.vision_ms(view.rows * view.columns) for plan in self.images for view in plan.views)
+        prefill = costs.prefill_ms(self.prompt_tokens)
+        return {"image": image, "vision": vision, "prefill": prefill, "ttft": image + vision + prefill, "per_token": costs.inter_token_ms}
 
 
 def process_memory() -> Memory:

@@ -130,9 +130,11 @@ def _plan(options: argparse.Namespace) -> None:
 
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.images import image_size
+    from lfm_runtime.measured import find_measured
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
     from lfm_runtime.plan import Planner, fit, process_memory
     from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import Execution
 
     if not options.names:
         raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
@@ -142,12 +144,14 @@ def _plan(options: argparse.Namespace) -> None:
     sizes = [image_size(name) for name in options.names[1:]]
     fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
     plan = fitted.plan
+    costs = find_measured(bundle, plan.variant, plan.prefill, Execution.of(plan.profile).threads)
+    times = plan.times_ms(costs) if costs else None
     if options.json:
         print(json.dumps({
             "profile": plan.profile.name, "variant": plan.variant, "prefill": plan.prefill, "steps": fitted.steps, "views": plan.views,
             "image_tokens": plan.image_tokens, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens,
             "memory_mib": {"peak": plan.memory.peak, "anonymous": plan.memory.anonymous, "mapped": plan.memory.mapped},
-            "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib,
+            "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib, "times_ms": times,
         }))  # fmt: skip
         return
     reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
@@ -160,6 +164,16 @@ def _plan(options: argparse.Namespace) -> None:
     free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
     print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
     print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
+    if times:
+        print(f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} ms; then "
+              f"{times['per_token']:.1f} ms a token, as the last audit here measured")  # fmt: skip
+        budget, rate = plan.profile.budget, 1e3 / times["per_token"]
+        if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
+            print(f"{'budget':10s} ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}")
+        if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
+            print(f"{'budget':10s} decode_tok_s {budget.decode_tok_s:g} is not kept: {rate:,.1f}")
+    else:
+        print(f"{'time':10s} not known before the first audit of this variant here: lfm-edge audit {bundle.folder}")
     for step in fitted.steps:
         print(f"{'to fit':10s} {step}")
 

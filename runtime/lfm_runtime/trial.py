@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,8 @@ from lfm_runtime.files import damage_is
 if TYPE_CHECKING:
     from lfm_runtime.model import Model
 
-_LONGEST_S = 3600
+_LONGEST_S = 24 * 3600
+_ALIKE_MINUTES, _ALIKE = 3, 1.02
 
 
 class TrialError(EdgeError, RuntimeError):
@@ -41,6 +43,7 @@ class Trial:
     question: str = "Describe this image."
     new_tokens: int = 32
     repeats: int = 2
+    soak_s: float = 0.0  # instead of repeats: answers about the first image, until three minutes in a row are alike or this time is over
     reference: Path | None = None  # a folder: answers' distributions are written there, or compared with what is there
 
 
@@ -95,6 +98,7 @@ class Outcome:
     memory_mib: Mapping[str, float | None]
     cpu_s: float
     kl: float | None  # nats a token, against the reference
+    steady: bool = False  # with soak_s: whether it ended because nothing changed any more
 
 
 def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: Callable[[int], None] | None = None) -> Outcome:
@@ -164,13 +168,16 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
     answers = [
         _answered(model, request, at, repeat, spawned) for repeat in range(request["repeats"]) for at in range(len(request["images"]))
     ]
+    steady = False
+    if request["soak_s"]:
+        steady = _soak(lambda: answers.append(_answered(model, request, 0, len(answers), spawned)), answers, request["soak_s"])
     memory = _memory()  # before distributions are compared, which takes memory of its own
     used = time.process_time()
     return {
         "spawned": spawned, "variant": model.variant, "prefill": model.graphs.prefill, "threads": model.threads,
         "prepared": model.graphs.is_prepared, "python_ms": (entered - spawned) * 1e3, "import_ms": (imported - entered) * 1e3,
         "open_ms": (opened - imported) * 1e3, "graphs_ms": model.graphs.load_ms, "ready_ms": (ready - spawned) * 1e3, "answers": answers,
-        "loaded_mib": loaded, "memory_mib": memory, "cpu_s": used,
+        "loaded_mib": loaded, "memory_mib": memory, "cpu_s": used, "steady": steady,
         "kl": _divergence(model, request, Path(request["reference"])) if request["reference"] else None,
     }  # fmt: skip
 
@@ -187,6 +194,19 @@ def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawn
         "image_tokens": report.image_tokens, "new_tokens": report.new_tokens, "views": report.tiles,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }  # fmt: skip
+
+
+def _soak(answer: Callable[[], None], answers: Sequence[Mapping[str, Any]], seconds: float) -> bool:
+    """Whether it became steady before the time was over."""
+    begun = time.perf_counter()
+    minutes: dict[int, list[float]] = {}
+    while (passed := time.perf_counter() - begun) < seconds:
+        answer()
+        minutes.setdefault(int(passed / 60), []).append(answers[-1]["ended"] - answers[-1]["started"])
+        whole = [statistics.median(minutes[m]) for m in sorted(minutes)[:-1]][-_ALIKE_MINUTES:]
+        if len(whole) == _ALIKE_MINUTES and max(whole) <= min(whole) * _ALIKE:
+            return True
+    return False
 
 
 def _memory() -> dict[str, float | None]:

@@ -23,16 +23,18 @@ from lfm_profiles import Device, Profile, changed, default_threads, to_toml
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 
-from lfm_runtime import __version__, watch
+from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import KV8
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.files import read_json_object, write_whole
 from lfm_runtime.images import image_settings, image_size, plan_image
 from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
+from lfm_runtime.power import Power
 from lfm_runtime.profile import find_profile, image_changes
 from lfm_runtime.sessions import choose_variants
 from lfm_runtime.trial import Trial, TrialError, start
+from lfm_runtime.watch import Watch
 
 OBJECTIVES = ("latency", "memory", "energy")
 FLOOR = 0.1
@@ -256,7 +258,7 @@ def tune(
 def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) -> None:
     """One trial of a point: the first time with what its answers lose."""
     known = tuning.points.setdefault(point, Measured())
-    seen = watch.Watch(sensors)
+    seen = Watch(sensors)
     written = reference / "point.toml"
     write_whole(written, to_toml(tuning.profile_of(point)))
     trial = Trial(
@@ -276,7 +278,7 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
     known.peak_mib = max(known.peak_mib, outcome.memory_mib["peak"] or outcome.memory_mib["rss"] or 0.0)
     known.anonymous_mib = max(known.anonymous_mib, outcome.memory_mib["rss_anon"] or 0.0)
     known.kl = known.kl if outcome.kl is None else outcome.kl
-    spent = [watch.energy_j(seen.states, *(outcome.spawned + ms / 1e3 for ms in (answer.started, answer.ended))) for answer in timed]
+    spent = [Power().joules(seen.states, *(outcome.spawned + ms / 1e3 for ms in (answer.started, answer.ended))) for answer in timed]
     if None not in spent:
         known.energy_j[tuning.rounds] = statistics.fmean(joules for joules in spent if joules is not None)
 

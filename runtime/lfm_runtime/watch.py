@@ -5,15 +5,12 @@ Runs in the process that waits, so that the one measured is not slowed by more t
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 from lfm_profiles.sensors import Reading, Sensors
 
@@ -92,31 +89,6 @@ class Watch:
             if time.perf_counter() >= next_state:
                 self.states.append(machine_state(self.sensors))
                 next_state += _STATE_S
-
-
-def energy_j(states: Sequence[StateSample], begin: float, end: float) -> float | None:
-    """Joules between two moments: from a counter's difference, or power integrated by trapezoids; outside of the samples the nearest
-    holds. None where nothing measures it, or less than two samples are near.
-    """
-    counters = [(s.at, s.reading.energy_uj, s.reading.energy_range_uj) for s in states if s.reading.energy_uj is not None]
-    if len(counters) >= 2:
-        joules = [0.0]
-        for (_, a, _), (_, b, wraps_at) in itertools.pairwise(counters):
-            step = (b or 0) - (a or 0)
-            joules.append(joules[-1] + (step if step >= 0 else step + (wraps_at or 0)) / 1e6)
-        times = [at for at, _, _ in counters]
-        return float(np.interp(end, times, joules) - np.interp(begin, times, joules))
-    powers = [(s.at, s.reading.power_w) for s in states if s.reading.power_w is not None]
-    if len(powers) < 2:
-        return None
-    return integral([at for at, _ in powers], [watt for _, watt in powers], begin, end)
-
-
-def integral(times: Sequence[float], values: Sequence[float], begin: float, end: float) -> float:
-    """Of values linear between times, held constant outside of them."""
-    inside = [(t, v) for t, v in zip(times, values, strict=True) if begin < t < end]
-    points = [(begin, float(np.interp(begin, times, values))), *inside, (end, float(np.interp(end, times, values)))]
-    return sum((t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in itertools.pairwise(points))
 
 
 def _pages_swapped() -> int:

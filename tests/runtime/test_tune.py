@@ -53,7 +53,7 @@ def outcome(ms: float, mib: float, kl: float) -> Outcome:
     return Outcome(0.0, "int4", None, 1, False, 1, 1, 1, {}, 1, answers, memory, memory, 0.1, kl)
 
 
-def search(bundle_folder: Path, photo: Path, monkeypatch, cost, *, objective="latency", floor=0.1, minutes=0.12, flags=None, noise=0.03):
+def search(bundle_folder: Path, photo: Path, monkeypatch, cost, *, objective="latency", floor=0.1, minutes=0.2, flags=None, noise=0.03):
     bundle = Bundle.open(bundle_folder)
     profile = with_flags(read("generic"), flags or {})
     axes = axes_of(bundle, profile, [photo])

@@ -1,0 +1,158 @@
+"""`lfm-edge audit`: what a bundle costs on this machine, as a table, a JSON file and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm_runtime.cli import add_setting_arguments, setting_flags
+from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LIMIT_BROKEN, INVALID = 1, 3
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Measure times, memory, temperature and energy of a bundle here, each start in a process of its own, and judge whether the "
+        "measurement is to be trusted. Exit code 0; 1 a limit is broken; 3 the run is not valid."
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write everything measured as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also append a flat row for each variant and image")
+    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="ask about these (default: made ones of three sizes)")
+    parser.add_argument("--variants", metavar="A,B", help="measure these in turns (default: the profile's)")
+    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of every answer (default 32)")
+    parser.add_argument("--budget", default="3m", metavar="TIME", help="measure for so long: 90s, 3m, 1h (default 3m)")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="then answer without a pause, until nothing changes")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=N", help="fail above it: ttft_ms=500; repeatable")
+    parser.add_argument("--meter", type=Path, metavar="CSV", help="of a power meter: time_s (Unix time), power_w")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, show, write, judge."""
+    import json
+    import tempfile
+
+    from lfm_profiles import detect
+    from lfm_profiles.sensors import Sensors
+
+    from lfm_runtime.audit import audit
+    from lfm_runtime.audit_images import find_images, make_images
+    from lfm_runtime.audit_table import rows_for_csv, table
+    from lfm_runtime.files import write_whole
+    from lfm_runtime.measured import keep_measured
+    from lfm_runtime.power import Power, read_meter
+
+    for path in (options.output, options.csv):
+        if path and not path.absolute().parent.is_dir():
+            raise SettingError(f"{path.absolute().parent} is not a folder; make it, or write elsewhere")
+    power = Power(read_meter(options.meter)) if options.meter else Power()
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        images, skipped = find_images(options.images) if options.images else (make_images(Path(folder)), [])
+        work = _workload(options, images, skipped)
+        result = audit(work, detect(), Sensors(), power, _progress(options))
+    if options.output:
+        write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if options.csv:
+        header, rows = rows_for_csv(result)
+        there = options.csv.exists() and options.csv.stat().st_size
+        with options.csv.open("a", encoding="utf-8") as f:
+            f.write("\n".join([*([] if there else [header]), *rows]) + "\n")
+    keep_measured(work.bundle, result)
+    print(table(result))
+    if options.output:
+        print(f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o {options.output.with_suffix('.html')}")
+    if not result["verdict"]["valid"]:
+        return INVALID
+    return 0 if all(limit["holds"] for limit in result["limits"]) else LIMIT_BROKEN
+
+
+def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Any:
+    from lfm_profiles import detect
+
+    from lfm_runtime.audit import QUESTION, Workload
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.images import image_size
+    from lfm_runtime.plan import Planner, fit, process_memory
+    from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import choose_variants
+
+    bundle, flags = Bundle.open(options.bundle), setting_flags(options)
+    if options.variants and "variant" in flags:
+        raise SettingError("--variant has no effect beside --variants; leave one out")
+    profile = find_profile(options.profile, **flags)
+    variants = options.variants.split(",") if options.variants else [choose_variants(bundle, profile)[0]]
+    if len(set(variants)) < len(variants):
+        raise SettingError(f"--variants {options.variants} names one twice")
+    if not 1 <= options.new_tokens <= 4096:
+        raise SettingError(f"new-tokens {options.new_tokens} is impossible; allowed: 1 to 4096")
+    if not options.soak >= 0:
+        raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
+    flags.pop("variant", None)
+    steps: tuple[str, ...] = ()
+    for variant in variants:  # as run would: what does not fit is not tried
+        bundle.graphs(variant)
+        largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
+        question = options.prompt or QUESTION
+        chosen = find_profile(options.profile, **flags, variant=variant)
+        fitted = fit(Planner(bundle, [largest], question, process_memory()), chosen, detect())
+        for step in fitted.steps:
+            print(f"lfm-edge: {variant}: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
+        if fitted.steps and not steps:
+            steps, taken = fitted.steps, fitted.plan.profile
+            flags.update({n: getattr(taken, n) for n, who in taken.origin.items() if who == "memory" and n != "variant"})
+    return Workload(
+        bundle, profile, options.profile, flags, variants, images, skipped, steps, options.prompt or QUESTION, options.new_tokens,
+        _seconds(options.budget), options.soak, _limits(options.limit, profile),
+    )  # fmt: skip
+
+
+def _limits(given: list[str], profile: Any) -> dict[str, float]:
+    """The profile's budgets and the flags, which stand above them."""
+    from dataclasses import asdict
+
+    from lfm_runtime.verdict import LIMITS
+
+    limits = {name: float(value) for name, value in asdict(profile.budget).items() if value is not None}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in LIMITS:
+            raise SettingError(f"--limit {text}: there is no {name!r}; there are {', '.join(LIMITS)}")
+        try:
+            limits[name] = float(value)
+        except ValueError as e:
+            raise SettingError(f"--limit {text}: {value!r} is no number; write {name}=500") from e
+        if not 0 < limits[name] < float("inf"):
+            raise SettingError(f"--limit {text} is impossible; allowed: above 0")
+    return limits
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"([\d.]+)([smh]?)", text)
+    try:
+        seconds = float(found[1]) * _SECONDS[found[2] or "s"] if found else 0.0
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise SettingError(f"--budget {text} is no time; write 90s, 3m or 1h")
+    return seconds
+
+
+def _progress(options: argparse.Namespace) -> Any:
+    if options.quiet:
+        return lambda _: None
+    if sys.stderr.isatty():
+        return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    return lambda text: print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,108 @@
+"""Two audits side by side: what changed beyond noise, and whether it became worse by more than allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm_runtime.audit import SCHEMA
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.figures import separable
+from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.verdict import headlines
+
+_MORE_IS_BETTER = ("decode_tok_s",)
+
+
+class AuditError(EdgeError, ValueError):
+    """A file is not an audit that can be read here."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One headline in both audits."""
+
+    variant: str
+    image: str  # "" where it is not about one
+    name: str
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+    @property
+    def ratio(self) -> float | None:
+        """After against before; None where nothing was there before."""
+        return self.after["median"] / self.before["median"] if self.before["median"] else None
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the medians' confidence intervals are apart."""
+        return separable(dict(self.before), dict(self.after))
+
+    def worse_by(self) -> float:
+        """0.1 is 10 % worse; negative is better."""
+        ratio = self.ratio
+        if ratio is None or ratio <= 0:
+            return 0.0
+        return 1 / ratio - 1 if self.name in _MORE_IS_BETTER else ratio - 1
+
+
+def read_audit(path: Path) -> dict[str, Any]:
+    """An audit's JSON, as far as its parts are used here.
+
+    Raises:
+        AuditError: missing, cut off, edited, or of another schema.
+    """
+    found = read_json_object(path, AuditError)
+    with damage_is(AuditError, path, "make the audit again"):
+        if not str(found["tool"]["name"]).startswith("lfm-edge audit"):
+            raise AuditError(f"{path} is not an audit of lfm-edge")
+        if found["schema"] != SCHEMA:
+            raise AuditError(f"{path} is an audit of schema {found['schema']}, this lfm-edge reads {SCHEMA}; make the audit again")
+        for *_, figure in headlines(found):
+            low, high = min(figure["samples"]), max(figure["samples"])
+            if not (figure["n"] == len(figure["samples"]) and low == figure["min"] <= figure["median"] <= figure["max"] == high):
+                raise AuditError(f"{path} was edited: a figure does not agree with its samples; make the audit again")
+        bool(found["verdict"]["valid"])
+    return found
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Of every headline that both have. Where each has a single variant, those two are compared whatever their names."""
+    theirs = {(variant, image, name): figure for variant, image, name, figure in headlines(after)}
+    old, new = list(before["variants"]), list(after["variants"])
+    renamed = {old[0]: new[0]} if len(old) == len(new) == 1 else {}
+    found = []
+    for variant, image, name, figure in headlines(before):
+        now = renamed.get(variant, variant)
+        other = theirs.get((now, image, name))
+        if other:
+            found.append(Change(variant if now == variant else f"{variant} → {now}", image, name, figure, other))
+    return found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What else is not the same: it may be why the figures are not."""
+    found = []
+    for what, path in (
+        ("bundle", "bundle.name"), ("weights", "bundle.fingerprint"), ("board", "device.board"), ("processor", "device.cpu"),
+        ("profile", "profile.name"), ("settings", "profile.settings"), ("onnxruntime", "software.onnxruntime"),
+        ("Python", "software.python"), ("kernel", "software.kernel"), ("images", "workload.images"),
+        ("answer length", "workload.new_tokens"), ("question", "workload.question"),
+    ):  # fmt: skip
+        section, key = path.split(".")
+        a, b = before[section][key], after[section][key]
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+            found.append(f"{what}: {', '.join(keys)}")
+        else:
+            found.append(f"{what}: {a} → {b}")
+    for variant in before["variants"].keys() & after["variants"].keys():
+        for image, answers in before["variants"][variant]["images"].items():
+            other = after["variants"][variant]["images"].get(image)
+            if other and other["text_sha256"] != answers["text_sha256"]:
+                found.append(f"what {variant} says about {image}")
+    return found

@@ -1,0 +1,54 @@
+"""`lfm-edge compare`: did it get worse? For people, and for CI by its exit code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lfm_runtime.errors import SettingError
+
+WORSE, INVALID = 1, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Compare two audits. Exit code 0; 1 a figure is worse by more than --fail-over, beyond noise; 3 an audit is not valid."
+    )
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument("--fail-over", default="5%", metavar="PERCENT", help="of a figure's median (default 5%%)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read both, print what changed, judge."""
+    from lfm_runtime.compare import changes, differences, read_audit
+
+    try:
+        allowed = float(options.fail_over.removesuffix("%")) / 100
+    except ValueError as e:
+        raise SettingError(f"--fail-over {options.fail_over} is no percentage; write 5%") from e
+    if not 0 <= allowed < float("inf"):
+        raise SettingError(f"--fail-over {options.fail_over} is impossible; allowed: 0% and above")
+    before, after = read_audit(options.before), read_audit(options.after)
+    found = changes(before, after)
+    if not found:
+        raise SettingError(f"{options.before} and {options.after} have no figure in common: other variants or images")
+    for path, audit in ((options.before, before), (options.after, after)):
+        if not audit["verdict"]["valid"]:
+            print(f"NOT VALID {path}: {'; '.join(audit['verdict']['reasons'])}")
+    for difference in differences(before, after):
+        print(f"differs: {difference}")
+    worse = 0
+    print(f"\n{'':32s} {'before':>10s} {'after':>10s} {'change':>8s}")
+    for change in found:
+        bad = change.worse_by() > allowed and change.beyond_noise
+        worse += bad
+        word = "WORSE" if bad else "" if change.beyond_noise else "not separable"
+        ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
+        name = " ".join(part for part in (change.variant, change.image, change.name) if part)
+        print(f"{name:32s} {change.before['median']:10,.1f} {change.after['median']:10,.1f} {ratio:>8s}  {word}".rstrip())
+    print(f"\n{worse} of {len(found)} figures are worse by more than {allowed:.1%}")
+    if worse:
+        return WORSE
+    return 0 if before["verdict"]["valid"] and after["verdict"]["valid"] else INVALID
