@@ -1,0 +1,369 @@
+"""Audits of the demo model: what they say against what the run did, what makes them invalid, and what wrong input gets."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lfm_profiles import detect, read, with_flags
+from lfm_profiles.sensors import Sensors
+from lfm_runtime import audit as audit_module
+from lfm_runtime.audit import Workload, audit
+from lfm_runtime.audit_images import SIZES, find_images, make_images
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.compare import changes, differences, read_audit
+from lfm_runtime.errors import EdgeError, ImageError
+from lfm_runtime.figures import figure
+from lfm_runtime.power import Power
+from lfm_runtime.trial import start
+from lfm_runtime.verdict import headlines
+from profiles.trees import write
+
+SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
+TREE = {"sys/class/thermal/thermal_zone0/temp": "41000\n", "sys/class/thermal/thermal_zone0/type": "cpu\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch) -> None:
+    monkeypatch.setattr(audit_module, "_IDLE_S", 0.1)
+
+
+@pytest.fixture
+def images(tmp_path) -> dict[str, Path]:
+    found = make_images(tmp_path)
+    return {"small": found["small"]}
+
+
+def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
+    profile = with_flags(read("generic"), {"prepared": False})
+    given = {"settings": {"prepared": False, "threads": 1}, "variants": ["fp32"], "new_tokens": 8, "budget_s": 1.0, **more}
+    return Workload(Bundle.open(bundle), profile, "generic", images=images, **given)
+
+
+def done(workload: Workload, sensors: Sensors, progress=lambda _: None, power=Power()) -> dict:  # noqa: B008
+    return audit(workload, detect(), sensors, power, progress)
+
+
+@pytest.fixture(scope="module")
+def written(demo_bundle, tmp_path_factory) -> Path:
+    """An audit as the command makes it, of three sizes of image."""
+    path = tmp_path_factory.mktemp("audit") / "audit.json"
+    code = main(["audit", str(demo_bundle), "-o", str(path), "--profile", "generic", "--budget", "6s", "--new-tokens", "12", "--quiet", "--csv", str(path.with_suffix(".csv"))])
+    assert code in (0, 3)  # other tests run beside this one
+    return path
+
+
+def test_schema(written) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema, result = json.loads(SCHEMA.read_text()), json.loads(written.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(result, schema)
+    for path in (("machine",), ("verdict",), ("variants", "fp32", "memory"), ("variants", "fp32", "images", "small", "stages")):
+        place = broken = json.loads(written.read_text())
+        for key in path:
+            place = place[key]
+        place["another"] = 1
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, schema)
+    assert schema["properties"]["schema"]["const"] == audit_module.SCHEMA
+
+
+def test_what_it_says(written, demo_bundle) -> None:
+    result = json.loads(written.read_text())
+    fp32 = result["variants"]["fp32"]
+    assert set(fp32["images"]) == set(SIZES)
+    assert fp32["images"]["small"]["views"] < fp32["images"]["large"]["views"]
+    for image in fp32["images"].values():
+        total = image["total_ms"]
+        for stage in image["stages"].values():
+            assert stage["n"] == total["n"]
+        for n, ms in enumerate(total["samples"]):
+            parts = sum(stage["samples"][n] for name, stage in image["stages"].items() if name != "other_ms")
+            assert parts == pytest.approx(ms, rel=0.03), "stages add up to the total"
+        assert len(image["text_sha256"]) == 1
+        assert image["inter_token_ms"]["n"] == total["n"] * 11
+        assert image["ttft_ms"]["median"] < total["median"]
+    memory = fp32["memory"]
+    assert memory["peak_mib"]["median"] >= memory["anonymous_mib"]["median"] + memory["mapped_mib"]["median"] - 1
+    assert memory["timeline"] and "load" in memory["per_stage"]
+    assert fp32["starts"]["warm"]["ready_ms"]["median"] >= fp32["starts"]["warm"]["import_ms"]["median"]
+    assert fp32["starts"]["cold"] and fp32["starts"]["first_ever"]["import_ms"]["median"] > fp32["starts"]["warm"]["import_ms"]["median"]
+    assert fp32["prepare_ms"] > 0, "generic uses what prepare writes"
+    assert not list(demo_bundle.parent.glob(".lfm-edge-audit-*"))
+    header, *rows = written.with_suffix(".csv").read_text().splitlines()
+    assert len(rows) == 3 and all(len(row.split(",")) >= len(header.split(",")) for row in rows)
+
+
+def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
+    image = make_images(written.parent)["512x512"]
+    assert main(["profile", "plan", str(demo_bundle), str(image), "--profile", "generic", "-p", audit_module.QUESTION, "--json"]) == 0
+    times = json.loads(capsys.readouterr().out)["times_ms"]
+    known = json.loads(written.read_text())["variants"]["fp32"]["images"]["512x512"]
+    assert times["vision"] == pytest.approx(known["stages"]["vision_ms"]["median"], rel=0.5)
+    assert times["prefill"] == pytest.approx(known["stages"]["prefill_ms"]["median"], rel=0.01)
+    assert main(["profile", "plan", str(demo_bundle), "--profile", "generic", "--threads", "1"]) == 0
+    assert "not known before the first audit" in capsys.readouterr().out or os.cpu_count() == 1
+
+
+@pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="needs /usr/bin/time")
+def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch) -> None:
+    """The same process under /usr/bin/time -v: maximum resident set within 2 %."""
+    from lfm_runtime import trial as trial_module
+
+    real = subprocess.Popen
+    log = tmp_path / "time.txt"
+    monkeypatch.setattr(trial_module.subprocess, "Popen", lambda words, **more: real(["/usr/bin/time", "-v", "-o", str(log), *words], **more))
+    result = done(work(demo_bundle, images, budget_s=0.9), Sensors(write(tmp_path / "tree", TREE)))
+    peak = result["variants"]["fp32"]["memory"]["peak_mib"]
+    said = next(int(line.split()[-1]) for line in log.read_text().splitlines() if "Maximum resident" in line) / 1024
+    assert peak["n"] >= 1
+    # The last process is the one whose log is there; those that only load are smaller.
+    assert said <= peak["max"] * 1.02
+
+
+# ------------------------------------------------------------------------------------------------------------ verdict
+
+
+def reasons(result: dict) -> str:
+    assert result["verdict"]["valid"] == (not result["verdict"]["reasons"])
+    return "; ".join(result["verdict"]["reasons"])
+
+
+def test_background_load(demo_bundle, images, tmp_path) -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        result = done(work(demo_bundle, images, budget_s=3.0), Sensors(write(tmp_path / "tree", TREE)))
+    finally:
+        for process in busy:
+            process.kill()
+    assert "background load" in reasons(result)
+
+
+def test_throttle_bit(demo_bundle, images, tmp_path) -> None:
+    tree = write(tmp_path / "tree", TREE)
+
+    def hot(text: str) -> None:
+        if "processes measured" in text:
+            (tree / "sys/devices/platform/soc/soc:firmware/get_throttled").write_text("20002\n")
+
+    result = done(work(demo_bundle, images), Sensors(tree), hot)
+    assert "throttled: the firmware's bits were 0x0 before and 0x20002 after" in reasons(result)
+    old = write(tmp_path / "old", {**TREE, "sys/devices/platform/soc/soc:firmware/get_throttled": "50000\n"})
+    assert "throttled" not in reasons(done(work(demo_bundle, images), Sensors(old))), "what was before is not ours"
+
+
+def test_exchanged_model(bundle_copy, images, tmp_path) -> None:
+    weights = bundle_copy / "onnx" / "decoder_model_merged.onnx_data"
+
+    def exchange(_: str) -> None:
+        shutil.copy(weights, tmp_path / "same")
+        (tmp_path / "same").replace(weights)
+
+    assert "files were changed" in reasons(done(work(bundle_copy, images), Sensors(write(tmp_path / "tree", TREE)), exchange))
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (lambda answer, n: replace(answer, text_sha256=str(n)), "output changed"),
+    (lambda answer, _: replace(answer, ended=answer.started, spans=[(s, answer.started, answer.started) for s, *_ in answer.spans]), "the clock stood still"),
+])  # fmt: skip
+def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, change, word) -> None:
+    calls = iter(range(100))
+
+    def odd(trial, **more):
+        outcome = start(trial, **more)
+        n = next(calls)
+        return replace(outcome, answers=[change(answer, n) for answer in outcome.answers])
+
+    monkeypatch.setattr(audit_module, "start", odd)
+    assert word in reasons(done(work(demo_bundle, images, budget_s=3.0), Sensors(write(tmp_path / "tree", TREE))))
+
+
+def test_frequency_that_falls_and_swap() -> None:
+    """The verdict alone, on a machine's figures."""
+    from lfm_runtime.verdict import verdict
+
+    def machine(**more) -> dict:
+        speeds = more.pop("speeds", [2400.0] * 30)
+        return {"variants": {}, "machine": {
+            "throttle_bits_before": None, "throttle_bits_after": None, "throttled_while_measured": False, "swapped_mib": 0.0,
+            "background_share": figure([0.0]), "samples": [{"frequency_mhz": s} for s in speeds], **more}}  # fmt: skip
+
+    def said(result: dict, elapsed=(60.0, 60.0)) -> str:
+        return reasons({"verdict": verdict(result, changed_files=False, elapsed=elapsed)})
+
+    assert said(machine()) == ""
+    assert "the frequency fell from 2400 to 1500" in said(machine(speeds=[2400.0] * 20 + [1500.0] * 10))
+    assert said(machine(speeds=[600.0] * 3 + [2400.0] * 30)) == "", "an idle processor that wakes is not throttled"
+    assert "swapped: 12 MiB" in said(machine(swapped_mib=12.0))
+    assert "the clock stood still or jumped" in said(machine(), elapsed=(60.0, 3660.0))
+
+
+def test_interrupted(demo_bundle, images, tmp_path) -> None:
+    def stop(text: str) -> None:
+        if "2 processes measured" in text:
+            raise KeyboardInterrupt
+
+    result = done(work(demo_bundle, images, budget_s=60.0), Sensors(write(tmp_path / "tree", TREE)), stop)
+    assert result["partial"] and list(result["variants"]) == ["fp32"]
+    assert "too few processes" in reasons(result)
+
+
+def test_meter(demo_bundle, images, tmp_path) -> None:
+    import time
+
+    now = time.time()
+    power = Power([(now - 60, 5.0), (now + 600, 5.0)])
+    result = done(work(demo_bundle, images), Sensors(tmp_path), power=power)
+    image = result["variants"]["fp32"]["images"]["small"]
+    assert result["machine"]["mean_w"] is None or result["machine"]["mean_w"] == pytest.approx(5.0)
+    assert image["energy_per_answer_j"]["median"] == pytest.approx(5.0 * image["total_ms"]["median"] / 1e3, rel=0.2)
+    assert "power" not in result["machine"]["missing"]
+
+
+# ------------------------------------------------------------------------------------------------- limits and compare
+
+
+def test_limits(written, demo_bundle, capsys) -> None:
+    words = ["audit", str(demo_bundle), "--profile", "generic", "--budget", "5s", "--new-tokens", "4", "--quiet"]
+    code = main([*words, "--limit", "peak_rss_mib=10", "--limit", "decode_tok_s=0.001"])
+    out = capsys.readouterr().out
+    assert "BROKEN peak_rss_mib 10" in out and "holds  decode_tok_s 0.001" in out
+    assert code in (1, 3), "broken, or not valid, which comes first"
+
+
+def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
+    result = json.loads(written.read_text())
+    for valid, holds, code in ((True, True, 0), (True, False, 1), (False, True, 3), (False, False, 3)):
+        changed = {**result, "verdict": {"valid": valid, "reasons": []}, "limits": [
+            {"name": "ttft_ms", "limit": 1.0, "variant": "fp32", "image": None, "measured": 2.0, "holds": holds}]}  # fmt: skip
+        monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
+        assert main(["audit", str(demo_bundle), "--quiet"]) == code
+
+
+def made_slower(result: dict, factor: float) -> dict:
+    for found in result["variants"].values():
+        for image in found["images"].values():
+            image["ttft_ms"] = figure([x * factor for x in image["ttft_ms"]["samples"]])
+    return result
+
+
+def many(result: dict) -> dict:
+    """Ten samples close together: what an audit on a quiet machine has."""
+    for *_, of in headlines(result):
+        of.update(figure([of["median"] * (1 + 0.001 * n) for n in range(10)]))
+    result["verdict"] = {"valid": True, "reasons": []}
+    return result
+
+
+def test_compare(written, tmp_path, capsys) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(many(json.loads(written.read_text()))))
+    for factor, code, word in ((1.0, 0, ""), (1.04, 0, ""), (1.2, 1, "WORSE"), (0.5, 0, "-50.0%")):
+        b.write_text(json.dumps(made_slower(json.loads(a.read_text()), factor)))
+        assert main(["compare", str(a), str(b)]) == code
+        assert word in capsys.readouterr().out
+    assert main(["compare", str(a), str(b), "--fail-over", "200%"]) == 0
+    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
+    assert main(["compare", str(a), str(b), "--fail-over", "25"]) == 0
+    noisy = json.loads(a.read_text())
+    for image in noisy["variants"]["fp32"]["images"].values():
+        image["ttft_ms"] = figure([x * (1 if n % 2 else 3) for n, x in enumerate(image["ttft_ms"]["samples"])])
+    b.write_text(json.dumps(noisy))
+    assert main(["compare", str(a), str(b)]) == 0, "not separable is not worse"
+    assert "not separable" in capsys.readouterr().out
+    invalid = json.loads(a.read_text())
+    invalid["verdict"] = {"valid": False, "reasons": ["throttled"]}
+    b.write_text(json.dumps(invalid))
+    assert main(["compare", str(a), str(b)]) == 3
+
+
+def test_differences(written) -> None:
+    before, after = read_audit(written), read_audit(written)
+    assert differences(before, after) == []
+    after["software"]["onnxruntime"] = "1.20.0"
+    after["profile"]["settings"]["threads"] = 7
+    after["variants"]["fp32"]["images"]["small"]["text_sha256"] = ["x"]
+    assert differences(before, after) == [
+        "settings: threads", f"onnxruntime: {before['software']['onnxruntime']} → 1.20.0", "what fp32 says about small"]
+    after["variants"] = {"int4": after["variants"]["fp32"]}
+    assert changes(before, after)[0].variant == "fp32 → int4"
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda text: text[: len(text) // 2], "is not valid JSON"),
+    (lambda text: text.replace('"schema": 1', '"schema": 99'), "is an audit of schema 99"),
+    (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
+    (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
+    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
+    (lambda _: "[1]", "holds no JSON object"),
+])  # fmt: skip
+def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(damage(written.read_text()))
+    assert main(["compare", str(written), str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def edited(variants: dict) -> dict:
+    next(iter(variants.values()))["images"]["small"]["ttft_ms"]["median"] /= 10
+    return variants
+
+
+# -------------------------------------------------------------------------------------------------------------- input
+
+
+def test_images_found(tmp_path, images) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shutil.copy(images["small"], folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("hello")
+    found, skipped = find_images(folder)
+    assert list(found) == ["a.png"]
+    assert [entry["name"] for entry in skipped] == ["b.jpg", "notes.txt"] and "not a readable image" in skipped[0]["reason"]
+    (folder / "a.png").unlink()
+    with pytest.raises(ImageError, match="holds no image that can be read"):
+        find_images(folder)
+    with pytest.raises(ImageError, match="not a folder of images"):
+        find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--budget", "soon"], "--budget soon is no time"),
+    (["--budget", "0.001s", "--quiet"], "is too short: one process took"),
+    (["--limit", "speed=3"], "there is no 'speed'"),
+    (["--limit", "ttft_ms=fast"], "'fast' is no number"),
+    (["--limit", "ttft_ms=-5"], "is impossible"),
+    (["--variants", "int2"], "has no variant 'int2'"),
+    (["--variants", "fp32,fp32"], "names one twice"),
+    (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
+    (["--new-tokens", "0"], "new-tokens 0 is impossible"),
+    (["--soak", "-1"], "soak -1"),
+    (["-o", "nowhere/audit.json"], "is not a folder"),
+    (["--images", "nowhere"], "nowhere is not a folder of images"),
+    (["--meter", "nowhere.csv"], "nowhere.csv cannot be read"),
+])  # fmt: skip
+def test_refusals(demo_bundle, capsys, words, message) -> None:
+    assert main(["audit", str(demo_bundle), "--profile", "generic", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_trial_errors_are_told(bundle_copy, images, tmp_path) -> None:
+    workload = work(bundle_copy, images)
+    (bundle_copy / "onnx" / "vision_encoder.onnx").write_bytes(b"damaged")
+    with pytest.raises(EdgeError, match="vision_encoder"):
+        done(workload, Sensors(tmp_path))
+
+
+def test_soak(demo_bundle, images, tmp_path) -> None:
+    result = done(work(demo_bundle, images, soak_minutes=0.05), Sensors(write(tmp_path / "tree", TREE)))
+    soak = result["soak"]
+    assert (soak["variant"], soak["steady"]) == ("fp32", False)
+    assert soak["minutes"][0]["answers"] > 3 and soak["minutes"][0]["temperature_c"] == 41.0
+    assert soak["ttft_change"] == 0.0, "one minute against itself"
