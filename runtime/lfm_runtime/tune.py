@@ -97,9 +97,13 @@ class Tuning:
         return sorted(left, key=self._rank)
 
     def chosen(self) -> Point:
-        """The best for the objective. Of several that chance may have put in this order, the one nearest to the profile."""
+        """The best for the objective. Of several that chance may have put in this order those of the least memory, and of these the one
+        nearest to the profile.
+        """
         first, *others = self.front()
         same = [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
+        least = min(self.points[p].peak_mib for p in same)
+        same = [p for p in same if self.points[p].peak_mib <= least * _SAME_MEMORY]
         base = dict(self.first_point())
         return min(same, key=lambda p: (sum(value != base[axis] for axis, value in p), self._rank(p)))
 
@@ -185,6 +189,7 @@ class Tuning:
         write_whole(path, json.dumps({
             "tool": "lfm-edge tune", "version": __version__, "key": self.key(), "objective": self.objective, "floor_kl": self.floor,
             "rounds": self.rounds, "reference": self.reference, "profile": self.profile.name, "front": [dict(p) for p in self.front()],
+            "chosen": dict(self.chosen()),
             "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
         }, indent=1) + "\n")  # fmt: skip
 

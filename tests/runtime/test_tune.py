@@ -168,10 +168,10 @@ def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
 
 
 def test_divergence(demo_bundle, photo, tmp_path) -> None:
-    trial = Trial(demo_bundle, "generic", {"variant": "fp32"}, [photo], QUESTION, 8, 0, tmp_path)
+    trial = Trial(demo_bundle, "generic", {"variant": "fp32"}, [photo], QUESTION, 8, 0, reference=tmp_path)
     assert start(trial).kl == 0.0
     assert start(trial).kl == pytest.approx(0.0, abs=1e-9)
-    fewer = start(Trial(demo_bundle, "generic", {"variant": "fp32", "do_image_splitting": False}, [photo], QUESTION, 8, 0, tmp_path))
+    fewer = start(Trial(demo_bundle, "generic", {"variant": "fp32", "do_image_splitting": False}, [photo], QUESTION, 8, 0, reference=tmp_path))
     assert fewer.kl > 1e-4
 
 

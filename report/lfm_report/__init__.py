@@ -1,0 +1,1 @@
+"""Audits and tunings as pages for people: one self-contained HTML file, or Markdown."""

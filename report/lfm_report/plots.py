@@ -1,0 +1,267 @@
+"""Plots as SVG, for a page: matplotlib draws them. Colours are Okabe and Ito's, which colour-blind readers can tell apart; in print,
+hatches and markers do.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lfm_report.source import Audit, Series, images_of
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
+    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000"
+)  # fmt: skip
+STAGES = {
+    "image_ms": ("decode image", YELLOW, ".."), "preprocess_ms": ("preprocess", ORANGE, ""), "vision_ms": ("vision", BLUE, "//"),
+    "embed_ms": ("embed", BLACK, ""), "prefill_ms": ("prefill", SKY, "\\\\"), "decode_ms": ("decode", GREEN, ""),
+    "detokenize_ms": ("detokenize", PURPLE, ""), "other_ms": ("other", "#bbbbbb", "xx"),
+}  # fmt: skip
+_LINES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (BLACK, "x", "--"))
+_WIDTH = 8.6
+_Given = ParamSpec("_Given")
+_STYLE: Any = {
+    "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.25, "svg.fonttype": "none", "hatch.linewidth": 0.5, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "svg.hashsalt": "lfm-edge",
+}  # fmt: skip
+
+
+def _styled(draw: Callable[_Given, str]) -> Callable[_Given, str]:
+    """A plot in our style; nothing of matplotlib's own settings is changed for others."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _Given.args, **kwargs: _Given.kwargs) -> str:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_styled
+def waterfall(series: Sequence[Series]) -> str:
+    """Where the time of an answer goes: a row of stages for each series, a panel for each image."""
+    images = images_of(series)
+    figure, axes = _panels(len(images), 0.5 + 0.34 * len(series))
+    for axis, name in zip(axes, images, strict=True):
+        there = [one for one in series if name in one.result["images"]]
+        for row, one in enumerate(there):
+            found, left = one.result["images"][name], 0.0
+            for key, (label, colour, hatch) in STAGES.items():
+                ms = found["stages"][key]["median"]
+                _part(axis, row, left, ms, (label, colour, hatch))
+                left += ms
+            first = found["ttft_ms"]["median"]
+            axis.plot([first, first], [row - 0.42, row + 0.42], color=BLACK, linewidth=1.6, label="" if row else "first token")
+            axis.text(left, row, f" {left:,.0f} ms", va="center", fontsize=8)
+        axis.set_yticks(range(len(there)), [one.label for one in there])
+        axis.invert_yaxis()
+        of = there[0].result["images"][name]
+        axis.set_title(f"{name}: {of['views']} views, {of['image_tokens']} image tokens, {of['new_tokens']} written", loc="left")
+        axis.grid(axis="y", visible=False)
+        axis.margins(x=0.12)
+    axes[-1].set_xlabel("ms")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return _svg(figure, "Milliseconds of an answer by stage")
+
+
+@_styled
+def starts(series: Sequence[Series]) -> str:
+    """From the start of a process until it can be asked."""
+    rows = [(f"{one.label}, {kind.replace('_', '-')}", start) for one in series for kind, start in one.result["starts"].items() if start]
+    figure, (axis,) = _panels(1, 0.6 + 0.3 * len(rows))
+    for row, (_, start) in enumerate(rows):
+        left, ready = 0.0, start["ready_ms"]["median"]
+        parts = [("Python", "python_ms", "#bbbbbb", ""), ("imports", "import_ms", ORANGE, ".."), ("bundle", "open_ms", SKY, "\\\\")]
+        sizes = [(label, start[key]["median"], colour, hatch) for label, key, colour, hatch in parts]
+        for label, ms, colour, hatch in [*sizes, ("graphs", max(0.0, ready - sum(ms for _, ms, *_ in sizes)), BLUE, "//")]:
+            _part(axis, row, left, ms, (label, colour, hatch))
+            left += ms
+        axis.text(left, row, f" {ready:,.0f} ms", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.margins(x=0.12)
+    axis.set_xlabel("ms")
+    axis.legend(ncols=4, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.5 / (1 + len(rows))))
+    return _svg(figure, "Milliseconds from the start of a process until it can be asked")
+
+
+@_styled
+def over_time(audits: Sequence[Audit], series: Sequence[Series]) -> str:
+    """Milliseconds a token in the course of the audit, with throttling marked."""
+    figure, axes = _panels(len(audits), 1.9)
+    for axis, audit in zip(axes, audits, strict=True):
+        for n, one in enumerate(one for one in series if one.audit is audit):
+            colour, marker, _ = _LINES[n % len(_LINES)]
+            answers = [p for image in one.result["images"].values() for p in image["over_time"] if p["inter_token_ms"]]
+            times, ms = zip(*sorted((p["at_s"], p["inter_token_ms"]) for p in answers), strict=True) if answers else ((), ())
+            axis.plot(times, ms, marker=marker, markersize=3, linewidth=0.6, color=colour, label=one.label)
+        _mark_throttling(axis, audit.result["machine"]["samples"])
+        axis.set_ylabel("ms a token")
+        axis.set_ylim(bottom=0)
+        axis.set_title(audit.name if len(audits) > 1 else "", loc="left")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=4)
+    axes[-1].set_xlabel("s")
+    return _svg(figure, "Milliseconds a token over time")
+
+
+@_styled
+def memory(series: Sequence[Series]) -> str:
+    """Anonymous and mapped memory of one process, from its start."""
+    figure, axes = _panels(len(series), 1.6)
+    top = max((m["anonymous_mib"] + m["mapped_mib"] for one in series for m in one.result["memory"]["timeline"]), default=1.0)
+    for axis, one in zip(axes, series, strict=True):
+        found = one.result["memory"]
+        times = [m["at_ms"] / 1e3 for m in found["timeline"]]
+        anonymous, mapped = ([m[key] for m in found["timeline"]] for key in ("anonymous_mib", "mapped_mib"))
+        bands = axis.stackplot(times, anonymous, mapped, colors=[RED, SKY], labels=["anonymous", "mapped files (can be evicted)"])
+        bands[1].set_hatch("//")
+        bands[1].set_edgecolor("white")
+        if found["peak_mib"]:
+            peak = found["peak_mib"]["max"]
+            axis.axhline(peak, color=BLACK, linewidth=0.9, linestyle="--", label=f"peak {peak:,.0f}")
+        axis.set_ylim(0, top * 1.08)
+        axis.set_ylabel("MiB")
+        axis.set_title(one.label, loc="left")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3)
+    axes[-1].set_xlabel("s since the process started")
+    return _svg(figure, "Memory over time")
+
+
+@_styled
+def machine(audits: Sequence[Audit]) -> str:
+    """Temperature, frequency and power, those that were measured; "" where none was."""
+    kinds = [(key, unit) for key, unit in (("temperature_c", "°C"), ("frequency_mhz", "MHz"), ("power_w", "W"))
+             if any(s[key] is not None for audit in audits for s in audit.result["machine"]["samples"])]  # fmt: skip
+    if not kinds:
+        return ""
+    figure, axes = _panels(len(kinds), 1.4)
+    for axis, (key, unit) in zip(axes, kinds, strict=True):
+        for n, audit in enumerate(audits):
+            colour, _, dashes = _LINES[n % len(_LINES)]
+            points = [(s["at_s"], s[key]) for s in audit.result["machine"]["samples"] if s[key] is not None]
+            axis.plot([t for t, _ in points], [v for _, v in points], color=colour, linestyle=dashes, label=audit.name, linewidth=1.2)
+            _mark_throttling(axis, audit.result["machine"]["samples"])
+        axis.set_ylabel(unit)
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+    if len(audits) > 1:
+        axes[0].legend(frameon=False, fontsize=8, ncols=4)
+    axes[-1].set_xlabel("s")
+    return _svg(figure, "Temperature, frequency and power")
+
+
+@_styled
+def quality(series: Sequence[Series]) -> str:
+    """What a variant costs beside what it loses; "" where no variant's quality was measured."""
+    there = [one for one in series if one.result["quality"] and one.result["memory"]["peak_mib"]]
+    if not there:
+        return ""
+    image = images_of(there)[-1]
+    figure, axes = _panels(1, 2.6, columns=2)
+    for axis, label in zip(axes, ("ms to the first token", "MiB at the peak"), strict=True):
+        for n, one in enumerate(there):
+            colour, marker, _ = _LINES[n % len(_LINES)]
+            of = one.result["memory"]["peak_mib"] if label.startswith("MiB") else one.result["images"].get(image, {}).get("ttft_ms")
+            if of:
+                at = of["median"]
+                axis.scatter([at], [one.result["quality"]["kl"]], color=colour, marker=marker, s=36, label=one.label)
+                axis.annotate(one.label, (at, one.result["quality"]["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(label)
+        axis.margins(0.25)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("KL divergence to fp32, nats")
+    return _svg(figure, "Quality lost beside cost")
+
+
+@_styled
+def soak(audits: Sequence[Audit]) -> str:
+    """Minute by minute; "" where nobody soaked."""
+    there = [audit for audit in audits if audit.result["soak"]]
+    if not there:
+        return ""
+    figure, (axis,) = _panels(1, 1.9)
+    for n, audit in enumerate(there):
+        colour, marker, dashes = _LINES[n % len(_LINES)]
+        minutes = audit.result["soak"]["minutes"]
+        at, ms = [m["minute"] for m in minutes], [m["inter_token_ms"] for m in minutes]
+        axis.plot(at, ms, color=colour, marker=marker, linestyle=dashes, label=audit.name)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("minute")
+    axis.set_ylabel("ms a token")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure, "Milliseconds a token while soaking")
+
+
+@_styled
+def pareto(tuning: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """Every point by latency and memory; those on the front named."""
+    points = [p for p in tuning["points"] if p["latency_ms"]]
+    fronts = [p for p in points if p["settings"] in tuning["front"]]
+    figure, (axis,) = _panels(1, 4.2)
+    floor = tuning["floor_kl"]
+    good, rest = ([p for p in points if ((p["kl"] or 0) <= floor) is wanted] for wanted in (True, False))
+    for label, group, colour, marker in ((f"KL ≤ {floor:g}", good, BLUE, "o"), (f"KL > {floor:g}", rest, ORANGE, "x")):
+        if group:
+            ms, mib = [p["ms"] for p in group], [p["peak_mib"] for p in group]
+            axis.scatter(ms, mib, color=colour, marker=marker, s=22, alpha=0.8, label=label)
+    for point in fronts:
+        samples = point["latency_ms"].values()
+        axis.plot([min(samples), max(samples)], [point["peak_mib"]] * 2, color="#888888", linewidth=0.7)
+    axis.scatter([chosen["ms"]], [chosen["peak_mib"]], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen")
+    named = sorted(fronts, key=lambda p: p["ms"])[:6]
+    for point in [*named, *([chosen] if chosen not in named else [])]:
+        at = point["ms"], point["peak_mib"]
+        axis.annotate(short_name(point["settings"]), at, xytext=(6, 5), textcoords="offset points", fontsize=7)
+    axis.set_xlabel("ms of an answer (line: fastest to slowest)")
+    axis.set_ylabel("MiB at the peak")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure, "Latency and memory of all points measured")
+
+
+def short_name(settings: Mapping[str, Any]) -> str:
+    """A point in a few words."""
+    parts = [settings["variant"], *([f"+{settings['prefill']}"] if settings["prefill"] != "none" else []), f"{settings['threads']}t"]
+    parts += [f"{settings['max_image_tokens']} tok", *([f"{settings['tiles']} tiles"] if settings["tiles"] > 1 else [])]
+    parts += [name for name, on in (("low memory", settings["low_memory"]), ("no arena", not settings["arena"])) if on]
+    return " ".join(parts)
+
+
+def _part(axis: Any, row: int, left: float, ms: float, look: tuple[str, str, str]) -> None:
+    """A piece of a bar; named in the first row alone."""
+    label, colour, hatch = look
+    axis.barh(row, ms, left=left, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label="" if row else label)
+
+
+def _mark_throttling(axis: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+    marked = [s["at_s"] for s in samples if s["throttled"]]
+    for n, at in enumerate(marked):
+        axis.axvspan(at - 0.25, at + 0.25, color=RED, alpha=0.25, linewidth=0, label="throttled" if n == 0 else None)
+
+
+def _panels(rows: int, height: float, columns: int = 1) -> tuple[Figure, Sequence[Any]]:
+    figure = Figure(figsize=(_WIDTH, height * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [axis for row in axes for axis in row]
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """To be put into a page: without XML header, with a title for those who do not see it."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+    return text.replace(">", f' role="img" aria-label="{title}">', 1)
