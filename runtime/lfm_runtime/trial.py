@@ -249,7 +249,7 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path) -> float:
                 logits = _log_softmax(context.feed(model.decoder.embed(ids[-1:]), np.array(ids[-1:])))
         if known:
             theirs = known["log_probabilities"].astype(np.float64)
-            found.append(float(np.mean(np.sum(np.exp(theirs) * (theirs - np.stack(rows)), axis=1))))
+            found.append(max(0.0, float(np.mean(np.sum(np.exp(theirs) * (theirs - np.stack(rows)), axis=1)))))  # stored in float32
         else:
             np.savez(path, ids=np.array(ids), log_probabilities=np.stack(rows).astype(np.float32))
             found.append(0.0)

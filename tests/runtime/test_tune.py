@@ -87,9 +87,9 @@ def test_finds_the_fastest_that_is_good_enough(demo_bundle, photo, monkeypatch) 
     assert (best["variant"], best["prefill"], best["threads"], best["tiles"], best["low_memory"]) == ("int4", "int8", 2, 4, False)
     assert found.good_enough(found.chosen())
     assert len(found.points[found.chosen()].latency_ms) >= 8
-    slow = [p for p in found.points if dict(p)["threads"] == 1]
-    assert slow  # it was looked at
-    assert not {p for p in found.front() if dict(p)["threads"] == 1}, "1.7 times slower, the same in all else"
+    slower = tuple(sorted({**best, "threads": 1}.items()))
+    assert slower in found.points, "it was looked at"
+    assert slower not in found.front(), "1.7 times slower, the same in all else"
 
 
 def test_finds_the_smallest(demo_bundle, photo, monkeypatch) -> None:
@@ -170,7 +170,7 @@ def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
 def test_divergence(demo_bundle, photo, tmp_path) -> None:
     trial = Trial(demo_bundle, "generic", {"variant": "fp32"}, [photo], QUESTION, 8, 0, reference=tmp_path)
     assert start(trial).kl == 0.0
-    assert start(trial).kl == pytest.approx(0.0, abs=1e-9)
+    assert start(trial).kl == pytest.approx(0.0, abs=1e-7)
     fewer = start(Trial(demo_bundle, "generic", {"variant": "fp32", "do_image_splitting": False}, [photo], QUESTION, 8, 0, reference=tmp_path))
     assert fewer.kl > 1e-4
 
