@@ -25,11 +25,13 @@ def run(options: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     progress = Printer(not options.quiet)
-    export(
+    warning = export(
         options.checkpoint, options.output, dtype=options.dtype, adapter=options.adapter,
         graphs=[g for g in options.graphs.split(",") if g], progress=progress,
     )  # fmt: skip
     progress.clear()
+    if warning:
+        print(f"lfm-edge: {warning}", file=sys.stderr)
     size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
     print(f"{options.output}  {size / 1e6:,.1f} MB  {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0

@@ -13,6 +13,7 @@ from lfm_runtime import __version__
 from lfm_runtime.bundle import MANIFEST, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.golden import add_golden
 from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
@@ -32,7 +33,7 @@ HUB_FILES = (
 def export(
     checkpoint_folder: Path, bundle: Path, *, dtype: str = "fp32", adapter: Path | None = None,
     graphs: Sequence[str] = (), progress: Progress = lambda *_: None,
-) -> None:  # fmt: skip
+) -> str | None:  # fmt: skip
     """Write the fp32 or fp16 variant of a checkpoint's graphs into a bundle, beside variants it already has.
 
     Args:
@@ -42,6 +43,9 @@ def export(
         adapter: a PEFT LoRA adapter to merge into the weights.
         graphs: stems to write anew; the others are kept from the bundle. All by default.
         progress: told of every tensor written.
+
+    Returns:
+        Why no golden answers could be recorded; None where they were.
 
     Raises:
         CheckpointError, PromptError: the input cannot be exported, or the output not written; the bundle is as before.
@@ -90,6 +94,7 @@ def export(
             shared = table if isinstance(table, ir.ExternalTensor) else None
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
         _write_manifest(folder, checkpoint, dtype, old, kept, described)
+        return add_golden(folder, dtype)
 
 
 def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> None:
@@ -164,7 +169,10 @@ def _write_manifest(
         "graphs": dict(sorted(described.items())),
         "files": files,
         # What quantize wrote about the other variants stays true: they are of the same weights.
-        **{key: {v: e for v, e in old[key].items() if v != dtype} for key in ("quantization", "quality") if old.get(key) and kept},
+        **{
+            key: {v: entry for v, entry in old[key].items() if v != dtype}
+            for key in ("quantization", "quality", "golden") if old.get(key) and kept
+        },
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

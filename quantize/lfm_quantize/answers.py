@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 def features_of(bundle: Bundle, variant: str, views: Sequence[Sequence[View]], threads: int, *, packed: bool = True,
                 progress: Progress = lambda *_: None) -> list[Float]:  # fmt: skip
     """Image features [tokens, H] of each sample's views."""
-    session = load_session(bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, Execution(threads), packed=packed)
+    session = load_session(bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, Execution(threads, packed=packed))
     found = []
     for i, sample in enumerate(views):
         parts = [session.run(["image_features"], view.feeds())[0].astype(np.float32, copy=False) for view in sample]
@@ -35,7 +35,7 @@ def features_of(bundle: Bundle, variant: str, views: Sequence[Sequence[View]], t
 def open_decoder(bundle: Bundle, variant: str, threads: int, *, packed: bool = True) -> Decoder:
     """The variant's decoder and embeddings."""
     graphs = bundle.graphs(variant)[1]
-    decoder = load_session(graphs[DECODER.stem], DECODER, Execution(threads), packed=packed)
+    decoder = load_session(graphs[DECODER.stem], DECODER, Execution(threads, packed=packed))
     sessions = DecoderSessions(decoder, load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)))
     return Decoder(lambda: sessions, graphs[DECODER.stem])
 

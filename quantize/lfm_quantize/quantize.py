@@ -15,6 +15,7 @@ from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
+from lfm_runtime.golden import add_golden
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
@@ -200,6 +201,8 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
                 check_floor(quality, settings.kl_floor())
                 add_quality(new, quality)
+            if warning := add_golden(new, settings.variant):
+                warn(warning)
         work.finished()
     return quality
 

@@ -64,7 +64,7 @@ def write_manifest(
     written = {name for name in variant_files(variant) if name != MANIFEST and (folder / name).exists()}
     manifest["files"] = {n: e for n, e in old["files"].items() if n not in outdated_files(variant)}
     manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
-    for key in ("variants", "quantization", "quality"):
+    for key in ("variants", "quantization", "quality", "golden"):
         manifest.get(key, {}).pop(f"{variant}{KV8}", None)
     manifest["graphs"] = {n: e for n, e in old["graphs"].items() if n not in outdated_files(variant)}
     names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
@@ -79,7 +79,8 @@ def write_manifest(
     manifest.setdefault("quantization", {})[variant] = record
     # What was measured of variants that use a file written anew is no longer true.
     stale = [v for v, files in manifest["variants"].items() if v == variant or written.intersection(files.values())]
-    manifest["quality"] = {v: q for v, q in manifest.get("quality", {}).items() if v not in stale}
+    for key in ("quality", "golden"):
+        manifest[key] = {v: known for v, known in manifest.get(key, {}).items() if v not in stale}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -57,6 +57,7 @@ class Execution:
     affinity: tuple[int, ...] = ()  # processors, one for each thread; empty: wherever the system puts them
     spinning: bool | int = True  # how long threads wait for the next operator without sleeping, µs; True: as onnxruntime does
     arena: bool = True
+    packed: bool = True  # make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
     @staticmethod
@@ -90,7 +91,7 @@ class Execution:
         if type(spinning) is int and not onnxruntime_is("1.26"):
             _log.warning("lfm-edge: onnxruntime %s cannot limit spinning, 1.26 can; threads spin as it does", ort.__version__)
             spinning = True
-        return Execution(threads, cores[:threads], spinning, profile.arena, profile.providers)
+        return Execution(threads, cores[:threads], spinning, profile.arena, providers=profile.providers)
 
     def options(self) -> ort.SessionOptions:
         """For a session."""
@@ -101,6 +102,8 @@ class Execution:
         # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = self.arena
+        if not self.packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if self.affinity[1:]:  # onnxruntime counts processors from 1, and the calling thread is the first of its threads
             options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(core + 1) for core in self.affinity[1:]))
         if self.spinning is not True:
@@ -255,25 +258,22 @@ def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
     return (wanted >> 20, available >> 20) if wanted > available else None
 
 
-def load_session(path: Path, graph: Graph, execution: Execution, *, packed: bool = True) -> ort.InferenceSession:
+def load_session(path: Path, graph: Graph, execution: Execution) -> ort.InferenceSession:
     """Load one graph and check it against its contract; see open_session."""
-    session = open_session(path, execution, packed=packed)
+    session = open_session(path, execution)
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
     return session
 
 
-def open_session(path: Path, execution: Execution, *, packed: bool = True, save_as: Path | None = None) -> ort.InferenceSession:
+def open_session(path: Path, execution: Execution, *, save_as: Path | None = None) -> ort.InferenceSession:
     """Load a graph file.
 
     Args:
         path: the graph.
         execution: how it is run.
-        packed: make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped.
-        save_as: also write the graph as optimized here, with that copy.
+        save_as: also write the graph as optimized here, with its packed weights.
     """
     options = execution.options()
-    if not packed:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     if save_as:
         options.optimized_model_filepath = str(save_as)
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")

@@ -1,0 +1,220 @@
+"""Golden cases: what a bundle said where it was made, to be compared with what it says on a device.
+
+Texts and their ids, an image and its patches, image features, the logits of a short answer. Texts must be the same everywhere, patches
+nearly. Features and logits depend on the processor's kernels: products of float32 are summed in another order, and int8 activations round
+the other way where two kernels differ in the last bit. So a few hundred values are kept and compared by TOLERANCE.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from lfm_profiles import cpu_features
+from numpy.typing import NDArray
+from PIL import Image
+
+from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
+from lfm_runtime.context import Context
+from lfm_runtime.errors import BundleError, EdgeError
+from lfm_runtime.files import damage_is
+from lfm_runtime.images import cut_views
+from lfm_runtime.model import Model
+from lfm_runtime.profile import find_profile
+from lfm_runtime.prompt import Message
+from lfm_runtime.sessions import Graphs
+
+QUESTION = "What is in this image?"
+SIZE = (256, 192)
+STEPS = 8
+TOLERANCE = {"fp32": 0.001, "fp16": 0.01, "int8": 0.04, "int4": 0.06}
+"""Root mean square of the difference against that of the values, for features and for logits around their mean. What kernels of one
+onnxruntime differ by is in docs/performance.md; a wrong kernel (int8 products that overflow, say) is several times above."""
+_PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
+_TOP, _SPREAD, _SAMPLES = 16, 16, 64
+_SMALL = 256 << 20  # bytes of weights that are run in this process
+TEXTS = (
+    "What is in this image?", "  two spaces,\ttab\nand lines\r\n", "naïve café – “quotes” … €5 ½", "Ünïcödé ÅÄÖ ß ﬁ",
+    "日本語のテキスト、中文字符", "Привет, мир! Ελληνικά",
+    "emoji 👩‍👩‍👧 🏳️‍🌈 👍🏽", "don't we'll I'm 12345 3.14159 1e-9", "def f(x):\n    return x**2  # comment", "\u0000\u200b\ufeff odd", "",
+)  # fmt: skip
+
+
+def golden_image() -> Image.Image:
+    """Always the same: made of whole numbers, so that no processor's arithmetic matters."""
+    y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]]
+    planes = [(x * 3 + y * 2) % 256, (x * y // 64 + 40) % 256, np.where((x // 24 + y // 24) % 2, 210, 35)]
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a bundle is here from what it was where it was made. Roots of mean squares against those of the values."""
+
+    texts: tuple[str, ...]  # that give other ids
+    prompt: bool  # the golden prompt has other ids
+    pixels: float  # largest difference of a patch's value
+    features: float
+    logits: float
+    tokens: bool  # another token wins where the golden one was ahead by more than the tolerance
+
+    def problems(self, variant: str) -> list[str]:
+        """What is beyond tolerance."""
+        limit = tolerance(variant)
+        found = [f"{text!r} becomes other tokens" for text in self.texts]
+        found += ["the golden prompt becomes other tokens"] if self.prompt else []
+        if not self.pixels <= _PIXELS:
+            found.append(f"the golden image's patches differ by up to {self.pixels:.3f} (allowed {_PIXELS:.3f}): another Pillow?")
+        if not self.features <= limit:
+            found.append(f"image features differ by {self.features:.4f} of their size (allowed for {variant}: {limit:g})")
+        if not self.logits <= limit:
+            found.append(f"logits differ by {self.logits:.4f} of their size (allowed for {variant}: {limit:g})")
+        if self.tokens:
+            found.append("another token wins where the golden one was clearly ahead")
+        return found
+
+
+def tolerance(variant: str) -> float:
+    """Of a variant's features and logits."""
+    return next(limit for name, limit in TOLERANCE.items() if variant.startswith(name))
+
+
+def record(model: Model) -> dict[str, Any]:
+    """What is kept of one variant."""
+    patches, features, ids = _seen(model)
+    steps, tokens = [], []
+    for logits in _answer(model, features, None):
+        order = np.argsort(-logits, kind="stable")
+        at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
+        tokens.append(int(order[0]))
+        steps.append({
+            "at": at.tolist(), "logits": _short(logits[at]), "mean": float(logits.mean()), "std": float(logits.std()),
+            "ahead": float(logits[order[0]] - logits[order[1]]),
+        })  # fmt: skip
+    return {
+        "onnxruntime": ort.__version__, "cpu_features": list(cpu_features()), "prompt": ids, "texts": [_ids(model, text) for text in TEXTS],
+        "patches": _short(_spaced(patches)), "features": _short(_spaced(features)), "tokens": tokens, "steps": steps,
+    }  # fmt: skip
+
+
+def compare(model: Model, golden: Mapping[str, Any]) -> Deviation:
+    """The model here against what was kept.
+
+    Raises:
+        BundleError: the golden values are damaged.
+    """
+    patches, features, ids = _seen(model)
+    with damage_is(BundleError, model.bundle.folder / MANIFEST, "export and quantize again"):
+        texts = tuple(text for text, wanted in zip(TEXTS, golden["texts"], strict=True) if _ids(model, text) != wanted)
+        pixels = float(np.max(np.abs(_spaced(patches) - np.array(golden["patches"]))))
+        wanted = np.array(golden["features"])
+        off = _rms(_spaced(features) - wanted) / _rms(wanted)
+        found, kept, lost = [], [], False
+        limit = tolerance(model.variant)
+        for logits, step, token in zip(_answer(model, features, golden["tokens"]), golden["steps"], golden["tokens"], strict=True):
+            at = np.array(step["at"])
+            found.append((logits[at] - np.array(step["logits"])) / step["std"])
+            kept.append((np.array(step["logits"]) - step["mean"]) / step["std"])
+            lost = lost or (int(logits.argmax()) != token and step["ahead"] > 4 * limit * step["std"])
+        return Deviation(texts, ids != golden["prompt"], pixels, off, _rms(np.concatenate(found)) / _rms(np.concatenate(kept)), lost)
+
+
+def golden_of(bundle: Bundle, variant: str) -> dict[str, Any] | None:
+    """What was kept of a variant; None for bundles that were made without."""
+    manifest = read_manifest(bundle.folder) or {}
+    found = (manifest.get("golden") or {}).get(variant)
+    return found if isinstance(found, dict) else None
+
+
+def add_golden(folder: Path, variant: str) -> str | None:
+    """Record a variant of a bundle's folder that nobody else writes, in its manifest; returns why that was not possible. Weights stay
+    mapped, and large ones are run in a process of their own, so that the caller's memory does not grow.
+    """
+    manifest = read_manifest(folder) or {}
+    weights = sum(path.stat().st_size for path in (folder / "onnx").glob("*_data"))
+    try:
+        if weights <= _SMALL:
+            kept = record(_lean(folder, variant))
+        else:
+            words = [sys.executable, "-m", "lfm_runtime.golden", str(folder), variant]
+            kept = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)  # noqa: S603
+    except subprocess.CalledProcessError as e:
+        said = e.stderr.strip().splitlines()
+        return f"golden answers of {variant} could not be recorded ({said[-1] if said else f'exit code {e.returncode}'})"
+    except EdgeError as e:
+        return f"golden answers of {variant} could not be recorded ({e})"
+    manifest.setdefault("golden", {})[variant] = kept
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return None
+
+
+def _lean(folder: Path, variant: str) -> Model:
+    """One graph at a time, weights mapped."""
+    bundle = Bundle.open(folder)
+    profile = find_profile("generic", variant=variant, low_memory=True, prepared=False)
+    graphs = Graphs(bundle, profile)
+    graphs.execution = replace(graphs.execution, packed=False)
+    return Model(bundle, graphs, profile, bundle.images)
+
+
+def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
+    """(patches of all views, image features, prompt ids) of the golden image and question, in the checkpoint's own settings."""
+    settings = model.bundle.images
+    image = golden_image()
+    planned = replace(model.open(image), settings=settings)
+    patches = np.concatenate([view.reshape(-1) for view in cut_views(image, planned.plan, settings)])
+    prompt = model.prompts.render([Message("user", QUESTION, 1)], [planned.plan])
+    return patches, model.encode([planned]), list(prompt.ids)
+
+
+def _answer(model: Model, features: NDArray[np.float32], tokens: list[int] | None) -> list[NDArray[np.float64]]:
+    """Logits of each step of the greedy answer, or along `tokens`."""
+    job = model.plan([Message("user", QUESTION, 1)], [golden_image()], temperature=0)
+    embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
+    context = Context(model.decoder)
+    keys = np.array(job.prompt.ids)
+    context.resume(context.find(keys), keys, len(keys) + STEPS)
+    found = [context.feed(embeds, keys).astype(np.float64)]
+    for n in range(STEPS - 1):
+        token = tokens[n] if tokens else int(found[-1].argmax())
+        found.append(context.feed(model.decoder.embed([token]), np.array([token])).astype(np.float64))
+    return found
+
+
+def _ids(model: Model, text: str) -> list[int]:
+    return list(model.prompts.tokenizer.encode(text))
+
+
+def _spaced(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    flat = values.reshape(-1)
+    return flat[np.linspace(0, len(flat) - 1, _SAMPLES).astype(np.int64)].astype(np.float64)
+
+
+def _short(values: NDArray[Any]) -> list[float]:
+    """Six digits are more than kernels agree on."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def main() -> int:
+    """Print one variant's golden values: for add_golden."""
+    try:
+        print(json.dumps(record(_lean(Path(sys.argv[1]), sys.argv[2]))))
+    except EdgeError as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Does this bundle work on this device? Each check is a function that raises CheckError with what to do, or Skipped with the reason.
+
+`lfm-edge selftest` runs them in order; device_tests/ runs them under pytest.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lfm_profiles import Profile, detect, to_toml
+from lfm_profiles.sensors import Sensors
+
+from lfm_runtime import golden
+from lfm_runtime.audit_result import inter_token, ttft
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.model import Model
+from lfm_runtime.plan import Planner, fit, process_memory
+from lfm_runtime.profile import find_profile
+from lfm_runtime.report import memory_mib
+from lfm_runtime.sessions import choose_variants
+from lfm_runtime.trial import Trial, start
+
+_GROWTH = 0.01
+_SMALLEST_GROWTH_MIB = 2.0
+_ANSWERS, _WARM_UP = 100, 10
+
+
+class CheckError(EdgeError, AssertionError):
+    """Something is not as it should be; the message says what and what to do."""
+
+
+class Skipped(Exception):  # noqa: N818  (as pytest's)
+    """A check that has nothing to check here."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`needs`: cpu, arm, cuda or sensor."""
+
+    name: str
+    needs: str
+    run: Callable[[Installed], str]  # returns what was found, in a few words
+
+
+class Installed:
+    """The bundle as it lies on the device, with the profile it is run by. The model is loaded once, when a check first wants it."""
+
+    def __init__(self, folder: Path, profile: str = "", variant: str | None = None) -> None:
+        """Raises what Bundle.open and find_profile raise, and DoesNotFitError where the device's memory does not suffice."""
+        self.folder = folder
+        self.bundle = Bundle.open(folder)
+        wanted = find_profile(profile, variant=variant)
+        planner = Planner(self.bundle, [golden.SIZE], golden.QUESTION, process_memory())
+        self.profile: Profile = fit(planner, wanted, detect()).plan.profile
+
+    @cached_property
+    def model(self) -> Model:
+        """Loaded as run would."""
+        return Model.load(self.bundle, profile=self.profile)
+
+
+def _files(on: Installed) -> str:
+    """Every file the manifest names, by its hash."""
+    try:
+        on.bundle.verify()
+    except EdgeError as e:
+        raise CheckError(str(e)) from e
+    if not on.bundle.files:
+        raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
+    return f"{len(on.bundle.files)} files"
+
+
+def _loads(on: Installed) -> str:
+    """Every graph of the variant, with the profile's providers."""
+    wanted = on.profile.providers[0]
+    try:
+        graphs = on.model.graphs
+        sessions = {"decoder": on.model.decoder.sessions.decoder, "vision": graphs.vision()}
+    except EdgeError as e:
+        raise CheckError(f"{e}; if it loads elsewhere, run: lfm-edge prepare {on.folder}") from e
+    for name, session in sessions.items():
+        if wanted not in session.get_providers():
+            here = session.get_providers()[0]
+            raise CheckError(f"{name} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect")
+    return f"{on.model.variant} with {wanted}, {on.model.threads} threads"
+
+
+def _golden(on: Installed) -> str:
+    """Tokens, patches, features, logits, against where the bundle was made. Each decoder by itself: one that continues what another has
+    read is a mixture that nobody recorded.
+    """
+    found = []
+    for variant in filter(None, choose_variants(on.bundle, on.profile)):
+        kept = golden.golden_of(on.bundle, variant)
+        if kept is None:
+            continue
+        deviation = golden.compare(Model.load(on.bundle, profile=on.profile, variant=variant, prefill="none"), kept)
+        if problems := deviation.problems(variant):
+            made = f"made with onnxruntime {kept.get('onnxruntime')} on {' '.join(kept.get('cpu_features', []))[:80]}"
+            raise CheckError(f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and report it")
+        limit = golden.tolerance(variant)
+        found.append(f"{variant}: features {deviation.features:.1g}, logits {deviation.logits:.1g} off, allowed {limit:g}")
+    if not found:
+        raise Skipped("the bundle has no golden values of this variant; export or quantize it again to have them")
+    return "; ".join(found)
+
+
+def _answers(on: Installed) -> str:
+    """A whole answer, and the same once more."""
+    said = [on.model.answer([golden.golden_image()], golden.QUESTION, temperature=0, max_new_tokens=12).text() for _ in range(2)]
+    if said[0] != said[1]:
+        raise CheckError(f"one question was answered with {said[0]!r} and {said[1]!r}; check memory (memtester) and power supply")
+    return repr(said[0][:40])
+
+
+def _budgets(on: Installed) -> str:
+    """The profile's budgets, from a process of its own."""
+    budget = on.profile.budget
+    if not any((budget.peak_rss_mib, budget.ttft_ms, budget.decode_tok_s)):
+        raise Skipped(f"profile {on.profile.name} has no budget")
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        (Path(folder) / "profile.toml").write_text(to_toml(on.profile), encoding="utf-8")
+        golden.golden_image().save(Path(folder) / "image.png")
+        outcome = start(Trial(on.folder, str(Path(folder) / "profile.toml"), images=[Path(folder) / "image.png"], repeats=3, new_tokens=16))
+    last = outcome.answers[-1]
+    rate = 1e3 / sorted(inter_token(last))[len(inter_token(last)) // 2]
+    broken = []
+    peak = outcome.memory_mib["peak"] or 0.0
+    if budget.peak_rss_mib is not None and peak > budget.peak_rss_mib:
+        broken.append(f"peak_rss_mib {budget.peak_rss_mib}: {peak:.0f} MiB; try low_memory or lfm-edge prepare")
+    if budget.ttft_ms is not None and ttft(last) > budget.ttft_ms:
+        broken.append(f"ttft_ms {budget.ttft_ms:g}: {ttft(last):.0f} ms; try fewer image tokens")
+    if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
+        broken.append(f"decode_tok_s {budget.decode_tok_s:g}: {rate:.1f} tok/s; try int4, or see what else runs")
+    if broken:
+        raise CheckError(f"over the budget of profile {on.profile.name}: {'; '.join(broken)}")
+    return f"peak {peak:.0f} MiB, first token {ttft(last):.0f} ms, {rate:.1f} tok/s"
+
+
+def _steady_memory(on: Installed) -> str:
+    """Anonymous memory after many answers against that after some."""
+    image = golden.golden_image().resize((64, 64))
+    before = 0.0
+    for n in range(_WARM_UP + _ANSWERS):
+        if n == _WARM_UP:
+            before = _anonymous()
+        on.model.answer([image], golden.QUESTION, temperature=0, max_new_tokens=3).text()
+    grown = _anonymous() - before
+    if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
+        more = f"{_ANSWERS} answers took {grown:.1f} MiB more ({grown / before:.1%})"
+        raise CheckError(f"{more}; restart the process now and then, and report it")
+    return f"{grown:+.1f} MiB of {before:.0f} after {_ANSWERS} answers"
+
+
+def _cancel(on: Installed) -> str:
+    """An answer that is closed early leaves nothing behind, and the next is as before."""
+    question: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8}
+    wanted = on.model.answer([golden.golden_image()], golden.QUESTION, **question).text()
+    before = _anonymous()
+    for _ in range(10):
+        pieces = iter(on.model.answer([golden.golden_image()], golden.QUESTION, **question))
+        next(pieces, None)
+        pieces.close()  # type: ignore[attr-defined]
+    grown = _anonymous() - before
+    if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
+        raise CheckError(f"10 answers that were cancelled took {grown:.1f} MiB; report it")
+    if on.model.answer([golden.golden_image()], golden.QUESTION, **question).text() != wanted:
+        raise CheckError("after a cancelled answer the same question is answered differently; report it")
+    return f"{grown:+.1f} MiB"
+
+
+def _full_disk(on: Installed) -> str:
+    """No byte can be written anywhere: an answer comes all the same, also with a cache folder that cannot be filled."""
+    if sys.platform == "win32":
+        raise Skipped("the file size limit that stands for a full disk is not on Windows")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+        "from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        image = Path(folder) / "image.png"
+        golden.golden_image().save(image)
+        words = ["run", str(on.folder), str(image), "-p", golden.QUESTION, "--cache", str(Path(folder) / "cache"), "--max-new-tokens", "3"]
+        done = _process(code, [*words, "--profile", _profile_file(on, folder)])
+    if done.returncode:
+        raise CheckError(f"with a full disk it does not answer: {_last_line(done.stderr)}; free some space, and report it")
+    return "answers"
+
+
+def _read_only(on: Installed) -> str:
+    """Answering writes nothing into the bundle, and works where that is not allowed."""
+    before = _marks(on.folder)
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        place = Path(folder) / "bundle"
+        for path in on.folder.resolve().rglob("*"):
+            if path.is_file():
+                link = place / path.relative_to(on.folder.resolve())
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+        folders = [place, *(p for p in place.rglob("*") if p.is_dir())]
+        for inside in folders:
+            inside.chmod(0o555)
+        try:
+            words = ["run", str(place), "-p", "Hello", "--max-new-tokens", "3", "--profile", _profile_file(on, folder)]
+            done = _process("import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))", words)
+        finally:
+            for inside in folders:
+                inside.chmod(0o755)
+    if done.returncode:
+        raise CheckError(f"from a read-only folder it does not answer: {_last_line(done.stderr)}; report it")
+    if _marks(on.folder) != before:
+        raise CheckError(f"answering changed files in {on.folder}; report it, and keep the bundle read-only")
+    return "answers, writes nothing"
+
+
+def _arm(on: Installed) -> str:
+    """What an Arm board lacks for the variant chosen."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        raise Skipped(f"this is {platform.machine()}")
+    features = detect().features
+    if "asimddp" not in features and on.model.variant.startswith("int8"):
+        raise CheckError("this processor has no dot products (asimddp): int8 is slow here; use --variant int4")
+    return " ".join(features)
+
+
+def _cuda(on: Installed) -> str:
+    """The GPU, where the profile asks for one."""
+    if "CUDAExecutionProvider" not in on.profile.providers:
+        raise Skipped(f"profile {on.profile.name} runs on the CPU")
+    if not detect().cuda:
+        raise CheckError(f"profile {on.profile.name} needs a GPU, and there is none; use --profile auto")
+    return str(detect().gpu)
+
+
+def _sensors(_: Installed) -> str:
+    """Temperature, and whether the machine is throttled now."""
+    sensors = Sensors()
+    found = sensors.read()
+    if found.throttled_now:
+        raise CheckError(f"the board is throttled now (bits {found.throttle_bits:#x}): see to power supply and cooling")
+    if not found.temperature_c and found.power_w is None and found.energy_uj is None:
+        raise Skipped("; ".join(f"no {name}: {reason}" for name, reason in sensors.missing.items()))
+    warmest = max(found.temperature_c.values(), default=None)
+    return "" if warmest is None else f"{warmest:.0f} °C"
+
+
+CHECKS = (
+    Check("files and hashes", "cpu", _files), Check("golden values", "cpu", _golden), Check("graphs load", "cpu", _loads),
+    Check("answers", "cpu", _answers), Check("steady memory", "cpu", _steady_memory), Check("cancelled answers", "cpu", _cancel),
+    Check("full disk", "cpu", _full_disk), Check("read-only bundle", "cpu", _read_only), Check("budgets", "cpu", _budgets),
+    Check("arm", "arm", _arm), Check("gpu", "cuda", _cuda), Check("sensors", "sensor", _sensors),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one check: ok, failed or skipped, and why."""
+
+    name: str
+    outcome: str
+    said: str
+    seconds: float
+
+
+def selftest(on: Installed) -> Iterator[Result]:
+    """Run every check; what one raises does not keep the others from running."""
+    for check in CHECKS:
+        begun = time.perf_counter()
+        try:
+            outcome, said = "ok", check.run(on)
+        except Skipped as e:
+            outcome, said = "skipped", str(e)
+        except EdgeError as e:
+            outcome, said = "failed", str(e)
+        except Exception as e:  # noqa: BLE001  (one check that breaks must not hide the others)
+            outcome, said = "failed", f"{type(e).__name__}: {e}; report it"
+        yield Result(check.name, outcome, said, time.perf_counter() - begun)
+
+
+def _anonymous() -> float:
+    gc.collect()
+    found = memory_mib()
+    return found["rss_anon"] or found["rss"] or 0.0
+
+
+def _profile_file(on: Installed, folder: str) -> str:
+    path = Path(folder) / "profile.toml"
+    path.write_text(to_toml(on.profile), encoding="utf-8")
+    return str(path)
+
+
+def _process(code: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it says nothing"
+
+
+def _marks(folder: Path) -> list[tuple[str, int, int]]:
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())

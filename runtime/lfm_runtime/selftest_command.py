@@ -1,0 +1,40 @@
+"""`lfm-edge selftest`: does this bundle work on this device?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lfm_runtime.contract import VARIANT_SUFFIX
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Check an installed bundle on this device. Exit code 0; 1 a check failed."
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights (default: the profile's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check one thing after the other."""
+    from dataclasses import asdict
+
+    from lfm_runtime.selftest import Installed, selftest
+
+    on = Installed(options.bundle, options.profile, options.variant)
+    results = []
+    for result in selftest(on):
+        results.append(result)
+        if not options.json:
+            word = {"ok": "ok     ", "failed": "FAILED ", "skipped": "skipped"}[result.outcome]
+            print(f"{word}  {result.name:18s} {result.seconds:6.1f} s  {result.said}", flush=True)
+    failed = [result.name for result in results if result.outcome == "failed"]
+    if options.json:
+        found = {"profile": on.profile.name, "failed": failed, "checks": [asdict(result) for result in results]}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all well'} (profile {on.profile.name})")
+    return 1 if failed else 0
