@@ -110,8 +110,8 @@ def _golden(on: Installed) -> str:
         if problems := deviation.problems(variant):
             made = f"made with onnxruntime {kept.get('onnxruntime')} on {' '.join(kept.get('cpu_features', []))[:80]}"
             raise CheckError(f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and report it")
-        limit = golden.tolerance(variant)
-        found.append(f"{variant}: features {deviation.features:.1g}, logits {deviation.logits:.1g} off, allowed {limit:g}")
+        features, logits = golden.tolerance(variant)
+        found.append(f"{variant}: features {deviation.features:.1g} of {features:g} off, logits {deviation.logits:.1g} of {logits:g}")
     if not found:
         raise Skipped("the bundle has no golden values of this variant; export or quantize it again to have them")
     return "; ".join(found)

@@ -1,0 +1,211 @@
+"""Golden values and the checks of an installed bundle: what is right passes, each thing that is wrong is found and named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_runtime import golden, selftest
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.model import Model
+from lfm_runtime.selftest import CHECKS, CheckError, Installed, Skipped
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = [check for check in CHECKS if check.name not in ("steady memory", "full disk", "read-only bundle")]
+
+
+@pytest.fixture
+def installed(demo_bundle) -> Installed:
+    return Installed(demo_bundle, "generic", "fp32")
+
+
+def check(name: str):
+    return next(check for check in CHECKS if check.name == name)
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_recorded_at_export(demo_bundle, demo_model) -> None:
+    kept = manifest(demo_bundle)["golden"]["fp32"]
+    assert len(kept["steps"]) == len(kept["tokens"]) == golden.STEPS
+    found = golden.compare(demo_model, kept)
+    assert found.problems("fp32") == []
+    assert (found.texts, found.prompt, found.tokens) == ((), False, False)
+    assert max(found.features, found.logits) < 1e-4
+    assert demo_model.prompts.tokenizer.decode(kept["tokens"]).startswith(
+        demo_model.answer([golden.golden_image()], golden.QUESTION, temperature=0, repetition_penalty=1, max_new_tokens=4).text()), "what it says is what the model answers"  # fmt: skip
+
+
+def test_image_is_the_same_everywhere() -> None:
+    import hashlib
+
+    pixels = np.asarray(golden.golden_image())
+    assert pixels.shape == (192, 256, 3)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == "4a442c7613dc0ae3c54e1bba336c2a46023b841f6f503e768661c3b67adc975a"
+    assert pixels[10, 20].tolist() == [20 * 3 + 10 * 2, 20 * 10 // 64 + 40, 35]
+
+
+def damaged(kept: dict, where: str) -> dict:
+    kept = json.loads(json.dumps(kept))
+    if where == "texts":
+        kept["texts"][3] = [1, 2, 3]
+    elif where == "prompt":
+        kept["prompt"] = kept["prompt"][:-1]
+    elif where == "patches":
+        kept["patches"][5] += 0.1
+    elif where == "features":
+        kept["features"] = [x * 1.01 for x in kept["features"]]
+    elif where == "logits":
+        for step in kept["steps"]:
+            step["logits"] = [x + (0.05 * step["std"] if n % 2 else 0) for n, x in enumerate(step["logits"])]
+    elif where == "tokens":
+        kept["tokens"][0] = (kept["tokens"][0] + 1) % 100
+        kept["steps"][0]["ahead"] = 10 * kept["steps"][0]["std"]
+    return kept
+
+
+@pytest.mark.parametrize(("where", "message"), [
+    ("texts", "becomes other tokens"), ("prompt", "golden prompt becomes"), ("patches", "patches differ by up to 0.1"), ("features", "image features differ by 0.0"),
+    ("logits", "logits differ by"), ("tokens", "another token wins"),
+])  # fmt: skip
+def test_differences_are_found(demo_bundle, demo_model, where, message) -> None:
+    kept = manifest(demo_bundle)["golden"]["fp32"]
+    problems = golden.compare(demo_model, damaged(kept, where)).problems("fp32")
+    assert any(message in problem for problem in problems)
+
+
+def test_wrong_weights_are_found(bundle_copy) -> None:
+    """A bit of one weight's exponent, in the middle of the encoder: hashes tell, and golden values do where nobody hashes."""
+    weights = bundle_copy / "onnx" / "vision_encoder.onnx_data"
+    data = np.fromfile(weights, np.float32)
+    biggest = int(np.argmax(np.abs(data[: len(data) // 2])))
+    data[biggest] *= 64
+    on = Installed(bundle_copy, "generic", "fp32")
+    data.tofile(weights)
+    with pytest.raises(CheckError, match="is damaged"):
+        check("files and hashes").run(on)
+    with pytest.raises(CheckError, match="image features differ"):
+        check("golden values").run(on)
+
+
+def test_damaged_golden_values(bundle_copy) -> None:
+    found = manifest(bundle_copy)
+    del found["golden"]["fp32"]["steps"]
+    (bundle_copy / "manifest.json").write_text(json.dumps(found))
+    from lfm_runtime.errors import BundleError
+
+    with pytest.raises(BundleError, match="export and quantize again"):
+        golden.compare(Model.load(bundle_copy, profile="generic"), golden.golden_of(Bundle.open(bundle_copy), "fp32"))
+    del found["golden"]
+    (bundle_copy / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(Skipped, match="no golden values"):
+        check("golden values").run(Installed(bundle_copy, "generic", "fp32"))
+
+
+def test_large_weights_are_run_apart(bundle_copy, monkeypatch) -> None:
+    """As for a 450M: in a process of its own, with the same result."""
+    before = manifest(bundle_copy)["golden"]["fp32"]
+    monkeypatch.setattr(golden, "_SMALL", 0)
+    assert golden.add_golden(bundle_copy, "fp32") is None
+    assert manifest(bundle_copy)["golden"]["fp32"] == before
+    (bundle_copy / "onnx" / "decoder_model_merged.onnx").write_bytes(b"damaged")
+    assert "could not be recorded" in golden.add_golden(bundle_copy, "fp32")
+
+
+def test_all_checks(demo_bundle, capsys) -> None:
+    """The command, for real."""
+    assert main(["selftest", str(demo_bundle), "--profile", "generic", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    outcomes = {entry["name"]: entry["outcome"] for entry in found["checks"]}
+    assert set(outcomes) == {c.name for c in CHECKS}
+    for name in ("files and hashes", "golden values", "graphs load", "answers", "steady memory", "cancelled answers", "full disk", "read-only bundle"):
+        assert outcomes[name] == "ok", found
+    assert outcomes["budgets"] == "skipped" and found["failed"] == []
+
+
+def test_a_failure_does_not_hide_others(demo_bundle, monkeypatch, capsys) -> None:
+    def broken(_: Installed) -> str:
+        raise CheckError("it is broken; mend it")
+
+    def crashes(_: Installed) -> str:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(selftest, "CHECKS", (selftest.Check("one", "cpu", broken), selftest.Check("two", "cpu", crashes), check("answers")))
+    assert main(["selftest", str(demo_bundle), "--profile", "generic"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED   one" in out and "mend it" in out
+    assert "ZeroDivisionError: oops; report it" in out
+    assert "ok       answers" in out
+    assert "FAILED: one, two" in out
+
+
+def test_memory_that_grows_is_found(installed, monkeypatch) -> None:
+    leak: list[np.ndarray] = []
+    answer = installed.model.answer
+
+    def leaking(*args, **more):
+        leak.append(np.ones(1 << 20, np.float32))  # four MiB an answer
+        return answer(*args, **more)
+
+    monkeypatch.setattr(installed.model, "answer", leaking)
+    monkeypatch.setattr(selftest, "_ANSWERS", 20)
+    with pytest.raises(CheckError, match="20 answers took"):
+        check("steady memory").run(installed)
+    with pytest.raises(CheckError, match="10 answers that were cancelled took"):
+        check("cancelled answers").run(installed)
+
+
+@pytest.mark.parametrize(("budget", "message"), [("ttft_ms = 1", "ttft_ms 1: "), ("decode_tok_s = 1000000", "decode_tok_s 1e\\+06"),
+                                                 ("peak_rss_mib = 4000", None)])  # fmt: skip
+def test_budgets(demo_bundle, tmp_path, budget, message) -> None:
+    profile = tmp_path / "tight.toml"
+    profile.write_text(f'extends = "generic"\n[budget]\n{budget}\n')
+    on = Installed(demo_bundle, str(profile), "fp32")
+    if message is None:
+        assert "first token" in check("budgets").run(on)
+    else:
+        with pytest.raises(CheckError, match=message):
+            check("budgets").run(on)
+
+
+def test_bundle_that_is_written_to_is_found(installed, monkeypatch) -> None:
+    marks = iter(["before", "after"])
+    monkeypatch.setattr(selftest, "_marks", lambda _: next(marks))
+    with pytest.raises(CheckError, match="changed files"):
+        check("read-only bundle").run(installed)
+
+
+def test_boards(installed, monkeypatch, tmp_path) -> None:
+    from lfm_profiles import detect
+    from lfm_profiles.sensors import Sensors
+    from profiles.trees import DEVICES, write
+
+    tree = write(tmp_path / "pi4", DEVICES["pi4-2gb"][0])
+    monkeypatch.setattr(selftest.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(selftest, "detect", lambda: detect(tree, system="Linux", machine="aarch64"))
+    assert "asimd" in check("arm").run(installed)
+    monkeypatch.setattr(selftest, "Sensors", lambda: Sensors(write(tmp_path / "hot", {**DEVICES["pi4-2gb"][0], "sys/devices/platform/soc/soc:firmware/get_throttled": "4\n"})))
+    with pytest.raises(CheckError, match="throttled now"):
+        check("sensors").run(installed)
+
+
+@pytest.mark.parametrize(("words", "message"), [(["nowhere"], "nowhere is not a folder"), (["BUNDLE", "--profile", "zzz"], "there is no profile 'zzz'"),
+                                                (["BUNDLE", "--variant", "int4"], "has no variant 'int4'")])  # fmt: skip
+def test_refusals(demo_bundle, capsys, words, message) -> None:
+    assert main(["selftest", *(str(demo_bundle) if word == "BUNDLE" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_as_pytest(demo_bundle) -> None:
+    """device_tests/ are the same checks."""
+    words = [sys.executable, "-m", "pytest", "-q", "-rs", "device_tests", "-p", "no:cacheprovider", "-k", "files or golden or arm or sensors"]
+    done = subprocess.run([*words, "--bundle", str(demo_bundle), "--profile", "generic"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout or "3 passed" in done.stdout or "4 passed" in done.stdout
+    without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "name the bundle: pytest device_tests --bundle PATH" in without.stdout
