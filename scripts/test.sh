@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, in three environments made here. On two cores about thirteen minutes, pip and
+# Lint, types and all tests, in three environments made here. On two cores about fifteen minutes, pip and
 # the first time included. LONG=1 adds the tests marked slow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +21,13 @@ python=$(find_python) || {
 }
 make_environment .venv "$python" '.[test]'
 add_torchvision .venv
+
+# Reports are looked at in a browser where there is one, or where one may be installed.
+if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "== installing chromium"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "chromium could not be installed: reports are not looked at in a browser"
+fi
 
 echo "== ruff, mypy"
 .venv/bin/ruff check .

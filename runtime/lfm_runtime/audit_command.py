@@ -102,8 +102,9 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
         raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
     flags.pop("variant", None)
     steps: tuple[str, ...] = ()
-    for variant in variants:  # as run would: what does not fit is not tried
-        bundle.graphs(variant)
+    for variant in variants:
+        bundle.graphs(variant)  # raises where there is none
+    for variant in variants if bundle.files else ():  # as run would: what does not fit is not tried
         largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
         question = options.prompt or QUESTION
         chosen = find_profile(options.profile, **flags, variant=variant)

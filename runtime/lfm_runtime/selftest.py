@@ -61,9 +61,10 @@ class Installed:
         """Raises what Bundle.open and find_profile raise, and DoesNotFitError where the device's memory does not suffice."""
         self.folder = folder
         self.bundle = Bundle.open(folder)
-        wanted = find_profile(profile, variant=variant)
-        planner = Planner(self.bundle, [golden.SIZE], golden.QUESTION, process_memory())
-        self.profile: Profile = fit(planner, wanted, detect()).plan.profile
+        self.profile: Profile = find_profile(profile, variant=variant)
+        if self.bundle.files:  # a hub folder tells too little to plan from
+            planner = Planner(self.bundle, [golden.SIZE], golden.QUESTION, process_memory())
+            self.profile = fit(planner, self.profile, detect()).plan.profile
 
     @cached_property
     def model(self) -> Model:
