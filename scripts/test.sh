@@ -23,7 +23,8 @@ make_environment .venv "$python" '.[test]'
 add_torchvision .venv
 
 # Reports are looked at in a browser where there is one, or where one may be installed.
-if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null &&
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "== installing chromium"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
         echo "chromium could not be installed: reports are not looked at in a browser"

@@ -37,7 +37,7 @@ from lfm_runtime.power import Power
 from lfm_runtime.prepared import folder_of
 from lfm_runtime.trial import Trial, start
 from lfm_runtime.verdict import check_limits, verdict
-from lfm_runtime.watch import StateSample, Watch, machine_state
+from lfm_runtime.watch import StateSample, Watch
 
 SCHEMA = 1
 """Of the result; changes when a field does."""
@@ -86,9 +86,10 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
     """
     begun, begun_unix, marks = time.perf_counter(), time.time(), _file_marks(work)
     progress("watching the machine idle")
-    idle = [machine_state(sensors)]
+    idle = Watch(sensors)
+    idle.of(os.getpid())
     time.sleep(_IDLE_S)
-    idle.append(machine_state(sensors))
+    idle.end()
     runs: list[Run] = []
     soak: dict[str, Any] | None = None
     prepare_ms: dict[str, float | str] = {}
@@ -103,7 +104,7 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
             passed = time.perf_counter() - begun
             if len(runs) == 1 and passed > work.budget_s:
                 raise SettingError(f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more")
-            _cool_down(sensors, idle[0])
+            _cool_down(sensors, idle.states[0])
         prepare_ms = _prepare_ms(work, progress)
         if work.soak_minutes:
             soak = _soak(work, sensors, progress)
@@ -111,7 +112,6 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
         partial = True
         if not any(r.kind == "warm" for r in runs):
             raise
-    states = [*idle, *(state for run in runs for state in run.watch.states)]
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "tool": {"name": "lfm-edge audit", "version": __version__},
@@ -139,7 +139,7 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
             )
             for variant in work.variants if any(r.variant == variant and r.kind == "warm" for r in runs)
         },
-        "machine": machine_result(states, idle, sensors, runs, power),
+        "machine": machine_result(idle, sensors, runs, power),
         "soak": soak,
     }  # fmt: skip
     result["limits"] = check_limits(result, work.limits)

@@ -18,7 +18,7 @@ from lfm_runtime.figures import figure
 from lfm_runtime.power import Power
 from lfm_runtime.report import WRITTEN
 from lfm_runtime.trial import AnswerTimes, Outcome
-from lfm_runtime.watch import StateSample, Watch
+from lfm_runtime.watch import Watch
 
 STAGES = ("image", "preprocess", "vision", "embed", "prefill")
 
@@ -149,10 +149,9 @@ def _memory(runs: Sequence[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def machine_result(
-    states: Sequence[StateSample], idle: Sequence[StateSample], sensors: Sensors, runs: Sequence[Run], power: Power
-) -> dict[str, Any]:
+def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Power) -> dict[str, Any]:
     """The machine's state while all this was measured."""
+    states = [*idle.states, *(state for run in runs for state in run.watch.states)]
     first, last = states[0], states[-1]
     before, after = first.reading, last.reading
     watts = power.watts(states)
@@ -165,9 +164,10 @@ def machine_result(
         "temperature_max_c": max((t for s in states for t in s.reading.temperature_c.values()), default=None),
         "throttle_bits_before": before.throttle_bits, "throttle_bits_after": after.throttle_bits,
         "throttled_while_measured": any(s.reading.throttled_now for s in states),
-        "available_min_mib": min(s.available_mib for s in states), "swapped_mib": last.swapped_mib - first.swapped_mib,
-        "background_share": figure([_background(r) for r in runs]), "idle_share": _share(idle[0], idle[-1], 0.0),
-        "idle_w": power.mean_w(idle), "mean_w": statistics.fmean(watts) if watts else None, "peak_w": max(watts, default=None),
+        "available_min_mib": min(s.available_mib for s in states),
+        "swapped_mib": runs[-1].watch.ended.swapped_mib - idle.begun.swapped_mib,
+        "background_share": figure([_background(r) for r in runs]), "idle_share": _share(idle, 0.0),
+        "idle_w": power.mean_w(idle.states), "mean_w": statistics.fmean(watts) if watts else None, "peak_w": max(watts, default=None),
         "control_group_peak_mib": _control_group_peak(),
         "samples": [
             {"at_s": s.at - first.at, "temperature_c": max(s.reading.temperature_c.values(), default=None),
@@ -204,12 +204,13 @@ def _change(before: Any, after: Any) -> float:
 
 
 def _background(run: Run) -> float:
-    return _share(run.watch.states[0], run.watch.states[-1], run.outcome.cpu_s)
+    return _share(run.watch, run.outcome.cpu_s)
 
 
-def _share(begin: StateSample, end: StateSample, own_s: float) -> float:
+def _share(watch: Watch, own_s: float) -> float:
     """Of all processors, what others had: programs, and the host of a virtual machine."""
-    return max(0.0, (end.busy_s - begin.busy_s - own_s) / ((end.at - begin.at) * (os.cpu_count() or 1)))
+    busy, passed = watch.ended.busy_s - watch.begun.busy_s, watch.ended.at - watch.begun.at
+    return max(0.0, (busy - own_s) / (passed * (os.cpu_count() or 1)))
 
 
 def _control_group_peak() -> float | None:

@@ -148,9 +148,14 @@ class Graphs:
                 raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
         self.low_memory = profile.low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena)
-        self.is_prepared = False  # whether a graph was loaded as `lfm-edge prepare` wrote it
+        self._unprepared: set[str] = set()
         self._bundle, self._prepared, self._verify = bundle, profile.prepared, verify
         self._vision: ort.InferenceSession | None = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether every graph loaded so far, the embedding table excepted, is as `lfm-edge prepare` wrote it."""
+        return bool(self.load_ms) and not self._unprepared
 
     def load(self) -> None:
         """Load everything, the encoder beside the decoder; with low_memory nothing yet."""
@@ -205,8 +210,8 @@ class Graphs:
                 except BundleError as e:
                     _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
                 else:
-                    self.is_prepared = True
                     return session
+        self._unprepared.add(path.name)
         return load_session(path, graph, self.execution)
 
 

@@ -40,9 +40,15 @@ def images(tmp_path) -> dict[str, Path]:
     return {"small": found["small"]}
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """A function: audits measure so many processes, however busy the machine is with other tests."""
+    return lambda count: monkeypatch.setattr(audit_module, "_schedule", lambda work: [("warm", v) for _ in range(count) for v in work.variants])
+
+
 def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
     profile = with_flags(read("generic"), {"prepared": False})
-    given = {"settings": {"prepared": False, "threads": 1}, "variants": ["fp32"], "new_tokens": 8, "budget_s": 1.0, **more}
+    given = {"settings": {"prepared": False, "threads": 1}, "variants": ["fp32"], "new_tokens": 8, "budget_s": 600.0, **more}
     return Workload(Bundle.open(bundle), profile, "generic", images=images, **given)
 
 
@@ -84,8 +90,8 @@ def test_what_it_says(written, demo_bundle) -> None:
         for stage in image["stages"].values():
             assert stage["n"] == total["n"]
         for n, ms in enumerate(total["samples"]):
-            parts = sum(stage["samples"][n] for name, stage in image["stages"].items() if name != "other_ms")
-            assert parts == pytest.approx(ms, rel=0.03), "stages add up to the total"
+            assert sum(stage["samples"][n] for stage in image["stages"].values()) == pytest.approx(ms, abs=0.01), "nothing is left out"
+        assert image["stages"]["other_ms"]["median"] <= 0.03 * total["median"], "stages add up to the total"
         assert len(image["text_sha256"]) == 1
         assert image["inter_token_ms"]["n"] == total["n"] * 11
         assert image["ttft_ms"]["median"] < total["median"]
@@ -112,19 +118,19 @@ def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
 
 
 @pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="needs /usr/bin/time")
-def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch) -> None:
+def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch, processes) -> None:
     """The same process under /usr/bin/time -v: maximum resident set within 2 %."""
     from lfm_runtime import trial as trial_module
 
     real = subprocess.Popen
     log = tmp_path / "time.txt"
+    processes(1)
     monkeypatch.setattr(trial_module.subprocess, "Popen", lambda words, **more: real(["/usr/bin/time", "-v", "-o", str(log), *words], **more))
-    result = done(work(demo_bundle, images, budget_s=0.9), Sensors(write(tmp_path / "tree", TREE)))
+    result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
     peak = result["variants"]["fp32"]["memory"]["peak_mib"]
     said = next(int(line.split()[-1]) for line in log.read_text().splitlines() if "Maximum resident" in line) / 1024
-    assert peak["n"] >= 1
-    # The last process is the one whose log is there; those that only load are smaller.
-    assert said <= peak["max"] * 1.02
+    assert peak["n"] == 1
+    assert peak["max"] == pytest.approx(said, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------ verdict
@@ -135,17 +141,19 @@ def reasons(result: dict) -> str:
     return "; ".join(result["verdict"]["reasons"])
 
 
-def test_background_load(demo_bundle, images, tmp_path) -> None:
+def test_background_load(demo_bundle, images, tmp_path, processes) -> None:
+    processes(1)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        result = done(work(demo_bundle, images, budget_s=3.0), Sensors(write(tmp_path / "tree", TREE)))
+        result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
     finally:
         for process in busy:
             process.kill()
     assert "background load" in reasons(result)
 
 
-def test_throttle_bit(demo_bundle, images, tmp_path) -> None:
+def test_throttle_bit(demo_bundle, images, tmp_path, processes) -> None:
+    processes(1)
     tree = write(tmp_path / "tree", TREE)
 
     def hot(text: str) -> None:
@@ -158,7 +166,8 @@ def test_throttle_bit(demo_bundle, images, tmp_path) -> None:
     assert "throttled" not in reasons(done(work(demo_bundle, images), Sensors(old))), "what was before is not ours"
 
 
-def test_exchanged_model(bundle_copy, images, tmp_path) -> None:
+def test_exchanged_model(bundle_copy, images, tmp_path, processes) -> None:
+    processes(1)
     weights = bundle_copy / "onnx" / "decoder_model_merged.onnx_data"
 
     def exchange(_: str) -> None:
@@ -172,7 +181,8 @@ def test_exchanged_model(bundle_copy, images, tmp_path) -> None:
     (lambda answer, n: replace(answer, text_sha256=str(n)), "output changed"),
     (lambda answer, _: replace(answer, ended=answer.started, spans=[(s, answer.started, answer.started) for s, *_ in answer.spans]), "the clock stood still"),
 ])  # fmt: skip
-def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, change, word) -> None:
+def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, change, word, processes) -> None:
+    processes(3)
     calls = iter(range(100))
 
     def odd(trial, **more):
@@ -181,7 +191,7 @@ def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, chan
         return replace(outcome, answers=[change(answer, n) for answer in outcome.answers])
 
     monkeypatch.setattr(audit_module, "start", odd)
-    assert word in reasons(done(work(demo_bundle, images, budget_s=3.0), Sensors(write(tmp_path / "tree", TREE))))
+    assert word in reasons(done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE))))
 
 
 def test_frequency_that_falls_and_swap() -> None:
@@ -204,17 +214,19 @@ def test_frequency_that_falls_and_swap() -> None:
     assert "the clock stood still or jumped" in said(machine(), elapsed=(60.0, 3660.0))
 
 
-def test_interrupted(demo_bundle, images, tmp_path) -> None:
+def test_interrupted(demo_bundle, images, tmp_path, processes) -> None:
+    processes(4)
     def stop(text: str) -> None:
         if "2 processes measured" in text:
             raise KeyboardInterrupt
 
-    result = done(work(demo_bundle, images, budget_s=60.0), Sensors(write(tmp_path / "tree", TREE)), stop)
+    result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)), stop)
     assert result["partial"] and list(result["variants"]) == ["fp32"]
     assert "too few processes" in reasons(result)
 
 
-def test_meter(demo_bundle, images, tmp_path) -> None:
+def test_meter(demo_bundle, images, tmp_path, processes) -> None:
+    processes(1)
     import time
 
     now = time.time()
@@ -354,14 +366,16 @@ def test_refusals(demo_bundle, capsys, words, message) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_trial_errors_are_told(bundle_copy, images, tmp_path) -> None:
+def test_trial_errors_are_told(bundle_copy, images, tmp_path, processes) -> None:
+    processes(1)
     workload = work(bundle_copy, images)
     (bundle_copy / "onnx" / "vision_encoder.onnx").write_bytes(b"damaged")
     with pytest.raises(EdgeError, match="vision_encoder"):
         done(workload, Sensors(tmp_path))
 
 
-def test_soak(demo_bundle, images, tmp_path) -> None:
+def test_soak(demo_bundle, images, tmp_path, processes) -> None:
+    processes(1)
     result = done(work(demo_bundle, images, soak_minutes=0.05), Sensors(write(tmp_path / "tree", TREE)))
     soak = result["soak"]
     assert (soak["variant"], soak["steady"]) == ("fp32", False)

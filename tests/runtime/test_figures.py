@@ -61,7 +61,7 @@ def test_spread() -> None:
 
 
 def state(at: float, watt: float | None = None, counter: int | None = None) -> StateSample:
-    return StateSample(at, at + 1e9, Reading({}, {}, None, None, watt, counter, 1000), 1.0, 0.0, 0.0)
+    return StateSample(at, at + 1e9, Reading({}, {}, None, None, watt, counter, 1000), 1.0)
 
 
 def test_energy() -> None:

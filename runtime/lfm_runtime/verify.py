@@ -1,0 +1,125 @@
+"""Is a bundle whole, unchanged, and of itself alone? For bundles that came over a network or a stick."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
+from lfm_runtime.contract import GRAPHS
+from lfm_runtime.errors import BundleError, EdgeError
+from lfm_runtime.external_data import external_files
+from lfm_runtime.sessions import Execution, load_session
+
+SUMS = "SHA256SUMS"
+Progress = Callable[[int, int], None]
+"""Called with (bytes hashed, bytes in all)."""
+
+
+def verify(folder: Path, progress: Progress = lambda *_: None) -> list[str]:
+    """Everything that is wrong with a bundle; nothing is loaded that was not hashed before.
+
+    Args:
+        folder: the bundle.
+        progress: told how far the hashing is.
+
+    Raises:
+        BundleError: it is no bundle of lfm-edge, or of a newer schema.
+    """
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; name a bundle")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
+    problems = _strangers(folder, {MANIFEST, SUMS, *manifest["files"]})
+    if problems:
+        return problems  # what is not a plain file is not read
+    problems = [*_hashes(folder, manifest["files"], progress), *_sums(folder, manifest["files"])]
+    if problems:
+        return problems
+    for name in sorted(manifest["files"]):
+        if name.endswith(".onnx"):
+            problems += _outside(folder, name, manifest["files"])
+    return problems or _unloadable(folder)
+
+
+def _strangers(folder: Path, known: set[str]) -> list[str]:
+    """Files that are links, devices, or not named by the manifest; and those it names that are not there."""
+    found = []
+    there = set()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        there.add(name)
+        if stat.S_ISDIR(mode):
+            continue
+        if stat.S_ISLNK(mode):
+            found.append(f"{name} is a link; a bundle has none: copy the file itself")
+        elif not stat.S_ISREG(mode):
+            found.append(f"{name} is not a plain file; remove it")
+        elif name not in known:
+            found.append(f"{name} is not named by {MANIFEST}; remove it")
+    return found + [f"{name} is missing; copy the bundle again" for name in sorted(known - there - {SUMS})]
+
+
+def _hashes(folder: Path, files: dict[str, dict[str, object]], progress: Progress) -> list[str]:
+    found = []
+    total, done = sum(int(str(entry["bytes"])) for entry in files.values()), 0
+    for name, wanted in files.items():
+        size = (folder / name).stat().st_size
+        if size != wanted["bytes"]:
+            found.append(f"{name} has {size} bytes, {MANIFEST} says {wanted['bytes']}; copy the bundle again")
+        elif file_hash(folder / name) != wanted["sha256"]:
+            found.append(f"{name} is damaged (its SHA-256 is not {MANIFEST}'s); copy the bundle again")
+        done += int(str(wanted["bytes"]))
+        progress(done, total)
+    return found
+
+
+def _sums(folder: Path, files: dict[str, dict[str, object]]) -> list[str]:
+    """SHA256SUMS, which names the manifest as well; bundles that were never packed have none."""
+    path = folder / SUMS
+    if not path.exists():
+        return []
+    said: dict[str, str] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            digest, name = line.split("  ", 1)
+            said[name] = digest
+    except ValueError:
+        return [f"{SUMS} is damaged; copy the bundle again"]
+    wanted = {name: str(entry["sha256"]) for name, entry in files.items()} | {MANIFEST: file_hash(folder / MANIFEST)}
+    names = sorted(name for name in wanted.keys() | said.keys() if wanted.get(name) != said.get(name))
+    return [f"{name} is not what {SUMS} says; copy the bundle again" for name in names]
+
+
+def _outside(folder: Path, name: str, files: dict[str, dict[str, object]]) -> list[str]:
+    """Weights that a graph looks for elsewhere than in the bundle's own files."""
+    try:
+        places = external_files(folder / name)
+    except BundleError as e:
+        return [str(e)]
+    found = []
+    for place in sorted(places):
+        inside = PurePosixPath(name).parent / place
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or inside.as_posix() not in files:
+            found.append(f"{name} takes weights from {place}, which is not a file of the bundle; do not use it")
+    return found
+
+
+def _unloadable(folder: Path) -> list[str]:
+    """Variants whose graphs onnxruntime cannot load. Weights stay mapped, one graph at a time."""
+    bundle = Bundle.open(folder)
+    graphs = {stem.stem: stem for stem in GRAPHS}
+    found: dict[Path, str] = {}
+    for variant in bundle.variants:
+        for stem, path in bundle.graphs(variant)[1].items():
+            if path in found:
+                continue
+            found[path] = ""
+            try:
+                load_session(path, graphs[stem], Execution(1, packed=False))
+            except EdgeError as e:
+                found[path] = str(e)
+    return [problem for problem in found.values() if problem]

@@ -1,0 +1,33 @@
+"""`lfm-edge verify`: is a bundle whole, unchanged, and of itself alone?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Hash every file, look for files that do not belong, for weights outside the bundle, and whether every graph loads. Exit code 0; "
+        "1 something is wrong."
+    )
+    parser.add_argument("bundle", type=Path)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look, and say what is wrong."""
+    from lfm_runtime.verify import verify
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
+
+    problems = verify(options.bundle, show)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    for problem in problems:
+        print(problem)
+    print(f"{options.bundle}: {len(problems)} problems" if problems else f"{options.bundle} is whole")
+    return 1 if problems else 0
