@@ -20,7 +20,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000"
 )  # fmt: skip
 STAGES = {
-    "image_ms": ("decode image", YELLOW, ".."), "preprocess_ms": ("preprocess", ORANGE, ""), "vision_ms": ("vision", BLUE, "//"),
+    "image_ms": ("decode image", YELLOW, ".."), "prompt_ms": ("prompt", "#777777", "--"), "preprocess_ms": ("preprocess", ORANGE, ""),
+    "vision_ms": ("vision", BLUE, "//"),
     "embed_ms": ("embed", BLACK, ""), "prefill_ms": ("prefill", SKY, "\\\\"), "decode_ms": ("decode", GREEN, ""),
     "detokenize_ms": ("detokenize", PURPLE, ""), "other_ms": ("other", "#bbbbbb", "xx"),
 }  # fmt: skip
@@ -64,7 +65,8 @@ def waterfall(series: Sequence[Series]) -> str:
         axis.set_yticks(range(len(there)), [one.label for one in there])
         axis.invert_yaxis()
         of = there[0].result["images"][name]
-        axis.set_title(f"{name}: {of['views']} views, {of['image_tokens']} image tokens, {of['new_tokens']} written", loc="left")
+        views = f"{of['views']} view{'s' if of['views'] != 1 else ''}"
+        axis.set_title(f"{name}: {views}, {of['image_tokens']} image tokens, {of['new_tokens']} written", loc="left")
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.12)
     axes[-1].set_xlabel("ms")
@@ -91,7 +93,7 @@ def starts(series: Sequence[Series]) -> str:
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)
     axis.set_xlabel("ms")
-    axis.legend(ncols=4, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.5 / (1 + len(rows))))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return _svg(figure, "Milliseconds from the start of a process until it can be asked")
 
 

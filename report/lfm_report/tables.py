@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm_runtime.compare import changes, differences
-from lfm_runtime.figures import separable
+from lfm_runtime.compare import Change, changes, differences
 
 from lfm_report.source import Audit, Series
 
@@ -79,8 +78,8 @@ def changes_table(audits: Sequence[Audit]) -> Table:
         for difference in differences(audits[0].result, other.result):
             rows.append(Row([other.name, "differs", difference, "", "", "", ""]))
         for change in changes(audits[0].result, other.result):
-            word = ("worse" if change.worse_by() > 0 else "better") if change.beyond_noise else "within noise"
-            rows.append(_change(other.name, f"{change.variant} {change.image}".strip(), change.name, change.before, change.after, word))
+            of = f"{change.variant} {change.image}".strip()
+            rows.append(_change(other.name, of, change.name, change.before, change.after, change.word()))
     return Table(["", "of", "figure", "before", "after", "change", ""], rows, (1, 2, 6))
 
 
@@ -91,8 +90,7 @@ def _variants_compared(audit: Audit) -> list[Row]:
         for image in audit.result["variants"][first]["images"]:
             for name in ("ttft_ms", "total_ms", "decode_tok_s"):
                 before, after = (audit.result["variants"][v]["images"][image][name] for v in (first, other))
-                faster = (after["median"] < before["median"]) != (name == "decode_tok_s")
-                word = ("faster" if faster else "slower") if separable(before, after) else "within noise"
+                word = Change(other, image, name, before, after).word()
                 rows.append(_change(f"{other} against {first}", image, name, before, after, word))
     return rows
 
@@ -100,7 +98,7 @@ def _variants_compared(audit: Audit) -> list[Row]:
 def _change(name: str, of: str, figure: str, before: Mapping[str, Any], after: Mapping[str, Any], word: str) -> Row:
     ratio = f"{after['median'] / before['median'] - 1:+.1%}" if before["median"] else NONE
     cells = [name, of, figure, f"{before['median']:,.1f}", f"{after['median']:,.1f}", ratio, word]
-    return Row(cells, bad=word in ("worse", "slower"))
+    return Row(cells, bad=word == "worse")
 
 
 def machine_table(audits: Sequence[Audit]) -> Table:

@@ -20,7 +20,7 @@ from lfm_runtime.report import WRITTEN
 from lfm_runtime.trial import AnswerTimes, Outcome
 from lfm_runtime.watch import Watch
 
-STAGES = ("image", "preprocess", "vision", "embed", "prefill")
+STAGES = ("image", "prompt", "preprocess", "vision", "embed", "prefill")
 
 
 @dataclass

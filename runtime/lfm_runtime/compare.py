@@ -40,6 +40,17 @@ class Change:
         """Whether the medians' confidence intervals are apart."""
         return separable(dict(self.before), dict(self.after))
 
+    @property
+    def too_few(self) -> bool:
+        """Whether one has too few samples for an interval: then nothing can be said."""
+        return None in (self.before["low"], self.after["low"])
+
+    def word(self) -> str:
+        """What became of it."""
+        if self.too_few:
+            return "too few samples"
+        return ("worse" if self.worse_by() > 0 else "better") if self.beyond_noise else "within noise"
+
     def worse_by(self) -> float:
         """0.1 is 10 % worse; negative is better."""
         ratio = self.ratio

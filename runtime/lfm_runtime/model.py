@@ -180,7 +180,8 @@ class Model:
             raise SettingError(f"speculate needs a decoder that gives out what its convolutions read; export {self.bundle.folder} again")
         with report.stage("image"):
             planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
-        prompt = self.prompts.render(messages, [p.plan for p in planned])
+        with report.stage("prompt"):
+            prompt = self.prompts.render(messages, [p.plan for p in planned])
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-STAGES = ("load", "image", "preprocess", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
+STAGES = ("load", "image", "prompt", "preprocess", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
 WRITTEN = "written"
 """The span of a token, from when it was known to when its text was."""
 
