@@ -19,6 +19,8 @@ Command = Callable[[str], "str | None"]
 """Runs vcgencmd with one word; None where that is not possible."""
 _COLDEST_C, _HOTTEST_C = -55.0, 150.0
 _MOST_W = 2000.0
+# Whole boards: Orin Nano and NX, Nano and TX2; on AGX the module's rails, which are measured apart.
+_JETSON_RAILS = (("VDD_IN",), ("POM_5V_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 _NOW_BITS = 0xF  # of a Raspberry Pi's throttle bits; 16 to 19 are the same since it started
 
 
@@ -98,14 +100,16 @@ class Sensors:
             if read(folder / "name") != "ina3221":
                 continue
             rails = {read(label): label.name.split("_")[0].removeprefix("in") for label in listed(folder, "in*_label")}
-            rail = next((rails[name] for name in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0") if name in rails), None)
-            if rail:
-                self.power_from = "INA3221, whole board"
-                return lambda: (self._product(folder / f"in{rail}_input", folder / f"curr{rail}_input"), None, None)
+            names = next((names for names in _JETSON_RAILS if set(names) <= rails.keys()), ())
+            if names:
+                self.power_from = f"INA3221, {' + '.join(names)}"
+                pairs = [(folder / f"in{rails[name]}_input", folder / f"curr{rails[name]}_input") for name in names]
+                return lambda: (self._sum(pairs), None, None)
         domains = listed(self.root / "sys/class/powercap", "intel-rapl:*")
         if package := next((p for p in domains if (read(p / "name") or "").startswith("package")), None):
             if number(package / "energy_uj") is not None:
-                self.power_from = "RAPL, processor package"
+                packages = sum((read(p / "name") or "").startswith("package") for p in domains)
+                self.power_from = "RAPL, processor package" + (f" 0 of {packages}" if packages > 1 else "")
                 return lambda: (None, number(package / "energy_uj"), number(package / "max_energy_range_uj"))
             self.missing["power"] = f"{package / 'energy_uj'} cannot be read; it takes root"
             return None
@@ -117,6 +121,10 @@ class Sensors:
             return None
         self.missing["power"] = "no sensor: INA3221 (Jetson), PMIC (Pi 5) and RAPL (x86) are known; a meter's CSV can be given"
         return None
+
+    def _sum(self, pairs: list[tuple[Path, Path]]) -> float | None:
+        watts = [self._product(*pair) for pair in pairs]
+        return None if None in watts else sum(watt for watt in watts if watt is not None)
 
     def _product(self, millivolt: Path, milliampere: Path) -> float | None:
         values = number(millivolt), number(milliampere)

@@ -49,7 +49,8 @@ def audit_page(audits: Sequence[Audit]) -> str:
         for audit in audits
         for note in (
             *(f"left out: {image['name']}: {image['reason']}" for image in audit.result["workload"]["skipped_images"]),
-            *(f"to fit the memory: {step}" for step in audit.result["profile"]["steps_down"]),
+            *(f"{v}: to fit the memory: {step}" for v, found in audit.result["variants"].items() for step in found["steps_down"]),
+            *(f"{v}: {warning}" for v, found in audit.result["variants"].items() for warning in found["warnings"]),
             *(f"no {sensor}: {why}" for sensor, why in audit.result["machine"]["missing"].items()),
         )
     ]

@@ -21,7 +21,7 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
 )  # fmt: skip
 STAGES = {
     "image_ms": ("decode image", YELLOW, ".."), "prompt_ms": ("prompt", "#777777", "--"), "preprocess_ms": ("preprocess", ORANGE, ""),
-    "vision_ms": ("vision", BLUE, "//"),
+    "load_ms": ("load graphs", RED, "++"), "vision_ms": ("vision", BLUE, "//"),
     "embed_ms": ("embed", BLACK, ""), "prefill_ms": ("prefill", SKY, "\\\\"), "decode_ms": ("decode", GREEN, ""),
     "detokenize_ms": ("detokenize", PURPLE, ""), "other_ms": ("other", "#bbbbbb", "xx"),
 }  # fmt: skip
@@ -31,7 +31,7 @@ _Given = ParamSpec("_Given")
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "svg.fonttype": "none", "hatch.linewidth": 0.5, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "svg.hashsalt": "lfm-edge",
+    "svg.hashsalt": "lfm-edge", "text.parse_math": False,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def read_tuning(path: Path) -> dict[str, Any] | None:
     with damage_is(AuditError, path, "tune again"):
         for point in found["points"]:
             if point["latency_ms"]:
-                point["ms"] = sorted(point["latency_ms"].values())[len(point["latency_ms"]) // 2]
+                point["ms"] = statistics.median(point["latency_ms"].values())
                 _ = point["peak_mib"] + (point["kl"] or 0.0), point["settings"]["variant"]
         _ = found["objective"], found["floor_kl"], found["reference"], found["rounds"]
         settings = [point["settings"] for point in found["points"] if point["latency_ms"]]

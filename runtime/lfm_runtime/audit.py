@@ -7,6 +7,7 @@ whatever the machine does meanwhile meets them all. The result is plain values, 
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -22,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 import PIL
 import psutil
-from lfm_profiles import Device, Profile
+from lfm_profiles import Device, Profile, changed
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 
@@ -32,20 +33,32 @@ from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images import image_size
 from lfm_runtime.measured import fingerprint
-from lfm_runtime.page_cache import drop_from_page_cache
-from lfm_runtime.power import Power
+from lfm_runtime.page_cache import drop_from_page_cache, read_into_page_cache
+from lfm_runtime.power import Power, read_meter
 from lfm_runtime.prepared import folder_of
-from lfm_runtime.trial import Trial, start
+from lfm_runtime.sessions import choose_variants
+from lfm_runtime.trial import Trial, TrialError, start
 from lfm_runtime.verdict import check_limits, verdict
 from lfm_runtime.watch import StateSample, Watch
 
 SCHEMA = 1
 """Of the result; changes when a field does."""
 QUESTION = "Describe this image."
-_COLD_ROUNDS, _FIRST_ROUNDS = 3, 1
+_ROUNDS = {"warm": (0, float("inf")), "cold": (3, 8), "first_ever": (3, 3)}
+"""Kind of start → first and last round."""
 _IDLE_S = 2.0
 _COOL_C, _COOL_S = 3.0, 30.0
 """Between processes: until the machine is no warmer than this above its start, or so long."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One variant to measure."""
+
+    variant: str
+    profile: Profile  # how it is run, after stepping down to what fits the memory
+    steps: tuple[str, ...] = ()  # what was given up for that
+    too_large: str | None = None  # why the unprepared, first-ever start is left out
 
 
 @dataclass(frozen=True)
@@ -53,36 +66,34 @@ class Workload:
     """What is asked, of which variants, for how long."""
 
     bundle: Bundle
-    profile: Profile  # what it comes to, for the record
-    profile_name: str  # as trials are told
-    settings: Mapping[str, Any]  # beside the profile, as flags
-    variants: Sequence[str]
+    profile: Profile
+    subjects: Sequence[Subject]
     images: Mapping[str, Path]
     skipped: Sequence[Mapping[str, str]] = ()
-    steps: Sequence[str] = ()  # what was given up to fit the memory
     question: str = QUESTION
     new_tokens: int = 32
     budget_s: float = 180.0
     soak_minutes: float = 0.0
     limits: Mapping[str, float] = field(default_factory=dict)
+    meter: Path | None = None  # a power meter's CSV, read when all is measured
 
 
 Progress = Callable[[str], None]
 
 
-def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progress: Progress = print) -> dict[str, Any]:
-    """Measure until the time is over (each variant once at least); KeyboardInterrupt ends it earlier and marks the result partial.
+def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress = print) -> dict[str, Any]:
+    """Measure until the time is over (each variant once at least). What ends it earlier, KeyboardInterrupt or a process that fails, is
+    told in the result, with what was measured until then.
 
     Args:
         work: what to measure.
         device: where.
         sensors: read while it runs.
-        power: where energy is known from.
         progress: told what is being done.
 
     Raises:
         SettingError: the time does not suffice for one process.
-        TrialError: a process measured ended badly.
+        TrialError: a process ended badly before anything was measured.
     """
     begun, begun_unix, marks = time.perf_counter(), time.time(), _file_marks(work)
     progress("watching the machine idle")
@@ -91,16 +102,16 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
     time.sleep(_IDLE_S)
     idle.end()
     runs: list[Run] = []
-    soak: dict[str, Any] | None = None
+    soak: Run | None = None
     prepare_ms: dict[str, float | str] = {}
-    partial = False
+    stopped: str | None = None
     try:
-        for kind, variant in _schedule(work):
+        for kind, subject in _schedule(work):
             left = work.budget_s - (time.perf_counter() - begun)
-            if left < 0 and {r.variant for r in runs if r.kind == "warm"} >= set(work.variants):
+            if left < 0 and {r.variant for r in runs if r.kind == "warm"} >= {s.variant for s in work.subjects}:
                 break
-            progress(f"{variant}, {kind.replace('_', '-')} start; {len(runs)} processes measured, {max(0.0, left):.0f} s left")
-            runs.append(_run(work, variant, kind, sensors))
+            progress(f"{subject.variant}, {kind.replace('_', '-')} start; {len(runs)} processes measured, {max(0.0, left):.0f} s left")
+            runs.append(_run(work, subject, kind, sensors))
             passed = time.perf_counter() - begun
             if len(runs) == 1 and passed > work.budget_s:
                 raise SettingError(f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more")
@@ -108,39 +119,41 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
         prepare_ms = _prepare_ms(work, progress)
         if work.soak_minutes:
             soak = _soak(work, sensors, progress)
-    except KeyboardInterrupt:
-        partial = True
+    except (KeyboardInterrupt, TrialError) as e:
         if not any(r.kind == "warm" for r in runs):
             raise
+        stopped = str(e) or "interrupted"
+    power, no_power = _power(work, [*runs, *([soak] if soak else [])])
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "tool": {"name": "lfm-edge audit", "version": __version__},
         "created_unix_s": round(begun_unix, 3),
         "duration_s": time.perf_counter() - begun,
-        "partial": partial,
+        "partial": stopped is not None,
+        "stopped": stopped,
         "bundle": _bundle(work),
         "device": device.as_dict(),
         "software": {
             "python": platform.python_version(), "onnxruntime": ort.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
             "psutil": psutil.__version__, "kernel": platform.release(),
         },
-        "profile": {
-            "name": work.profile.name, "settings": {name: getattr(work.profile, name) for name in SETTINGS},
-            "steps_down": list(work.steps), "budget": asdict(work.profile.budget),
-        },
+        "profile": {"name": work.profile.name, "settings": _settings(work.profile), "budget": asdict(work.profile.budget)},
         "workload": {
             "question": work.question, "new_tokens": work.new_tokens, "skipped_images": list(work.skipped),
             "images": {name: _image(path) for name, path in work.images.items()},
         },
         "variants": {
-            variant: variant_result(
-                work.bundle, variant, list(work.images), [r for r in runs if r.variant == variant],
-                prepare_ms.get(variant, "the audit was interrupted before"), power,
-            )
-            for variant in work.variants if any(r.variant == variant and r.kind == "warm" for r in runs)
+            subject.variant: {
+                "settings": _settings(subject.profile), "steps_down": list(subject.steps), "first_ever_reason": subject.too_large,
+                **variant_result(
+                    work.bundle, subject.variant, list(work.images), [r for r in runs if r.variant == subject.variant],
+                    prepare_ms.get(subject.variant, "the audit ended before"), power,
+                ),
+            }
+            for subject in work.subjects if any(r.variant == subject.variant and r.kind == "warm" for r in runs)
         },
-        "machine": machine_result(idle, sensors, runs, power),
-        "soak": soak,
+        "machine": machine_result(idle, sensors, [*runs, *([soak] if soak else [])], power, no_power),
+        "soak": soak_result(soak.outcome, soak.watch) if soak else None,
     }  # fmt: skip
     result["limits"] = check_limits(result, work.limits)
     elapsed = time.perf_counter() - begun, time.time() - begun_unix
@@ -149,37 +162,40 @@ def audit(work: Workload, device: Device, sensors: Sensors, power: Power, progre
     return done
 
 
-def _schedule(work: Workload) -> Iterator[tuple[str, str]]:
-    """(kind of start, variant), without end."""
-    round_ = 0
-    while True:
-        kinds = ["warm", *(["cold"] if round_ < _COLD_ROUNDS else []), *(["first_ever"] if round_ < _FIRST_ROUNDS else [])]
-        for kind in kinds:
-            for variant in work.variants:
-                yield kind, variant
-        round_ += 1
+def _schedule(work: Workload) -> Iterator[tuple[str, Subject]]:
+    """(kind of start, variant), without end. Warm ones first: a short audit of a slow board has enough of them to tell their spread."""
+    for round_ in itertools.count():
+        for kind in ("warm", "cold", "first_ever"):
+            for subject in work.subjects:
+                first, last = _ROUNDS[kind]
+                if first <= round_ <= last and not (kind == "first_ever" and subject.too_large):
+                    yield kind, subject
 
 
-def _run(work: Workload, variant: str, kind: str, sensors: Sensors) -> Run:
-    """One process. Warm: the files are in the page cache, and it answers everything twice. Cold: the bundle's files are not; it loads only.
-    First-ever: neither are the libraries, Python compiles its modules anew, and nothing is prepared.
+def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
+    """One process. Warm: its files are in the page cache, and it answers everything twice. Cold: they are not, and it answers once about
+    the first image. First-ever: neither are the libraries, Python compiles its modules anew, and nothing is prepared.
     """
-    settings = {**work.settings, "variant": variant}
-    images: Sequence[Path] = list(work.images.values()) if kind == "warm" else []
-    seen = Watch(sensors)
+    images, profile = list(work.images.values()), subject.profile
+    files = _files_of(work.bundle, subject)
+    seen, environment = Watch(sensors), {}
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
-        environment = {}
-        if kind != "warm":
-            drop_from_page_cache(_files_read(work, first_ever=kind == "first_ever"))
+        if kind == "warm":
+            read_into_page_cache(files)
+        else:
+            drop_from_page_cache([*files, *(_libraries() if kind == "first_ever" else [])])
         if kind == "first_ever":
-            settings["prepared"] = False
+            profile = changed(profile, {"prepared": False}, "audit")
             environment["PYTHONPYCACHEPREFIX"] = folder
+        trial = Trial(
+            work.bundle.folder, profile, images if kind == "warm" else images[:1], work.question, work.new_tokens,
+            repeats=2 if kind == "warm" else 1,
+        )  # fmt: skip
         try:
-            trial = Trial(work.bundle.folder, work.profile_name, settings, images, work.question, work.new_tokens)
             outcome = start(trial, environment=environment, watch=seen.of)
         finally:
             seen.end()
-    return Run(variant, kind, outcome, seen)
+    return Run(subject.variant, kind, outcome, seen)
 
 
 def _cool_down(sensors: Sensors, idle: StateSample) -> None:
@@ -196,7 +212,7 @@ def _cool_down(sensors: Sensors, idle: StateSample) -> None:
 def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
     """Variant → what its first-ever prepare takes, in a process of its own and into a folder of its own; or the reason why not."""
     found: dict[str, float | str] = {}
-    for variant in work.variants:
+    for variant in (subject.variant for subject in work.subjects):
         if not work.profile.prepared:
             found[variant] = "the profile does not use what prepare writes"
             continue
@@ -227,26 +243,39 @@ def _timed_command(words: Sequence[str]) -> float:
     return (time.perf_counter() - begun) * 1e3
 
 
-def _soak(work: Workload, sensors: Sensors, progress: Progress) -> dict[str, Any]:
-    """One process that answers about the first image without a pause, until three minutes in a row are alike or the time is over."""
-    progress(f"soak: {work.variants[0]} answers for up to {work.soak_minutes:g} minutes")
-    seen = Watch(sensors)
+def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
+    """One process that answers about the first image without a pause, until nothing changes any more or the time is over."""
+    subject, seen = work.subjects[0], Watch(sensors)
+    progress(f"soak: {subject.variant} answers for up to {work.soak_minutes:g} minutes")
     trial = Trial(
-        work.bundle.folder, work.profile_name, {**work.settings, "variant": work.variants[0]}, list(work.images.values())[:1],
-        work.question, work.new_tokens, repeats=0, soak_s=work.soak_minutes * 60,
+        work.bundle.folder, subject.profile, list(work.images.values())[:1], work.question, work.new_tokens, repeats=0,
+        soak_s=work.soak_minutes * 60,
     )  # fmt: skip
     try:
         outcome = start(trial, watch=seen.of)
     finally:
         seen.end()
-    return soak_result(outcome, seen)
+    return Run(subject.variant, "soak", outcome, seen)
+
+
+def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
+    """Where energy is known from, and why the meter that was given is of no use: it is read now, when it has seen everything."""
+    if work.meter is None:
+        return Power(), None
+    try:
+        power = Power(read_meter(work.meter))
+    except SettingError as e:
+        return Power(), str(e)
+    if not any(power.watts(run.watch.states) for run in runs):
+        return Power(), f"{work.meter} has no sample of the time of this audit: is time_s in seconds since 1970?"
+    return power, None
 
 
 def _bundle(work: Workload) -> dict[str, Any]:
     manifest = read_manifest(work.bundle.folder) or {}
     return {
         "name": work.bundle.folder.resolve().name, "source": manifest.get("source"), "licence": manifest.get("licence"),
-        "fingerprint": {v: fingerprint(work.bundle, v) for v in work.variants},
+        "fingerprint": {s.variant: fingerprint(work.bundle, s.variant) for s in work.subjects},
     }  # fmt: skip
 
 
@@ -255,11 +284,24 @@ def _image(path: Path) -> dict[str, Any]:
     return {"width": width, "height": height, "sha256": file_hash(path)}
 
 
-def _files_read(work: Workload, *, first_ever: bool) -> list[Path]:
-    """What a start reads: the bundle's files and what was prepared; a first start the libraries as well."""
-    folders = [work.bundle.folder, folder_of(work.bundle.folder)]
-    if first_ever:
-        folders += [Path(str(module.__file__)).parent for module in (ort, np, PIL)]
+def _settings(profile: Profile) -> dict[str, Any]:
+    return {name: getattr(profile, name) for name in SETTINGS}
+
+
+def _files_of(bundle: Bundle, subject: Subject) -> list[Path]:
+    """What a start of a variant reads: what describes the bundle, its graphs and weights, or their prepared form."""
+    variants = [v for v in choose_variants(bundle, subject.profile) if v]
+    graphs = {path for variant in variants for path in bundle.graphs(variant)[1].values()}
+    places = [folder_of(bundle.folder) / path.stem for path in graphs]
+    small = [path for path in bundle.folder.iterdir() if path.is_file()]
+    weights = [file for path in graphs for file in path.parent.glob(f"{path.name}*")]
+    return [*small, *weights, *(file for place in places if place.is_dir() for file in place.iterdir())]
+
+
+def _libraries() -> list[Path]:
+    """Files of the packages that a start imports, and of the libraries that wheels keep beside them."""
+    folders = [Path(str(module.__file__)).parent for module in (ort, np, PIL)]
+    folders += [folder.with_name(f"{folder.name.lower()}.libs") for folder in folders] + [folders[-1].with_name("pillow.libs")]
     return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm_runtime.cli import add_setting_arguments, setting_flags
+from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lfm_profiles import Profile
+
+    from lfm_runtime.audit import Subject, Workload
+    from lfm_runtime.bundle import Bundle
 
 LIMIT_BROKEN, INVALID = 1, 3
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -53,39 +58,36 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.audit_table import rows_for_csv, table
     from lfm_runtime.files import write_whole
     from lfm_runtime.measured import keep_measured
-    from lfm_runtime.power import Power, read_meter
 
     for path in (options.output, options.csv):
         if path and not path.absolute().parent.is_dir():
             raise SettingError(f"{path.absolute().parent} is not a folder; make it, or write elsewhere")
-    power = Power(read_meter(options.meter)) if options.meter else Power()
+    interrupt_on_termination()
+    progress = _progress(options)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         images, skipped = find_images(options.images) if options.images else (make_images(Path(folder)), [])
         work = _workload(options, images, skipped)
-        result = audit(work, detect(), Sensors(), power, _progress(options))
+        result = audit(work, detect(), Sensors(), progress)
+    if not options.quiet and sys.stderr.isatty():
+        progress("")
+    print(table(result))
     if options.output:
         write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        print(f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o {options.output.with_suffix('.html')}")
     if options.csv:
         header, rows = rows_for_csv(result)
         there = options.csv.exists() and options.csv.stat().st_size
         with options.csv.open("a", encoding="utf-8") as f:
             f.write("\n".join([*([] if there else [header]), *rows]) + "\n")
     keep_measured(work.bundle, result)
-    print(table(result))
-    if options.output:
-        print(f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o {options.output.with_suffix('.html')}")
     if not result["verdict"]["valid"]:
         return INVALID
     return 0 if all(limit["holds"] for limit in result["limits"]) else LIMIT_BROKEN
 
 
-def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Any:
-    from lfm_profiles import detect
-
+def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import image_size
-    from lfm_runtime.plan import Planner, fit, process_memory
     from lfm_runtime.profile import find_profile
     from lfm_runtime.sessions import choose_variants
 
@@ -100,24 +102,40 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
         raise SettingError(f"new-tokens {options.new_tokens} is impossible; allowed: 1 to 4096")
     if not options.soak >= 0:
         raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
-    flags.pop("variant", None)
-    steps: tuple[str, ...] = ()
+    question = options.prompt or QUESTION
     for variant in variants:
         bundle.graphs(variant)  # raises where there is none
-    for variant in variants if bundle.files else ():  # as run would: what does not fit is not tried
-        largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
-        question = options.prompt or QUESTION
-        chosen = find_profile(options.profile, **flags, variant=variant)
-        fitted = fit(Planner(bundle, [largest], question, process_memory()), chosen, detect())
-        for step in fitted.steps:
-            print(f"lfm-edge: {variant}: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
-        if fitted.steps and not steps:
-            steps, taken = fitted.steps, fitted.plan.profile
-            flags.update({n: getattr(taken, n) for n, who in taken.origin.items() if who == "memory" and n != "variant"})
+    profiles = {variant: find_profile(options.profile, **{**flags, "variant": variant}) for variant in variants}
+    subjects = [_subject(bundle, variant, profiles[variant], list(images.values()), question) for variant in variants]
+    for subject in subjects:
+        for step in subject.steps:
+            print(f"lfm-edge: {subject.variant}: to fit the memory: {step}", file=sys.stderr)
     return Workload(
-        bundle, profile, options.profile, flags, variants, images, skipped, steps, options.prompt or QUESTION, options.new_tokens,
-        _seconds(options.budget), options.soak, _limits(options.limit, profile),
+        bundle, profile, subjects, images, skipped, question, options.new_tokens, _seconds(options.budget), options.soak,
+        _limits(options.limit, profile), options.meter,
     )  # fmt: skip
+
+
+def _subject(bundle: Bundle, variant: str, profile: Profile, images: list[Path], question: str) -> Subject:
+    """A variant as run would take it: what does not fit the memory steps down."""
+    from lfm_profiles import changed, detect
+
+    from lfm_runtime.audit import Subject
+    from lfm_runtime.images import image_size
+    from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
+
+    if not bundle.files:  # a hub folder tells too little to plan from
+        return Subject(variant, profile)
+    largest = max((image_size(path) for path in images), key=lambda size: size[0] * size[1])
+    planner, device = Planner(bundle, [largest], question, process_memory()), detect()
+    fitted = fit(planner, profile, device)
+    too_large = None
+    try:
+        steps = fit(planner, changed(fitted.plan.profile, {"prepared": False}, "audit"), device).steps
+        too_large = f"unprepared it does not fit the memory without {steps[0]}" if steps else None
+    except DoesNotFitError as e:
+        too_large = str(e)
+    return Subject(variant, fitted.plan.profile, fitted.steps, too_large)
 
 
 def _limits(given: list[str], profile: Any) -> dict[str, float]:

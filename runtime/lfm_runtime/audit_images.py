@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lfm_runtime.errors import ImageError
-from lfm_runtime.images import image_size
+from lfm_runtime.images import open_image
 
 SIZES = {"small": (256, 192), "512x512": (512, 512), "large": (1400, 1000)}
 """Below one view, one view, tiles."""
@@ -49,7 +49,7 @@ def make_images(folder: Path) -> dict[str, Path]:
 
 def _unreadable(path: Path) -> str | None:
     try:
-        image_size(path)
+        open_image(path)  # all of it: one that is cut off would end a process later
     except ImageError as e:
         return str(e)
     return None

@@ -20,7 +20,8 @@ from lfm_runtime.report import WRITTEN
 from lfm_runtime.trial import AnswerTimes, Outcome
 from lfm_runtime.watch import Watch
 
-STAGES = ("image", "prompt", "preprocess", "vision", "embed", "prefill")
+STAGES = ("image", "prompt", "preprocess", "load", "vision", "embed", "prefill")
+"""Of an answer, in their order; load: graphs that low_memory loads anew for every answer."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ def variant_result(
         "prepare_ms": prepare if isinstance(prepare, float) else None, "prepare_reason": None if isinstance(prepare, float) else prepare,
         "starts": {kind: _start([r for r in runs if r.kind == kind]) for kind in ("warm", "cold", "first_ever")},
         "images": {name: _answers(at, warm, power) for at, name in enumerate(images)},
-        "memory": _memory(warm),
+        "memory": _memory(warm), "warnings": sorted({warning for r in runs for warning in r.outcome.warnings}),
     }  # fmt: skip
 
 
@@ -61,7 +62,8 @@ def _start(runs: Sequence[Run]) -> dict[str, Any] | None:
         "python_ms": figure([o.python_ms for o in found]),
         "import_ms": figure([o.import_ms for o in found]),
         "open_ms": figure([o.open_ms for o in found]),
-        "graphs_ms": {name: figure([o.graphs_ms[name] for o in found]) for name in sorted(found[0].graphs_ms)},
+        "graphs_ms": {name: figure([o.graphs_ms[name] for o in found if name in o.graphs_ms]) for name in sorted(found[0].graphs_ms)},
+        "first_ttft_ms": figure([ttft(o.answers[0]) for o in found]),
     }
 
 
@@ -90,7 +92,7 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> dict[str, Any]:
         "vision_per_view_ms": figure([ms for a in answers for ms in a.of("vision")]) if one.views else None,
         "inter_token_ms": figure([ms for a in answers for ms in inter_token(a)]) if one.new_tokens > 1 else None,
         "prefill_tok_s": figure([a.prompt_tokens / ms * 1e3 for a, ms in zip(answers, parts["prefill"], strict=True) if ms > 0] or [0.0]),
-        "decode_tok_s": figure([_decode_rate(a) for a in answers]),
+        "decode_tok_s": figure([_decode_rate(a) for a in answers]) if one.new_tokens > 1 else None,
         "energy_per_answer_j": figure(measured) if measured else None,
         "energy_per_token_j": figure([j / one.new_tokens for j in measured]) if measured else None,
         "text_sha256": sorted({a.text_sha256 for _, a in all_of_it}),
@@ -149,13 +151,13 @@ def _memory(runs: Sequence[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Power) -> dict[str, Any]:
-    """The machine's state while all this was measured."""
+def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Power, no_meter: str | None) -> dict[str, Any]:
+    """The machine's state while all this was measured. `no_meter`: why the meter that was given is not used."""
     states = [*idle.states, *(state for run in runs for state in run.watch.states)]
     first, last = states[0], states[-1]
     before, after = first.reading, last.reading
     watts = power.watts(states)
-    missing = {**sensors.missing}
+    missing = {**sensors.missing, **({"meter": no_meter} if no_meter else {})}
     if power.meter:
         missing.pop("power", None)
     return {
@@ -167,7 +169,7 @@ def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Po
         "available_min_mib": min(s.available_mib for s in states),
         "swapped_mib": runs[-1].watch.ended.swapped_mib - idle.begun.swapped_mib,
         "background_share": figure([_background(r) for r in runs]), "idle_share": _share(idle, 0.0),
-        "idle_w": power.mean_w(idle.states), "mean_w": statistics.fmean(watts) if watts else None, "peak_w": max(watts, default=None),
+        "idle_w": power.mean_w(idle.states), "mean_w": power.mean_w_of([r.watch.states for r in runs]), "peak_w": max(watts, default=None),
         "control_group_peak_mib": _control_group_peak(),
         "samples": [
             {"at_s": s.at - first.at, "temperature_c": max(s.reading.temperature_c.values(), default=None),
@@ -179,17 +181,20 @@ def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Po
 
 
 def soak_result(outcome: Outcome, watch: Watch) -> dict[str, Any]:
-    """Minute by minute, and what was lost against the first."""
+    """Minute by minute, and what was lost against the first. A last minute that is not whole is left out where there are whole ones."""
     minutes: dict[int, list[AnswerTimes]] = {}
     for answer in outcome.answers:
         minutes.setdefault(int((answer.started - outcome.ready_ms) / 60_000), []).append(answer)
+    if len(minutes) > 1:
+        minutes.pop(max(minutes))
     rows = []
     for minute, answers in sorted(minutes.items()):
         begin = outcome.spawned + outcome.ready_ms / 1e3 + minute * 60
         warm = [t for s in watch.states if begin <= s.at <= begin + 60 for t in s.reading.temperature_c.values()]
+        between = [ms for a in answers for ms in inter_token(a)]
         rows.append({
             "minute": minute, "answers": len(answers), "ttft_ms": statistics.median(ttft(a) for a in answers),
-            "inter_token_ms": statistics.median(ms for a in answers for ms in inter_token(a)), "temperature_c": max(warm, default=None),
+            "inter_token_ms": statistics.median(between) if between else None, "temperature_c": max(warm, default=None),
         })  # fmt: skip
     first, last = rows[0], rows[-1]
     return {

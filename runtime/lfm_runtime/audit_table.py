@@ -20,6 +20,8 @@ def table(result: Mapping[str, Any]) -> str:
         how = [f"{found['threads']} threads", *([f"prompts read by {found['prefill']}"] if found["prefill"] else [])]
         how.append("prepared" if found["prepared"] else "not prepared")
         lines.append(f"{variant} ({', '.join(how)})")
+        lines += [f"  to fit the memory: {step}" for step in found["steps_down"]]
+        lines += [f"  {warning}" for warning in found["warnings"]]
         starts = [f"{kind.replace('_', '-')} {_short(of['ready_ms'])}" for kind, of in found["starts"].items() if of]
         prepare = f"; prepare {found['prepare_ms']:,.0f}" if found["prepare_ms"] is not None else ""
         lines.append(f"  start, ms    {', '.join(starts)}{prepare}")
@@ -35,7 +37,8 @@ def table(result: Mapping[str, Any]) -> str:
             rows.append((
                 name, str(image["image_tokens"]), str(image["views"]), _of(stages["image_ms"], stages["preprocess_ms"]),
                 _of(stages["vision_ms"]), _of(stages["prefill_ms"]), _of(image["ttft_ms"]),
-                f"{per_token['median']:.2f}" if per_token else "–", f"{image['decode_tok_s']['median']:.1f}", _of(total),
+                f"{per_token['median']:.2f}" if per_token else "–",
+                f"{image['decode_tok_s']['median']:.1f}" if image["decode_tok_s"] else "–", _of(total),
                 f"{total['mad'] / total['median']:.1%}" if total["median"] else "–",
                 f"{image['energy_per_answer_j']['median']:.2f}" if image["energy_per_answer_j"] else "–",
             ))  # fmt: skip
@@ -63,7 +66,7 @@ def verdict_line(result: Mapping[str, Any]) -> str:
     """Valid or not, in a few words."""
     runs = sum(of["ready_ms"]["n"] for found in result["variants"].values() for of in found["starts"].values() if of)
     word = "valid" if result["verdict"]["valid"] else "NOT VALID"
-    took = f"{runs} processes in {result['duration_s']:.0f} s{', interrupted' if result['partial'] else ''}"
+    took = f"{runs} processes in {result['duration_s']:.0f} s{', ended early: ' + result['stopped'] if result['stopped'] else ''}"
     return f"{word}: {took}; {result['bundle']['name']}, profile {result['profile']['name']}"
 
 
@@ -90,7 +93,7 @@ def rows_for_csv(result: Mapping[str, Any]) -> tuple[str, list[str]]:
                 **{f"{stage}_median": of["median"] for stage, of in image["stages"].items()},
                 "ttft_ms_median": image["ttft_ms"]["median"], "ttft_ms_p90": image["ttft_ms"]["p90"],
                 "total_ms_median": image["total_ms"]["median"], "total_ms_mad": image["total_ms"]["mad"],
-                "decode_tok_s_median": image["decode_tok_s"]["median"],
+                "decode_tok_s_median": (image["decode_tok_s"] or {"median": ""})["median"],
                 "ready_ms_median": found["starts"]["warm"]["ready_ms"]["median"],
                 "peak_mib_max": found["memory"]["peak_mib"]["max"],
                 "anonymous_mib_max": (found["memory"]["anonymous_mib"] or {"max": ""})["max"],

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -164,6 +166,17 @@ def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
     if options.max_megapixels is not None:
         given["max_megapixels"] = options.max_megapixels
     return given
+
+
+def interrupt_on_termination() -> None:
+    """For commands that start processes and keep what they measured: SIGTERM and SIGHUP end them as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), interrupt)
 
 
 def show_progress(done: int, total: int) -> None:

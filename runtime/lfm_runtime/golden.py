@@ -25,8 +25,8 @@ from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
 from lfm_runtime.context import Context
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import damage_is
-from lfm_runtime.images import cut_views
-from lfm_runtime.model import Model
+from lfm_runtime.images import cut_views, plan_image
+from lfm_runtime.model import Model, PlannedImage
 from lfm_runtime.profile import find_profile
 from lfm_runtime.prompt import Message
 from lfm_runtime.sessions import Graphs
@@ -166,19 +166,23 @@ def _lean(folder: Path, variant: str) -> Model:
     return Model(bundle, graphs, profile, bundle.images)
 
 
+def _planned(model: Model) -> PlannedImage:
+    """The golden image, cut by the checkpoint's own settings whatever the profile says."""
+    settings, image = model.bundle.images, golden_image()
+    return PlannedImage(image, plan_image(image.width, image.height, settings), settings)
+
+
 def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
-    """(patches of all views, image features, prompt ids) of the golden image and question, in the checkpoint's own settings."""
-    settings = model.bundle.images
-    image = golden_image()
-    planned = replace(model.open(image), settings=settings)
-    patches = np.concatenate([view.reshape(-1) for view in cut_views(image, planned.plan, settings)])
+    """(patches of all views, image features, prompt ids) of the golden image and question."""
+    planned = _planned(model)
+    patches = np.concatenate([view.reshape(-1) for view in cut_views(planned.image, planned.plan, planned.settings)])
     prompt = model.prompts.render([Message("user", QUESTION, 1)], [planned.plan])
     return patches, model.encode([planned]), list(prompt.ids)
 
 
 def _answer(model: Model, features: NDArray[np.float32], tokens: list[int] | None) -> list[NDArray[np.float64]]:
     """Logits of each step of the greedy answer, or along `tokens`."""
-    job = model.plan([Message("user", QUESTION, 1)], [golden_image()], temperature=0)
+    job = model.plan([Message("user", QUESTION, 1)], [_planned(model)], temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
     context = Context(model.decoder)
     keys = np.array(job.prompt.ids)

@@ -27,6 +27,8 @@ class Costs:
     prefill: tuple[tuple[int, float], ...]
     inter_token_ms: float
     image_ms: float  # opening and cutting, a megapixel
+    load_ms: float  # with low_memory: of an answer
+    valid: bool  # whether the audit was
 
     def vision_ms(self, patches: int) -> float:
         """Of one view."""
@@ -52,9 +54,11 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
             seconds.append(opening / (size["width"] * size["height"] / 1e6))
         decode = [image["inter_token_ms"]["median"] for image in found["images"].values() if image["inter_token_ms"]]
         if decode:
-            known[_key(variant, found["prefill"], found["threads"], result["bundle"]["fingerprint"][variant])] = {
+            low = bool(found["settings"]["low_memory"])
+            known[_key(variant, found["prefill"], found["threads"], low, result["bundle"]["fingerprint"][variant])] = {
                 "vision": sorted(vision.items()), "prefill": sorted(prefill.items()), "inter_token_ms": min(decode),
-                "image_ms": float(np.median(seconds)),
+                "image_ms": float(np.median(seconds)), "valid": result["verdict"]["valid"],
+                "load_ms": max(image["stages"]["load_ms"]["median"] for image in found["images"].values()),
             }  # fmt: skip
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +67,13 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
         pass  # a read-only disk: plans go on without times
 
 
-def find_measured(bundle: Bundle, variant: str, prefill: str | None, threads: int) -> Costs | None:
+def find_measured(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
     """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
-    found = _read(folder_of(bundle.folder) / _NAME).get(_key(variant, prefill, threads, fingerprint(bundle, variant)))
+    found = _read(folder_of(bundle.folder) / _NAME).get(_key(variant, prefill, threads, low_memory, fingerprint(bundle, variant)))
     try:
         return None if found is None else Costs(
             tuple((int(n), float(ms)) for n, ms in found["vision"]), tuple((int(n), float(ms)) for n, ms in found["prefill"]),
-            float(found["inter_token_ms"]), float(found["image_ms"]),
+            float(found["inter_token_ms"]), float(found["image_ms"]), float(found["load_ms"]), bool(found["valid"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):
         return None
@@ -81,8 +85,8 @@ def fingerprint(bundle: Bundle, variant: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _key(variant: str, prefill: str | None, threads: int, fingerprint: str) -> str:
-    return f"{variant} prefill={prefill or 'none'} threads={threads} {fingerprint[:16]}"
+def _key(variant: str, prefill: str | None, threads: int, low_memory: bool, fingerprint: str) -> str:
+    return f"{variant} prefill={prefill or 'none'} threads={threads} low_memory={low_memory} {fingerprint[:16]}"
 
 
 def _read(path: Path) -> dict[str, Any]:

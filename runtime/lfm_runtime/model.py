@@ -293,7 +293,7 @@ class Model:
         self, vision: Any, planned: PlannedImage, report: Report, tell: Callable[[], None]
     ) -> Iterator[NDArray[np.float32]]:
         mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
-        cut = cut_views(planned.image, planned.plan, self.images)
+        cut = cut_views(planned.image, planned.plan, planned.settings)
         for view in planned.plan.views:
             tell()
             with report.stage("preprocess"):

@@ -1,4 +1,4 @@
-"""Files out of the page cache, without being root: a start from disk can then be measured."""
+"""Files out of the page cache or into it, without being root: a start from disk, or one that is not, can then be measured."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def drop_from_page_cache(paths: Iterable[Path]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def read_into_page_cache(paths: Iterable[Path]) -> None:
+    """Read files to their end."""
+    for path in paths:
+        with path.open("rb", buffering=0) as f:
+            while f.read(1 << 20):
+                pass

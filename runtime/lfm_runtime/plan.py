@@ -111,7 +111,9 @@ class Plan:
         image = sum(plan.width * plan.height for plan in self.images) / 1e6 * costs.image_ms
         vision = sum(costs.vision_ms(view.rows * view.columns) for plan in self.images for view in plan.views)
         prefill = costs.prefill_ms(self.prompt_tokens)
-        return {"image": image, "vision": vision, "prefill": prefill, "ttft": image + vision + prefill, "per_token": costs.inter_token_ms}
+        first = image + costs.load_ms + vision + prefill
+        load = {"load": costs.load_ms} if self.profile.low_memory else {}
+        return {"image": image, **load, "vision": vision, "prefill": prefill, "ttft": first, "per_token": costs.inter_token_ms}
 
 
 def process_memory() -> Memory:

@@ -44,12 +44,17 @@ class Power:
 
     def mean_w(self, states: Sequence[StateSample]) -> float | None:
         """From the first to the last."""
-        begin, end = states[0].at, states[-1].at
-        joules = self.joules(states, begin, end)
-        return None if joules is None or end <= begin else joules / (end - begin)
+        return self.mean_w_of([states])
+
+    def mean_w_of(self, stretches: Sequence[Sequence[StateSample]]) -> float | None:
+        """Of several stretches of time, each counted by its length."""
+        pairs = [(self.joules(states, states[0].at, states[-1].at), states[-1].at - states[0].at) for states in stretches]
+        known = [(joules, seconds) for joules, seconds in pairs if joules is not None]
+        seconds = sum(s for _, s in known)
+        return sum(joules for joules, _ in known) / seconds if seconds > 0 else None
 
     def watts(self, states: Sequence[StateSample]) -> list[float]:
-        """Single values, for a mean and a peak."""
+        """Single values, for a peak."""
         if self.meter:
             return [watt for at, watt in self.meter if states[0].unix_s <= at <= states[-1].unix_s]
         steps = [self.mean_w(pair) for pair in itertools.pairwise(states) if pair[1].at - pair[0].at > _SHORTEST_S]

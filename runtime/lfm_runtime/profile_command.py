@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lfm_runtime.cli import add_setting_arguments, setting_flags
+from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def _plan(options: argparse.Namespace) -> None:
     sizes = [image_size(name) for name in options.names[1:]]
     fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
     plan = fitted.plan
-    costs = find_measured(bundle, plan.variant, plan.prefill, Execution.of(plan.profile).threads)
+    threads, low_memory = Execution.of(plan.profile).threads, plan.profile.low_memory
+    costs = find_measured(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
     times = plan.times_ms(costs) if costs else None
     if options.json:
         print(json.dumps({
@@ -164,9 +165,10 @@ def _plan(options: argparse.Namespace) -> None:
     free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
     print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
     print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
-    if times:
+    if times and costs:
+        unfair = "" if costs.valid else ", which was not valid"
         print(f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} ms; then "
-              f"{times['per_token']:.1f} ms a token, as the last audit here measured")  # fmt: skip
+              f"{times['per_token']:.1f} ms a token, as the last audit here measured{unfair}")  # fmt: skip
         budget, rate = plan.profile.budget, 1e3 / times["per_token"]
         if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
             print(f"{'budget':10s} ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}")
@@ -210,6 +212,7 @@ def _tune(options: argparse.Namespace) -> None:
     kept = output.with_suffix(".json")
     if tuning.resume(kept):
         print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)
+    interrupt_on_termination()
     on_a_line = sys.stderr.isatty()
 
     def tell(text: str) -> None:

@@ -6,17 +6,21 @@ keeps out of its way: the child times itself, and what is seen from outside (wat
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lfm_profiles import Profile
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.files import damage_is
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
     from lfm_runtime.model import Model
 
 _LONGEST_S = 24 * 3600
-_ALIKE_MINUTES, _ALIKE = 3, 1.02
+_ALIKE_MINUTES, _ALIKE, _ALIKE_C, _SHORTEST_SOAK_MINUTES = 3, 1.02, 1.0, 10
+_PR_SET_PDEATHSIG = 1
 
 
 class TrialError(EdgeError, RuntimeError):
@@ -37,13 +42,12 @@ class Trial:
     """What the process does: load, then answer `question` about each of `images`, `repeats` times over."""
 
     bundle: Path
-    profile: str  # "" is the default, as on the command line
-    settings: Mapping[str, Any] = field(default_factory=dict)  # beside the profile, as flags
+    profile: Profile
     images: Sequence[Path] = ()
     question: str = "Describe this image."
     new_tokens: int = 32
     repeats: int = 2
-    soak_s: float = 0.0  # instead of repeats: answers about the first image, until three minutes in a row are alike or this time is over
+    soak_s: float = 0.0  # instead of repeats: answers about the first image, until nothing changes any more or this time is over
     reference: Path | None = None  # a folder: answers' distributions are written there, or compared with what is there
 
 
@@ -99,6 +103,7 @@ class Outcome:
     cpu_s: float
     kl: float | None  # nats a token, against the reference
     steady: bool = False  # with soak_s: whether it ended because nothing changed any more
+    warnings: Sequence[str] = ()
 
 
 def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: Callable[[int], None] | None = None) -> Outcome:
@@ -118,7 +123,9 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
         try:
             if watch:
                 watch(process.pid)
-            request = {**asdict(trial), "spawned": spawned}
+            given = {name: getattr(trial.profile, name) for name in trial.profile.origin}
+            profile = {"name": trial.profile.name, "origin": dict(trial.profile.origin), "settings": given}
+            request = {**vars(trial), "profile": profile, "spawned": spawned}
             out, complaints = process.communicate(json.dumps(request, default=str), timeout=_LONGEST_S)
         except BaseException:
             process.kill()
@@ -134,7 +141,8 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
         if "error" in found:
             raise TrialError(found["error"])
         answers = [AnswerTimes(**{**answer, "spans": [tuple(span) for span in answer["spans"]]}) for answer in found.pop("answers")]
-        return Outcome(**found, answers=answers)
+        warnings = [line.strip() for line in complaints.splitlines() if line.startswith("lfm-edge: ")]
+        return Outcome(**found, answers=answers, warnings=warnings)
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
@@ -143,6 +151,7 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
 def main() -> int:
     """Read a trial from standard input, do it, print what it came to."""
     entered = time.perf_counter()
+    _end_with_parent()
     request = json.load(sys.stdin)
     try:
         print(json.dumps(_measured(request, entered)))
@@ -159,9 +168,12 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
     from lfm_runtime.model import Model
 
     imported = time.perf_counter()
-    bundle = replace(Bundle.open(Path(request["bundle"])), eos=())  # a fixed number of tokens
+    whole = Bundle.open(Path(request["bundle"]))
+    bundle = replace(whole, eos=())  # a fixed number of tokens
     opened = time.perf_counter()
-    model = Model.load(bundle, profile=request["profile"], **request["settings"])
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in request["profile"]["settings"].items()}
+    profile = replace(Profile(request["profile"]["name"]), origin=request["profile"]["origin"], **settings)
+    model = Model.load(bundle, profile=profile)
     ready = time.perf_counter()
     spawned = request["spawned"]
     loaded = _memory()
@@ -178,7 +190,7 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
         "prepared": model.graphs.is_prepared, "python_ms": (entered - spawned) * 1e3, "import_ms": (imported - entered) * 1e3,
         "open_ms": (opened - imported) * 1e3, "graphs_ms": model.graphs.load_ms, "ready_ms": (ready - spawned) * 1e3, "answers": answers,
         "loaded_mib": loaded, "memory_mib": memory, "cpu_s": used, "steady": steady,
-        "kl": _divergence(model, request, Path(request["reference"])) if request["reference"] else None,
+        "kl": _divergence(model, request, Path(request["reference"]), whole.eos) if request["reference"] else None,
     }  # fmt: skip
 
 
@@ -186,8 +198,8 @@ def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawn
     started = time.perf_counter()
     answer = model.answer([request["images"][at]], request["question"], temperature=0, max_new_tokens=request["new_tokens"])
     text = answer.text()
-    ended = time.perf_counter()
     report = answer.report
+    ended = report.spans[-1][2]  # the last token's text; counting the process's memory after it is not the answer's
     return {
         "image": at, "repeat": repeat, "spans": [(n, (s - spawned) * 1e3, (e - spawned) * 1e3) for n, s, e in report.spans],
         "started": (started - spawned) * 1e3, "ended": (ended - spawned) * 1e3, "prompt_tokens": report.prompt_tokens,
@@ -198,15 +210,28 @@ def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawn
 
 def _soak(answer: Callable[[], None], answers: Sequence[Mapping[str, Any]], seconds: float) -> bool:
     """Whether it became steady before the time was over."""
-    begun = time.perf_counter()
+    from lfm_profiles.sensors import Sensors
+
+    begun, sensors = time.perf_counter(), Sensors()
     minutes: dict[int, list[float]] = {}
+    warmest: list[float] = []  # at the end of each minute
     while (passed := time.perf_counter() - begun) < seconds:
         answer()
-        minutes.setdefault(int(passed / 60), []).append(answers[-1]["ended"] - answers[-1]["started"])
+        minute = int(passed / 60)
+        if minute not in minutes:
+            warmest.append(max(sensors.read().temperature_c.values(), default=0.0))
+        minutes.setdefault(minute, []).append(answers[-1]["ended"] - answers[-1]["started"])
         whole = [statistics.median(minutes[m]) for m in sorted(minutes)[:-1]][-_ALIKE_MINUTES:]
-        if len(whole) == _ALIKE_MINUTES and max(whole) <= min(whole) * _ALIKE:
+        alike = len(whole) == _ALIKE_MINUTES and max(whole) <= min(whole) * _ALIKE
+        if alike and minute >= _SHORTEST_SOAK_MINUTES and max(warmest[-_ALIKE_MINUTES:]) - min(warmest[-_ALIKE_MINUTES:]) <= _ALIKE_C:
             return True
     return False
+
+
+def _end_with_parent() -> None:
+    """Linux: when the process that measures is killed, this one is as well."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _memory() -> dict[str, float | None]:
@@ -225,9 +250,9 @@ def _memory() -> dict[str, float | None]:
     return found
 
 
-def _divergence(model: Model, request: dict[str, Any], folder: Path) -> float:
+def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequence[int]) -> float:
     """The mean KL divergence, in nats a token, of this model's next-token distributions to those stored in `folder`, along the answers
-    stored with them. Where there are none yet, this model's own are stored, and 0 is returned.
+    stored with them, up to where they end. Where there are none yet, this model's own are stored, and 0 is returned.
     """
     import numpy as np
 
@@ -242,10 +267,13 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path) -> float:
         logits = _log_softmax(model.read(job, context))
         known = np.load(path) if path.exists() else None
         ids, rows = [], []
-        for step in range(request["new_tokens"]):
+        length = len(known["ids"]) if known else request["new_tokens"]
+        for step in range(length):
             rows.append(logits)
             ids.append(int(known["ids"][step] if known else logits.argmax()))
-            if step + 1 < request["new_tokens"]:
+            if not known and ids[-1] in eos:
+                break
+            if step + 1 < length:
                 logits = _log_softmax(context.feed(model.decoder.embed(ids[-1:]), np.array(ids[-1:])))
         if known:
             theirs = known["log_probabilities"].astype(np.float64)

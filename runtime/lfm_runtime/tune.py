@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import statistics
 import tempfile
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lfm_profiles import Device, Profile, changed, default_threads, to_toml
+import onnxruntime as ort
+from lfm_profiles import Device, Profile, changed, cpu_features, default_threads
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 
@@ -92,7 +94,7 @@ class Tuning:
 
     def front(self) -> list[Point]:
         """Points that no other beats in everything, the best for the objective first."""
-        there = [p for p, m in self.points.items() if m.latency_ms]
+        there = [p for p, m in self.points.items() if m.latency_ms and not m.failed]
         left = [p for p in there if not any(self._beats(q, p) for q in there if q != p)]
         return sorted(left, key=self._rank)
 
@@ -182,7 +184,8 @@ class Tuning:
         """What measurements must have in common to be of one search."""
         paths = {path for graphs in self.bundle.variants.values() for path in graphs.values()}
         weights = sorted(part for path in paths for part in self.bundle.fingerprint(path))
-        return {"bundle": weights, "images": [str(p.resolve()) for p in self.images], "question": self.question}
+        machine = {"onnxruntime": ort.__version__, "machine": platform.machine(), "cpu_features": list(cpu_features())}
+        return {"bundle": weights, **machine, "images": [str(p.resolve()) for p in self.images], "question": self.question}
 
     def save(self, path: Path) -> None:
         """Everything measured, as JSON."""
@@ -203,10 +206,12 @@ class Tuning:
             return False
         found = read_json_object(path, SettingError)
         if found.get("key") != self.key():
-            raise SettingError(f"{path} is of another bundle, images or question; remove it, or name another profile to write with -o")
+            raise SettingError(f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o")
         self.rounds, self.reference = found["rounds"], found["reference"]
         for entry in found["points"]:
             point = tuple(sorted(entry.pop("settings").items()))
+            if any(value not in self.axes.get(axis, ()) for axis, value in point):
+                continue  # a flag leaves it out now
             for name in ("latency_ms", "ttft_ms", "energy_j"):
                 entry[name] = {int(k): v for k, v in entry[name].items()}
             self.points[point] = Measured(**entry)
@@ -227,10 +232,16 @@ def tune(
     if tuning.objective == "energy" and not sensors.power_from:
         raise SettingError(f"energy cannot be measured here: {sensors.missing.get('power')}; choose another objective")
     random_order, begin, start_point = random.Random(tuning.rounds), time.monotonic(), tuning.first_point()  # noqa: S311
+    if minutes <= 0 and tuning.front():
+        return
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         try:
-            tuning.reference = _make_reference(tuning, device, Path(folder), progress)
-            if not tuning.points:
+            reference = _make_reference(tuning, device, Path(folder), progress)
+            if tuning.reference not in ("", reference):
+                for known in tuning.points.values():
+                    known.kl = None  # of another reference: measured again with the point
+            tuning.reference = reference
+            if not tuning.front():
                 _measure(tuning, start_point, Path(folder), sensors)
                 if tuning.points[start_point].failed:
                     raise TrialError(f"{tuning.bundle.folder}: {tuning.points[start_point].failed}")
@@ -248,8 +259,8 @@ def tune(
                 random_order.shuffle(order)
                 for n, point in enumerate(order):
                     left = minutes - (time.monotonic() - begin) / 60
-                    known = len(tuning.points)
-                    progress(f"round {tuning.rounds}, {n + 1} of {len(order)}; {known} points known, {max(left, 0):.1f} min left")
+                    points = len(tuning.points)
+                    progress(f"round {tuning.rounds}, {n + 1} of {len(order)}; {points} points known, {max(left, 0):.1f} min left")
                     if left <= 0 and n:
                         break
                     _measure(tuning, point, Path(folder), sensors)
@@ -262,21 +273,20 @@ def tune(
 
 def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) -> None:
     """One trial of a point: the first time with what its answers lose."""
-    known = tuning.points.setdefault(point, Measured())
+    known = tuning.points.get(point, Measured())
     seen = Watch(sensors)
-    written = reference / "point.toml"
-    write_whole(written, to_toml(tuning.profile_of(point)))
     trial = Trial(
-        tuning.bundle.folder, str(written), images=tuning.images, question=tuning.question,
-        reference=reference if known.kl is None else None,
-    )  # fmt: skip
+        tuning.bundle.folder, tuning.profile_of(point), tuning.images, tuning.question, reference=reference if known.kl is None else None
+    )
     try:
         outcome = start(trial, watch=seen.of)
     except EdgeError as e:
         known.failed = str(e)
+        tuning.points[point] = known
         return
     finally:
         seen.end()
+    tuning.points[point] = known
     timed = [answer for answer in outcome.answers if answer.repeat > 0]
     known.latency_ms[tuning.rounds] = statistics.fmean(answer.total_ms for answer in timed)
     known.ttft_ms[tuning.rounds] = statistics.fmean(answer.token_times[0] - answer.started for answer in timed)
@@ -299,7 +309,8 @@ def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Call
         except DoesNotFitError:
             continue
         progress(f"reading the images with {variant} and the checkpoint's own settings, to compare with")
-        start(Trial(tuning.bundle.folder, "generic", settings, tuning.images, tuning.question, repeats=0, reference=folder))
+        profile = find_profile("generic", **settings)
+        start(Trial(tuning.bundle.folder, profile, tuning.images, tuning.question, repeats=0, reference=folder))
         return variant
     raise DoesNotFitError(f"{tuning.bundle.folder}: no variant fits the {device.free_mib} MiB that are free; take a smaller model")
 
@@ -321,7 +332,8 @@ def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
             at = values.index(dict(point)[axis])
             for value in values[max(0, at - 1) : at + 2] if axis in _ORDERED else values:
                 other = _agreeing({**dict(point), axis: value}, axis)
-                if other in tuning.points or other in found:
+                outside = any(v not in tuning.axes[a] for a, v in other)  # what had to give way is fixed by a flag
+                if outside or other in tuning.points or other in found:
                     continue
                 try:
                     fit_as_it_is(planner, tuning.profile_of(other), device)
@@ -355,7 +367,7 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tiled = any(plan_image(*image_size(image), checkpoint).tiled for image in images)
     axes: dict[str, list[Any]] = {
-        "variant": [v for v in bundle.variants if v != "fp16"],  # on a CPU fp16 is fp32 with casts
+        "variant": [v for v in bundle.variants if v != "fp16"] or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
         "prefill": ["none", *(v for v in ("int8",) if v in bundle.variants)],
         "threads": sorted(n for n in {1, 2, 4, 8, 16, default_threads(), usable} if n <= usable),
         "low_memory": [False, True],
@@ -366,6 +378,8 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
     for setting, value in profile.given(*(name for name in SETTINGS if profile.is_flag(name))).items():
         if setting in axes:
             axes[setting] = [value[0] if setting == "variant" else value]
+        elif setting == "kv":
+            axes["variant"] = [v for v in axes["variant"] if v.endswith(KV8) == (value == "int8")] or axes["variant"]
         elif setting in ("do_image_splitting", "max_tiles"):
             axes["tiles"] = [1] if profile.do_image_splitting is False else [profile.max_tiles or checkpoint.max_tiles]
     return axes

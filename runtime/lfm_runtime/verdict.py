@@ -60,9 +60,9 @@ def verdict(result: Mapping[str, Any], *, changed_files: bool, elapsed: tuple[fl
     own = max(((v["memory"]["swap_mib"] or {"max": 0.0})["max"] for v in result["variants"].values()), default=0.0)
     if max(machine["swapped_mib"], own) > _SWAPPED_MIB:
         reasons.append(f"swapped: {machine['swapped_mib']:.0f} MiB went to or came from swap, {own:.0f} MiB of the process were there")
-    share = machine["background_share"]["median"]
+    share, worst = machine["background_share"]["mean"], machine["background_share"]["max"]
     if share > MOST_BACKGROUND:
-        reasons.append(f"background load: others had {share:.0%} of the processors; close them, or wait for the host")
+        reasons.append(f"background load: others had {share:.0%} of the processors, {worst:.0%} at worst; close them, or wait for the host")
     if changed_files:
         reasons.append("the bundle's files were changed while it was measured")
     for variant, found in result["variants"].items():

@@ -48,10 +48,19 @@ def test_jetson(tmp_path) -> None:
         "sys/class/hwmon/hwmon0/name": "tmp451\n",
     }))  # fmt: skip
     assert sensors.read().power_w == pytest.approx(5.048 * 1.320)
-    assert sensors.power_from == "INA3221, whole board"
+    assert sensors.power_from == "INA3221, VDD_IN"
     (tmp_path / hwmon / "curr1_input").write_text("garbage\n")
     assert sensors.read().power_w is None
     assert "garbage" not in sensors.missing["power"] and "None" in sensors.missing["power"]
+
+
+def test_agx_orin(tmp_path) -> None:
+    """Its rails are measured apart: one of them alone is not the board."""
+    hwmon, files = "sys/class/hwmon/hwmon4/", {"sys/class/hwmon/hwmon4/name": "ina3221\n"}
+    for n, (name, milliampere) in enumerate((("VDD_GPU_SOC", 400), ("VDD_CPU_CV", 300), ("VIN_SYS_5V0", 900)), 1):
+        files |= {f"{hwmon}in{n}_label": name, f"{hwmon}in{n}_input": "5000", f"{hwmon}curr{n}_input": str(milliampere)}
+    sensors = Sensors(write(tmp_path, files))
+    assert sensors.read().power_w == pytest.approx(5 * (0.4 + 0.3 + 0.9))
 
 
 def test_rapl(tmp_path) -> None:

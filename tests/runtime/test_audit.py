@@ -12,14 +12,13 @@ import pytest
 from lfm_profiles import detect, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import audit as audit_module
-from lfm_runtime.audit import Workload, audit
+from lfm_runtime.audit import Subject, Workload, audit
 from lfm_runtime.audit_images import SIZES, find_images, make_images
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.cli import main
 from lfm_runtime.compare import changes, differences, read_audit
 from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.figures import figure
-from lfm_runtime.power import Power
 from lfm_runtime.trial import start
 from lfm_runtime.verdict import headlines
 from profiles.trees import write
@@ -43,17 +42,16 @@ def images(tmp_path) -> dict[str, Path]:
 @pytest.fixture
 def processes(monkeypatch):
     """A function: audits measure so many processes, however busy the machine is with other tests."""
-    return lambda count: monkeypatch.setattr(audit_module, "_schedule", lambda work: [("warm", v) for _ in range(count) for v in work.variants])
+    return lambda count: monkeypatch.setattr(audit_module, "_schedule", lambda work: [("warm", s) for _ in range(count) for s in work.subjects])
 
 
 def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
-    profile = with_flags(read("generic"), {"prepared": False})
-    given = {"settings": {"prepared": False, "threads": 1}, "variants": ["fp32"], "new_tokens": 8, "budget_s": 600.0, **more}
-    return Workload(Bundle.open(bundle), profile, "generic", images=images, **given)
+    profile = with_flags(read("generic"), {"prepared": False, "threads": 1, **more.pop("flags", {})})
+    return Workload(Bundle.open(bundle), profile, [Subject("fp32", profile)], images, **{"new_tokens": 8, "budget_s": 600.0, **more})
 
 
-def done(workload: Workload, sensors: Sensors, progress=lambda _: None, power=Power()) -> dict:  # noqa: B008
-    return audit(workload, detect(), sensors, power, progress)
+def done(workload: Workload, sensors: Sensors, progress=lambda _: None) -> dict:
+    return audit(workload, detect(), sensors, progress)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def written(demo_bundle, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("audit") / "audit.json"
     words = ["audit", str(demo_bundle), "-o", str(path), "--profile", "generic", "--new-tokens", "12", "--quiet", "--csv", str(path.with_suffix(".csv"))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit_module, "_schedule", lambda _: [(kind, "fp32") for kind in ("warm", "cold", "first_ever", "warm", "warm")])
+        patch.setattr(audit_module, "_schedule", lambda work: [(kind, s) for kind in ("warm", "cold", "first_ever", "warm", "warm") for s in work.subjects])
         assert main(words) in (0, 3)  # other tests run beside this one
     return path
 
@@ -227,17 +225,105 @@ def test_interrupted(demo_bundle, images, tmp_path, processes) -> None:
     assert "too few processes" in reasons(result)
 
 
-def test_meter(demo_bundle, images, tmp_path, processes) -> None:
-    processes(1)
+def test_meter(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """Through the command, with a meter that writes while the audit runs, and is read when it is over."""
+    import threading
     import time
 
-    now = time.time()
-    power = Power([(now - 60, 5.0), (now + 600, 5.0)])
-    result = done(work(demo_bundle, images), Sensors(tmp_path), power=power)
-    image = result["variants"]["fp32"]["images"]["small"]
-    assert result["machine"]["mean_w"] is None or result["machine"]["mean_w"] == pytest.approx(5.0)
-    assert image["energy_per_answer_j"]["median"] == pytest.approx(5.0 * image["total_ms"]["median"] / 1e3, rel=0.2)
+    path, stop = tmp_path / "watts.csv", threading.Event()
+
+    def log() -> None:
+        with path.open("w") as f:
+            f.write("time_s,power_w\n")
+            while not stop.is_set():
+                f.write(f"{time.time()},5.0\n")
+                f.flush()
+                time.sleep(0.05)
+
+    monkeypatch.setattr(audit_module, "_schedule", lambda work: [("warm", s) for s in work.subjects])
+    thread = threading.Thread(target=log)
+    thread.start()
+    try:
+        words = ["audit", str(demo_bundle), "--profile", "generic", "--quiet", "--new-tokens", "8", "-o", str(tmp_path / "a.json")]
+        assert main([*words, "--meter", str(path)]) in (0, 3)
+    finally:
+        stop.set()
+        thread.join()
+    result = json.loads((tmp_path / "a.json").read_text())
+    image = result["variants"]["fp32"]["images"]["large"]
+    assert result["machine"]["mean_w"] == pytest.approx(5.0)
+    assert image["energy_per_answer_j"]["median"] == pytest.approx(5.0 * image["total_ms"]["median"] / 1e3, rel=0.05)
     assert "power" not in result["machine"]["missing"]
+    path.write_text("time_s,power_w\n1,5\n2,5\n")
+    assert main([*words, "--meter", str(path)]) in (0, 3)
+    late = json.loads((tmp_path / "a.json").read_text())
+    assert "has no sample of the time of this audit" in late["machine"]["missing"]["meter"] and late["machine"]["mean_w"] is None
+
+
+def test_low_memory(demo_bundle, images, tmp_path, processes, monkeypatch) -> None:
+    """Graphs that every answer loads anew are a stage of it."""
+    processes(1)
+    result = done(work(demo_bundle, images, flags={"low_memory": True}), Sensors(write(tmp_path / "tree", TREE)))
+    image = result["variants"]["fp32"]["images"]["small"]
+    assert image["stages"]["load_ms"]["median"] > 0.3 * image["ttft_ms"]["median"]
+    assert image["stages"]["other_ms"]["median"] < 0.1 * image["total_ms"]["median"]
+
+
+def test_a_late_failure_keeps_what_was_measured(demo_bundle, images, tmp_path, monkeypatch, processes) -> None:
+    from lfm_runtime.trial import TrialError
+
+    processes(4)
+    calls = iter(range(100))
+
+    def fails(trial, **more):
+        if next(calls) == 2:
+            raise TrialError("the process measured was ended by signal 9")
+        return start(trial, **more)
+
+    monkeypatch.setattr(audit_module, "start", fails)
+    result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
+    assert result["partial"] and "signal 9" in result["stopped"]
+    assert result["variants"]["fp32"]["starts"]["warm"]["ready_ms"]["n"] == 2
+
+
+def test_one_token(demo_bundle, images, tmp_path, processes) -> None:
+    """No rate where there is nothing between tokens: not zero, but not measured."""
+    processes(1)
+    result = done(work(demo_bundle, images, new_tokens=1, soak_minutes=0.02, limits={"decode_tok_s": 1.0}), Sensors(write(tmp_path / "t", TREE)))
+    image = result["variants"]["fp32"]["images"]["small"]
+    assert image["decode_tok_s"] is None and image["inter_token_ms"] is None
+    assert result["limits"] == [{"name": "decode_tok_s", "limit": 1.0, "variant": None, "image": None, "measured": None, "holds": False}]
+    assert result["soak"]["minutes"][0]["inter_token_ms"] is None
+
+
+def test_terminated(demo_bundle, tmp_path) -> None:
+    """SIGTERM keeps what was measured; the process measured does not go on, also when its parent is killed."""
+    import signal
+    import time
+
+    import psutil
+
+    code = "import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", code, "audit", str(demo_bundle), "--profile", "generic", "--new-tokens", "8", "-o", str(tmp_path / "a.json")]
+    for signal_, kept in ((signal.SIGTERM, True), (signal.SIGKILL, False)):
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            for line in process.stderr:
+                if "2 processes measured" in line:
+                    break
+            children = []
+            while not children:
+                children = psutil.Process(process.pid).children()
+                time.sleep(0.01)
+            process.send_signal(signal_)
+            process.wait(30)
+            process.stderr.read()
+        gone, alive = psutil.wait_procs(children, timeout=5)
+        assert gone and not alive
+        assert (tmp_path / "a.json").exists() == kept
+        if kept:
+            assert json.loads((tmp_path / "a.json").read_text())["stopped"] == "interrupted"
+            (tmp_path / "a.json").unlink()
 
 
 # ------------------------------------------------------------------------------------------------- limits and compare
@@ -322,6 +408,7 @@ def test_differences(written) -> None:
     (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
     (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
     (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
+    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
     (lambda _: "[1]", "holds no JSON object"),
 ])  # fmt: skip
 def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
@@ -331,8 +418,9 @@ def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
     assert message in capsys.readouterr().err
 
 
-def edited(variants: dict) -> dict:
-    next(iter(variants.values()))["images"]["small"]["ttft_ms"]["median"] /= 10
+def edited(variants: dict, to: str = "") -> dict:
+    of = next(iter(variants.values()))["images"]["small"]["ttft_ms"]
+    of["median"] = of[to] if to else of["median"] / 10
     return variants
 
 
@@ -345,9 +433,10 @@ def test_images_found(tmp_path, images) -> None:
     shutil.copy(images["small"], folder / "a.png")
     (folder / "b.jpg").write_bytes(b"no image")
     (folder / "notes.txt").write_text("hello")
+    (folder / "cut.png").write_bytes(images["small"].read_bytes()[:2000])
     found, skipped = find_images(folder)
     assert list(found) == ["a.png"]
-    assert [entry["name"] for entry in skipped] == ["b.jpg", "notes.txt"] and "not a readable image" in skipped[0]["reason"]
+    assert [entry["name"] for entry in skipped] == ["b.jpg", "cut.png", "notes.txt"] and "not a readable image" in skipped[0]["reason"]
     (folder / "a.png").unlink()
     with pytest.raises(ImageError, match="holds no image that can be read"):
         find_images(folder)
@@ -368,7 +457,6 @@ def test_images_found(tmp_path, images) -> None:
     (["--soak", "-1"], "soak -1"),
     (["-o", "nowhere/audit.json"], "is not a folder"),
     (["--images", "nowhere"], "nowhere is not a folder of images"),
-    (["--meter", "nowhere.csv"], "nowhere.csv cannot be read"),
 ])  # fmt: skip
 def test_refusals(demo_bundle, capsys, words, message) -> None:
     assert main(["audit", str(demo_bundle), "--profile", "generic", *words]) == 2

@@ -174,10 +174,27 @@ def test_budgets(demo_bundle, tmp_path, budget, message) -> None:
 
 
 def test_bundle_that_is_written_to_is_found(installed, monkeypatch) -> None:
-    marks = iter(["before", "after"])
-    monkeypatch.setattr(selftest, "_marks", lambda _: next(marks))
-    with pytest.raises(CheckError, match="changed files"):
+    """A file that appears in the folder it runs from, as root could make one."""
+    real = selftest._process
+
+    def writes(code: str, words: list[str]):
+        place = Path(words[1])
+        mode = place.stat().st_mode
+        place.chmod(0o755)
+        (place / "cache.bin").write_text("x")
+        place.chmod(mode)
+        return real(code, words)
+
+    monkeypatch.setattr(selftest, "_process", writes)
+    with pytest.raises(CheckError, match="wrote into the bundle's folder"):
         check("read-only bundle").run(installed)
+
+
+def test_profile_with_other_image_sizes(demo_bundle, tmp_path) -> None:
+    """Golden values are of the checkpoint's own settings: a profile with smaller images changes nothing about them."""
+    small = tmp_path / "small.toml"
+    small.write_text('extends = "generic"\nmin_image_tokens = 8\nmax_image_tokens = 16\ndo_image_splitting = false\n')
+    assert "fp32" in check("golden values").run(Installed(demo_bundle, str(small), "fp32"))
 
 
 def test_boards(installed, monkeypatch, tmp_path) -> None:

@@ -3,10 +3,11 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lfm_profiles import Device, read, schema, with_flags
+from lfm_profiles import Device, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import tune as tuning_module
 from lfm_runtime.bundle import Bundle
@@ -41,9 +42,7 @@ class Scripted:
         self.asked += 1
         if self.asked == self.interrupt_at:
             raise KeyboardInterrupt
-        schema._parsed.cache_clear()  # every point is written to the same file
-        profile = read(trial.profile)
-        ms, mib, kl = self.cost(profile)
+        ms, mib, kl = self.cost(trial.profile)
         return outcome(ms * math.exp(self.random.gauss(0, self.noise)), mib, kl)
 
 
@@ -128,12 +127,42 @@ def test_interrupted_and_resumed(demo_bundle, photo, monkeypatch) -> None:
     assert again.resume(kept)
     assert again.points == found.points and again.rounds == found.rounds
     other = Tuning(found.bundle, found.profile, found.images, "Another question", "latency", 0.1, found.axes)
-    with pytest.raises(SettingError, match="of another bundle, images or question"):
+    with pytest.raises(SettingError, match="of another bundle, machine, images or question"):
         other.resume(kept)
     scripted.interrupt_at = scripted.asked + 1
     nothing = Tuning(found.bundle, found.profile, found.images, QUESTION, "latency", 0.1, found.axes)
     with pytest.raises(KeyboardInterrupt):
         tune(nothing, BIG, minutes=1, kept=photo.with_name("none.json"), sensors=Sensors(photo.parent))
+
+
+def test_flags_that_exclude_others(demo_bundle, photo, monkeypatch) -> None:
+    """low_memory as a flag: no neighbour may give it up for a prefill variant."""
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, flags={"low_memory": True}, minutes=0.03)
+    assert found.axes["low_memory"] == [True]
+    assert all(dict(p)["low_memory"] and dict(p)["prefill"] == "none" for p in found.points)
+
+
+def test_resumed_with_other_flags(demo_bundle, photo, monkeypatch) -> None:
+    """Points that a flag excludes now are left out, and none of them is written."""
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.03)
+    axes = {**found.axes, "threads": [1]}
+    again = Tuning(found.bundle, with_flags(found.profile, {"threads": 1}), found.images, QUESTION, "latency", 0.1, axes)
+    assert again.resume(photo.with_suffix(".json"))
+    assert again.points and all(dict(p)["threads"] == 1 for p in again.points)
+    assert dict(again.chosen())["threads"] == 1
+
+
+def test_failed_points_are_not_chosen(demo_bundle, photo, monkeypatch) -> None:
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.03)
+    best = found.chosen()
+    found.points[best].failed = "ended by signal 9"
+    assert found.chosen() != best and best not in found.front()
+
+
+def test_only_fp16(demo_bundle, photo) -> None:
+    bundle = Bundle.open(demo_bundle)
+    alone = replace(bundle, variants={"fp16": bundle.variants["fp32"]})
+    assert axes_of(alone, read("generic"), [photo])["variant"] == ["fp16"]
 
 
 def test_energy_without_a_sensor(demo_bundle, photo, monkeypatch) -> None:
@@ -143,12 +172,11 @@ def test_energy_without_a_sensor(demo_bundle, photo, monkeypatch) -> None:
 
 def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
     """Against the model in this process: tokens, views, and times that add up."""
-    from dataclasses import replace
-
     from lfm_runtime.model import Model
 
     seen = []
-    found = start(Trial(demo_bundle, "generic", {"variant": "fp32", "threads": 1}, [photo], QUESTION, 12), watch=seen.append)
+    profile = with_flags(read("generic"), {"variant": ("fp32",), "threads": 1})
+    found = start(Trial(demo_bundle, profile, [photo], QUESTION, 12), watch=seen.append)
     model = Model.load(replace(Bundle.open(demo_bundle), eos=()), profile="generic", variant="fp32", threads=1)
     answer = model.answer([photo], QUESTION, temperature=0, max_new_tokens=12)
     answer.text()
@@ -168,22 +196,26 @@ def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
 
 
 def test_divergence(demo_bundle, photo, tmp_path) -> None:
-    trial = Trial(demo_bundle, "generic", {"variant": "fp32"}, [photo], QUESTION, 8, 0, reference=tmp_path)
+    trial = Trial(demo_bundle, read("generic"), [photo], QUESTION, 8, 0, reference=tmp_path)
     assert start(trial).kl == 0.0
     assert start(trial).kl == pytest.approx(0.0, abs=1e-7)
-    fewer = start(Trial(demo_bundle, "generic", {"variant": "fp32", "do_image_splitting": False}, [photo], QUESTION, 8, 0, reference=tmp_path))
+    fewer = start(replace(trial, profile=with_flags(read("generic"), {"do_image_splitting": False})))
     assert fewer.kl > 1e-4
+    import numpy as np
+
+    ids = np.load(tmp_path / "0.npz")["ids"].tolist()
+    eos = Bundle.open(demo_bundle).eos
+    assert len(ids) == 8 or ids[-1] in eos, "up to where the answer ends"
+    assert not set(ids[:-1]) & set(eos)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"bundle": Path("nowhere")}, "nowhere is not a folder"),
-    ({"settings": {"threads": 0}}, "threads 0 is impossible"),
+    ({"profile": with_flags(read("generic"), {"variant": ("int4",)})}, "has no variant 'int4'"),
 ])  # fmt: skip
 def test_trials_that_cannot_be(demo_bundle, photo, change, message) -> None:
-    from dataclasses import replace
-
     with pytest.raises(TrialError, match=message):
-        start(replace(Trial(demo_bundle, "generic", {}, [photo]), **change))
+        start(replace(Trial(demo_bundle, read("generic"), [photo]), **change))
 
 
 def test_trial_killed(demo_bundle, photo) -> None:
@@ -191,7 +223,7 @@ def test_trial_killed(demo_bundle, photo) -> None:
     import signal
 
     with pytest.raises(TrialError, match="ended by signal 9"):
-        start(Trial(demo_bundle, "generic", {}, [photo]), watch=lambda pid: os.kill(pid, signal.SIGKILL))
+        start(Trial(demo_bundle, read("generic"), [photo]), watch=lambda pid: os.kill(pid, signal.SIGKILL))
 
 
 def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
