@@ -2,11 +2,11 @@
 
 from lfm_profiles.choice import Choice, choose
 from lfm_profiles.cores import default_threads, physical_cores
-from lfm_profiles.cpu import cpu_features
+from lfm_profiles.cpu import adds_int8_in_16_bits, cpu_features
 from lfm_profiles.device import Device, detect
 from lfm_profiles.schema import Profile, ProfileError, changed, read, stepped_down, to_toml, with_flags
 
 __all__ = [
-    "Choice", "Device", "Profile", "ProfileError", "changed", "choose", "cpu_features", "default_threads", "detect", "physical_cores",
-    "read", "stepped_down", "to_toml", "with_flags",
+    "Choice", "Device", "Profile", "ProfileError", "adds_int8_in_16_bits", "changed", "choose", "cpu_features", "default_threads",
+    "detect", "physical_cores", "read", "stepped_down", "to_toml", "with_flags",
 ]  # fmt: skip

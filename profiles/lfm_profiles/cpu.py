@@ -28,3 +28,9 @@ def features_of(cpuinfo: str, machine: str) -> tuple[str, ...]:
         elif name == "CPU part":
             found.add(f"{name} {value}")
     return tuple(sorted(found))
+
+
+def adds_int8_in_16_bits() -> bool:
+    """x86 without VNNI: products of bytes are added in pairs as 16-bit numbers, which overflow where weights and inputs are large."""
+    features = cpu_features()
+    return bool({"x86_64", "AMD64"}.intersection(features)) and not any(feature.endswith("_vnni") for feature in features)

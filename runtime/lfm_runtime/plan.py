@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lfm_profiles import Device, Profile, cpu_features, stepped_down
+from lfm_profiles import Device, Profile, adds_int8_in_16_bits, stepped_down
 from lfm_profiles.schema import TILE_SETTINGS
 
 from lfm_runtime.bundle import Bundle, read_manifest
@@ -202,7 +202,7 @@ class Planner:
         if found != path:
             whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
             return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
-        packed = _COPIED[stem] if kind == "int8" and _copies_int8() else _PACKED[kind]
+        packed = _COPIED[stem] if kind == "int8" and adds_int8_in_16_bits() else _PACKED[kind]
         return _Loaded(Memory(packed * weights, 0), head)
 
 
@@ -218,7 +218,7 @@ _SESSIONS = Memory(5.0, 10.0)
 _VISION_WORK, _TEXT_WORK = 17.0, 46.0
 """What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
-_IMAGE_COPIES = 1.5
+_IMAGE_COPIES = 0.9
 """Of the decoded image, beside itself, while it is opened and resized."""
 _END = Memory(1.0, 1.0)
 """Of the answer itself."""
@@ -232,16 +232,11 @@ class _Loaded:
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
 
 
-def _copies_int8() -> bool:
-    """See _COPIED."""
-    features = cpu_features()
-    return bool({"x86_64", "AMD64"}.intersection(features)) and not any(f.endswith("_vnni") for f in features)
-
-
 def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:
     """MiB for opening, resizing and cutting one image."""
-    resized = plan.rows * plan.columns * tile_size**2 if plan.tiled else plan.whole_size[0] * plan.whole_size[1]
-    return 3 * (_IMAGE_COPIES * size[0] * size[1] + 2 * resized) / MIB
+    width, height = (plan.columns * tile_size, plan.rows * tile_size) if plan.tiled else plan.whole_size
+    between = width * size[1]  # columns are resized first
+    return 3 * (_IMAGE_COPIES * size[0] * size[1] + between + 2 * width * height) / MIB
 
 
 # --------------------------------------------------------------------------------------------------- taking less of it

@@ -46,6 +46,22 @@ def sessions(monkeypatch) -> list[dict]:
     return created
 
 
+@pytest.mark.parametrize(("features", "wanted"), [
+    (("avx2", "x86_64"), "1"), (("AMD64", "avx2"), "1"), (("x86_64", ""), "1"), (("avx2", "avx512_vnni", "x86_64"), None),
+    (("avx2", "avx_vnni", "x86_64"), None), (("aarch64", "asimd"), None),
+])  # fmt: skip
+def test_exact_int8_products_only_where_they_would_overflow(monkeypatch, features, wanted) -> None:
+    """The request for them slows other processors down."""
+    from lfm_runtime.sessions import Execution
+
+    monkeypatch.setattr("lfm_profiles.cpu.cpu_features", lambda: features)
+    try:
+        found = Execution(1).options().get_session_config_entry("session.x64quantprecision")
+    except RuntimeError:  # nobody set it
+        found = None
+    assert found == wanted
+
+
 @pytest.mark.parametrize("name", [name for name in names() if name not in CUDA])
 def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) -> None:
     profile = find_profile(name)
