@@ -213,7 +213,7 @@ _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
 """What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32 on the CPU."""
 _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
-_SESSIONS = Memory(5.0, 10.0)
+_SESSIONS = Memory(6.0, 11.0)
 """onnxruntime's own, and its library's pages."""
 _VISION_WORK, _TEXT_WORK = 17.0, 46.0
 """What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
