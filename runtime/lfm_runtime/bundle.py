@@ -20,6 +20,8 @@ from lfm_runtime.prompt import PromptSpec, compile_on_device
 from lfm_runtime.sampling import GenerationSettings
 
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+"""Of a packed bundle: names the manifest as well."""
 HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi."""
 

@@ -218,7 +218,7 @@ _SESSIONS = Memory(6.0, 11.0)
 _VISION_WORK, _TEXT_WORK = 17.0, 46.0
 """What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
-_IMAGE_COPIES = 0.9
+_IMAGE_COPIES = 0.6
 """Of the decoded image, beside itself, while it is opened and resized."""
 _END = Memory(1.0, 1.0)
 """Of the answer itself."""

@@ -6,13 +6,12 @@ import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import MANIFEST, SUMS, Bundle, file_hash, read_manifest
 from lfm_runtime.contract import GRAPHS
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.external_data import external_files
 from lfm_runtime.sessions import Execution, load_session
 
-SUMS = "SHA256SUMS"
 Progress = Callable[[int, int], None]
 """Called with (bytes hashed, bytes in all)."""
 

@@ -1,0 +1,1 @@
+"""From a bundle to what is carried to a device. Standard library and the runtime only."""

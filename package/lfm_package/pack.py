@@ -1,0 +1,200 @@
+"""One variant of a bundle as one file: only what that variant reads, named and hashed, the same bytes from the same inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from lfm_profiles import Profile, to_toml
+from lfm_runtime.bundle import MANIFEST, SUMS, Bundle, read_manifest
+from lfm_runtime.errors import BundleError, SettingError
+
+PROFILE = "profile.toml"
+_BLOCK = 1 << 20
+_KEPT_BY_VARIANT = ("variants", "quantization", "quality", "golden")
+
+
+def pack(folder: Path, variants: Sequence[str], output: Path, *, profile: Profile | None = None, split: int = 0) -> list[Path]:
+    """Write variants of a bundle as a tar file, or as parts of it. What was there before stays until all is written.
+
+    Args:
+        folder: the bundle.
+        variants: the first is what the device takes by default.
+        output: NAME.tar, or NAME.tar.zst where this Python has zstd. The files lie in a folder NAME inside.
+        profile: packed as well, as profile.toml, all values resolved.
+        split: largest size of a part in bytes, for media that hold no larger files; 0 is one file.
+
+    Returns:
+        The files written: the archive or its parts NAME.tar.000, NAME.tar.001 …, then NAME.tar.sha256.
+
+    Raises:
+        BundleError: not a bundle of lfm-edge, a variant or file is missing or damaged, or the output cannot be written.
+        SettingError: an output of another kind, or without zstd here.
+    """
+    manifest = _reduced(folder, variants)
+    texts = {PROFILE: to_toml(profile).encode()} if profile else {}
+    for name, data in texts.items():
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"] = dict(sorted(manifest["files"].items()))
+    texts[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
+    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()}
+    texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+    top = output.name.removesuffix(".zst").removesuffix(".tar")
+    _check_space(output, sum(int(entry["bytes"]) for entry in manifest["files"].values()))
+    parts = _Parts(output, split)
+    try:
+        with parts, _compressed(output, parts) as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+            for name in sorted({*manifest["files"], *texts}):
+                if name in texts:
+                    tar.addfile(_entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
+                else:
+                    _add(tar, folder / name, f"{top}/{name}", manifest["files"][name])
+        return parts.finish()
+    except OSError as e:
+        raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
+    finally:
+        parts.discard()
+
+
+def _reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
+    """The manifest of these variants alone."""
+    bundle, manifest = Bundle.open(folder), read_manifest(folder)
+    if manifest is None:
+        raise BundleError(f"{folder} has no {MANIFEST}; make a bundle with: lfm-edge export")
+    for variant in variants:
+        bundle.graphs(variant)
+    graphs = {name for variant in variants for name in manifest["variants"][variant].values()}
+    weights = {name for graph in graphs for name in manifest["graphs"][graph]["data"]}
+    recipes = {f"recipes/{variant}.toml" for variant in variants}
+    kept = {n for n in manifest["files"] if n in graphs | weights | recipes or not n.startswith(("onnx/", "recipes/"))} - {PROFILE}
+    return {
+        **manifest,
+        **{key: {v: manifest[key][v] for v in variants if v in manifest[key]} for key in _KEPT_BY_VARIANT if key in manifest},
+        "graphs": {name: entry for name, entry in manifest["graphs"].items() if name in graphs},
+        "files": {name: entry for name, entry in manifest["files"].items() if name in kept},
+    }
+
+
+def _entry(name: str, size: int) -> tarfile.TarInfo:
+    """Without time, owner or permissions of this machine."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = size, 0o644, 0
+    return entry
+
+
+def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Mapping[str, Any]) -> None:
+    """A file whose bytes are hashed while they are packed."""
+    with path.open("rb") as f:
+        reader = _Hashing(f)
+        tar.addfile(_entry(name, int(wanted["bytes"])), cast("IO[bytes]", reader))
+    if reader.digest.hexdigest() != wanted["sha256"]:
+        raise BundleError(f"{path} is damaged (its SHA-256 is not {MANIFEST}'s); copy the bundle again")
+
+
+class _Hashing:
+    """Reads a file and hashes what was read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self.digest.update(block)
+        return block
+
+
+class _Parts(io.RawIOBase):
+    """A file that is written as parts of at most so many bytes, under temporary names until `finish`."""
+
+    def __init__(self, output: Path, size: int) -> None:
+        self._output, self._size = output, size
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+        self._written: list[Path] = []
+        self._file: IO[bytes] | None = None
+        self._room, self._digest = 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        total = len(view)
+        while len(view):
+            if self._file is None or (self._size and not self._room):
+                self._next()
+            block = view[: self._room] if self._size else view
+            assert self._file is not None
+            self._file.write(block)
+            self._room -= len(block)
+            view = view[len(block) :]
+        return total
+
+    def _next(self) -> None:
+        self._end()
+        name = f"{self._output.name}.{len(self._written):03d}" if self._size else self._output.name
+        self._written.append(self._folder / name)
+        self._file = self._written[-1].open("wb")
+        self._room = self._size
+
+    def _end(self) -> None:
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> list[Path]:
+        """Move everything into its place."""
+        self._end()
+        note = self._folder / f"{self._output.name}.sha256"
+        note.write_text(f"{self._digest.hexdigest()}  {self._output.name}\n", encoding="utf-8")
+        places: list[Path] = []
+        for path in self._output.parent.glob(f"{self._output.name}.[0-9][0-9][0-9]"):
+            path.unlink()  # parts of an earlier one would be joined with these
+        for path in [*self._written, note]:
+            place = self._output.with_name(path.name)
+            path.replace(place)
+            places.append(place)
+        return places
+
+    def discard(self) -> None:
+        """Remove what was not moved."""
+        if self._file:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def _compressed(output: Path, to: io.RawIOBase) -> Iterator[IO[bytes]]:
+    if output.suffix == ".tar":
+        yield cast("IO[bytes]", to)
+    elif output.name.endswith(".tar.zst"):
+        try:
+            from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
+        except ImportError as e:
+            raise SettingError(f"{output}: this Python has no zstd (3.14 has); name a .tar: weights hardly become smaller") from e
+        with zstd.open(to, "wb") as stream:
+            yield stream
+    else:
+        raise SettingError(f"{output} is neither .tar nor .tar.zst; name such a file")
+
+
+def _check_space(output: Path, size: int) -> None:
+    if not output.absolute().parent.is_dir():
+        raise SettingError(f"{output.absolute().parent} is not a folder; make it, or write elsewhere")
+    parent = output.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise BundleError(f"{parent} has {free >> 20} MiB free, {output.name} takes {size >> 20}; {(size - free) >> 20} more are needed")

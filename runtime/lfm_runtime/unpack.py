@@ -1,0 +1,82 @@
+"""A packed bundle becomes a folder: all of it, verified, or nothing. The archive may come from anywhere and is not trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from lfm_runtime.bundle import MANIFEST, SUMS
+from lfm_runtime.bundle_writer import replacing
+from lfm_runtime.errors import BundleError
+from lfm_runtime.verify import verify
+
+_LARGEST_MANIFEST = 64 << 20
+_BLOCK = 1 << 20
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Raises:
+    BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, or no room; `folder` is as before.
+    """
+    try:
+        entries = _looked_through(archive)
+        wanted = sum(entry.size for entry in entries.values())
+        parent = folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < wanted:
+            short = ((wanted - free) >> 20) + 1
+            raise BundleError(f"{parent} has {free >> 20} MiB free, {archive} takes {wanted >> 20}; {short} more are needed")
+        with replacing(folder) as new, tarfile.open(archive) as tar:
+            for name, entry in entries.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                source = tar.extractfile(entry)
+                assert source is not None
+                with source, (new / name).open("wb") as f:
+                    shutil.copyfileobj(source, f, _BLOCK)
+            if problems := verify(new):
+                raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
+    except (tarfile.TarError, EOFError) as e:
+        raise BundleError(f"{archive} is not a tar file, or is cut off ({e}); copy it again") from e
+    except FileNotFoundError as e:
+        raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
+    except OSError as e:
+        raise BundleError(f"{archive} cannot be read: {e.strerror or e}") from e
+
+
+def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
+    """Name inside the bundle → entry, every name and size checked before anything is written."""
+    entries: dict[str, tarfile.TarInfo] = {}
+    tops = set()
+    with tarfile.open(archive) as tar:
+        for entry in tar:
+            path = PurePosixPath(entry.name)
+            if path.is_absolute() or ".." in path.parts or "\\" in entry.name or len(path.parts) < 2:
+                raise BundleError(f"{archive} holds {entry.name!r}, a name outside of its folder; do not use it")
+            if not entry.isreg() or entry.issparse():
+                raise BundleError(f"{archive} holds {entry.name!r}, which is a link, a device or sparse; do not use it")
+            tops.add(path.parts[0])
+            name = PurePosixPath(*path.parts[1:]).as_posix()
+            if name in entries:
+                raise BundleError(f"{archive} holds {entry.name!r} twice; do not use it")
+            entries[name] = entry
+        if len(tops) != 1 or MANIFEST not in entries:
+            raise BundleError(f"{archive} is not a bundle packed by lfm-edge: no {MANIFEST} in one folder")
+        if entries[MANIFEST].size > _LARGEST_MANIFEST:
+            raise BundleError(f"{archive}: {MANIFEST} is too large; do not use it")
+        source = tar.extractfile(entries[MANIFEST])
+        assert source is not None
+        try:
+            files = json.loads(source.read())["files"]
+            sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise BundleError(f"{archive}: {MANIFEST} is damaged ({type(e).__name__}); copy it again") from e
+    for name, entry in entries.items():
+        if name not in (MANIFEST, SUMS) and entry.size != sizes.get(name):
+            said = f"{sizes[name]} bytes" if name in sizes else "nothing"
+            raise BundleError(f"{archive} holds {name} with {entry.size} bytes, its {MANIFEST} says {said}; do not use it")
+    if missing := sorted(sizes.keys() - entries.keys()):
+        raise BundleError(f"{archive} lacks {missing[0]}, which its {MANIFEST} names; copy it again")
+    return entries

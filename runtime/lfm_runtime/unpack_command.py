@@ -1,0 +1,22 @@
+"""`lfm-edge unpack`: a packed bundle becomes a folder, verified."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Unpack what lfm-edge bundle packed: all of it, every byte verified, or nothing."
+    parser.add_argument("archive", type=Path, metavar="NAME.tar")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Unpack and say where."""
+    from lfm_runtime.unpack import unpack
+
+    unpack(options.archive, options.output)
+    print(f"{options.output} is whole")
+    return 0

@@ -1,0 +1,229 @@
+"""Packing: the same bytes from the same inputs, nothing but the variant; unpacking: everything or nothing, whatever the archive holds."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from lfm_package.pack import pack
+from lfm_profiles import read
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.model import Model
+from lfm_runtime.unpack import unpack
+from lfm_runtime.verify import verify
+
+QUESTION = "What is in this image?"
+
+
+@pytest.fixture
+def packed(demo_bundle, tmp_path) -> Path:
+    pack(demo_bundle, ["fp32"], tmp_path / "cam.tar", profile=read("pi5"))
+    return tmp_path / "cam.tar"
+
+
+def test_there_and_back(demo_bundle, packed, tmp_path) -> None:
+    unpack(packed, tmp_path / "there")
+    assert verify(tmp_path / "there") == []
+    there = Bundle.open(tmp_path / "there")
+    assert list(there.variants) == ["fp32"]
+    for name in ("config.json", "prompt.json", "README.md", "onnx/vision_encoder.onnx", "onnx/decoder_model_merged.onnx_data"):
+        if (demo_bundle / name).exists():
+            assert (tmp_path / "there" / name).read_bytes() == (demo_bundle / name).read_bytes()
+    said = [Model.load(place, profile="generic").answer([], "Hello", temperature=0, max_new_tokens=8).text() for place in (demo_bundle, tmp_path / "there")]
+    assert said[0] == said[1]
+    profile = tmp_path / "there" / "profile.toml"
+    assert read(str(profile)).prefill == read("pi5").prefill
+    assert main(["run", str(tmp_path / "there"), "-p", "Hello", "--max-new-tokens", "2", "--profile", str(profile)]) == 0
+
+
+def test_one_variant_alone(demo_bundle, tmp_path) -> None:
+    """Of a bundle with two variants, one; the manifest says no word of the other."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "two"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for stem, name in list(manifest["variants"]["fp32"].items()):
+        other = name.replace(".onnx", "_int8.onnx")
+        for suffix in ("", "_data"):
+            shutil.copy(bundle / (name + suffix), bundle / (other + suffix))
+            manifest["files"][other + suffix] = manifest["files"][name + suffix]
+        manifest["variants"].setdefault("int8", {})[stem] = other
+        manifest["graphs"][other] = {**manifest["graphs"][name], "data": [f"{other}_data"]}
+    manifest["quality"] = {"int8": {"kl": 0.1}}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    pack(bundle, ["fp32"], tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        names = tar.getnames()
+        found = json.loads(tar.extractfile("a/manifest.json").read())
+    assert not [name for name in names if "int8" in name]
+    assert "int8" not in json.dumps({key: value for key, value in found.items() if key != "files"})
+    assert list(found["golden"]) == ["fp32"]
+
+
+def test_the_same_bytes(demo_bundle, tmp_path) -> None:
+    """From a copy with other times and permissions, in another order, at another place."""
+    other = Path(shutil.copytree(demo_bundle, tmp_path / "elsewhere", copy_function=shutil.copy))
+    for n, path in enumerate(sorted(other.rglob("*"), reverse=True)):
+        os.utime(path, (n, n))
+        if path.is_file():
+            path.chmod(0o600)
+    (tmp_path / "b").mkdir()
+    pack(demo_bundle, ["fp32"], tmp_path / "cam.tar")
+    pack(other, ["fp32"], tmp_path / "b" / "cam.tar")
+    assert (tmp_path / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes()
+    with tarfile.open(tmp_path / "cam.tar") as tar:
+        assert {(e.mtime, e.uid, e.gid, e.uname, e.mode) for e in tar} == {(0, 0, 0, "", 0o644)}
+    digest = hashlib.sha256((tmp_path / "cam.tar").read_bytes()).hexdigest()
+    assert (tmp_path / "cam.tar.sha256").read_text() == f"{digest}  cam.tar\n"
+
+
+def test_parts(demo_bundle, packed, tmp_path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "cam.tar.099").write_text("of an earlier one")
+    written = pack(demo_bundle, ["fp32"], folder / "cam.tar", profile=read("pi5"), split=10_000_000)
+    assert sorted(p.name for p in folder.iterdir()) == [p.name for p in written] == ["cam.tar.000", "cam.tar.001", "cam.tar.002", "cam.tar.sha256"]
+    assert all(path.stat().st_size <= 10_000_000 for path in written)
+    assert b"".join(path.read_bytes() for path in written[:-1]) == packed.read_bytes()
+    assert (folder / "cam.tar.sha256").read_text() == (tmp_path / "cam.tar.sha256").read_text()
+
+
+def test_command(demo_bundle, tmp_path, capsys) -> None:
+    assert main(["bundle", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "x.tar")]) == 0
+    assert "x.tar.sha256" in capsys.readouterr().out
+    assert main(["unpack", str(tmp_path / "x.tar"), "-o", str(tmp_path / "x")]) == 0
+    assert main(["unpack", str(tmp_path / "x.tar"), "-o", str(tmp_path / "x")]) == 0, "again: the same"
+    assert main(["verify", str(tmp_path / "x")]) == 0
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--variant", "int4", "-o", "x.tar"], "has no variant 'int4'"),
+    (["--variant", "fp32", "-o", "x.zip"], "is neither .tar nor .tar.zst"),
+    (["--variant", "fp32", "-o", "nowhere/x.tar"], "is not a folder"),
+    (["--variant", "fp32", "-o", "x.tar", "--split", "7"], "--split 7 is impossible"),
+    (["--variant", "fp32", "-o", "x.tar", "--split", "much"], "--split much is impossible"),
+    (["--variant", "fp32", "--prefill", "fp32", "-o", "x.tar"], "--prefill fp32 has no effect"),
+    (["--variant", "fp32", "--profile", "zzz", "-o", "x.tar"], "there is no profile 'zzz'"),
+])  # fmt: skip
+def test_refusals(demo_bundle, tmp_path, monkeypatch, capsys, words, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bundle", str(demo_bundle), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_damaged_weights_are_not_packed(bundle_copy, tmp_path) -> None:
+    weights = bundle_copy / "onnx" / "decoder_model_merged.onnx_data"
+    (tmp_path / "x.tar").write_text("before")
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match="is damaged"):
+        pack(bundle_copy, ["fp32"], tmp_path / "x.tar")
+    assert (tmp_path / "x.tar").read_text() == "before"
+
+
+def test_no_zstd(demo_bundle, tmp_path) -> None:
+    import sys
+
+    if sys.version_info >= (3, 14):
+        pytest.skip("this Python has zstd")
+    with pytest.raises(SettingError, match="this Python has no zstd"):
+        pack(demo_bundle, ["fp32"], tmp_path / "x.tar.zst")
+
+
+# ------------------------------------------------------------------------------------------------------ not to be trusted
+
+
+def entry(name: str, data: bytes = b"x", **more) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in more.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def tampered(packed: Path, added: list[tuple[tarfile.TarInfo, bytes]], without: str = "") -> Path:
+    out = packed.with_name("bad.tar")
+    with tarfile.open(packed) as old, tarfile.open(out, "w") as new:
+        for e in old:
+            if e.name != without:
+                new.addfile(e, old.extractfile(e))
+        for info, data in added:
+            new.addfile(info, io.BytesIO(data) if info.isreg() else None)
+    return out
+
+
+@pytest.mark.parametrize(("added", "message"), [
+    ([entry("../evil")], "outside of its folder"),
+    ([entry("cam/../../evil")], "outside of its folder"),
+    ([entry("/tmp/evil")], "outside of its folder"),
+    ([entry("evil")], "outside of its folder"),
+    ([entry("cam\\..\\evil")], "outside of its folder"),
+    ([entry("other/file")], "no manifest.json in one folder"),
+    ([entry("cam/link", b"", type=tarfile.SYMTYPE, linkname="/etc")], "is a link, a device or sparse"),
+    ([entry("cam/hard", b"", type=tarfile.LNKTYPE, linkname="cam/config.json")], "is a link, a device or sparse"),
+    ([entry("cam/null", b"", type=tarfile.CHRTYPE)], "is a link, a device or sparse"),
+    ([entry("cam/pipe", b"", type=tarfile.FIFOTYPE)], "is a link, a device or sparse"),
+    ([entry("cam/config.json")], "twice"),
+    ([entry("cam/./config.json")], "twice"),
+    ([entry("cam/extra")], "its manifest.json says nothing"),
+])  # fmt: skip
+def test_tampered(packed, tmp_path, added, message) -> None:
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    bad = tampered(packed, added)
+    with pytest.raises(BundleError, match=message.replace("(", "\\(")):
+        unpack(bad, tmp_path / "there")
+    assert not (tmp_path / "there").exists() and not Path("/tmp/evil").exists()
+    assert sorted(str(p) for p in tmp_path.rglob("*") if p != bad) == before
+
+
+def test_huge_sparse_file(packed, tmp_path) -> None:
+    """A header that promises a terabyte: refused by the manifest's size, before a byte is written."""
+    info, _ = entry("cam/onnx/decoder_model_merged.onnx_data")
+    with tarfile.open(packed) as old, (tmp_path / "bad.tar").open("wb") as f, tarfile.open(fileobj=f, mode="w") as new:
+        for e in old:
+            if e.name != info.name:
+                new.addfile(e, old.extractfile(e))
+    info.size = 1 << 40
+    data = (tmp_path / "bad.tar").read_bytes().rstrip(b"\0")
+    data += b"\0" * (-len(data) % 512) + info.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "bad.tar").write_bytes(data)
+    with pytest.raises(BundleError, match=r"bytes|cut off"):
+        unpack(tmp_path / "bad.tar", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_missing_cut_and_damaged(packed, tmp_path) -> None:
+    with pytest.raises(BundleError, match=r"lacks config\.json"):
+        unpack(tampered(packed, [], without="cam/config.json"), tmp_path / "there")
+    whole = packed.read_bytes()
+    for size in (0, 100, 5000, len(whole) // 2, len(whole) - 20_000):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        with pytest.raises(BundleError):
+            unpack(tmp_path / "cut.tar", tmp_path / "there")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    (tmp_path / "flipped.tar").write_bytes(flipped)
+    with pytest.raises(BundleError, match="is damaged"):
+        unpack(tmp_path / "flipped.tar", tmp_path / "there")
+    with pytest.raises(BundleError, match="does not exist"):
+        unpack(tmp_path / "nowhere.tar", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+    assert not list(tmp_path.glob(".there*"))
+
+
+def test_what_was_there_stays(packed, tmp_path, demo_bundle) -> None:
+    unpack(packed, tmp_path / "there")
+    before = (tmp_path / "there" / "manifest.json").read_bytes()
+    with pytest.raises(BundleError):
+        unpack(tampered(packed, [entry("cam/extra")]), tmp_path / "there")
+    assert (tmp_path / "there" / "manifest.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(BundleError, match="is a folder that lfm-edge did not make"):
+        unpack(packed, tmp_path / "mine")
