@@ -221,24 +221,16 @@ def pareto(tuning: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
         samples = point["latency_ms"].values()
         axis.plot([min(samples), max(samples)], [point["peak_mib"]] * 2, color="#888888", linewidth=0.7)
     axis.scatter([chosen["ms"]], [chosen["peak_mib"]], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen")
-    named = sorted(fronts, key=lambda p: p["ms"])[:6]
-    for point in [*named, *([chosen] if chosen not in named else [])]:
+    for number, settings in enumerate(tuning["front"], 1):  # the table's rows
+        point = next(p for p in fronts if p["settings"] == settings)
         at = point["ms"], point["peak_mib"]
-        axis.annotate(short_name(point["settings"]), at, xytext=(6, 5), textcoords="offset points", fontsize=7)
+        axis.annotate(str(number), at, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("ms of an answer (line: fastest to slowest)")
     axis.set_ylabel("MiB at the peak")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
     return _svg(figure, "Latency and memory of all points measured")
-
-
-def short_name(settings: Mapping[str, Any]) -> str:
-    """A point in a few words."""
-    parts = [settings["variant"], *([f"+{settings['prefill']}"] if settings["prefill"] != "none" else []), f"{settings['threads']}t"]
-    parts += [f"{settings['max_image_tokens']} tok", *([f"{settings['tiles']} tiles"] if settings["tiles"] > 1 else [])]
-    parts += [name for name, on in (("low memory", settings["low_memory"]), ("no arena", not settings["arena"])) if on]
-    return " ".join(parts)
 
 
 def _part(axis: Any, row: int, left: float, ms: float, look: tuple[str, str, str]) -> None:

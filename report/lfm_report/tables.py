@@ -163,14 +163,14 @@ def tuning_tables(tuning: Mapping[str, Any]) -> tuple[Mapping[str, Any], Table, 
     chosen = by_settings[_key(tuning["chosen"])]
     names = list(tuning["front"][0])
     rows = [
-        Row([*(_value(p["settings"][name]) for name in names), f"{p['ms']:,.0f}", f"{min(p['latency_ms'].values()):,.0f}",
+        Row([str(number), *(_value(p["settings"][name]) for name in names), f"{p['ms']:,.0f}", f"{min(p['latency_ms'].values()):,.0f}",
              f"{max(p['latency_ms'].values()):,.0f}", f"{p['peak_mib']:,.0f}", f"{p['anonymous_mib']:,.0f}", f"{p['kl'] or 0:.4f}",
              str(len(p["latency_ms"]))])
-        for p in front
+        for number, p in enumerate(front, 1)
     ]  # fmt: skip
     cost = {"answer, ms": f"{chosen['ms']:,.0f}", "peak, MiB": f"{chosen['peak_mib']:,.0f}", "KL": f"{chosen['kl'] or 0:.4f}"}
     settings = [Row([name, value]) for name, value in {**{n: _value(v) for n, v in chosen["settings"].items()}, **cost}.items()]
-    return chosen, Table([*names, "ms", "min", "max", "MiB", "anonymous", "KL", "n"], rows), Table(["", ""], settings)
+    return chosen, Table(["", *names, "ms", "min", "max", "MiB", "anonymous", "KL", "n"], rows), Table(["", ""], settings)
 
 
 def _key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
