@@ -71,8 +71,8 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
     sections: list[Section] = [
         ("Chosen", [settings], f"Best by {tuning['objective']} with a KL divergence of at most {tuning['floor_kl']:g} to "
          f"{tuning['reference']} with the checkpoint's own image settings."),
-        ("All points", [plots.pareto(tuning, chosen)] if measured else [], f"{len(measured)} points, {tuning['rounds']} rounds; numbers are "
-         "rows of the front."),
+        ("All points", [plots.pareto(tuning, chosen)] if measured else [], f"{len(measured)} points, {tuning['rounds']} rounds; numbers "
+         "are rows of the front."),
         ("The front", [front], "Points that no other beats in latency, memory and quality."),
     ]  # fmt: skip
     notes = sorted({p["failed"] for p in tuning["points"] if p["failed"]})

@@ -89,7 +89,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import choose_variants
+    from lfm_runtime.sessions import Execution, choose_variants
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -103,8 +103,9 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     if not options.soak >= 0:
         raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
     question = options.prompt or QUESTION
+    Execution.of(profile)  # raises what cannot be here, better now than in the first process
     for variant in variants:
-        bundle.graphs(variant)  # raises where there is none
+        bundle.graphs(variant)
     profiles = {variant: find_profile(options.profile, **{**flags, "variant": variant}) for variant in variants}
     subjects = [_subject(bundle, variant, profiles[variant], list(images.values()), question) for variant in variants]
     for subject in subjects:

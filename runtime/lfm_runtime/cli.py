@@ -108,11 +108,17 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _affinity(text: str) -> str | tuple[int, ...]:
-    return text if text in ("cores", "none") else tuple(int(part) for part in text.split(","))
+    try:
+        return text if text in ("cores", "none") else tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: write cores, none, or processor numbers: 0,2") from e
 
 
 def _spinning(text: str) -> bool | int:
-    return text == "on" if text in ("on", "off") else int(text)
+    try:
+        return text == "on" if text in ("on", "off") else int(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
 
 
 _MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory")

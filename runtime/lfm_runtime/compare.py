@@ -66,7 +66,7 @@ def read_audit(path: Path) -> dict[str, Any]:
     Raises:
         AuditError: missing, cut off, edited, or of another schema.
     """
-    found = read_json_object(path, AuditError)
+    found = read_json_object(path, AuditError, advice="name a file written by lfm-edge audit")
     with damage_is(AuditError, path, "make the audit again"):
         if not str(found["tool"]["name"]).startswith("lfm-edge audit"):
             raise AuditError(f"{path} is not an audit of lfm-edge")

@@ -15,8 +15,10 @@ from lfm_runtime.errors import EdgeError
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError)
 
 
-def read_json_object(path: Path, error: type[EdgeError], *, required: bool = True) -> dict[str, Any]:
-    """A JSON object; {} when the file is missing and not required.
+def read_json_object(
+    path: Path, error: type[EdgeError], *, required: bool = True, advice: str = "copy or export it again"
+) -> dict[str, Any]:
+    """A JSON object; {} when the file is missing and not required. `advice`: what to do about a file that is missing or damaged.
 
     Raises:
         error: missing, unreadable, not JSON, or JSON of another kind.
@@ -26,13 +28,13 @@ def read_json_object(path: Path, error: type[EdgeError], *, required: bool = Tru
     except FileNotFoundError as e:
         if not required:
             return {}
-        raise error(f"{path} is missing; copy it from the checkpoint, or export the bundle again") from e
+        raise error(f"{path} is missing; {advice}") from e
     except OSError as e:
         raise error(f"{path} cannot be read: {e.strerror}") from e
     except ValueError as e:  # JSON and UTF-8 errors alike
-        raise error(f"{path} is not valid JSON ({e}); copy or export it again") from e
+        raise error(f"{path} is not valid JSON ({e}); {advice}") from e
     if not isinstance(value, dict):
-        raise error(f"{path} holds no JSON object; copy or export it again")
+        raise error(f"{path} holds no JSON object; {advice}")
     return value
 
 

@@ -177,7 +177,7 @@ class Planner:
         encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
         features = 4 * 4 * plan.image_tokens * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
         step = -(-plan.prompt_tokens // -(-plan.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
-        reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
+        reading = 4 * step * _TEXT_WORK[_kind(paths[-1])] * shapes.hidden / MIB
         tokens = plan.prompt_tokens + min(plan.new_tokens, MOST_NEW)
         kv = tokens * shapes.kv_bytes / (4 if plan.variant.endswith(KV8) else 1) / MIB
         held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
@@ -194,7 +194,7 @@ class Planner:
 
     def _loaded(self, profile: Profile, stem: str, path: Path) -> _Loaded:
         weights = self.shapes.weights[path] / MIB
-        kind = next((k for k, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
+        kind = _kind(path)
         if stem == VISION_ENCODER.stem and kind == "int4":  # int4's encoder is int8's
             kind = "int8"
         head = self.shapes.vocabulary * self.shapes.hidden * _HEAD_BYTES[kind] / MIB if stem == DECODER.stem else 0.0
@@ -215,7 +215,7 @@ _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
 _SESSIONS = Memory(6.0, 11.0)
 """onnxruntime's own, and its library's pages."""
-_VISION_WORK, _TEXT_WORK = 17.0, 46.0
+_VISION_WORK, _TEXT_WORK = 17.0, {"fp32": 46.0, "fp16": 46.0, "int8": 56.0, "int4": 46.0}
 """What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
 _IMAGE_COPIES = 0.6
@@ -230,6 +230,11 @@ class _Loaded:
 
     kept: Memory
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
+
+
+def _kind(path: Path) -> str:
+    """Of a graph's weights, by its name."""
+    return next((kind for kind, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
 
 
 def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:

@@ -204,7 +204,7 @@ class Tuning:
         """
         if not path.exists():
             return False
-        found = read_json_object(path, SettingError)
+        found = read_json_object(path, SettingError, advice="remove it to begin anew")
         if found.get("key") != self.key():
             raise SettingError(f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o")
         self.rounds, self.reference = found["rounds"], found["reference"]

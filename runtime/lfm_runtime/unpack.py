@@ -39,7 +39,7 @@ def unpack(archive: Path, folder: Path) -> None:
             if problems := verify(new):
                 raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
     except (tarfile.TarError, EOFError) as e:
-        raise BundleError(f"{archive} is not a tar file, or is cut off ({e}); copy it again") from e
+        raise BundleError(f"{archive} is not a tar file, or is cut off; copy it again") from e
     except FileNotFoundError as e:
         raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
     except OSError as e:
