@@ -80,6 +80,26 @@ def test_schema(written) -> None:
     assert schema["properties"]["schema"]["const"] == audit_module.SCHEMA
 
 
+def test_a_changed_field_is_another_schema() -> None:
+    """Whoever adds, removes or renames a field gives the schema another number, and adds a line here."""
+    import hashlib
+
+    def fields(node, path: str = ""):
+        if isinstance(node, dict):
+            for name, inner in node.get("properties", {}).items():
+                yield f"{path}.{name}"
+                yield from fields(inner, f"{path}.{name}")
+            for key in ("additionalProperties", "items"):
+                yield from fields(node.get(key), f"{path}[]")
+            for inner in node.get("anyOf", []):
+                yield from fields(inner, path)
+
+    schema = json.loads(SCHEMA.read_text())
+    names = sorted([*fields(schema), *(f"{name}{field}" for name, of in schema["$defs"].items() for field in fields(of))])
+    known = {1: "051ba130ca5b6945"}
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == known[audit_module.SCHEMA]
+
+
 def test_what_it_says(written, demo_bundle) -> None:
     result = json.loads(written.read_text())
     fp32 = result["variants"]["fp32"]
