@@ -162,7 +162,8 @@ def _write_manifest(
         },
         "model": {
             "layers": list(text.layers), "hidden": text.hidden, "kv_heads": text.kv_heads, "head_dim": text.head_dim,
-            "conv_kernel": text.kernel, "vocabulary": text.vocabulary, "context_length": context_length(text),
+            "conv_kernel": text.kernel, "feed_forward": text.feed_forward, "vocabulary": text.vocabulary,
+            "context_length": context_length(text),
             "image_token_id": checkpoint.config.image_token_id,
         },
         "variants": variants,

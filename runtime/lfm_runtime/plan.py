@@ -29,6 +29,7 @@ from lfm_runtime.sessions import choose_variants
 
 MIB = float(1 << 20)
 FEW_IMAGE_TOKENS = 64
+_WIDER = 4.5
 MOST_NEW = 256
 """Tokens of an answer that a plan reckons with: few are longer."""
 Size = tuple[int, int]
@@ -60,6 +61,7 @@ class Shapes:
     """What of a bundle decides about memory."""
 
     hidden: int
+    feed_forward: int
     vision_hidden: int
     vocabulary: int
     kv_bytes: int  # of a token, keys and values of all layers in float32
@@ -84,7 +86,9 @@ class Shapes:
             sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
             weights = {bundle.folder / name: sum(sizes[f] for f in graph["data"]) for name, graph in manifest["graphs"].items()}
             rotary = 4 * int(model["context_length"]) * int(model["head_dim"])
-            return Shapes(int(model["hidden"]), int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights)
+            hidden = int(model["hidden"])
+            wide = int(model.get("feed_forward", _WIDER * hidden))  # bundles before this was written: as in LFM2-VL-450M
+            return Shapes(hidden, wide, int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ class Planner:
         encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
         features = 4 * 4 * plan.image_tokens * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
         step = -(-plan.prompt_tokens // -(-plan.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
-        reading = 4 * step * _TEXT_WORK[_kind(paths[-1])] * shapes.hidden / MIB
+        reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
+        if _kind(paths[-1]) == "int8":
+            reading += 4 * step * _INT8_WORK * shapes.feed_forward / MIB
         tokens = plan.prompt_tokens + min(plan.new_tokens, MOST_NEW)
         kv = tokens * shapes.kv_bytes / (4 if plan.variant.endswith(KV8) else 1) / MIB
         held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
@@ -215,8 +221,8 @@ _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
 _SESSIONS = Memory(6.0, 11.0)
 """onnxruntime's own, and its library's pages."""
-_VISION_WORK, _TEXT_WORK = 17.0, {"fp32": 46.0, "fp16": 46.0, "int8": 56.0, "int4": 46.0}
-"""What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size."""
+_VISION_WORK, _TEXT_WORK, _INT8_WORK = 17.0, 46.0, 4.4
+"""What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size; int8 has some of the feed-forward's too."""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
 _IMAGE_COPIES = 0.6
 """Of the decoded image, beside itself, while it is opened and resized."""

@@ -39,7 +39,7 @@ def as_450m(bundle, monkeypatch) -> Bundle:
         files = {stem: path if not suffix else path.with_name(f"{path.stem}{suffix}.onnx") for stem, path in graphs.items()}
         variants[variant] = {stem: ExistingPath(path) for stem, path in files.items()}
         weights |= {files[stem]: n << 20 for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)}
-    monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 768, 65536, 24576, 8 << 20, weights)))
+    monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20, weights)))
     monkeypatch.setattr(planning, "adds_int8_in_16_bits", lambda: False)
     return replace(bundle, variants=variants)
 

@@ -112,7 +112,10 @@ def test_large_weights_are_run_apart(bundle_copy, monkeypatch) -> None:
     before = manifest(bundle_copy)["golden"]["fp32"]
     monkeypatch.setattr(golden, "_SMALL", 0)
     assert golden.add_golden(bundle_copy, "fp32") is None
-    assert manifest(bundle_copy)["golden"]["fp32"] == before
+    after = manifest(bundle_copy)["golden"]["fp32"]
+    assert after["tokens"] == before["tokens"] and after["prompt"] == before["prompt"]
+    assert np.allclose(after["features"], before["features"], atol=1e-3)
+    assert np.allclose([s["ahead"] for s in after["steps"]], [s["ahead"] for s in before["steps"]], atol=1e-3)
     (bundle_copy / "onnx" / "decoder_model_merged.onnx").write_bytes(b"damaged")
     assert "could not be recorded" in golden.add_golden(bundle_copy, "fp32")
 
