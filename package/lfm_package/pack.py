@@ -19,7 +19,6 @@ from lfm_runtime.bundle import MANIFEST, SUMS, Bundle, read_manifest
 from lfm_runtime.errors import BundleError, SettingError
 
 PROFILE = "profile.toml"
-_BLOCK = 1 << 20
 _KEPT_BY_VARIANT = ("variants", "quantization", "quality", "golden")
 
 

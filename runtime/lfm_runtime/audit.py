@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,12 +28,14 @@ from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
 from lfm_runtime.audit_result import Run, machine_result, plain, soak_result, variant_result
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
-from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.errors import SettingError
+from lfm_runtime.files import linked_copy
 from lfm_runtime.images import image_size
 from lfm_runtime.measured import fingerprint
 from lfm_runtime.page_cache import drop_from_page_cache, read_into_page_cache
 from lfm_runtime.power import Power, read_meter
 from lfm_runtime.prepared import folder_of
+from lfm_runtime.process import last_line, run_command
 from lfm_runtime.sessions import choose_variants
 from lfm_runtime.trial import Trial, TrialError, start
 from lfm_runtime.verdict import check_limits, verdict
@@ -212,35 +212,25 @@ def _cool_down(sensors: Sensors, idle: StateSample) -> None:
 def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
     """Variant → what its first-ever prepare takes, in a process of its own and into a folder of its own; or the reason why not."""
     found: dict[str, float | str] = {}
-    for variant in (subject.variant for subject in work.subjects):
-        if not work.profile.prepared:
-            found[variant] = "the profile does not use what prepare writes"
+    for subject in work.subjects:
+        if not subject.profile.prepared:
+            found[subject.variant] = "the profile does not use what prepare writes"
             continue
-        progress(f"{variant}, prepare for the first time")
+        progress(f"{subject.variant}, prepare for the first time")
+        _, prefill = choose_variants(work.bundle, subject.profile)
         try:
             with tempfile.TemporaryDirectory(prefix=".lfm-edge-audit-", dir=work.bundle.folder.resolve().parent) as folder:
                 # prepare writes beside the bundle: beside a folder of links nothing of the user's is touched
                 copy = Path(folder) / "bundle"
-                for path in work.bundle.folder.resolve().rglob("*"):
-                    if path.is_file():
-                        place = copy / path.relative_to(work.bundle.folder.resolve())
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        place.symlink_to(path)
-                found[variant] = _timed_command(["prepare", str(copy), "--variant", variant])
-        except (OSError, EdgeError) as e:
-            found[variant] = f"not measured: {e}"
+                linked_copy(work.bundle.folder, copy)
+                words = ["prepare", str(copy), "--variant", subject.variant, *(["--prefill", prefill] if prefill else [])]
+                begun = time.perf_counter()
+                done = run_command(words)
+                passed = (time.perf_counter() - begun) * 1e3
+                found[subject.variant] = f"not measured: {last_line(done.stderr)}" if done.returncode else passed
+        except OSError as e:
+            found[subject.variant] = f"not measured: {e}"
     return found
-
-
-def _timed_command(words: Sequence[str]) -> float:
-    """ms."""
-    begun = time.perf_counter()
-    code = "import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise SettingError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"it ended with {done.returncode}")
-    return (time.perf_counter() - begun) * 1e3
 
 
 def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:

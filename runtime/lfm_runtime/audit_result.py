@@ -29,7 +29,7 @@ class Run:
     """One process measured."""
 
     variant: str
-    kind: str  # warm, cold, first_ever
+    kind: str  # warm, cold, first_ever, soak
     outcome: Outcome
     watch: Watch
 

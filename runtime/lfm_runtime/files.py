@@ -55,6 +55,16 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
+def linked_copy(folder: Path, copy: Path) -> None:
+    """The same tree of folders with links to the files: what is written there leaves the original alone."""
+    folder = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            place = copy / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path)
+
+
 @contextmanager
 def damage_is(error: type[EdgeError], path: Path, advice: str) -> Iterator[None]:
     """While the content of `path` is taken apart, a wrong type or a missing key is `error`, in one line."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,10 @@ from lfm_runtime import golden
 from lfm_runtime.audit_result import inter_token, ttft
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.files import linked_copy
 from lfm_runtime.model import Model
 from lfm_runtime.plan import Planner, fit, process_memory
+from lfm_runtime.process import last_line, run_command
 from lfm_runtime.profile import find_profile
 from lfm_runtime.report import memory_mib
 from lfm_runtime.sessions import choose_variants
@@ -186,17 +187,14 @@ def _full_disk(on: Installed) -> str:
     """No byte can be written anywhere: an answer comes all the same, also with a cache folder that cannot be filled."""
     if sys.platform == "win32":
         raise Skipped("the file size limit that stands for a full disk is not on Windows")
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
-        "from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         image = Path(folder) / "image.png"
         golden.golden_image().save(image)
         words = ["run", str(on.folder), str(image), "-p", golden.QUESTION, "--cache", str(Path(folder) / "cache"), "--max-new-tokens", "3"]
-        done = _process(code, [*words, "--profile", _profile_file(on, folder)])
+        done = run_command([*words, "--profile", _profile_file(on, folder)], first=full)
     if done.returncode:
-        raise CheckError(f"with a full disk it does not answer: {_last_line(done.stderr)}; free some space, and report it")
+        raise CheckError(f"with a full disk it does not answer: {last_line(done.stderr)}; free some space, and report it")
     return "answers"
 
 
@@ -205,24 +203,20 @@ def _read_only(on: Installed) -> str:
     before = _marks(on.folder)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         place = Path(folder) / "bundle"
-        for path in on.folder.resolve().rglob("*"):
-            if path.is_file():
-                link = place / path.relative_to(on.folder.resolve())
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path)
+        linked_copy(on.folder, place)
         folders = [place, *(p for p in place.rglob("*") if p.is_dir())]
         for inside in folders:
             inside.chmod(0o555)
         linked = _marks(place)
         try:
             words = ["run", str(place), "-p", "Hello", "--max-new-tokens", "3", "--profile", _profile_file(on, folder)]
-            done = _process("import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))", words)
+            done = run_command(words)
             written = _marks(place) != linked or _marks(on.folder) != before
         finally:
             for inside in folders:
                 inside.chmod(0o755)
     if done.returncode:
-        raise CheckError(f"from a read-only folder it does not answer: {_last_line(done.stderr)}; report it")
+        raise CheckError(f"from a read-only folder it does not answer: {last_line(done.stderr)}; report it")
     if written:
         raise CheckError(f"answering wrote into the bundle's folder ({on.folder}); report it, and keep the bundle read-only")
     as_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -303,16 +297,6 @@ def _profile_file(on: Installed, folder: str) -> str:
     path = Path(folder) / "profile.toml"
     path.write_text(to_toml(on.profile), encoding="utf-8")
     return str(path)
-
-
-def _process(code: str, words: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it says nothing"
 
 
 def _marks(folder: Path) -> list[tuple[str, int, int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from lfm_profiles import Profile
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.files import damage_is
+from lfm_runtime.process import child_environment
 
 if TYPE_CHECKING:
     from lfm_runtime.model import Model
@@ -113,12 +113,10 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
         TrialError: it ended badly; with its own words.
     """
     words = [sys.executable, "-m", "lfm_runtime.trial"]
-    # The child finds our packages where this process found them, whatever its working folder.
-    packages = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
-    variables = {**os.environ, "PYTHONPATH": packages, **(environment or {})}
     spawned = time.perf_counter()
     with subprocess.Popen(  # noqa: S603
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=child_environment(**(environment or {})),
     ) as process:
         try:
             if watch:

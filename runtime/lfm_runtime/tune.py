@@ -9,6 +9,7 @@ points still on the front, one setting changed, are measured next, those of the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -29,7 +30,7 @@ from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import KV8
 from lfm_runtime.errors import EdgeError, SettingError
-from lfm_runtime.files import read_json_object, write_whole
+from lfm_runtime.files import damage_is, read_json_object, write_whole
 from lfm_runtime.images import image_settings, image_size, plan_image
 from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
 from lfm_runtime.power import Power
@@ -73,8 +74,8 @@ class Measured:
 
     @property
     def energy(self) -> float:
-        """Median, J."""
-        return statistics.median(self.energy_j.values())
+        """Median, J; infinite where nothing measured it."""
+        return statistics.median(self.energy_j.values()) if self.energy_j else math.inf
 
 
 @dataclass
@@ -130,7 +131,8 @@ class Tuning:
         values = dict(point)
         tiles, variant = values.pop("tiles"), values.pop("variant")
         values |= {"variant": (variant.removesuffix(KV8),), "kv": "int8" if variant.endswith(KV8) else "float"}
-        values |= {"do_image_splitting": True, "max_tiles": tiles} if tiles > 1 else {"do_image_splitting": False}
+        if len(self.axes["tiles"]) > 1:  # else tiles were not tried: these images need none, or a flag says how many
+            values |= {"do_image_splitting": True, "max_tiles": tiles} if tiles > 1 else {"do_image_splitting": False}
         if self.profile.min_image_tokens and self.profile.min_image_tokens > values["max_image_tokens"]:
             values["min_image_tokens"] = values["max_image_tokens"]
         return replace(changed(self.profile, values, "tune"), description=description)
@@ -143,7 +145,8 @@ class Tuning:
     def _beats(self, a: Point, b: Point) -> bool:
         """Whether a is faster than b beyond chance, and neither larger nor worse."""
         one, other = self.points[a], self.points[b]
-        if one.peak_mib > other.peak_mib * _SAME_MEMORY or (one.kl or 0) > (other.kl or 0) * _SAME_KL + 1e-6:
+        lost, theirs = (math.inf if m.kl is None else m.kl for m in (one, other))
+        if one.peak_mib > other.peak_mib * _SAME_MEMORY or lost > theirs * _SAME_KL + 1e-6:
             return False
         return _slower(other.latency_ms, one.latency_ms)
 
@@ -200,21 +203,22 @@ class Tuning:
         """Take up what an earlier search of the same kind measured; whether there was one.
 
         Raises:
-            SettingError: the file is of another search.
+            SettingError: the file is of another search, or damaged.
         """
         if not path.exists():
             return False
         found = read_json_object(path, SettingError, advice="remove it to begin anew")
         if found.get("key") != self.key():
             raise SettingError(f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o")
-        self.rounds, self.reference = found["rounds"], found["reference"]
-        for entry in found["points"]:
-            point = tuple(sorted(entry.pop("settings").items()))
-            if any(value not in self.axes.get(axis, ()) for axis, value in point):
-                continue  # a flag leaves it out now
-            for name in ("latency_ms", "ttft_ms", "energy_j"):
-                entry[name] = {int(k): v for k, v in entry[name].items()}
-            self.points[point] = Measured(**entry)
+        with damage_is(SettingError, path, "remove it to begin anew"):
+            self.rounds, self.reference = int(found["rounds"]), str(found["reference"])
+            for entry in found["points"]:
+                point = tuple(sorted(entry.pop("settings").items()))
+                if any(value not in self.axes.get(axis, ()) for axis, value in point):
+                    continue  # a flag leaves it out now
+                for name in ("latency_ms", "ttft_ms", "energy_j"):
+                    entry[name] = {int(k): float(v) for k, v in entry[name].items()}
+                self.points[point] = Measured(**entry)
         return True
 
 
@@ -227,7 +231,7 @@ def tune(
     Raises:
         SettingError: nothing measures energy here.
         DoesNotFitError: not even the smallest point fits.
-        TrialError: the first point cannot be measured.
+        TrialError: no point can be measured.
     """
     if tuning.objective == "energy" and not sensors.power_from:
         raise SettingError(f"energy cannot be measured here: {sensors.missing.get('power')}; choose another objective")
@@ -243,8 +247,7 @@ def tune(
             tuning.reference = reference
             if not tuning.front():
                 _measure(tuning, start_point, Path(folder), sensors)
-                if tuning.points[start_point].failed:
-                    raise TrialError(f"{tuning.bundle.folder}: {tuning.points[start_point].failed}")
+                _check_some(tuning)
             while (passed := time.monotonic() - begin) < minutes * 60:
                 front = tuning.front()
                 new = _neighbours(tuning, device)[:_IN_A_ROUND] if passed < minutes * 60 * _SEARCHING else []
@@ -264,11 +267,18 @@ def tune(
                     if left <= 0 and n:
                         break
                     _measure(tuning, point, Path(folder), sensors)
+                _check_some(tuning)
                 tuning.save(kept)
         except KeyboardInterrupt:
-            if not any(m.latency_ms for m in tuning.points.values()):
+            if not tuning.front():
                 raise
     tuning.save(kept)
+
+
+def _check_some(tuning: Tuning) -> None:
+    """Raise TrialError when every point so far has failed."""
+    if not tuning.front():
+        raise TrialError(f"{tuning.bundle.folder}: {next(m.failed for m in tuning.points.values() if m.failed)}")
 
 
 def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) -> None:

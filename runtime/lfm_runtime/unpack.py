@@ -17,8 +17,10 @@ _BLOCK = 1 << 20
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Raises:
-    BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, or no room; `folder` is as before.
+    """The bundle in `archive`, every byte verified, as `folder`; a bundle that was there is replaced when all is well.
+
+    Raises:
+        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, or no room; `folder` is as before.
     """
     try:
         entries = _looked_through(archive)

@@ -193,17 +193,17 @@ def test_budgets(demo_bundle, tmp_path, budget, message) -> None:
 
 def test_bundle_that_is_written_to_is_found(installed, monkeypatch) -> None:
     """A file that appears in the folder it runs from, as root could make one."""
-    real = selftest._process
+    real = selftest.run_command
 
-    def writes(code: str, words: list[str]):
+    def writes(words: list[str], **more):
         place = Path(words[1])
         mode = place.stat().st_mode
         place.chmod(0o755)
         (place / "cache.bin").write_text("x")
         place.chmod(mode)
-        return real(code, words)
+        return real(words, **more)
 
-    monkeypatch.setattr(selftest, "_process", writes)
+    monkeypatch.setattr(selftest, "run_command", writes)
     with pytest.raises(CheckError, match="wrote into the bundle's folder"):
         check("read-only bundle").run(installed)
 

@@ -159,6 +159,50 @@ def test_failed_points_are_not_chosen(demo_bundle, photo, monkeypatch) -> None:
     assert found.chosen() != best and best not in found.front()
 
 
+def test_what_was_not_tried_is_not_changed(demo_bundle, photo, monkeypatch) -> None:
+    """Images that need no tiles say nothing about tiles: the profile written leaves larger ones as they were."""
+    from PIL import Image
+
+    small = photo.with_name("small.png")
+    Image.new("RGB", (100, 100)).save(small)
+    found, _ = search(demo_bundle, small, monkeypatch, cost, minutes=0.02)
+    assert "do_image_splitting" not in found.profile_of(found.chosen()).origin
+    tried, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.02)
+    assert tried.profile_of(tried.chosen()).origin["do_image_splitting"] == "tune"
+
+
+def test_unknown_quality_beats_nothing(demo_bundle, photo, monkeypatch) -> None:
+    """After a change of the reference KLs are unknown until they are measured again."""
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.03)
+    worst = max(found.points, key=lambda p: found.points[p].latency)
+    for point, measured in found.points.items():
+        measured.kl = None if point != worst else 0.0
+    assert worst in found.front()
+
+
+def test_everything_fails(demo_bundle, photo, monkeypatch) -> None:
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
+
+    def fails(trial, **_):
+        raise TrialError("ended by signal 9")
+
+    monkeypatch.setattr(tuning_module, "start", fails)
+    with pytest.raises(TrialError, match="signal 9"):
+        tune(found, BIG, minutes=0.1, kept=photo.with_suffix(".json"), sensors=Sensors(photo.parent))
+
+
+@pytest.mark.parametrize("damage", [lambda d: d.pop("rounds"), lambda d: d.update(points=[{"settings": 3}]), lambda d: d["points"][0].update(latency_ms=5)])
+def test_damaged_measurements(demo_bundle, photo, monkeypatch, damage) -> None:
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
+    kept = photo.with_suffix(".json")
+    data = json.loads(kept.read_text())
+    damage(data)
+    kept.write_text(json.dumps(data))
+    again = Tuning(found.bundle, found.profile, found.images, QUESTION, "latency", 0.1, found.axes)
+    with pytest.raises(SettingError, match="remove it to begin anew"):
+        again.resume(kept)
+
+
 def test_only_fp16(demo_bundle, photo) -> None:
     bundle = Bundle.open(demo_bundle)
     alone = replace(bundle, variants={"fp16": bundle.variants["fp32"]})
