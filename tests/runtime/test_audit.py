@@ -16,11 +16,9 @@ from lfm_runtime.audit import Subject, Workload, audit
 from lfm_runtime.audit_images import SIZES, find_images, make_images
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.cli import main
-from lfm_runtime.compare import changes, differences, read_audit
 from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.figures import figure
 from lfm_runtime.trial import start
-from lfm_runtime.verdict import headlines
 from profiles.trees import write
 
 SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
@@ -347,7 +345,7 @@ def test_terminated(demo_bundle, tmp_path) -> None:
             (tmp_path / "a.json").unlink()
 
 
-# ------------------------------------------------------------------------------------------------- limits and compare
+# ------------------------------------------------------------------------------------------------------------- limits
 
 
 def test_limits(written, demo_bundle, capsys, processes) -> None:
@@ -366,83 +364,6 @@ def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
             {"name": "ttft_ms", "limit": 1.0, "variant": "fp32", "image": None, "measured": 2.0, "holds": holds}]}  # fmt: skip
         monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
         assert main(["audit", str(demo_bundle), "--quiet"]) == code
-
-
-def made_slower(result: dict, factor: float) -> dict:
-    for found in result["variants"].values():
-        for image in found["images"].values():
-            image["ttft_ms"] = figure([x * factor for x in image["ttft_ms"]["samples"]])
-    return result
-
-
-def many(result: dict) -> dict:
-    """Ten samples close together: what an audit on a quiet machine has."""
-    for *_, of in headlines(result):
-        of.update(figure([of["median"] * (1 + 0.001 * n) for n in range(10)]))
-    result["verdict"] = {"valid": True, "reasons": []}
-    return result
-
-
-def test_compare(written, tmp_path, capsys) -> None:
-    a, b = tmp_path / "a.json", tmp_path / "b.json"
-    a.write_text(json.dumps(many(json.loads(written.read_text()))))
-    for factor, code, word in ((1.0, 0, ""), (1.04, 0, ""), (1.2, 1, "WORSE"), (0.5, 0, "-50.0%")):
-        b.write_text(json.dumps(made_slower(json.loads(a.read_text()), factor)))
-        assert main(["compare", str(a), str(b)]) == code
-        assert word in capsys.readouterr().out
-    assert main(["compare", str(a), str(b), "--fail-over", "200%"]) == 0
-    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
-    assert main(["compare", str(a), str(b), "--fail-over", "25"]) == 0
-    noisy = json.loads(a.read_text())
-    for image in noisy["variants"]["fp32"]["images"].values():
-        image["ttft_ms"] = figure([x * (1 if n % 2 else 3) for n, x in enumerate(image["ttft_ms"]["samples"])])
-    b.write_text(json.dumps(noisy))
-    assert main(["compare", str(a), str(b)]) == 0, "within noise is not worse"
-    assert "within noise" in capsys.readouterr().out
-    few = made_slower(json.loads(a.read_text()), 1.5)
-    for image in few["variants"]["fp32"]["images"].values():
-        image["ttft_ms"] = figure(image["ttft_ms"]["samples"][:4])
-    b.write_text(json.dumps(few))
-    assert main(["compare", str(a), str(b)]) == 3, "four samples do not tell, and that is not well"
-    assert "too few samples to tell" in capsys.readouterr().out
-    invalid = json.loads(a.read_text())
-    invalid["verdict"] = {"valid": False, "reasons": ["throttled"]}
-    b.write_text(json.dumps(invalid))
-    assert main(["compare", str(a), str(b)]) == 3
-
-
-def test_differences(written) -> None:
-    before, after = read_audit(written), read_audit(written)
-    assert differences(before, after) == []
-    after["software"]["onnxruntime"] = "1.20.0"
-    after["profile"]["settings"]["threads"] = 7
-    after["variants"]["fp32"]["images"]["small"]["text_sha256"] = ["x"]
-    assert differences(before, after) == [
-        "settings: threads", f"onnxruntime: {before['software']['onnxruntime']} → 1.20.0", "what fp32 says about small"]
-    after["variants"] = {"int4": after["variants"]["fp32"]}
-    assert changes(before, after)[0].variant == "fp32 → int4"
-
-
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda text: text[: len(text) // 2], "is not valid JSON"),
-    (lambda text: text.replace('"schema": 1', '"schema": 99'), "is an audit of schema 99"),
-    (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
-    (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
-    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
-    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
-    (lambda _: "[1]", "holds no JSON object"),
-])  # fmt: skip
-def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(damage(written.read_text()))
-    assert main(["compare", str(written), str(path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def edited(variants: dict, to: str = "") -> dict:
-    of = next(iter(variants.values()))["images"]["small"]["ttft_ms"]
-    of["median"] = of[to] if to else of["median"] / 10
-    return variants
 
 
 # -------------------------------------------------------------------------------------------------------------- input

@@ -1,0 +1,93 @@
+"""Two audits beside each other: worse, better, within noise, too few samples; and files that are no audits. On a recorded one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lfm_runtime.cli import main
+from lfm_runtime.compare import changes, differences, read_audit
+from lfm_runtime.figures import figure
+from lfm_runtime.verdict import headlines
+
+
+@pytest.fixture
+def written() -> Path:
+    """Of the demo model, int8 and int4, three images; shortened."""
+    return Path(__file__).resolve().parents[1] / "report" / "audit.json"
+
+
+def made_slower(result: dict, factor: float) -> dict:
+    for found in result["variants"].values():
+        for image in found["images"].values():
+            image["ttft_ms"] = figure([x * factor for x in image["ttft_ms"]["samples"]])
+    return result
+
+
+def many(result: dict) -> dict:
+    """Ten samples close together: what an audit on a quiet machine has."""
+    for *_, of in headlines(result):
+        of.update(figure([of["median"] * (1 + 0.001 * n) for n in range(10)]))
+    result["verdict"] = {"valid": True, "reasons": []}
+    return result
+
+
+def test_compare(written, tmp_path, capsys) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(many(json.loads(written.read_text()))))
+    for factor, code, word in ((1.0, 0, ""), (1.04, 0, ""), (1.2, 1, "WORSE"), (0.5, 0, "-50.0%")):
+        b.write_text(json.dumps(made_slower(json.loads(a.read_text()), factor)))
+        assert main(["compare", str(a), str(b)]) == code
+        assert word in capsys.readouterr().out
+    assert main(["compare", str(a), str(b), "--fail-over", "200%"]) == 0
+    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
+    assert main(["compare", str(a), str(b), "--fail-over", "25"]) == 0
+    noisy = json.loads(a.read_text())
+    for image in noisy["variants"]["int4"]["images"].values():
+        image["ttft_ms"] = figure([x * (1 if n % 2 else 3) for n, x in enumerate(image["ttft_ms"]["samples"])])
+    b.write_text(json.dumps(noisy))
+    assert main(["compare", str(a), str(b)]) == 0, "within noise is not worse"
+    assert "within noise" in capsys.readouterr().out
+    few = made_slower(json.loads(a.read_text()), 1.5)
+    for image in (image for found in few["variants"].values() for image in found["images"].values()):
+        image["ttft_ms"] = figure(image["ttft_ms"]["samples"][:4])
+    b.write_text(json.dumps(few))
+    assert main(["compare", str(a), str(b)]) == 3, "four samples do not tell, and that is not well"
+    assert "too few samples to tell" in capsys.readouterr().out
+    invalid = json.loads(a.read_text())
+    invalid["verdict"] = {"valid": False, "reasons": ["throttled"]}
+    b.write_text(json.dumps(invalid))
+    assert main(["compare", str(a), str(b)]) == 3
+
+
+def test_differences(written) -> None:
+    before, after = read_audit(written), read_audit(written)
+    assert differences(before, after) == []
+    after["software"]["onnxruntime"] = "1.20.0"
+    after["profile"]["settings"]["threads"] = 7
+    after["variants"]["int4"]["images"]["small"]["text_sha256"] = ["x"]
+    assert differences(before, after) == [
+        "settings: threads", f"onnxruntime: {before['software']['onnxruntime']} → 1.20.0", "what int4 says about small"]
+    before["variants"], after["variants"] = {"int8": before["variants"]["int8"]}, {"int4": after["variants"]["int4"]}
+    assert changes(before, after)[0].variant == "int8 → int4"
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda text: text[: len(text) // 2], "is not valid JSON"),
+    (lambda text: text.replace('"schema": 1', '"schema": 99'), "is an audit of schema 99"),
+    (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
+    (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
+    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
+    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
+    (lambda _: "[1]", "holds no JSON object"),
+])  # fmt: skip
+def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(damage(written.read_text()))
+    assert main(["compare", str(written), str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def edited(variants: dict, to: str = "") -> dict:
+    of = next(iter(variants.values()))["images"]["small"]["ttft_ms"]
+    of["median"] = of[to] if to else of["median"] / 10
+    return variants
