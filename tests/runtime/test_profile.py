@@ -62,6 +62,13 @@ def test_exact_int8_products_only_where_they_would_overflow(monkeypatch, feature
     assert found == wanted
 
 
+def test_one_graph_at_a_time_without_an_arena(demo_bundle, photo) -> None:
+    """low_memory gives the arena's memory back after prompts, and there may be none."""
+    words = {"variant": "fp32", "threads": 1, "low_memory": True}
+    said = [Model.load(demo_bundle, profile="generic", arena=arena, **words).answer([photo], QUESTION, temperature=0).text() for arena in (True, False)]
+    assert said[0] == said[1] != ""
+
+
 @pytest.mark.parametrize("name", [name for name in names() if name not in CUDA])
 def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) -> None:
     profile = find_profile(name)
