@@ -11,60 +11,80 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from lfm_profiles import Profile, to_toml
-from lfm_runtime.bundle import MANIFEST, SUMS, Bundle, read_manifest
+from lfm_runtime.bundle import MANIFEST, SIGNATURE, SUMS, Bundle, read_manifest
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.signature import sign
+
+from lfm_package.sbom import sbom
+from lfm_package.wheelhouse import Wheel
 
 PROFILE = "profile.toml"
 _KEPT_BY_VARIANT = ("variants", "quantization", "quality", "golden")
 
 
-def pack(folder: Path, variants: Sequence[str], output: Path, *, profile: Profile | None = None, split: int = 0) -> list[Path]:
+@dataclass(frozen=True)
+class Extras:
+    """What goes with the variants."""
+
+    profile: Profile | None = None  # packed as profile.toml, all values resolved
+    wheels: Sequence[Wheel] = ()  # that it will run on, for the bill of materials
+    sign_with: Path | None = None  # a key of ssh: SHA256SUMS.sig is packed as well
+    split: int = 0  # largest size of a part in bytes, for media that hold no larger files; 0 is one file
+
+
+_NOTHING = Extras()
+
+
+def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _NOTHING) -> list[Path]:
     """Write variants of a bundle as a tar file, or as parts of it. What was there before stays until all is written.
 
     Args:
         folder: the bundle.
         variants: the first is what the device takes by default.
         output: NAME.tar, or NAME.tar.zst where this Python has zstd. The files lie in a folder NAME inside.
-        profile: packed as well, as profile.toml, all values resolved.
-        split: largest size of a part in bytes, for media that hold no larger files; 0 is one file.
+        extras: profile, wheels, key, size of parts.
 
     Returns:
-        The files written: the archive or its parts NAME.tar.000, NAME.tar.001 …, then NAME.tar.sha256.
+        The files written: the archive or its parts NAME.tar.000, NAME.tar.001 …; NAME.tar.sha256 (of the whole); NAME.cdx.json, the bill
+        of materials.
 
     Raises:
         BundleError: not a bundle of lfm-edge, a variant or file is missing or damaged, or the output cannot be written.
-        SettingError: an output of another kind, or without zstd here.
+        SettingError: an output of another kind, or without zstd here; a key that cannot sign.
     """
-    manifest = _reduced(folder, variants)
-    texts = {PROFILE: to_toml(profile).encode()} if profile else {}
+    manifest = reduced(folder, variants)
+    texts = {PROFILE: to_toml(extras.profile).encode()} if extras.profile else {}
     for name, data in texts.items():
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["files"] = dict(sorted(manifest["files"].items()))
     texts[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()}
     texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+    if extras.sign_with:
+        texts[SIGNATURE] = _signature(texts[SUMS], extras.sign_with)
     top = output.name.removesuffix(".zst").removesuffix(".tar")
-    _check_space(output, sum(int(entry["bytes"]) for entry in manifest["files"].values()))
-    parts = _Parts(output, split)
+    _check_space(output, sum(int(kept["bytes"]) for kept in manifest["files"].values()))
+    parts = _Parts(output, extras.split)
     try:
         with parts, _compressed(output, parts) as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for name in sorted({*manifest["files"], *texts}):
                 if name in texts:
-                    tar.addfile(_entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
+                    tar.addfile(entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
                 else:
                     _add(tar, folder / name, f"{top}/{name}", manifest["files"][name])
-        return parts.finish()
+        return parts.finish({f"{output.name}.sha256": parts.sum, f"{top}.cdx.json": sbom(top, manifest, extras.wheels)})
     except OSError as e:
         raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
     finally:
         parts.discard()
 
 
-def _reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
+def reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     """The manifest of these variants alone."""
     bundle, manifest = Bundle.open(folder), read_manifest(folder)
     if manifest is None:
@@ -83,18 +103,24 @@ def _reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _entry(name: str, size: int) -> tarfile.TarInfo:
+def _signature(sums: bytes, key: Path) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
+        (Path(folder) / SUMS).write_bytes(sums)
+        return sign(Path(folder) / SUMS, key).read_bytes()
+
+
+def entry(name: str, size: int, mode: int = 0o644) -> tarfile.TarInfo:
     """Without time, owner or permissions of this machine."""
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode, entry.mtime = size, 0o644, 0
-    return entry
+    made = tarfile.TarInfo(name)
+    made.size, made.mode, made.mtime = size, mode, 0
+    return made
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Mapping[str, Any]) -> None:
     """A file whose bytes are hashed while they are packed."""
     with path.open("rb") as f:
         reader = _Hashing(f)
-        tar.addfile(_entry(name, int(wanted["bytes"])), cast("IO[bytes]", reader))
+        tar.addfile(entry(name, int(wanted["bytes"])), cast("IO[bytes]", reader))
     if reader.digest.hexdigest() != wanted["sha256"]:
         raise BundleError(f"{path} is damaged (its SHA-256 is not {MANIFEST}'s); copy the bundle again")
 
@@ -153,15 +179,20 @@ class _Parts(io.RawIOBase):
             self._file.close()
             self._file = None
 
-    def finish(self) -> list[Path]:
-        """Move everything into its place."""
+    @property
+    def sum(self) -> str:
+        """Of the whole, as sha256sum writes it."""
+        return f"{self._digest.hexdigest()}  {self._output.name}\n"
+
+    def finish(self, texts: Mapping[str, str]) -> list[Path]:
+        """Move everything into its place, and small files beside it."""
         self._end()
-        note = self._folder / f"{self._output.name}.sha256"
-        note.write_text(f"{self._digest.hexdigest()}  {self._output.name}\n", encoding="utf-8")
+        for name, text in texts.items():
+            (self._folder / name).write_text(text, encoding="utf-8")
         places: list[Path] = []
         for path in self._output.parent.glob(f"{self._output.name}.[0-9][0-9][0-9]"):
             path.unlink()  # parts of an earlier one would be joined with these
-        for path in [*self._written, note]:
+        for path in [*self._written, *(self._folder / name for name in texts)]:
             place = self._output.with_name(path.name)
             path.replace(place)
             places.append(place)

@@ -22,6 +22,10 @@ from lfm_runtime.sampling import GenerationSettings
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 """Of a packed bundle: names the manifest as well."""
+SIGNATURE = f"{SUMS}.sig"
+"""Of a signed one, over its SHA256SUMS."""
+BESIDE_MANIFEST = frozenset({MANIFEST, SUMS, SIGNATURE})
+"""The files of a bundle that its manifest cannot name."""
 HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm_runtime.bundle import MANIFEST, SUMS, read_manifest
+from lfm_runtime.bundle import BESIDE_MANIFEST, read_manifest
 from lfm_runtime.errors import BundleError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -83,7 +83,7 @@ def check_replaceable(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     if manifest is None or (manifest.get("tool") or {}).get("name") != _TOOL:
         raise BundleError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
-    known = {MANIFEST, SUMS, *manifest["files"]}
+    known = {*BESIDE_MANIFEST, *manifest["files"]}
     for path in bundle.rglob("*"):
         if not path.is_dir() and path.relative_to(bundle).as_posix() not in known:
             raise BundleError(f"{path} is not part of the bundle and would be lost; move it or choose another output")

@@ -34,8 +34,7 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
     if not onnxruntime_is(_FIRST_VERSION):
         raise BundleError(f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later")
     place = folder_of(bundle.folder) / source.stem
-    weights = source.with_name(f"{source.name}_data")
-    wanted = int((weights.stat().st_size if weights.exists() else 0) * _GROWTH)
+    wanted = space_needed(source)
     free = shutil.disk_usage(bundle.folder.resolve().parent).free
     if free < wanted:
         raise BundleError(f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; make room")
@@ -46,6 +45,12 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
         (new / NOTE).write_text(json.dumps({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")
     return place
+
+
+def space_needed(source: Path) -> int:
+    """Bytes that the prepared form of a graph may take."""
+    weights = source.with_name(f"{source.name}_data")
+    return int((weights.stat().st_size if weights.exists() else 0) * _GROWTH)
 
 
 def _check_ours(place: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
-from lfm_runtime.bundle import MANIFEST, SUMS
+from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.errors import BundleError
 from lfm_runtime.verify import verify
@@ -16,11 +21,17 @@ _LARGEST_MANIFEST = 64 << 20
 _BLOCK = 1 << 20
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
     """The bundle in `archive`, every byte verified, as `folder`; a bundle that was there is replaced when all is well.
 
+    Args:
+        archive: NAME.tar; where that is in parts NAME.tar.000, NAME.tar.001 …, they are read as one.
+        folder: the bundle's place.
+        signers: who may have signed it (see signature.py); None asks for no signature.
+
     Raises:
-        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, or no room; `folder` is as before.
+        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed by `signers`, or no room; `folder` is as before.
+        SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     try:
         entries = _looked_through(archive)
@@ -31,14 +42,14 @@ def unpack(archive: Path, folder: Path) -> None:
         if free < wanted:
             short = ((wanted - free) >> 20) + 1
             raise BundleError(f"{parent} has {free >> 20} MiB free, {archive} takes {wanted >> 20}; {short} more are needed")
-        with replacing(folder) as new, tarfile.open(archive) as tar:
+        with replacing(folder) as new, _opened(archive) as tar:
             for name, entry in entries.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(entry)
                 assert source is not None
                 with source, (new / name).open("wb") as f:
                     shutil.copyfileobj(source, f, _BLOCK)
-            if problems := verify(new):
+            if problems := verify(new, signers=signers):
                 raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
     except (tarfile.TarError, EOFError) as e:
         raise BundleError(f"{archive} is not a tar file, or is cut off; copy it again") from e
@@ -52,7 +63,7 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
     """Name inside the bundle → entry, every name and size checked before anything is written."""
     entries: dict[str, tarfile.TarInfo] = {}
     tops = set()
-    with tarfile.open(archive) as tar:
+    with _opened(archive) as tar:
         for entry in tar:
             path = PurePosixPath(entry.name)
             if path.is_absolute() or ".." in path.parts or "\\" in entry.name or len(path.parts) < 2:
@@ -66,8 +77,9 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
             entries[name] = entry
         if len(tops) != 1 or MANIFEST not in entries:
             raise BundleError(f"{archive} is not a bundle packed by lfm-edge: no {MANIFEST} in one folder")
-        if entries[MANIFEST].size > _LARGEST_MANIFEST:
-            raise BundleError(f"{archive}: {MANIFEST} is too large; do not use it")
+        for name in BESIDE_MANIFEST & entries.keys():
+            if entries[name].size > _LARGEST_MANIFEST:
+                raise BundleError(f"{archive}: {name} is too large; do not use it")
         source = tar.extractfile(entries[MANIFEST])
         assert source is not None
         try:
@@ -76,9 +88,64 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BundleError(f"{archive}: {MANIFEST} is damaged ({type(e).__name__}); copy it again") from e
     for name, entry in entries.items():
-        if name not in (MANIFEST, SUMS) and entry.size != sizes.get(name):
+        if name not in BESIDE_MANIFEST and entry.size != sizes.get(name):
             said = f"{sizes[name]} bytes" if name in sizes else "nothing"
             raise BundleError(f"{archive} holds {name} with {entry.size} bytes, its {MANIFEST} says {said}; do not use it")
     if missing := sorted(sizes.keys() - entries.keys()):
         raise BundleError(f"{archive} lacks {missing[0]}, which its {MANIFEST} names; copy it again")
     return entries
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    parts = sorted(p for p in archive.parent.glob(f"{archive.name}.*") if re.fullmatch(r"\.\d{3}", p.suffix))
+    if archive.exists() or not parts:
+        with tarfile.open(archive) as tar:
+            yield tar
+        return
+    for n, part in enumerate(parts):
+        if part.suffix != f".{n:03d}":
+            raise BundleError(f"{archive}.{n:03d} is missing between the parts of {archive.name}; copy it again")
+    with _Joined(parts) as stream, tarfile.open(fileobj=cast("IO[bytes]", stream)) as tar:
+        yield tar
+
+
+class _Joined(io.RawIOBase):
+    """Files one after the other, read as one: joining them first would take their room twice."""
+
+    def __init__(self, parts: list[Path]) -> None:
+        self._files = [part.open("rb") for part in parts]
+        ends, end = [], 0
+        for part in parts:
+            end += part.stat().st_size
+            ends.append(end)
+        self._ends, self._at = ends, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ends[-1]}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        for file, end in zip(self._files, self._ends, strict=True):
+            if self._at < end:
+                size = min(len(buffer), end - self._at)
+                file.seek(-(end - self._at), io.SEEK_END)
+                block = file.read(size)
+                buffer[: len(block)] = block
+                self._at += len(block)
+                return len(block)
+        return 0
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()

@@ -9,14 +9,15 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Unpack what lfm-edge bundle packed: all of it, every byte verified, or nothing."
-    parser.add_argument("archive", type=Path, metavar="NAME.tar")
+    parser.add_argument("archive", type=Path, metavar="NAME.tar", help="or its parts NAME.tar.000, NAME.tar.001 …, named without the number")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers")
 
 
 def run(options: argparse.Namespace) -> int:
     """Unpack and say where."""
     from lfm_runtime.unpack import unpack
 
-    unpack(options.archive, options.output)
+    unpack(options.archive, options.output, signers=options.signers)
     print(f"{options.output} is whole")
     return 0

@@ -6,34 +6,39 @@ import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import MANIFEST, SUMS, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SIGNATURE, SUMS, Bundle, file_hash, read_manifest
 from lfm_runtime.contract import GRAPHS
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.external_data import external_files
 from lfm_runtime.sessions import Execution, load_session
+from lfm_runtime.signature import check_signature
 
 Progress = Callable[[int, int], None]
 """Called with (bytes hashed, bytes in all)."""
 
 
-def verify(folder: Path, progress: Progress = lambda *_: None) -> list[str]:
+def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path | None = None) -> list[str]:
     """Everything that is wrong with a bundle; nothing is loaded that was not hashed before.
 
     Args:
         folder: the bundle.
         progress: told how far the hashing is.
+        signers: who may have signed it (see signature.py); None asks for no signature.
 
     Raises:
-        BundleError: it is no bundle of lfm-edge, or of a newer schema.
+        BundleError: it is no bundle of lfm-edge, or of a newer schema; or nobody of `signers` signed it.
+        SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; name a bundle")
     manifest = read_manifest(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
-    problems = _strangers(folder, {MANIFEST, SUMS, *manifest["files"]})
+    problems = _strangers(folder, {*BESIDE_MANIFEST, *manifest["files"]})
     if problems:
         return problems  # what is not a plain file is not read
+    if signers is not None:
+        check_signature(folder / SUMS, signers)
     problems = [*_hashes(folder, manifest["files"], progress), *_sums(folder, manifest["files"])]
     if problems:
         return problems
@@ -59,7 +64,7 @@ def _strangers(folder: Path, known: set[str]) -> list[str]:
             found.append(f"{name} is not a plain file; remove it")
         elif name not in known:
             found.append(f"{name} is not named by {MANIFEST}; remove it")
-    return found + [f"{name} is missing; copy the bundle again" for name in sorted(known - there - {SUMS})]
+    return found + [f"{name} is missing; copy the bundle again" for name in sorted(known - there - {SUMS, SIGNATURE})]
 
 
 def _hashes(folder: Path, files: dict[str, dict[str, object]], progress: Progress) -> list[str]:

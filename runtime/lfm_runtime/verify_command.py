@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1 something is wrong."
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
 
-    problems = verify(options.bundle, show)
+    problems = verify(options.bundle, show, signers=options.signers)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     for problem in problems:

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from lfm_package.pack import pack
+from lfm_package.pack import Extras, pack
 from lfm_profiles import read
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.cli import main
@@ -23,7 +23,7 @@ QUESTION = "What is in this image?"
 
 @pytest.fixture
 def packed(demo_bundle, tmp_path) -> Path:
-    pack(demo_bundle, ["fp32"], tmp_path / "cam.tar", profile=read("pi5"))
+    pack(demo_bundle, ["fp32"], tmp_path / "cam.tar", Extras(profile=read("pi5")))
     return tmp_path / "cam.tar"
 
 

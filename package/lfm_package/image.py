@@ -1,0 +1,117 @@
+"""What goes on a USB stick: wheels, one variant of a bundle, a profile, and install.sh, which needs neither network nor root."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm_profiles import Profile
+from lfm_runtime.bundle import SUMS, Bundle, file_hash
+from lfm_runtime.bundle_writer import replacing
+from lfm_runtime.contract import DECODER, VISION_ENCODER
+from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.prepare import space_needed
+from lfm_runtime.signature import sign
+from packaging.version import Version
+
+from lfm_package.pack import Extras, entry, pack, reduced
+from lfm_package.targets import Platform
+from lfm_package.wheelhouse import Wheel, glibc_needed, wheelhouse
+
+INSTALL = "install.sh"
+SETTINGS = "stick.conf"
+_LARGEST_FILE = 4_000_000_000  # FAT32 holds no larger ones
+_WITH_BYTECODE = 1.4  # what installed wheels take, against their files
+_SPARE = 32 << 20
+
+
+def image(
+    folder: Path, variants: Sequence[str], platform: Platform, output: Path, *, profile: Profile | None = None, sign_with: Path | None = None
+) -> list[Wheel]:
+    """Write a stick's content as a folder, or as NAME.tar. What was there before stays until all is written.
+
+    Args:
+        folder: the bundle.
+        variants: the first is what the device takes by default.
+        platform: the device.
+        output: a folder, or NAME.tar.
+        profile: goes into the bundle as profile.toml; None leaves the choice to the device.
+        sign_with: a key of ssh; install.sh then can tell who made the stick.
+
+    Raises:
+        BundleError: as `pack`; or the target's onnxruntime is too old for the bundle; or the output cannot be written.
+        WheelhouseError: the wheels cannot be had.
+    """
+    manifest = reduced(folder, variants)
+    name = output.name.removesuffix(".tar")
+    if not name:
+        raise SettingError(f"{output} has no name; name a folder or a .tar")
+    if output.suffix != ".tar":
+        with replacing(output, check=_check_ours) as stick:
+            return _fill(stick, name, folder, variants, manifest, platform, Extras(profile, (), sign_with))
+    work = output.with_name(f".{output.name}.partial")
+    try:
+        wheels = image(folder, variants, platform, work / name, profile=profile, sign_with=sign_with)
+        _as_tar(work / name, work / output.name)
+        (work / output.name).replace(output)
+    except OSError as e:
+        raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return wheels
+
+
+def _fill(
+    stick: Path, name: str, folder: Path, variants: Sequence[str], manifest: dict[str, Any], platform: Platform, extras: Extras
+) -> list[Wheel]:
+    wheels = wheelhouse(platform, stick / "wheels")
+    _check_onnxruntime(folder, manifest, wheels, platform)
+    size = sum(int(file["bytes"]) for file in manifest["files"].values())
+    split = _LARGEST_FILE if size > _LARGEST_FILE else 0
+    pack(folder, variants, stick / f"{name}.tar", Extras(extras.profile, wheels, extras.sign_with, split))
+    (stick / f"{name}.tar.sha256").unlink()  # SHA256SUMS has it
+    shutil.copyfile(Path(__file__).with_name(INSTALL), stick / INSTALL)
+    (stick / INSTALL).chmod(0o755)
+    settings = {
+        "name": name, "variant": variants[0], "prefill": variants[1] if len(variants) > 1 else "", "target": platform.target.name,
+        "machine": platform.target.machine, "python": platform.system.python, "glibc_minor": glibc_needed(wheels),
+        "need_kib": _needed(folder, variants, size, wheels) >> 10,
+    }  # fmt: skip
+    (stick / SETTINGS).write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
+    sums = {path.relative_to(stick).as_posix(): path for path in stick.rglob("*") if path.is_file()}
+    lines = [f"{file_hash(path)}  {place}\n" for place, path in sorted(sums.items())]
+    (stick / SUMS).write_text("".join(lines), encoding="utf-8")
+    if extras.sign_with:
+        sign(stick / SUMS, extras.sign_with)
+    return wheels
+
+
+def _check_onnxruntime(folder: Path, manifest: dict[str, Any], wheels: Sequence[Wheel], platform: Platform) -> None:
+    there = next(wheel.version for wheel in wheels if wheel.name == "onnxruntime")
+    for graph, described in manifest["graphs"].items():
+        if there < Version(described["min_onnxruntime"]):
+            needs = described["min_onnxruntime"]
+            raise BundleError(f"{folder}/{graph} needs onnxruntime {needs} or later; the newest for {platform} is {there}; take another variant")
+
+
+def _needed(folder: Path, variants: Sequence[str], size: int, wheels: Sequence[Wheel]) -> int:
+    """Bytes that an installation takes at most: environment, bundle, prepared graphs."""
+    bundle = Bundle.open(folder)
+    graphs = {bundle.graphs(variants[0])[1][VISION_ENCODER.stem], *(bundle.graphs(v)[1][DECODER.stem] for v in variants)}
+    return int(sum(w.unpacked for w in wheels) * _WITH_BYTECODE) + size + sum(space_needed(graph) for graph in graphs) + _SPARE
+
+
+def _as_tar(stick: Path, output: Path) -> None:
+    with tarfile.open(output, "w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(p for p in stick.rglob("*") if p.is_file()):
+            with path.open("rb") as f:
+                name = f"{stick.name}/{path.relative_to(stick).as_posix()}"
+                tar.addfile(entry(name, path.stat().st_size, 0o755 if path.name == INSTALL else 0o644), f)
+
+
+def _check_ours(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
+        raise BundleError(f"{folder} is not something lfm-edge image made; choose another output")

@@ -1,0 +1,36 @@
+"""`lfm-edge image`: what goes on a USB stick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lfm_package.bundle_command import add_packing_arguments, packed_variants
+from lfm_package.wheelhouse_command import add_target_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Write a stick: wheels for a board, one variant of a bundle, a profile, install.sh. There, without network or root: sh STICK/install.sh"
+    )
+    parser.add_argument("bundle", type=Path)
+    add_target_arguments(parser)
+    add_packing_arguments(parser)
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="or NAME.tar")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write it, and say what to do with it."""
+    from lfm_runtime.profile import find_profile
+
+    from lfm_package.image import image
+    from lfm_package.targets import Platform
+
+    platform = Platform.of(options.target, options.python)
+    profile = find_profile(options.profile) if options.profile else None
+    wheels = image(options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign)
+    size = sum(path.stat().st_size for path in ([options.output] if options.output.is_file() else options.output.rglob("*")) if path.is_file())
+    print(f"{options.output}: {size / 1e6:.1f} MB, of it {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB wheels, for {platform}")
+    print(f"on the device: sh {options.output.name.removesuffix('.tar')}/install.sh")
+    return 0

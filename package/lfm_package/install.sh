@@ -1,0 +1,208 @@
+#!/bin/sh
+# Installs the model and the runtime that lie beside this script: no network, no root, nothing outside of one folder.
+#
+#   sh install.sh [--prefix FOLDER] [--signers FILE]     install, prepare for this processor, test, then make it the current version
+#   sh install.sh [--prefix FOLDER] --rollback           back to the version before; once more: forth again
+#   sh install.sh [--prefix FOLDER] --uninstall          remove everything this script made
+#
+# FOLDER/versions/NAME-HASH holds one version each (an environment, the bundle, its prepared graphs); the links FOLDER/current and
+# FOLDER/previous name two of them. `current` is switched by one rename, after everything else is on disk: whenever this is killed or
+# the power fails, the old version works, and the next run removes what was left half done.
+set -eu
+umask 022
+unset PYTHONPATH PYTHONHOME 2>/dev/null || true
+
+say() { printf '%s\n' "$*"; }
+fail() {
+    printf 'install.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+stick=$(cd "$(dirname "$0")" && pwd)
+prefix=${XDG_DATA_HOME:-${HOME:-}/.local/share}/lfm-edge
+action=install signers=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --prefix | --signers)
+        [ $# -gt 1 ] || fail "$1 needs a value; see: sed -n 2,7p $0"
+        if [ "$1" = --prefix ]; then prefix=$2; else signers=$2; fi
+        shift
+        ;;
+    --rollback | --uninstall) action=${1#--} ;;
+    -h | --help) sed -n 's/^# \{0,1\}//; 2,11p' "$0" && exit 0 ;;
+    *) fail "$1 is unknown; see: sh install.sh --help" ;;
+    esac
+    shift
+done
+[ "$prefix" != /.local/share/lfm-edge ] || fail "HOME is not set; name a folder with --prefix"
+case $prefix in /*) ;; *) prefix=$(pwd)/$prefix ;; esac
+
+# ------------------------------------------------------------------------------------------------ versions and links
+
+version_of() { # the version that a link names; nothing where there is none
+    link=$(readlink "$prefix/$1" 2>/dev/null) || return 0
+    [ -f "$prefix/$link/complete" ] && say "${link#versions/}" || true
+}
+switch() { # LINK VERSION: from one moment to the next
+    rm -f "$prefix/.$1.new"
+    ln -s "versions/$2" "$prefix/.$1.new"
+    mv -fT "$prefix/.$1.new" "$prefix/$1"
+    sync
+}
+discard() { # a version; it does not count as one from the first moment
+    rm -f "$prefix/versions/$1/complete"
+    rm -rf "$prefix/versions/$1"
+}
+lock() { # held until this process and what it started end
+    exec 9>"$prefix/.lock"
+    if command -v flock >/dev/null 2>&1; then
+        flock -n 9 || fail "$prefix is being changed by another install.sh; wait for it"
+    fi
+}
+ours() { [ -d "$prefix/versions" ] || fail "nothing is installed in $prefix; name the folder with --prefix"; }
+
+rollback() {
+    ours
+    lock
+    now=$(version_of current) before=$(version_of previous)
+    [ -n "$before" ] && [ "$before" != "$now" ] || fail "there is no version before ${now:-this one} in $prefix"
+    switch current "$before"
+    [ -z "$now" ] || switch previous "$now"
+    say "$prefix runs $before now"
+}
+
+uninstall() {
+    ours
+    lock
+    rm -f "$prefix/current" "$prefix/previous" "$prefix/.current.new" "$prefix/.previous.new" "$prefix/bin/lfm-edge" "$prefix/signers"
+    rm -f "$prefix/bin/.lfm-edge.new" "$prefix/.signers.new"
+    rm -rf "$prefix/versions"
+    rm -f "$prefix/.lock"
+    rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
+    say "$prefix is removed"
+}
+
+# ------------------------------------------------------------------------------------------------ before anything is written
+
+setting() { sed -n "s/^$1=//p" "$stick/stick.conf"; }
+
+check_stick() { # every file, then who signed
+    for file in SHA256SUMS stick.conf; do
+        [ -s "$stick/$file" ] || fail "$stick/$file is missing: this is no stick of lfm-edge, or is half copied; copy it again"
+    done
+    bad=$(cd "$stick" && LC_ALL=C sha256sum -c SHA256SUMS 2>/dev/null | grep -v ': OK$' | head -n 1) || true
+    [ -z "$bad" ] || fail "$stick is half copied or damaged ($bad); copy it again"
+    [ -n "$signers" ] || { [ -f "$prefix/signers" ] && signers=$prefix/signers; } || return 0
+    [ -f "$signers" ] || fail "$signers does not exist; it names who may sign, as ssh's allowed_signers does"
+    command -v ssh-keygen >/dev/null 2>&1 || fail "signatures need ssh-keygen; install it: sudo apt install openssh-client"
+    [ -f "$stick/SHA256SUMS.sig" ] || fail "$stick is not signed, and $signers asks for that; have it made with: lfm-edge image --sign KEY"
+    who=$(ssh-keygen -Y find-principals -s "$stick/SHA256SUMS.sig" -f "$signers" 2>/dev/null | head -n 1) || true
+    [ -n "$who" ] || fail "$stick is signed by nobody of $signers; do not use it"
+    ssh-keygen -Y verify -f "$signers" -I "$who" -n lfm-edge -s "$stick/SHA256SUMS.sig" <"$stick/SHA256SUMS" >/dev/null 2>&1 ||
+        fail "$stick is not what $who signed; do not use it"
+    say "signed by $who"
+}
+
+check_machine() { # sets $python
+    wanted=$(setting machine) target=$(setting target) version=$(setting python) glibc=$(setting glibc_minor)
+    [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge image --target …"
+    found=
+    for python in "python$version" python3; do
+        command -v "$python" >/dev/null 2>&1 || continue
+        found=$("$python" -c 'import struct, sys; print("%d.%d" % sys.version_info[:2], 8 * struct.calcsize("P"))' 2>/dev/null) || found=
+        [ "$found" != "$version 64" ] || break
+    done
+    case $found in
+    "$version 64") ;;
+    *" 32") fail "this system is 32-bit; there are no wheels for it: install the 64-bit system (Raspberry Pi OS 64-bit)" ;;
+    "") fail "there is no Python $version here; install it: sudo apt install python3" ;;
+    *) fail "this stick is for Python $version, here is ${found% *}; make one with: lfm-edge image --target $target --python ${found% *}" ;;
+    esac
+    have=$("$python" -c 'import platform; print(*platform.libc_ver())')
+    case $have in
+    "glibc 2."*) [ "${have#glibc 2.}" -ge "$glibc" ] || fail "this system has $have, the wheels need 2.$glibc; install a newer system" ;;
+    *) fail "this system has no glibc (musl?); the wheels need glibc 2.$glibc" ;;
+    esac
+}
+
+check_space() {
+    free=$(df -Pk "$prefix" | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/')
+    missing=$((($(setting need_kib) - free + 1023) / 1024))
+    [ "$missing" -le 0 ] || fail "$prefix has $((free / 1024)) MiB free, $(($(setting need_kib) / 1024)) are needed: $missing MiB more; make room, or name another disk with --prefix"
+}
+
+# ------------------------------------------------------------------------------------------------ the installation
+
+fill() { # FOLDER: environment, bundle, prepared graphs, all tested
+    say "installing the runtime into $1"
+    "$python" -m venv --without-pip "$1/venv"
+    pip=$(echo "$stick"/wheels/pip-*.whl)
+    "$1/venv/bin/python" "$pip/pip" --isolated install --quiet --disable-pip-version-check --no-cache-dir --no-index \
+        --find-links "$stick/wheels" --require-hashes -r "$stick/wheels/requirements.txt"
+    edge=$1/venv/bin/lfm-edge variant=$(setting variant) prefill=$(setting prefill)
+    "$edge" unpack "$stick/$(setting name).tar" -o "$1/bundle"
+    "$edge" prepare "$1/bundle" --variant "$variant" ${prefill:+--prefill "$prefill"}
+    LFM_EDGE_PROFILE=
+    [ ! -f "$1/bundle/profile.toml" ] || LFM_EDGE_PROFILE=$1/bundle/profile.toml
+    export LFM_EDGE_PROFILE
+    "$edge" selftest "$1/bundle"
+}
+
+command_file() { # lfm-edge of the current version, with the profile that came on the stick unless another is named
+    quoted=$(printf '%s' "$prefix" | sed "s/'/'\\\\''/g")
+    mkdir -p "$prefix/bin"
+    cat >"$prefix/bin/.lfm-edge.new" <<END
+#!/bin/sh
+current='$quoted/current'
+[ ! -f "\$current/bundle/profile.toml" ] || export LFM_EDGE_PROFILE="\${LFM_EDGE_PROFILE-\$current/bundle/profile.toml}"
+exec "\$current/venv/bin/lfm-edge" "\$@"
+END
+    chmod 755 "$prefix/bin/.lfm-edge.new"
+    mv -f "$prefix/bin/.lfm-edge.new" "$prefix/bin/lfm-edge"
+}
+
+install() {
+    check_stick
+    check_machine
+    id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
+    mkdir -p "$prefix/versions" 2>/dev/null && [ -w "$prefix/versions" ] ||
+        fail "$prefix cannot be written by $(id -un); name another folder with --prefix"
+    lock
+    for folder in "$prefix"/versions/*; do # what was left half done
+        [ ! -d "$folder" ] || [ -f "$folder/complete" ] || rm -rf "$folder"
+    done
+    before=$(version_of current)
+    if [ -f "$prefix/versions/$id/complete" ]; then
+        said=$("$prefix/versions/$id/venv/bin/lfm-edge" verify "$prefix/versions/$id/bundle" 2>&1) ||
+            fail "$id is installed, and damaged ($(say "$said" | head -n 1)): remove it with --uninstall, or go back with --rollback, and install again"
+    else
+        check_space
+        trap 'discard "$id"; fail "$id could not be installed; ${before:-nothing} is installed as before"' EXIT
+        trap 'exit 130' INT TERM HUP
+        mkdir "$prefix/versions/$id"
+        fill "$prefix/versions/$id"
+        sync
+        : >"$prefix/versions/$id/complete"
+        sync
+        trap - EXIT INT TERM HUP
+    fi
+    if [ "$signers" ] && [ "$signers" != "$prefix/signers" ]; then # later sticks must be signed as well
+        cp "$signers" "$prefix/.signers.new"
+        mv -f "$prefix/.signers.new" "$prefix/signers"
+    fi
+    command_file
+    if [ "$before" = "$id" ]; then
+        say "$id is installed already"
+    else
+        [ -z "$before" ] || switch previous "$before"
+        switch current "$id"
+        say "installed $id in $prefix${before:+; back to $before: sh install.sh --rollback}"
+    fi
+    for folder in "$prefix"/versions/*; do
+        kept=${folder##*/}
+        [ "$kept" = "$id" ] || [ "$kept" = "$(version_of previous)" ] || discard "$kept"
+    done
+    say "try: $prefix/bin/lfm-edge run $prefix/current/bundle photo.jpg -p 'What is in this image?'"
+}
+
+"$action"

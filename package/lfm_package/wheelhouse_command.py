@@ -1,0 +1,36 @@
+"""`lfm-edge wheelhouse`: the runtime's wheels for another machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Fetch what lfm-edge's runtime needs on a board, for its processor, Python and C library. There, without network: "
+        "pip install --no-index --find-links DIR --require-hashes -r DIR/requirements.txt"
+    )
+    add_target_arguments(parser)
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR")
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which machine, for `wheelhouse` and `image` alike."""
+    parser.add_argument("--target", required=True, metavar="NAME", help="pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64 or x86_64")
+    parser.add_argument("--python", default="", metavar="X.Y", help="of that system, where it is not the newest release: 3.11 on bookworm")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fetch, and say how large it is."""
+    from lfm_package.targets import Platform
+    from lfm_package.wheelhouse import wheelhouse
+
+    platform = Platform.of(options.target, options.python)
+    wheels = wheelhouse(platform, options.output)
+    print(platform)
+    for wheel in wheels:
+        print(f"  {wheel.name:14s} {wheel.version!s:10s} {wheel.size / 1e6:6.1f} MB")
+    print(f"{options.output}: {len(wheels)} wheels, {sum(w.size for w in wheels) / 1e6:.1f} MB; unpacked {sum(w.unpacked for w in wheels) / 1e6:.0f} MB")
+    return 0
