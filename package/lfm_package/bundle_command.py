@@ -14,8 +14,8 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it its SHA-256 and a CycloneDX "
-        "bill of materials. The same inputs give the same bytes. On the device: lfm-edge unpack NAME.tar -o FOLDER."
+        "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it its SHA-256 and a "
+        "CycloneDX bill of materials. The same inputs give the same bytes. On the device: lfm-edge unpack NAME.tar -o FOLDER."
     )
     parser.add_argument("bundle", type=Path)
     add_packing_arguments(parser)

@@ -29,8 +29,9 @@ _SPARE = 32 << 20
 
 
 def image(
-    folder: Path, variants: Sequence[str], platform: Platform, output: Path, *, profile: Profile | None = None, sign_with: Path | None = None
-) -> list[Wheel]:
+    folder: Path, variants: Sequence[str], platform: Platform, output: Path, *,
+    profile: Profile | None = None, sign_with: Path | None = None,
+) -> list[Wheel]:  # fmt: skip
     """Write a stick's content as a folder, or as NAME.tar. What was there before stays until all is written.
 
     Args:
@@ -93,8 +94,8 @@ def _check_onnxruntime(folder: Path, manifest: dict[str, Any], wheels: Sequence[
     there = next(wheel.version for wheel in wheels if wheel.name == "onnxruntime")
     for graph, described in manifest["graphs"].items():
         if there < Version(described["min_onnxruntime"]):
-            needs = described["min_onnxruntime"]
-            raise BundleError(f"{folder}/{graph} needs onnxruntime {needs} or later; the newest for {platform} is {there}; take another variant")
+            needs = f"{folder}/{graph} needs onnxruntime {described['min_onnxruntime']} or later"
+            raise BundleError(f"{needs}; the newest for {platform} is {there}; take another variant")
 
 
 def _needed(folder: Path, variants: Sequence[str], size: int, wheels: Sequence[Wheel]) -> int:

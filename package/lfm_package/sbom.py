@@ -35,7 +35,7 @@ def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str
         licenses=_licenses(source["license"] or ""),
         properties=[
             Property(name=f"lfm-edge:{key}", value=str(value))
-            for key, value in {**source, "variants": ", ".join(manifest["variants"]), "min_onnxruntime": manifest["min_onnxruntime"]}.items()
+            for key, value in {**source, "variants": ", ".join(manifest["variants"])}.items()
             if value and key != "license"
         ],
         components=[

@@ -154,12 +154,12 @@ def glibc_needed(wheels: Iterable[Wheel]) -> int:
 def _unmet(platform: Platform, wheels: Sequence[Wheel]) -> list[tuple[Wheel, Requirement]]:
     """Requirements that hold on the target and that no wheel meets, with who has them."""
     there = {wheel.name: wheel.version for wheel in wheels}
-    return [
-        (wheel, requirement)
-        for wheel in wheels
-        for requirement in _for_target(platform, wheel)
-        if (version := there.get(canonicalize_name(requirement.name))) is None or not requirement.specifier.contains(version, prereleases=True)
-    ]
+
+    def met(requirement: Requirement) -> bool:
+        version = there.get(canonicalize_name(requirement.name))
+        return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+    return [(wheel, requirement) for wheel in wheels for requirement in _for_target(platform, wheel) if not met(requirement)]
 
 
 def _for_target(platform: Platform, wheel: Wheel) -> list[Requirement]:
@@ -177,7 +177,7 @@ def _reported(entry: dict[str, Any]) -> Wheel:
     """Of pip's installation report."""
     said, download = entry["metadata"], entry["download_info"]
     file, sha256 = download["url"].rsplit("/", 1)[1], download["archive_info"]["hashes"]["sha256"]
-    return Wheel(file, sha256, tuple(said.get("requires_dist") or ()), said.get("requires_python") or "", said.get("license_expression") or "")
+    return Wheel(file, sha256, tuple(said.get("requires_dist") or ()), said.get("requires_python") or "", license="")
 
 
 def _pinned(platform: Platform, wheels: Iterable[Wheel]) -> str:
@@ -213,8 +213,9 @@ def _pip(*words: str) -> str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"]
         said = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
-        advice = f"; install pip: {sys.executable} -m ensurepip" if "No module named pip" in said else "; is the package index reached from here?"
-        raise WheelhouseError(f"pip {words[0]} failed: {said.removeprefix('ERROR: ')}{advice}")
+        without = "No module named pip" in said
+        advice = f"install it: {sys.executable} -m ensurepip" if without else "is the package index reached from here?"
+        raise WheelhouseError(f"pip {words[0]} failed: {said.removeprefix('ERROR: ')}; {advice}")
     return done.stdout
 
 

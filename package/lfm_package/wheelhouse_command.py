@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Which machine, for `wheelhouse` and `image` alike."""
-    parser.add_argument("--target", required=True, metavar="NAME", help="pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64 or x86_64")
+    names = "pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64, x86_64"
+    parser.add_argument("--target", required=True, metavar="NAME", help=f"the board: {names}")
     parser.add_argument("--python", default="", metavar="X.Y", help="of that system, where it is not the newest release: 3.11 on bookworm")
 
 
@@ -32,5 +33,6 @@ def run(options: argparse.Namespace) -> int:
     print(platform)
     for wheel in wheels:
         print(f"  {wheel.name:14s} {wheel.version!s:10s} {wheel.size / 1e6:6.1f} MB")
-    print(f"{options.output}: {len(wheels)} wheels, {sum(w.size for w in wheels) / 1e6:.1f} MB; unpacked {sum(w.unpacked for w in wheels) / 1e6:.0f} MB")
+    size, unpacked = sum(wheel.size for wheel in wheels) / 1e6, sum(wheel.unpacked for wheel in wheels) / 1e6
+    print(f"{options.output}: {len(wheels)} wheels, {size:.1f} MB; unpacked {unpacked:.0f} MB")
     return 0

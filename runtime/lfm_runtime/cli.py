@@ -60,7 +60,8 @@ def _fail(message: str, code: int = _EXIT_ERROR) -> int:
 
 def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
     extra = point.value.partition(".")[0].removeprefix("lfm_")
-    return f"{point.name} needs the Python package {e.name}; install it with: pip install 'lfm-edge[{extra}]'"
+    wanted = "lfm-edge" if extra == "runtime" else f"lfm-edge[{extra}]"
+    return f"{point.name} needs the Python package {e.name}; install it with: pip install '{wanted}'"
 
 
 # ------------------------------------------------------------------------------------------------ shared by commands

@@ -1,7 +1,7 @@
 """Signatures that `ssh-keygen -Y` makes: it is on every board, and keys are those people have.
 
-A packed bundle, and a stick, carry SHA256SUMS.sig over their SHA256SUMS, which names every other file. Who may sign is said by a file in the
-form of ssh's allowed_signers (see ssh-keygen(1)): one line `NAME namespaces="lfm-edge" ssh-ed25519 AAAA…` each.
+A packed bundle, and a stick, carry SHA256SUMS.sig over their SHA256SUMS, which names every other file. Who may sign is said by a file in
+the form of ssh's allowed_signers (see ssh-keygen(1)): one line `NAME namespaces="lfm-edge" ssh-ed25519 AAAA…` each.
 """
 
 from __future__ import annotations

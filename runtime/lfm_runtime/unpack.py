@@ -30,7 +30,7 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         signers: who may have signed it (see signature.py); None asks for no signature.
 
     Raises:
-        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed by `signers`, or no room; `folder` is as before.
+        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed as asked, or no room; `folder` is as before.
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     try:

@@ -155,11 +155,11 @@ LEAKING = """if True:
     from lfm_runtime import selftest
     from lfm_runtime.selftest import CHECKS, CheckError, Installed
     on = Installed(Path(sys.argv[1]), "generic", "fp32")
-    leak, answer = [], on.model.answer
+    leak, converse = [], on.model.converse
     def leaking(*args, **more):
         leak.append(np.ones(1 << 20, np.float32))  # four MiB an answer
-        return answer(*args, **more)
-    on.model.answer, selftest._ANSWERS = leaking, 20
+        return converse(*args, **more)
+    on.model.converse, selftest._ANSWERS = leaking, 20
     for name in ("steady memory", "cancelled answers"):
         try:
             print(name, next(check for check in CHECKS if check.name == name).run(on))

@@ -1,0 +1,328 @@
+"""What matters on this machine, each with what to do about it. Nothing here needs onnxruntime or numpy to be importable: that is looked
+at first.
+
+Facts come from `lfm_profiles.detect` and `Sensors`, so recorded trees of other machines can be examined as well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lfm_profiles import Device, choose, detect
+from lfm_profiles.device import read
+from lfm_profiles.sensors import Sensors
+
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.gpu_wheel import compute_capability, cuda_library, has_kernels, kernel_architectures
+from lfm_runtime.process import child_environment, last_line
+
+_HOT_C = 80.0
+_LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64
+_LITTLE_MEMORY_MIB = 512
+_MATTERS = {"asimddp", "asimdhp", "i8mm", "sve", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c"}
+# What an import of onnxruntime says when it fails, and what helps.
+_IMPORT_FAILURES = (
+    ("GLIBCXX_", "the system's C++ library is too old (JetPack 5, old Ubuntu): install a newer system; JetPack 6 has it"),
+    ("GLIBC_", "the system's C library is too old for this wheel: install a newer system"),
+    ("No module named", "install it: pip install 'onnxruntime>=1.20,!=1.21.0'"),
+    ("cannot open shared object file", "a library is missing; for a GPU wheel it is CUDA's or cuDNN's: install them, or the CPU wheel"),
+    ("numpy", "numpy and onnxruntime do not fit each other: pip install --upgrade numpy onnxruntime"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`state`: ok, warning or problem; `fix` is what to do, where it is not ok."""
+
+    name: str
+    state: str
+    said: str
+    fix: str = ""
+
+
+def _judged(name: str, state: str | bool, said: str, fix: str) -> Finding:
+    """Warning, problem, or ok where that is False."""
+    return Finding(name, str(state), said, fix) if state else Finding(name, "ok", said)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is examined."""
+
+    device: Device
+    sensors: Sensors
+    root: Path = Path("/")
+    bundle: Path | None = None
+    profile: str = ""
+
+    @staticmethod
+    def here(bundle: Path | None, profile: str) -> Machine:
+        """This one."""
+        return Machine(detect(), Sensors(), Path("/"), bundle, profile)
+
+
+def examine(machine: Machine) -> Iterator[Finding]:
+    """Every check, one after the other; those of the bundle only where onnxruntime can be imported."""
+    importable = True
+    for check in CHECKS:
+        for finding in _safely(check, machine):
+            importable &= not (check is _onnxruntime and finding.state == "problem")
+            yield finding
+    if machine.bundle is not None and importable:
+        for check in BUNDLE_CHECKS:
+            for finding in _safely(check, machine):
+                yield finding
+                if finding.state == "problem":
+                    return  # the rest would only say it again
+
+
+def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> Iterator[Finding]:
+    """One check that breaks must not hide the others."""
+    try:
+        yield from check(machine)
+    except EdgeError as e:
+        yield Finding(check.__name__.strip("_"), "problem", str(e))
+    except Exception as e:  # noqa: BLE001
+        yield Finding(check.__name__.strip("_"), "warning", f"could not be looked at ({type(e).__name__}: {e})", "report it")
+
+
+# ------------------------------------------------------------------------------------------------ software
+
+
+def _python(machine: Machine) -> Iterator[Finding]:
+    where = "in an environment of its own" if sys.prefix != sys.base_prefix else "the system's own"
+    said = f"{sys.version.split()[0]}, {machine.device.pointer_bits} bits, {where}"
+    if machine.device.pointer_bits != 64:
+        fix = "install the 64-bit system (Raspberry Pi OS 64-bit): onnxruntime, numpy and pillow have no 32-bit wheels for Arm"
+        yield Finding("python", "problem", said, fix)
+    else:
+        yield Finding("python", "ok", said)
+
+
+def _packages(_: Machine) -> Iterator[Finding]:
+    found = {name: _version(name) for name in ("lfm-edge", "numpy", "pillow", "psutil")}
+    missing = [name for name, there in found.items() if there is None]
+    said = ", ".join(f"{name} {there}" for name, there in found.items() if there)
+    if missing:
+        yield Finding("packages", "problem", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    else:
+        yield Finding("packages", "ok", said)
+
+
+def _onnxruntime(machine: Machine) -> Iterator[Finding]:
+    """Imported by another process: a wheel for another processor kills the one that imports it."""
+    wheels = {name: there for name in ("onnxruntime", "onnxruntime-gpu") if (there := _version(name))}
+    installed = ", ".join(f"{name} {there}" for name, there in wheels.items()) or "no onnxruntime"
+    code = "import onnxruntime as o; print(*(name.removesuffix('ExecutionProvider') for name in o.get_available_providers()))"
+    environment = child_environment(ORT_DISABLE_TELEMETRY="1")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        fix = "install another version; 1.21.0 does this on Cortex-A53 and A72: pip install 'onnxruntime!=1.21.0'"
+        yield Finding("onnxruntime", "problem", f"{installed} dies when imported ({name})", fix)
+    elif done.returncode:
+        said = last_line(done.stderr)
+        fix = next((fix for part, fix in _IMPORT_FAILURES if part in said), "pip install --force-reinstall onnxruntime")
+        yield Finding("onnxruntime", "problem", f"{installed} cannot be imported: {said}", fix)
+    elif len(wheels) > 1:
+        fix = "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
+        yield Finding("onnxruntime", "problem", f"{installed} at once", fix)
+    else:
+        yield Finding("onnxruntime", "ok", f"{installed}, providers {done.stdout.strip()}")
+    if wheels.get("onnxruntime") == "1.21.0" and machine.device.machine in ("aarch64", "arm64"):
+        yield Finding("onnxruntime", "problem", "1.21.0 kills processes on Cortex-A53 and A72", "pip install 'onnxruntime!=1.21.0'")
+
+
+def _gpu(machine: Machine) -> Iterator[Finding]:
+    device, library = machine.device, cuda_library()
+    if not device.gpu:
+        unused = "; the GPU wheel is larger and has no use here" if library else ""
+        yield _judged("gpu", library is not None and "warning", f"none, the CPU computes{unused}", "pip install onnxruntime")
+        return
+    if library is None:
+        yield Finding("gpu", "ok", f"{device.gpu}; this onnxruntime is for the CPU and does not use it")
+        return
+    capability, built = compute_capability(device), kernel_architectures(library)
+    said = f"{device.gpu}, sm_{capability or '?'}; the wheel has kernels for {', '.join(sorted(built)) or 'no GPU'}"
+    if capability is not None and not has_kernels(built, capability, integrated=device.soc is not None):
+        fix = "use the CPU wheel (pip uninstall -y onnxruntime-gpu; pip install onnxruntime)" + (
+            ", or NVIDIA's wheel for this JetPack" if device.soc else ", or a wheel built for this chip")  # fmt: skip
+        yield Finding("gpu", "problem", said, fix)
+    else:
+        yield Finding("gpu", "ok", said)
+
+
+def _telemetry(_: Machine) -> Iterator[Finding]:
+    said = os.environ.get("ORT_DISABLE_TELEMETRY", "not set")
+    yield _judged("telemetry", said != "1" and "warning", f"ORT_DISABLE_TELEMETRY is {said}", "unset it: lfm-edge sets 1")
+
+
+# ------------------------------------------------------------------------------------------------ hardware
+
+
+def _processor(machine: Machine) -> Iterator[Finding]:
+    device = machine.device
+    cores = " + ".join(" ".join(filter(None, (str(c.count), c.name))) for c in device.cores)
+    matters = " ".join(name for name in device.features if name in _MATTERS)
+    said = f"{device.board or 'unknown board'}; {device.cpu or device.soc or device.machine}; cores: {cores or '?'}; {matters}"
+    if device.machine in ("aarch64", "arm64") and "asimddp" not in device.features:
+        yield Finding("processor", "warning", f"{said}; no dot products: int8 is slow here", "take the int4 variant")
+    elif device.machine == "x86_64" and "avx2" not in device.features:
+        yield Finding("processor", "warning", f"{said}; no AVX2: everything is slow here", "take int4 and few image tokens")
+    else:
+        yield Finding("processor", "ok", said)
+
+
+def _memory(machine: Machine) -> Iterator[Finding]:
+    device = machine.device
+    limit = f", at most {device.limit_mib} MiB by {device.limit_by}" if device.limit_mib is not None else ""
+    said = f"{device.ram_total_mib} MiB, {device.free_mib} free now{limit}"
+    if (device.free_mib or 0) < _LITTLE_MEMORY_MIB:
+        fix = "end other programs, or see what fits: lfm-edge profile plan BUNDLE IMAGE"
+        yield Finding("memory", "warning", said, fix)
+    else:
+        yield Finding("memory", "ok", said)
+
+
+def _swap(machine: Machine) -> Iterator[Finding]:
+    rows = [line.split() for line in (read(machine.root / "proc/swaps") or "").splitlines()[1:]]
+    used = sum(int(row[3]) for row in rows if len(row) > 3) // 1024
+    names = [row[0] for row in rows if row]
+    little = (machine.device.ram_total_mib or 0) < 2100
+    if not names:
+        fix = "add some in compressed memory: sudo apt install systemd-zram-generator"
+        yield _judged("swap", little and "warning", "none: too much memory ends a process at once", fix)
+    elif on_card := [name for name in names if "zram" not in name and not name.startswith("/dev/nvme")]:
+        fix = "slow, and wears an SD card; better: sudo apt install systemd-zram-generator"
+        yield _judged("swap", bool(used or little) and "warning", f"{', '.join(on_card)}, {used} MiB used", fix)
+    else:
+        yield Finding("swap", "ok", f"{', '.join(names)}, {used} MiB used")
+
+
+def _disk(machine: Machine) -> Iterator[Finding]:
+    place = (machine.bundle if machine.bundle and machine.bundle.exists() else Path.cwd()).resolve()
+    free = shutil.disk_usage(place).free >> 20
+    said = f"{free} MiB free at {place}"
+    if free < _LITTLE_DISK_MIB:
+        yield Finding("disk", "problem" if free < _NO_DISK_MIB else "warning", said, "make room: prepare and unpack write whole models")
+    else:
+        yield Finding("disk", "ok", said)
+
+
+def _clocks(machine: Machine) -> Iterator[Finding]:
+    governor = machine.device.governor
+    if governor in ("powersave", "conservative"):
+        fix = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
+        yield Finding("governor", "warning", f"{governor}: slow by choice", fix)
+    else:
+        yield Finding("governor", "ok", governor or "the kernel has none here")
+    if machine.device.jetpack and (program := shutil.which("nvpmodel")):
+        done = subprocess.run([program, "-q"], capture_output=True, text=True, check=False)  # noqa: S603
+        yield Finding("power mode", "ok", " ".join(done.stdout.split()) or "unknown")
+
+
+def _throttling(machine: Machine) -> Iterator[Finding]:
+    bits = machine.device.throttled
+    if bits is None:
+        yield Finding("throttling", "ok", machine.sensors.missing.get("throttle", "no such sensor"))
+        return
+    now, before = ([b for b in bits if b.endswith(" before") == past] for past in (False, True))
+    power = any("voltage" in bit for bit in bits)
+    fix = "a stronger power supply (5 V at the board, 27 W for a Pi 5)" if power else "a heat sink or a fan"
+    said = f"now: {', '.join(now) or 'no'}; since it started: {', '.join(b.removesuffix(' before') for b in before) or 'no'}"
+    yield _judged("throttling", "problem" if now else bool(before) and "warning", said, fix)
+
+
+def _sensors(machine: Machine) -> Iterator[Finding]:
+    found = machine.sensors.read()
+    warmest = max(found.temperature_c.values(), default=None)
+    power = machine.sensors.power_from or machine.sensors.missing.get("power", "none")
+    if warmest is None:
+        yield Finding("temperature", "ok", machine.sensors.missing.get("temperature", "no sensor"))
+    else:
+        fix = "a heat sink or a fan: it will be slowed down"
+        yield _judged("temperature", warmest >= _HOT_C and "warning", f"{warmest:.0f} °C", fix)
+    yield Finding("power", "ok", power)
+
+
+def _profile(machine: Machine) -> Iterator[Finding]:
+    chosen = choose(machine.device, ["CPUExecutionProvider"])
+    named = machine.profile or os.environ.get("LFM_EDGE_PROFILE", "")
+    yield Finding("profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is named" if named else ""))
+
+
+# ------------------------------------------------------------------------------------------------ the bundle
+
+
+def _bundle(machine: Machine) -> Iterator[Finding]:
+    from lfm_profiles.schema import AUTO
+
+    from lfm_runtime import golden
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.plan import Planner, fit, process_memory
+    from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import choose_variants
+
+    assert machine.bundle is not None
+    try:
+        bundle = Bundle.open(machine.bundle)
+        profile = find_profile(machine.profile or os.environ.get("LFM_EDGE_PROFILE", "") or AUTO)
+        variant = choose_variants(bundle, profile)[0]
+    except EdgeError as e:
+        yield Finding("bundle", "problem", str(e))
+        return
+    size = sum(int(entry["bytes"]) for entry in bundle.files.values())
+    signed = ", signed" if (machine.bundle / "SHA256SUMS.sig").exists() else ""
+    said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {profile.name} takes {variant}"
+    if not bundle.files:
+        fix = "make a bundle with: lfm-edge export"
+        yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
+        return
+    try:
+        fitted = fit(Planner(bundle, [golden.SIZE], golden.QUESTION, process_memory()), profile, machine.device)
+    except EdgeError as e:
+        yield Finding("bundle", "problem", str(e))
+        return
+    steps = f"; memory does not suffice for all of it: {'; '.join(fitted.steps)}" if fitted.steps else ""
+    yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
+
+
+def _prepared(machine: Machine) -> Iterator[Finding]:
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.contract import DECODER, VISION_ENCODER
+    from lfm_runtime.prepared import find
+    from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import choose_variants
+
+    assert machine.bundle is not None
+    bundle = Bundle.open(machine.bundle)
+    variant = choose_variants(bundle, find_profile(machine.profile))[0]
+    paths = bundle.graphs(variant)[1]
+    found = [find(bundle, paths[graph.stem]) for graph in (VISION_ENCODER, DECODER)]
+    notes = [one.note for one in found if one.note]
+    fix = f"lfm-edge prepare {machine.bundle} --variant {variant}"
+    if notes:
+        yield Finding("prepared", "warning", notes[0], fix)
+    elif all(one.path != paths[graph.stem] for one, graph in zip(found, (VISION_ENCODER, DECODER), strict=True)):
+        yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
+    else:
+        yield Finding("prepared", "warning", f"{variant} is not: it starts more slowly and takes more memory", fix)
+
+
+CHECKS = (_python, _packages, _onnxruntime, _gpu, _telemetry, _processor, _memory, _swap, _disk, _clocks, _throttling, _sensors, _profile)
+BUNDLE_CHECKS = (_bundle, _prepared)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

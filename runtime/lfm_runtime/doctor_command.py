@@ -1,0 +1,36 @@
+"""`lfm-edge doctor`: what matters on this machine, on one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Look at what matters on this machine, and say what to do about it. Exit code 0; 1 there is a problem."
+    parser.add_argument("bundle", type=Path, nargs="?", help="also whether this bundle fits, and is prepared for, this machine")
+    parser.add_argument("--profile", default="", metavar="NAME", help="how it is run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look, and say."""
+    from dataclasses import asdict
+
+    from lfm_runtime.doctor import Machine, examine
+
+    findings = []
+    for finding in examine(Machine.here(options.bundle, options.profile)):
+        findings.append(finding)
+        if not options.json:
+            print(f"{finding.state:8s} {finding.name:12s} {finding.said}", flush=True)
+            if finding.fix:
+                print(f"{'':21s} → {finding.fix}", flush=True)
+    counts = {state: sum(finding.state == state for finding in findings) for state in ("problem", "warning", "ok")}
+    if options.json:
+        print(json.dumps({**counts, "findings": [asdict(finding) for finding in findings]}, ensure_ascii=False))
+    else:
+        print(f"problems: {counts['problem']}, warnings: {counts['warning']}, ok: {counts['ok']}")
+    return 1 if counts["problem"] else 0

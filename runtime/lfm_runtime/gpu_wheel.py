@@ -1,0 +1,85 @@
+"""Which GPUs an onnxruntime wheel was built for, read off its CUDA library; "no kernel image" comes at the first run otherwise.
+
+A library keeps its GPU code in fat binaries (CUDA binary utilities, "fatbin"): a header of 16 bytes (magic, version, header size, size of
+what follows), then entries with a header each: kind (1 PTX, 2 machine code), header size at byte 4, size at 8, architecture at 28.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import struct
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+
+from lfm_profiles import Device
+
+_MAGIC = bytes.fromhex("50ed55ba")
+_PTX, _MACHINE_CODE = 1, 2
+_OF_SOC = {"Orin": 87, "Xavier": 72, "Tegra X1": 53}
+
+
+def cuda_library() -> Path | None:
+    """Of the onnxruntime that is installed, which is not imported; None where it is for the CPU alone."""
+    found = importlib.util.find_spec("onnxruntime")
+    for folder in (found.submodule_search_locations if found else None) or ():
+        library = Path(folder) / "capi" / "libonnxruntime_providers_cuda.so"
+        if library.exists():
+            return library
+    return None
+
+
+def kernel_architectures(library: Path) -> dict[str, int]:
+    """"sm_87" (machine code) or "compute_90" (PTX, which drivers compile for that and later chips) → how many."""
+    found: dict[str, int] = {}
+    with library.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(_MAGIC)
+        while at >= 0:
+            for name in _entries(data, at):
+                found[name] = found.get(name, 0) + 1
+            at = data.find(_MAGIC, at + 4)
+    return found
+
+
+def _entries(data: mmap.mmap, at: int) -> list[str]:
+    """Of the fat binary at this place; none where the magic number stands there by chance."""
+    if at + 16 > len(data):
+        return []
+    version, header, size = struct.unpack_from("<HHQ", data, at + 4)
+    place, end = at + header, at + header + size
+    if version != 1 or header != 16 or end > len(data):
+        return []
+    found = []
+    while place + 64 <= end:
+        kind, _, entry_header, length = struct.unpack_from("<HHIQ", data, place)
+        if kind not in (_PTX, _MACHINE_CODE) or not 64 <= entry_header <= 1024:
+            return []
+        found.append(f"{'compute' if kind == _PTX else 'sm'}_{struct.unpack_from('<I', data, place + 28)[0]}")
+        place += entry_header + length
+    return found
+
+
+def compute_capability(device: Device) -> int | None:
+    """87 is 8.7; None where nothing tells."""
+    if device.soc in _OF_SOC:
+        return _OF_SOC[device.soc]
+    words = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+        return int(float(done.stdout.split()[0]) * 10 + 0.5)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def has_kernels(architectures: Collection[str], capability: int, *, integrated: bool) -> bool:
+    """Whether one of these runs on the chip. Machine code runs on its own chip and, except on a Jetson, on later ones of the same major
+    number; PTX on all later ones (CUDA C++ Programming Guide, "Application Compatibility").
+    """
+    for name in architectures:
+        kind, number = name.split("_")
+        built = int(number)
+        same = built // 10 == capability // 10
+        if built == capability or (built < capability and (kind == "compute" or (same and not integrated))):
+            return True
+    return False
