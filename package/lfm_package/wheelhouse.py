@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,19 +108,25 @@ def read_wheelhouse(folder: Path) -> list[Wheel]:
 def resolve(platform: Platform, ours: Wheel) -> list[Wheel]:
     """What pip would fetch for the target beside our own wheel. Metadata only: nothing is downloaded.
 
-    pip evaluates markers ("tomli; python_version < '3.11'") for the Python that it runs on. So they are evaluated here, and what
-    is missing for the target is asked for by name until nothing is.
+    Two things pip's dry run takes from the Python that it runs on, not from the target: environment markers ("tomli; python_version <
+    '3.11'"), and which Python a release needs. So both are looked at here: what is missing for the target is asked for by name, what its
+    Python cannot run is excluded, and pip is asked again until neither is left.
     """
     wanted = {_INSTALLER, *(str(requirement) for requirement in _for_target(platform, ours))}
+    unsuited: set[str] = set()
     while True:
-        report = json.loads(_pip("install", "--dry-run", "--ignore-installed", "--target", "unused", "--report", "-", *_tags(platform),
-                                 *sorted(wanted)))  # fmt: skip
-        found = [_reported(entry) for entry in report["install"]]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write("\n".join(sorted(unsuited)))
+            constraints.flush()
+            report = _pip("install", "--dry-run", "--ignore-installed", "--ignore-requires-python", "--target", "unused", "--report", "-",
+                          "--constraint", constraints.name, *_tags(platform), *sorted(wanted))  # fmt: skip
+        found = [_reported(entry) for entry in json.loads(report)["install"]]
         missing = {str(requirement) for wheel, requirement in _unmet(platform, [ours, *found]) if wheel is not ours} - wanted
-        if not missing:
+        unsuited_now = {f"{wheel.name}!={wheel.version}" for wheel in found if not _suits(platform, wheel)}
+        if not missing and not unsuited_now:
             check(platform, [ours, *found])
             return found
-        wanted |= missing
+        wanted, unsuited = wanted | missing, unsuited | unsuited_now
 
 
 def check(platform: Platform, wheels: Sequence[Wheel]) -> None:
@@ -133,7 +140,7 @@ def check(platform: Platform, wheels: Sequence[Wheel]) -> None:
     for wheel in wheels:
         if not parse_wheel_filename(wheel.file)[3] & loadable:
             raise WheelhouseError(f"{wheel.file} does not run on {platform}")
-        if not SpecifierSet(wheel.requires_python).contains(f"{platform.system.python}.0"):
+        if not _suits(platform, wheel):
             raise WheelhouseError(f"{wheel.file} needs Python {wheel.requires_python}; {platform}")
         if names.count(wheel.name) > 1:
             raise WheelhouseError(f"{wheel.name} is there more than once; make the wheelhouse again")
@@ -149,6 +156,10 @@ def glibc_needed(wheels: Iterable[Wheel]) -> int:
         legacy = [17 for tag in parse_wheel_filename(wheel.file)[3] if tag.platform.startswith("manylinux2014")]
         needed = max(needed, min([*minors, *legacy], default=0))
     return needed
+
+
+def _suits(platform: Platform, wheel: Wheel) -> bool:
+    return SpecifierSet(wheel.requires_python).contains(platform.markers["python_full_version"])
 
 
 def _unmet(platform: Platform, wheels: Sequence[Wheel]) -> list[tuple[Wheel, Requirement]]:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import Any
 
 from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.bundle_writer import replacing
@@ -106,7 +106,7 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     for n, part in enumerate(parts):
         if part.suffix != f".{n:03d}":
             raise BundleError(f"{archive}.{n:03d} is missing between the parts of {archive.name}; copy it again")
-    with _Joined(parts) as stream, tarfile.open(fileobj=cast("IO[bytes]", stream)) as tar:
+    with io.BufferedReader(_Joined(parts)) as stream, tarfile.open(fileobj=stream) as tar:
         yield tar
 
 

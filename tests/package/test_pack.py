@@ -85,11 +85,24 @@ def test_parts(demo_bundle, packed, tmp_path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     (folder / "cam.tar.099").write_text("of an earlier one")
-    written = pack(demo_bundle, ["fp32"], folder / "cam.tar", profile=read("pi5"), split=10_000_000)
-    assert sorted(p.name for p in folder.iterdir()) == [p.name for p in written] == ["cam.tar.000", "cam.tar.001", "cam.tar.002", "cam.tar.sha256"]
+    written = pack(demo_bundle, ["fp32"], folder / "cam.tar", Extras(profile=read("pi5"), split=10_000_000))
+    names = ["cam.tar.000", "cam.tar.001", "cam.tar.002", "cam.tar.sha256", "cam.cdx.json"]
+    assert [p.name for p in written] == names
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     assert all(path.stat().st_size <= 10_000_000 for path in written)
-    assert b"".join(path.read_bytes() for path in written[:-1]) == packed.read_bytes()
-    assert (folder / "cam.tar.sha256").read_text() == (tmp_path / "cam.tar.sha256").read_text()
+    assert b"".join(path.read_bytes() for path in written[:3]) == packed.read_bytes()
+    for name in names[3:]:
+        assert (folder / name).read_text() == (tmp_path / name).read_text()
+    unpack(folder / "cam.tar", tmp_path / "joined")
+    unpack(packed, tmp_path / "whole")
+    assert (tmp_path / "joined" / "SHA256SUMS").read_bytes() == (tmp_path / "whole" / "SHA256SUMS").read_bytes()
+    written[2].write_bytes(written[2].read_bytes()[:-5000])
+    with pytest.raises(BundleError, match=r"is not a tar file, or is cut off|copy"):
+        unpack(folder / "cam.tar", tmp_path / "joined")
+    written[1].unlink()
+    with pytest.raises(BundleError, match=r"cam.tar.001 is missing between the parts"):
+        unpack(folder / "cam.tar", tmp_path / "joined")
+    assert verify(tmp_path / "joined") == []
 
 
 def test_command(demo_bundle, tmp_path, capsys) -> None:
