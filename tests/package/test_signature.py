@@ -1,6 +1,5 @@
 """Signatures, made and checked with ssh-keygen as anybody has it."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def test_errors(demo_bundle, keys, tmp_path, monkeypatch) -> None:
     with pytest.raises(SettingError, match="does not exist; make a key with: ssh-keygen"):
         pack(demo_bundle, ["fp32"], tmp_path / "x.tar", Extras(sign_with=keys / "nobody"))
     (tmp_path / "text").write_text("no key")
-    os.chmod(tmp_path / "text", 0o600)
+    (tmp_path / "text").chmod(0o600)
     with pytest.raises(SettingError, match="cannot sign"):
         sign(keys / "signers", tmp_path / "text")
     with pytest.raises(SettingError, match="does not exist; it names who may sign"):

@@ -49,7 +49,7 @@ def test_the_tags_are_those_packaging_says_of_this_machine() -> None:
     libc, version = __import__("platform").libc_ver()
     if libc != "glibc" or __import__("platform").machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("compared on x86 Linux")
-    here = Platform(Target("here", "x86_64", ()), System("here", "%d.%d" % sys.version_info[:2], int(version.split(".")[1])))
+    here = Platform(Target("here", "x86_64", ()), System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1])))
     wanted = {str(tag) for tag in tags.sys_tags() if "linux_x86_64" not in tag.platform.split("-") and not tag.platform.startswith("linux")}
     assert {str(tag) for tag in here.tags} == wanted
 

@@ -1,0 +1,114 @@
+"""Sticks: what is on them, as a folder and as one file; and what cannot become one."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from lfm_package import image as module
+from lfm_package.targets import Platform
+from lfm_package.wheelhouse import Wheel
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.errors import BundleError
+from lfm_runtime.unpack import unpack
+
+PI5 = Platform.of("pi5")
+
+
+@pytest.fixture
+def no_fetching(monkeypatch) -> None:
+    """One wheel that was made here, instead of 46 MB of them."""
+
+    def few(platform, folder):
+        folder.mkdir()
+        (folder / "onnxruntime-1.20.0-cp313-cp313-manylinux_2_28_aarch64.whl").write_bytes(b"")
+        (folder / "requirements.txt").write_text("")
+        return [Wheel("onnxruntime-1.20.0-cp313-cp313-manylinux_2_28_aarch64.whl", "0" * 64, (), "", "MIT", 9, 99)]
+
+    monkeypatch.setattr(module, "wheelhouse", few)
+
+
+def test_everything_is_there_and_summed(stick_once) -> None:
+    names = {p.relative_to(stick_once).as_posix() for p in stick_once.rglob("*") if p.is_file()}
+    assert {"install.sh", "stick.conf", "cam.tar", "cam.cdx.json", "SHA256SUMS", "wheels/requirements.txt"} <= names
+    summed = dict(reversed(line.split("  ")) for line in (stick_once / "SHA256SUMS").read_text().splitlines())
+    assert summed.keys() == names - {"SHA256SUMS"}
+    assert all(hashlib.sha256((stick_once / name).read_bytes()).hexdigest() == digest for name, digest in summed.items())
+    assert {c["name"] for c in json.loads((stick_once / "cam.cdx.json").read_text())["components"]} >= {"numpy", "onnxruntime", "pillow", "psutil"}
+    assert subprocess.run(["sh", "-n", str(stick_once / "install.sh")], check=False).returncode == 0
+
+
+def test_as_one_file(demo_bundle, no_fetching, tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        module.image(demo_bundle, ["fp32"], PI5, tmp_path / name / "cam.tar")
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["cam.tar"]
+    assert (tmp_path / "a" / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes()
+    subprocess.run(["tar", "xf", str(tmp_path / "a" / "cam.tar"), "-C", str(tmp_path)], check=True)
+    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "folder" / "cam")
+    files = [sorted(p.relative_to(place).as_posix() for p in place.rglob("*")) for place in (tmp_path / "cam", tmp_path / "folder" / "cam")]
+    assert files[0] == files[1]
+    assert (tmp_path / "cam" / "install.sh").stat().st_mode & 0o111
+    unpack(tmp_path / "cam" / "cam.tar", tmp_path / "there")
+    assert list(Bundle.open(tmp_path / "there").variants) == ["fp32"]
+
+
+def test_a_model_larger_than_fat_holds_is_split(demo_bundle, no_fetching, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_LARGEST_FILE", 10_000_000)
+    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
+    assert (tmp_path / "cam" / "cam.tar.002").exists()
+    assert not (tmp_path / "cam" / "cam.tar").exists()
+    unpack(tmp_path / "cam" / "cam.tar", tmp_path / "there")
+
+
+def test_again_and_not_over_something_else(demo_bundle, no_fetching, tmp_path) -> None:
+    for _ in range(2):
+        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(BundleError, match="is not something lfm-edge image made"):
+        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "photos")
+    with pytest.raises(BundleError, match="has no variant 'int4'"):
+        module.image(demo_bundle, ["int4"], PI5, tmp_path / "cam")
+    assert (tmp_path / "cam" / "cam.tar").exists()
+
+
+def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> None:
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for graph in manifest["graphs"].values():
+        graph["min_onnxruntime"] = "1.25.0"
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"needs onnxruntime 1.25.0 or later; the newest for pi5: .* is 1.20.0"):
+        module.image(bundle_copy, ["fp32"], PI5, tmp_path / "cam")
+    assert not (tmp_path / "cam").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target", "pi6", "--variant", "fp32"], "'pi6' is no target; there are pi5"),
+        (["--target", "pi5", "--variant", "int8"], "has no variant 'int8'"),
+        (["--target", "pi5", "--variant", "fp32", "--profile", "zzz"], "there is no profile 'zzz'"),
+        (["--target", "pi5", "--variant", "fp32", "--sign", "/no/key"], "/no/key does not exist; make a key"),
+    ],
+)
+def test_bad_words(demo_bundle, no_fetching, tmp_path, capsys, words, said) -> None:
+    assert main(["image", str(demo_bundle), *words, "-o", str(tmp_path / "cam")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "cam").exists()
+
+
+def test_it_is_for_this_python() -> None:
+    """What conftest asks for is there: this Python is one of x86_64's."""
+    assert str(Path(sys.executable))
+    assert Platform.of("x86_64", f"3.{sys.version_info.minor}").version == sys.version_info[:2]
+
+
+def test_tar_holds_no_owner_or_time(demo_bundle, no_fetching, tmp_path) -> None:
+    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam.tar")
+    with tarfile.open(tmp_path / "cam.tar") as tar:
+        assert {(entry.uid, entry.gid, entry.mtime) for entry in tar} == {(0, 0, 0)}

@@ -1,0 +1,248 @@
+"""install.sh on real sticks: no network, no root needed, old or new at every moment, and what bad input gets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUESTION = ["-p", "What is in this image?", "--temperature", "0", "--max-new-tokens", "4"]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the stick is for x86 Linux")
+
+
+def install(stick: Path, prefix: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
+    return subprocess.run(
+        ["sh", str(stick / "install.sh"), "--prefix", str(prefix), *words], capture_output=True, text=True, check=False,
+        env={**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **environment},
+    )  # fmt: skip
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> str:
+    """What it said at the end, in one line."""
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("install.sh: ")
+    return said
+
+
+def sums(stick: Path) -> None:
+    """As if lfm-edge image had made what lies there."""
+    names = sorted(p for p in stick.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS"))
+    (stick / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(stick)}\n" for p in names))
+
+
+def another(stick: Path, **settings: str) -> None:
+    """A stick of another version, or with other settings."""
+    conf = dict(line.split("=", 1) for line in (stick / "stick.conf").read_text().splitlines())
+    (stick / f"{conf['name']}.tar").rename(stick / f"{settings.get('name', conf['name'])}.tar")
+    (stick / "stick.conf").write_text("".join(f"{key}={value}\n" for key, value in {**conf, **settings}.items()))
+    sums(stick)
+
+
+def answer(prefix: Path, photo: Path) -> str:
+    command = prefix / "bin" / "lfm-edge"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
+    words = [str(command), "run", str(prefix / "current" / "bundle"), str(photo), *QUESTION]
+    return subprocess.run(words, capture_output=True, text=True, check=True, env=kept).stdout
+
+
+def tree(folder: Path) -> dict[str, tuple[int, float]]:
+    return {str(p.relative_to(folder)): (p.lstat().st_ino, p.lstat().st_mtime) for p in folder.rglob("*") if "__pycache__" not in p.parts and p.name != ".lock"}
+
+
+def test_a_life(stick, tmp_path, photo, demo_model) -> None:
+    """Installed, run, again, another version, back, forth, removed: in a folder with a blank and a quote in its name."""
+    prefix = tmp_path / "somebody's apps" / "edge"
+    done = install(stick, prefix)
+    assert done.returncode == 0, done.stderr
+    assert "all well" in done.stdout
+    wanted = demo_model.answer([photo], QUESTION[1], temperature=0, max_new_tokens=4).text()
+    assert answer(prefix, photo).strip() == wanted.strip()
+    first = os.readlink(prefix / "current")
+    assert first.startswith("versions/cam-")
+    assert (prefix / first / "bundle.prepared").is_dir()
+
+    before = tree(prefix)
+    done = install(stick, prefix)
+    assert "is installed already" in done.stdout
+    after = tree(prefix)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= {"bin", "bin/lfm-edge"}, "that one is written again, the same"
+
+    another(stick, name="newer")
+    done = install(stick, prefix)
+    assert done.returncode == 0, done.stderr
+    assert os.readlink(prefix / "current").startswith("versions/newer-")
+    assert os.readlink(prefix / "previous") == first
+    assert answer(prefix, photo).strip() == wanted.strip()
+
+    for now in (first, "versions/newer"):
+        assert install(stick, prefix, "--rollback").returncode == 0
+        assert os.readlink(prefix / "current").startswith(now)
+        assert answer(prefix, photo).strip() == wanted.strip()
+
+    another(stick, name="third")
+    assert install(stick, prefix).returncode == 0
+    assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], "the current one and the one before"
+
+    (prefix / os.readlink(prefix / "current") / "bundle" / "manifest.json").write_text("{}")
+    assert "is installed, and damaged" in failed(install(stick, prefix))
+
+    assert install(stick, prefix, "--uninstall").returncode == 0
+    assert not prefix.exists()
+    assert "nothing is installed" in failed(install(stick, prefix, "--uninstall"))
+    assert "nothing is installed" in failed(install(stick, prefix, "--rollback"))
+
+
+def test_strangers_files_stay(stick, tmp_path) -> None:
+    prefix = tmp_path / "edge"
+    (prefix / "versions").mkdir(parents=True)
+    (prefix / "photos").mkdir()
+    (prefix / "photos" / "cat.jpg").write_text("")
+    assert install(stick, prefix, "--uninstall").returncode == 0
+    assert [p.name for p in prefix.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"machine": "aarch64", "target": "pi5"}, "this stick is for pi5 (aarch64), this machine is x86_64"),
+        ({"python": "3.99"}, "is for Python 3.99, here is 3."),
+        ({"glibc_minor": "99"}, "the wheels need 2.99"),
+        ({"need_kib": "99999999999"}, "MiB more; make room, or name another disk"),
+    ],
+)
+def test_another_machine(stick, tmp_path, settings, said) -> None:
+    another(stick, **settings)
+    assert said in failed(install(stick, tmp_path / "edge"))
+    assert not list((tmp_path / "edge").glob("versions/*"))
+
+
+def fake(folder: Path, **programs: str) -> str:
+    """A PATH where some programs say something else."""
+    folder.mkdir()
+    for name, script in programs.items():
+        (folder / name.replace("_", ".")).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name.replace("_", ".")).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_32_bit_system(stick, tmp_path) -> None:
+    minor = sys.version_info.minor
+    path = fake(tmp_path / "bin", python3="echo 3.11 32", **{f"python3_{minor}": f"echo 3.{minor} 32"})
+    assert "this system is 32-bit" in failed(install(stick, tmp_path / "edge", PATH=path))
+
+
+def test_no_python(stick, tmp_path) -> None:
+    path = fake(tmp_path / "bin", python3="exit 1", **{f"python3_{sys.version_info.minor}": "exit 1"})
+    assert "there is no Python 3." in failed(install(stick, tmp_path / "edge", PATH=path))
+
+
+@pytest.mark.parametrize("broken", ["cut", "missing", "flipped", "nothing"])
+def test_a_half_copied_stick(stick, tmp_path, broken) -> None:
+    wheel = next((stick / "wheels").glob("numpy*"))
+    if broken == "cut":
+        wheel.write_bytes(wheel.read_bytes()[:-1])
+    elif broken == "missing":
+        wheel.unlink()
+    elif broken == "flipped":
+        data = bytearray((stick / "cam.tar").read_bytes())
+        data[len(data) // 2] ^= 1
+        (stick / "cam.tar").write_bytes(data)
+    else:
+        (stick / "SHA256SUMS").write_text("")
+    said = failed(install(stick, tmp_path / "edge"))
+    assert "copy it again" in said
+    assert not (tmp_path / "edge").exists(), "looked at before anything is written"
+
+
+def test_a_wheel_that_was_put_in(stick, tmp_path) -> None:
+    """Hashes of the stick are right, those that lfm-edge pinned are not."""
+    with (stick / "wheels" / next(p.name for p in (stick / "wheels").glob("psutil*"))).open("ab") as f:
+        f.write(b"\0")
+    sums(stick)
+    done = install(stick, tmp_path / "edge")
+    assert "could not be installed; nothing is installed as before" in failed(done)
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
+    assert list((tmp_path / "edge" / "versions").iterdir()) == []
+
+
+def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> None:
+    """A version whose budget this machine cannot keep is not made the current one."""
+    from lfm_package.pack import Extras, pack
+    from lfm_profiles import read
+    from lfm_runtime.unpack import unpack
+
+    prefix = tmp_path / "edge"
+    assert install(stick, prefix).returncode == 0
+    good = os.readlink(prefix / "current")
+    unpack(stick / "cam.tar", tmp_path / "bundle")
+    (tmp_path / "hurry.toml").write_text('description = "x"\nextends = "generic"\n[budget]\nttft_ms = 1\n')
+    pack(tmp_path / "bundle", ["fp32"], tmp_path / "cam.tar", Extras(profile=read(str(tmp_path / "hurry.toml"))))
+    shutil.move(tmp_path / "cam.tar", stick / "cam.tar")
+    sums(stick)
+    done = install(stick, prefix)
+    assert "cam-" in failed(done)
+    assert "FAILED   budgets" in done.stdout
+    assert os.readlink(prefix / "current") == good
+    assert len(list((prefix / "versions").iterdir())) == 1
+
+
+def test_signatures(stick, tmp_path) -> None:
+    """Whoever once asked for signatures gets no unsigned version any more."""
+    for name in ("ours", "stranger"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    signers = tmp_path / "signers"
+    signers.write_text(f"us {(tmp_path / 'ours.pub').read_text()}")
+    prefix = tmp_path / "edge"
+    assert "is not signed, and" in failed(install(stick, prefix, "--signers", str(signers)))
+    assert "does not exist; it names who may sign" in failed(install(stick, prefix, "--signers", str(tmp_path / "no")))
+    for key, said in (("stranger", "is signed by nobody of"), ("ours", "")):
+        (stick / "SHA256SUMS.sig").unlink(missing_ok=True)
+        subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-f", str(tmp_path / key), "-n", "lfm-edge", str(stick / "SHA256SUMS")], check=True, capture_output=True)
+        done = install(stick, prefix, "--signers", str(signers))
+        assert said in failed(done) if said else done.returncode == 0, done.stderr
+    assert "signed by us" in done.stdout
+    assert (prefix / "signers").read_text() == signers.read_text()
+    another(stick, name="newer")
+    assert "is not what us signed" in failed(install(stick, prefix))
+    (stick / "SHA256SUMS.sig").unlink()
+    assert "is not signed" in failed(install(stick, prefix))
+
+
+def test_two_at_once(stick, tmp_path) -> None:
+    prefix = tmp_path / "edge"
+    (prefix / "versions").mkdir(parents=True)
+    held = subprocess.Popen(["flock", str(prefix / ".lock"), "sleep", "60"])
+    try:
+        while subprocess.run(["flock", "-n", str(prefix / ".lock"), "true"], check=False).returncode == 0:
+            pass
+        assert "is being changed by another" in failed(install(stick, prefix))
+    finally:
+        held.kill()
+        subprocess.run(["pkill", "-f", "sleep 60"], check=False)
+
+
+def test_nowhere_to_write(stick, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written by" in failed(install(stick, tmp_path / "file" / "edge"))
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o555)
+        assert "cannot be written by" in failed(install(stick, tmp_path / "closed" / "edge"))
+
+
+def test_words(stick, tmp_path) -> None:
+    done = subprocess.run(["sh", str(stick / "install.sh"), "--help"], capture_output=True, text=True, check=True)
+    assert "--rollback" in done.stdout
+    assert "--bogus is unknown" in failed(install(stick, tmp_path / "edge", "--bogus"))
+    assert "--signers needs a value" in failed(install(stick, tmp_path / "edge", "--signers"))
+    done = subprocess.run(["sh", str(stick / "install.sh")], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+    assert "HOME is not set" in failed(done)
