@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -173,34 +170,6 @@ def test_full_disk(tmp_path, capsys) -> None:
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", str(small)], check=True)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(tmp_path) -> None:
-    """SIGKILL at 20 random moments: the bundle is the old one or the new one, and the next export cleans up."""
-    bundle = tmp_path / "bundle"
-    export(DEMO, bundle)
-    old = tree(bundle)
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for path in DEMO.iterdir():
-        (changed / path.name).write_bytes(path.read_bytes())
-    settings = json.loads((changed / "preprocessor_config.json").read_text())
-    (changed / "preprocessor_config.json").write_text(json.dumps({**settings, "max_tiles": 4}))
-    export(changed, tmp_path / "new")
-    new = tree(tmp_path / "new")
-    rng = random.Random(0)
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-m", "lfm_runtime", "export", str(changed), "-o", str(bundle), "--quiet"],
-                                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
-        time.sleep(rng.uniform(0.3, 3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        now = {k: v for k, v in tree(bundle).items() if k != "manifest.json"}
-        assert now in ({k: v for k, v in t.items() if k != "manifest.json"} for t in (old, new))
-    export(DEMO, bundle)
-    assert tree(bundle) == old
-    assert not leftovers(tmp_path)
 
 
 @pytest.mark.slow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sticks import another, sums
 
 QUESTION = ["-p", "What is in this image?", "--temperature", "0", "--max-new-tokens", "4"]
 
@@ -33,20 +34,6 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
     return said
 
 
-def sums(stick: Path) -> None:
-    """As if lfm-edge image had made what lies there."""
-    names = sorted(p for p in stick.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS"))
-    (stick / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(stick)}\n" for p in names))
-
-
-def another(stick: Path, **settings: str) -> None:
-    """A stick of another version, or with other settings."""
-    conf = dict(line.split("=", 1) for line in (stick / "stick.conf").read_text().splitlines())
-    (stick / f"{conf['name']}.tar").rename(stick / f"{settings.get('name', conf['name'])}.tar")
-    (stick / "stick.conf").write_text("".join(f"{key}={value}\n" for key, value in {**conf, **settings}.items()))
-    sums(stick)
-
-
 def answer(prefix: Path, photo: Path) -> str:
     command = prefix / "bin" / "lfm-edge"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
@@ -66,7 +53,7 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     assert "all well" in done.stdout
     wanted = demo_model.answer([photo], QUESTION[1], temperature=0, max_new_tokens=4).text()
     assert answer(prefix, photo).strip() == wanted.strip()
-    first = os.readlink(prefix / "current")
+    first = str((prefix / "current").readlink())
     assert first.startswith("versions/cam-")
     assert (prefix / first / "bundle.prepared").is_dir()
 
@@ -80,20 +67,20 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     another(stick, name="newer")
     done = install(stick, prefix)
     assert done.returncode == 0, done.stderr
-    assert os.readlink(prefix / "current").startswith("versions/newer-")
-    assert os.readlink(prefix / "previous") == first
+    assert str((prefix / "current").readlink()).startswith("versions/newer-")
+    assert str((prefix / "previous").readlink()) == first
     assert answer(prefix, photo).strip() == wanted.strip()
 
     for now in (first, "versions/newer"):
         assert install(stick, prefix, "--rollback").returncode == 0
-        assert os.readlink(prefix / "current").startswith(now)
+        assert str((prefix / "current").readlink()).startswith(now)
         assert answer(prefix, photo).strip() == wanted.strip()
 
     another(stick, name="third")
     assert install(stick, prefix).returncode == 0
     assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], "the current one and the one before"
 
-    (prefix / os.readlink(prefix / "current") / "bundle" / "manifest.json").write_text("{}")
+    (prefix / str((prefix / "current").readlink()) / "bundle" / "manifest.json").write_text("{}")
     assert "is installed, and damaged" in failed(install(stick, prefix))
 
     assert install(stick, prefix, "--uninstall").returncode == 0
@@ -183,7 +170,7 @@ def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> 
 
     prefix = tmp_path / "edge"
     assert install(stick, prefix).returncode == 0
-    good = os.readlink(prefix / "current")
+    good = str((prefix / "current").readlink())
     unpack(stick / "cam.tar", tmp_path / "bundle")
     (tmp_path / "hurry.toml").write_text('description = "x"\nextends = "generic"\n[budget]\nttft_ms = 1\n')
     pack(tmp_path / "bundle", ["fp32"], tmp_path / "cam.tar", Extras(profile=read(str(tmp_path / "hurry.toml"))))
@@ -192,7 +179,7 @@ def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> 
     done = install(stick, prefix)
     assert "cam-" in failed(done)
     assert "FAILED   budgets" in done.stdout
-    assert os.readlink(prefix / "current") == good
+    assert str((prefix / "current").readlink()) == good
     assert len(list((prefix / "versions").iterdir())) == 1
 
 
@@ -221,14 +208,13 @@ def test_signatures(stick, tmp_path) -> None:
 def test_two_at_once(stick, tmp_path) -> None:
     prefix = tmp_path / "edge"
     (prefix / "versions").mkdir(parents=True)
-    held = subprocess.Popen(["flock", str(prefix / ".lock"), "sleep", "60"])
+    held = subprocess.Popen(["flock", str(prefix / ".lock"), "sleep", "60"], start_new_session=True)
     try:
         while subprocess.run(["flock", "-n", str(prefix / ".lock"), "true"], check=False).returncode == 0:
             pass
         assert "is being changed by another" in failed(install(stick, prefix))
     finally:
-        held.kill()
-        subprocess.run(["pkill", "-f", "sleep 60"], check=False)
+        os.killpg(held.pid, signal.SIGKILL)
 
 
 def test_nowhere_to_write(stick, tmp_path) -> None:
@@ -246,3 +232,29 @@ def test_words(stick, tmp_path) -> None:
     assert "--signers needs a value" in failed(install(stick, tmp_path / "edge", "--signers"))
     done = subprocess.run(["sh", str(stick / "install.sh")], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
     assert "HOME is not set" in failed(done)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk(stick, tmp_path) -> None:
+    """Said before anything is written; and where the disk fills up all the same, the old version works on and the next run succeeds."""
+    prefix = tmp_path / "edge"
+    prefix.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", str(prefix)], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        assert install(stick, prefix).returncode == 0
+        old = (prefix / "current").readlink()
+        filler = prefix / "photos"
+        another(stick, name="newer")
+        for free in (100 << 20, 20 << 20, 3 << 20):  # full while wheels, bundle or environment are written
+            filler.write_bytes(b"\0" * (shutil.disk_usage(prefix).free - free))
+            assert "MiB more; make room" in failed(install(stick, prefix))
+            another(stick, need_kib="1")
+            assert "could not be installed; cam-" in failed(install(stick, prefix))
+            another(stick, need_kib="100000000" if free > 3 << 20 else "1")
+            assert (prefix / "current").readlink() == old
+            assert [p.name for p in (prefix / "versions").iterdir()] == [old.name]
+            filler.unlink()
+        assert install(stick, prefix).returncode == 0
+    finally:
+        subprocess.run(["umount", str(prefix)], check=True)
