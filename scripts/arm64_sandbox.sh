@@ -25,7 +25,7 @@ fi
 handlers=/proc/sys/fs/binfmt_misc
 [ -e $handlers/register ] || mount -t binfmt_misc binfmt_misc $handlers 2>/dev/null || skip "the kernel has no binfmt_misc"
 if [ ! -e $handlers/qemu-aarch64 ]; then # F: the emulator is opened now, so that it works in a root that lacks it
-    echo ':qemu-aarch64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:'"$(command -v qemu-aarch64-static)":F \
+    printf '%s' ':qemu-aarch64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:'"$(command -v qemu-aarch64-static)":F \
         >$handlers/register 2>/dev/null || skip "the emulator cannot be registered with the kernel"
 fi
 unshare -m -n true 2>/dev/null || skip "namespaces of its own are not allowed here"

@@ -1,0 +1,223 @@
+"""What doctor says of recorded machines, and of wheels built for other chips."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "profiles"))
+from lfm_profiles import detect
+from lfm_profiles.sensors import Sensors
+from lfm_runtime import doctor, gpu_wheel
+from lfm_runtime.cli import main
+from lfm_runtime.doctor import Machine, examine
+from lfm_runtime.gpu_wheel import has_kernels, kernel_architectures
+from trees import DEVICES, machine_of, write
+
+
+def of(name: str, folder: Path, *, bits: int = 64, **files: str) -> Machine:
+    root = write(folder, {**DEVICES[name][0], **files})
+    device = detect(root, system="Linux", machine=machine_of(name), pointer_bits=bits, page_size=4096)
+    return Machine(device, Sensors(root), root)
+
+
+def found(machine: Machine, check) -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in check(machine)}
+
+
+def test_this_machine(demo_bundle, capsys) -> None:
+    """No problem where all tests run; JSON says the same as the page."""
+    assert main(["doctor", str(demo_bundle), "--profile", "generic"]) == 0
+    page = capsys.readouterr().out
+    assert "problems: 0" in page
+    assert main(["doctor", str(demo_bundle), "--profile", "generic", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {f["name"] for f in said["findings"]} >= {"python", "packages", "onnxruntime", "gpu", "telemetry", "processor", "memory", "swap", "disk",
+                                                     "governor", "throttling", "temperature", "power", "profile", "bundle", "prepared"}  # fmt: skip
+    assert said["problem"] == 0
+    assert all(f["fix"] for f in said["findings"] if f["state"] != "ok")
+    assert all(not f["fix"] for f in said["findings"] if f["state"] == "ok")
+    assert len(said["findings"]) == len([line for line in page.splitlines() if line[:1] not in (" ", "") and not line.startswith("problems")])
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "finding", "state", "said", "files"),
+    [
+        ("pi5-4gb", doctor._processor, "processor", "ok", "4 Cortex-A76; asimddp asimdhp", {}),
+        ("pi4-2gb", doctor._processor, "processor", "warning", "no dot products", {}),
+        ("x86-old", doctor._processor, "processor", "warning", "no AVX2", {}),
+        ("pi-zero2w", doctor._memory, "memory", "warning", "416 MiB, 312 free now", {}),
+        ("pi5-4gb", doctor._memory, "memory", "ok", "4045 MiB", {}),
+        ("pi4-1gb", doctor._swap, "swap", "warning", "none", {}),
+        ("pi5-4gb", doctor._swap, "swap", "ok", "none", {}),
+        ("pi4-1gb", doctor._swap, "swap", "warning", "/var/swap, 50 MiB used", {"proc/swaps": "Filename Type Size Used Priority\n/var/swap file 102396 51200 -2\n"}),
+        ("pi4-1gb", doctor._swap, "swap", "ok", "/dev/zram0, 50 MiB used", {"proc/swaps": "Filename Type Size Used Priority\n/dev/zram0 partition 102396 51200 100\n"}),
+        ("pi5-4gb", doctor._clocks, "governor", "ok", "ondemand", {}),
+        ("pi5-4gb", doctor._clocks, "governor", "warning", "powersave", {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"}),
+        ("pi5-4gb", doctor._throttling, "throttling", "ok", "now: no; since it started: no", {}),
+        ("pi5-4gb", doctor._throttling, "throttling", "problem", "now: under-voltage, throttled; since it started: under-voltage, throttled",
+         {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50005\n"}),
+        ("pi5-4gb", doctor._throttling, "throttling", "warning", "now: no; since it started: soft temperature limit",
+         {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x80000\n"}),
+        ("x86-avx2", doctor._throttling, "throttling", "ok", "only a Raspberry Pi", {}),
+        ("pi5-4gb", doctor._sensors, "temperature", "warning", "84 °C",
+         {"sys/class/thermal/thermal_zone0/temp": "84000\n", "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n"}),
+        ("pi5-4gb", doctor._profile, "profile", "ok", "pi5 fits this machine", {}),
+    ],
+)  # fmt: skip
+def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
+    there = found(of(name, tmp_path, **files), check)[finding]
+    assert (there.state, said in there.said) == (state, True), there
+    assert bool(there.fix) == (state != "ok")
+
+
+def test_fixes_tell_heat_from_power(tmp_path) -> None:
+    bits = "sys/devices/platform/soc/soc:firmware/get_throttled"
+    assert "power supply" in found(of("pi5-4gb", tmp_path / "a", **{bits: "0x10000"}), doctor._throttling)["throttling"].fix
+    assert "fan" in found(of("pi5-4gb", tmp_path / "b", **{bits: "0x80000"}), doctor._throttling)["throttling"].fix
+
+
+def test_a_32_bit_system(tmp_path) -> None:
+    there = found(of("pi4-2gb", tmp_path, bits=32), doctor._python)["python"]
+    assert there.state == "problem"
+    assert "64-bit system" in there.fix
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "fix"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "dies when imported (SIGILL)", "onnxruntime!=1.21.0"),
+        ("raise ImportError(\"libstdc++.so.6: version `GLIBCXX_3.4.29' not found\")", "GLIBCXX_3.4.29", "JetPack 6"),
+        ("raise ImportError('libcublasLt.so.12: cannot open shared object file')", "libcublasLt", "CUDA's or cuDNN's"),
+        ("raise ImportError('numpy.core.multiarray failed to import')", "multiarray", "pip install --upgrade numpy"),
+        ("raise RuntimeError('odd')", "odd", "--force-reinstall"),
+    ],
+)
+def test_an_onnxruntime_that_cannot_be_imported(code, said, fix, tmp_path, monkeypatch, demo_bundle) -> None:
+    """Looked at from another process, so that doctor lives; and nothing that needs it is tried after."""
+    (tmp_path / "onnxruntime.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    findings = list(examine(replace(Machine.here(demo_bundle, "generic"))))
+    there = next(f for f in findings if f.name == "onnxruntime")
+    assert (there.state, said in there.said, fix in there.fix) == ("problem", True, True), there
+    assert not [f for f in findings if f.name in ("bundle", "prepared")]
+
+
+def test_two_wheels_at_once_and_one_that_kills(tmp_path, monkeypatch) -> None:
+    here = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.31.1" if name.startswith("onnxruntime") else here(name))
+    assert "pip uninstall" in found(of("pi5-4gb", tmp_path / "a"), doctor._onnxruntime)["onnxruntime"].fix
+    monkeypatch.setattr(doctor, "_version", {"onnxruntime": "1.21.0"}.get)
+    assert [f.state for f in doctor._onnxruntime(of("pi4-2gb", tmp_path / "b"))][-1] == "problem"
+    assert {f.state for f in doctor._packages(of("pi4-2gb", tmp_path / "b"))} == {"problem"}
+
+
+def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
+    machine = replace(Machine.here(bundle_copy, "generic"))
+    assert found(machine, doctor._bundle)["bundle"].state == "ok"
+    assert found(machine, doctor._prepared)["prepared"].state == "warning"
+    assert main(["prepare", str(bundle_copy)]) == 0
+    assert found(machine, doctor._prepared)["prepared"].state == "ok"
+    data = next(p for p in bundle_copy.with_name("bundle.prepared").rglob("*") if p.suffix not in (".json", ".onnx") and p.is_file())
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "is cut off" in found(machine, doctor._prepared)["prepared"].said
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    (bundle_copy / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    findings = [f for f in examine(machine) if f.name in ("bundle", "prepared")]
+    assert [(f.name, f.state) for f in findings] == [("bundle", "problem")]
+    assert "schema 99" in findings[0].said
+    assert main(["doctor", str(bundle_copy)]) == 1
+    assert [f.state for f in doctor._bundle(replace(machine, bundle=tmp_path / "nowhere"))] == ["problem"]
+
+
+def test_telemetry(monkeypatch, tmp_path) -> None:
+    machine = of("pi5-4gb", tmp_path)
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert found(machine, doctor._telemetry)["telemetry"].state == "warning"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
+    assert found(machine, doctor._telemetry)["telemetry"].state == "ok"
+
+
+def test_a_check_that_breaks_hides_no_other(monkeypatch, tmp_path) -> None:
+    def breaks(_):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(doctor, "CHECKS", (breaks, doctor._python))
+    findings = list(examine(of("pi5-4gb", tmp_path)))
+    assert [f.name for f in findings] == ["breaks", "python"]
+    assert "RuntimeError: odd" in findings[0].said
+
+
+# ------------------------------------------------------------------------------------------------ kernels of GPU wheels
+
+
+def fat_binary(*architectures: str) -> bytes:
+    """As the CUDA tools lay it out: one entry each, of 64 bytes of header and some code."""
+    entries = b""
+    for name in architectures:
+        kind, number = name.split("_")
+        head = struct.pack("<HHIQIIHHI", 1 if kind == "compute" else 2, 0x101, 64, 40, 0, 0, 0, 1, int(number))
+        entries += head.ljust(64, b"\0") + b"\x90" * 40
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries
+
+
+def test_kernels_are_read(tmp_path) -> None:
+    library = tmp_path / "lib.so"
+    by_chance = struct.pack("<I", 0xBA55ED50) + b"\xff" * 60
+    library.write_bytes(b"\x7fELF" + by_chance + fat_binary("sm_87", "compute_90") + b"\0" * 99 + fat_binary("sm_87") + by_chance[:6])
+    assert kernel_architectures(library) == {"sm_87": 2, "compute_90": 1}
+    library.write_bytes(b"\0")
+    assert kernel_architectures(library) == {}
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc to build a library with")
+def test_kernels_of_a_real_library(tmp_path) -> None:
+    (tmp_path / "k.cu").write_text("__global__ void f(float* x) { x[threadIdx.x] *= 2; }\n")
+    codes = ["arch=compute_87,code=sm_87", "arch=compute_90,code=[sm_90,compute_90]"]
+    words = ["nvcc", "-shared", "-Xcompiler", "-fPIC", *[w for code in codes for w in ("-gencode", code)], str(tmp_path / "k.cu"), "-o", str(tmp_path / "k.so")]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("this nvcc cannot build for these chips")
+    assert kernel_architectures(tmp_path / "k.so").keys() == {"sm_87", "sm_90", "compute_90"}
+
+
+@pytest.mark.parametrize(
+    ("built", "chip", "integrated", "runs"),
+    [
+        ({"sm_89", "sm_90", "sm_120", "sm_121"}, 87, True, False),  # PyPI's aarch64 wheel on an Orin
+        ({"sm_80", "sm_86"}, 87, True, False),  # a Jetson runs no code of desktop chips
+        ({"sm_80"}, 86, False, True), ({"sm_86"}, 80, False, False), ({"sm_87"}, 87, True, True), ({"compute_80"}, 87, True, True),
+        ({"compute_90"}, 87, True, False), ({"sm_80"}, 90, False, False), (set(), 90, False, False),
+    ],
+)  # fmt: skip
+def test_which_chips_run_them(built, chip, integrated, runs) -> None:
+    assert has_kernels(built, chip, integrated=integrated) is runs
+
+
+@pytest.mark.parametrize(("built", "state"), [(("sm_89", "sm_90"), "problem"), (("sm_87",), "ok")])
+def test_a_gpu_wheel_on_an_orin(built, state, tmp_path, monkeypatch) -> None:
+    library = tmp_path / "libonnxruntime_providers_cuda.so"
+    library.write_bytes(fat_binary(*built))
+    monkeypatch.setattr(doctor, "cuda_library", lambda: library)
+    there = found(of("orin-nano", tmp_path / "root"), doctor._gpu)["gpu"]
+    assert there.state == state, there
+    assert "sm_87" in there.said
+    assert ("NVIDIA's wheel for this JetPack" in there.fix) == (state == "problem")
+    assert found(of("pi5-4gb", tmp_path / "pi"), doctor._gpu)["gpu"].state == "warning", "a GPU wheel without a GPU"
+
+
+def test_the_chip_of_a_pc(monkeypatch, tmp_path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8.9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    machine = of("x86-gpu", tmp_path / "root")
+    assert gpu_wheel.compute_capability(machine.device) == 89
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_wheel.compute_capability(machine.device) is None
