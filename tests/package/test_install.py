@@ -258,3 +258,25 @@ def test_a_full_disk(stick, tmp_path) -> None:
         assert install(stick, prefix).returncode == 0
     finally:
         subprocess.run(["umount", str(prefix)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
+def test_from_an_empty_root(demo_bundle, tmp_path, photo) -> None:
+    """Debian with nothing but Python, no network: from the stick to an answer."""
+    from lfm_package.image import image
+    from lfm_package.targets import Platform
+
+    root, stick = tmp_path / "root", tmp_path / "stick"
+    subprocess.run(["debootstrap", "--variant=minbase", "--include=python3", "trixie", str(root)], check=True, capture_output=True)
+    image(demo_bundle, ["fp32"], Platform.of("x86_64", "3.13"), stick)
+    shutil.copy(photo, stick / "photo.jpg")
+    script = """
+        mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; mkdir "$0/stick"; mount --bind "$1" "$0/stick"
+        exec env -i PATH=/usr/bin:/usr/sbin HOME=/root chroot "$0" sh -euc '
+            sh /stick/install.sh >&2
+            cd /root/.local/share/lfm-edge && bin/lfm-edge run current/bundle /stick/photo.jpg -p "What is this?" --max-new-tokens 4'
+    """
+    done = subprocess.run(["unshare", "-m", "-n", "sh", "-euc", script, str(root), str(stick)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
