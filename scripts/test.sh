@@ -45,6 +45,9 @@ else
     echo "skipped: this machine has no Python 3.10 with venv"
 fi
 
+echo "== 64-bit Arm, emulated"
+scripts/arm64_sandbox.sh
+
 # From here on a missing reference is a failure, not a skip.
 export LFM_EDGE_TEST_ALL=1
 
