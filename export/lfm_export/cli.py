@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="weights: fp32 for CPUs, fp16 for GPUs (default fp32)")
     parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
     parser.add_argument("--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)")
+    parser.add_argument("--portable", action="store_true", help="standard ONNX operators alone, for other engines (extra optimum)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     progress = Printer(not options.quiet)
     warning = export(
         options.checkpoint, options.output, dtype=options.dtype, adapter=options.adapter,
-        graphs=[g for g in options.graphs.split(",") if g], progress=progress,
+        graphs=[g for g in options.graphs.split(",") if g], portable=options.portable, progress=progress,
     )  # fmt: skip
     progress.clear()
     if warning:

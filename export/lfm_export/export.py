@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ HUB_FILES = (
 
 def export(
     checkpoint_folder: Path, bundle: Path, *, dtype: str = "fp32", adapter: Path | None = None,
-    graphs: Sequence[str] = (), progress: Progress = lambda *_: None,
+    graphs: Sequence[str] = (), portable: bool = False, progress: Progress = lambda *_: None,
 ) -> str | None:  # fmt: skip
     """Write the fp32 or fp16 variant of a checkpoint's graphs into a bundle, beside variants it already has.
 
@@ -42,6 +43,8 @@ def export(
         dtype: fp32 or fp16, the variant's name.
         adapter: a PEFT LoRA adapter to merge into the weights.
         graphs: stems to write anew; the others are kept from the bundle. All by default.
+        portable: trace transformers' own layers to standard ONNX operators with Hugging Face Optimum, instead of building graphs for
+            onnxruntime's CPU kernels.
         progress: told of every tensor written.
 
     Returns:
@@ -53,6 +56,9 @@ def export(
     known = [graph.stem for graph in GRAPHS]
     if unknown := [stem for stem in graphs if stem not in known]:
         raise CheckpointError(f"unknown graph {unknown[0]}; the graphs are {', '.join(known)}")
+    if portable and (dtype != "fp32" or graphs):
+        raise CheckpointError("--portable writes all graphs, in fp32; leave --dtype and --graphs out")
+    tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
     prompt = compile_prompt(checkpoint_folder)
     _check_tokens(checkpoint, prompt)
@@ -82,9 +88,16 @@ def export(
             finally:
                 data.close()
             graph.save(folder / name)
-            described[name] = _describe(graph)
+            described[name] = _describe(graph, OPSET, IR_VERSION)
             return result
 
+        if portable:
+            from lfm_export.portable import write_portable
+
+            for path in write_portable(folder, checkpoint, progress):
+                model = ir.load(path)
+                described[f"onnx/{path.name}"] = _describe(model.graph, model.opset_imports[""], model.ir_version)
+            wanted = set()
         table = None
         if VISION_ENCODER.stem in wanted:
             write(VISION_ENCODER.stem, lambda g: build_vision_encoder(g, checkpoint))
@@ -93,7 +106,7 @@ def export(
         if DECODER.stem in wanted:
             shared = table if isinstance(table, ir.ExternalTensor) else None
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
-        _write_manifest(folder, checkpoint, dtype, old, kept, described)
+        _write_manifest(folder, checkpoint, dtype, old, kept, described, tools)
         return add_golden(folder, dtype)
 
 
@@ -127,8 +140,34 @@ def _check_fits(
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
 
 
-def _describe(graph: GraphBuilder) -> dict[str, Any]:
-    def edges(values: list[ir.Value]) -> dict[str, Any]:
+def _portable_tools() -> dict[str, str]:
+    """The versions of what traces portable graphs, name → version.
+
+    Raises:
+        CheckpointError: something is missing, or of a version that does not fit.
+    """
+    found = {}
+    for name in ("torch", "transformers", "optimum", "optimum-onnx"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError as e:
+            raise CheckpointError(f"--portable needs the Python package {name}; install it with: pip install 'lfm-edge[optimum]'") from e
+    if not found["transformers"].startswith("4.57."):
+        have = found["transformers"]
+        raise CheckpointError(f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'")
+    try:
+        import lfm_export.portable  # noqa: F401
+    except ImportError as e:
+        cause: BaseException = e
+        while cause.__cause__:
+            cause = cause.__cause__
+        said = f"{type(cause).__name__}: {cause}"
+        raise CheckpointError(f"--portable cannot import what it needs ({said}); install it anew: pip install 'lfm-edge[optimum]'") from e
+    return found
+
+
+def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> dict[str, Any]:
+    def edges(values: Sequence[ir.Value]) -> dict[str, Any]:
         return {
             str(v.name): {"dtype": v.dtype.name if v.dtype else None, "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()]}
             for v in values
@@ -136,14 +175,15 @@ def _describe(graph: GraphBuilder) -> dict[str, Any]:
 
     locations = {str(t.location) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
     return {
-        "inputs": edges(graph.inputs), "outputs": edges(graph.outputs), "opset": OPSET, "ir_version": IR_VERSION,
+        "inputs": edges(graph.inputs), "outputs": edges(graph.outputs), "opset": opset, "ir_version": ir_version,
         "min_onnxruntime": MIN_ONNXRUNTIME, "data": sorted(f"onnx/{location}" for location in locations),
     }  # fmt: skip
 
 
 def _write_manifest(
-    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], kept: list[str], described: dict[str, Any]
-) -> None:
+    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], kept: list[str], described: dict[str, Any],
+    tools: dict[str, str],
+) -> None:  # fmt: skip
     text = checkpoint.config.text
     variants = dict(old.get("variants") or {})
     variants[dtype] = {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}
@@ -155,7 +195,7 @@ def _write_manifest(
     }
     manifest = {
         "schema": SCHEMA_VERSION,
-        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__}, "min_onnxruntime": MIN_ONNXRUNTIME,
+        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__, **tools}, "min_onnxruntime": MIN_ONNXRUNTIME,
         "source": {
             "name": checkpoint.folder.resolve().name, "revision": _revision(checkpoint.folder), "license": _license(checkpoint.folder),
             "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None, "weights": checkpoint.fingerprint(),
