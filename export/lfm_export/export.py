@@ -146,12 +146,10 @@ def _portable_tools() -> dict[str, str]:
     Raises:
         CheckpointError: something is missing, or of a version that does not fit.
     """
-    found = {}
-    for name in ("torch", "transformers", "optimum", "optimum-onnx"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as e:
-            raise CheckpointError(f"--portable needs the Python package {name}; install it with: pip install 'lfm-edge[optimum]'") from e
+    try:
+        found = {name: version(name) for name in ("torch", "transformers", "optimum", "optimum-onnx")}
+    except PackageNotFoundError as e:
+        raise CheckpointError(f"--portable needs the Python package {e.name}; install it with: pip install 'lfm-edge[optimum]'") from e
     if not found["transformers"].startswith("4.57."):
         have = found["transformers"]
         raise CheckpointError(f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'")

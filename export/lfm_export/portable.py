@@ -51,7 +51,8 @@ def write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) -> 
 
 
 def submodels(model: Lfm2VlForConditionalGeneration) -> dict[str, nn.Module]:
-    """What is traced, by stem: Optimum's `fn_get_submodels`."""
+    """What is traced, by stem: Optimum's `fn_get_submodels`. Attention is written out: a trace sees nothing of fused kernels."""
+    model.set_attn_implementation("eager")
     return {VISION_ENCODER.stem: VisionEncoder(model), EMBED_TOKENS.stem: EmbedTokens(model), DECODER.stem: Decoder(model)}
 
 
@@ -133,7 +134,7 @@ class EmbedTokensConfig(_Config):
 
 
 class DecoderConfig(_Config):
-    """Three sequences: five tokens after seven. The wrapper's parameters are lists, named apart here; the graph has the contract's names."""
+    """Three sequences: five tokens after seven. The wrapper's parameters are lists, and named apart here."""
 
     @property
     def _past(self) -> dict[str, str]:
@@ -153,7 +154,9 @@ class DecoderConfig(_Config):
     def inputs(self) -> Axes:
         """Of the contract, under the wrapper's names."""
         axes: Axes = {"inputs_embeds": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "past_and_tokens"}}
-        return axes | {part: {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past"} for name, part in self._past.items()}
+        for name, part in self._past.items():
+            axes[part] = {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past"}
+        return axes
 
     @property
     def outputs(self) -> Axes:

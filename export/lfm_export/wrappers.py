@@ -101,6 +101,7 @@ class Decoder(nn.Module):
         causal = torch.arange(total)[None] <= (torch.arange(tokens) + total - tokens)[:, None]
         seen = causal[None] & (attention_mask[:, None, :] > 0)
         mask = torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min)[:, None]
+        real = attention_mask[:, None, -tokens:].to(inputs_embeds.dtype)
 
         states: dict[str, Tensor] = {}
         convs, attentions = iter(past_conv), iter(zip(past_attention[::2], past_attention[1::2], strict=True))
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
                 mixed, _ = layer.self_attn(normed, rotary, mask, past_key_values=past)
                 states |= {f"present.{i}.key": past.key, f"present.{i}.value": past.value}
             else:
-                mixed, states[f"present_conv.{i}"] = _short_conv(layer.conv, normed, next(convs))
+                mixed, states[f"present_conv.{i}"] = _short_conv(layer.conv, normed, next(convs), real)
             x = x + mixed
             x = x + layer.feed_forward(layer.ffn_norm(x))
         return {"logits": self.head(self.text.embedding_norm(x[:, -1:])), **states}
@@ -129,9 +130,11 @@ class _Past:
         return self.key, self.value
 
 
-def _short_conv(conv: Any, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers' gated convolution over its past and the new inputs: (output [B, S, H], state [B, H, kernel])."""
+def _short_conv(conv: Any, x: Tensor, past: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' gated convolution over its past and the new inputs: (output [B, S, H], state [B, H, kernel]). `real` [B, 1, S]: padding
+    is zero to it.
+    """
     b, c, signal = conv.in_proj(x).transpose(1, 2).chunk(3, 1)
-    full = torch.cat([past, b * signal], 2)  # [B, H, kernel + S]; the oldest is never read
+    full = torch.cat([past, b * signal * real], 2)  # [B, H, kernel + S]; the oldest is never read
     convolved = nn.functional.conv1d(full[:, :, 1:], conv.conv.weight, conv.conv.bias, groups=conv.conv.groups)
     return conv.out_proj((c * convolved).transpose(1, 2)), full[:, :, -past.shape[2] :]

@@ -35,6 +35,9 @@ class Source:
         vision, embed, decoder = (Graph.open(files[g.stem]) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
         gather = look_up(embed)
         table: Float = embed.tensors[gather.input[0]].array
+        if "head" not in decoder.linears():
+            how = "quantize needs those that export builds without --portable; for fixed ranges see scripts/shape_static.py --int8"
+            raise QuantizeError(f"{files[DECODER.stem]} is a portable graph; {how}")
         head = decoder.tensors[decoder.linears()["head"].weight].array
         tied = head.shape == table.shape and np.array_equal(head, table)
         for graph in (embed, decoder):
