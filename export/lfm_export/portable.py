@@ -181,7 +181,7 @@ class DecoderConfig(_Config):
             ],
         }  # fmt: skip
 
-    def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:  # type: ignore[override]
+    def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:
         """Lists of the example → the graph's inputs."""
         prefix = "past_conv." if name == "past_conv" else "past_key_values."
         names = [one for one in past_names(self._config.text_config.layer_types) if one.startswith(prefix)]

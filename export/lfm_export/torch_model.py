@@ -31,9 +31,9 @@ def load_model(checkpoint: Checkpoint) -> Lfm2VlForConditionalGeneration:
     if config.text.tied_head:
         weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
-    for module in model.modules():  # tables that are computed, not stored: the meta device has left them empty
-        if hasattr(module, "rope_init_fn"):
-            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, torch.device("cpu"))
+    language: Any = model.model.language_model
+    for rotary in (language.rotary_emb, language.pos_emb):  # computed, not stored: the meta device has left them empty
+        rotary.inv_freq, rotary.attention_scaling = rotary.rope_init_fn(rotary.config, torch.device("cpu"))
     return model.eval()
 
 
