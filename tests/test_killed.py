@@ -24,7 +24,7 @@ from lfm_runtime.verify import verify
 from sticks import another
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+KILLS = pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 
 
 def edge(*words: object) -> list[str]:

@@ -91,6 +91,7 @@ def test_finds_the_fastest_that_is_good_enough(demo_bundle, photo, monkeypatch) 
     assert slower not in found.front(), "1.7 times slower, the same in all else"
 
 
+@pytest.mark.slow
 def test_finds_the_smallest(demo_bundle, photo, monkeypatch) -> None:
     found, _ = search(demo_bundle, photo, monkeypatch, cost, objective="memory")
     best = dict(found.chosen())
