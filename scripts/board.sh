@@ -51,7 +51,7 @@ explain() { # LOG STATUS : the cause and the fix of a failure that is known; els
         say "$(grep 'No matching distribution' "$1" | head -n 1 | sed 's/^ERROR: //'): no wheel for this Python ($version) on $(uname -m). Fix: a 64-bit system with Python 3.11 or newer"
     elif grep -q 'No space left' "$1"; then
         say "the disk is full. Fix: make 400 MB of room, or clone to another disk"
-    elif grep -q -E 'ensurepip|No module named venv' "$1"; then
+    elif grep -q -E 'ensurepip|No module named (venv|pip)' "$1"; then
         say "Python cannot make environments here. Fix: sudo apt install python3-venv"
     else
         say "$(tail -n 1 "$1"). The whole output is in $1"
@@ -68,7 +68,10 @@ try() { # COMMAND… : quietly; a failure is explained
 
 install_runtime() { # REQUIREMENT… : into .venv of this clone
     say "installing the runtime into .venv (some 200 MB)"
-    [ -x .venv/bin/python ] || try "$python" -m venv .venv
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also where venv was cut off half-way
+        rm -rf .venv
+        try "$python" -m venv .venv
+    fi
     try .venv/bin/python -m pip install --disable-pip-version-check --only-binary numpy,onnxruntime,pillow -e . "$@"
     try .venv/bin/python -c 'import os; os.environ["ORT_DISABLE_TELEMETRY"] = "1"; import numpy, onnxruntime, PIL, psutil'
     .venv/bin/lfm-edge doctor || say "see to the problems above"

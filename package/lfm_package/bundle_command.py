@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from lfm_profiles import Profile
 from lfm_runtime.contract import VARIANT_SUFFIX
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -41,10 +42,18 @@ def packed_variants(options: argparse.Namespace) -> list[str]:
     return [options.variant, *([options.prefill] if options.prefill else [])]
 
 
+def packed_profile(options: argparse.Namespace) -> Profile | None:
+    """The profile named, with the variants that are packed: the device runs what was meant."""
+    from lfm_runtime.profile import find_profile
+
+    if not options.profile:
+        return None
+    return find_profile(options.profile, variant=options.variant, prefill=options.prefill)
+
+
 def run(options: argparse.Namespace) -> int:
     """Pack, and say what was written."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.profile import find_profile
 
     from lfm_package.pack import Extras, pack
     from lfm_package.wheelhouse import read_wheelhouse
@@ -53,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     split = int(found[1]) * _UNITS[found[2]] if found else -1
     if split < 0 or 0 < split < 10**6:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
-    profile = find_profile(options.profile) if options.profile else None
+    profile = packed_profile(options)
     wheels = read_wheelhouse(options.wheelhouse) if options.wheelhouse else []
     for path in pack(options.bundle, packed_variants(options), options.output, Extras(profile, wheels, options.sign, split)):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_profiles import Profile
-from lfm_runtime.bundle import SUMS, Bundle, file_hash
+from lfm_runtime.bundle import SIGNATURE, SUMS, Bundle, file_hash
 from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import BundleError, SettingError
@@ -114,5 +114,12 @@ def _as_tar(stick: Path, output: Path) -> None:
 
 
 def _check_ours(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / SETTINGS).is_file() or not (folder / SUMS).is_file():
         raise BundleError(f"{folder} is not something lfm-edge image made; choose another output")
+    ours = {line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in ours | {SUMS, SIGNATURE}:
+            raise BundleError(f"{path} is not part of the stick and would be lost; move it or choose another output")

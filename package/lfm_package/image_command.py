@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lfm_package.bundle_command import add_packing_arguments, packed_variants
+from lfm_package.bundle_command import add_packing_arguments, packed_profile, packed_variants
 from lfm_package.wheelhouse_command import add_target_arguments
 
 
@@ -23,13 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write it, and say what to do with it."""
-    from lfm_runtime.profile import find_profile
-
     from lfm_package.image import image
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
-    profile = find_profile(options.profile) if options.profile else None
+    profile = packed_profile(options)
     wheels = image(options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign)
     files = [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)

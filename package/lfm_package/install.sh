@@ -5,6 +5,9 @@
 #   sh install.sh [--prefix FOLDER] --rollback           back to the version before; once more: forth again
 #   sh install.sh [--prefix FOLDER] --uninstall          remove everything this script made
 #
+# FOLDER/bin/install.sh is kept for what comes later: it needs no --prefix, and installs a stick with --stick FOLDER. Where signatures matter,
+# use that one: a stick's own install.sh is not checked by anybody.
+#
 # FOLDER/versions/NAME-HASH holds one version each (an environment, the bundle, its prepared graphs); the links FOLDER/current and
 # FOLDER/previous name two of them. `current` is switched by one rename, after everything else is on disk: whenever this is killed or
 # the power fails, the old version works, and the next run removes what was left half done.
@@ -20,22 +23,23 @@ fail() {
 
 stick=$(cd "$(dirname "$0")" && pwd)
 prefix=${XDG_DATA_HOME:-${HOME:-}/.local/share}/lfm-edge
+[ ! -f "${stick%/bin}/.lfm-edge" ] || prefix=${stick%/bin}
 action=install signers=
 while [ $# -gt 0 ]; do
     case $1 in
-    --prefix | --signers)
-        [ $# -gt 1 ] || fail "$1 needs a value; see: sed -n 2,7p $0"
-        if [ "$1" = --prefix ]; then prefix=$2; else signers=$2; fi
+    --prefix | --signers | --stick)
+        [ $# -gt 1 ] || fail "$1 needs a value; see: sh install.sh --help"
+        case $2 in /*) value=$2 ;; *) value=$(pwd)/$2 ;; esac
+        case $1 in --prefix) prefix=$value ;; --signers) signers=$value ;; --stick) stick=$value ;; esac
         shift
         ;;
     --rollback | --uninstall) action=${1#--} ;;
-    -h | --help) sed -n 's/^# \{0,1\}//; 2,11p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) fail "$1 is unknown; see: sh install.sh --help" ;;
     esac
     shift
 done
 [ "$prefix" != /.local/share/lfm-edge ] || fail "HOME is not set; name a folder with --prefix"
-case $prefix in /*) ;; *) prefix=$(pwd)/$prefix ;; esac
 
 # ------------------------------------------------------------------------------------------------ versions and links
 
@@ -59,13 +63,21 @@ lock() { # held until this process and what it started end
         flock -n 9 || fail "$prefix is being changed by another install.sh; wait for it"
     fi
 }
-ours() { [ -d "$prefix/versions" ] || fail "nothing is installed in $prefix; name the folder with --prefix"; }
+ours() { [ -f "$prefix/.lfm-edge" ] || fail "nothing is installed in $prefix; name the folder with --prefix"; }
+other_than() { # the newest whole version but this one
+    for folder in $(ls -t "$prefix/versions"); do # names are ours: no blanks
+        [ "$folder" = "$1" ] || [ ! -f "$prefix/versions/$folder/complete" ] || { say "$folder" && return; }
+    done
+}
 
 rollback() {
     ours
     lock
     now=$(version_of current) before=$(version_of previous)
-    [ -n "$before" ] && [ "$before" != "$now" ] || fail "there is no version before ${now:-this one} in $prefix"
+    if [ -z "$before" ] || [ "$before" = "$now" ]; then # the power failed between two switches
+        before=$(other_than "$now")
+    fi
+    [ -n "$before" ] || fail "there is no version before ${now:-this one} in $prefix"
     switch current "$before"
     [ -z "$now" ] || switch previous "$now"
     say "$prefix runs $before now"
@@ -75,23 +87,31 @@ uninstall() {
     ours
     lock
     rm -f "$prefix/current" "$prefix/previous" "$prefix/.current.new" "$prefix/.previous.new" "$prefix/bin/lfm-edge" "$prefix/signers"
-    rm -f "$prefix/bin/.lfm-edge.new" "$prefix/.signers.new"
+    rm -f "$prefix/bin/install.sh" "$prefix/bin/.lfm-edge.new" "$prefix/bin/.install.sh.new" "$prefix/.signers.new"
     rm -rf "$prefix/versions"
-    rm -f "$prefix/.lock"
+    rm -f "$prefix/.lock" "$prefix/.lfm-edge"
     rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
     say "$prefix is removed"
 }
 
 # ------------------------------------------------------------------------------------------------ before anything is written
 
+listed() { sed -n "s|^[0-9a-f]\{64\}  \($1\)\$|\1|p" "$stick/SHA256SUMS"; } # names in SHA256SUMS
 setting() { sed -n "s/^$1=//p" "$stick/stick.conf"; }
 
 check_stick() { # every file, then who signed
     for file in SHA256SUMS stick.conf; do
         [ -s "$stick/$file" ] || fail "$stick/$file is missing: this is no stick of lfm-edge, or is half copied; copy it again"
     done
-    bad=$(cd "$stick" && LC_ALL=C sha256sum -c SHA256SUMS 2>/dev/null | grep -v ': OK$' | head -n 1) || true
-    [ -z "$bad" ] || fail "$stick is half copied or damaged ($bad); copy it again"
+    command -v sha256sum >/dev/null 2>&1 || fail "sha256sum is missing; install coreutils"
+    said=$(cd "$stick" && LC_ALL=C sha256sum -c --strict SHA256SUMS 2>&1) ||
+        fail "$stick is half copied or damaged ($(say "$said" | grep -v ': OK$' | head -n 1)); copy it again"
+    pip=$(listed 'wheels/pip-[^/]*\.whl')
+    archive=$(setting name).tar
+    for file in stick.conf install.sh wheels/requirements.txt "${pip:-wheels/pip}"; do # what is used must be summed
+        [ "$(listed "$file")" = "$file" ] || fail "$stick/SHA256SUMS does not name $file: this is no stick of lfm-edge; copy it again"
+    done
+    [ "$(listed "$archive")$(listed "$archive\.000")" ] || fail "$stick/SHA256SUMS does not name $archive; copy the stick again"
     [ -n "$signers" ] || { [ -f "$prefix/signers" ] && signers=$prefix/signers; } || return 0
     [ -f "$signers" ] || fail "$signers does not exist; it names who may sign, as ssh's allowed_signers does"
     command -v ssh-keygen >/dev/null 2>&1 || fail "signatures need ssh-keygen; install it: sudo apt install openssh-client"
@@ -105,11 +125,12 @@ check_stick() { # every file, then who signed
 
 check_machine() { # sets $python
     wanted=$(setting machine) target=$(setting target) version=$(setting python) glibc=$(setting glibc_minor)
+    case $(uname -m) in arm* | i?86) fail "this system is 32-bit ($(uname -m)); there are no wheels for it: install the 64-bit system" ;; esac
     [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge image --target …"
     found=
     for python in "python$version" python3; do
         command -v "$python" >/dev/null 2>&1 || continue
-        found=$("$python" -c 'import struct, sys; print("%d.%d" % sys.version_info[:2], 8 * struct.calcsize("P"))' 2>/dev/null) || found=
+        found=$("$python" -I -c 'import struct, sys; print("%d.%d" % sys.version_info[:2], 8 * struct.calcsize("P"))' 2>/dev/null) || found=
         [ "$found" != "$version 64" ] || break
     done
     case $found in
@@ -118,7 +139,7 @@ check_machine() { # sets $python
     "") fail "there is no Python $version here; install it: sudo apt install python3" ;;
     *) fail "this stick is for Python $version, here is ${found% *}; make one with: lfm-edge image --target $target --python ${found% *}" ;;
     esac
-    have=$("$python" -c 'import platform; print(*platform.libc_ver())')
+    have=$("$python" -I -c 'import platform; print(*platform.libc_ver())')
     case $have in
     "glibc 2."*) [ "${have#glibc 2.}" -ge "$glibc" ] || fail "this system has $have, the wheels need 2.$glibc; install a newer system" ;;
     *) fail "this system has no glibc (musl?); the wheels need glibc 2.$glibc" ;;
@@ -135,9 +156,8 @@ check_space() {
 
 fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     say "installing the runtime into $1"
-    "$python" -m venv --without-pip "$1/venv"
-    pip=$(echo "$stick"/wheels/pip-*.whl)
-    "$1/venv/bin/python" "$pip/pip" --isolated install --quiet --disable-pip-version-check --no-cache-dir --no-index \
+    "$python" -I -m venv --without-pip "$1/venv"
+    "$1/venv/bin/python" -I "$stick/$pip/pip" --isolated install --quiet --disable-pip-version-check --no-cache-dir --no-index \
         --find-links "$stick/wheels" --require-hashes -r "$stick/wheels/requirements.txt"
     edge=$1/venv/bin/lfm-edge variant=$(setting variant) prefill=$(setting prefill)
     "$edge" unpack "$stick/$(setting name).tar" -o "$1/bundle"
@@ -145,7 +165,14 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     LFM_EDGE_PROFILE=
     [ ! -f "$1/bundle/profile.toml" ] || LFM_EDGE_PROFILE=$1/bundle/profile.toml
     export LFM_EDGE_PROFILE
-    "$edge" selftest "$1/bundle"
+    say "testing it: on a small board and with a large model this takes minutes"
+    status=0
+    "$edge" selftest "$1/bundle" || status=$?
+    case $status in
+    0) ;;
+    3) say "warning: it works, but not as the profile wishes (above); see: $prefix/bin/lfm-edge doctor $prefix/current/bundle" ;;
+    *) return 1 ;;
+    esac
 }
 
 command_file() { # lfm-edge of the current version, with the profile that came on the stick unless another is named
@@ -157,25 +184,37 @@ current='$quoted/current'
 [ ! -f "\$current/bundle/profile.toml" ] || export LFM_EDGE_PROFILE="\${LFM_EDGE_PROFILE-\$current/bundle/profile.toml}"
 exec "\$current/venv/bin/lfm-edge" "\$@"
 END
-    chmod 755 "$prefix/bin/.lfm-edge.new"
-    mv -f "$prefix/bin/.lfm-edge.new" "$prefix/bin/lfm-edge"
+    [ "$stick" = "$prefix/bin" ] || cp "$stick/install.sh" "$prefix/bin/.install.sh.new"
+    for file in lfm-edge install.sh; do
+        [ ! -f "$prefix/bin/.$file.new" ] || { chmod 755 "$prefix/bin/.$file.new" && mv -f "$prefix/bin/.$file.new" "$prefix/bin/$file"; }
+    done
 }
 
 install() {
     check_stick
     check_machine
     id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
-    mkdir -p "$prefix/versions" 2>/dev/null && [ -w "$prefix/versions" ] ||
+    [ ! -e "$prefix/versions" ] || [ -f "$prefix/.lfm-edge" ] || fail "$prefix holds something else; name another folder with --prefix"
+    { mkdir -p "$prefix" && touch "$prefix/.lfm-edge" && mkdir -p "$prefix/versions"; } 2>/dev/null && [ -w "$prefix/versions" ] ||
         fail "$prefix cannot be written by $(id -un); name another folder with --prefix"
     lock
+    cd "$prefix" # nothing of the folder that this is started in may be imported
     for folder in "$prefix"/versions/*; do # what was left half done
         [ ! -d "$folder" ] || [ -f "$folder/complete" ] || rm -rf "$folder"
     done
     before=$(version_of current)
     if [ -f "$prefix/versions/$id/complete" ]; then
-        said=$("$prefix/versions/$id/venv/bin/lfm-edge" verify "$prefix/versions/$id/bundle" 2>&1) ||
-            fail "$id is installed, and damaged ($(say "$said" | head -n 1)): remove it with --uninstall, or go back with --rollback, and install again"
-    else
+        if ! said=$("$prefix/versions/$id/venv/bin/lfm-edge" verify "$prefix/versions/$id/bundle" 2>&1); then
+            case $said in Traceback*) said=$(say "$said" | tail -n 1) ;; esac
+            say "$id is damaged ($(say "$said" | head -n 1)); installing it again"
+            if [ "$before" = "$id" ]; then # until that is done, the other version runs, if there is one
+                before=$(other_than "$id")
+                [ -z "$before" ] || switch current "$before"
+            fi
+            discard "$id"
+        fi
+    fi
+    if [ ! -f "$prefix/versions/$id/complete" ]; then
         check_space
         trap 'discard "$id"; fail "$id could not be installed; ${before:-nothing} is installed as before"' EXIT
         trap 'exit 130' INT TERM HUP
@@ -196,7 +235,7 @@ install() {
     else
         [ -z "$before" ] || switch previous "$before"
         switch current "$id"
-        say "installed $id in $prefix${before:+; back to $before: sh install.sh --rollback}"
+        say "installed $id in $prefix${before:+; back to $before: sh $prefix/bin/install.sh --rollback}"
     fi
     for folder in "$prefix"/versions/*; do
         kept=${folder##*/}

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -24,6 +25,7 @@ from lfm_package.sbom import sbom
 from lfm_package.wheelhouse import Wheel
 
 PROFILE = "profile.toml"
+_MOST_PARTS = 1000
 _KEPT_BY_VARIANT = ("variants", "quantization", "quality", "golden")
 
 
@@ -167,6 +169,8 @@ class _Parts(io.RawIOBase):
 
     def _next(self) -> None:
         self._end()
+        if len(self._written) == _MOST_PARTS:
+            raise SettingError(f"more than {_MOST_PARTS} parts of {self._size} bytes; make them larger")
         name = f"{self._output.name}.{len(self._written):03d}" if self._size else self._output.name
         self._written.append(self._folder / name)
         self._file = self._written[-1].open("wb")
@@ -190,8 +194,9 @@ class _Parts(io.RawIOBase):
         for name, text in texts.items():
             (self._folder / name).write_text(text, encoding="utf-8")
         places: list[Path] = []
-        for path in self._output.parent.glob(f"{self._output.name}.[0-9][0-9][0-9]"):
-            path.unlink()  # parts of an earlier one would be joined with these
+        for path in self._output.parent.iterdir():  # of an earlier one: they would be taken for, or joined with, these
+            if path.name == self._output.name or re.fullmatch(rf"{re.escape(self._output.name)}\.\d{{3}}", path.name):
+                path.unlink()
         for path in [*self._written, *(self._folder / name for name in texts)]:
             place = self._output.with_name(path.name)
             path.replace(place)

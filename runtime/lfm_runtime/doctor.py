@@ -22,7 +22,7 @@ from lfm_profiles.sensors import Sensors
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.gpu_wheel import compute_capability, cuda_library, has_kernels, kernel_architectures
-from lfm_runtime.process import child_environment, last_line
+from lfm_runtime.process import child_environment, last_line, python
 
 _HOT_C = 80.0
 _LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64
@@ -123,7 +123,7 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     installed = ", ".join(f"{name} {there}" for name, there in wheels.items()) or "no onnxruntime"
     code = "import onnxruntime as o; print(*(name.removesuffix('ExecutionProvider') for name in o.get_available_providers()))"
     environment = child_environment(ORT_DISABLE_TELEMETRY="1")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    done = subprocess.run(python(code), capture_output=True, text=True, check=False, env=environment)  # noqa: S603
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         fix = "install another version; 1.21.0 does this on Cortex-A53 and A72: pip install 'onnxruntime!=1.21.0'"
@@ -304,14 +304,15 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)
-    variant = choose_variants(bundle, find_profile(machine.profile))[0]
-    paths = bundle.graphs(variant)[1]
-    found = [find(bundle, paths[graph.stem]) for graph in (VISION_ENCODER, DECODER)]
+    variant, prefill = choose_variants(bundle, find_profile(machine.profile))
+    paths = [bundle.graphs(variant)[1][graph.stem] for graph in (VISION_ENCODER, DECODER)]
+    paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
+    found = [find(bundle, path) for path in paths]
     notes = [one.note for one in found if one.note]
-    fix = f"lfm-edge prepare {machine.bundle} --variant {variant}"
+    fix = f"lfm-edge prepare {machine.bundle} --variant {variant}" + (f" --prefill {prefill}" if prefill else "")
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)
-    elif all(one.path != paths[graph.stem] for one, graph in zip(found, (VISION_ENCODER, DECODER), strict=True)):
+    elif all(one.path != path for one, path in zip(found, paths, strict=True)):
         yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
     else:
         yield Finding("prepared", "warning", f"{variant} is not: it starts more slowly and takes more memory", fix)

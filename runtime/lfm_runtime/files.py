@@ -12,7 +12,7 @@ from typing import Any
 
 from lfm_runtime.errors import EdgeError
 
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError)
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
 
 
 def read_json_object(
@@ -31,7 +31,7 @@ def read_json_object(
         raise error(f"{path} is missing; {advice}") from e
     except OSError as e:
         raise error(f"{path} cannot be read: {e.strerror}") from e
-    except ValueError as e:  # JSON and UTF-8 errors alike
+    except (ValueError, RecursionError) as e:  # JSON and UTF-8 errors alike
         raise error(f"{path} is not valid JSON ({e}); {advice}") from e
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; {advice}")

@@ -27,7 +27,7 @@ from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import damage_is
 from lfm_runtime.images import cut_views, plan_image
 from lfm_runtime.model import Model, PlannedImage
-from lfm_runtime.process import child_environment
+from lfm_runtime.process import child_environment, module
 from lfm_runtime.profile import find_profile
 from lfm_runtime.prompt import Message
 from lfm_runtime.sessions import Graphs
@@ -146,7 +146,7 @@ def add_golden(folder: Path, variant: str) -> str | None:
         if weights <= _SMALL:
             kept = record(_lean(folder, variant))
         else:
-            words = [sys.executable, "-m", "lfm_runtime.golden", str(folder), variant]
+            words = module("lfm_runtime.golden", str(folder), variant)
             kept = json.loads(subprocess.run(words, env=child_environment(), capture_output=True, text=True, check=True).stdout)  # noqa: S603
     except subprocess.CalledProcessError as e:
         said = e.stderr.strip().splitlines()

@@ -13,10 +13,19 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in sys.path if path)), **more}
 
 
+def python(code: str, *words: str) -> list[str]:
+    """A command that runs Python code; what lies in the current folder is not imported."""
+    return [sys.executable, "-c", f"import sys; sys.path[:] = [path for path in sys.path if path]\n{code}", *words]
+
+
+def module(name: str, *words: str) -> list[str]:
+    """The same for a module of ours, as `python -m`."""
+    return python(f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)", *words)
+
+
 def run_command(words: Sequence[str], *, first: str = "") -> subprocess.CompletedProcess[str]:
     """`lfm-edge WORDS`, to its end. `first`: Python that the process does before it."""
-    code = f"{first}\nimport sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    program = [sys.executable, "-c", code, *words]
+    program = python(f"{first}\nimport sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))", *words)
     return subprocess.run(program, env=child_environment(), capture_output=True, text=True, check=False)  # noqa: S603
 
 

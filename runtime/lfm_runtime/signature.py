@@ -41,6 +41,8 @@ def check_signature(path: Path, signers: Path) -> str:
     if not signers.is_file():
         raise SettingError(f"{signers} does not exist; it names who may sign, as ssh's allowed_signers does")
     signature = path.with_name(path.name + SUFFIX)
+    if not path.is_file():
+        raise BundleError(f"{path} is missing, so nothing is signed; ask for a signed one, or do not ask for signers")
     if not signature.is_file():
         raise BundleError(f"{path} is not signed: {signature.name} is missing; ask for a signed one, or do not ask for signers")
     found = _ssh_keygen("find-principals", "-s", str(signature), "-f", str(signers))

@@ -23,7 +23,7 @@ from lfm_profiles import Profile
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.files import damage_is
-from lfm_runtime.process import child_environment
+from lfm_runtime.process import child_environment, module
 
 if TYPE_CHECKING:
     from lfm_runtime.model import Model
@@ -112,7 +112,7 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
     Raises:
         TrialError: it ended badly; with its own words.
     """
-    words = [sys.executable, "-m", "lfm_runtime.trial"]
+    words = module("lfm_runtime.trial")
     spawned = time.perf_counter()
     with subprocess.Popen(  # noqa: S603
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -17,8 +17,15 @@ from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.errors import BundleError
 from lfm_runtime.verify import verify
 
+try:
+    from compression.zstd import ZstdError  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
+
+    _DAMAGE: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ZstdError)
+except ImportError:
+    _DAMAGE = (tarfile.TarError, EOFError)
 _LARGEST_MANIFEST = 64 << 20
 _BLOCK = 1 << 20
+_LONGEST_DESCRIPTION = 1 << 20
 
 
 def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
@@ -51,7 +58,7 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
                     shutil.copyfileobj(source, f, _BLOCK)
             if problems := verify(new, signers=signers):
                 raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
-    except (tarfile.TarError, EOFError) as e:
+    except _DAMAGE as e:
         raise BundleError(f"{archive} is not a tar file, or is cut off; copy it again") from e
     except FileNotFoundError as e:
         raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
@@ -66,7 +73,7 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
     with _opened(archive) as tar:
         for entry in tar:
             path = PurePosixPath(entry.name)
-            if path.is_absolute() or ".." in path.parts or "\\" in entry.name or len(path.parts) < 2:
+            if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(entry.name) or len(path.parts) < 2:
                 raise BundleError(f"{archive} holds {entry.name!r}, a name outside of its folder; do not use it")
             if not entry.isreg() or entry.issparse():
                 raise BundleError(f"{archive} holds {entry.name!r}, which is a link, a device or sparse; do not use it")
@@ -85,7 +92,7 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
         try:
             files = json.loads(source.read())["files"]
             sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
             raise BundleError(f"{archive}: {MANIFEST} is damaged ({type(e).__name__}); copy it again") from e
     for name, entry in entries.items():
         if name not in BESIDE_MANIFEST and entry.size != sizes.get(name):
@@ -98,16 +105,31 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
-    parts = sorted(p for p in archive.parent.glob(f"{archive.name}.*") if re.fullmatch(r"\.\d{3}", p.suffix))
-    if archive.exists() or not parts:
-        with tarfile.open(archive) as tar:
+    folder = archive.parent
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    parts = [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
+    mode: Any = "r:zst" if archive.name.endswith(".zst") else "r:"  # no other compression: what is not looked at cannot do harm
+    if archive.exists() and parts:
+        raise BundleError(f"{archive} and {parts[0].name} are both there, of different times perhaps; remove one")
+    if not parts:
+        with tarfile.open(archive, mode, tarinfo=_Entry) as tar:
             yield tar
         return
     for n, part in enumerate(parts):
         if part.suffix != f".{n:03d}":
             raise BundleError(f"{archive}.{n:03d} is missing between the parts of {archive.name}; copy it again")
-    with io.BufferedReader(_Joined(parts)) as stream, tarfile.open(fileobj=stream) as tar:
+    with io.BufferedReader(_Joined(parts)) as stream, tarfile.open(fileobj=stream, mode=mode, tarinfo=_Entry) as tar:
         yield tar
+
+
+class _Entry(tarfile.TarInfo):
+    """Python reads what describes an entry whole into memory, however long it says it is."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        described = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if self.type in described and self.size > _LONGEST_DESCRIPTION:
+            raise tarfile.ReadError("an entry's description is too long")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class _Joined(io.RawIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,9 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; name a bundle")
+    for name in BESIDE_MANIFEST:
+        if os.path.lexists(folder / name) and not stat.S_ISREG((folder / name).lstat().st_mode):
+            return [f"{name} is not a plain file; do not use this bundle"]
     manifest = read_manifest(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")

@@ -72,6 +72,9 @@ def test_again_and_not_over_something_else(demo_bundle, no_fetching, tmp_path) -
     (tmp_path / "photos" / "cat.jpg").write_text("")
     with pytest.raises(BundleError, match="is not something lfm-edge image made"):
         module.image(demo_bundle, ["fp32"], PI5, tmp_path / "photos")
+    (tmp_path / "cam" / "holiday.jpg").write_text("")
+    with pytest.raises(BundleError, match=r"holiday.jpg is not part of the stick and would be lost"):
+        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
     with pytest.raises(BundleError, match="has no variant 'int4'"):
         module.image(demo_bundle, ["int4"], PI5, tmp_path / "cam")
     assert (tmp_path / "cam" / "cam.tar").exists()

@@ -62,7 +62,7 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     assert "is installed already" in done.stdout
     after = tree(prefix)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"bin", "bin/lfm-edge"}, "that one is written again, the same"
+    assert changed <= {"bin", "bin/lfm-edge", "bin/install.sh", ".lfm-edge"}, "these are written again, the same"
 
     another(stick, name="newer")
     done = install(stick, prefix)
@@ -81,9 +81,22 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], "the current one and the one before"
 
     (prefix / str((prefix / "current").readlink()) / "bundle" / "manifest.json").write_text("{}")
-    assert "is installed, and damaged" in failed(install(stick, prefix))
+    done = install(stick, prefix)
+    assert done.returncode == 0, done.stderr
+    assert "is damaged (" in done.stdout
+    assert str((prefix / "current").readlink()).startswith("versions/third")
+    assert answer(prefix, photo).strip() == wanted.strip()
 
-    assert install(stick, prefix, "--uninstall").returncode == 0
+    kept = prefix / "bin" / "install.sh"  # knows its place, and needs no stick
+    assert subprocess.run(["sh", str(kept), "--rollback"], check=False).returncode == 0
+    assert str((prefix / "current").readlink()).startswith("versions/newer")
+    (prefix / "previous").unlink()  # as if the power had failed between two switches
+    assert subprocess.run(["sh", str(kept), "--rollback"], check=False).returncode == 0
+    assert str((prefix / "current").readlink()).startswith("versions/third")
+    done = subprocess.run(["sh", str(kept), "--stick", str(stick)], capture_output=True, text=True, check=False)
+    assert "is installed already" in done.stdout, done.stderr
+
+    assert subprocess.run(["sh", str(kept), "--uninstall"], check=False).returncode == 0
     assert not prefix.exists()
     assert "nothing is installed" in failed(install(stick, prefix, "--uninstall"))
     assert "nothing is installed" in failed(install(stick, prefix, "--rollback"))
@@ -91,7 +104,12 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
 
 def test_strangers_files_stay(stick, tmp_path) -> None:
     prefix = tmp_path / "edge"
-    (prefix / "versions").mkdir(parents=True)
+    (prefix / "versions" / "3.12.1").mkdir(parents=True)
+    for words in ([], ["--uninstall"], ["--rollback"]):  # ~/.pyenv, say
+        assert "name " in failed(install(stick, prefix, *words))
+        assert (prefix / "versions" / "3.12.1").exists()
+    shutil.rmtree(prefix / "versions")
+    (prefix / ".lfm-edge").write_text("")
     (prefix / "photos").mkdir()
     (prefix / "photos" / "cat.jpg").write_text("")
     assert install(stick, prefix, "--uninstall").returncode == 0
@@ -133,7 +151,7 @@ def test_no_python(stick, tmp_path) -> None:
     assert "there is no Python 3." in failed(install(stick, tmp_path / "edge", PATH=path))
 
 
-@pytest.mark.parametrize("broken", ["cut", "missing", "flipped", "nothing"])
+@pytest.mark.parametrize("broken", ["cut", "missing", "flipped", "nothing", "garbage", "malformed", "unlisted", "two pips"])
 def test_a_half_copied_stick(stick, tmp_path, broken) -> None:
     wheel = next((stick / "wheels").glob("numpy*"))
     if broken == "cut":
@@ -145,7 +163,12 @@ def test_a_half_copied_stick(stick, tmp_path, broken) -> None:
         data[len(data) // 2] ^= 1
         (stick / "cam.tar").write_bytes(data)
     else:
-        (stick / "SHA256SUMS").write_text("")
+        listed = (stick / "SHA256SUMS").read_text().splitlines()
+        texts = {
+            "nothing": [], "garbage": ["garbage"], "malformed": [line[1:] if "stick.conf" in line else line for line in listed],
+            "unlisted": [line for line in listed if "stick.conf" not in line], "two pips": [*listed, listed[-1].replace("wheels/", "wheels/pip-1.whl")],
+        }  # fmt: skip
+        (stick / "SHA256SUMS").write_text("".join(f"{line}\n" for line in texts[broken]))
     said = failed(install(stick, tmp_path / "edge"))
     assert "copy it again" in said
     assert not (tmp_path / "edge").exists(), "looked at before anything is written"
@@ -162,8 +185,27 @@ def test_a_wheel_that_was_put_in(stick, tmp_path) -> None:
     assert list((tmp_path / "edge" / "versions").iterdir()) == []
 
 
+def test_what_lies_about_is_not_imported(stick, tmp_path) -> None:
+    """Neither on the stick nor in the folder that it is started in."""
+    for place in (stick, tmp_path):
+        for name in ("venv", "struct", "platform", "onnxruntime", "json"):
+            (place / f"{name}.py").write_text("raise SystemExit('imported')")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
+    for place in (stick, tmp_path):
+        done = subprocess.run(
+            ["sh", str(stick / "install.sh"), "--prefix", str(tmp_path / "edge")], capture_output=True, text=True, check=False, cwd=place,
+            env={**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "imported" not in done.stdout + done.stderr
+    done = subprocess.run([str(tmp_path / "edge" / "bin" / "lfm-edge"), "doctor"], capture_output=True, text=True, check=False, cwd=tmp_path, env=kept)
+    assert "problems: 0" in done.stdout, done.stdout
+
+
 def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> None:
-    """A version whose budget this machine cannot keep is not made the current one."""
+    """A version that computes something else here is not made the current one; one that is over its budget is, with a warning."""
+    import json
+
     from lfm_package.pack import Extras, pack
     from lfm_profiles import read
     from lfm_runtime.unpack import unpack
@@ -172,15 +214,27 @@ def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> 
     assert install(stick, prefix).returncode == 0
     good = str((prefix / "current").readlink())
     unpack(stick / "cam.tar", tmp_path / "bundle")
-    (tmp_path / "hurry.toml").write_text('description = "x"\nextends = "generic"\n[budget]\nttft_ms = 1\n')
-    pack(tmp_path / "bundle", ["fp32"], tmp_path / "cam.tar", Extras(profile=read(str(tmp_path / "hurry.toml"))))
-    shutil.move(tmp_path / "cam.tar", stick / "cam.tar")
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    right = manifest["golden"]["fp32"]["prompt"]
+    manifest["golden"]["fp32"]["prompt"] = [right[0] + 1, *right[1:]]
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    pack(tmp_path / "bundle", ["fp32"], stick / "cam.tar")
     sums(stick)
     done = install(stick, prefix)
     assert "cam-" in failed(done)
-    assert "FAILED   budgets" in done.stdout
+    assert "FAILED   golden values" in done.stdout
     assert str((prefix / "current").readlink()) == good
     assert len(list((prefix / "versions").iterdir())) == 1
+
+    manifest["golden"]["fp32"]["prompt"] = right
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "hurry.toml").write_text('description = "x"\nextends = "generic"\n[budget]\nttft_ms = 1\n')
+    pack(tmp_path / "bundle", ["fp32"], stick / "cam.tar", Extras(profile=read(str(tmp_path / "hurry.toml"))))
+    sums(stick)
+    done = install(stick, prefix)
+    assert done.returncode == 0, done.stderr
+    assert "FAILED   budgets" in done.stdout
+    assert "warning: it works, but not as the profile wishes" in done.stdout
 
 
 def test_signatures(stick, tmp_path) -> None:
@@ -208,6 +262,7 @@ def test_signatures(stick, tmp_path) -> None:
 def test_two_at_once(stick, tmp_path) -> None:
     prefix = tmp_path / "edge"
     (prefix / "versions").mkdir(parents=True)
+    (prefix / ".lfm-edge").write_text("")
     held = subprocess.Popen(["flock", str(prefix / ".lock"), "sleep", "60"], start_new_session=True)
     try:
         while subprocess.run(["flock", "-n", str(prefix / ".lock"), "true"], check=False).returncode == 0:

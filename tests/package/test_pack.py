@@ -240,3 +240,71 @@ def test_what_was_there_stays(packed, tmp_path, demo_bundle) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(BundleError, match="is a folder that lfm-edge did not make"):
         unpack(packed, tmp_path / "mine")
+
+
+# ------------------------------------------------------------------------------------------------ hostile archives
+
+
+def test_an_archive_that_describes_itself_endlessly(tmp_path) -> None:
+    """Python would read what describes an entry whole into memory, however long it says it is."""
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = tarfile.XHDTYPE, 1 << 31
+    (tmp_path / "bad.tar").write_bytes(entry.tobuf(tarfile.USTAR_FORMAT) + b"\0" * 1024)
+    with pytest.raises(BundleError, match="is not a tar file"):
+        unpack(tmp_path / "bad.tar", tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"[" * 200_000, b'{"files": {"x": {"bytes": 1e999}}}', b'{"files": []}', b"\xff\xfe", b"{}"],
+    ids=["deep", "infinite", "list", "bytes", "empty"],
+)
+def test_manifests_that_break_readers(manifest, tmp_path, capsys) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        entry = tarfile.TarInfo("cam/manifest.json")
+        entry.size = len(manifest)
+        tar.addfile(entry, io.BytesIO(manifest))
+    assert main(["unpack", str(tmp_path / "bad.tar"), "-o", str(tmp_path / "there")]) == 2
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "manifest.json").write_bytes(manifest)
+    assert main(["verify", str(tmp_path / "folder")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "there").exists()
+
+
+def test_compressed_by_something_else(packed, tmp_path) -> None:
+    """Only what `bundle` writes is opened: damage in other formats has errors of its own, and little can become much."""
+    import gzip
+
+    (tmp_path / "cam.tar.gz").write_bytes(gzip.compress(packed.read_bytes(), 1))
+    with pytest.raises(BundleError, match="is not a tar file"):
+        unpack(tmp_path / "cam.tar.gz", tmp_path / "there")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS"])
+def test_a_manifest_that_is_a_pipe(bundle_copy, name, capsys) -> None:
+    (bundle_copy / name).unlink(missing_ok=True)
+    os.mkfifo(bundle_copy / name)
+    assert main(["verify", str(bundle_copy)]) == 1
+    assert f"{name} is not a plain file" in capsys.readouterr().out
+
+
+def test_a_whole_one_beside_parts_of_another(demo_bundle, tmp_path) -> None:
+    """Packing again removes the other form; what is copied together all the same is not guessed at."""
+    pack(demo_bundle, ["fp32"], tmp_path / "g[1].tar")
+    pack(demo_bundle, ["fp32"], tmp_path / "g[1].tar", Extras(split=10_000_000))
+    assert not (tmp_path / "g[1].tar").exists()
+    unpack(tmp_path / "g[1].tar", tmp_path / "there")
+    (tmp_path / "g[1].tar").write_bytes(b"")
+    with pytest.raises(BundleError, match="are both there"):
+        unpack(tmp_path / "g[1].tar", tmp_path / "there")
+    pack(demo_bundle, ["fp32"], tmp_path / "g[1].tar")
+    assert sorted(p.name for p in tmp_path.glob("*.tar*")) == ["g[1].tar", "g[1].tar.sha256"]
+
+
+def test_the_profile_says_what_is_packed(demo_bundle, tmp_path) -> None:
+    """pi5 prefers other variants; the one that was packed is meant."""
+    assert main(["bundle", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
+    unpack(tmp_path / "x.tar", tmp_path / "there")
+    assert read(str(tmp_path / "there" / "profile.toml")).variant == ("fp32",)
