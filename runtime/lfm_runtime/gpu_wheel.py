@@ -10,11 +10,12 @@ import importlib.util
 import mmap
 import struct
 import subprocess
-from collections.abc import Collection
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lfm_profiles import Device
 
+CUDA = "CUDAExecutionProvider"
 _MAGIC = bytes.fromhex("50ed55ba")
 _PTX, _MACHINE_CODE = 1, 2
 _OF_SOC = {"Orin": 87, "Xavier": 72, "Tegra X1": 53}
@@ -30,16 +31,35 @@ def cuda_library() -> Path | None:
     return None
 
 
+def gpu_problem(device: Device) -> str | None:
+    """Why the onnxruntime that is installed cannot compute on this machine's GPU; None where nothing is known to be in the way."""
+    if not device.gpu:
+        return "there is no NVIDIA GPU with a driver"
+    library = cuda_library()
+    if library is None:
+        return "the onnxruntime installed is for the CPU alone (install onnxruntime-gpu; on a Jetson NVIDIA's own wheel)"
+    capability = compute_capability(device)
+    if capability is not None and not has_kernels(_names(library), capability, integrated=device.soc is not None):
+        built = ", ".join(sorted(kernel_architectures(library))) or "no GPU"
+        return f"the onnxruntime installed has kernels for {built}, this chip is sm_{capability}"
+    return None
+
+
 def kernel_architectures(library: Path) -> dict[str, int]:
     """"sm_87" (machine code) or "compute_90" (PTX, which drivers compile for that and later chips) → how many."""
     found: dict[str, int] = {}
+    for name in _names(library):
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _names(library: Path) -> Iterator[str]:
+    """As they are found: the library has hundreds of megabytes, and the first that fits is enough."""
     with library.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.find(_MAGIC)
         while at >= 0:
-            for name in _entries(data, at):
-                found[name] = found.get(name, 0) + 1
+            yield from _entries(data, at)
             at = data.find(_MAGIC, at + 4)
-    return found
 
 
 def _entries(data: mmap.mmap, at: int) -> list[str]:
@@ -72,7 +92,7 @@ def compute_capability(device: Device) -> int | None:
         return None
 
 
-def has_kernels(architectures: Collection[str], capability: int, *, integrated: bool) -> bool:
+def has_kernels(architectures: Iterable[str], capability: int, *, integrated: bool) -> bool:
     """Whether one of these runs on the chip. Machine code runs on its own chip and, except on a Jetson, on later ones of the same major
     number; PTX on all later ones (CUDA C++ Programming Guide, "Application Compatibility").
     """

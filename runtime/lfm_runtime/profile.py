@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -10,15 +11,21 @@ from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, wi
 from lfm_profiles.schema import AUTO, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
 from lfm_runtime.errors import SettingError
+from lfm_runtime.gpu_wheel import CUDA, gpu_problem
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.sampling import GenerationSettings
 
+_log = logging.getLogger(__name__)
 VARIABLE = "LFM_EDGE_PROFILE"
 
 
 def detected() -> Choice:
-    """The shipped profile that fits this machine and this onnxruntime."""
-    return choose(detect(), ort.get_available_providers())
+    """The shipped profile that fits this machine and this onnxruntime; one for the CPU where a GPU cannot be used, which is said."""
+    device, providers = detect(), ort.get_available_providers()
+    if CUDA in providers and (problem := gpu_problem(device)):
+        _log.warning("lfm-edge: computing on the CPU: %s", problem)
+        providers.remove(CUDA)
+    return choose(device, providers)
 
 
 def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> Profile:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import onnxruntime as ort
 import psutil
-from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, physical_cores
+from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, detect, physical_cores
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.gpu_wheel import CUDA, gpu_problem
 from lfm_runtime.prepared import find
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Execution:
         Raises:
             SettingError: processors that are not there, or a provider this onnxruntime lacks.
         """
+        if CUDA in profile.providers and (problem := gpu_problem(detect())):
+            raise SettingError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
         available = ort.get_available_providers()
         if missing := [name for name in profile.providers if name not in available]:
             raise SettingError(
@@ -286,4 +289,9 @@ def open_session(path: Path, execution: Execution, *, save_as: Path | None = Non
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     with failures_are_ours(path):
-        return ort.InferenceSession(str(path), options, providers=list(execution.providers))
+        session = ort.InferenceSession(str(path), options, providers=list(execution.providers))
+    if execution.providers[0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
+        wanted = execution.providers[0].removesuffix("ExecutionProvider")
+        how = "its driver and libraries (CUDA, cuDNN) must be of the version that onnxruntime was built for: see lfm-edge doctor"
+        raise SettingError(f"{path} was to run with {wanted}, which could not be started; {how}; --profile generic runs on the CPU")
+    return session

@@ -101,7 +101,36 @@ def test_profile_for_hardware_that_is_not_there(name, demo_bundle, capsys) -> No
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has it")
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", name]) == 2
-    assert f"profile {name} needs CUDAExecutionProvider, this onnxruntime" in capsys.readouterr().err
+    assert f"profile {name} needs a GPU: there is no NVIDIA GPU with a driver; choose another profile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "said"),
+    [(None, None, "there is no NVIDIA GPU"), ("L4", None, "is for the CPU alone"), ("L4", ["sm_120"], "has kernels for sm_120, this chip is sm_89"), ("L4", ["sm_89"], None)],
+)
+def test_a_gpu_that_cannot_be_used(gpu, built, said, demo_bundle, capsys, caplog, monkeypatch, tmp_path) -> None:
+    """Named: an error that says which; chosen by the machine: one line, and the CPU."""
+    from dataclasses import replace
+
+    from lfm_profiles import detect
+    from lfm_runtime import gpu_wheel, profile, sessions
+
+    here = replace(detect(), gpu=gpu, cuda=bool(gpu))
+    for module in (profile, sessions):
+        monkeypatch.setattr(module, "detect", lambda *_: here)
+    monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: tmp_path if built else None)
+    monkeypatch.setattr(gpu_wheel, "_names", lambda _: iter(built))
+    monkeypatch.setattr(gpu_wheel, "compute_capability", lambda _: 89)
+    monkeypatch.setattr(profile.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert ("cuda" in profile.detected().profile.name) == (said is None)
+    assert (said or "computing on the CPU") in caplog.text or said is None
+    assert main(["run", str(demo_bundle), "-p", "x", "--profile", "x86-cuda"]) == 2
+    error = capsys.readouterr().err
+    if said:
+        assert f"profile x86-cuda needs a GPU: {'' if gpu is None else 'the onnxruntime installed '}" in error
+        assert said in error
+    else:  # it was tried, and onnxruntime quietly took the CPU instead
+        assert "was to run with CUDA, which could not be started" in error
 
 
 EVERYTHING = """
