@@ -277,6 +277,7 @@ def test_bad_wishes(words, says, capsys) -> None:
 
 
 def test_providers_are_looked_for(monkeypatch) -> None:
+    monkeypatch.setattr("lfm_runtime.sessions.gpu_problem", lambda _: None)
     monkeypatch.setattr("lfm_runtime.sessions.ort.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     assert Execution.of(read("x86-cuda")).providers == ("CUDAExecutionProvider", "CPUExecutionProvider")
 
