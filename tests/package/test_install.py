@@ -289,6 +289,7 @@ def test_words(stick, tmp_path) -> None:
     assert "HOME is not set" in failed(done)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_disk(stick, tmp_path) -> None:
     """Said before anything is written; and where the disk fills up all the same, the old version works on and the next run succeeds."""

@@ -264,6 +264,7 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
 # ---------------------------------------------------------------------------------------------------- search, static
 
 
+@pytest.mark.slow
 def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     """The files are no larger than asked and not much smaller; the recipe found makes the same files again."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))

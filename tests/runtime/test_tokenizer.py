@@ -69,6 +69,7 @@ def test_random_strings(pair, large_pair) -> None:
         same(*(pair if i % 2 else large_pair), random_text(rng))
 
 
+@pytest.mark.slow
 def test_standard_library(large_pair, pair) -> None:
     """Every source file of the standard library."""
     reference, ours = large_pair
