@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,8 +85,9 @@ class _Config(OnnxConfig):  # type: ignore[misc]
         made = self.example(lambda *shape: torch.randn(shape, generator=generator))
         return made if framework == "pt" else {name: _numpy(value) for name, value in made.items()}
 
+    @abstractmethod
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Inputs by the wrapper's parameters; `random` gives a float tensor of a shape."""
 
 
 class VisionEncoderConfig(_Config):
@@ -194,7 +196,7 @@ def _numpy(value: Any) -> Any:
 
 @contextmanager
 def _named(stem: str) -> Iterator[None]:
-    """A failing trace says which module it was."""
+    """A failing trace says which module it was. Tracers raise of every kind: what they raise is a fact about this module's code."""
     try:
         yield
     except Exception as e:

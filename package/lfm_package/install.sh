@@ -5,8 +5,8 @@
 #   sh install.sh [--prefix FOLDER] --rollback           back to the version before; once more: forth again
 #   sh install.sh [--prefix FOLDER] --uninstall          remove everything this script made
 #
-# FOLDER/bin/install.sh is kept for what comes later: it needs no --prefix, and installs a stick with --stick FOLDER. Where signatures matter,
-# use that one: a stick's own install.sh is not checked by anybody.
+# FOLDER/bin/lfm-edge-install is this script, kept for what comes later: it needs no --prefix, and installs a stick with --stick FOLDER. Where
+# signatures matter, use that one: a stick's own install.sh is not checked by anybody.
 #
 # FOLDER/versions/NAME-HASH holds one version each (an environment, the bundle, its prepared graphs); the links FOLDER/current and
 # FOLDER/previous name two of them. `current` is switched by one rename, after everything else is on disk: whenever this is killed or
@@ -87,7 +87,7 @@ uninstall() {
     ours
     lock
     rm -f "$prefix/current" "$prefix/previous" "$prefix/.current.new" "$prefix/.previous.new" "$prefix/bin/lfm-edge" "$prefix/signers"
-    rm -f "$prefix/bin/install.sh" "$prefix/bin/.lfm-edge.new" "$prefix/bin/.install.sh.new" "$prefix/.signers.new"
+    rm -f "$prefix/bin/lfm-edge-install" "$prefix/bin/.lfm-edge.new" "$prefix/bin/.lfm-edge-install.new" "$prefix/.signers.new"
     rm -rf "$prefix/versions"
     rm -f "$prefix/.lock" "$prefix/.lfm-edge"
     rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
@@ -175,7 +175,7 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     esac
 }
 
-command_file() { # lfm-edge of the current version, with the profile that came on the stick unless another is named
+commands() { # this script; and lfm-edge of the current version, with the profile that came on the stick unless another is named
     quoted=$(printf '%s' "$prefix" | sed "s/'/'\\\\''/g")
     mkdir -p "$prefix/bin"
     cat >"$prefix/bin/.lfm-edge.new" <<END
@@ -184,8 +184,8 @@ current='$quoted/current'
 [ ! -f "\$current/bundle/profile.toml" ] || export LFM_EDGE_PROFILE="\${LFM_EDGE_PROFILE-\$current/bundle/profile.toml}"
 exec "\$current/venv/bin/lfm-edge" "\$@"
 END
-    [ "$stick" = "$prefix/bin" ] || cp "$stick/install.sh" "$prefix/bin/.install.sh.new"
-    for file in lfm-edge install.sh; do
+    cp "$stick/install.sh" "$prefix/bin/.lfm-edge-install.new"
+    for file in lfm-edge lfm-edge-install; do
         [ ! -f "$prefix/bin/.$file.new" ] || { chmod 755 "$prefix/bin/.$file.new" && mv -f "$prefix/bin/.$file.new" "$prefix/bin/$file"; }
     done
 }
@@ -229,13 +229,13 @@ install() {
         cp "$signers" "$prefix/.signers.new"
         mv -f "$prefix/.signers.new" "$prefix/signers"
     fi
-    command_file
+    commands
     if [ "$before" = "$id" ]; then
         say "$id is installed already"
     else
         [ -z "$before" ] || switch previous "$before"
         switch current "$id"
-        say "installed $id in $prefix${before:+; back to $before: sh $prefix/bin/install.sh --rollback}"
+        say "installed $id in $prefix${before:+; back to $before: $prefix/bin/lfm-edge-install --rollback}"
     fi
     for folder in "$prefix"/versions/*; do
         kept=${folder##*/}

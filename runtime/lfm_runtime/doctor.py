@@ -20,8 +20,8 @@ from lfm_profiles import Device, choose, detect
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 
+from lfm_runtime import gpu_wheel
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.gpu_wheel import compute_capability, cuda_library, has_kernels, kernel_architectures
 from lfm_runtime.process import child_environment, last_line, python
 
 _HOT_C = 80.0
@@ -142,22 +142,17 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
-    device, library = machine.device, cuda_library()
+    device, library = machine.device, gpu_wheel.cuda_library()
     if not device.gpu:
         unused = "; the GPU wheel is larger and has no use here" if library else ""
         yield _judged("gpu", library is not None and "warning", f"none, the CPU computes{unused}", "pip install onnxruntime")
-        return
-    if library is None:
+    elif library is None:
         yield Finding("gpu", "ok", f"{device.gpu}; this onnxruntime is for the CPU and does not use it")
-        return
-    capability, built = compute_capability(device), kernel_architectures(library)
-    said = f"{device.gpu}, sm_{capability or '?'}; the wheel has kernels for {', '.join(sorted(built)) or 'no GPU'}"
-    if capability is not None and not has_kernels(built, capability, integrated=device.soc is not None):
-        fix = "use the CPU wheel (pip uninstall -y onnxruntime-gpu; pip install onnxruntime)" + (
-            ", or NVIDIA's wheel for this JetPack" if device.soc else ", or a wheel built for this chip")  # fmt: skip
-        yield Finding("gpu", "problem", said, fix)
     else:
-        yield Finding("gpu", "ok", said)
+        problem = gpu_wheel.gpu_problem(device)
+        other = "NVIDIA's wheel for this JetPack" if device.soc else "a wheel built for this chip"
+        fix = f"use the CPU wheel (pip uninstall -y onnxruntime-gpu; pip install onnxruntime), or {other}"
+        yield _judged("gpu", problem is not None and "problem", f"{device.gpu}: {problem or 'this onnxruntime has kernels for it'}", fix)
 
 
 def _telemetry(_: Machine) -> Iterator[Finding]:
@@ -263,8 +258,6 @@ def _profile(machine: Machine) -> Iterator[Finding]:
 
 
 def _bundle(machine: Machine) -> Iterator[Finding]:
-    from lfm_profiles.schema import AUTO
-
     from lfm_runtime import golden
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.plan import Planner, fit, process_memory
@@ -272,13 +265,8 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime.sessions import choose_variants
 
     assert machine.bundle is not None
-    try:
-        bundle = Bundle.open(machine.bundle)
-        profile = find_profile(machine.profile or os.environ.get("LFM_EDGE_PROFILE", "") or AUTO)
-        variant = choose_variants(bundle, profile)[0]
-    except EdgeError as e:
-        yield Finding("bundle", "problem", str(e))
-        return
+    bundle, profile = Bundle.open(machine.bundle), find_profile(machine.profile)
+    variant = choose_variants(bundle, profile)[0]
     size = sum(int(entry["bytes"]) for entry in bundle.files.values())
     signed = ", signed" if (machine.bundle / "SHA256SUMS.sig").exists() else ""
     said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {profile.name} takes {variant}"
@@ -286,11 +274,7 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
         fix = "make a bundle with: lfm-edge export"
         yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
         return
-    try:
-        fitted = fit(Planner(bundle, [golden.SIZE], golden.QUESTION, process_memory()), profile, machine.device)
-    except EdgeError as e:
-        yield Finding("bundle", "problem", str(e))
-        return
+    fitted = fit(Planner(bundle, [golden.SIZE], golden.QUESTION, process_memory()), profile, machine.device)
     steps = f"; memory does not suffice for all of it: {'; '.join(fitted.steps)}" if fitted.steps else ""
     yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.bundle_writer import replacing
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.verify import verify
 
 try:
@@ -108,7 +109,11 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     folder = archive.parent
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     parts = [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
-    mode: Any = "r:zst" if archive.name.endswith(".zst") else "r:"  # no other compression: what is not looked at cannot do harm
+    mode: Any = "r:"  # no other compression: what is not looked at cannot do harm
+    if archive.name.endswith(".zst"):
+        mode = "r:zst"
+        if sys.version_info < (3, 14):
+            raise SettingError(f"{archive}: this Python has no zstd (3.14 has); unpack it with zstd -d first, or pack a .tar")
     if archive.exists() and parts:
         raise BundleError(f"{archive} and {parts[0].name} are both there, of different times perhaps; remove one")
     if not parts:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SIGNATURE, SUMS, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SUMS, Bundle, file_hash, read_manifest
 from lfm_runtime.contract import GRAPHS
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.external_data import external_files
@@ -32,15 +31,13 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; name a bundle")
-    for name in BESIDE_MANIFEST:
-        if os.path.lexists(folder / name) and not stat.S_ISREG((folder / name).lstat().st_mode):
-            return [f"{name} is not a plain file; do not use this bundle"]
+    if problems := _not_plain(folder):
+        return problems  # what is not a plain file is not read
     manifest = read_manifest(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
-    problems = _strangers(folder, {*BESIDE_MANIFEST, *manifest["files"]})
-    if problems:
-        return problems  # what is not a plain file is not read
+    if problems := _strangers(folder, set(manifest["files"])):
+        return problems
     if signers is not None:
         check_signature(folder / SUMS, signers)
     problems = [*_hashes(folder, manifest["files"], progress), *_sums(folder, manifest["files"])]
@@ -52,23 +49,24 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     return problems or _unloadable(folder)
 
 
-def _strangers(folder: Path, known: set[str]) -> list[str]:
-    """Files that are links, devices, or not named by the manifest; and those it names that are not there."""
+def _not_plain(folder: Path) -> list[str]:
+    """Links, devices, pipes."""
     found = []
-    there = set()
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        mode = path.lstat().st_mode
-        there.add(name)
-        if stat.S_ISDIR(mode):
-            continue
+        name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
         if stat.S_ISLNK(mode):
             found.append(f"{name} is a link; a bundle has none: copy the file itself")
-        elif not stat.S_ISREG(mode):
+        elif not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             found.append(f"{name} is not a plain file; remove it")
-        elif name not in known:
-            found.append(f"{name} is not named by {MANIFEST}; remove it")
-    return found + [f"{name} is missing; copy the bundle again" for name in sorted(known - there - {SUMS, SIGNATURE})]
+    return found
+
+
+def _strangers(folder: Path, named: set[str]) -> list[str]:
+    """Files that the manifest does not name, and those it names that are not there."""
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return [f"{name} is not named by {MANIFEST}; remove it" for name in sorted(there - named - BESIDE_MANIFEST)] + [
+        f"{name} is missing; copy the bundle again" for name in sorted(named - there)
+    ]
 
 
 def _hashes(folder: Path, files: dict[str, dict[str, object]], progress: Progress) -> list[str]:

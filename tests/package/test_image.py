@@ -3,9 +3,7 @@
 import hashlib
 import json
 import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from lfm_package import image as module
@@ -103,12 +101,6 @@ def test_bad_words(demo_bundle, no_fetching, tmp_path, capsys, words, said) -> N
     assert main(["image", str(demo_bundle), *words, "-o", str(tmp_path / "cam")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "cam").exists()
-
-
-def test_it_is_for_this_python() -> None:
-    """What conftest asks for is there: this Python is one of x86_64's."""
-    assert str(Path(sys.executable))
-    assert Platform.of("x86_64", f"3.{sys.version_info.minor}").version == sys.version_info[:2]
 
 
 def test_tar_holds_no_owner_or_time(demo_bundle, no_fetching, tmp_path) -> None:

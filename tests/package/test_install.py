@@ -62,7 +62,7 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     assert "is installed already" in done.stdout
     after = tree(prefix)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"bin", "bin/lfm-edge", "bin/install.sh", ".lfm-edge"}, "these are written again, the same"
+    assert changed <= {"bin", "bin/lfm-edge", "bin/lfm-edge-install", ".lfm-edge"}, "these are written again, the same"
 
     another(stick, name="newer")
     done = install(stick, prefix)
@@ -87,7 +87,7 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
     assert str((prefix / "current").readlink()).startswith("versions/third")
     assert answer(prefix, photo).strip() == wanted.strip()
 
-    kept = prefix / "bin" / "install.sh"  # knows its place, and needs no stick
+    kept = prefix / "bin" / "lfm-edge-install"  # knows its place, and needs no stick
     assert subprocess.run(["sh", str(kept), "--rollback"], check=False).returncode == 0
     assert str((prefix / "current").readlink()).startswith("versions/newer")
     (prefix / "previous").unlink()  # as if the power had failed between two switches

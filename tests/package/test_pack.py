@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -279,6 +280,13 @@ def test_compressed_by_something_else(packed, tmp_path) -> None:
     (tmp_path / "cam.tar.gz").write_bytes(gzip.compress(packed.read_bytes(), 1))
     with pytest.raises(BundleError, match="is not a tar file"):
         unpack(tmp_path / "cam.tar.gz", tmp_path / "there")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python has zstd")
+def test_zstd_where_python_has_none(tmp_path) -> None:
+    (tmp_path / "cam.tar.zst").write_bytes(b"")
+    with pytest.raises(SettingError, match="this Python has no zstd"):
+        unpack(tmp_path / "cam.tar.zst", tmp_path / "there")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

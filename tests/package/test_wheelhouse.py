@@ -1,6 +1,7 @@
 """What is fetched for another machine, against a second resolver (uv) and against what packaging says of this machine."""
 
 import hashlib
+import platform as platform_module
 import re
 import subprocess
 import sys
@@ -48,8 +49,8 @@ def test_every_board_is_resolved_the_same() -> None:
 
 
 def test_the_tags_are_those_packaging_says_of_this_machine() -> None:
-    libc, version = __import__("platform").libc_ver()
-    if libc != "glibc" or __import__("platform").machine() != "x86_64" or sys.platform != "linux":
+    libc, version = platform_module.libc_ver()
+    if libc != "glibc" or platform_module.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("compared on x86 Linux")
     here = Platform(Target("here", "x86_64", ()), System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1])))
     wanted = {str(tag) for tag in tags.sys_tags() if "linux_x86_64" not in tag.platform.split("-") and not tag.platform.startswith("linux")}

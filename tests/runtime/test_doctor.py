@@ -135,7 +135,7 @@ def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     assert [(f.name, f.state) for f in findings] == [("bundle", "problem")]
     assert "schema 99" in findings[0].said
     assert main(["doctor", str(bundle_copy)]) == 1
-    assert [f.state for f in doctor._bundle(replace(machine, bundle=tmp_path / "nowhere"))] == ["problem"]
+    assert [f.state for f in examine(replace(machine, bundle=tmp_path / "nowhere")) if f.name == "bundle"] == ["problem"]
 
 
 def test_telemetry(monkeypatch, tmp_path) -> None:
@@ -205,10 +205,10 @@ def test_which_chips_run_them(built, chip, integrated, runs) -> None:
 def test_a_gpu_wheel_on_an_orin(built, state, tmp_path, monkeypatch) -> None:
     library = tmp_path / "libonnxruntime_providers_cuda.so"
     library.write_bytes(fat_binary(*built))
-    monkeypatch.setattr(doctor, "cuda_library", lambda: library)
+    monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: library)
     there = found(of("orin-nano", tmp_path / "root"), doctor._gpu)["gpu"]
     assert there.state == state, there
-    assert "sm_87" in there.said
+    assert ("this chip is sm_87" in there.said) == (state == "problem")
     assert ("NVIDIA's wheel for this JetPack" in there.fix) == (state == "problem")
     assert found(of("pi5-4gb", tmp_path / "pi"), doctor._gpu)["gpu"].state == "warning", "a GPU wheel without a GPU"
 
