@@ -50,6 +50,13 @@ def onnxruntime_is(version: str) -> bool:
     return here >= wanted
 
 
+def check_onnxruntime(bundle: Bundle, path: Path) -> None:
+    """Raise BundleError where a graph needs a newer onnxruntime, as the manifest says."""
+    wanted = bundle.min_onnxruntime.get(path, "0.0")
+    if not onnxruntime_is(wanted):
+        raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a graph is run."""
@@ -147,9 +154,7 @@ class Graphs:
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", self.prefill, *short)
             self.prefill = self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
-            wanted = bundle.min_onnxruntime.get(path, "0.0")
-            if not onnxruntime_is(wanted):
-                raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
+            check_onnxruntime(bundle, path)
         self.low_memory = profile.low_memory
         self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena)
         self._unprepared: set[str] = set()

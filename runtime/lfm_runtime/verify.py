@@ -10,7 +10,7 @@ from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SUMS, Bundle, file_has
 from lfm_runtime.contract import GRAPHS
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.external_data import external_files
-from lfm_runtime.sessions import Execution, load_session
+from lfm_runtime.sessions import Execution, check_onnxruntime, load_session
 from lfm_runtime.signature import check_signature
 
 Progress = Callable[[int, int], None]
@@ -125,6 +125,7 @@ def _unloadable(folder: Path) -> list[str]:
                 continue
             found[path] = ""
             try:
+                check_onnxruntime(bundle, path)
                 load_session(path, graphs[stem], Execution(1, packed=False))
             except EdgeError as e:
                 found[path] = str(e)

@@ -173,3 +173,13 @@ def test_copied_half(demo_bundle, tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     (problem,) = verify(half)
     assert "has 1000 bytes" in problem
+
+
+def test_graphs_that_need_a_newer_onnxruntime(bundle_copy) -> None:
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for graph in manifest["graphs"].values():
+        graph["min_onnxruntime"] = "9.9.0"
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    found = verify(bundle_copy)
+    assert len(found) == 3
+    assert all("needs onnxruntime 9.9.0, this is" in problem for problem in found)
