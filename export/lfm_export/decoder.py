@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, MAX_CONTEXT, past_names, present_name
+from lfm_runtime.contract import (
+    CONV_WINDOW,
+    MANY_TOKENS,
+    MAX_CONTEXT,
+    NEXT_MASK,
+    TOP_IDS,
+    TOP_LOGITS,
+    TOP_TOKENS,
+    past_names,
+    present_name,
+)  # fmt: skip
 
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint import Checkpoint
@@ -72,6 +82,18 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
     g.outputs.insert(0, g.outputs.pop())  # logits first, windows last: the model card takes outputs by position
     for name, window in windows.items():
         g.output(window, name, g.float_type, ["batch", "kernel_and_tokens", text.hidden])
+    if g.dtype == "fp16":
+        _stay_on_device(g, logits, mask, text.vocabulary)
+
+
+def _stay_on_device(g: GraphBuilder, logits: ir.Value, mask: ir.Value, vocabulary: int) -> None:
+    """For GPUs: the likeliest tokens, and the mask with one token more, which is itself moved by one (padding is on the right)."""
+    count = min(TOP_TOKENS, vocabulary)
+    values, ids = g.ops("TopK", 2, logits, [count], name="gpu.likeliest")
+    there, before = g.op("Slice", mask, [0], [1], [1]), g.op("Slice", mask, [0], [-1], [1])
+    g.output(values, TOP_LOGITS, FLOAT, ["batch", "positions", count])
+    g.output(ids, TOP_IDS, INT64, ["batch", "positions", count])
+    g.output(g.op("Concat", there, before, axis=1), NEXT_MASK, INT64, ["batch", "past_and_tokens"])
 
 
 def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:

@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).parent
 AUTO = "auto"
 """The name of the profile detected, also in `extends`."""
 
-VARIANTS = ("fp32", "fp16", "int8", "int4", "int8-static", "int8-kv8", "int4-kv8")
+VARIANTS = ("fp32", "fp16", "int8", "int4", "int8-static", "int8-kv8", "int4-kv8", "int4-fp16", "fp16-trt")
 
 
 class ProfileError(ValueError):
@@ -121,6 +121,8 @@ class Profile:
     budget: Budget = Budget()
     origin: Mapping[str, str] = field(default_factory=dict)
     """Setting → the profile that gave it, or "flag". Settings that nobody gave are not in it."""
+    automatic: bool = field(default=False, compare=False)
+    """Nobody named it: where it turns out not to work, another may be taken."""
 
     variant: tuple[str, ...] = _setting((),
         "the first of these that the bundle has; else the bundle's first",
@@ -137,6 +139,10 @@ class Profile:
     providers: tuple[str, ...] = _setting(("CPUExecutionProvider",),
         "onnxruntime's execution providers, in order of preference",
         "a list of provider names, CPUExecutionProvider last", lambda v: _texts(v) and v[-1] == "CPUExecutionProvider",
+    )
+    strict_placement: bool = _setting(False,
+        "an operator of the decode loop that the GPU's provider leaves to the CPU is an error, not a warning",
+        "true, false", _is_bool,
     )
     threads: int | None = _setting(None,
         "of each operator; the physical cores by default",

@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+from lfm_runtime.contract import BASES
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Make a smaller variant of a bundle, calibrated with images and judged on images it was not calibrated with."
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
-    parser.add_argument("--variant", required=True, metavar="NAME", help="int8, int4, fp16, int8-static; int8-kv8, int4-kv8")
+    parser.add_argument("--variant", required=True, metavar="NAME", help="int8, int4, fp16, int8-static, " + ", ".join(BASES))
     parser.add_argument("--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; a few dozen")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}")
     parser.add_argument("--method", metavar="NAME", help="rounding: gptq (default with --calibration), clipped, rtn (default without)")

@@ -1,7 +1,7 @@
 """An fp32 graph as an fp16 one, for GPUs: weights, states and hidden values in fp16; logits, features and embeddings out in fp32.
 
 Position arithmetic (interpolation weights, rotary angles) starts from integers and stays fp32 until it meets hidden values. Nodes
-whose values leave fp16's range stay fp32 as a whole.
+whose values leave fp16's range stay fp32 as a whole. Of a graph with 4-bit weights, all the rest becomes fp16.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
     kinds: dict[str, int] = {}  # value → FLOAT or FLOAT16; integers are not in it
     cast: dict[tuple[str, int], str] = {}
     constants = {name for name, t in graph.tensors.items() if t.dtype == FLOAT}
+    stored: dict[str, str] = {  # value → the fp16 constant that it is, widened: scales of 4-bit weights
+        node.output[0]: node.input[0]
+        for node in graph.nodes
+        if node.op_type == "Cast" and node.input[0] in graph.tensors and graph.tensors[node.input[0]].dtype == FLOAT16
+    }
     inputs = {}
     for name, info in graph.inputs.items():
         state = name.startswith("past_")
@@ -42,6 +47,8 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
             key = name if kind == FLOAT16 else f"{name}.fp32"
             tensors[key] = replace(graph.tensors[name], dtype=kind)
             return key
+        if kind == FLOAT16 and name in stored:
+            return stored[name]
         if kinds.get(name, kind) == kind:
             return name
         if (name, kind) not in cast:
@@ -73,7 +80,8 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
         if kinds[info.name] != (FLOAT16 if state else FLOAT):
             _rename_output(nodes, info.name, f"{info.name}.inner")
             nodes.append(helper.make_node("Cast", [f"{info.name}.inner"], [info.name], f"{info.name}.cast", to=FLOAT16 if state else FLOAT))
-    return replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs)
+    made = replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs)
+    return made.part([info.name for info in outputs])  # without the casts of what is read as it is stored
 
 
 def overflowing(graph: Graph, feeds: Sequence[Feeds], threads: int) -> list[str]:

@@ -22,7 +22,10 @@ from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.observe import KINDS
 from lfm_quantize.samples import Question, Sample, prepare
 
-DEFAULT_FLOORS: Mapping[str, float] = {"fp16": 0.001, "int8": 0.01, "int8-static": 0.01, "int4": 0.1, "int8-kv8": 0.01, "int4-kv8": 0.1}
+DEFAULT_FLOORS: Mapping[str, float] = {
+    "fp16": 0.001, "int8": 0.01, "int8-static": 0.01, "int4": 0.1, "int8-kv8": 0.01, "int4-kv8": 0.1,
+    "int4-fp16": 0.1, "fp16-trt": 0.001,
+}  # fmt: skip
 """Highest KL divergence allowed."""
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""

@@ -14,13 +14,14 @@ import onnxruntime as ort
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
+from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
 from lfm_runtime.golden import add_golden
 from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers, features_of
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
+from lfm_quantize.gpu import for_gpu, in_standard_operators, over_its_files
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.kv import int8_kv, largest_states
@@ -37,6 +38,7 @@ from lfm_quantize.variant import (
     add_quality,
     check_size,
     check_space,
+    dependents,
     outdated_files,
     recipe_file,
     save_graphs,
@@ -52,7 +54,7 @@ MANY_IMAGES = 256
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
-VARIANTS = ("int8", "int4", "fp16", "int8-static", "int8-kv8", "int4-kv8")
+VARIANTS = ("int8", "int4", "fp16", "int8-static", *BASES)
 
 Float = NDArray[np.float32]
 Warn = Callable[[str], None]
@@ -80,7 +82,7 @@ class Settings:
             raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
         if not self.rounds() and (self.method or self.recipe):
             raise QuantizeError(f"--method and --recipe have no effect on {self.variant}; leave them out")
-        if (self.variant == "int8-static" or self.keeps_weights()) and not self.calibration:
+        if self.variant.endswith(("int8-static", KV8)) and not self.calibration:
             raise QuantizeError(f"{self.variant} needs --calibration: its ranges are those of the images")
         if self.keeps_weights() and self.keep:
             raise QuantizeError(f"--keep has no effect on {self.variant}, whose weights are another variant's; leave it out")
@@ -104,8 +106,8 @@ class Settings:
         return self.variant in ("int8", "int4")
 
     def keeps_weights(self) -> bool:
-        """Whether it is another variant that remembers in 8 bits."""
-        return self.variant.endswith(KV8)
+        """Whether it is another variant's weights in other graphs."""
+        return self.variant in BASES
 
     def searches(self) -> bool:
         """Whether the recipe is to be found: int4 within a size or a floor of quality."""
@@ -171,8 +173,10 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
             graphs, record = _as_integers(run, recipe)
         elif settings.variant == "fp16":
             graphs, record = _as_fp16(run)
-        elif settings.keeps_weights():
+        elif settings.variant.endswith(KV8):
             graphs, record = _with_int8_kv(run)
+        elif settings.keeps_weights():
+            graphs, record = _over_other_files(run)
         else:
             graphs, record = _with_static_ranges(run)
         record |= {
@@ -193,8 +197,8 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
                 check_size(new, settings.variant, settings.max_size)
             record["seconds"] = round(time.perf_counter() - started, 1)
             write_manifest(new, now, settings.variant, start, graphs, record)
-            if f"{settings.variant}{KV8}" in now["variants"]:
-                warn(f"{settings.variant}{KV8} was made of the {settings.variant} before and is gone; make it again")
+            for gone in set(dependents(settings.variant)).intersection(now["variants"]):
+                warn(f"{gone} was made of the {settings.variant} before and is gone; make it again")
             del run, samples, graphs, source  # the fp32 model takes their place
             quality = None
             if judge:
@@ -219,7 +223,8 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
 def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Question], int]:
     """(to calibrate with, to judge with, images skipped)."""
     if settings.calibration is None:
-        warn("no --calibration images: weights are rounded without looking at what they do, and the result is not judged")
+        rounded = "weights are rounded without looking at what they do, and " if settings.rounds() else ""
+        warn(f"no --calibration images: {rounded}the result is not judged")
         return [], [], 0
     questions, skipped = read_questions(settings.calibration, settings.prompts)
     images = len({q.image for q in questions})
@@ -349,7 +354,8 @@ def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
     stay = set(matching(run.settings.keep, [node.name for graph in originals.values() for node in graph.nodes]))
     for stem, graph in originals.items():
         stay.update(overflowing(graph, inputs.get(stem, []), threads))
-    return {stem: half(graph, stay) for stem, graph in originals.items()}, {"kept_fp32": sorted(stay)}
+    graphs: Graphs = {stem: half(graph, stay) for stem, graph in originals.items()}
+    return {**graphs, DECODER.stem: for_gpu(half(source.decoder, stay))}, {"kept_fp32": sorted(stay)}
 
 
 def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
@@ -373,3 +379,19 @@ def _with_int8_kv(run: Run) -> tuple[Graphs, dict[str, Any]]:
     paths = run.bundle.graphs(base)[1]
     others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in paths.items() if stem != DECODER.stem}
     return {DECODER.stem: int8_kv(Graph.open(paths[DECODER.stem], widen=False), largest), **others}, {"base": base}
+
+
+def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
+    """What GPUs want beside fp16: int4's weights with fp16 activations, or fp16's encoder in standard operators for TensorRT."""
+    variant = run.settings.variant
+    files = {stem: path for base in BASES[variant] for stem, path in run.bundle.graphs(base)[1].items()}
+    if variant == "fp16-trt":
+        original = Graph.open(files[VISION_ENCODER.stem], widen=False)
+        made: Graphs = {VISION_ENCODER.stem: over_its_files(in_standard_operators(original), original)}
+    else:
+        int4 = run.bundle.graphs("int4")[1]
+        original = Graph.open(int4[DECODER.stem], widen=False)
+        made = {DECODER.stem: over_its_files(for_gpu(half(original)), original)}
+        files[EMBED_TOKENS.stem] = int4[EMBED_TOKENS.stem]
+    others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in files.items() if stem not in made}
+    return {**others, **made}, {"base": list(BASES[variant])}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.graph import Graph, QuantizeError
@@ -39,6 +39,7 @@ class Source:
             how = "quantize needs those that export builds without --portable; for fixed ranges see scripts/shape_static.py --int8"
             raise QuantizeError(f"{files[DECODER.stem]} is a portable graph; {how}")
         head = decoder.tensors[decoder.linears()["head"].weight].array
+        decoder = decoder.part([o.name for o in decoder.outputs if o.name not in (TOP_LOGITS, TOP_IDS, NEXT_MASK)])
         tied = head.shape == table.shape and np.array_equal(head, table)
         for graph in (embed, decoder):
             graph.release()

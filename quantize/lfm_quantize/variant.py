@@ -10,7 +10,7 @@ from typing import Any
 
 from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, VARIANT_SUFFIX, VISION_ENCODER, graph_file
+from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER, graph_file
 from lfm_runtime.errors import BundleError
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
@@ -30,8 +30,13 @@ def variant_files(variant: str) -> set[str]:
 
 
 def outdated_files(variant: str) -> set[str]:
-    """Files that are no longer true when a variant is written: its own, and those of the variant that uses its weights."""
-    return variant_files(variant) | variant_files(f"{variant}{KV8}") if f"{variant}{KV8}" in VARIANT_SUFFIX else variant_files(variant)
+    """Files that are no longer true when a variant is written: its own, and those of the variants that use its weights."""
+    return variant_files(variant).union(*map(variant_files, dependents(variant)))
+
+
+def dependents(variant: str) -> list[str]:
+    """Variants over a variant's files."""
+    return [name for name, bases in BASES.items() if variant in bases]
 
 
 def recipe_file(variant: str) -> str:
@@ -65,7 +70,8 @@ def write_manifest(
     manifest["files"] = {n: e for n, e in old["files"].items() if n not in outdated_files(variant)}
     manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
     for key in ("variants", "quantization", "quality", "golden"):
-        manifest.get(key, {}).pop(f"{variant}{KV8}", None)
+        for dependent in dependents(variant):
+            manifest.get(key, {}).pop(dependent, None)
     manifest["graphs"] = {n: e for n, e in old["graphs"].items() if n not in outdated_files(variant)}
     names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
     manifest["variants"][variant] = names

@@ -30,6 +30,7 @@ from lfm_runtime.audit_result import Run, machine_result, plain, soak_result, va
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.errors import SettingError
 from lfm_runtime.files import linked_copy
+from lfm_runtime.gpu_wheel import CUDA
 from lfm_runtime.images import image_size
 from lfm_runtime.measured import fingerprint
 from lfm_runtime.page_cache import drop_from_page_cache, read_into_page_cache
@@ -178,7 +179,7 @@ def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
     """
     images, profile = list(work.images.values()), subject.profile
     files = _files_of(work.bundle, subject)
-    seen, environment = Watch(sensors), {}
+    seen, environment = Watch(sensors, gpu=CUDA in profile.providers), {}
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         if kind == "warm":
             read_into_page_cache(files)
@@ -235,7 +236,8 @@ def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
 
 def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
     """One process that answers about the first image without a pause, until nothing changes any more or the time is over."""
-    subject, seen = work.subjects[0], Watch(sensors)
+    subject = work.subjects[0]
+    seen = Watch(sensors, gpu=CUDA in subject.profile.providers)
     progress(f"soak: {subject.variant} answers for up to {work.soak_minutes:g} minutes")
     trial = Trial(
         work.bundle.folder, subject.profile, list(work.images.values())[:1], work.question, work.new_tokens, repeats=0,

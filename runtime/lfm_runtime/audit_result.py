@@ -130,6 +130,7 @@ def _memory(runs: Sequence[Run]) -> dict[str, Any]:
         return figure(values) if values else None
 
     last = runs[-1]
+    gpu_mib = max((used for r in runs for used in r.watch.gpu_mib), default=None)
     begun = last.outcome.spawned
     timeline = [[(m.at - begun) * 1e3, m.anonymous, m.mapped] for m in last.watch.memory]
     per_stage: dict[str, dict[str, float]] = {}
@@ -145,10 +146,16 @@ def _memory(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "peak_mib": of("peak") or of("rss"), "anonymous_mib": of("rss_anon"), "mapped_mib": of("rss_file"), "pss_mib": of("pss"),
         "swap_mib": of("swap"), "loaded_anonymous_mib": last.outcome.loaded_mib.get("rss_anon"),
-        "loaded_mapped_mib": last.outcome.loaded_mib.get("rss_file"), "gpu_mib": None,
-        "gpu_reason": "no GPU provider is used", "per_stage": per_stage,
+        "loaded_mapped_mib": last.outcome.loaded_mib.get("rss_file"), "gpu_mib": gpu_mib,
+        "gpu_reason": _why_no_gpu(last) if gpu_mib is None else None, "per_stage": per_stage,
         "timeline": [{"at_ms": ms, "anonymous_mib": anonymous, "mapped_mib": mapped} for ms, anonymous, mapped in timeline],
     }  # fmt: skip
+
+
+def _why_no_gpu(run: Run) -> str:
+    if not run.watch.gpu:
+        return "no GPU provider is used"
+    return "nvidia-smi tells nothing of this process: in a container it has another number, a Jetson's GPU has the machine's memory"
 
 
 def machine_result(idle: Watch, sensors: Sensors, runs: Sequence[Run], power: Power, no_meter: str | None) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def answer_all(
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
     if model.graphs.low_memory:
         raise SettingError("answering several at once needs encoder and decoder in memory, low_memory allows one; load without it")
+    if model.graphs.execution.on_gpu:
+        raise SettingError("answering several at once computes on the CPU; load the model with another profile: --profile generic")
     model.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):
         if not (model.decoder.sessions and model.decoder.shares_kv):

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm_runtime.decoder import Arrays, Snapshot
 from lfm_runtime.errors import SettingError
+from lfm_runtime.state import Arrays, Snapshot
 
 Keys = NDArray[np.int64]
 _log = logging.getLogger(__name__)

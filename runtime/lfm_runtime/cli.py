@@ -98,6 +98,8 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--spinning", type=_spinning, metavar="US", help="how long threads wait without sleeping: on, off, or microseconds")
     model.add_argument("--prefill", choices=("none", *VARIANT_SUFFIX), metavar="VARIANT",
                        help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
+    model.add_argument("--strict-placement", action=argparse.BooleanOptionalAction,
+                       help="on a GPU: an operator of the decode loop that is left to the CPU is an error")  # fmt: skip
     model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
     image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
     image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
@@ -122,7 +124,7 @@ def _spinning(text: str) -> bool | int:
         raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
 
 
-_MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory")
+_MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory", "strict_placement")
 _IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
@@ -134,6 +136,7 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     from lfm_profiles import detect
 
     from lfm_runtime.bundle import Bundle
+    from lfm_runtime.gpu_wheel import CUDA
     from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.plan import Planner, fit, process_memory
@@ -145,7 +148,8 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     device, start = detect(), process_memory()
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = [image_size(image, max_megapixels=most) for image in options.images]
-    if bundle.files:  # a hub folder tells too little to plan from
+    # A hub folder tells too little to plan from; a GPU's memory is looked at when the graphs are loaded.
+    if bundle.files and CUDA not in profile.providers:
         fitted = fit(Planner(bundle, sizes, question, start), profile, device, force=options.force)
         for step in fitted.steps:
             print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)

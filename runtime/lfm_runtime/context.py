@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.cache import Cache
-from lfm_runtime.decoder import Decoder, Embeds, Mark, SharedState, Snapshot, State
+from lfm_runtime.decoder import Decoder, SharedState
+from lfm_runtime.sampling import Top
+from lfm_runtime.state import Embeds, Mark, Snapshot, State
 
 MOST_AT_ONCE = 320
 """Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same time. One view and
@@ -83,6 +85,15 @@ class Context:
             logits = state.step(part)
         self._state = state
         self.keys = np.concatenate([self.keys, keys])
+        return logits
+
+    def feed_token(self, token: int) -> NDArray[np.float32] | Top:
+        """As `feed`, for a token of text; where the logits lie on a device, only the top of them."""
+        assert self._state is not None
+        state, self._state = self._state, None
+        logits = state.step_token(token)
+        self._state = state
+        self.keys = np.append(self.keys, token)
         return logits
 
     def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:

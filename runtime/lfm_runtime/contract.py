@@ -28,15 +28,25 @@ the step's tokens can be cut. The hub's contract does not know them, so their na
 for them pays nothing.
 """
 
+TOP_LOGITS, TOP_IDS, NEXT_MASK = "top_logits", "top_ids", "next_attention_mask"
+"""Outputs of a decoder of ours for GPUs, so that nothing of the vocabulary's size or the context's crosses to the host at each token:
+f32 and i64 [B, 1 or S, TOP_TOKENS], the likeliest tokens in order; i64 [B, P + S], the mask given, right-padded, with one token more.
+"""
+
+TOP_TOKENS = 64
+"""That a step gives out. Where it cannot be told from them what all the logits would tell, all are read: see sampling.Top."""
+
 KV_SCALES = "kv_scales"
 """In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same scales."""
 
 VARIANT_SUFFIX = {
     "fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static", "int8-kv8": "_int8_kv8",
-    "int4-kv8": "_q4_kv8",
+    "int4-kv8": "_q4_kv8", "int4-fp16": "_q4f16", "fp16-trt": "_fp16_trt",
 }  # fmt: skip
 KV8 = "-kv8"
 """Ends the name of a variant that is another with keys and values in 8 bits, over the same weights' files."""
+BASES = {"int8-kv8": ("int8",), "int4-kv8": ("int4",), "int4-fp16": ("int4", "fp16"), "fp16-trt": ("fp16",)}
+"""Variants whose graphs are over the files of others: of these."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The decode loop's engine room: token embeddings in, logits out, state carried from step to step.
 
-Two forms of state. Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place), and
-two sets of convolution states swap roles each step; nothing large is allocated or copied per token. Concatenated: the plain
-past → present form, for graphs without GroupQueryAttention.
+Forms of state. Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place), and two sets of
+convolution states swap roles each step; nothing large is allocated or copied per token. The same on a GPU: device_state.py.
+Concatenated: the plain past → present form, for graphs without GroupQueryAttention.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, present_name
+from lfm_runtime.device_state import DeviceLoop, DeviceState, Memory
 from lfm_runtime.errors import GraphContractError
+from lfm_runtime.state import Embeds, Mark, Snapshot, State, StateInput
 
-Embeds = NDArray[np.float32]
-Arrays = Mapping[str, NDArray[Any]]
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
@@ -33,77 +33,23 @@ PREFILL_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A point to go back to within one state: attention's past is cut there, convolutions are given what they held."""
-
-    length: int
-    convs: Arrays
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that is remembered of `length` tokens, by state input: convolutions [1, H, kernel], attention [1, kv heads, length, D]."""
-
-    length: int
-    values: Arrays
-
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays."""
-        return sum(array.nbytes for array in self.values.values())
-
-
-class State(Protocol):
-    """Everything remembered of the tokens so far."""
-
-    length: int
-    capacity: int
-
-    def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """Feed embeds [1, S, H]; returns the logits [vocabulary] of the last position, valid until the next step."""
-        ...
-
-    def mark(self) -> Mark:
-        """Where the state is now. Small: attention's past stays where it is."""
-        ...
-
-    def rewind(self, mark: Mark) -> None:
-        """Go back to a mark of this state."""
-        ...
-
-    def snapshot(self) -> Snapshot:
-        """A copy that can start other states."""
-        ...
-
-
-@dataclass(frozen=True)
-class StateInput:
-    """One state input of the decoder, as probed from the graph."""
-
-    name: str
-    shape: tuple[int, ...]  # with 0 where the past length goes
-    dtype: Any
-
-    @property
-    def is_conv(self) -> bool:
-        """Of a convolution, or else of an attention layer."""
-        return self.name.startswith("past_conv.")
-
-
-@dataclass(frozen=True)
 class DecoderSessions:
     """The graphs a decoder runs. `prefill` computes the same model from other weights, for steps of many tokens."""
 
     decoder: ort.InferenceSession
     embed: ort.InferenceSession
     prefill: ort.InferenceSession | None = None
+    all_on_device: bool = False  # no operator of a step is left to the CPU while the others run on a device
 
 
 class Decoder:
     """The decoder and embedding graphs of one model. They are loaded when first used, and again after a release."""
 
-    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False) -> None:
+    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False, memory: Memory | None = None) -> None:
+        """`memory`: of the device that the sessions compute on, where it is not this process's."""
         self.path = path
+        self._memory = memory
+        self._loop: DeviceLoop | None = None
         self._load = load
         self._sessions: DecoderSessions | None = None
         self._bound: weakref.WeakSet[SharedState] = weakref.WeakSet()
@@ -114,6 +60,8 @@ class Decoder:
     @cached_property
     def verifies(self) -> bool:
         """Whether guessed tokens can be taken back."""
+        if self._memory:  # where a step of many tokens takes hardly longer than one, its windows would cross to the host
+            return False
         content = self.path.read_bytes()
         return CONV_WINDOW.encode() in content and b"GroupQueryAttention" in content
 
@@ -129,7 +77,7 @@ class Decoder:
         """Give back the graphs' memory. States stay valid."""
         for state in self._bound:
             state.unbind()
-        self._sessions = None
+        self._sessions = self._loop = None
 
     def _probe(self, decoder: ort.InferenceSession) -> None:
         self.inputs = {i.name: i for i in decoder.get_inputs()}
@@ -166,6 +114,9 @@ class Decoder:
         self.sessions  # noqa: B018  (loads what tells the shapes)
         if not self.shares_kv:
             return ConcatenatedState(self, capacity, after)
+        if self._memory:
+            self._loop = self._loop or DeviceLoop(self, self._memory)
+            return DeviceState(self._loop, capacity, after)
         state = SharedState(self, capacity, after)
         self._bound.add(state)
         return state
@@ -212,6 +163,10 @@ class SharedState:
         """See State."""
         logits: NDArray[np.float32] = self._run(embeds, windows=False)[-1]
         return logits
+
+    def step_token(self, token: int) -> NDArray[np.float32]:
+        """See State."""
+        return self.step(self._decoder.embed([token]))
 
     def step_all(self, embeds: Embeds) -> NDArray[np.float32]:
         """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the last of them."""
@@ -378,6 +333,10 @@ class ConcatenatedState:
         self._past = dict(zip(self._past, present, strict=True))
         self.length += new
         return np.asarray(logits[0, -1], np.float32)
+
+    def step_token(self, token: int) -> NDArray[np.float32]:
+        """See State."""
+        return self.step(self._decoder.embed([token]))
 
     def mark(self) -> Mark:
         """See State."""

@@ -1,4 +1,5 @@
-"""Which GPUs an onnxruntime wheel was built for, read off its CUDA library; "no kernel image" comes at the first run otherwise.
+"""Which GPUs and which CUDA an onnxruntime wheel was built for, read off its CUDA library. Otherwise "no kernel image" comes at the
+first run, and a library of another version is a line on stderr and a model that silently runs on the CPU.
 
 A library keeps its GPU code in fat binaries (CUDA binary utilities, "fatbin"): a header of 16 bytes (magic, version, header size, size of
 what follows), then entries with a header each: kind (1 PTX, 2 machine code), header size at byte 4, size at 8, architecture at 28.
@@ -6,8 +7,13 @@ what follows), then entries with a header each: kind (1 PTX, 2 machine code), he
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import importlib.util
+import io
 import mmap
+import re
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -15,7 +21,10 @@ from pathlib import Path
 
 from lfm_profiles import Device
 
-CUDA = "CUDAExecutionProvider"
+CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+_NEEDED = re.compile(rb"\0(lib(?:cublasLt|cublas|cudart|cudnn|cufft|curand|nvrtc)\.so\.(\d+))(?=\0)")
+_STRINGS = 16 << 20  # names of what a library needs stand at its beginning
+_MAJORS = range(10, 20)  # of CUDA, to tell which is there instead
 _MAGIC = bytes.fromhex("50ed55ba")
 _PTX, _MACHINE_CODE = 1, 2
 _OF_SOC = {"Orin": 87, "Xavier": 72, "Tegra X1": 53}
@@ -42,7 +51,43 @@ def gpu_problem(device: Device) -> str | None:
     if capability is not None and not has_kernels(_names(library), capability, integrated=device.soc is not None):
         built = ", ".join(sorted(kernel_architectures(library))) or "no GPU"
         return f"the onnxruntime installed has kernels for {built}, this chip is sm_{capability}"
-    return None
+    return library_problem(library)
+
+
+@functools.cache  # libraries that were loaded stay
+def library_problem(library: Path) -> str | None:
+    """Which of the CUDA libraries it needs cannot be loaded, and of which version they are here; None where all can. They are looked
+    for in Python's packages (nvidia-cublas …) and wherever the system looks, and stay loaded.
+    """
+    with library.open("rb") as f:
+        needed = [(found[1].decode(), int(found[2])) for found in _NEEDED.finditer(f.read(_STRINGS))]
+    _preload()
+    missing = [(name, major) for name, major in needed if not _loads(name)]
+    if not missing:
+        return None
+    name, major = missing[0]
+    others = [n for n in _MAJORS if n != major and _loads(f"{name.rpartition('.')[0]}.{n}")]
+    there = f"version {others[0]} is here" if others else "no other version is here either"
+    return (
+        f"the onnxruntime installed was built for CUDA libraries that are not here: {name} ({there}); install that version "
+        "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or an onnxruntime built for yours"
+    )
+
+
+def _preload() -> None:
+    """CUDA's libraries that came as Python packages, which the system does not find by itself."""
+    import onnxruntime as ort  # reading a wheel needs none
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(AttributeError, OSError):  # it prints what it does not find
+        ort.preload_dlls()  # since onnxruntime 1.21
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def kernel_architectures(library: Path) -> dict[str, int]:

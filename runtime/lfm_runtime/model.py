@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.cache import Cache
 from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
-from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, cut_views, image_settings, open_image, plan_image
-from lfm_runtime.profile import find_profile, generation_changes, image_changes
+from lfm_runtime.gpu import VIEWS_AT_ONCE, GpuError
+from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, View, cut_views, image_settings, open_image, plan_image
+from lfm_runtime.profile import find_profile, generation_changes, image_changes, on_cpu
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
-from lfm_runtime.sessions import Graphs, failures_are_ours
+from lfm_runtime.sessions import Graphs
 from lfm_runtime.speculation import PromptLookup
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (views encoded, views in all) before each view and after the last."""
@@ -118,13 +123,21 @@ class Model:
         if verify:
             bundle.verify()
         chosen = find_profile(profile, **settings)
+        try:
+            graphs = Graphs(bundle, chosen, verify=verify)
+            graphs.load()
+        except GpuError as e:
+            if not chosen.automatic:
+                raise
+            _log.warning("lfm-edge: computing on the CPU: %s", e)
+            chosen = on_cpu(chosen)
+            graphs = Graphs(bundle, chosen, verify=verify)
+            graphs.load()
         images = image_settings(bundle.images, image_changes(chosen, bundle.images))
-        graphs = Graphs(bundle, chosen, verify=verify)
         cache = None
         if cache_mib or cache_folder:
             cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
         model = Model(bundle, graphs, chosen, images, cache)
-        graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
 
@@ -165,7 +178,7 @@ class Model:
     ) -> Answer:  # fmt: skip
         """As `answer`, for several turns. What `context` has taken in of them is not computed again (see Session)."""
         job = self.plan(messages, images, max_megapixels=max_megapixels, **generation)
-        return Answer(_explained(self._answer(job, context, progress), self.bundle.folder), job.reply.report)
+        return Answer(self._explained(self._answer(job, context, progress)), job.reply.report)
 
     def plan(
         self, messages: Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, max_megapixels: float = MAX_MEGAPIXELS,
@@ -221,7 +234,7 @@ class Model:
                 lookup.add(token)
                 guesses = lookup.guess()[: max(0, job.capacity - context.length - 1)]
             if lookup is None or not guesses:
-                token = sampler.next(context.feed(self.decoder.embed([token]), np.array([token])))
+                token = sampler.next(context.feed_token(token))
                 continue
             step = [token, *guesses]
             logits = context.feed_all(self.decoder.embed(step), np.array(step))
@@ -268,7 +281,9 @@ class Model:
     def encode(
         self, planned: Sequence[PlannedImage], report: Report | None = None, progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        """Image features [image tokens, H] of all views of all images in order. Each view runs alone, without padding."""
+        """Image features [image tokens, H] of all views of all images in order, without padding: each view runs alone, on a GPU together
+        with others of its size.
+        """
         report = report or Report()
         features: list[NDArray[np.float32] | None] = [self.cache.features(image.key) if self.cache else None for image in planned]
         todo = [i for i, found in enumerate(features) if found is None]
@@ -294,17 +309,23 @@ class Model:
     ) -> Iterator[NDArray[np.float32]]:
         mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
         cut = cut_views(planned.image, planned.plan, planned.settings)
-        for view in planned.plan.views:
-            tell()
+        at_once = VIEWS_AT_ONCE if self.graphs.execution.on_gpu else 1
+        for views in _of_one_size(planned.plan.views, at_once):
+            for _ in views:
+                tell()
             with report.stage("preprocess"):
-                patches = next(cut)
+                patches = np.stack([next(cut) for _ in views])
             with report.stage("vision"):
                 (found,) = vision.run(["image_features"], {
-                    "pixel_values": patches[None],
-                    "pixel_attention_mask": np.ones((1, len(patches)), mask_type),
-                    "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
+                    "pixel_values": patches,
+                    "pixel_attention_mask": np.ones(patches.shape[:2], mask_type),
+                    "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
                 })  # fmt: skip
-            yield np.asarray(found, np.float32).reshape(view.tokens, -1)
+            yield np.asarray(found, np.float32).reshape(sum(view.tokens for view in views), -1)
+
+    def _explained(self, pieces: Iterator[str]) -> Iterator[str]:
+        with self.graphs.failures_are_ours():
+            yield from pieces
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
         limit = self.context_length
@@ -315,9 +336,11 @@ class Model:
             )
 
 
-def _explained(pieces: Iterator[str], folder: Path) -> Iterator[str]:
-    with failures_are_ours(folder):
-        yield from pieces
+def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:
+    """Neighbours with the same grid, at most so many together."""
+    for _, alike in groupby(views, lambda view: (view.rows, view.columns)):
+        rest = list(alike)
+        yield from (rest[i : i + most] for i in range(0, len(rest), most))
 
 
 def _type_of(session: Any, name: str) -> str:

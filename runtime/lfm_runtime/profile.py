@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import onnxruntime as ort
 from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, with_flags
-from lfm_profiles.schema import AUTO, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
+from lfm_profiles.schema import AUTO, FLAG, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
 from lfm_runtime.errors import SettingError
 from lfm_runtime.gpu_wheel import CUDA, gpu_problem
@@ -40,10 +41,19 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
     try:
         if not isinstance(name, Profile):
             wanted = os.fspath(name) or os.environ.get(VARIABLE) or AUTO
-            name = detected().profile if wanted == AUTO else read(wanted, detected=lambda: detected().profile)
+            name = (
+                replace(detected().profile, automatic=True) if wanted == AUTO else read(wanted, detected=lambda: detected().profile)
+            )
         return with_flags(name, given)
     except ProfileError as e:
         raise SettingError(str(e)) from e
+
+
+def on_cpu(profile: Profile) -> Profile:
+    """What would have been chosen without a GPU, with the user's flags."""
+    flags = {name: getattr(profile, name) for name, who in profile.origin.items() if who == FLAG}
+    providers = [name for name in ort.get_available_providers() if name != CUDA]
+    return find_profile(choose(detect(), providers).profile, **flags)
 
 
 def image_changes(profile: Profile, checkpoint: ImageSettings) -> dict[str, Any]:

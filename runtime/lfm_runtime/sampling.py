@@ -6,7 +6,7 @@ Order as in transformers: repetition penalty, then temperature, top_k, top_p, mi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +80,15 @@ class GenerationSettings:
         return settings
 
 
+@dataclass(frozen=True)
+class Top:
+    """The likeliest tokens of a row of logits that lies elsewhere: ids [k] and their logits [k], falling."""
+
+    logits: Logits
+    ids: NDArray[np.int64]
+    whole: Callable[[], Logits]  # fetches the row [vocabulary]
+
+
 class Sampler:
     """Draws tokens for one answer; remembers which ids have occurred."""
 
@@ -93,16 +102,29 @@ class Sampler:
         self._is_seen = np.zeros(vocabulary, np.bool_)
         self._is_seen[seen] = True
 
-    def next(self, logits: Logits) -> int:
-        """The next id for logits [vocabulary], which are changed."""
-        if self.settings.repetition_penalty != 1:
-            penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
-        token = int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)
+    def next(self, logits: Logits | Top) -> int:
+        """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is fetched if need be."""
+        token = self._next_of(logits) if isinstance(logits, np.ndarray) else self._next_of_top(logits)
         if not self._is_seen[token]:
             self._is_seen[token] = True
             self._seen[self._count] = token
             self._count += 1
         return token
+
+    def _next_of(self, logits: Logits) -> int:
+        if self.settings.repetition_penalty != 1:
+            penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
+        return int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)
+
+    def _next_of_top(self, top: Top) -> int:
+        order = np.argsort(top.ids)  # as they lie in the row: a draw goes through them in this order
+        ids, logits = top.ids[order], top.logits[order]
+        if self.settings.repetition_penalty != 1:
+            penalise(logits, np.flatnonzero(self._is_seen[ids]), self.settings.repetition_penalty)
+        # A penalty of 1 and above only lowers logits: what is not in the top is not above its last.
+        if self.settings.repetition_penalty < 1 or not _all_above(logits, top.logits[-1], self.settings):
+            return self._next_of(top.whole())
+        return int(ids[int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)])
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = distribution(logits, self.settings)
@@ -124,6 +146,16 @@ def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[
     ids = np.flatnonzero(scaled >= _lowest(scaled, settings))
     p = np.exp(scaled[ids], dtype=np.float64)
     return ids, p / p.sum()
+
+
+def _all_above(logits: Logits, limit: np.float32, settings: GenerationSettings) -> bool:
+    """Whether whatever could be drawn from a row, whose likeliest are these, is above a limit. Not where they are no numbers."""
+    if settings.temperature == 0:
+        return bool(logits.max() > limit)
+    if settings.top_p < 1:  # a share of all
+        return False
+    scaled = (np.append(logits, limit) - logits.max()) / np.float32(settings.temperature)  # rounded as the row's would be
+    return bool(scaled[-1] < _lowest(scaled[:-1], settings))
 
 
 def _lowest(scaled: Logits, settings: GenerationSettings) -> float:

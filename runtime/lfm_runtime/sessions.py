@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import psutil
@@ -20,9 +21,24 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
+from lfm_runtime.device_state import OrtMemory
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.gpu_wheel import CUDA, gpu_problem
-from lfm_runtime.prepared import find
+from lfm_runtime.gpu import (
+    PLACEMENT_SINCE,
+    RECORD_PLACEMENT,
+    GpuError,
+    cannot_be_captured,
+    check_memory,
+    check_placement,
+    check_tensorrt,
+    full,
+    is_full,
+    left_to_cpu,
+    provider_options,
+    unusable,
+)  # fmt: skip
+from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT, gpu_problem
+from lfm_runtime.prepared import find, folder_of
 
 _log = logging.getLogger(__name__)
 
@@ -66,17 +82,26 @@ class Execution:
     spinning: bool | int = True  # how long threads wait for the next operator without sleeping, µs; True: as onnxruntime does
     arena: bool = True
     packed: bool = True  # make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = (CPU,)
+    cuda_graphs: bool = True  # steps of the decode loop are captured and replayed
+    engines: Path | None = None  # where TensorRT keeps what it made
+    most_patches: int = 0  # of a view
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether steps of the decode loop are computed on a device with memory of its own."""
+        return CUDA in self.providers
 
     @staticmethod
     def of(profile: Profile) -> Execution:
         """What a profile asks for, here.
 
         Raises:
+            GpuError: no GPU, or one that this onnxruntime cannot use.
             SettingError: processors that are not there, or a provider this onnxruntime lacks.
         """
         if CUDA in profile.providers and (problem := gpu_problem(detect())):
-            raise SettingError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
+            raise GpuError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
         available = ort.get_available_providers()
         if missing := [name for name in profile.providers if name not in available]:
             raise SettingError(
@@ -124,6 +149,8 @@ class Execution:
         # with a copy of the weights. Where they do not, the same request makes the encoder 1.6 times as slow for nothing.
         if adds_int8_in_16_bits():
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if self.on_gpu and onnxruntime_is(PLACEMENT_SINCE):
+            options.add_session_config_entry(RECORD_PLACEMENT, "1")
         return options
 
     def pin_this_thread(self) -> None:
@@ -143,20 +170,42 @@ class Graphs:
 
         Raises:
             BundleError: the bundle lacks a variant the user named, or it needs another onnxruntime.
+            GpuError: the GPU cannot be used, or its memory does not suffice.
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
-        self.execution = Execution.of(profile)
+        images = bundle.images
+        self.execution = replace(
+            Execution.of(profile), engines=folder_of(bundle.folder) / "tensorrt",
+            most_patches=max(images.max_image_tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2),
+        )  # fmt: skip
         name, self.prefill = choose_variants(bundle, profile)
         self.variant, self.paths = bundle.graphs(name)
+        if self.execution.on_gpu:
+            if profile.low_memory:
+                raise SettingError("low_memory is for the CPU: on a GPU the graphs stay loaded; leave it out, or take a smaller variant")
+            if "fp16" not in self.variant and not profile.is_flag("variant"):
+                raise GpuError(
+                    f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; make one: "
+                    f"lfm-edge quantize {bundle.folder} --variant fp16"
+                )
+            check_memory(self.paths.values())
+        elif profile.is_flag("strict_placement"):
+            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
+        if TENSORRT in profile.providers:
+            check_tensorrt(self.paths[VISION_ENCODER.stem])
         self.prefill_path = bundle.graphs(self.prefill)[1][DECODER.stem] if self.prefill else None
         self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
-        if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
+        if self.prefill_path and not self.execution.on_gpu and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", self.prefill, *short)
             self.prefill = self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
             check_onnxruntime(bundle, path)
         self.low_memory = profile.low_memory
-        self.decoder = Decoder(self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena)
+        self.decoder = Decoder(
+            self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena,
+            memory=OrtMemory("cuda") if self.execution.on_gpu else None,
+        )  # fmt: skip
+        self._strict_placement = profile.strict_placement
         self._unprepared: set[str] = set()
         self._bundle, self._prepared, self._verify = bundle, profile.prepared, verify
         self._vision: ort.InferenceSession | None = None
@@ -192,22 +241,45 @@ class Graphs:
     def _load_decoder(self) -> DecoderSessions:
         decoder = self._load(DECODER, self.paths[DECODER.stem])
         prefill = self._load(DECODER, self.prefill_path) if self.prefill_path else None
-        if prefill and _kv_scales(prefill) != _kv_scales(decoder):
+        if prefill and _form_of_states(prefill) != _form_of_states(decoder):
             raise SettingError(
                 f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two variants with {KV8}, "
-                "quantized with the same images, or two without"
+                "quantized with the same images, two with fp16, or two with neither"
             )
-        return DecoderSessions(decoder, self._load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem]), prefill)
+        embed = self._load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem])
+        return DecoderSessions(decoder, embed, prefill, self.execution.on_gpu and self._all_on_device(decoder, embed))
+
+    def _all_on_device(self, decoder: ort.InferenceSession, embed: ort.InferenceSession) -> bool:
+        """Whether nothing of the decode loop is left to the CPU; what is, the user is told."""
+        found = []
+        for graph, session in ((DECODER, decoder), (EMBED_TOKENS, embed)):
+            path = self.paths[graph.stem]
+            found.append(left_to_cpu(session, path))
+            if said := check_placement(found[-1], path, strict=self._strict_placement):
+                _log.warning("lfm-edge: %s", said)
+        return found == [[], []]
+
+    @contextmanager
+    def failures_are_ours(self) -> Iterator[None]:
+        """As the function, and where GPU memory runs out, the sizes."""
+        try:
+            with failures_are_ours(self._bundle.folder):
+                yield
+        except BundleError as e:
+            if self.execution.on_gpu and is_full(str(e)):
+                raise full(self.paths.values(), str(e)) from e
+            raise
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
         started = time.perf_counter()
-        session = self._best(graph, path)
+        with self.failures_are_ours():
+            session = self._best(graph, path)
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
 
     def _best(self, graph: Graph, path: Path) -> ort.InferenceSession:
         """The prepared form where it fits and works, else the graph as it is."""
-        if graph is EMBED_TOKENS:
+        if graph is EMBED_TOKENS and not self.execution.on_gpu:
             return load_session(path, graph, Execution(1))  # a table look-up: neither threads nor packed weights
         if self._prepared:
             found = find(self._bundle, path, verify=self._verify)
@@ -256,12 +328,14 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
         return None
     if variant.endswith(KV8) and not name.endswith(KV8) and f"{name}{KV8}" in bundle.variants:
         name = f"{name}{KV8}"
-    return name if asked or (name in bundle.variants and name.endswith(KV8) == variant.endswith(KV8)) else None
+    alike = all((form in name) == (form in variant) for form in (KV8, "fp16"))
+    return name if asked or (name in bundle.variants and alike) else None
 
 
-def _kv_scales(decoder: ort.InferenceSession) -> str | None:
-    found: str | None = decoder.get_modelmeta().custom_metadata_map.get(KV_SCALES)
-    return found
+def _form_of_states(decoder: ort.InferenceSession) -> tuple[Any, ...]:
+    """What two decoders must share to go on with each other's states: their types, and the scales of int8 ones."""
+    types = sorted((i.name, i.type) for i in decoder.get_inputs() if i.name.startswith("past_"))
+    return decoder.get_modelmeta().custom_metadata_map.get(KV_SCALES), *types
 
 
 def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
@@ -274,17 +348,26 @@ def _missing_memory(paths: Sequence[Path]) -> tuple[int, int] | None:
 
 def load_session(path: Path, graph: Graph, execution: Execution) -> ort.InferenceSession:
     """Load one graph and check it against its contract; see open_session."""
-    session = open_session(path, execution)
+    try:
+        session = open_session(path, execution, graph=graph)
+    except BundleError as e:
+        if not (execution.on_gpu and execution.cuda_graphs and cannot_be_captured(e)):
+            raise
+        _log.warning("lfm-edge: %s is run without CUDA graphs: %s", path, e.__cause__)
+        session = open_session(path, replace(execution, cuda_graphs=False), graph=graph)
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
     return session
 
 
-def open_session(path: Path, execution: Execution, *, save_as: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, execution: Execution, *, graph: Graph = VISION_ENCODER, save_as: Path | None = None
+) -> ort.InferenceSession:
     """Load a graph file.
 
     Args:
         path: the graph.
         execution: how it is run.
+        graph: which it is; on a GPU they are run differently.
         save_as: also write the graph as optimized here, with its packed weights.
     """
     options = execution.options()
@@ -293,10 +376,11 @@ def open_session(path: Path, execution: Execution, *, save_as: Path | None = Non
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    providers = provider_options(
+        execution.providers, graph, cuda_graphs=execution.cuda_graphs, engines=execution.engines, most_patches=execution.most_patches
+    )
     with failures_are_ours(path):
-        session = ort.InferenceSession(str(path), options, providers=list(execution.providers))
-    if execution.providers[0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
-        wanted = execution.providers[0].removesuffix("ExecutionProvider")
-        how = "its driver and libraries (CUDA, cuDNN) must be of the version that onnxruntime was built for: see lfm-edge doctor"
-        raise SettingError(f"{path} was to run with {wanted}, which could not be started; {how}; --profile generic runs on the CPU")
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    if providers[0][0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
+        raise unusable(path, providers[0][0])
     return session

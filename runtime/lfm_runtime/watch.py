@@ -1,4 +1,5 @@
-"""What is seen of a process from outside while it works: its memory twenty times a second, the machine's state twice a second.
+"""What is seen of a process from outside while it works: its memory twenty times a second, the machine's state twice a second, and what it
+has of a GPU as often as the driver's program can be asked.
 
 Runs in the process that waits, so that the one measured loses no more than the processor's time for these looks: a quarter of a percent
 of one core (docs/performance.md), which is why files stay open and counters are read at the two ends alone.
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import psutil
 from lfm_profiles.sensors import Reading, Sensors
+
+from lfm_runtime.gpu import gpu_memory_used
 
 MIB = float(1 << 20)
 _MEMORY_S, _STATE_S = 0.05, 0.5
@@ -65,28 +68,32 @@ def counters() -> Counters:
 
 @dataclass
 class Watch:
-    """Everything seen from `of(pid)` to `end()`."""
+    """Everything seen from `of(pid)` to `end()`. `gpu`: the process computes on one."""
 
     sensors: Sensors
+    gpu: bool = False
     memory: list[MemorySample] = field(default_factory=list)
     states: list[StateSample] = field(default_factory=list)
+    gpu_mib: list[int] = field(default_factory=list)
     begun: Counters = field(default_factory=counters)
     ended: Counters = field(default_factory=counters)
     _watching: bool = False
-    _thread: threading.Thread | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
 
     def of(self, pid: int) -> None:
         """Begin."""
         self.states.append(machine_state(self.sensors))
         self.begun, self._watching = counters(), True
-        self._thread = threading.Thread(target=self._run, args=(pid,), daemon=True)
-        self._thread.start()
+        for run in (self._run, *([self._ask_the_gpu] if self.gpu else [])):
+            thread = threading.Thread(target=run, args=(pid,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def end(self) -> None:
         """The process has ended."""
         self._watching = False
-        if self._thread:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self.ended = counters()
         self.states.append(machine_state(self.sensors))
 
@@ -104,6 +111,12 @@ class Watch:
                 if time.perf_counter() >= next_state:
                     self.states.append(machine_state(self.sensors))
                     next_state += _STATE_S
+
+    def _ask_the_gpu(self, pid: int) -> None:
+        while self._watching:
+            if (used := gpu_memory_used(pid)) is not None:
+                self.gpu_mib.append(used)
+            time.sleep(_STATE_S)
 
     def _look(self, statm: FileIO) -> None:
         try:

@@ -15,7 +15,8 @@ from lfm_runtime import EdgeError, Message, Model, Session, SettingError
 from lfm_runtime.cache import Cache
 from lfm_runtime.cli import main
 from lfm_runtime.context import Context, image_key, prompt_keys
-from lfm_runtime.decoder import ConcatenatedState, SharedState, Snapshot
+from lfm_runtime.decoder import ConcatenatedState, SharedState
+from lfm_runtime.state import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]

@@ -1,0 +1,529 @@
+"""The way to a GPU, without one: the loop of a device with memory of its own on the CPU's, what sessions are given, what is left to the
+CPU, and what is said when it cannot be. scripts/check_second_device.py runs the loop on a device that really has its own memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lfm_profiles import detect, read
+from lfm_runtime import Model, gpu, gpu_wheel, profile, sessions
+from lfm_runtime.batch import answer_all
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.cli import main
+from lfm_runtime.context import Context
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, MANY_TOKENS, TOP_TOKENS, VISION_ENCODER
+from lfm_runtime.conversation import Session
+from lfm_runtime.decoder import ConcatenatedState, Decoder, SharedState
+from lfm_runtime.device_state import DeviceState, OrtMemory
+from lfm_runtime.errors import SettingError
+from lfm_runtime.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
+from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT
+from lfm_runtime.model import _of_one_size
+from lfm_runtime.sampling import GenerationSettings, Sampler, Top
+from PIL import Image
+
+QUESTION = "What is in this image?"
+GPU_VARIANTS = ("fp16", "int4-fp16", "fp16-trt")
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle, tmp_path_factory) -> Path:
+    """The demo with variants for GPUs."""
+    pytest.importorskip("onnx")
+    from lfm_quantize.quantize import Settings, quantize
+
+    folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("gpu") / "bundle"))
+    for variant in ("fp16", "int4", "int4-fp16", "fp16-trt"):
+        quantize(folder, Settings(variant), warn=lambda _: None)
+    return folder
+
+
+def on_device(model: Model) -> Model:
+    """The same model with the decode loop of a device; its memory is the CPU's."""
+    plain, model.decoder = model.decoder, Decoder(lambda: plain.sessions, model.decoder.path, memory=OrtMemory("cpu"))
+    return model
+
+
+@pytest.fixture(scope="module", params=["fp16", "int4-fp16"])
+def pair(request, bundle) -> tuple[Decoder, Decoder]:
+    model = Model.load(bundle, variant=request.param, threads=2)
+    return model.decoder, Decoder(lambda: model.decoder.sessions, model.decoder.path, memory=OrtMemory("cpu"))
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(20, 300, count)]
+
+
+# --------------------------------------------------------------------------------------------------------- decode loop
+
+
+def test_the_loop_of_a_device(pair) -> None:
+    """Prompts in parts, tokens one by one, back to a mark, on from a copy in a larger state: as in this process's memory."""
+    plain, other = pair
+    a, b = plain.start(512), other.start(512)
+    assert isinstance(a, SharedState)
+    assert isinstance(b, DeviceState)
+    embeds = plain.embed(ids(60))
+    at = 0
+    for count in (MANY_TOKENS + 20, 7, 1):
+        np.testing.assert_array_equal(a.step(embeds[:, at : at + count]).copy(), b.step(embeds[:, at : at + count]))
+        at += count
+    marks = a.mark(), b.mark()
+
+    def same(tokens: list[int]) -> None:
+        for token in tokens:
+            wanted, top = a.step_token(token).copy(), b.step_token(token)
+            np.testing.assert_array_equal(top.whole(), wanted)
+            assert len(top.ids) == TOP_TOKENS
+            np.testing.assert_array_equal(top.logits, np.sort(wanted)[::-1][:TOP_TOKENS])
+            np.testing.assert_array_equal(wanted[top.ids], top.logits)
+
+    same(ids(9, 1))
+    a.rewind(marks[0])
+    b.rewind(marks[1])
+    same(ids(5, 2))
+    snapshots = a.snapshot(), b.snapshot()
+    assert snapshots[0].length == snapshots[1].length == b.length
+    for name, array in snapshots[0].values.items():
+        np.testing.assert_array_equal(array, snapshots[1].values[name])
+    a, b = plain.start(1024, snapshots[1]), other.start(1024, snapshots[0])
+    same(ids(3, 3))
+    np.testing.assert_array_equal(a.step(embeds[:, :20]).copy(), b.step(embeds[:, :20]))
+    same(ids(2, 4))
+
+
+def test_only_the_token_goes_in(pair, monkeypatch) -> None:
+    """After the first token of an answer nothing is written but tokens, and nothing is read but the top."""
+    _, other = pair
+    state = other.start(512)
+    state.step(other.embed(ids(20)))
+    state.step_token(5)
+    crossed = []
+    for name in ("write", "read", "place"):
+        was = getattr(OrtMemory, name)
+        monkeypatch.setattr(OrtMemory, name, lambda self, *a, was=was, name=name: (crossed.append((name, np.size(a[-1]) if name != "read" else a[0].shape())), was(self, *a))[1])
+    state.step_token(6)
+    assert crossed == [("write", 1), ("read", [1, 1, TOP_TOKENS]), ("read", [1, 1, TOP_TOKENS])]
+
+
+def test_buffers_serve_again(pair) -> None:
+    """Answer after answer in the same buffers; what the one before left in them changes nothing."""
+    plain, other = pair
+    seen = set()
+    for seed in range(4):
+        state, wanted = other.start(512), plain.start(512)
+        seen.add(id(state._buffers))
+        for s in (state, wanted):
+            s.step(plain.embed(ids(30 + seed, seed)))
+        np.testing.assert_array_equal(state.step_token(seed).whole(), wanted.step_token(seed))
+        del state, s
+    assert len(seen) == 1
+    many = [other.start(512) for _ in range(5)]
+    del many
+    assert len(other._loop._free) == 2
+
+
+def test_without_fixed_addresses(pair) -> None:
+    """Where an operator is left to the CPU, inputs are bound anew at each step: the same again, and no step is captured."""
+    plain, other = pair
+    fixed = Decoder(lambda: replace(plain.sessions, all_on_device=True), plain.path, memory=OrtMemory("cpu"))
+    a, b = other.start(512), fixed.start(512)
+    assert (other._loop.is_fixed, fixed._loop.is_fixed) == (False, True)
+    for state in (a, b):
+        state.step(plain.embed(ids(20)))
+    for token in ids(6, 5):
+        np.testing.assert_array_equal(a.step_token(token).whole(), b.step_token(token).whole())
+    graph_ids = [options.get_run_config_entry("gpu_graph_id") for _, options in (fixed._loop._look_up, *b._buffers._steps)]
+    assert len(set(graph_ids)) == 3
+    assert not set(graph_ids) & {"-1", "0"}
+    assert fixed._loop.prompt_options.get_run_config_entry("gpu_graph_id") == "-1"
+
+
+def test_a_decoder_without_the_outputs(demo_model) -> None:
+    """fp32's, as any graph with attention in place: whole rows cross, and a mask for each token."""
+    plain = demo_model.decoder
+    other = Decoder(lambda: plain.sessions, plain.path, memory=OrtMemory("cpu"))
+    a, b = plain.start(512), other.start(512)
+    for state in (a, b):
+        state.step(plain.embed(ids(20)))
+    for token in ids(5, 1):
+        np.testing.assert_array_equal(a.step_token(token).copy(), b.step_token(token))
+    assert not other.verifies
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int4-fp16"])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.5, "min_p": 0.02, "seed": 7}, {"temperature": 2.0, "top_p": 0.7, "min_p": 0, "seed": 1}])
+def test_answers_of_a_device(bundle, photo, variant, how) -> None:
+    """The same words, greedy and drawn, with an image, in a conversation, and from a cache."""
+    load = {"variant": variant, "threads": 2, "max_image_tokens": 64, "do_image_splitting": False, "cache_mib": 64}
+    said = []
+    for model in (Model.load(bundle, **load), on_device(Model.load(bundle, **load))):
+        session = Session(model)
+        texts = [session.ask(q, i, max_new_tokens=12, **how).text() for q, i in ((QUESTION, [photo]), ("What colour is it?", []))]
+        again = model.answer([photo], QUESTION, max_new_tokens=12, **how)
+        said.append([*texts, again.text()])
+        assert again.report.cached_tokens > 50
+    assert said[0] == said[1]
+
+
+def test_a_fork_on_a_device(bundle) -> None:
+    model = on_device(Model.load(bundle, variant="fp16", threads=2))
+    context = Context(model.decoder)
+    context.resume(context.find(np.array(ids(8))), np.array(ids(8)), 64)
+    context.feed(model.decoder.embed(ids(8)), np.array(ids(8)))
+    other = context.fork()
+    np.testing.assert_array_equal(context.feed_token(5).whole(), other.feed_token(5).whole())
+    assert context.length == other.length == 9
+
+
+# -------------------------------------------------------------------------------------------------------- top of logits
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_the_top_says_what_the_row_says(data) -> None:
+    """Any row, any settings: the token drawn from the top, or from the row it fetches, is the one drawn from the row. Few values, so that
+    ties are common.
+    """
+    vocabulary = data.draw(st.integers(70, 200))
+    steps = data.draw(st.sampled_from([0.25, 3.0]))
+    row = np.array(data.draw(st.lists(st.integers(-8, 8), min_size=vocabulary, max_size=vocabulary)), np.float32) * np.float32(steps)
+    seen = data.draw(st.lists(st.integers(0, vocabulary - 1), max_size=100))
+    choice = GenerationSettings(
+        temperature=data.draw(st.sampled_from([0.0, 0.1, 0.7, 1.5])), min_p=data.draw(st.sampled_from([0.0, 0.15, 0.6])),
+        top_k=data.draw(st.sampled_from([0, 1, 5, 64, 90])), top_p=data.draw(st.sampled_from([1.0, 0.8])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.05, 1.5, 0.8])), seed=3,
+    )  # fmt: skip
+    order = np.argsort(-row, kind="stable")[:TOP_TOKENS]
+    a, b = Sampler(choice, vocabulary, seen), Sampler(choice, vocabulary, seen)
+    for _ in range(3):
+        assert a.next(row.copy()) == b.next(Top(row[order].copy(), order, row.copy))
+
+
+def test_the_top_mostly_suffices() -> None:
+    """With the model card's settings a row is hardly ever fetched; it is when more tokens are likely than the top holds."""
+    rng = np.random.default_rng(0)
+    fetched = 0
+
+    def whole(row: np.ndarray):
+        nonlocal fetched
+        fetched += 1
+        return row.copy()
+
+    sampler = Sampler(GenerationSettings(seed=0), 65536, range(400))
+    for _ in range(50):
+        row = rng.normal(0, 2, 65536).astype(np.float32)
+        order = np.argsort(-row)[:TOP_TOKENS]
+        sampler.next(Top(row[order], order, lambda row=row: whole(row)))
+    assert fetched == 0
+    flat = np.zeros(65536, np.float32)
+    sampler.next(Top(flat[:TOP_TOKENS], np.arange(TOP_TOKENS), lambda: whole(flat)))
+    assert fetched == 1
+
+
+# ------------------------------------------------------------------------------------------------- graphs and placement
+
+# Types of the first float input for which CUDA has kernels: docs/OperatorKernels.md of onnxruntime 1.31. Operators on whole numbers are
+# listed with int64 or int32.
+HALF, FULL, WHOLE = "float16", "float32", "int64"
+ANY = {HALF, FULL, WHOLE, "int32", "bool"}
+CUDA_KERNELS = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Concat", "Gather", "Slice", "Split", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Cast", "Max", "Min", "Mod", "Neg", "Less", "Equal", "ReduceSum", "ReduceMin", "Where", "Shape"), ANY),
+    **{op: {HALF, FULL} for op in ("MatMul", "Gemm", "Gelu", "LayerNormalization", "SimplifiedLayerNormalization", "Sigmoid", "Softmax", "Relu",
+                                   "TopK", "SkipSimplifiedLayerNormalization", "MultiHeadAttention", "MatMulNBits", "Cos", "Sin",
+                                   "GatherBlockQuantized")},
+    "Abs": ANY, "GroupQueryAttention": {HALF}, "Range": {FULL, WHOLE}, "Compress": ANY, "If": {"bool"},
+}  # fmt: skip
+
+
+def kinds_of(path: Path) -> dict[str, str]:
+    """Value → its type, as onnxruntime's CPU computes it."""
+    import onnx
+
+    model = onnx.load(str(path))
+    made = [name for node in model.graph.node for name in node.output if name]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    found = {i.name: i.type for i in session.get_inputs()} | {o.name: o.type for o in session.get_outputs()}
+    names = {"tensor(float16)": HALF, "tensor(float)": FULL}
+    kinds = {name: names.get(kind, kind.removeprefix("tensor(").removesuffix(")")) for name, kind in found.items()}
+    return kinds | {t.name: onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name for t in model.graph.initializer}
+
+
+@pytest.mark.parametrize("variant", GPU_VARIANTS)
+def test_cuda_has_a_kernel_for_every_operator(bundle, variant) -> None:
+    import onnx
+
+    for stem, path in Bundle.open(bundle).graphs(variant)[1].items():
+        kinds = kinds_of(path)
+        graph = onnx.load(str(path), load_external_data=False).graph
+        inner = [n for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for n in a.g.node]
+        assert not [(n.name, n.op_type) for n in [*graph.node, *inner] if n.op_type not in CUDA_KERNELS], stem
+        for node in graph.node:
+            values = [kinds[name] for name in node.input if name in kinds]
+            floats = [kind for kind in values if kind in (HALF, FULL)]
+            kind = (floats or values)[0]
+            assert kind in CUDA_KERNELS[node.op_type] or node.name in host_nodes(path), (stem, node.name, node.op_type, kind)
+
+
+def test_fp32_attention_and_int8_products_have_none(bundle) -> None:
+    """The table can fail: it does for what is known to fall back."""
+    import onnx
+
+    path = Bundle.open(bundle).graphs("fp32")[1][DECODER.stem]
+    kinds = kinds_of(path)
+    attention = next(n for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type == "GroupQueryAttention")
+    assert kinds[attention.input[0]] not in CUDA_KERNELS["GroupQueryAttention"]
+    assert "DynamicQuantizeMatMul" not in CUDA_KERNELS
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int4-fp16"])
+def test_graphs_can_be_captured(bundle, variant) -> None:
+    """No branches, and every value computed from numbers in the inputs, not from their shapes, is floats or on the device."""
+    import onnx
+
+    for graph in (DECODER, EMBED_TOKENS):
+        nodes = onnx.load(str(Bundle.open(bundle).graphs(variant)[1][graph.stem]), load_external_data=False).graph.node
+        assert not [n.name for n in nodes if n.op_type in ("If", "Loop", "Scan", "Compress", "NonZero")]
+
+
+def test_trt_takes_the_encoder_whole(bundle, photo) -> None:
+    """Standard operators, no branches; the same features, over fp16's file."""
+    import onnx
+
+    paths = [Bundle.open(bundle).graphs(v)[1][VISION_ENCODER.stem] for v in ("fp16", "fp16-trt")]
+    model = onnx.load(str(paths[1]), load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert "If" not in {node.op_type for node in model.graph.node}
+    assert not paths[1].with_name(f"{paths[1].name}_data").exists()
+    a, b = (Model.load(bundle, variant=v, threads=2) for v in ("fp16", "fp16-trt"))
+    features = [m.encode([m.open(photo)]) for m in (a, b)]
+    np.testing.assert_allclose(*features, atol=0.02 * np.abs(features[0]).max())
+    gpu.check_tensorrt(paths[1])
+    with pytest.raises(SettingError, match=r"TensorRT does not know the attention.*--variant fp16-trt"):
+        gpu.check_tensorrt(paths[0])
+
+
+def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
+    """On the CPU everything is; shapes and constants do not count, the rest has its names."""
+    path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
+    options = ort.SessionOptions()
+    options.add_session_config_entry(gpu.RECORD_PLACEMENT, "1")
+    session = ort.InferenceSession(str(path), options)
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime cannot tell")
+    left = left_to_cpu(session, path)
+    assert {"head (Gemm)", "gpu.likeliest (TopK)", "text.layers.1.self_attn (GroupQueryAttention)", "ReduceSum (ReduceSum)"} <= set(left)
+    assert not {"Shape (Shape)", "Squeeze (Squeeze)", "Less (Less)", "Where (Where)", "Neg (Neg)"} & set(left)
+    assert not [name for name in left if "(Shape)" in name]
+    with pytest.raises(SettingError, match=r"left to the CPU, at the cost of copies at every token: .* and \d+ more; take a variant for GPUs"):
+        check_placement(left, path, strict=True)
+    assert "left to the CPU" in check_placement(left[:2], path, strict=False)
+    assert check_placement([], path, strict=True) is None
+    assert left_to_cpu(SimpleNamespace(), path) is None
+    assert check_placement(None, path, strict=False) is None
+    with pytest.raises(SettingError, match=r"strict_placement needs onnxruntime 1\.24"):
+        check_placement(None, path, strict=True)
+
+
+def test_what_sessions_are_given(tmp_path) -> None:
+    providers = (TENSORRT, CUDA, CPU)
+    vision, embed, decoder = (dict(provider_options(providers, g, engines=tmp_path / "e", most_patches=1024)) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
+    assert list(vision) == [TENSORRT, CUDA, CPU]
+    assert list(embed) == list(decoder) == [CUDA, CPU]
+    assert "enable_cuda_graph" not in vision[CUDA]  # its branches and its gathering of tokens cannot be captured
+    assert embed[CUDA]["enable_cuda_graph"] == decoder[CUDA]["enable_cuda_graph"] == "1"
+    assert "enable_cuda_graph" not in dict(provider_options(providers, DECODER, cuda_graphs=False))[CUDA]
+    assert vision[TENSORRT]["trt_engine_cache_path"] == str(tmp_path / "e")
+    assert (tmp_path / "e").is_dir()
+    assert vision[TENSORRT]["trt_profile_max_shapes"] == "pixel_values:8x1024x768,pixel_attention_mask:8x1024,spatial_shapes:8x2"
+    assert dict(provider_options((CPU,), DECODER)) == {CPU: {}}
+
+
+def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
+    """On a GPU: tiles in eights, then the thumbnail; the same features as one by one."""
+    grid, thumbnail = SimpleNamespace(rows=32, columns=32), SimpleNamespace(rows=20, columns=30)
+    assert [len(v) for v in _of_one_size([*[grid] * 10, thumbnail], 8)] == [8, 2, 1]
+    assert [len(v) for v in _of_one_size([grid] * 3, 1)] == [1, 1, 1]
+    model = Model.load(bundle, variant="fp32", threads=2)
+    image = model.open(Image.open(photo).resize((1400, 1000)))
+    alone = model.encode([image])
+    monkeypatch.setattr(sessions.Execution, "on_gpu", property(lambda _: True))
+    np.testing.assert_allclose(model.encode([image]), alone, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ what can go wrong
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A function: pretend a machine with this GPU, wheel (what it was built for) and GPU memory (MiB free and in all)."""
+
+    def make(name: str | None = "L4", built: tuple[str, ...] | None = ("sm_89",), memory: tuple[int, int] | None = (20_000, 24_000)) -> None:
+        here = replace(detect(), gpu=name, cuda=bool(name))
+        for module in (profile, sessions):
+            monkeypatch.setattr(module, "detect", lambda *_: here)
+        (tmp_path / "library").write_bytes(b"")
+        monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: tmp_path / "library" if built else None)
+        monkeypatch.setattr(gpu_wheel, "_names", lambda _: iter(built or ()))
+        monkeypatch.setattr(gpu_wheel, "compute_capability", lambda _: 89)
+        monkeypatch.setattr(gpu, "gpu_memory", lambda: memory)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"name": None}, "there is no NVIDIA GPU"),
+        ({"built": None}, "is for the CPU alone"),
+        ({"built": ("sm_120",)}, "has kernels for sm_120, this chip is sm_89"),
+        ({"memory": (300, 4096)}, "the GPU has 300 of 4096 MiB free, 11 MiB of weights and about 600 to work in are needed"),
+        ({}, "was to run with CUDA, which could not be started"),  # it was tried, and onnxruntime quietly took the CPU instead
+    ],
+)
+def test_a_gpu_that_cannot_be_used(there, said, bundle, capsys, caplog, machine) -> None:
+    """Named: an error that says which; chosen by the machine: one line, and the CPU's answer."""
+    machine(**there)
+    assert main(["run", str(bundle), "-p", "x", "--profile", "x86-cuda"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+    assert main(["run", str(bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    assert said in caplog.text
+    assert caplog.text.count("computing on the CPU") == 1
+    assert Model.load(bundle, profile="auto", threads=1).threads == 1  # the user's settings hold on the CPU as well
+
+
+def test_a_bundle_without_a_variant_for_gpus(demo_bundle, machine, caplog) -> None:
+    machine()
+    with pytest.raises(GpuError, match=r"no variant that a GPU computes as a whole, only .*; make one: lfm-edge quantize"):
+        Model.load(demo_bundle, profile="x86-cuda")
+    assert Model.load(demo_bundle, profile="auto").profile.providers == (CPU,)
+    assert "no variant that a GPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("needs", "here", "said"),
+    [
+        ("libcublasLt.so.13", (), "libcublasLt.so.13 (no other version is here either)"),
+        ("libcublasLt.so.13", ("libcublasLt.so.12",), "libcublasLt.so.13 (version 12 is here)"),
+        ("libcudart.so.12", ("libcudart.so.13",), "libcudart.so.12 (version 13 is here)"),
+        ("libcublasLt.so.13", ("libcublasLt.so.13",), None),
+    ],
+)
+def test_cuda_of_another_version(needs, here, said, tmp_path, monkeypatch) -> None:
+    library = tmp_path / "libonnxruntime_providers_cuda.so"
+    library.write_bytes(b"\x7fELF" + bytes(2000) + b"\0libc.so.6\0" + needs.encode() + b"\0libcuda.so.1\0")
+    monkeypatch.setattr(gpu_wheel, "_loads", lambda name: name in here)
+    found = gpu_wheel.library_problem(library)
+    assert found is None if said is None else said in found
+
+
+def test_a_named_library_is_looked_for() -> None:
+    assert gpu_wheel._loads("libc.so.6")
+    assert not gpu_wheel._loads("libcublasLt.so.999")
+
+
+MESSAGES = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : onnxruntime::BFCArena::AllocateRawInternal(...) Failed to allocate memory for requested buffer of size 402653184",
+    "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=x ; expr=cudaMalloc((void**)&p, size);",
+    "[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_memory_runs_out_while_answering(message, bundle, machine, monkeypatch, photo) -> None:
+    """The sizes, in one line; not for the CPU, where it is another story."""
+    model = Model.load(bundle, variant="fp16", threads=1)
+    failure = next(c for c in sessions._FAILURES if c.__name__ == "RuntimeException")
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure(message)
+
+    monkeypatch.setattr(model.decoder, "start", fail)
+    machine(memory=(120, 8192))
+    with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
+        model.answer([photo], QUESTION).text()
+    model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
+    with pytest.raises(GpuError) as error:
+        model.answer([photo], QUESTION).text()
+    assert "120 of 8192 MiB are free now, the graphs' weights take 11 MiB" in str(error.value)
+    assert ("when 385 MiB more were wanted" in str(error.value)) == ("402653184" in message)
+
+
+def test_settings_that_do_not_go_together(bundle, demo_model, machine, monkeypatch) -> None:
+    with pytest.raises(SettingError, match="strict_placement has no effect: profile generic computes on the CPU"):
+        Model.load(bundle, strict_placement=True)
+    machine()
+    with pytest.raises(SettingError, match="low_memory is for the CPU"):
+        Model.load(bundle, profile="x86-cuda", low_memory=True)
+    monkeypatch.setattr(sessions.Execution, "on_gpu", property(lambda _: True))
+    with pytest.raises(SettingError, match="answering several at once computes on the CPU"):
+        list(answer_all(demo_model, []))
+
+
+def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
+    """It is run all the same, and that is said."""
+    path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
+    asked = []
+
+    def open_session(path, execution, *, graph, save_as=None):
+        asked.append(execution.cuda_graphs)
+        if execution.cuda_graphs:
+            raise sessions.BundleError("x does not work: This session cannot use the graph capture feature") from RuntimeError("why")
+        return ort.InferenceSession(str(path))
+
+    monkeypatch.setattr(sessions, "open_session", open_session)
+    sessions.load_session(path, DECODER, sessions.Execution(1, providers=(CUDA, CPU)))
+    assert asked == [True, False]
+    assert "is run without CUDA graphs: why" in caplog.text
+    with pytest.raises(sessions.BundleError):
+        sessions.load_session(path, DECODER, sessions.Execution(1))
+
+
+def test_memory_of_the_gpu(monkeypatch) -> None:
+    """nvidia-smi's rows; what it cannot say is nothing."""
+    said = {"--query-gpu=memory.free,memory.total": "7000, 8192\n", "--query-compute-apps=pid,used_memory": "11, 300\n12, 40\n11, 5\n13, [N/A]\n"}
+    monkeypatch.setattr(gpu.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=said[words[1]]))
+    assert gpu.gpu_memory() == (7000, 8192)
+    assert (gpu.gpu_memory_used(11), gpu.gpu_memory_used(13), gpu.gpu_memory_used(99)) == (305, None, None)
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(gpu.subprocess, "run", missing)
+    assert gpu.gpu_memory() is None
+    assert gpu.gpu_memory_used(11) is None
+    gpu.check_memory([])  # nothing is known to be in the way
+
+
+def test_profiles_for_gpus_say_what_they_do() -> None:
+    assert read("x86-cuda").variant == read("jetson-orin-cuda").variant == ("fp16", "int4-fp16")
+    for name in ("x86-cuda-tensorrt", "jetson-orin-cuda-tensorrt"):
+        assert read(name).providers == (TENSORRT, CUDA, CPU)
+        assert read(name).variant == ("fp16-trt",)
+        assert read(name).match == read("balanced").match  # never taken by itself
+
+
+def test_a_portable_decoder_copies_its_past(demo_model) -> None:
+    """Attention of standard operators has no past in place: the plain form, on any device."""
+    plain = demo_model.decoder
+    other = Decoder(lambda: plain.sessions, plain.path, memory=OrtMemory("cpu"))
+    other.sessions  # noqa: B018
+    other.shares_kv = False
+    assert isinstance(other.start(64), ConcatenatedState)
