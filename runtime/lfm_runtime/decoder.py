@@ -54,6 +54,8 @@ class Decoder:
         self._sessions: DecoderSessions | None = None
         self._bound: weakref.WeakSet[SharedState] = weakref.WeakSet()
         self.many_options = ort.RunOptions()
+        self.uncaptured = ort.RunOptions()  # for runs whose addresses differ: without it a GPU's provider would replay the first
+        self.uncaptured.add_run_config_entry("gpu_graph_id", "-1")
         if shrink:  # after a step of many tokens its memory goes back to the operating system
             self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -99,7 +101,7 @@ class Decoder:
 
     def embed(self, ids: list[int]) -> Embeds:
         """Embeddings [1, tokens, H]."""
-        (embeds,) = self.sessions.embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)})
+        (embeds,) = self.sessions.embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured)
         return np.asarray(embeds, np.float32)
 
     def embed_prompt(self, ids: list[int], features: NDArray[np.float32], image_id: int) -> Embeds:
@@ -329,7 +331,7 @@ class ConcatenatedState:
         }
         if "position_ids" in self._decoder.inputs:
             feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=np.int64)[None]
-        logits, *present = self._decoder.sessions.decoder.run(self._outputs, feeds)
+        logits, *present = self._decoder.sessions.decoder.run(self._outputs, feeds, self._decoder.uncaptured)
         self._past = dict(zip(self._past, present, strict=True))
         self.length += new
         return np.asarray(logits[0, -1], np.float32)

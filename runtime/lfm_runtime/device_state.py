@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Value = Any
 """ort.OrtValue, which has no types."""
-_NOT_CAPTURED = "-1"
 _KEPT = 2
 """Buffers of answers that are over, each as large as a context, that are kept."""
 
@@ -84,7 +83,7 @@ class Buffers:
 
     def step(self, loop: DeviceLoop, turn: int) -> tuple[ort.IOBinding, ort.RunOptions]:
         """What a step of one token is run with."""
-        return self._steps[turn] if self._steps else (self._bound(loop, turn), loop.prompt_options)
+        return self._steps[turn] if self._steps else (self._bound(loop, turn), loop.decoder.uncaptured)
 
     def bind_states(self, binding: ort.IOBinding, turn: int) -> None:
         """Read one of each convolution's states and write the other; attention's are both at once."""
@@ -120,8 +119,6 @@ class DeviceLoop:
         self.token = memory.place(np.zeros((1, 1), np.int64))
         self.embeds = memory.place(np.zeros((1, 1, decoder.hidden), np.float32))
         self._free: list[Buffers] = []
-        self.prompt_options = ort.RunOptions()
-        self.prompt_options.add_run_config_entry("gpu_graph_id", _NOT_CAPTURED)
         self._captured = 0
         self._look_up = (self._bound_look_up(), self.captured()) if self.is_fixed else None
 
@@ -135,7 +132,7 @@ class DeviceLoop:
     def look_up(self, token: int) -> None:
         """The token's embedding, on the device."""
         self.memory.write(self.token, np.array([[token]]))
-        binding, options = self._look_up or (self._bound_look_up(), self.prompt_options)
+        binding, options = self._look_up or (self._bound_look_up(), self.decoder.uncaptured)
         self.decoder.sessions.embed.run_with_iobinding(binding, options)
 
     def _bound_look_up(self) -> ort.IOBinding:
@@ -180,7 +177,7 @@ class DeviceState:
         binding.bind_ortvalue_input("attention_mask", memory.place(np.ones((1, self.length + tokens), np.int64)))
         binding.bind_ortvalue_output("logits", logits)
         self._buffers.bind_states(binding, self._turn)
-        decoder.sessions.decoder.run_with_iobinding(binding, self._loop.prompt_options)
+        decoder.sessions.decoder.run_with_iobinding(binding, decoder.uncaptured)
         self.length += tokens
         self._turn = 1 - self._turn
         self._mask_for = -1

@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
-# onnxruntime's exceptions share no base class of their own; these are all of them.
-_FAILURES = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
+# onnxruntime's exceptions share no base class of their own; these are all of them, and a run with bindings raises plain RuntimeErrors.
+_FAILURES: tuple[type[Exception], ...] = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
 
 
 @contextmanager
@@ -53,7 +53,9 @@ def failures_are_ours(what: object) -> Iterator[None]:
     """An exception of onnxruntime becomes a BundleError about `what`, in one line."""
     try:
         yield
-    except _FAILURES as e:
+    except (*_FAILURES, RuntimeError) as e:
+        if not isinstance(e, _FAILURES) and type(e) is not RuntimeError:
+            raise
         reason = " ".join(str(e).split())[:300]
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason}); check it with --verify, or export it again"

@@ -145,7 +145,7 @@ def test_without_fixed_addresses(pair) -> None:
     graph_ids = [options.get_run_config_entry("gpu_graph_id") for _, options in (fixed._loop._look_up, *b._buffers._steps)]
     assert len(set(graph_ids)) == 3
     assert not set(graph_ids) & {"-1", "0"}
-    assert fixed._loop.prompt_options.get_run_config_entry("gpu_graph_id") == "-1"
+    assert fixed.uncaptured.get_run_config_entry("gpu_graph_id") == "-1"
 
 
 def test_a_decoder_without_the_outputs(demo_model) -> None:
@@ -457,6 +457,9 @@ def test_memory_runs_out_while_answering(message, bundle, machine, monkeypatch, 
 
     monkeypatch.setattr(model.decoder, "start", fail)
     machine(memory=(120, 8192))
+    with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
+        model.answer([photo], QUESTION).text()
+    failure = RuntimeError  # which a run with bindings raises
     with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
     model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))

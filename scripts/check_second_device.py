@@ -1,0 +1,188 @@
+"""The decode loop for GPUs on a device that really has memory of its own, where there is no GPU: onnxruntime's WebGPU provider on
+SwiftShader, a Vulkan driver that computes on the CPU and comes with Chromium.
+
+    sudo apt install chromium libvulkan1
+    python scripts/check_second_device.py BUNDLE            # with fp32 weights; makes an environment in build/webgpu
+
+It says nothing about speed, nor about CUDA's kernels. What it shows: nothing of the loop relies on memory that both sides can reach, and
+what is copied, bound and swapped comes out as on the CPU. Three things differ from CUDA and are made up for: this driver has no fp16, so
+the graph is fp32; this provider takes the length of the past from the mask's shape, so it is computed from the mask's sum here; and its
+attention is wrong on this driver for steps of several tokens after others (0.6 off in a graph of that one node), so a prompt goes in token
+by token. On WebGPU whole numbers of 64 bits are left to the CPU, which is what finds inputs that are bound once and read again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / "build" / "webgpu"
+PACKAGES = ("onnxruntime-webgpu==1.27.0", "numpy", "pillow", "psutil")
+DRIVERS = ("/usr/lib/chromium/vk_swiftshader_icd.json", "/opt/google/chrome/vk_swiftshader_icd.json")
+WEBGPU, CPU = "WebGpuExecutionProvider", "CPUExecutionProvider"
+TOKENS = 24
+
+
+def main() -> int:
+    """Prepare graphs here, then run `inside` in an environment of its own: two onnxruntimes do not go together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        return inside(options.bundle)
+    driver = os.environ.get("VK_DRIVER_FILES") or next((d for d in DRIVERS if Path(d).exists()), None)
+    if driver is None:
+        print("no Vulkan driver: apt install chromium (its SwiftShader), or set VK_DRIVER_FILES", file=sys.stderr)
+        return 2
+    python = HOME / "bin" / "python"
+    if not python.exists():
+        venv.create(HOME, with_pip=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    prepare(options.bundle)
+    environment = {
+        **os.environ, "VK_DRIVER_FILES": driver, "VK_ICD_FILENAMES": driver, "XDG_RUNTIME_DIR": str(HOME), "LFM_EDGE_PROFILE": "generic",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
+    }  # fmt: skip
+    return subprocess.run([str(python), __file__, str(options.bundle), "--inside"], env=environment, check=False).returncode
+
+
+def prepare(bundle: Path) -> None:
+    """Graphs for `inside`, which has no onnx: the decoder as quantize makes it for GPUs, in fp32, and Identity, which copies."""
+    import numpy as np
+    import onnx
+    from lfm_quantize.gpu import for_gpu
+    from lfm_quantize.graph import Graph, Tensor
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.contract import DECODER
+    from onnx import helper
+
+    graph = Graph.open(Bundle.open(bundle).graphs("fp32")[1][DECODER.stem])
+    last, total = next(list(node.input[5:7]) for node in graph.nodes if node.op_type == "GroupQueryAttention")
+    maker = next(node for node in graph.nodes if total in node.output)
+    counted = [
+        helper.make_node("ReduceMax", [last], ["check.last"], "check.last", keepdims=0),
+        helper.make_node("Add", ["check.last", "check.one"], [total], "check.total"),
+    ]
+    made = graph.replaced({maker.name: counted}, {"check.one": Tensor.of(np.array(1, np.int32))})
+    for_gpu(replace(made, name="decoder")).save(HOME / "decoder.onnx")
+    for name, kind in (("float32", onnx.TensorProto.FLOAT), ("int64", onnx.TensorProto.INT64)):
+        edges = [helper.make_tensor_value_info(edge, kind, None) for edge in "xy"]
+        copy = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", edges[:1], edges[1:])
+        onnx.save(helper.make_model(copy, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), HOME / f"copy_{name}.onnx")
+
+
+class WebGpuMemory:
+    """See lfm_runtime.device_state.Memory. This onnxruntime's Python cannot allocate there; a session's outputs can lie there."""
+
+    def __init__(self) -> None:
+        import onnxruntime as ort
+
+        self._ort = ort
+        self._copy = {name: session(HOME / f"copy_{name}.onnx") for name in ("float32", "int64")}
+        self._kinds: dict[int, str] = {}
+
+    def place(self, array: Any) -> Any:
+        """See Memory."""
+        import numpy as np
+
+        binding = self._copy[array.dtype.name].io_binding()
+        binding.bind_cpu_input("x", np.ascontiguousarray(array))
+        binding.bind_output("y", "webgpu", 0)
+        self._copy[array.dtype.name].run_with_iobinding(binding)
+        value = binding.get_outputs()[0]
+        value.kind = array.dtype.name
+        return value
+
+    def write(self, value: Any, array: Any) -> None:
+        """See Memory."""
+        import numpy as np
+
+        self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))], [value])
+
+    def read(self, value: Any) -> Any:
+        """See Memory."""
+        binding = self._copy[value.kind].io_binding()
+        binding.bind_ortvalue_input("x", value)
+        binding.bind_output("y", "cpu")
+        self._copy[value.kind].run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
+
+
+def session(path: Path) -> Any:
+    """On WebGPU; a RuntimeError where that cannot be started."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    found = ort.InferenceSession(str(path), options, providers=[WEBGPU, CPU])
+    if WEBGPU not in found.get_providers():
+        raise RuntimeError("the WebGPU provider could not be started with this driver")
+    return found
+
+
+def inside(bundle: Path) -> int:
+    """An answer about a photo, on both; prints what differed."""
+    import numpy as np
+    import onnxruntime as ort
+    from lfm_runtime import Model
+    from lfm_runtime.contract import EMBED_TOKENS
+    from lfm_runtime.decoder import Decoder, DecoderSessions
+    from lfm_runtime.gpu import left_to_cpu
+    from lfm_runtime.sampling import Top
+
+    model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
+    job = model.plan(*question(model), max_new_tokens=TOKENS, temperature=0)
+    embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.planned), model.prompts.image_id)
+    sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
+    other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
+    here, there = model.decoder.start(512), other.start(512)
+    worst, size = 0.0, 0.0
+
+    def compare(a: Any, b: Any) -> None:
+        nonlocal worst, size
+        worst, size = max(worst, float(np.abs(a - b).max())), max(size, float(np.abs(a).max()))
+
+    for at in range(embeds.shape[1]):
+        wanted = here.step(embeds[:, at : at + 1]).copy()
+        compare(wanted, there.step(np.ascontiguousarray(embeds[:, at : at + 1])))
+    marks, texts = (here.mark(), there.mark()), []
+    for _ in range(2):  # the second time from the mark
+        tokens = [[int(wanted.argmax())], [int(wanted.argmax())]]
+        for _ in range(TOKENS):
+            row, top = here.step_token(tokens[0][-1]).copy(), there.step_token(tokens[1][-1])
+            assert isinstance(top, Top)
+            compare(row, top.whole())
+            tokens[0].append(int(row.argmax()))
+            tokens[1].append(int(top.ids[0]))
+        texts.append([model.prompts.tokenizer.decode(ids) for ids in tokens])
+        here.rewind(marks[0])
+        there.rewind(marks[1])
+    larger = model.decoder.start(1024, here.snapshot()), other.start(1024, there.snapshot())
+    compare(larger[0].step_token(7), larger[1].step_token(7).whole())
+    same = all(a == b for a, b in texts) and texts[0] == texts[1]
+    print(json.dumps({
+        "onnxruntime": ort.__version__, "prompt_tokens": embeds.shape[1], "tokens": 2 * TOKENS, "text": texts[0][1], "same_text": same,
+        "largest_difference": round(worst, 7), "largest_logit": round(size, 3), "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
+    }, indent=2))  # fmt: skip
+    return 0 if same and worst < 1e-4 * size else 1
+
+
+def question(model: Any) -> tuple[Any, Any]:
+    """One photo of the demo's."""
+    from lfm_runtime.prompt import Message
+
+    return [Message("user", "What is in this image?", 1)], [ROOT / "demo" / "photos" / "coffee.jpg"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
