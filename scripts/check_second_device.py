@@ -138,10 +138,11 @@ def inside(bundle: Path) -> int:
     from lfm_runtime.contract import EMBED_TOKENS
     from lfm_runtime.decoder import Decoder, DecoderSessions
     from lfm_runtime.gpu import left_to_cpu
+    from lfm_runtime.prompt import Message
     from lfm_runtime.sampling import Top
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
-    job = model.plan(*question(model), max_new_tokens=TOKENS, temperature=0)
+    job = model.plan([Message("user", "What is in this image?", 1)], [ROOT / "demo/photos/coffee.jpg"], max_new_tokens=TOKENS, temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.planned), model.prompts.image_id)
     sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
@@ -175,13 +176,6 @@ def inside(bundle: Path) -> int:
         "largest_difference": round(worst, 7), "largest_logit": round(size, 3), "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
     }, indent=2))  # fmt: skip
     return 0 if same and worst < 1e-4 * size else 1
-
-
-def question(model: Any) -> tuple[Any, Any]:
-    """One photo of the demo's."""
-    from lfm_runtime.prompt import Message
-
-    return [Message("user", "What is in this image?", 1)], [ROOT / "demo" / "photos" / "coffee.jpg"]
 
 
 if __name__ == "__main__":
