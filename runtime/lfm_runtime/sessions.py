@@ -45,7 +45,9 @@ _log = logging.getLogger(__name__)
 _ERROR_SEVERITY = 3
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
 # onnxruntime's exceptions share no base class of their own; these are all of them, and a run with bindings raises plain RuntimeErrors.
-_FAILURES: tuple[type[Exception], ...] = tuple(c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception))
+_FAILURES: tuple[type[Exception], ...] = tuple(
+    c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception)
+)
 
 
 @contextmanager

@@ -377,7 +377,7 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tiled = any(plan_image(*image_size(image), checkpoint).tiled for image in images)
     axes: dict[str, list[Any]] = {
-        "variant": [v for v in bundle.variants if v != "fp16"] or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
+        "variant": [v for v in bundle.variants if "fp16" not in v] or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
         "prefill": ["none", *(v for v in ("int8",) if v in bundle.variants)],
         "threads": sorted(n for n in {1, 2, 4, 8, 16, default_threads(), usable} if n <= usable),
         "low_memory": [False, True],

@@ -1,0 +1,106 @@
+"""Variants for GPUs over other variants' files: what they keep, what they cost, when they go."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from lfm_export.export import export
+from lfm_quantize.gpu import in_standard_operators
+from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.quantize import Settings, quantize
+from lfm_runtime import Model
+from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.cli import main
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(quantized, few, tmp_path_factory) -> Path:
+    folder = Path(shutil.copytree(quantized, tmp_path_factory.mktemp("gpu") / "bundle"))
+    for variant in ("int4-fp16", "fp16-trt"):
+        quantize(folder, Settings(variant, few / "images", few / "calibration.jsonl"), warn=lambda _: None)
+    return folder
+
+
+def test_over_the_others_files(bundle) -> None:
+    """Graphs of some kilobytes; the manifest names the files they need, and how near fp32 they are."""
+    manifest = read_manifest(bundle)
+    graphs = {variant: Bundle.open(bundle).graphs(variant)[1] for variant in ("int4", "fp16", "int4-fp16", "fp16-trt")}
+    assert graphs["int4-fp16"][VISION_ENCODER.stem] == graphs["fp16"][VISION_ENCODER.stem]
+    assert graphs["int4-fp16"][EMBED_TOKENS.stem] == graphs["int4"][EMBED_TOKENS.stem]
+    assert graphs["fp16-trt"][DECODER.stem] == graphs["fp16"][DECODER.stem]
+    for variant, stem, data in (
+        ("int4-fp16", DECODER.stem, ["onnx/decoder_model_merged_q4.onnx_data", "onnx/embed_tokens_q4.onnx_data"]),
+        ("fp16-trt", VISION_ENCODER.stem, ["onnx/vision_encoder_fp16.onnx_data"]),
+    ):
+        path = graphs[variant][stem]
+        assert path.stat().st_size < 100_000
+        assert manifest["graphs"][path.relative_to(bundle).as_posix()]["data"] == data
+    assert manifest["quality"]["int4-fp16"]["kl"] < 0.01
+    assert manifest["quality"]["fp16-trt"]["kl"] < 1e-5
+    assert manifest["quality"]["fp16-trt"]["cosine_min"] > 0.9999
+
+
+def test_int4_with_fp16_activations(bundle) -> None:
+    """Nothing of the decoder is fp32 but its edges and positions; what it says is near int4's own."""
+    path = Bundle.open(bundle).graphs("int4-fp16")[1][DECODER.stem]
+    model = onnx.load(str(path), load_external_data=False)
+    assert {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT} == {"rotary.inverse_frequencies.fp32"}
+    casts = [n.name for n in model.graph.node if n.op_type == "Cast" and n.name.endswith(".scales")]
+    assert not casts  # scales are read as they are stored
+    a, b = (Model.load(bundle, variant=v, threads=1) for v in ("int4", "int4-fp16"))
+    ids = [5, 300, 20, 41, 77]
+    x, y = (np.array(m.decoder.start(8).step(m.decoder.embed(ids))) for m in (a, b))
+    assert float(x @ y / np.linalg.norm(x) / np.linalg.norm(y)) > 0.999
+
+
+def test_a_new_base_takes_them_away(bundle, tmp_path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    said: list[str] = []
+    quantize(copy, Settings("fp16"), warn=said.append)
+    assert sorted(line.split()[0] for line in said if "make it again" in line) == ["fp16-trt", "int4-fp16"]
+    assert {"int4-fp16", "fp16-trt"}.isdisjoint(Bundle.open(copy).variants)
+    assert not [*copy.glob("onnx/*q4f16*"), *copy.glob("onnx/*trt*")]
+
+
+def test_from_an_fp16_export(tmp_path) -> None:
+    """Exported in fp16, decoders have the outputs for GPUs as well; int4 made of it is a CPU's, without."""
+    folder = tmp_path / "bundle"
+    export(ROOT / "demo" / "checkpoint", folder, dtype="fp16")
+    for variant in ("int4", "int4-fp16", "fp16-trt"):
+        quantize(folder, Settings(variant), warn=lambda _: None)
+    for variant, wanted in (("fp16", True), ("int4", False), ("int4-fp16", True)):
+        path = Bundle.open(folder).graphs(variant)[1][DECODER.stem]
+        names = {o.name for o in onnx.load(str(path), load_external_data=False).graph.output}
+        assert ({TOP_LOGITS, TOP_IDS, NEXT_MASK} <= names) is wanted, variant
+        assert ({TOP_LOGITS, TOP_IDS, NEXT_MASK}.isdisjoint(names)) is not wanted, variant
+
+
+def test_bad_wishes(demo_bundle, few, capsys) -> None:
+    for words, said in [
+        (["--variant", "int4-fp16"], "has no variant 'int4'"),
+        (["--variant", "fp16-trt"], "has no variant 'fp16'"),
+        (["--variant", "fp16-trt", "--method", "rtn"], "no effect"),
+        (["--variant", "int4-fp16", "--keep", "head"], "no effect"),
+        (["--variant", "int4-fp16", "--floor", "0.1"], "--floor needs --calibration"),
+    ]:
+        assert main(["quantize", str(demo_bundle), "--quiet", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_standard_operators_only_once(bundle) -> None:
+    """An encoder that is in standard operators, or whose attention is another, is not rewritten."""
+    paths = [Bundle.open(bundle).graphs(v)[1][VISION_ENCODER.stem] for v in ("fp16-trt", "fp16")]
+    with pytest.raises(QuantizeError, match="in standard operators as it is"):
+        in_standard_operators(Graph.open(paths[0], widen=False))
+    graph = Graph.open(paths[1], widen=False)
+    for attribute in next(n for n in graph.nodes if n.op_type == "If").attribute:
+        attribute.g.node[0].op_type = "Attention"
+    with pytest.raises(QuantizeError, match="is not attention as lfm-edge export builds it"):
+        in_standard_operators(graph)
