@@ -55,7 +55,7 @@ def failures_are_ours(what: object) -> Iterator[None]:
     """An exception of onnxruntime becomes a BundleError about `what`, in one line."""
     try:
         yield
-    except (*_FAILURES, RuntimeError) as e:
+    except Exception as e:
         if not isinstance(e, _FAILURES) and type(e) is not RuntimeError:
             raise
         reason = " ".join(str(e).split())[:300]
