@@ -50,7 +50,10 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
     past = {name: g.input(name, g.float_type, _state_shape(name, text, "past")) for name in past_names(text.layers)}
 
     # GroupQueryAttention counts: index of the last token of each row, and the total length.
-    last_index = g.op("Cast", g.op("Sub", g.op("ReduceSum", mask, [1], keepdims=0), 1), to=int(INT32))
+    tokens = g.op("ReduceSum", mask if g.dtype == "fp32" else g.op("Cast", mask, to=int(FLOAT)), [1], keepdims=0)
+    if g.dtype == "fp16":  # on a GPU; there sums of whole numbers need cuDNN
+        tokens = g.op("Cast", tokens, to=int(INT64))
+    last_index = g.op("Cast", g.op("Sub", tokens, 1), to=int(INT32))
     total = g.op("Cast", g.op("Squeeze", g.op("Shape", mask, start=1, end=2)), to=int(INT32))
     rotary = _rotary_tables(g, text)
     read_from = _read_from(g, embeds)

@@ -16,7 +16,9 @@ from lfm_quantize.graph import FLOAT, FLOAT16, INT64, Graph, Place, QuantizeErro
 
 
 def for_gpu(decoder: Graph) -> Graph:
-    """A decoder that also gives out its likeliest tokens and the mask of its next step, so that all the rest stays on the device."""
+    """A decoder that also gives out its likeliest tokens and the mask of its next step, so that all the rest stays on the device. The mask
+    is summed in fp32, where CUDA needs no cuDNN for it; ones add up exactly to 2²⁴.
+    """
     logits = next(o for o in decoder.outputs if o.name == "logits").type.tensor_type.shape
     count = min(TOP_TOKENS, logits.dim[2].dim_value)
     constants = {"gpu.count": count, "gpu.first": 0, "gpu.axis": 1, "gpu.last": -1}
@@ -33,6 +35,14 @@ def for_gpu(decoder: Graph) -> Graph:
         helper.make_tensor_value_info(TOP_IDS, INT64, ["batch", "positions", count]),
         helper.make_tensor_value_info(NEXT_MASK, INT64, ["batch", "past_and_tokens"]),
     ]
+    summed = next(n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask")
+    counted = onnx.NodeProto()
+    counted.CopyFrom(summed)
+    counted.input[0], counted.output[0] = "gpu.mask", "gpu.sum"
+    decoder = decoder.replaced({summed.name: [
+        helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT), counted,
+        helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
+    ]}, {})  # fmt: skip
     return replace(decoder, nodes=[*decoder.nodes, *nodes], tensors={**decoder.tensors, **tensors}, outputs=[*decoder.outputs, *outputs])
 
 

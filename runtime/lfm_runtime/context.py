@@ -65,7 +65,8 @@ class Context:
     def resume(self, known: Known, keys: Keys, capacity: int) -> None:
         """Be where a prefix of `keys` that `find` found ends, with room for `capacity` tokens."""
         state, self._state = self._state, None
-        capacity = -(-capacity // _ROOM) * _ROOM
+        roomy = -(-capacity // _ROOM) * _ROOM
+        capacity = max(capacity, min(roomy, self._decoder.longest or roomy))
         if known.cached or known.length == 0 or state is None:
             state = self._decoder.start(capacity, known.cached)
             self._marks = [state.mark()]

@@ -45,9 +45,11 @@ class DecoderSessions:
 class Decoder:
     """The decoder and embedding graphs of one model. They are loaded when first used, and again after a release."""
 
-    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False, memory: Memory | None = None) -> None:
-        """`memory`: of the device that the sessions compute on, where it is not this process's."""
-        self.path = path
+    def __init__(
+        self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False, memory: Memory | None = None, longest: int = 0
+    ) -> None:
+        """`memory`: of the device that the sessions compute on, where it is not this process's. `longest`: context there are positions for."""
+        self.path, self.longest = path, longest
         self._memory = memory
         self._loop: DeviceLoop | None = None
         self._load = load

@@ -3,7 +3,8 @@ goes in, the likeliest ids and their logits come out.
 
 Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of them, because two
 sets of convolution states swap roles (see decoder.SharedState). The mask of a step has the capacity's length, ones first; the graph
-itself gives out the next one. Buffers of an answer that is over serve the next.
+itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured them: a
+model is to be used from one.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class DeviceLoop:
 
     def look_up(self, token: int) -> None:
         """The token's embedding, on the device."""
-        self.memory.write(self.token, np.array([[token]]))
+        self.memory.write(self.token, np.array([[token]], np.int64))
         binding, options = self._look_up or (self._bound_look_up(), self.decoder.uncaptured)
         self.decoder.sessions.embed.run_with_iobinding(binding, options)
 
@@ -142,8 +143,10 @@ class DeviceLoop:
         return binding
 
     def take(self, capacity: int) -> Buffers:
-        """Buffers for a state, which gives them back when it is over."""
-        found = next((b for b in self._free if b.capacity == capacity), None)
+        """Buffers for a state, at least so large, which gives them back when it is over. New ones are captured anew, and what was captured
+        of others stays with the session.
+        """
+        found = next((b for b in sorted(self._free, key=lambda b: b.capacity) if b.capacity >= capacity), None)
         if found is None:
             return Buffers(self, capacity)
         self._free.remove(found)
@@ -158,8 +161,8 @@ class DeviceState:
     """See state.State."""
 
     def __init__(self, loop: DeviceLoop, capacity: int, after: Snapshot | None = None) -> None:
-        self.length, self.capacity = 0, capacity
         self._loop, self._buffers = loop, loop.take(capacity)
+        self.length, self.capacity = 0, self._buffers.capacity
         weakref.finalize(self, loop.give_back, self._buffers).atexit = False
         self._turn = 0  # which of each convolution's two buffers holds its state
         self._mask_for = -1  # length that the mask of this turn is for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -17,12 +18,24 @@ from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT
 from lfm_runtime.onnx_file import external_bytes, host_nodes
 
+_log = logging.getLogger(__name__)
+
 MIB = 1 << 20
 VIEWS_AT_ONCE = 8
 """Views of one size that are encoded together: enough to fill a GPU, and a bound on the memory they are worked on with."""
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 PLACEMENT_SINCE = "1.24"  # onnxruntime tells which provider has which operator
+CUDA_GRAPHS_SINCE = "1.30"
+"""Before it a captured Concat of unequal parts, of which a short convolution has one, reads sizes and addresses from host memory at every
+replay, and a prompt in between overwrites them (onnxruntime pull request 32121).
+"""
 
+_ATTENTION = "19"
+"""Kernels of attention: flash (1), memory efficient (2), plain (16). Not cuDNN's (8), which on Hopper makes a plan for every length."""
+_TAIL = "20"
+"""Nodes of an engine, at least. TensorRT lacks Compress, which gathers the tokens at the encoder's end; the few nodes after it would be an
+engine of their own, without ranges.
+"""
 _OVERHEAD_MIB = 600
 """A CUDA context, its libraries' workspaces and what a prompt and a few views are worked on with."""
 _FULL = re.compile(r"out of memory|Failed to allocate memory|ALLOC_FAILED|OUT_OF_MEMORY", re.IGNORECASE)
@@ -51,6 +64,8 @@ def provider_options(
         elif name == CUDA:
             # By default the arena doubles; what an image needs beyond the weights is little and always the same.
             options = {"arena_extend_strategy": "kSameAsRequested"}
+            if graph is DECODER:
+                options["sdpa_kernel"] = _ATTENTION
             if cuda_graphs and graph in (EMBED_TOKENS, DECODER):
                 options["enable_cuda_graph"] = "1"
             found.append((name, options))
@@ -61,15 +76,23 @@ def provider_options(
 
 def _tensorrt(engines: Path | None, most_patches: int) -> dict[str, str]:
     """One engine for all grids: without ranges it is made anew, for minutes, for each shape that comes along."""
-    options = {"trt_fp16_enable": "1"}
+    options = {"trt_min_subgraph_size": _TAIL}  # the graph's own types hold: fp16, and fp32 where that would overflow
     for name, views, patches in (("min", 1, 4), ("opt", 1, most_patches), ("max", VIEWS_AT_ONCE, most_patches)):
         shapes = f"pixel_values:{views}x{patches}x768,pixel_attention_mask:{views}x{patches},spatial_shapes:{views}x2"
         options[f"trt_profile_{name}_shapes"] = shapes
-    if engines:
-        engines.mkdir(parents=True, exist_ok=True)
+    if engines and _made(engines):
         for kind in ("engine", "timing"):
-            options |= {f"trt_{kind}_cache_enable": "1", f"trt_{kind}_cache_path": str(engines)}
+            options |= {f"trt_{kind}_cache_enable": "True", f"trt_{kind}_cache_path": str(engines)}
     return options
+
+
+def _made(engines: Path) -> bool:
+    try:
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        _log.warning("lfm-edge: TensorRT makes its engine anew at every start, which takes minutes: %s: %s", engines, e.strerror)
+        return False
+    return True
 
 
 def check_tensorrt(vision: Path) -> None:
@@ -152,7 +175,7 @@ def left_to_cpu(session: Any, path: Path) -> list[str] | None:
     """
     try:
         parts = session.get_provider_graph_assignment_info()
-    except (AttributeError, RuntimeError):
+    except Exception:  # noqa: BLE001  (not there, or not recorded, which onnxruntime's own exceptions say)
         return None
     belong = host_nodes(path)
     return [f"{n.name} ({n.op_type})" for part in parts if part.ep_name == CPU for n in part.get_nodes() if n.name not in belong]
@@ -177,11 +200,12 @@ def check_placement(left: list[str] | None, path: Path, *, strict: bool) -> str 
     return said
 
 
-def unusable(path: Path, provider: str) -> GpuError:
-    """For a session that onnxruntime made without the provider it was to have."""
+def unusable(path: Path, provider: str, reason: str = "") -> GpuError:
+    """For a session that onnxruntime could not make with the provider it was to have, or made without it."""
     how = "its driver and libraries (CUDA, cuDNN) must be of the version that onnxruntime was built for: see lfm-edge doctor"
     wanted = provider.removesuffix("ExecutionProvider")
-    return GpuError(f"{path} was to run with {wanted}, which could not be started; {how}; --profile generic runs on the CPU")
+    why = f" ({' '.join(reason.split())[:300]})" if reason else ""
+    return GpuError(f"{path} was to run with {wanted}, which could not be started{why}; {how}; --profile generic runs on the CPU")
 
 
 def cannot_be_captured(error: BundleError) -> bool:

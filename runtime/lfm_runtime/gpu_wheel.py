@@ -23,8 +23,10 @@ from lfm_profiles import Device
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 _NEEDED = re.compile(rb"\0(lib(?:cublasLt|cublas|cudart|cudnn|cufft|curand|nvrtc)\.so\.(\d+))(?=\0)")
+_CUDNN = ("libcudnn.so.9", 9)
+"""Loaded when it is first needed, by sums of whole numbers for one, so that the library does not name it (onnxruntime 1.31)."""
 _STRINGS = 16 << 20  # names of what a library needs stand at its beginning
-_MAJORS = range(10, 20)  # of CUDA, to tell which is there instead
+_MAJORS = range(8, 20)  # of CUDA and cuDNN, to tell which is there instead
 _MAGIC = bytes.fromhex("50ed55ba")
 _PTX, _MACHINE_CODE = 1, 2
 _OF_SOC = {"Orin": 87, "Xavier": 72, "Tegra X1": 53}
@@ -61,6 +63,8 @@ def library_problem(library: Path) -> str | None:
     """
     with library.open("rb") as f:
         needed = [(found[1].decode(), int(found[2])) for found in _NEEDED.finditer(f.read(_STRINGS))]
+    if needed and not any(name.startswith("libcudnn") for name, _ in needed):
+        needed.append(_CUDNN)
     _preload()
     missing = [(name, major) for name, major in needed if not _loads(name)]
     if not missing:

@@ -22,8 +22,9 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.device_state import OrtMemory
-from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.errors import BundleError, EdgeError, SettingError
 from lfm_runtime.gpu import (
+    CUDA_GRAPHS_SINCE,
     PLACEMENT_SINCE,
     RECORD_PLACEMENT,
     GpuError,
@@ -43,6 +44,7 @@ from lfm_runtime.prepared import find, folder_of
 _log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
+_FIRST_CAPACITY = 512
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
 # onnxruntime's exceptions share no base class of their own; these are all of them, and a run with bindings raises plain RuntimeErrors.
 _FAILURES: tuple[type[Exception], ...] = tuple(
@@ -87,7 +89,7 @@ class Execution:
     arena: bool = True
     packed: bool = True  # make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped
     providers: tuple[str, ...] = (CPU,)
-    cuda_graphs: bool = True  # steps of the decode loop are captured and replayed
+    cuda_graphs: bool = False  # steps of the decode loop are captured and replayed
     engines: Path | None = None  # where TensorRT keeps what it made
     most_patches: int = 0  # of a view
 
@@ -179,7 +181,7 @@ class Graphs:
         """
         images = bundle.images
         self.execution = replace(
-            Execution.of(profile), engines=folder_of(bundle.folder) / "tensorrt",
+            Execution.of(profile), engines=folder_of(bundle.folder) / "tensorrt", cuda_graphs=onnxruntime_is(CUDA_GRAPHS_SINCE),
             most_patches=max(images.max_image_tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2),
         )  # fmt: skip
         name, self.prefill = choose_variants(bundle, profile)
@@ -207,7 +209,7 @@ class Graphs:
         self.low_memory = profile.low_memory
         self.decoder = Decoder(
             self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena,
-            memory=OrtMemory("cuda") if self.execution.on_gpu else None,
+            memory=OrtMemory("cuda") if self.execution.on_gpu else None, longest=bundle.context_length,
         )  # fmt: skip
         self._strict_placement = profile.strict_placement
         self._unprepared: set[str] = set()
@@ -229,6 +231,25 @@ class Graphs:
             self.decoder.sessions  # noqa: B018
             self._vision = vision.result()
         self.execution.pin_this_thread()
+        if self.execution.on_gpu:
+            self._try_a_step()
+
+    def _try_a_step(self) -> None:
+        """On a GPU the first token of all is captured, which can fail; better now. Where it does, steps are run uncaptured."""
+        try:
+            self.decoder.start(_FIRST_CAPACITY).step_token(0)
+        except Exception as e:
+            if isinstance(e, EdgeError):
+                raise
+            if not self.execution.cuda_graphs or is_full(str(e)):
+                raise self._explained(e, self.paths[DECODER.stem]) from e
+            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", " ".join(str(e).split())[:300])
+            self.execution = replace(self.execution, cuda_graphs=False)
+            self.decoder.release()
+            self._try_a_step()
+
+    def _explained(self, e: Exception, path: Path) -> GpuError:
+        return full(self.paths.values(), str(e)) if is_full(str(e)) else unusable(path, CUDA, str(e))
 
     def vision(self) -> ort.InferenceSession:
         """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller lets go of it."""
@@ -276,8 +297,12 @@ class Graphs:
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
         started = time.perf_counter()
-        with self.failures_are_ours():
+        try:
             session = self._best(graph, path)
+        except BundleError as e:
+            if self.execution.on_gpu and e.__cause__:
+                raise self._explained(e.__cause__, path) from e  # type: ignore[arg-type]
+            raise
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
 
@@ -384,7 +409,8 @@ def open_session(
         execution.providers, graph, cuda_graphs=execution.cuda_graphs, engines=execution.engines, most_patches=execution.most_patches
     )
     with failures_are_ours(path):
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        # Its own falling back prints, and at a run goes on silently.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     if providers[0][0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
         raise unusable(path, providers[0][0])
     return session

@@ -130,6 +130,7 @@ def test_buffers_serve_again(pair) -> None:
     many = [other.start(512) for _ in range(5)]
     del many
     assert len(other._loop._free) == 2
+    assert other.start(100).capacity == 512  # larger ones serve as well
 
 
 def test_without_fixed_addresses(pair) -> None:
@@ -338,7 +339,7 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
         check_placement(None, path, strict=True)
 
 
-def test_what_sessions_are_given(tmp_path) -> None:
+def test_what_sessions_are_given(tmp_path, caplog) -> None:
     providers = (TENSORRT, CUDA, CPU)
     vision, embed, decoder = (dict(provider_options(providers, g, engines=tmp_path / "e", most_patches=1024)) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
     assert list(vision) == [TENSORRT, CUDA, CPU]
@@ -347,9 +348,14 @@ def test_what_sessions_are_given(tmp_path) -> None:
     assert embed[CUDA]["enable_cuda_graph"] == decoder[CUDA]["enable_cuda_graph"] == "1"
     assert "enable_cuda_graph" not in dict(provider_options(providers, DECODER, cuda_graphs=False))[CUDA]
     assert vision[TENSORRT]["trt_engine_cache_path"] == str(tmp_path / "e")
+    assert vision[TENSORRT]["trt_engine_cache_enable"] == vision[TENSORRT]["trt_timing_cache_enable"] == "True"  # "1" is refused
     assert (tmp_path / "e").is_dir()
     assert vision[TENSORRT]["trt_profile_max_shapes"] == "pixel_values:8x1024x768,pixel_attention_mask:8x1024,spatial_shapes:8x2"
     assert dict(provider_options((CPU,), DECODER)) == {CPU: {}}
+    (tmp_path / "file").touch()
+    unkept = dict(provider_options(providers, VISION_ENCODER, engines=tmp_path / "file" / "e", most_patches=4))
+    assert not [name for name in unkept[TENSORRT] if "cache" in name]
+    assert "TensorRT makes its engine anew at every start" in caplog.text
 
 
 def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
@@ -423,10 +429,12 @@ def test_a_bundle_without_a_variant_for_gpus(demo_bundle, machine, caplog) -> No
         ("libcublasLt.so.13", (), "libcublasLt.so.13 (no other version is here either)"),
         ("libcublasLt.so.13", ("libcublasLt.so.12",), "libcublasLt.so.13 (version 12 is here)"),
         ("libcudart.so.12", ("libcudart.so.13",), "libcudart.so.12 (version 13 is here)"),
-        ("libcublasLt.so.13", ("libcublasLt.so.13",), None),
+        ("libcublasLt.so.13", ("libcublasLt.so.13", "libcudnn.so.9"), None),
+        ("libcublasLt.so.13", ("libcublasLt.so.13", "libcudnn.so.8"), "libcudnn.so.9 (version 8 is here)"),
     ],
 )
 def test_cuda_of_another_version(needs, here, said, tmp_path, monkeypatch) -> None:
+    """What the library names, and cuDNN, which it loads by itself."""
     library = tmp_path / "libonnxruntime_providers_cuda.so"
     library.write_bytes(b"\x7fELF" + bytes(2000) + b"\0libc.so.6\0" + needs.encode() + b"\0libcuda.so.1\0")
     monkeypatch.setattr(gpu_wheel, "_loads", lambda name: name in here)
@@ -492,11 +500,64 @@ def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
         return ort.InferenceSession(str(path))
 
     monkeypatch.setattr(sessions, "open_session", open_session)
-    sessions.load_session(path, DECODER, sessions.Execution(1, providers=(CUDA, CPU)))
+    sessions.load_session(path, DECODER, sessions.Execution(1, providers=(CUDA, CPU), cuda_graphs=True))
     assert asked == [True, False]
     assert "is run without CUDA graphs: why" in caplog.text
     with pytest.raises(sessions.BundleError):
-        sessions.load_session(path, DECODER, sessions.Execution(1))
+        sessions.load_session(path, DECODER, sessions.Execution(1, cuda_graphs=True))  # the CPU is not asked for any
+
+
+class Broken(DeviceState):
+    """A step that fails while it is captured."""
+
+    def step_token(self, token: int):
+        if self._loop.is_fixed:
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+        return super().step_token(token)
+
+
+def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) -> None:
+    """The first step is tried when the model is loaded; without CUDA graphs it goes on."""
+    machine()
+    decoder = Model.load(bundle, variant="fp16", threads=1).decoder
+    monkeypatch.setattr("lfm_runtime.decoder.DeviceState", Broken)
+    monkeypatch.setattr(sessions, "OrtMemory", lambda _: OrtMemory("cpu"))
+    loaded = []
+
+    def load(self: sessions.Graphs):
+        loaded.append(self.execution.cuda_graphs)
+        return replace(decoder.sessions, all_on_device=self.execution.cuda_graphs)
+
+    monkeypatch.setattr(sessions.Graphs, "_load_decoder", load)
+    monkeypatch.setattr(sessions.Graphs, "_load", lambda *_: None)
+    monkeypatch.setattr(sessions, "onnxruntime_is", lambda _: True)
+    monkeypatch.setattr(gpu_wheel, "library_problem", lambda _: None)
+    graphs = sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda"))
+    graphs.load()
+    assert loaded == [True, False]
+    assert "steps are run without CUDA graphs: CUDA failure 900" in caplog.text
+    assert len(graphs.decoder.start(512).step_token(5).ids) == TOP_TOKENS
+    monkeypatch.setattr(Broken, "step_token", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")))
+    with pytest.raises(GpuError, match=r"was to run with CUDA, which could not be started \(CUDNN_STATUS_NOT_SUPPORTED\)"):
+        sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).load()
+
+
+def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
+    """Not where a captured Concat goes wrong at replays."""
+    machine()
+    for version, wanted in (("1.23.2", False), ("1.29.0", False), ("1.30.0", True), ("1.31.1", True)):
+        monkeypatch.setattr("lfm_runtime.sessions.ort.__version__", version)
+        assert sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).execution.cuda_graphs is wanted
+
+
+def test_room_is_not_beyond_the_positions(bundle) -> None:
+    """Room grows in steps of 512, but a mask longer than there are positions is refused by attention."""
+    model = Model.load(bundle, variant="fp16", threads=1)
+    for longest, wanted in ((0, 512), (300, 300), (4096, 512)):
+        decoder = Decoder(lambda: model.decoder.sessions, model.decoder.path, memory=OrtMemory("cpu"), longest=longest)
+        context = Context(decoder)
+        context.resume(context.find(np.array(ids(8))), np.array(ids(8)), 200)
+        assert context._state.capacity == wanted
 
 
 def test_memory_of_the_gpu(monkeypatch) -> None:
