@@ -1,7 +1,7 @@
 """The decode loop for GPUs on a device that really has memory of its own, where there is no GPU: onnxruntime's WebGPU provider on
 SwiftShader, a Vulkan driver that computes on the CPU and comes with Chromium.
 
-    sudo apt install chromium libvulkan1
+    sudo apt install chromium                              # with libvulkan
     python scripts/check_second_device.py BUNDLE            # with fp32 weights; makes an environment in build/webgpu
 
 It says nothing about speed, nor about CUDA's kernels. What it shows: nothing of the loop relies on memory that both sides can reach, and
@@ -50,6 +50,7 @@ def main() -> int:
     prepare(options.bundle)
     environment = {
         **os.environ, "VK_DRIVER_FILES": driver, "VK_ICD_FILENAMES": driver, "XDG_RUNTIME_DIR": str(HOME), "LFM_EDGE_PROFILE": "generic",
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(Path(driver).parent), os.environ.get("LD_LIBRARY_PATH")])),
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
     }  # fmt: skip
     return subprocess.run([str(python), __file__, str(options.bundle), "--inside"], env=environment, check=False).returncode

@@ -89,6 +89,7 @@ def test_export(tmp_path, kills) -> None:
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow  # a killed run that goes on is tested beside quantize
 @KILLS
 def test_quantize(demo_bundle, tmp_path, kills) -> None:
     """With calibration: what was already calibrated is kept between runs, so that each kill hits another part."""

@@ -25,7 +25,8 @@ PI5 = Platform.of("pi5")
 
 @pytest.mark.parametrize(
     ("target", "python"),
-    [("pi5", "3.13"), ("pi5", "3.11"), ("jetson-jp6", "3.10"), ("jetson-jp7", "3.12"), ("x86_64", "3.12"), ("aarch64", "3.14")],
+    [("pi5", "3.13"), *(pytest.param(*other, marks=pytest.mark.slow) for other in (
+        ("pi5", "3.11"), ("jetson-jp6", "3.10"), ("jetson-jp7", "3.12"), ("x86_64", "3.12"), ("aarch64", "3.14")))],
 )
 def test_the_same_as_another_resolver(target, python, tmp_path) -> None:
     """Metadata only, from the index: the same releases as uv finds for that Python, processor and C library."""
