@@ -48,7 +48,7 @@ class Decoder:
     def __init__(
         self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False, memory: Memory | None = None, longest: int = 0
     ) -> None:
-        """`memory`: of the device that the sessions compute on, where it is not this process's. `longest`: tokens there are positions for."""
+        """`memory`: of the device that the sessions compute on, where it is not this process's; `longest`: tokens it has positions for."""
         self.path, self.longest = path, longest
         self._memory = memory
         self._loop: DeviceLoop | None = None
