@@ -35,14 +35,14 @@ def for_gpu(decoder: Graph) -> Graph:
         helper.make_tensor_value_info(TOP_IDS, INT64, ["batch", "positions", count]),
         helper.make_tensor_value_info(NEXT_MASK, INT64, ["batch", "past_and_tokens"]),
     ]
-    summed = next(n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask")
-    counted = onnx.NodeProto()
-    counted.CopyFrom(summed)
-    counted.input[0], counted.output[0] = "gpu.mask", "gpu.sum"
-    decoder = decoder.replaced({summed.name: [
-        helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT), counted,
-        helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
-    ]}, {})  # fmt: skip
+    for summed in [n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask"]:
+        counted = onnx.NodeProto()
+        counted.CopyFrom(summed)
+        counted.input[0], counted.output[0] = "gpu.mask", "gpu.sum"
+        decoder = decoder.replaced({summed.name: [
+            helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT), counted,
+            helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
+        ]}, {})  # fmt: skip
     return replace(decoder, nodes=[*decoder.nodes, *nodes], tensors={**decoder.tensors, **tensors}, outputs=[*decoder.outputs, *outputs])
 
 
@@ -85,7 +85,12 @@ def _attention(
     name: str, inputs: list[str], output: str, heads: int, vision: Graph
 ) -> tuple[list[onnx.NodeProto], Mapping[str, Tensor]]:
     """Query, key and value [views, patches, heads · d] → [views, patches, heads · d]."""
-    weight = vision.tensors[f"{name.removesuffix('.attention')}.qkv.weight"]
+    weight = vision.tensors.get(f"{name.removesuffix('.attention')}.qkv.weight")
+    if weight is None:
+        raise QuantizeError(
+            f"{vision.name}: {name} is kept fp32, since fp16 does not hold its values or --keep names it; TensorRT's graph is of one type: "
+            "stay with fp16"
+        )
     width = weight.shape[1] // 3
     kind = np.float16 if weight.dtype == FLOAT16 else np.float32
     tensors = {

@@ -391,7 +391,9 @@ def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
     else:
         int4 = run.bundle.graphs("int4")[1]
         original = Graph.open(int4[DECODER.stem], widen=False)
-        made = {DECODER.stem: over_its_files(for_gpu(half(original)), original)}
+        kept = set((read_manifest(run.bundle.folder) or {}).get("quantization", {}).get("fp16", {}).get("kept_fp32", []))
+        stay = [node.name for node in original.nodes if kept.intersection((node.name, node.name.removesuffix(".matmul")))]
+        made = {DECODER.stem: over_its_files(for_gpu(half(original, stay)), original)}
         files[EMBED_TOKENS.stem] = int4[EMBED_TOKENS.stem]
     others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in files.items() if stem not in made}
     return {**others, **made}, {"base": list(BASES[variant])}

@@ -89,12 +89,12 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import Execution, choose_variants
+    from lfm_runtime.sessions import Execution, choose_variants, profile_for
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
         raise SettingError("--variant has no effect beside --variants; leave one out")
-    profile = find_profile(options.profile, **flags)
+    profile = profile_for(bundle, options.profile, **flags)
     variants = options.variants.split(",") if options.variants else [choose_variants(bundle, profile)[0]]
     if len(set(variants)) < len(variants):
         raise SettingError(f"--variants {options.variants} names one twice")
@@ -106,7 +106,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     Execution.of(profile)  # raises what cannot be here, better now than in the first process
     for variant in variants:
         bundle.graphs(variant)
-    profiles = {variant: find_profile(options.profile, **{**flags, "variant": variant}) for variant in variants}
+    profiles = {variant: find_profile(profile, variant=variant) for variant in variants}
     subjects = [_subject(bundle, variant, profiles[variant], list(images.values()), question) for variant in variants]
     for subject in subjects:
         for step in subject.steps:

@@ -16,6 +16,7 @@ from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, SCH
 from lfm_runtime.errors import BundleError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImageSettings
+from lfm_runtime.onnx_file import external_files
 from lfm_runtime.prompt import PromptSpec, compile_on_device
 from lfm_runtime.sampling import GenerationSettings
 
@@ -95,9 +96,9 @@ class Bundle:
         return name, graphs
 
     def fingerprint(self, graph: Path) -> list[str]:
-        """Tells a graph and its weights from others: hashes where the manifest has them, else sizes and times."""
+        """Tells a graph and its weights, whose files they may be, from others: hashes where the manifest has them, else sizes and times."""
         found = []
-        for path in (graph, graph.with_name(f"{graph.name}_data")):
+        for path in (graph, *(graph.with_name(name) for name in sorted(external_files(graph)))):
             if path.exists():
                 name, status = path.relative_to(self.folder).as_posix(), path.stat()
                 found.append(self.files[name]["sha256"] if name in self.files else f"{name} {status.st_size} {status.st_mtime_ns}")
@@ -196,7 +197,8 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def _nearest(places: list[Path], graph: Graph, variant: str) -> Path | None:
-    suffixes = [VARIANT_SUFFIX[variant], *(VARIANT_SUFFIX[v] for v in ("int8", "fp16", "fp32", "int4"))]
+    others = ("fp16", "fp32", "int8", "int4") if "fp16" in variant else ("int8", "fp16", "fp32", "int4")
+    suffixes = [VARIANT_SUFFIX[variant], *(VARIANT_SUFFIX[v] for v in others)]
     return next((path for suffix in suffixes if (path := _find(places, graph, suffix)) is not None), None)
 
 

@@ -136,20 +136,18 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     from lfm_profiles import detect
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.gpu_wheel import CUDA
     from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import profile_for
 
     check_images(options)
     bundle = Bundle.open(Path(options.bundle))
-    profile = find_profile(options.profile, **setting_flags(options))
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
     device, start = detect(), process_memory()
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = [image_size(image, max_megapixels=most) for image in options.images]
-    # A hub folder tells too little to plan from; a GPU's memory is looked at when the graphs are loaded.
-    if bundle.files and CUDA not in profile.providers:
+    if bundle.files:  # a hub folder tells too little to plan from
         fitted = fit(Planner(bundle, sizes, question, start), profile, device, force=options.force)
         for step in fitted.steps:
             print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)

@@ -47,6 +47,8 @@ KV8 = "-kv8"
 """Ends the name of a variant that is another with keys and values in 8 bits, over the same weights' files."""
 BASES = {"int8-kv8": ("int8",), "int4-kv8": ("int4",), "int4-fp16": ("int4", "fp16"), "fp16-trt": ("fp16",)}
 """Variants whose graphs are over the files of others: of these."""
+FOR_GPUS = ("int4-fp16", "fp16-trt")
+"""Nothing is prepared of them for a processor, which computes them all the same: int4-fp16 becomes NaN in what onnxruntime 1.31 saves."""
 
 
 @dataclass(frozen=True)

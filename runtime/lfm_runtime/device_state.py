@@ -148,6 +148,7 @@ class DeviceLoop:
         """
         found = next((b for b in sorted(self._free, key=lambda b: b.capacity) if b.capacity >= capacity), None)
         if found is None:
+            self._free = []  # they are smaller, and their memory is wanted
             return Buffers(self, capacity)
         self._free.remove(found)
         return found

@@ -261,11 +261,11 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime import golden
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import choose_variants
+    from lfm_runtime.sessions import choose_variants, profile_for
 
     assert machine.bundle is not None
-    bundle, profile = Bundle.open(machine.bundle), find_profile(machine.profile)
+    bundle = Bundle.open(machine.bundle)
+    profile = profile_for(bundle, machine.profile)
     variant = choose_variants(bundle, profile)[0]
     size = sum(int(entry["bytes"]) for entry in bundle.files.values())
     signed = ", signed" if (machine.bundle / "SHA256SUMS.sig").exists() else ""
@@ -283,12 +283,15 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.contract import DECODER, VISION_ENCODER
     from lfm_runtime.prepared import find
-    from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import choose_variants
+    from lfm_runtime.sessions import choose_variants, profile_for
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)
-    variant, prefill = choose_variants(bundle, find_profile(machine.profile))
+    profile = profile_for(bundle, machine.profile)
+    if not profile.prepared:
+        yield Finding("prepared", "ok", f"profile {profile.name} loads graphs as they are")
+        return
+    variant, prefill = choose_variants(bundle, profile)
     paths = [bundle.graphs(variant)[1][graph.stem] for graph in (VISION_ENCODER, DECODER)]
     paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
     found = [find(bundle, path) for path in paths]

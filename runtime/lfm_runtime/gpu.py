@@ -38,6 +38,7 @@ engine of their own, without ranges.
 """
 _OVERHEAD_MIB = 600
 """A CUDA context, its libraries' workspaces and what a prompt and a few views are worked on with."""
+_OF_A_GPU = re.compile(r"CUDA|cuda[A-Z]|cuDNN|CUDNN|CUBLAS|libcu|TensorRT|TRT")
 _FULL = re.compile(r"out of memory|Failed to allocate memory|ALLOC_FAILED|OUT_OF_MEMORY", re.IGNORECASE)
 
 
@@ -149,6 +150,11 @@ def check_memory(graphs: Iterable[Path]) -> None:
 def is_full(message: str) -> bool:
     """Whether a message of onnxruntime says that memory ran out."""
     return bool(_FULL.search(message))
+
+
+def is_of_a_gpu(message: str) -> bool:
+    """Whether a message of onnxruntime is about the GPU, its driver or libraries; else it is about the graph."""
+    return is_full(message) or bool(_OF_A_GPU.search(message))
 
 
 def full(graphs: Iterable[Path], message: str) -> GpuError:

@@ -131,8 +131,11 @@ def _entries(data: mmap.mmap, at: int) -> list[str]:
 
 def compute_capability(device: Device) -> int | None:
     """87 is 8.7; None where nothing tells."""
-    if device.soc in _OF_SOC:
-        return _OF_SOC[device.soc]
+    return _OF_SOC[device.soc] if device.soc in _OF_SOC else _asked_capability()
+
+
+@functools.cache  # asking takes tens of milliseconds
+def _asked_capability() -> int | None:
     words = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603

@@ -123,21 +123,27 @@ class Model:
         if verify:
             bundle.verify()
         chosen = find_profile(profile, **settings)
+
+        def planned(profile: Profile) -> Model:
+            images = image_settings(bundle.images, image_changes(profile, bundle.images))
+            graphs = Graphs(bundle, profile, verify=verify)
+            cache = None
+            if cache_mib or cache_folder:
+                cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
+            return Model(bundle, graphs, profile, images, cache)
+
+        failure = ""
         try:
-            graphs = Graphs(bundle, chosen, verify=verify)
-            graphs.load()
+            model = planned(chosen)
+            model.graphs.load()
         except GpuError as e:
             if not chosen.automatic:
                 raise
-            _log.warning("lfm-edge: computing on the CPU: %s", e)
-            chosen = on_cpu(chosen)
-            graphs = Graphs(bundle, chosen, verify=verify)
-            graphs.load()
-        images = image_settings(bundle.images, image_changes(chosen, bundle.images))
-        cache = None
-        if cache_mib or cache_folder:
-            cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
-        model = Model(bundle, graphs, chosen, images, cache)
+            failure = str(e)  # and not the exception, which holds on to what was loaded
+        if failure:
+            _log.warning("lfm-edge: computing on the CPU: %s", failure)
+            model = planned(on_cpu(chosen))
+            model.graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
 
@@ -189,6 +195,8 @@ class Model:
         report = Report()
         report.timing_ms["load"] = self.load_ms
         settings = self.generation.with_changes(generation)
+        if settings.speculate and self.graphs.execution.on_gpu:
+            raise SettingError("speculate is for the CPU: on a GPU the states that a wrong guess wants back stay there; leave it out")
         if settings.speculate and not self.decoder.verifies:
             raise SettingError(f"speculate needs a decoder that gives out what its convolutions read; export {self.bundle.folder} again")
         with report.stage("image"):

@@ -19,6 +19,7 @@ from lfm_runtime.context import MOST_AT_ONCE
 from lfm_runtime.contract import DECODER, KV8, VISION_ENCODER
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.gpu_wheel import CUDA
 from lfm_runtime.images import ImagePlan, image_settings, plan_image
 from lfm_runtime.measured import Costs
 from lfm_runtime.prepared import find
@@ -272,6 +273,8 @@ def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = Fal
         BundleError, SettingError: see Planner.plan.
     """
     first = planner.plan(profile)
+    if CUDA in profile.providers:  # whose memory is another's, and was looked at
+        return Fitted(first, (), device.free_mib)
     free, whole, budget = device.free_mib, device.usable_mib, profile.budget.peak_rss_mib
 
     def fits(plan: Plan) -> bool:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.contract import DECODER, VARIANT_SUFFIX
+from lfm_runtime.contract import DECODER, FOR_GPUS, VARIANT_SUFFIX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,9 @@ def run(options: argparse.Namespace) -> int:
 
     bundle = Bundle.open(options.bundle)
     variant, paths = bundle.graphs(options.variant)
+    if variant in FOR_GPUS:
+        print(f"{variant} is for GPUs, which load it as it is: there is nothing to prepare")
+        return 0
     wanted = [(graph, paths[graph.stem]) for graph in PREPARED]
     if options.prefill:
         wanted.append((DECODER, bundle.graphs(options.prefill)[1][DECODER.stem]))

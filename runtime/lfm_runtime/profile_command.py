@@ -133,13 +133,12 @@ def _plan(options: argparse.Namespace) -> None:
     from lfm_runtime.measured import find_measured
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import Execution
+    from lfm_runtime.sessions import Execution, profile_for
 
     if not options.names:
         raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
     bundle = Bundle.open(Path(options.names[0]))
-    profile = find_profile(options.profile, **setting_flags(options))
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
     device, start = detect(), process_memory()
     sizes = [image_size(name) for name in options.names[1:]]
     fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
@@ -189,8 +188,9 @@ def _tune(options: argparse.Namespace) -> None:
 
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.files import write_whole
+    from lfm_runtime.gpu_wheel import CUDA
     from lfm_runtime.images import image_size
-    from lfm_runtime.profile import find_profile
+    from lfm_runtime.sessions import profile_for
     from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
 
     if len(options.names) < 2:
@@ -204,7 +204,10 @@ def _tune(options: argparse.Namespace) -> None:
     images = [Path(name) for name in options.names[1:]]
     for image in images:
         image_size(image)  # better now than in the first process
-    bundle, profile, device = Bundle.open(Path(options.names[0])), find_profile(options.profile, **setting_flags(options)), detect()
+    bundle, device = Bundle.open(Path(options.names[0])), detect()
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
+    if CUDA in profile.providers:
+        raise SettingError(f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic")
     tuning = Tuning(
         bundle, profile, images, options.prompt or "Describe this image.", options.objective or "latency",
         FLOOR if options.floor is None else options.floor, axes_of(bundle, profile, images),

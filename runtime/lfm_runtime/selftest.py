@@ -22,16 +22,17 @@ from lfm_profiles.sensors import Sensors
 from lfm_runtime import golden
 from lfm_runtime.audit_result import inter_token, ttft
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.files import linked_copy
+from lfm_runtime.gpu import provider_options
 from lfm_runtime.images import plan_image
 from lfm_runtime.model import Answer, Model, PlannedImage
 from lfm_runtime.plan import Planner, fit, process_memory
 from lfm_runtime.process import last_line, run_command
-from lfm_runtime.profile import find_profile
 from lfm_runtime.prompt import Message
 from lfm_runtime.report import memory_mib
-from lfm_runtime.sessions import choose_variants
+from lfm_runtime.sessions import choose_variants, profile_for
 from lfm_runtime.trial import Trial, start
 
 _GROWTH = 0.01
@@ -64,7 +65,7 @@ class Installed:
         """Raises what Bundle.open and find_profile raise, and DoesNotFitError where the device's memory does not suffice."""
         self.folder = folder
         self.bundle = Bundle.open(folder)
-        self.profile: Profile = find_profile(profile, variant=variant)
+        self.profile: Profile = profile_for(self.bundle, profile, variant=variant)
         if self.bundle.files:  # a hub folder tells too little to plan from
             planner = Planner(self.bundle, [golden.SIZE], golden.QUESTION, process_memory())
             self.profile = fit(planner, self.profile, detect()).plan.profile
@@ -88,17 +89,17 @@ def _files(on: Installed) -> str:
 
 def _loads(on: Installed) -> str:
     """Every graph of the variant, with the profile's providers."""
-    wanted = on.profile.providers[0]
     try:
         graphs = on.model.graphs
-        sessions = {"decoder": on.model.decoder.sessions.decoder, "vision": graphs.vision()}
+        sessions = {DECODER: on.model.decoder.sessions.decoder, VISION_ENCODER: graphs.vision()}
     except EdgeError as e:
         raise CheckError(f"{e}; if it loads elsewhere, run: lfm-edge prepare {on.folder}") from e
-    for name, session in sessions.items():
+    for graph, session in sessions.items():
+        wanted = provider_options(on.profile.providers, graph)[0][0]
         if wanted not in session.get_providers():
             here = session.get_providers()[0]
-            raise CheckError(f"{name} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect")
-    return f"{on.model.variant} with {wanted}, {on.model.threads} threads"
+            raise CheckError(f"{graph.stem} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect")
+    return f"{on.model.variant} with {on.profile.providers[0]}, {on.model.threads} threads"
 
 
 def _golden(on: Installed) -> str:

@@ -34,19 +34,23 @@ from lfm_runtime.gpu import (
     check_tensorrt,
     full,
     is_full,
+    is_of_a_gpu,
     left_to_cpu,
     provider_options,
     unusable,
 )  # fmt: skip
 from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT, gpu_problem
+from lfm_runtime.images import ImageSettings
 from lfm_runtime.prepared import find, folder_of
+from lfm_runtime.profile import find_profile, on_cpu
 
 _log = logging.getLogger(__name__)
 
 _ERROR_SEVERITY = 3
 _FIRST_CAPACITY = 512
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
-# onnxruntime's exceptions share no base class of their own; these are all of them, and a run with bindings raises plain RuntimeErrors.
+# onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is about memory of a
+# device, raises plain RuntimeErrors.
 _FAILURES: tuple[type[Exception], ...] = tuple(
     c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception)
 )
@@ -58,12 +62,16 @@ def failures_are_ours(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not isinstance(e, _FAILURES) and type(e) is not RuntimeError:
+        if not _is_onnxruntimes(e):
             raise
         reason = " ".join(str(e).split())[:300]
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason}); check it with --verify, or export it again"
         ) from e
+
+
+def _is_onnxruntimes(e: Exception) -> bool:
+    return isinstance(e, _FAILURES) or (type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution")))
 
 
 def onnxruntime_is(version: str) -> bool:
@@ -103,11 +111,8 @@ class Execution:
         """What a profile asks for, here.
 
         Raises:
-            GpuError: no GPU, or one that this onnxruntime cannot use.
             SettingError: processors that are not there, or a provider this onnxruntime lacks.
         """
-        if CUDA in profile.providers and (problem := gpu_problem(detect())):
-            raise GpuError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
         available = ort.get_available_providers()
         if missing := [name for name in profile.providers if name not in available]:
             raise SettingError(
@@ -179,29 +184,21 @@ class Graphs:
             GpuError: the GPU cannot be used, or its memory does not suffice.
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
-        images = bundle.images
-        self.execution = replace(
-            Execution.of(profile), engines=folder_of(bundle.folder) / "tensorrt", cuda_graphs=onnxruntime_is(CUDA_GRAPHS_SINCE),
-            most_patches=max(images.max_image_tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2),
-        )  # fmt: skip
+        if CUDA in profile.providers:
+            _check_gpu(bundle, profile)
+        elif profile.is_flag("strict_placement"):
+            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
+        self.execution = Execution.of(profile)
         name, self.prefill = choose_variants(bundle, profile)
         self.variant, self.paths = bundle.graphs(name)
         if self.execution.on_gpu:
-            if profile.low_memory:
-                raise SettingError("low_memory is for the CPU: on a GPU the graphs stay loaded; leave it out, or take a smaller variant")
-            if "fp16" not in self.variant and not profile.is_flag("variant"):
-                raise GpuError(
-                    f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; make one: "
-                    f"lfm-edge quantize {bundle.folder} --variant fp16"
-                )
-            check_memory(self.paths.values())
-        elif profile.is_flag("strict_placement"):
-            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
-        if TENSORRT in profile.providers:
-            check_tensorrt(self.paths[VISION_ENCODER.stem])
+            self.execution = replace(
+                self.execution, cuda_graphs=onnxruntime_is(CUDA_GRAPHS_SINCE), engines=_engines(bundle, self.paths[VISION_ENCODER.stem]),
+                most_patches=_most_patches(bundle.images, profile),
+            )  # fmt: skip
         self.prefill_path = bundle.graphs(self.prefill)[1][DECODER.stem] if self.prefill else None
         self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
-        if self.prefill_path and not self.execution.on_gpu and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
+        if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
             _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", self.prefill, *short)
             self.prefill = self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
@@ -236,20 +233,27 @@ class Graphs:
 
     def _try_a_step(self) -> None:
         """On a GPU the first token of all is captured, which can fail; better now. Where it does, steps are run uncaptured."""
-        try:
-            self.decoder.start(_FIRST_CAPACITY).step_token(0)
-        except Exception as e:
-            if isinstance(e, EdgeError):
-                raise
-            if not self.execution.cuda_graphs or is_full(str(e)):
-                raise self._explained(e, self.paths[DECODER.stem]) from e
-            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", " ".join(str(e).split())[:300])
+        failure = self._failure_of_a_step()
+        if failure and self.execution.cuda_graphs and not is_full(failure):
+            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", failure)
             self.execution = replace(self.execution, cuda_graphs=False)
             self.decoder.release()
-            self._try_a_step()
+            failure = self._failure_of_a_step()
+        if failure:
+            raise self._explained(failure, self.paths[DECODER.stem])
 
-    def _explained(self, e: Exception, path: Path) -> GpuError:
-        return full(self.paths.values(), str(e)) if is_full(str(e)) else unusable(path, CUDA, str(e))
+    def _failure_of_a_step(self) -> str | None:
+        """As words: the exception holds on to the session, whose weights would be in memory twice once it is loaded again."""
+        try:
+            self.decoder.start(_FIRST_CAPACITY).step_token(0)
+        except EdgeError:
+            raise
+        except Exception as e:  # noqa: BLE001  (onnxruntime's have no common kind)
+            return " ".join(str(e).split())[:300]
+        return None
+
+    def _explained(self, failure: str, path: Path) -> GpuError:
+        return full(self.paths.values(), failure) if is_full(failure) else unusable(path, CUDA, failure)
 
     def vision(self) -> ort.InferenceSession:
         """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller lets go of it."""
@@ -300,8 +304,8 @@ class Graphs:
         try:
             session = self._best(graph, path)
         except BundleError as e:
-            if self.execution.on_gpu and e.__cause__:
-                raise self._explained(e.__cause__, path) from e  # type: ignore[arg-type]
+            if self.execution.on_gpu and is_of_a_gpu(str(e.__cause__)):
+                raise self._explained(str(e.__cause__), path) from e
             raise
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
@@ -323,6 +327,54 @@ class Graphs:
                     return session
         self._unprepared.add(path.name)
         return load_session(path, graph, self.execution)
+
+
+def profile_for(bundle: Bundle, name: str | os.PathLike[str] | Profile = "", **flags: Any) -> Profile:
+    """find_profile, for a bundle: where nobody named a profile and its GPU cannot compute this bundle, it is the CPU's, and that is said.
+
+    Raises:
+        GpuError: the GPU of a profile that was named cannot be used, as a whole or for this bundle.
+        SettingError: see find_profile.
+    """
+    profile = find_profile(name, **flags)
+    if CUDA in profile.providers:
+        try:
+            _check_gpu(bundle, profile)
+        except GpuError as e:
+            if not profile.automatic:
+                raise
+            _log.warning("lfm-edge: computing on the CPU: %s", e)
+            return on_cpu(profile)
+    return profile
+
+
+def _check_gpu(bundle: Bundle, profile: Profile) -> None:
+    """Raise GpuError where this GPU cannot compute this bundle, SettingError for what a GPU does not do."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts, or another card's memory would be looked at
+    if problem := gpu_problem(detect()):
+        raise GpuError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
+    name = choose_variants(bundle, profile)[0]
+    if "fp16" not in name and not profile.is_flag("variant"):
+        raise GpuError(
+            f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; make one: "
+            f"lfm-edge quantize {bundle.folder} --variant {profile.variant[0]}"
+        )
+    if TENSORRT in profile.providers:
+        check_tensorrt(bundle.graphs(name)[1][VISION_ENCODER.stem])
+    if profile.low_memory:
+        raise SettingError("low_memory is for the CPU: on a GPU the graphs stay loaded; leave it out, or take a smaller variant")
+    check_memory(bundle.graphs(name)[1].values())
+
+
+def _engines(bundle: Bundle, vision: Path) -> Path:
+    """Where TensorRT keeps what it made of these weights: it tells engines apart by names and shapes alone."""
+    made_of = hashlib.sha256("\n".join(bundle.fingerprint(vision)).encode()).hexdigest()[:12]
+    return folder_of(bundle.folder) / f"tensorrt-{made_of}"
+
+
+def _most_patches(images: ImageSettings, profile: Profile) -> int:
+    tokens = max(images.max_image_tokens, profile.max_image_tokens or 0)
+    return max(tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2)
 
 
 def choose_variants(bundle: Bundle, profile: Profile) -> tuple[str, str | None]:
@@ -350,6 +402,10 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
     """The variant whose decoder reads prompts. A profile's wish that cannot be met is none; the user's is an error."""
     name, asked = profile.prefill, profile.is_flag("prefill")
     if name in (None, "none") or profile.low_memory:
+        return None
+    if CUDA in profile.providers:
+        if asked:
+            raise SettingError(f"prefill {name} has no effect on a GPU, whose decoder reads prompts as well; leave it out")
         return None
     if variant in (name, f"{name}{KV8}"):
         if asked:

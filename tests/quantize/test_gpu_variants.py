@@ -104,3 +104,20 @@ def test_standard_operators_only_once(bundle) -> None:
         attribute.g.node[0].op_type = "Attention"
     with pytest.raises(QuantizeError, match="is not attention as lfm-edge export builds it"):
         in_standard_operators(graph)
+
+
+def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path) -> None:
+    """Nodes that fp16 does not hold: int4-fp16 keeps them as well, and TensorRT's graph of one type is refused."""
+    folder = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    quantize(folder, Settings("fp16", keep=("text.layers.3.*", "vision.encoder.layers.0.self_attn.qkv")), warn=lambda _: None)
+    quantize(folder, Settings("int4"), warn=lambda _: None)
+    quantize(folder, Settings("int4-fp16"), warn=lambda _: None)
+    model = onnx.load(str(Bundle.open(folder).graphs("int4-fp16")[1][DECODER.stem]), load_external_data=False)
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    fp32 = [name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT]
+    assert any(name.startswith("text.layers.3.ffn_norm") for name in fp32), fp32
+    product = next(n for n in model.graph.node if n.name == "text.layers.3.feed_forward.w2.matmul")
+    assert product.input[0].endswith(".fp32") or product.input[0] not in kinds
+    assert Model.load(folder, variant="int4-fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text() is not None
+    with pytest.raises(QuantizeError, match="is kept fp32, since fp16 does not hold its values or --keep names it"):
+        quantize(folder, Settings("fp16-trt"), warn=lambda _: None)

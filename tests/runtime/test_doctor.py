@@ -218,6 +218,8 @@ def test_the_chip_of_a_pc(monkeypatch, tmp_path) -> None:
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     machine = of("x86-gpu", tmp_path / "root")
+    gpu_wheel._asked_capability.cache_clear()
     assert gpu_wheel.compute_capability(machine.device) == 89
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    gpu_wheel._asked_capability.cache_clear()
     assert gpu_wheel.compute_capability(machine.device) is None

@@ -292,7 +292,7 @@ def test_fp32_attention_and_int8_products_have_none(bundle) -> None:
 
 @pytest.mark.parametrize("variant", ["fp16", "int4-fp16"])
 def test_graphs_can_be_captured(bundle, variant) -> None:
-    """No branches, and every value computed from numbers in the inputs, not from their shapes, is floats or on the device."""
+    """No branches, and nothing whose size depends on values: both are refused, or wait for the device."""
     import onnx
 
     for graph in (DECODER, EMBED_TOKENS):
@@ -467,7 +467,7 @@ def test_memory_runs_out_while_answering(message, bundle, machine, monkeypatch, 
     machine(memory=(120, 8192))
     with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
-    failure = RuntimeError  # which a run with bindings raises
+    failure, message = RuntimeError, f"Error in execution: {message}"  # as a run with bindings raises it
     with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
     model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
@@ -584,10 +584,121 @@ def test_profiles_for_gpus_say_what_they_do() -> None:
         assert read(name).match == read("balanced").match  # never taken by itself
 
 
-def test_a_portable_decoder_copies_its_past(demo_model) -> None:
-    """Attention of standard operators has no past in place: the plain form, on any device."""
-    plain = demo_model.decoder
-    other = Decoder(lambda: plain.sessions, plain.path, memory=OrtMemory("cpu"))
-    other.sessions  # noqa: B018
-    other.shares_kv = False
-    assert isinstance(other.start(64), ConcatenatedState)
+def test_a_decoder_with_other_edges_copies_its_past(bundle, tmp_path) -> None:
+    """As the hub's fp16 ones have, embeddings and logits in fp16: the plain form, on any device, with the same words."""
+    import onnx
+
+    path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
+    model = onnx.load(str(path))
+    graph = model.graph
+    for name, values in (("inputs_embeds", graph.input), ("logits", graph.output)):
+        next(v for v in values if v.name == name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    cast_in, cast_out = (next(n for n in graph.node if n.op_type == "Cast" and e in (*n.input, *n.output)) for e in ("inputs_embeds", "logits"))
+    cast_out.attribute[0].i = cast_in.attribute[0].i = onnx.TensorProto.FLOAT16
+    top = next(n for n in graph.node if n.op_type == "TopK")
+    graph.node.remove(top)
+    for name in ("top_logits", "top_ids"):
+        graph.output.remove(next(o for o in graph.output if o.name == name))
+    onnx.save(model, tmp_path / "decoder.onnx")
+    plain = Model.load(bundle, variant="fp16", threads=1).decoder
+    sessions_ = replace(plain.sessions, decoder=ort.InferenceSession(str(tmp_path / "decoder.onnx")))
+    other = Decoder(lambda: sessions_, tmp_path / "decoder.onnx", memory=OrtMemory("cpu"))
+    state, wanted = other.start(64), plain.start(64)
+    assert isinstance(state, ConcatenatedState)
+    embeds = plain.embed(ids(20))
+    np.testing.assert_allclose(state.step(embeds), wanted.step(embeds), atol=0.05)
+    np.testing.assert_allclose(state.step_token(5), wanted.step_token(5), atol=0.05)
+
+
+# ------------------------------------------------------------------------------------------- the same everywhere it is asked
+
+
+def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, caplog, monkeypatch, photo) -> None:
+    """A bundle that this GPU cannot compute: run plans its memory for the CPU, audit, selftest and plan take the CPU's profile as well."""
+    from lfm_runtime import plan
+    from lfm_runtime.selftest import Installed
+
+    machine()
+    planned = []
+    was = plan.fit
+    monkeypatch.setattr("lfm_runtime.plan.fit", lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1])
+    assert main(["run", str(demo_bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "2"]) == 0
+    assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
+    assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0
+    assert planned == [(CPU,)] * 2  # selftest has its own name for it
+    assert sessions.profile_for(Bundle.open(bundle), "auto").providers == (CUDA, CPU)
+    capsys.readouterr()
+    assert main(["profile", "tune", str(bundle), str(photo), "--profile", "x86-cuda"]) == 2
+    assert "tune searches what suits a processor, x86-cuda computes on a GPU" in capsys.readouterr().err
+
+
+def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
+    from lfm_runtime.plan import Planner, fit, process_memory
+
+    machine()
+    chosen = sessions.profile_for(Bundle.open(bundle), "x86-cuda")
+    small = replace(detect(), ram_available_mib=50, ram_total_mib=60, limit_mib=None, limit_free_mib=None)
+    fitted = fit(Planner(Bundle.open(bundle), [], "x", process_memory()), chosen, small)
+    assert (fitted.steps, fitted.plan.profile) == ((), chosen)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"prefill": "fp16", "variant": "int4-fp16"}, "prefill fp16 has no effect on a GPU"),
+        ({"low_memory": True}, "low_memory is for the CPU"),
+        ({"min_tiles": 5, "max_tiles": 2}, "min_tiles"),
+    ],
+)
+def test_wrong_settings_before_anything_is_loaded(flags, said, bundle, machine, monkeypatch) -> None:
+    machine()
+    monkeypatch.setattr(sessions.Graphs, "load", lambda _: pytest.fail("it was loaded"))
+    with pytest.raises(SettingError, match=said):
+        Model.load(bundle, profile="x86-cuda", **flags)
+
+
+def test_guesses_are_for_the_cpu(bundle, monkeypatch) -> None:
+    model = Model.load(bundle, variant="fp16", threads=1)
+    model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
+    with pytest.raises(SettingError, match="speculate is for the CPU"):
+        model.answer([], "x", speculate=4)
+
+
+def test_what_the_named_variant_is(bundle, machine, tmp_path) -> None:
+    """The profile's own first is what to make, and a graph's damage is not the GPU's."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    machine()
+    opened = Bundle.open(copy)
+    without = replace(opened, variants={v: f for v, f in opened.variants.items() if "fp16" not in v})
+    with pytest.raises(GpuError, match=r"lfm-edge quantize .* --variant fp16-trt"):
+        sessions.profile_for(without, "x86-cuda-tensorrt")
+    assert gpu.is_of_a_gpu("CUDA failure 35: CUDA driver version is insufficient")
+    assert not gpu.is_of_a_gpu("GetExtDataFromTensorProto External data type file_length: 100 are out of bounds")
+
+
+def test_a_callers_own_error_stays_his(bundle, photo) -> None:
+    model = Model.load(bundle, variant="fp32", threads=1)
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("my window is closed")
+
+    with pytest.raises(RuntimeError, match="my window is closed"):
+        model.answer([photo], QUESTION, progress=gone).text()
+
+
+def test_engines_are_of_their_weights(bundle, tmp_path) -> None:
+    """TensorRT tells engines apart by names and shapes: other weights get another folder."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    opened = Bundle.open(copy)
+    vision = opened.graphs("fp16-trt")[1][VISION_ENCODER.stem]
+    before = sessions._engines(opened, vision)
+    assert before == sessions._engines(Bundle.open(copy), vision)
+    name = "onnx/vision_encoder_fp16.onnx_data"
+    changed = replace(opened, files={**opened.files, name: {**opened.files[name], "sha256": "0" * 64}})
+    assert sessions._engines(changed, vision) != before
+
+
+def test_nothing_is_prepared_for_gpus(bundle, capsys) -> None:
+    for variant in ("int4-fp16", "fp16-trt"):
+        assert main(["prepare", str(bundle), "--variant", variant]) == 0
+        assert "nothing to prepare" in capsys.readouterr().out

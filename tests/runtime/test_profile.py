@@ -29,7 +29,7 @@ def sessions(monkeypatch) -> list[dict]:
     created: list[dict] = []
     real = ort.InferenceSession
 
-    def spy(path, options, providers):
+    def spy(path, options, providers, enable_fallback):
         def entry(key):
             try:
                 return options.get_session_config_entry(f"session.intra_op{key}")
@@ -40,7 +40,7 @@ def sessions(monkeypatch) -> list[dict]:
             "graph": Path(path).name, "threads": options.intra_op_num_threads, "arena": options.enable_cpu_mem_arena, "providers": providers,
             "spinning": entry(".allow_spinning"), "spin_us": entry(".spin_duration_us"), "affinity": entry("_thread_affinities"),
         })  # fmt: skip
-        return real(path, options, providers=providers)
+        return real(path, options, providers=providers, enable_fallback=enable_fallback)
 
     monkeypatch.setattr("lfm_runtime.sessions.ort.InferenceSession", spy)
     return created
