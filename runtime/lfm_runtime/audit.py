@@ -37,8 +37,8 @@ from lfm_runtime.page_cache import drop_from_page_cache, read_into_page_cache
 from lfm_runtime.power import Power, read_meter
 from lfm_runtime.prepared import folder_of
 from lfm_runtime.process import last_line, run_command
-from lfm_runtime.sessions import choose_variants
 from lfm_runtime.trial import Trial, TrialError, start
+from lfm_runtime.variants import choose_variants
 from lfm_runtime.verdict import check_limits, verdict
 from lfm_runtime.watch import StateSample, Watch
 

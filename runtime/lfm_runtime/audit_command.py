@@ -88,8 +88,9 @@ def run(options: argparse.Namespace) -> int:
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.profile import find_profile
-    from lfm_runtime.sessions import Execution, choose_variants, profile_for
+    from lfm_runtime.profile import find_profile, profile_for
+    from lfm_runtime.sessions import Execution
+    from lfm_runtime.variants import choose_variants
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:

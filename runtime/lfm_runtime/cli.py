@@ -139,7 +139,7 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.sessions import profile_for
+    from lfm_runtime.profile import profile_for
 
     check_images(options)
     bundle = Bundle.open(Path(options.bundle))

@@ -261,7 +261,8 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime import golden
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.sessions import choose_variants, profile_for
+    from lfm_runtime.profile import profile_for
+    from lfm_runtime.variants import choose_variants
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)
@@ -283,7 +284,8 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.contract import DECODER, VISION_ENCODER
     from lfm_runtime.prepared import find
-    from lfm_runtime.sessions import choose_variants, profile_for
+    from lfm_runtime.profile import profile_for
+    from lfm_runtime.variants import choose_variants
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)

@@ -26,7 +26,7 @@ from lfm_runtime.prepared import find
 from lfm_runtime.profile import generation_changes, image_changes
 from lfm_runtime.prompt import Message, PromptBuilder
 from lfm_runtime.report import memory_mib
-from lfm_runtime.sessions import choose_variants
+from lfm_runtime.variants import choose_variants
 
 MIB = float(1 << 20)
 FEW_IMAGE_TOKENS = 64

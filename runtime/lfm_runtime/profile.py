@@ -11,10 +11,14 @@ import onnxruntime as ort
 from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, with_flags
 from lfm_profiles.schema import AUTO, FLAG, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.contract import VISION_ENCODER
 from lfm_runtime.errors import SettingError
-from lfm_runtime.gpu_wheel import CUDA, gpu_problem
+from lfm_runtime.gpu import GpuError, check_memory, check_tensorrt
+from lfm_runtime.gpu_wheel import CUDA, TENSORRT, gpu_problem
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.sampling import GenerationSettings
+from lfm_runtime.variants import choose_variant
 
 _log = logging.getLogger(__name__)
 VARIABLE = "LFM_EDGE_PROFILE"
@@ -47,6 +51,43 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
         return with_flags(name, given)
     except ProfileError as e:
         raise SettingError(str(e)) from e
+
+
+def profile_for(bundle: Bundle, name: str | os.PathLike[str] | Profile = "", **flags: Any) -> Profile:
+    """find_profile, for a bundle: where nobody named a profile and its GPU cannot compute this bundle, it is the CPU's, and that is said.
+
+    Raises:
+        GpuError: the GPU of a profile that was named cannot be used, as a whole or for this bundle.
+        SettingError: see find_profile.
+    """
+    profile = find_profile(name, **flags)
+    if CUDA in profile.providers:
+        try:
+            check_gpu(bundle, profile)
+        except GpuError as e:
+            if not profile.automatic:
+                raise
+            _log.warning("lfm-edge: computing on the CPU: %s", e)
+            return on_cpu(profile)
+    return profile
+
+
+def check_gpu(bundle: Bundle, profile: Profile) -> None:
+    """Raise GpuError where this GPU cannot compute this bundle, SettingError for what a GPU does not do."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts, or another card's memory would be looked at
+    if problem := gpu_problem(detect()):
+        raise GpuError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
+    name = choose_variant(bundle, profile)
+    if "fp16" not in name and not profile.is_flag("variant"):
+        raise GpuError(
+            f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; make one: "
+            f"lfm-edge quantize {bundle.folder} --variant {profile.variant[0]}"
+        )
+    if TENSORRT in profile.providers:
+        check_tensorrt(bundle.graphs(name)[1][VISION_ENCODER.stem])
+    if profile.low_memory:
+        raise SettingError("low_memory is for the CPU: on a GPU the graphs stay loaded; leave it out, or take a smaller variant")
+    check_memory(bundle.graphs(name)[1].values())
 
 
 def on_cpu(profile: Profile) -> Profile:

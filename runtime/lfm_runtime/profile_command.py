@@ -133,7 +133,8 @@ def _plan(options: argparse.Namespace) -> None:
     from lfm_runtime.measured import find_measured
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
     from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.sessions import Execution, profile_for
+    from lfm_runtime.profile import profile_for
+    from lfm_runtime.sessions import Execution
 
     if not options.names:
         raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
@@ -190,7 +191,7 @@ def _tune(options: argparse.Namespace) -> None:
     from lfm_runtime.files import write_whole
     from lfm_runtime.gpu_wheel import CUDA
     from lfm_runtime.images import image_size
-    from lfm_runtime.sessions import profile_for
+    from lfm_runtime.profile import profile_for
     from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
 
     if len(options.names) < 2:

@@ -30,10 +30,11 @@ from lfm_runtime.images import plan_image
 from lfm_runtime.model import Answer, Model, PlannedImage
 from lfm_runtime.plan import Planner, fit, process_memory
 from lfm_runtime.process import last_line, run_command
+from lfm_runtime.profile import profile_for
 from lfm_runtime.prompt import Message
 from lfm_runtime.report import memory_mib
-from lfm_runtime.sessions import choose_variants, profile_for
 from lfm_runtime.trial import Trial, start
+from lfm_runtime.variants import choose_variants
 
 _GROWTH = 0.01
 _SMALLEST_GROWTH_MIB = 2.0

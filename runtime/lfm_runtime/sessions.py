@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime as ort
 import psutil
-from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, detect, physical_cores
+from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, physical_cores
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.bundle import Bundle
@@ -29,9 +29,7 @@ from lfm_runtime.gpu import (
     RECORD_PLACEMENT,
     GpuError,
     cannot_be_captured,
-    check_memory,
     check_placement,
-    check_tensorrt,
     full,
     is_full,
     is_of_a_gpu,
@@ -39,10 +37,11 @@ from lfm_runtime.gpu import (
     provider_options,
     unusable,
 )  # fmt: skip
-from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT, gpu_problem
+from lfm_runtime.gpu_wheel import CPU, CUDA
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.prepared import find, folder_of
-from lfm_runtime.profile import find_profile, on_cpu
+from lfm_runtime.profile import check_gpu
+from lfm_runtime.variants import choose_variants
 
 _log = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ class Graphs:
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
         if CUDA in profile.providers:
-            _check_gpu(bundle, profile)
+            check_gpu(bundle, profile)
         elif profile.is_flag("strict_placement"):
             raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
         self.execution = Execution.of(profile)
@@ -329,43 +328,6 @@ class Graphs:
         return load_session(path, graph, self.execution)
 
 
-def profile_for(bundle: Bundle, name: str | os.PathLike[str] | Profile = "", **flags: Any) -> Profile:
-    """find_profile, for a bundle: where nobody named a profile and its GPU cannot compute this bundle, it is the CPU's, and that is said.
-
-    Raises:
-        GpuError: the GPU of a profile that was named cannot be used, as a whole or for this bundle.
-        SettingError: see find_profile.
-    """
-    profile = find_profile(name, **flags)
-    if CUDA in profile.providers:
-        try:
-            _check_gpu(bundle, profile)
-        except GpuError as e:
-            if not profile.automatic:
-                raise
-            _log.warning("lfm-edge: computing on the CPU: %s", e)
-            return on_cpu(profile)
-    return profile
-
-
-def _check_gpu(bundle: Bundle, profile: Profile) -> None:
-    """Raise GpuError where this GPU cannot compute this bundle, SettingError for what a GPU does not do."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts, or another card's memory would be looked at
-    if problem := gpu_problem(detect()):
-        raise GpuError(f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits")
-    name = choose_variants(bundle, profile)[0]
-    if "fp16" not in name and not profile.is_flag("variant"):
-        raise GpuError(
-            f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; make one: "
-            f"lfm-edge quantize {bundle.folder} --variant {profile.variant[0]}"
-        )
-    if TENSORRT in profile.providers:
-        check_tensorrt(bundle.graphs(name)[1][VISION_ENCODER.stem])
-    if profile.low_memory:
-        raise SettingError("low_memory is for the CPU: on a GPU the graphs stay loaded; leave it out, or take a smaller variant")
-    check_memory(bundle.graphs(name)[1].values())
-
-
 def _engines(bundle: Bundle, vision: Path) -> Path:
     """Where TensorRT keeps what it made of these weights: it tells engines apart by names and shapes alone."""
     made_of = hashlib.sha256("\n".join(bundle.fingerprint(vision)).encode()).hexdigest()[:12]
@@ -375,46 +337,6 @@ def _engines(bundle: Bundle, vision: Path) -> Path:
 def _most_patches(images: ImageSettings, profile: Profile) -> int:
     tokens = max(images.max_image_tokens, profile.max_image_tokens or 0)
     return max(tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2)
-
-
-def choose_variants(bundle: Bundle, profile: Profile) -> tuple[str, str | None]:
-    """(variant, the one whose decoder reads prompts) that a profile comes to with this bundle.
-
-    Raises:
-        SettingError: prefill, asked for by the user, has no effect.
-    """
-    variant = _variant(bundle, profile)
-    return variant, _prefill(bundle, profile, variant)
-
-
-def _variant(bundle: Bundle, profile: Profile) -> str:
-    """The one the user named; the profile's first that is there; the bundle's first."""
-    if profile.is_flag("variant"):
-        name = profile.variant[0]
-    else:
-        name = next((v for v in profile.variant if v in bundle.variants), next(iter(bundle.variants)))
-    if profile.kv == "int8" and not name.endswith(KV8) and (f"{name}{KV8}" in bundle.variants or profile.is_flag("kv")):
-        return f"{name}{KV8}"
-    return name
-
-
-def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
-    """The variant whose decoder reads prompts. A profile's wish that cannot be met is none; the user's is an error."""
-    name, asked = profile.prefill, profile.is_flag("prefill")
-    if name in (None, "none") or profile.low_memory:
-        return None
-    if CUDA in profile.providers:
-        if asked:
-            raise SettingError(f"prefill {name} has no effect on a GPU, whose decoder reads prompts as well; leave it out")
-        return None
-    if variant in (name, f"{name}{KV8}"):
-        if asked:
-            raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
-        return None
-    if variant.endswith(KV8) and not name.endswith(KV8) and f"{name}{KV8}" in bundle.variants:
-        name = f"{name}{KV8}"
-    alike = all((form in name) == (form in variant) for form in (KV8, "fp16"))
-    return name if asked or (name in bundle.variants and alike) else None
 
 
 def _form_of_states(decoder: ort.InferenceSession) -> tuple[Any, ...]:

@@ -35,8 +35,8 @@ from lfm_runtime.images import image_settings, image_size, plan_image
 from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
 from lfm_runtime.power import Power
 from lfm_runtime.profile import find_profile, image_changes
-from lfm_runtime.sessions import choose_variants
 from lfm_runtime.trial import Trial, TrialError, start
+from lfm_runtime.variants import choose_variants
 from lfm_runtime.watch import Watch
 
 OBJECTIVES = ("latency", "memory", "energy")

@@ -379,8 +379,7 @@ def machine(monkeypatch, tmp_path):
 
     def make(name: str | None = "L4", built: tuple[str, ...] | None = ("sm_89",), memory: tuple[int, int] | None = (20_000, 24_000)) -> None:
         here = replace(detect(), gpu=name, cuda=bool(name))
-        for module in (profile, sessions):
-            monkeypatch.setattr(module, "detect", lambda *_: here)
+        monkeypatch.setattr(profile, "detect", lambda *_: here)
         (tmp_path / "library").write_bytes(b"")
         monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: tmp_path / "library" if built else None)
         monkeypatch.setattr(gpu_wheel, "_names", lambda _: iter(built or ()))
@@ -626,7 +625,7 @@ def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, ca
     assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
     assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0
     assert planned == [(CPU,)] * 2  # selftest has its own name for it
-    assert sessions.profile_for(Bundle.open(bundle), "auto").providers == (CUDA, CPU)
+    assert profile.profile_for(Bundle.open(bundle), "auto").providers == (CUDA, CPU)
     capsys.readouterr()
     assert main(["profile", "tune", str(bundle), str(photo), "--profile", "x86-cuda"]) == 2
     assert "tune searches what suits a processor, x86-cuda computes on a GPU" in capsys.readouterr().err
@@ -636,7 +635,7 @@ def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
     from lfm_runtime.plan import Planner, fit, process_memory
 
     machine()
-    chosen = sessions.profile_for(Bundle.open(bundle), "x86-cuda")
+    chosen = profile.profile_for(Bundle.open(bundle), "x86-cuda")
     small = replace(detect(), ram_available_mib=50, ram_total_mib=60, limit_mib=None, limit_free_mib=None)
     fitted = fit(Planner(Bundle.open(bundle), [], "x", process_memory()), chosen, small)
     assert (fitted.steps, fitted.plan.profile) == ((), chosen)
@@ -671,7 +670,7 @@ def test_what_the_named_variant_is(bundle, machine, tmp_path) -> None:
     opened = Bundle.open(copy)
     without = replace(opened, variants={v: f for v, f in opened.variants.items() if "fp16" not in v})
     with pytest.raises(GpuError, match=r"lfm-edge quantize .* --variant fp16-trt"):
-        sessions.profile_for(without, "x86-cuda-tensorrt")
+        profile.profile_for(without, "x86-cuda-tensorrt")
     assert gpu.is_of_a_gpu("CUDA failure 35: CUDA driver version is insufficient")
     assert not gpu.is_of_a_gpu("GetExtDataFromTensorProto External data type file_length: 100 are out of bounds")
 
