@@ -2,9 +2,9 @@
 goes in, the likeliest ids and their logits come out.
 
 Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of them, because two
-sets of convolution states swap roles (see decoder.SharedState). The mask of a step has the capacity's length, ones first; the graph
-itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured them: a
-model is to be used from one.
+sets of convolution states swap roles (see decoder.SharedState). The mask of a captured step has the capacity's length, ones first; the
+graph itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured
+them: a model is to be used from one.
 """
 
 from __future__ import annotations
@@ -80,11 +80,15 @@ class Buffers:
         self.logits = place(np.zeros((1, 1, decoder.vocabulary), np.float32))
         count = loop.top_tokens
         self.top = (place(np.zeros((1, 1, count), np.float32)), place(np.zeros((1, 1, count), np.int64))) if count else None
-        self._steps = [(self._bound(loop, turn), loop.captured()) for turn in range(2)] if loop.is_fixed else []
+        self._steps = [(self._bound(loop, turn, self.masks[turn]), loop.captured()) for turn in range(2)] if loop.is_fixed else []
 
-    def step(self, loop: DeviceLoop, turn: int) -> tuple[ort.IOBinding, ort.RunOptions]:
-        """What a step of one token is run with."""
-        return self._steps[turn] if self._steps else (self._bound(loop, turn), loop.decoder.uncaptured)
+    def step(self, loop: DeviceLoop, turn: int, length: int) -> tuple[ort.IOBinding, ort.RunOptions]:
+        """What a step of one token after `length` others is run with."""
+        if self._steps:
+            return self._steps[turn]
+        # A binding does not hold what is bound, where that is memory of this process.
+        self._mask = self.masks[turn] if loop.keeps_masks else loop.memory.place(np.ones((1, length + 1), np.int64))
+        return self._bound(loop, turn, self._mask), loop.decoder.uncaptured
 
     def bind_states(self, binding: ort.IOBinding, turn: int) -> None:
         """Read one of each convolution's states and write the other; attention's are both at once."""
@@ -92,15 +96,15 @@ class Buffers:
             binding.bind_ortvalue_input(name, values[turn % len(values)])
             binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
 
-    def _bound(self, loop: DeviceLoop, turn: int) -> ort.IOBinding:
+    def _bound(self, loop: DeviceLoop, turn: int, mask: Value) -> ort.IOBinding:
         binding = loop.decoder.sessions.decoder.io_binding()
         binding.bind_ortvalue_input("inputs_embeds", loop.embeds)
-        binding.bind_ortvalue_input("attention_mask", self.masks[turn])
+        binding.bind_ortvalue_input("attention_mask", mask)
         binding.bind_ortvalue_output("logits", self.logits)
         if self.top:
             binding.bind_ortvalue_output(TOP_LOGITS, self.top[0])
             binding.bind_ortvalue_output(TOP_IDS, self.top[1])
-        if loop.gives_mask:
+        if loop.gives_mask and loop.keeps_masks:
             binding.bind_ortvalue_output(NEXT_MASK, self.masks[1 - turn])
         self.bind_states(binding, turn)
         return binding
@@ -114,6 +118,8 @@ class DeviceLoop:
         self.decoder, self.memory = decoder, memory
         # Binding an input that an operator on the CPU reads copies it there and then: it must be bound anew whenever it has changed.
         self.is_fixed = decoder.sessions.all_on_device
+        # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length, which must then be that of what there is.
+        self.keeps_masks = self.is_fixed
         outputs = {o.name: o for o in decoder.sessions.decoder.get_outputs()}
         self.top_tokens = int(outputs[TOP_LOGITS].shape[2]) if {TOP_LOGITS, TOP_IDS} <= outputs.keys() else 0
         self.gives_mask = NEXT_MASK in outputs
@@ -177,8 +183,10 @@ class DeviceState:
         positions = 1 if tokens >= MANY_TOKENS or not decoder.windows else tokens
         logits = self._buffers.logits if positions == 1 else memory.place(np.zeros((1, positions, decoder.vocabulary), np.float32))
         binding = decoder.sessions.decoder.io_binding()
-        binding.bind_ortvalue_input("inputs_embeds", memory.place(embeds))
-        binding.bind_ortvalue_input("attention_mask", memory.place(np.ones((1, self.length + tokens), np.int64)))
+        inputs = {"inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + tokens), np.int64)}
+        held = {name: memory.place(array) for name, array in inputs.items()}  # until the run is over
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", logits)
         self._buffers.bind_states(binding, self._turn)
         decoder.sessions.decoder.run_with_iobinding(binding, decoder.uncaptured)
@@ -191,10 +199,10 @@ class DeviceState:
     def step_token(self, token: int) -> NDArray[np.float32] | Top:
         """See state.State."""
         loop, buffers = self._loop, self._buffers
-        if self._mask_for != self.length + 1:
+        if loop.keeps_masks and self._mask_for != self.length + 1:
             loop.memory.write(buffers.masks[self._turn], (np.arange(self.capacity) <= self.length).astype(np.int64)[None])
         loop.look_up(token)
-        binding, options = buffers.step(loop, self._turn)
+        binding, options = buffers.step(loop, self._turn, self.length)
         loop.decoder.sessions.decoder.run_with_iobinding(binding, options)
         self.length += 1
         self._turn = 1 - self._turn
@@ -210,7 +218,7 @@ class DeviceState:
 
     def mark(self) -> Mark:
         """See state.State."""
-        return Mark(self.length, {name: array for name, array in self._read().items() if name.startswith("past_conv.")})
+        return Mark(self.length, self._read())
 
     def rewind(self, mark: Mark) -> None:
         """See state.State."""
@@ -222,7 +230,7 @@ class DeviceState:
         return Snapshot(self.length, self._read(attention=True))
 
     def _read(self, *, attention: bool = False) -> dict[str, NDArray[Any]]:
-        """What the state holds now, by input."""
+        """What the convolutions hold now, and attention, by input."""
         found = {}
         for state in self._loop.decoder.states:
             if state.is_conv:

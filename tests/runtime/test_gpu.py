@@ -49,14 +49,18 @@ def bundle(demo_bundle, tmp_path_factory) -> Path:
 
 def on_device(model: Model) -> Model:
     """The same model with the decode loop of a device; its memory is the CPU's."""
-    plain, model.decoder = model.decoder, Decoder(lambda: plain.sessions, model.decoder.path, memory=OrtMemory("cpu"))
+    model.decoder = device_decoder(model.decoder)
     return model
+
+
+def device_decoder(plain: Decoder, *, fixed: bool = True) -> Decoder:
+    return Decoder(lambda: replace(plain.sessions, all_on_device=fixed), plain.path, memory=OrtMemory("cpu"))
 
 
 @pytest.fixture(scope="module", params=["fp16", "int4-fp16"])
 def pair(request, bundle) -> tuple[Decoder, Decoder]:
     model = Model.load(bundle, variant=request.param, threads=2)
-    return model.decoder, Decoder(lambda: model.decoder.sessions, model.decoder.path, memory=OrtMemory("cpu"))
+    return model.decoder, device_decoder(model.decoder)
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -135,8 +139,8 @@ def test_buffers_serve_again(pair) -> None:
 
 def test_without_fixed_addresses(pair) -> None:
     """Where an operator is left to the CPU, inputs are bound anew at each step: the same again, and no step is captured."""
-    plain, other = pair
-    fixed = Decoder(lambda: replace(plain.sessions, all_on_device=True), plain.path, memory=OrtMemory("cpu"))
+    plain, fixed = pair
+    other = device_decoder(plain, fixed=False)
     a, b = other.start(512), fixed.start(512)
     assert (other._loop.is_fixed, fixed._loop.is_fixed) == (False, True)
     for state in (a, b):
@@ -152,7 +156,7 @@ def test_without_fixed_addresses(pair) -> None:
 def test_a_decoder_without_the_outputs(demo_model) -> None:
     """fp32's, as any graph with attention in place: whole rows cross, and a mask for each token."""
     plain = demo_model.decoder
-    other = Decoder(lambda: plain.sessions, plain.path, memory=OrtMemory("cpu"))
+    other = device_decoder(plain, fixed=False)
     a, b = plain.start(512), other.start(512)
     for state in (a, b):
         state.step(plain.embed(ids(20)))
