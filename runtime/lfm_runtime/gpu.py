@@ -164,7 +164,7 @@ def full(graphs: Iterable[Path], message: str) -> GpuError:
     free = f"{memory[0]} of {memory[1]} MiB are free now, " if memory else ""
     return GpuError(
         f"out of GPU memory{more}: {free}the graphs' weights take {_weights_mib(graphs)} MiB; end other programs on it, or take a smaller "
-        "variant (int4-fp16), less --context, or fewer --max-tiles"
+        "variant (int4-fp16), fewer --max-tiles, or a profile with a smaller context"
     )
 
 
