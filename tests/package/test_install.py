@@ -202,6 +202,7 @@ def test_what_lies_about_is_not_imported(stick, tmp_path) -> None:
     assert "problems: 0" in done.stdout, done.stdout
 
 
+@pytest.mark.slow  # forty seconds
 def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> None:
     """A version that computes something else here is not made the current one; one that is over its budget is, with a warning."""
     import json

@@ -310,6 +310,7 @@ def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
     assert Model.load(bundle, variant="int4", threads=1).answer([], "hi").text() is not None
 
 
+@pytest.mark.slow  # blind, and for GPUs: test_gpu_variants.py
 def test_starting_from_fp16(few, tmp_path) -> None:
     export(CHECKPOINT, tmp_path / "bundle", dtype="fp16")
     quality = quantize(tmp_path / "bundle", Settings("int8", few / "images", few / "calibration.jsonl"))
