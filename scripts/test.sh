@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, in three environments made here. On two cores about fifteen minutes, pip and
+# Lint, types and all tests, in three environments made here. On two shared cores some twenty minutes, pip and
 # the first time included, more where other programs run. LONG=1 adds the tests marked slow, and more of the Arm sandbox.
 set -euo pipefail
 cd "$(dirname "$0")/.."
