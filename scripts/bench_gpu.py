@@ -135,14 +135,19 @@ class Side:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
                 return found
-        raise SystemExit("a side ended; its message is above")
+        sys.exit(2)  # it has said why
 
 
 def answer_requests(options: argparse.Namespace) -> int:
     """In a side's process."""
+    from lfm_runtime.errors import EdgeError
     from lfm_runtime.gpu import gpu_memory_used
 
-    facts, measures = (ours if options.side == "ours" else theirs)(options)
+    try:
+        facts, measures = (ours if options.side == "ours" else theirs)(options)
+    except EdgeError as e:
+        print(f"bench_gpu: {e}", file=sys.stderr)
+        return 2
     for measure in measures.values():  # once for whatever is made at the first time, once for captured steps
         measure()
         measure()
