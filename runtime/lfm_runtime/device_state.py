@@ -86,8 +86,8 @@ class Buffers:
         """What a step of one token after `length` others is run with."""
         if self._steps:
             return self._steps[turn]
-        # A binding does not hold what is bound, where that is memory of this process.
-        self._mask = self.masks[turn] if loop.keeps_masks else loop.memory.place(np.ones((1, length + 1), np.int64))
+        # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length. Held here: a binding does not hold what is bound.
+        self._mask = loop.memory.place(np.ones((1, length + 1), np.int64))
         return self._bound(loop, turn, self._mask), loop.decoder.uncaptured
 
     def bind_states(self, binding: ort.IOBinding, turn: int) -> None:
@@ -104,7 +104,7 @@ class Buffers:
         if self.top:
             binding.bind_ortvalue_output(TOP_LOGITS, self.top[0])
             binding.bind_ortvalue_output(TOP_IDS, self.top[1])
-        if loop.gives_mask and loop.keeps_masks:
+        if loop.gives_mask and loop.is_fixed:
             binding.bind_ortvalue_output(NEXT_MASK, self.masks[1 - turn])
         self.bind_states(binding, turn)
         return binding
@@ -118,8 +118,6 @@ class DeviceLoop:
         self.decoder, self.memory = decoder, memory
         # Binding an input that an operator on the CPU reads copies it there and then: it must be bound anew whenever it has changed.
         self.is_fixed = decoder.sessions.all_on_device
-        # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length, which must then be that of what there is.
-        self.keeps_masks = self.is_fixed
         outputs = {o.name: o for o in decoder.sessions.decoder.get_outputs()}
         self.top_tokens = int(outputs[TOP_LOGITS].shape[2]) if {TOP_LOGITS, TOP_IDS} <= outputs.keys() else 0
         self.gives_mask = NEXT_MASK in outputs
@@ -199,7 +197,7 @@ class DeviceState:
     def step_token(self, token: int) -> NDArray[np.float32] | Top:
         """See state.State."""
         loop, buffers = self._loop, self._buffers
-        if loop.keeps_masks and self._mask_for != self.length + 1:
+        if loop.is_fixed and self._mask_for != self.length + 1:
             loop.memory.write(buffers.masks[self._turn], (np.arange(self.capacity) <= self.length).astype(np.int64)[None])
         loop.look_up(token)
         binding, options = buffers.step(loop, self._turn, self.length)

@@ -179,10 +179,9 @@ def left_to_cpu(session: Any, path: Path) -> list[str] | None:
     """Operators of a graph that were given to the CPU though their inputs lie on the device: each is a copy to the host and back at
     every step. Those that compute with shapes alone belong there. None where this onnxruntime cannot tell.
     """
-    try:
-        parts = session.get_provider_graph_assignment_info()
-    except Exception:  # noqa: BLE001  (not there, or not recorded, which onnxruntime's own exceptions say)
+    if not hasattr(session, "get_provider_graph_assignment_info"):
         return None
+    parts = session.get_provider_graph_assignment_info()
     belong = host_nodes(path)
     return [f"{n.name} ({n.op_type})" for part in parts if part.ep_name == CPU for n in part.get_nodes() if n.name not in belong]
 

@@ -23,7 +23,7 @@ from lfm_runtime.context import Context, image_key, prompt_keys
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, View, cut_views, image_settings, open_image, plan_image
-from lfm_runtime.profile import find_profile, generation_changes, image_changes, on_cpu
+from lfm_runtime.profile import generation_changes, image_changes, on_cpu, profile_for
 from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
@@ -116,13 +116,13 @@ class Model:
 
         Raises:
             BundleError, GraphContractError: the folder cannot be used; the message says what to do.
-            SettingError: an unknown, impossible or useless setting.
+            SettingError: an unknown, impossible or useless setting; a GPU that was named and cannot be used.
         """
         started = time.perf_counter()
         bundle = folder if isinstance(folder, Bundle) else Bundle.open(Path(folder))
         if verify:
             bundle.verify()
-        chosen = find_profile(profile, **settings)
+        chosen = profile_for(bundle, profile, **settings)
 
         def planned(profile: Profile) -> Model:
             images = image_settings(bundle.images, image_changes(profile, bundle.images))
@@ -132,9 +132,8 @@ class Model:
                 cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
             return Model(bundle, graphs, profile, images, cache)
 
-        failure = ""
+        model, failure = planned(chosen), ""
         try:
-            model = planned(chosen)
             model.graphs.load()
         except GpuError as e:
             if not chosen.automatic:

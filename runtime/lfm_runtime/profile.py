@@ -63,7 +63,7 @@ def profile_for(bundle: Bundle, name: str | os.PathLike[str] | Profile = "", **f
     profile = find_profile(name, **flags)
     if CUDA in profile.providers:
         try:
-            check_gpu(bundle, profile)
+            _check_gpu(bundle, profile)
         except GpuError as e:
             if not profile.automatic:
                 raise
@@ -72,7 +72,7 @@ def profile_for(bundle: Bundle, name: str | os.PathLike[str] | Profile = "", **f
     return profile
 
 
-def check_gpu(bundle: Bundle, profile: Profile) -> None:
+def _check_gpu(bundle: Bundle, profile: Profile) -> None:
     """Raise GpuError where this GPU cannot compute this bundle, SettingError for what a GPU does not do."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts, or another card's memory would be looked at
     if problem := gpu_problem(detect()):

@@ -22,7 +22,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.decoder import Decoder, DecoderSessions
 from lfm_runtime.device_state import OrtMemory
-from lfm_runtime.errors import BundleError, EdgeError, SettingError
+from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.gpu import (
     CUDA_GRAPHS_SINCE,
     PLACEMENT_SINCE,
@@ -40,7 +40,6 @@ from lfm_runtime.gpu import (
 from lfm_runtime.gpu_wheel import CPU, CUDA
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.prepared import find, folder_of
-from lfm_runtime.profile import check_gpu
 from lfm_runtime.variants import choose_variants
 
 _log = logging.getLogger(__name__)
@@ -180,14 +179,11 @@ class Graphs:
 
         Raises:
             BundleError: the bundle lacks a variant the user named, or it needs another onnxruntime.
-            GpuError: the GPU cannot be used, or its memory does not suffice.
             SettingError: what the profile asks for is not possible here, or has no effect.
         """
-        if CUDA in profile.providers:
-            check_gpu(bundle, profile)
-        elif profile.is_flag("strict_placement"):
-            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
         self.execution = Execution.of(profile)
+        if profile.is_flag("strict_placement") and not self.execution.on_gpu:
+            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
         name, self.prefill = choose_variants(bundle, profile)
         self.variant, self.paths = bundle.graphs(name)
         if self.execution.on_gpu:
@@ -245,9 +241,9 @@ class Graphs:
         """As words: the exception holds on to the session, whose weights would be in memory twice once it is loaded again."""
         try:
             self.decoder.start(_FIRST_CAPACITY).step_token(0)
-        except EdgeError:
-            raise
-        except Exception as e:  # noqa: BLE001  (onnxruntime's have no common kind)
+        except Exception as e:
+            if not _is_onnxruntimes(e):
+                raise
             return " ".join(str(e).split())[:300]
         return None
 

@@ -515,7 +515,7 @@ class Broken(DeviceState):
 
     def step_token(self, token: int):
         if self._loop.is_fixed:
-            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+            raise RuntimeError("Error in execution: CUDA failure 900: operation not permitted when stream is capturing")
         return super().step_token(token)
 
 
@@ -538,10 +538,10 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
     graphs = sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda"))
     graphs.load()
     assert loaded == [True, False]
-    assert "steps are run without CUDA graphs: CUDA failure 900" in caplog.text
+    assert "steps are run without CUDA graphs: Error in execution: CUDA failure 900" in caplog.text
     assert len(graphs.decoder.start(512).step_token(5).ids) == TOP_TOKENS
-    monkeypatch.setattr(Broken, "step_token", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")))
-    with pytest.raises(GpuError, match=r"was to run with CUDA, which could not be started \(CUDNN_STATUS_NOT_SUPPORTED\)"):
+    monkeypatch.setattr(Broken, "step_token", lambda *_: (_ for _ in ()).throw(RuntimeError("Error in execution: CUDNN_STATUS_NOT_SUPPORTED")))
+    with pytest.raises(GpuError, match=r"was to run with CUDA, which could not be started \(Error in execution: CUDNN_STATUS_NOT_SUPPORTED\)"):
         sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).load()
 
 
