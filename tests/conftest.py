@@ -35,6 +35,18 @@ def demo_bundle(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
+    """The demo with variants for GPUs."""
+    pytest.importorskip("onnx")
+    from lfm_quantize.quantize import Settings, quantize
+
+    folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("gpu") / "bundle"))
+    for variant in ("fp16", "int4", "int4-fp16", "fp16-trt"):
+        quantize(folder, Settings(variant), warn=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo_model(demo_bundle):
     from lfm_runtime import Model
 
