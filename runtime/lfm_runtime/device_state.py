@@ -28,6 +28,8 @@ Value = Any
 """ort.OrtValue, which has no types."""
 _KEPT = 2
 """Buffers of answers that are over, each as large as a context, that are kept."""
+_SMALLEST = 1024
+"""Tokens of the smallest buffers: one view, a question and an answer. Larger ones double, so that few are ever made and captured."""
 
 
 class Memory(Protocol):
@@ -153,7 +155,8 @@ class DeviceLoop:
         found = next((b for b in sorted(self._free, key=lambda b: b.capacity) if b.capacity >= capacity), None)
         if found is None:
             self._free = []  # they are smaller, and their memory is wanted
-            return Buffers(self, capacity)
+            roomy = max(_SMALLEST, 1 << (capacity - 1).bit_length())
+            return Buffers(self, max(capacity, min(roomy, self.decoder.longest or roomy)))
         self._free.remove(found)
         return found
 

@@ -31,7 +31,9 @@ replay, and a prompt in between overwrites them (onnxruntime pull request 32121)
 """
 
 _ATTENTION = "19"
-"""Kernels of attention: flash (1), memory efficient (2), plain (16). Not cuDNN's (8), which on Hopper makes a plan for every length."""
+"""Kernels of attention: flash (1), memory efficient (2), plain (16). Not cuDNN's (8), which would come first on Hopper: it makes a plan for
+every length of a prompt and every size of a view.
+"""
 _TAIL = "20"
 """Nodes of an engine, at least. TensorRT lacks Compress, which gathers the tokens at the encoder's end; the few nodes after it would be an
 engine of their own, without ranges.
@@ -64,9 +66,7 @@ def provider_options(
             found.append((name, _tensorrt(engines, most_patches)))
         elif name == CUDA:
             # By default the arena doubles; what an image needs beyond the weights is little and always the same.
-            options = {"arena_extend_strategy": "kSameAsRequested"}
-            if graph is DECODER:
-                options["sdpa_kernel"] = _ATTENTION
+            options = {"arena_extend_strategy": "kSameAsRequested", "sdpa_kernel": _ATTENTION}
             if cuda_graphs and graph in (EMBED_TOKENS, DECODER):
                 options["enable_cuda_graph"] = "1"
             found.append((name, options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +45,8 @@ from lfm_runtime.variants import choose_variants
 
 _log = logging.getLogger(__name__)
 
-_ERROR_SEVERITY = 3
-_FIRST_CAPACITY = 512
+_FATAL_SEVERITY = 4  # errors are raised as well, and said once
+_IN_ITS_SOURCE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? ")
 _PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
 # onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is about memory of a
 # device, raises plain RuntimeErrors.
@@ -62,10 +63,14 @@ def failures_are_ours(what: object) -> Iterator[None]:
     except Exception as e:
         if not _is_onnxruntimes(e):
             raise
-        reason = " ".join(str(e).split())[:300]
         raise BundleError(
-            f"{what} does not work with onnxruntime {ort.__version__} ({reason}); check it with --verify, or export it again"
+            f"{what} does not work with onnxruntime {ort.__version__} ({_reason(e)[:300]}); check it with --verify, or export it again"
         ) from e
+
+
+def _reason(e: BaseException | None) -> str:
+    """What onnxruntime says, in one line and without where in its source it says it."""
+    return _IN_ITS_SOURCE.sub("", " ".join(str(e).split()))
 
 
 def _is_onnxruntimes(e: Exception) -> bool:
@@ -142,7 +147,7 @@ class Execution:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = _ERROR_SEVERITY
+        options.log_severity_level = _FATAL_SEVERITY
         # Every step has new shapes (context grows by one), so a memory pattern would be planned and kept for each.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = self.arena
@@ -188,9 +193,11 @@ class Graphs:
         self.variant, self.paths = bundle.graphs(name)
         if self.execution.on_gpu:
             self.execution = replace(
-                self.execution, cuda_graphs=onnxruntime_is(CUDA_GRAPHS_SINCE), engines=_engines(bundle, self.paths[VISION_ENCODER.stem]),
+                self.execution,
+                cuda_graphs="fp16" in self.variant and onnxruntime_is(CUDA_GRAPHS_SINCE),  # attention in fp32 is left to the CPU
+                engines=_engines(bundle, self.paths[VISION_ENCODER.stem]),
                 most_patches=_most_patches(bundle.images, profile),
-            )  # fmt: skip
+            )
         self.prefill_path = bundle.graphs(self.prefill)[1][DECODER.stem] if self.prefill else None
         self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
@@ -227,10 +234,12 @@ class Graphs:
             self._try_a_step()
 
     def _try_a_step(self) -> None:
-        """On a GPU the first token of all is captured, which can fail; better now. Where it does, steps are run uncaptured."""
+        """On a GPU the first tokens in new buffers are captured, one for each turn, which takes time and can fail; better now. Where it
+        does, steps are run uncaptured.
+        """
         failure = self._failure_of_a_step()
         if failure and self.execution.cuda_graphs and not is_full(failure):
-            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", failure)
+            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", failure[:300])
             self.execution = replace(self.execution, cuda_graphs=False)
             self.decoder.release()
             failure = self._failure_of_a_step()
@@ -240,11 +249,13 @@ class Graphs:
     def _failure_of_a_step(self) -> str | None:
         """As words: the exception holds on to the session, whose weights would be in memory twice once it is loaded again."""
         try:
-            self.decoder.start(_FIRST_CAPACITY).step_token(0)
+            state = self.decoder.start(1)
+            for _ in range(2):
+                state.step_token(0)
         except Exception as e:
             if not _is_onnxruntimes(e):
                 raise
-            return " ".join(str(e).split())[:300]
+            return _reason(e)
         return None
 
     def _explained(self, failure: str, path: Path) -> GpuError:
@@ -290,8 +301,8 @@ class Graphs:
             with failures_are_ours(self._bundle.folder):
                 yield
         except BundleError as e:
-            if self.execution.on_gpu and is_full(str(e)):
-                raise full(self.paths.values(), str(e)) from e
+            if self.execution.on_gpu and is_full(_reason(e.__cause__)):
+                raise full(self.paths.values(), _reason(e.__cause__)) from e
             raise
 
     def _load(self, graph: Graph, path: Path) -> ort.InferenceSession:
@@ -299,8 +310,8 @@ class Graphs:
         try:
             session = self._best(graph, path)
         except BundleError as e:
-            if self.execution.on_gpu and is_of_a_gpu(str(e.__cause__)):
-                raise self._explained(str(e.__cause__), path) from e
+            if self.execution.on_gpu and is_of_a_gpu(_reason(e.__cause__)):
+                raise self._explained(_reason(e.__cause__), path) from e
             raise
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
@@ -356,7 +367,7 @@ def load_session(path: Path, graph: Graph, execution: Execution) -> ort.Inferenc
     except BundleError as e:
         if not (execution.on_gpu and execution.cuda_graphs and cannot_be_captured(e)):
             raise
-        _log.warning("lfm-edge: %s is run without CUDA graphs: %s", path, e.__cause__)
+        _log.warning("lfm-edge: %s is run without CUDA graphs: %s", path, _reason(e.__cause__))
         session = open_session(path, replace(execution, cuda_graphs=False), graph=graph)
     graph.check(path, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
     return session

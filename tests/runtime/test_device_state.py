@@ -70,7 +70,7 @@ def test_the_loop_of_a_device(pair) -> None:
     assert snapshots[0].length == snapshots[1].length == b.length
     for name, array in snapshots[0].values.items():
         np.testing.assert_array_equal(array, snapshots[1].values[name])
-    a, b = plain.start(1024, snapshots[1]), other.start(1024, snapshots[0])
+    a, b = plain.start(1100, snapshots[1]), other.start(1100, snapshots[0])  # beyond the smallest buffers
     same(ids(3, 3))
     np.testing.assert_array_equal(a.step(embeds[:, :20]).copy(), b.step(embeds[:, :20]))
     same(ids(2, 4))
@@ -105,7 +105,7 @@ def test_buffers_serve_again(pair) -> None:
     many = [other.start(512) for _ in range(5)]
     del many
     assert len(other._loop._free) == 2
-    assert other.start(100).capacity == 512  # larger ones serve as well
+    assert other.start(100).capacity == 1024  # larger ones serve as well
 
 
 def test_without_fixed_addresses(pair) -> None:
@@ -162,9 +162,9 @@ def test_a_fork_on_a_device(gpu_bundle) -> None:
 
 
 def test_room_is_not_beyond_the_positions(gpu_bundle) -> None:
-    """Room grows in steps of 512, but a mask longer than there are positions is refused by attention."""
+    """Buffers double from 1,024 tokens on, but a mask longer than there are positions is refused by attention."""
     model = Model.load(gpu_bundle, variant="fp16", threads=1)
-    for longest, wanted in ((0, 512), (300, 300), (4096, 512)):
+    for longest, wanted in ((0, 1024), (300, 300), (4096, 1024)):
         decoder = Decoder(lambda: model.decoder.sessions, model.decoder.path, memory=OrtMemory("cpu"), longest=longest)
         context = Context(decoder)
         context.resume(context.find(np.array(ids(8))), np.array(ids(8)), 200)
