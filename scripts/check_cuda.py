@@ -17,8 +17,10 @@ import ctypes
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +28,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDER = ROOT / "scripts" / "cuda_recorder.cpp"
-CUDA_OF = {"1.31": 13, "1.23": 12}  # of PyPI's wheels
-LIBRARIES = {
-    12: ("libcudart.so.12", "libcublas.so.12", "libcublasLt.so.12", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.9", "libcuda.so.1"),
-    13: ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10", "libcudnn.so.9", "libcuda.so.1"),
-}
 HEADERS = {  # CUDA 12's own package of crt/ has a compiler in it as well
-    12: ("nvidia-cuda-runtime-cu12==12.9.79", "nvidia-cuda-crt==13.0.88"),
-    13: ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88"),
+    "12": ("nvidia-cuda-runtime-cu12==12.9.79", "nvidia-cuda-crt==13.0.88"),
+    "13": ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88"),
 }
 PROMPT, STEPS = 275, 4
 
@@ -46,6 +43,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=81920, help="MiB that the GPU has")
     parser.add_argument("--reported", type=int, help="MiB that nvidia-smi says are free (default all)")
     parser.add_argument("--strict-placement", action="store_true")
+    parser.add_argument("--capture", action="store_true", help="capture steps also with releases where the runtime does not")
     parser.add_argument("--kernels", action="store_true", help="names of a step's kernels, and of a view's")
     parser.add_argument("--onnxruntime", default="1.31.1")
     parser.add_argument("--python", default=sys.executable, help="of the environment")
@@ -54,19 +52,18 @@ def main() -> int:
     options.variant = options.variant or ["fp16"]
     if options.inside:
         return inside(options)
-    if options.onnxruntime.rpartition(".")[0] not in CUDA_OF:
-        parser.error(f"onnxruntime {options.onnxruntime}: which CUDA it is for is known of {', '.join(CUDA_OF)} alone")
     home = ROOT / "build" / f"cuda-{options.onnxruntime}"
     try:
         environment = prepare(home, options.onnxruntime, options.python)
     except (OSError, subprocess.CalledProcessError) as e:
-        print(f"check_cuda: {e}; g++, nm, Python's venv and a package index are needed", file=sys.stderr)
+        print(f"check_cuda: {e}; g++, nm, readelf, Python's venv and a package index are needed", file=sys.stderr)
         return 2
     environment["RECORDED_MIB"] = str(options.reported or options.memory)
     codes = []
     for variant in options.variant:
         words = ["--variant", variant, "--memory", str(options.memory), "--inside"]
         words += ["--strict-placement"] * options.strict_placement + ["--kernels"] * options.kernels
+        words += ["--capture"] * options.capture
         command = [str(home / "bin/python"), __file__, str(options.bundle), *words]
         codes.append(subprocess.run(command, env=environment, check=False).returncode)
     return max(codes, key=abs)
@@ -77,39 +74,42 @@ def main() -> int:
 
 def prepare(home: Path, release: str, python: str) -> dict[str, str]:
     """An environment with onnxruntime for GPUs, and the libraries it shall find. Returns the variables to run it with."""
-    cuda = CUDA_OF[release.rpartition(".")[0]]
-    libraries, packages = home / "libraries", [f"onnxruntime-gpu=={release}", "pillow", "psutil", "tomli; python_version < '3.11'"]
+    libraries = home / "libraries"
+    pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not (home / "made").exists():
         subprocess.run([python, "-m", "venv", str(home)], check=True)
-        pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *packages], check=True)
+        subprocess.run([*pip, f"onnxruntime-gpu=={release}", "pillow", "psutil", "tomli; python_version < '3.11'"], check=True)
+    packages = next(home.glob("lib/python*/site-packages"))
+    provider = packages / "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+    needed = re.findall(r"\(NEEDED\).*\[(lib(?:cu|nv)\w+\.so\.\d+)\]", _said_by("readelf", "-d", provider))
+    if not (home / "made").exists():
+        cuda = next(name for name in needed if name.startswith("libcudart")).rpartition(".")[2]
         subprocess.run([*pip, "--no-deps", *HEADERS[cuda]], check=True)
         (home / "made").touch()
-    packages_folder = next(home.glob("lib/python*/site-packages"))
-    includes = [file.parent for file in packages_folder.glob("nvidia/*/include/cuda_runtime_api.h")]
-    includes += [file.parents[1] for file in packages_folder.glob("nvidia/*/include/crt/host_defines.h")]
-    build(packages_folder / "onnxruntime/capi/libonnxruntime_providers_cuda.so", includes, libraries, LIBRARIES[cuda])
+    includes = [file.parent for file in packages.glob("nvidia/*/include/cuda_runtime_api.h")]
+    includes += [file.parents[1] for file in packages.glob("nvidia/*/include/crt/host_defines.h")]
+    build(provider, includes, libraries, {*needed, "libcudnn.so.9"})
     return {
         **os.environ, "LD_LIBRARY_PATH": str(libraries), "PATH": f"{libraries}:{os.environ['PATH']}", "LFM_EDGE_PROFILE": "x86-cuda",
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
     }  # fmt: skip
 
 
-def build(provider: Path, includes: list[Path], libraries: Path, names: tuple[str, ...]) -> None:
+def build(provider: Path, includes: list[Path], libraries: Path, names: set[str]) -> None:
     """One library under all their names. Functions that the recorder lacks return 0; each has the version that the provider asks for."""
     libraries.mkdir(exist_ok=True)
     recorder, rest, script, made = (libraries / name for name in ("recorder.o", "rest.c", "versions", "librecorder.so"))
     subprocess.run(["g++", "-O1", "-fPIC", *(f"-I{i}" for i in includes), "-c", str(RECORDER), "-o", str(recorder)], check=True)
-    wanted = [(name, version or "recorder") for name, version in re.findall(r" U (cu\w+|__cuda\w+)(?:@(libcu\S+))?", _symbols(provider, "-D"))]
+    wanted = [(name, version or "recorder") for name, version in re.findall(r" U (cu\w+|__cuda\w+)(?:@(libcu\S+))?", _said_by("nm", "-D", provider))]
     if not any(name.startswith("cudnn") for name, _ in wanted):  # since 1.31 they are looked up by name when they are first needed
         wanted += [(name.decode(), "recorder") for name in sorted(set(re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())))]
-    there = set(re.findall(r" T (\w+)", _symbols(recorder)))
+    there = set(re.findall(r" T (\w+)", _said_by("nm", recorder)))
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name, _ in wanted if name not in there), encoding="utf-8")
     of_version: dict[str, list[str]] = {"recorder": ["recorder_*"]}
     for name, version in wanted:
         of_version.setdefault(version, []).append(name)
     script.write_text("".join(f"{v} {{ global: {'; '.join(n)}; }};\n" for v, n in of_version.items()), encoding="utf-8")
-    link = ["g++", "-shared", "-fPIC", f"-Wl,--version-script={script}", f"-Wl,-soname,{names[0]}", str(recorder), "-x", "c", str(rest)]
+    link = ["g++", "-shared", "-fPIC", f"-Wl,--version-script={script}", "-Wl,-soname,librecorder.so", str(recorder), "-x", "c", str(rest)]
     subprocess.run([*link, "-o", str(made)], check=True)
     for name in names:
         (libraries / name).unlink(missing_ok=True)
@@ -119,8 +119,8 @@ def build(provider: Path, includes: list[Path], libraries: Path, names: tuple[st
     smi.chmod(0o755)
 
 
-def _symbols(file: Path, *words: str) -> str:
-    return subprocess.run(["nm", *words, str(file)], capture_output=True, text=True, check=True).stdout
+def _said_by(*words: str | Path) -> str:
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, check=True).stdout
 
 
 class Recorder:
@@ -141,6 +141,17 @@ class Recorder:
     def reads(self, size: int, value: int) -> None:
         """What the host shall find when it copies so many bytes from the device."""
         self._library.recorder_reads(ctypes.c_size_t(size), ctypes.c_ulonglong(value))
+
+    def median_ms(self, work: Callable[[], Any], times: int = 15) -> float:
+        """What the host takes for it, while nothing is remembered and the device takes no time."""
+        self._library.recorder_set_quiet(True)
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            taken.append((time.perf_counter() - start) * 1e3)
+        self._library.recorder_set_quiet(False)
+        return round(statistics.median(taken), 3)
 
     def during(self, work: Callable[[], Any]) -> list[str]:
         """What happens meanwhile, a line each."""
@@ -163,6 +174,7 @@ def counted(lines: list[str]) -> dict[str, Any]:
         "to_host": numbers(r"\w+ copy to-host\S* (\d+)"),
         "waits": lines.count("wait"),
         "mallocs": sum(line.startswith("malloc") for line in lines),
+        "stale": numbers(r"stale (\d+)"),  # bytes of the host that a graph reads at every replay, and that are others by then
         "prohibited": [line.split()[1] for line in lines if line.startswith("prohibited")],  # while a graph was captured
     }
 
@@ -181,13 +193,16 @@ def inside(options: argparse.Namespace) -> int:
         check(options, recorder, found, lines)
     except EdgeError as e:
         found["error"] = str(e)
-    print(json.dumps({**found, **{name: counted(happened) for name, happened in lines.items()}, "device_mib": recorder.peak_mib}))
+    parts = {name: counted(happened) for name, happened in lines.items()}
+    print(json.dumps({**found, **parts, "device_mib": recorder.peak_mib}))
     for name, how in (("step 1 in larger buffers", "capture"), ("1 view", "run")) if options.kernels else ():
         print(f"\n{name}:")
         work = (line.removeprefix(f"{how} ") for line in lines.get(name, []) if line.startswith(f"{how} "))
         for what, count in Counter(re.sub(r"kernel \S+x\d+ \d+x\S+ ", "kernel ", w) for w in work).most_common():
             print(f"{count:5} {what[:150]}")
-    return 2 if "error" in found else 0
+    if "error" in found:
+        return 2
+    return int(any(part["stale"] or part["prohibited"] for part in [*parts.values(), found["load"]]))
 
 
 def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any], lines: dict[str, list[str]]) -> None:
@@ -196,24 +211,26 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
 
     import onnxruntime as ort
     from lfm_runtime import Model, profile
+    from lfm_runtime import sessions as runtime_sessions
     from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
     from lfm_runtime.gpu import left_to_cpu
 
+    if options.capture:
+        runtime_sessions.CUDA_GRAPHS_SINCE = "0.0"
     machine = profile.detect()
     profile.detect = lambda: replace(machine, gpu="a recorder", cuda=True)
     found["onnxruntime"] = ort.__version__
     settings = {"max_image_tokens": 64, "do_image_splitting": False, "strict_placement": options.strict_placement or None}
     loaded: list[Model] = []
     happened = counted(recorder.during(lambda: loaded.append(Model.load(options.bundle, variant=options.variant[0], **settings))))
-    found["load"] = {name: happened[name] for name in ("captured", "prohibited")}
+    found["load"] = {name: happened[name] for name in ("captured", "prohibited", "stale")}
     (model,) = loaded
     graphs, decoder = model.graphs, model.decoder
     sessions = {DECODER: decoder.sessions.decoder, EMBED_TOKENS: decoder.sessions.embed, VISION_ENCODER: graphs.vision()}
     found["left_to_cpu"] = {graph.stem: left_to_cpu(session, graphs.paths[graph.stem]) for graph, session in sessions.items()}
 
     with graphs.failures_are_ours():
-        check_decoder(decoder, recorder, lines)
-        check_encoder(model, recorder, lines)
+        found["host_ms"] = check_decoder(decoder, recorder, lines) | check_encoder(model, recorder, lines)
     photo = model.open(ROOT / "demo/photos/coffee.jpg")
     recorder.reads(4, sum(view.tokens for view in photo.plan.views))
     answer = model.answer([photo.image], "What is in this image?", max_new_tokens=STEPS, temperature=0)
@@ -221,8 +238,8 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     found["answer_tokens"] = answer.report.new_tokens
 
 
-def check_decoder(decoder: Any, recorder: Recorder, lines: dict[str, list[str]]) -> None:
-    """A prompt, steps of one token, back to a mark, on in larger buffers."""
+def check_decoder(decoder: Any, recorder: Recorder, lines: dict[str, list[str]]) -> dict[str, float]:
+    """A prompt, steps of one token, back to a mark, on in larger buffers. Returns the host's milliseconds."""
     state, prompt = decoder.start(1000), decoder.embed([10 + i % 300 for i in range(PROMPT)])
     lines["prompt"] = recorder.during(lambda: state.step(prompt))
     for i in range(STEPS):
@@ -232,12 +249,14 @@ def check_decoder(decoder: Any, recorder: Recorder, lines: dict[str, list[str]])
     larger = decoder.start(1100, state.snapshot())
     for i in range(STEPS):
         lines[f"step {i + 1} in larger buffers"] = recorder.during(lambda: larger.step_token(5))
+    return {"prompt": recorder.median_ms(lambda: decoder.start(1000).step(prompt)), "step": recorder.median_ms(lambda: larger.step_token(5), 99)}
 
 
-def check_encoder(model: Any, recorder: Recorder, lines: dict[str, list[str]]) -> None:
-    """One of the largest views, and eight together."""
+def check_encoder(model: Any, recorder: Recorder, lines: dict[str, list[str]]) -> dict[str, float]:
+    """One of the largest views, and eight together. Returns the host's milliseconds."""
     import numpy as np
 
+    host_ms: dict[str, float] = {}
     images, run = model.bundle.images, model.graphs.vision().run
     side = int((images.max_image_tokens * images.downsample_factor**2) ** 0.5)
     recorder.reads(1, 1)  # a condition: nothing is padded
@@ -249,6 +268,8 @@ def check_encoder(model: Any, recorder: Recorder, lines: dict[str, list[str]]) -
             "spatial_shapes": np.full((count, 2), side, np.int64),
         }
         lines[name] = recorder.during(lambda feeds=feeds: run(["image_features"], feeds))  # type: ignore[misc]
+        host_ms[name] = recorder.median_ms(lambda feeds=feeds: run(["image_features"], feeds))  # type: ignore[misc]
+    return host_ms
 
 
 if __name__ == "__main__":

@@ -32,16 +32,23 @@ struct Block {
   size_t size;
 };
 
+// What a graph holds: how many kernels, copies and fills; and the memory of the host that it reads at every replay, as it was.
+struct Graph {
+  int size = 0;
+  std::vector<std::pair<const void*, std::string>> host;
+};
+
 struct Recorder {
   std::recursive_mutex lock;
   std::map<char*, Block> device;
-  std::map<const void*, size_t> pinned;  // of the host, for copies
+  std::map<const void*, size_t> pinned;  // of the host, for copies; address → size
   std::map<const void*, std::string> kernels;  // the function that launches one → its name
   std::map<size_t, unsigned long long> reads;
   std::string log;
+  bool quiet = false;  // nothing is remembered: for the time that the host takes
   size_t total = 80ull << 30, used = 0, peak = 0;
   bool capturing = false;
-  int captured = 0;  // kernels, copies and fills
+  Graph graph;  // that is being captured
   cudaError_t last = cudaSuccess;
 };
 
@@ -53,6 +60,7 @@ Recorder& recorder() {  // never destroyed: the provider's own destructors come 
 using Guard = std::lock_guard<std::recursive_mutex>;
 
 void say(const std::string& line) {
+  if (recorder().quiet) return;
   Guard guard(recorder().lock);
   recorder().log += line + "\n";
 }
@@ -62,7 +70,7 @@ cudaError_t failed(cudaError_t error) { return recorder().last = error; }
 // Work on a stream: done now, or put into the graph that is being captured.
 void work(const std::string& what) {
   Recorder& r = recorder();
-  r.captured += r.capturing;
+  r.graph.size += r.capturing;
   say((r.capturing ? "capture " : "run ") + what);
 }
 
@@ -85,6 +93,12 @@ Block* block_of(const void* address) {
 char* readable(const void* address) {
   Block* block = block_of(address);
   return block ? block->readable + ((char*)address - block->at) : (char*)address;
+}
+
+bool is_pinned(const void* address) {
+  auto& pinned = recorder().pinned;
+  auto next = pinned.upper_bound(address);
+  return next != pinned.begin() && (const char*)address < (const char*)std::prev(next)->first + std::prev(next)->second;
 }
 
 cudaError_t allocate(void** address, size_t size) {
@@ -126,10 +140,16 @@ cudaError_t copy(void* to, const void* from, size_t size) {
   Recorder& r = recorder();
   Guard guard(r.lock);
   bool here = !block_of(to), from_here = !block_of(from);
-  bool pageable = (here && !r.pinned.count(to)) || (from_here && !r.pinned.count(from));
+  bool pageable = (here && !is_pinned(to)) || (from_here && !is_pinned(from));
   const char* way = here && from_here ? "host" : here ? "to-host" : from_here ? "to-device" : "within";
-  work(std::string("copy ") + way + (here != from_here && pageable ? "-pageable " : " ") + std::to_string(size));
-  if (r.capturing) return cudaSuccess;
+  if (r.quiet)
+    r.graph.size += r.capturing;
+  else
+    work(std::string("copy ") + way + (here != from_here && pageable ? "-pageable " : " ") + std::to_string(size));
+  if (r.capturing) {
+    if (from_here) r.graph.host.emplace_back(from, std::string((const char*)from, size));
+    return cudaSuccess;
+  }
   memmove(readable(to), readable(from), size);
   auto value = r.reads.find(size);
   if (here && !from_here && value != r.reads.end()) memcpy(to, &value->second, size < 8 ? size : 8);
@@ -138,6 +158,7 @@ cudaError_t copy(void* to, const void* from, size_t size) {
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block) {
   Recorder& r = recorder();
+  if (r.quiet) return r.graph.size += r.capturing, cudaSuccess;
   Guard guard(r.lock);
   auto found = r.kernels.find(function);
   std::string name = "?";
@@ -154,6 +175,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block) {
 }
 
 int product(const char* name, int m, int n, int k, int count = 1) {
+  if (recorder().quiet) return recorder().graph.size += recorder().capturing, 0;
   char line[128];
   snprintf(line, sizeof line, "kernel %s %dx%dx%d x%d", name, m, n, k, count);
   work(line);
@@ -178,6 +200,7 @@ API const char* recorder_take() {
   recorder().log.clear();
   return taken.c_str();
 }
+API void recorder_set_quiet(bool quiet) { recorder().quiet = quiet; }
 API void recorder_set_memory(size_t bytes) { recorder().total = bytes; }
 API size_t recorder_peak_memory() { return recorder().peak; }
 API void recorder_reads(size_t bytes, unsigned long long value) { recorder().reads[bytes] = value; }
@@ -284,7 +307,7 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const voi
   Guard guard(recorder().lock);
   memset(found, 0, sizeof *found);
   bool ours = block_of(address);
-  found->type = ours ? cudaMemoryTypeDevice : recorder().pinned.count(address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+  found->type = ours ? cudaMemoryTypeDevice : is_pinned(address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
   found->devicePointer = (void*)address;
   return cudaSuccess;
 }
@@ -338,22 +361,24 @@ API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* sta
   return cudaSuccess;
 }
 API cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  recorder().graph = Graph();
   recorder().capturing = true;
-  recorder().captured = 0;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
-  *graph = (cudaGraph_t) new int(recorder().captured);
   recorder().capturing = false;
-  say("captured " + std::to_string(recorder().captured));
+  *graph = (cudaGraph_t) new Graph(recorder().graph);
+  say("captured " + std::to_string(recorder().graph.size));
   return cudaSuccess;
 }
 API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
-  *made = (cudaGraphExec_t) new int(*(int*)graph);
+  *made = (cudaGraphExec_t) new Graph(*(Graph*)graph);
   return cudaSuccess;
 }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-  say("replay " + std::to_string(*(int*)graph));
+  say("replay " + std::to_string(((Graph*)graph)->size));
+  for (auto& [address, bytes] : ((Graph*)graph)->host)  // if it was freed to the system, this crashes, as it should
+    if (memcmp(address, bytes.data(), bytes.size())) say("stale " + std::to_string(bytes.size()));
   return cudaSuccess;
 }
 

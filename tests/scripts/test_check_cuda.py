@@ -41,9 +41,10 @@ def test_nothing_is_left_to_the_cpu(found) -> None:
 
 
 def test_steps_are_captured_at_load(found) -> None:
-    """Both turns and the look-up of embeddings, without anything CUDA prohibits meanwhile: no answer waits for it."""
+    """Both turns and the look-up of embeddings: no answer waits for it. Nothing CUDA prohibits happens meanwhile, and no graph reads memory
+    of the host that others write to, or the exit code would be 1.
+    """
     look_up, *steps = found["load"]["captured"]
-    assert found["load"]["prohibited"] == []
     assert len(steps) == 2
     assert steps[0] == steps[1] > 50
     assert look_up < 5
@@ -68,7 +69,6 @@ def test_a_token_in_and_the_top_out(found) -> None:
 def test_larger_buffers_are_captured_once(found) -> None:
     wanted = [1, 1, 0, 0]
     assert [len(found[f"step {i} in larger buffers"]["captured"]) for i in range(1, 5)] == wanted
-    assert not [name for name, part in found.items() if isinstance(part, dict) and part.get("prohibited")]
 
 
 def test_prompts_and_views_cross_once(found) -> None:
@@ -113,6 +113,20 @@ def test_out_of_memory(gpu_bundle, memory, where) -> None:
     assert found["error"].startswith("the GPU has 500 of 500 MiB free, 11 MiB of weights and about 600 to work in are needed")
 
 
+@pytest.mark.slow  # 250 MB each
+@pytest.mark.parametrize(("release", "goes_wrong"), [("1.29.0", True), ("1.30.0", False)])
+def test_captured_steps_since_when(gpu_bundle, release, goes_wrong) -> None:
+    """Until 1.29 a captured step reads memory of the host that others have written to by the time of its replay; see CUDA_GRAPHS_SINCE."""
+    found, _, code = check(gpu_bundle, "fp16", "--onnxruntime", release, "--capture")
+    assert len(found["load"]["captured"]) == 3
+    assert bool(found["answer"]["stale"]) is goes_wrong
+    assert code == goes_wrong
+    if goes_wrong:
+        found, _, code = check(gpu_bundle, "fp16", "--onnxruntime", release)
+        assert code == 0
+        assert found["load"]["captured"] == []
+
+
 @pytest.mark.slow  # another 250 MB
 def test_the_onnxruntime_of_jetpack_6(gpu_bundle) -> None:
     """1.23, on CUDA 12: nothing is captured, a mask crosses with the token, and what convolutions' Concat goes by."""
@@ -123,7 +137,7 @@ def test_the_onnxruntime_of_jetpack_6(gpu_bundle) -> None:
     found, _, code = check(gpu_bundle, "fp16", "--onnxruntime", "1.23.2", "--python", python)
     assert code == 0
     assert found["onnxruntime"] == "1.23.2"
-    assert found["load"] == {"captured": [], "prohibited": []}
+    assert found["load"]["captured"] == []
     assert found["step 2"]["replayed"] == []
     assert found["step 2"]["to_host"] == TOP
     assert sum(found["step 2"]["to_device"]) < 5000
