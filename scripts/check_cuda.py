@@ -195,9 +195,11 @@ def inside(options: argparse.Namespace) -> int:
         found["error"] = str(e)
     parts = {name: counted(happened) for name, happened in lines.items()}
     print(json.dumps({**found, **parts, "device_mib": recorder.peak_mib}))
-    for name, how in (("step 1 in larger buffers", "capture"), ("1 view", "run")) if options.kernels else ():
+    for name in ("step 1 in larger buffers", "1 view") if options.kernels else ():
         print(f"\n{name}:")
-        work = (line.removeprefix(f"{how} ") for line in lines.get(name, []) if line.startswith(f"{how} "))
+        happened = lines.get(name, [])
+        how = "capture " if any(line.startswith("captured") for line in happened) else "run "  # before a capture a step is run as well
+        work = (line.removeprefix(how) for line in happened if line.startswith(how))
         for what, count in Counter(re.sub(r"kernel \S+x\d+ \d+x\S+ ", "kernel ", w) for w in work).most_common():
             print(f"{count:5} {what[:150]}")
     if "error" in found:

@@ -17,6 +17,7 @@ from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT
 from lfm_runtime.onnx_file import external_bytes, host_nodes
+from lfm_runtime.ort_release import onnxruntime_is
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ PLACEMENT_SINCE = "1.24"  # onnxruntime tells which provider has which operator
 CUDA_GRAPHS_SINCE = "1.30"
 """Before it a captured Concat of unequal parts, of which a short convolution has one, reads sizes and addresses from host memory at every
 replay, and a prompt in between overwrites them (onnxruntime pull request 32121).
+"""
+NORMS_SINCE = "1.27"
+"""Before it SkipSimplifiedLayerNormalization sums squares in fp16: zeros where values are large, without a word, few digits where all are
+small (onnxruntime issue 29034, mended by pull request 28682). Its strict mode sums in fp32.
 """
 
 _ATTENTION = "19"
@@ -67,6 +72,8 @@ def provider_options(
         elif name == CUDA:
             # By default the arena doubles; what an image needs beyond the weights is little and always the same.
             options = {"arena_extend_strategy": "kSameAsRequested", "sdpa_kernel": _ATTENTION}
+            if not onnxruntime_is(NORMS_SINCE):
+                options["enable_skip_layer_norm_strict_mode"] = "1"
             if cuda_graphs and graph in (EMBED_TOKENS, DECODER):
                 options["enable_cuda_graph"] = "1"
             found.append((name, options))

@@ -16,8 +16,9 @@ from lfm_runtime.bundle import Bundle, file_hash
 from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
+from lfm_runtime.ort_release import onnxruntime_is
 from lfm_runtime.prepared import NOTE, folder_of
-from lfm_runtime.sessions import Execution, onnxruntime_is, open_session
+from lfm_runtime.sessions import Execution, open_session
 
 PREPARED = (VISION_ENCODER, DECODER)
 """The embedding table is mapped as it is: one row is read per token."""

@@ -40,6 +40,7 @@ from lfm_runtime.gpu import (
 )  # fmt: skip
 from lfm_runtime.gpu_wheel import CPU, CUDA
 from lfm_runtime.images import ImageSettings
+from lfm_runtime.ort_release import onnxruntime_is
 from lfm_runtime.prepared import find, folder_of
 from lfm_runtime.variants import choose_variants
 
@@ -75,12 +76,6 @@ def _reason(e: BaseException | None) -> str:
 
 def _is_onnxruntimes(e: Exception) -> bool:
     return isinstance(e, _FAILURES) or (type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution")))
-
-
-def onnxruntime_is(version: str) -> bool:
-    """Whether the onnxruntime here is of this version or a later one."""
-    here, wanted = ([int(n) for n in v.split(".")[:2]] for v in (ort.__version__, version))
-    return here >= wanted
 
 
 def check_onnxruntime(bundle: Bundle, path: Path) -> None:

@@ -154,6 +154,14 @@ def test_what_sessions_are_given(tmp_path, caplog) -> None:
     assert "TensorRT makes its engine anew at every start" in caplog.text
 
 
+def test_norms_are_summed_in_fp32(monkeypatch) -> None:
+    """By releases that would sum in fp16, too; see scripts/check_cuda.py for the kernels that come of it."""
+    for version, strict in (("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("1.31.1", False)):
+        monkeypatch.setattr("lfm_runtime.ort_release.ort.__version__", version)
+        (_, options), _ = provider_options((CUDA, CPU), DECODER)
+        assert (options.get("enable_skip_layer_norm_strict_mode") == "1") is strict
+
+
 def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
     """On a GPU: tiles in eights, then the thumbnail; the same features as one by one."""
     grid, thumbnail = SimpleNamespace(rows=32, columns=32), SimpleNamespace(rows=20, columns=30)
