@@ -61,8 +61,8 @@ def main() -> int:
             bundle = make_bundle(checkpoint, Path(folder) / f"{Path(name).name}.bundle", options.variant)
             for variant in options.variant:
                 results[f"{Path(name).name} {variant}"] = compare(checkpoint, bundle, variant, options)
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                if options.output:  # each time: the next may not fit
+                    options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -147,24 +147,26 @@ def answer_requests(options: argparse.Namespace) -> int:
     """In a side's process."""
     from lfm_runtime.errors import EdgeError
     from lfm_runtime.gpu import gpu_memory_used
+    from lfm_runtime.sessions import failures_are_ours
 
     try:
-        facts, measures = (ours if options.side == "ours" else theirs)(options)
+        with failures_are_ours("a measurement"):
+            facts, measures = (ours if options.side == "ours" else theirs)(options)
+            for measure in measures.values():  # once for whatever is made at the first time, once for captured steps
+                measure()
+                measure()
+            print(json.dumps({**facts, "measures": list(measures)}), flush=True)
+            most = 0
+            for line in sys.stdin:
+                if line.strip() == "end":
+                    print(json.dumps({"gpu_mib": most or None}), flush=True)
+                    break
+                print(json.dumps({"value": measures[line.strip()]()}), flush=True)
+                if options.device == "cuda":
+                    most = max(most, gpu_memory_used(os.getpid()) or 0)
     except EdgeError as e:
-        print(f"bench_gpu: {e}", file=sys.stderr)
+        print(f"bench_gpu: {options.side}: {e}", file=sys.stderr)
         return 2
-    for measure in measures.values():  # once for whatever is made at the first time, once for captured steps
-        measure()
-        measure()
-    print(json.dumps({**facts, "measures": list(measures)}), flush=True)
-    most = 0
-    for line in sys.stdin:
-        if line.strip() == "end":
-            print(json.dumps({"gpu_mib": most or None}), flush=True)
-            return 0
-        print(json.dumps({"value": measures[line.strip()]()}), flush=True)
-        if options.device == "cuda":
-            most = max(most, gpu_memory_used(os.getpid()) or 0)
     return 0
 
 
@@ -271,15 +273,16 @@ def theirs(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measu
         found = getattr(found, "pooler_output", found)
         return torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
 
-    def on_device(count: int) -> tuple[Any, Any, Any]:
-        pixels, mask, grids = (torch.from_numpy(a).to(options.device) for a in views(count))
+    def on_device(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Any, Any, Any]:
+        pixels, mask, grids = (torch.from_numpy(a).to(options.device) for a in arrays)
         return pixels.to(dtype), mask, grids
 
     def encode(count: int) -> Measure:
-        return lambda: count / timed(lambda: features(*on_device(count)).float().cpu())
+        arrays = views(count)
+        return lambda: count / timed(lambda: features(*on_device(arrays)).float().cpu())
 
     def encode_there(count: int) -> Measure:
-        inputs = on_device(count)
+        inputs = on_device(views(count))
         return lambda: count / timed(lambda: features(*inputs))
 
     def decode(context: int, step: Any) -> Measure:
@@ -299,7 +302,7 @@ def theirs(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measu
 
         return measure
 
-    inputs = on_device(1)
+    inputs = on_device(views(1))
 
     def first() -> int:
         embeds = model.get_input_embeddings()(ids)

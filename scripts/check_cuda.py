@@ -13,13 +13,16 @@ variant.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -74,7 +77,8 @@ def main() -> int:
 
 def prepare(home: Path, release: str, python: str) -> dict[str, str]:
     """An environment with onnxruntime for GPUs, and the libraries it shall find. Returns the variables to run it with."""
-    libraries = home / "libraries"
+    made_of = hashlib.sha256(RECORDER.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
+    libraries = home / f"libraries-{made_of}"
     pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not (home / "made").exists():
         subprocess.run([python, "-m", "venv", str(home)], check=True)
@@ -88,7 +92,8 @@ def prepare(home: Path, release: str, python: str) -> dict[str, str]:
         (home / "made").touch()
     includes = [file.parent for file in packages.glob("nvidia/*/include/cuda_runtime_api.h")]
     includes += [file.parents[1] for file in packages.glob("nvidia/*/include/crt/host_defines.h")]
-    build(provider, includes, libraries, {*needed, "libcudnn.so.9"})
+    if not libraries.exists():
+        build(provider, includes, libraries, {*needed, "libcudnn.so.9"})
     return {
         **os.environ, "LD_LIBRARY_PATH": str(libraries), "PATH": f"{libraries}:{os.environ['PATH']}", "LFM_EDGE_PROFILE": "x86-cuda",
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
@@ -97,8 +102,8 @@ def prepare(home: Path, release: str, python: str) -> dict[str, str]:
 
 def build(provider: Path, includes: list[Path], libraries: Path, names: set[str]) -> None:
     """One library under all their names. Functions that the recorder lacks return 0; each has the version that the provider asks for."""
-    libraries.mkdir(exist_ok=True)
-    recorder, rest, script, made = (libraries / name for name in ("recorder.o", "rest.c", "versions", "librecorder.so"))
+    work = Path(tempfile.mkdtemp(dir=libraries.parent))
+    recorder, rest, script, made = (work / name for name in ("recorder.o", "rest.c", "versions", "librecorder.so"))
     subprocess.run(["g++", "-O1", "-fPIC", *(f"-I{i}" for i in includes), "-c", str(RECORDER), "-o", str(recorder)], check=True)
     wanted = [(name, version or "recorder") for name, version in re.findall(r" U (cu\w+|__cuda\w+)(?:@(libcu\S+))?", _said_by("nm", "-D", provider))]
     if not any(name.startswith("cudnn") for name, _ in wanted):  # since 1.31 they are looked up by name when they are first needed
@@ -112,11 +117,12 @@ def build(provider: Path, includes: list[Path], libraries: Path, names: set[str]
     link = ["g++", "-shared", "-fPIC", f"-Wl,--version-script={script}", "-Wl,-soname,librecorder.so", str(recorder), "-x", "c", str(rest)]
     subprocess.run([*link, "-o", str(made)], check=True)
     for name in names:
-        (libraries / name).unlink(missing_ok=True)
-        (libraries / name).symlink_to(made.name)
-    smi = libraries / "nvidia-smi"  # as it answers the queries of gpu.py and gpu_wheel.py
+        (work / name).symlink_to(made.name)
+    smi = work / "nvidia-smi"  # as it answers the queries of gpu.py and gpu_wheel.py
     smi.write_text('#!/bin/sh\ncase "$*" in *compute_cap*) echo 9.0 ;; *memory.free*) echo "$RECORDED_MIB, $RECORDED_MIB" ;; esac\n', encoding="utf-8")
     smi.chmod(0o755)
+    with contextlib.suppress(OSError):  # another run has made them
+        work.rename(libraries)
 
 
 def _said_by(*words: str | Path) -> str:

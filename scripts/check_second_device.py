@@ -80,7 +80,6 @@ class WebGpuMemory:
 
         self._ort = ort
         self._copy = {name: session(HOME / f"copy_{name}.onnx") for name in ("float32", "int64")}
-        self._kinds: dict[int, str] = {}
 
     def place(self, array: Any) -> Any:
         """See Memory."""

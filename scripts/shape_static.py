@@ -27,8 +27,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import read_json_object
+from lfm_runtime.images import open_image
 from onnx import numpy_helper
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
 from PIL import Image
@@ -57,7 +59,7 @@ def write_static(bundle: Path, output: Path, grid: str, prefill: int, context: i
     sides = re.fullmatch(r"(\d+)x(\d+)", grid)
     rows, columns = (int(sides[1]), int(sides[2])) if sides else (0, 0)
     factor = int(read_json_object(bundle / "config.json", BundleError).get("downsample_factor", 2))
-    if not rows or not columns or rows % factor or columns % factor:
+    if factor < 1 or not rows or not columns or rows % factor or columns % factor:
         raise EdgeError(f"--grid {grid} is impossible; write rows and columns of patches, multiples of {factor}: 32x32")
     if not 1 <= prefill < context:
         raise EdgeError(f"--prefill {prefill} and --context {context} are impossible; 1 <= prefill < context")
@@ -65,22 +67,29 @@ def write_static(bundle: Path, output: Path, grid: str, prefill: int, context: i
     for path in (vision, decoder):
         if not path.exists():
             raise EdgeError(f"{path} does not exist; make it with: lfm-edge export CHECKPOINT -o {bundle} --portable")
-        if any(node.domain for node in onnx.load(path, load_external_data=False).graph.node):
+        if any(node.domain for node in load(path).graph.node):
             raise EdgeError(f"{path} is not portable; make it with: lfm-edge export CHECKPOINT -o {bundle} --portable")
-    output.mkdir(parents=True, exist_ok=True)
+    samples = read_samples(images, rows, columns) if images else []
+    if output.resolve() == vision.parent.resolve():
+        raise EdgeError(f"{output} holds the graphs that are read; name another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise EdgeError(f"{output} cannot be made ({e.strerror}); name another folder") from e
 
-    model = onnx.load(vision)
     known = {"pixel_attention_mask": np.ones((1, rows * columns), np.int64), "spatial_shapes": np.array([[rows, columns]], np.int64)}
-    place = output / "vision_encoder.onnx"
-    write(all_kept(fixed(model, {"views": 1, "patches": rows * columns}, known), rows * columns // factor**2), place)
-    if images:
-        quantize(place, images, rows, columns)
-    yield place
+    encoder = all_kept(fixed(load(vision), {"views": 1, "patches": rows * columns}, known), rows * columns // factor**2)
+    yield write(quantized(encoder, samples) if images else encoder, output / "vision_encoder.onnx")
     for name, tokens in (("decoder_prefill", prefill), ("decoder_decode", 1)):
         sizes = {"batch": 1, "tokens": tokens, "past": context - tokens, "past_and_tokens": context}
-        place = output / f"{name}.onnx"
-        write(fixed(onnx.load(decoder), sizes, {}), place)
-        yield place
+        yield write(fixed(load(decoder), sizes, {}), output / f"{name}.onnx")
+
+
+def load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path)
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as e:
+        raise EdgeError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again") from e
 
 
 def fixed(model: onnx.ModelProto, sizes: dict[str, int], known: dict[str, np.ndarray]) -> onnx.ModelProto:
@@ -130,38 +139,46 @@ def graph_width(model: onnx.ModelProto, name: str) -> int:
     return int(next(constants[i].dims[0] for i in reader.input if i in constants))
 
 
-def write(model: onnx.ModelProto, place: Path) -> None:
-    data = place.with_name(f"{place.name}_data")
-    data.unlink(missing_ok=True)  # onnx appends
-    onnx.save(model, place, save_as_external_data=True, location=data.name, size_threshold=1024)
-    onnx.checker.check_model(str(place), full_check=True)
+def write(model: onnx.ModelProto, place: Path) -> Path:
+    """The graph and its weights beside it, checked, and only then under their names."""
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        work, data = Path(folder) / place.name, f"{place.name}_data"
+        onnx.save(model, work, save_as_external_data=True, location=data, size_threshold=1024)
+        onnx.checker.check_model(str(work), full_check=True)
+        work.with_name(data).replace(place.with_name(data))
+        work.replace(place)
+    return place
 
 
-def quantize(place: Path, images: Path, rows: int, columns: int) -> None:
-    """Weights int8 by output channel, activations int8 with one range a tensor."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
+def read_samples(images: Path, rows: int, columns: int) -> list[np.ndarray]:
+    """pixel_values of each image of a folder."""
     paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
         raise EdgeError(f"{images} has no PNG or JPEG images; name a folder of a few dozen")
+    return [patches(open_image(path), rows, columns) for path in paths]
+
+
+def quantized(model: onnx.ModelProto, samples: list[np.ndarray]) -> onnx.ModelProto:
+    """Weights int8 by output channel, activations int8 with one range a tensor."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rest = iter(paths)
+            self.rest = iter(samples)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            path = next(self.rest, None)
-            return None if path is None else {"pixel_values": patches(Image.open(path), rows, columns)}
+            sample = next(self.rest, None)
+            return None if sample is None else {"pixel_values": sample}
 
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "int8.onnx"
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source, save_as_external_data=True, location="fp32.onnx_data", size_threshold=1024)
         quantize_static(
-            place, target, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+            source, target, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
             activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
         )  # fmt: skip
-        model = onnx.load(target)
-    write(model, place)
+        return onnx.load(target)
 
 
 def patches(image: Image.Image, rows: int, columns: int) -> np.ndarray:

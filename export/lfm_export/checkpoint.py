@@ -6,6 +6,7 @@ Knows how hub files spell tensor names and how a LoRA adapter changes them; know
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,17 @@ _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 _TEXT = ("model.language_model.", "language_model.model.", "language_model.")
 _SAMPLE = 1 << 20
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
+_HUB_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE",
+)  # fmt: skip
+
+
+def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
+    """All that is not weights, as it is."""
+    for name in _HUB_FILES:
+        if (checkpoint_folder / name).exists():
+            shutil.copyfile(checkpoint_folder / name, folder / name)
 
 
 class Checkpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,17 +17,13 @@ from lfm_runtime.golden import add_golden
 from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
-from lfm_export.checkpoint import Checkpoint
+from lfm_export.checkpoint import Checkpoint, copy_hub_files
 from lfm_export.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
 from lfm_export.prompt import compile_prompt
 from lfm_export.vision import build_vision_encoder
 
 MIN_ONNXRUNTIME = "1.20.0"
-HUB_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE",
-)  # fmt: skip
 
 
 def export(
@@ -72,9 +67,7 @@ def export(
         _check_fits(bundle, old, kept, checkpoint, dtype, set(known) - wanted)
         (folder / "onnx").mkdir()
         carry_over(bundle, folder, kept)
-        for name in HUB_FILES:
-            if (checkpoint_folder / name).exists():
-                shutil.copyfile(checkpoint_folder / name, folder / name)
+        copy_hub_files(checkpoint_folder, folder)
         prompt.save(folder / "prompt.json")
 
         described: dict[str, Any] = {name: entry for name, entry in (old.get("graphs") or {}).items() if name in kept}
@@ -160,7 +153,10 @@ def _portable_tools() -> dict[str, str]:
         while cause.__cause__:
             cause = cause.__cause__
         said = f"{type(cause).__name__}: {cause}"
-        raise CheckpointError(f"--portable cannot import what it needs ({said}); install it anew: pip install 'lfm-edge[optimum]'") from e
+        do = "install it anew: pip install 'lfm-edge[optimum]'"
+        if "torchvision" in said:
+            do = "torchvision is not of torch's release: install the one that is, or uninstall it, nothing here needs it"
+        raise CheckpointError(f"--portable cannot import what it needs ({said}); {do}") from e
     return found
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, past_names, present_name
-from optimum.exporters.onnx import OnnxConfig, export_models
+from optimum.exporters.onnx import OnnxConfig, export_models, onnx_export_from_model
 from optimum.utils import NormalizedConfig
 from torch import nn
 from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from lfm_export.builder import Progress
-from lfm_export.checkpoint import Checkpoint
+from lfm_export.checkpoint import Checkpoint, copy_hub_files
 from lfm_export.config import CheckpointError
 from lfm_export.torch_model import load_model
 from lfm_export.wrappers import Decoder, EmbedTokens, VisionEncoder
@@ -49,6 +49,20 @@ def write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) -> 
             written.append(_with_data_file(Path(work) / f"{stem}.onnx", folder / "onnx" / f"{stem}.onnx"))
             progress(stem, sum(path.stat().st_size for path in folder.glob(f"onnx/{stem}.onnx*")))
     return written
+
+
+def export_with_optimum(folder: Path, output: Path) -> None:
+    """As Optimum's own export goes, its check of the graphs included, of a model that is loaded here: transformers 4.57 does not know some
+    spellings of tensor names, nor a projector without norm, and goes on with random weights.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    model = load_model(Checkpoint(folder))
+    onnx_export_from_model(
+        model, output, opset=OPSET, task="image-text-to-text", custom_onnx_configs=onnx_configs(model.config), fn_get_submodels=submodels
+    )
+    copy_hub_files(folder, output)
 
 
 def submodels(model: Lfm2VlForConditionalGeneration) -> dict[str, nn.Module]:
@@ -196,9 +210,13 @@ def _numpy(value: Any) -> Any:
 
 @contextmanager
 def _named(stem: str) -> Iterator[None]:
-    """A failing trace says which module it was. Tracers raise of every kind: what they raise is a fact about this module's code."""
+    """A failing trace says which module it was. Tracers raise of every kind: what they raise is a fact about this module's code, but for a
+    disk or memory that is full.
+    """
     try:
         yield
+    except (OSError, MemoryError):
+        raise
     except Exception as e:
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise CheckpointError(f"{stem} could not be traced ({cause}); export without --portable, or report it") from e

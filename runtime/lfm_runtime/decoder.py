@@ -78,7 +78,7 @@ class Decoder:
         return self._sessions
 
     def release(self) -> None:
-        """Give back the graphs' memory. States stay valid."""
+        """Give back the graphs' memory. States stay valid, but for those on a device: their buffers are bound to its sessions."""
         for state in self._bound:
             state.unbind()
         self._sessions = self._loop = None

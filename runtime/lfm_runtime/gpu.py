@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ import psutil
 
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT
+from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT, gpu_in_use
 from lfm_runtime.onnx_file import external_bytes, host_nodes
 from lfm_runtime.ort_release import onnxruntime_is
 
@@ -45,6 +44,8 @@ engine of their own, without ranges.
 """
 _OVERHEAD_MIB = 600
 """A CUDA context, its libraries' workspaces and what a prompt and a few views are worked on with."""
+_ADDED = re.compile(r"(Gather|Unsqueeze|Squeeze|Concat|Slice|Cast)_token_\d+")
+"""What onnxruntime names so, it has added itself, to carry shapes through transposes."""
 _OF_A_GPU = re.compile(r"CUDA|cuda[A-Z]|cuDNN|CUDNN|CUBLAS|libcu|TensorRT|TRT")
 _FULL = re.compile(r"out of memory|Failed to allocate memory|ALLOC_FAILED|OUT_OF_MEMORY", re.IGNORECASE)
 
@@ -122,7 +123,7 @@ def gpu_memory() -> tuple[int, int] | None:
     if Path("/etc/nv_tegra_release").exists():
         memory = psutil.virtual_memory()
         return memory.available // MIB, memory.total // MIB
-    rows = _nvidia_smi("--query-gpu=memory.free,memory.total", "-i", os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0")
+    rows = _nvidia_smi("--query-gpu=memory.free,memory.total", "-i", gpu_in_use())
     return (int(rows[0][0]), int(rows[0][1])) if rows else None
 
 
@@ -188,9 +189,9 @@ def left_to_cpu(session: Any, path: Path) -> list[str] | None:
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return None
-    parts = session.get_provider_graph_assignment_info()
     belong = host_nodes(path)
-    return [f"{n.name} ({n.op_type})" for part in parts if part.ep_name == CPU for n in part.get_nodes() if n.name not in belong]
+    left = [n for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU for n in part.get_nodes()]
+    return [f"{n.name} ({n.op_type})" for n in left if n.name not in belong and not _ADDED.fullmatch(n.name)]
 
 
 def check_placement(left: list[str] | None, path: Path, *, strict: bool) -> str | None:

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import io
 import mmap
+import os
 import re
 import struct
 import subprocess
@@ -131,12 +132,17 @@ def _entries(data: mmap.mmap, at: int) -> list[str]:
 
 def compute_capability(device: Device) -> int | None:
     """87 is 8.7; None where nothing tells."""
-    return _OF_SOC[device.soc] if device.soc in _OF_SOC else _asked_capability()
+    return _OF_SOC[device.soc] if device.soc in _OF_SOC else _asked_capability(gpu_in_use())
+
+
+def gpu_in_use() -> str:
+    """As nvidia-smi's -i takes it: the first that CUDA_VISIBLE_DEVICES names."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
 
 
 @functools.cache  # asking takes tens of milliseconds
-def _asked_capability() -> int | None:
-    words = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+def _asked_capability(gpu: str) -> int | None:
+    words = ["nvidia-smi", "--query-gpu=compute_cap", "-i", gpu, "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
         return int(float(done.stdout.split()[0]) * 10 + 0.5)

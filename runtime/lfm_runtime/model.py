@@ -141,6 +141,7 @@ class Model:
             failure = str(e)  # and not the exception, which holds on to what was loaded
         if failure:
             _log.warning("lfm-edge: computing on the CPU: %s", failure)
+            model.graphs.release()
             model = planned(on_cpu(chosen))
             model.graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3

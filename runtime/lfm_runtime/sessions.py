@@ -234,10 +234,11 @@ class Graphs:
         """
         failure = self._failure_of_a_step()
         if failure and self.execution.cuda_graphs and not is_full(failure):
-            _log.warning("lfm-edge: steps are run without CUDA graphs: %s", failure[:300])
             self.execution = replace(self.execution, cuda_graphs=False)
             self.decoder.release()
-            failure = self._failure_of_a_step()
+            captured, failure = failure, self._failure_of_a_step()
+            if not failure:
+                _log.warning("lfm-edge: steps are run without CUDA graphs: %s", captured[:300])
         if failure:
             raise self._explained(failure, self.paths[DECODER.stem])
 
@@ -261,6 +262,11 @@ class Graphs:
         if self.low_memory:
             self.decoder.release()
         return self._vision or self._load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+
+    def release(self) -> None:
+        """Give back all memory of the graphs, a GPU's as well."""
+        self.decoder.release()
+        self._vision = None
 
     def identity(self) -> str:
         """Tells what these graphs compute from what others do, across processes."""
@@ -315,7 +321,7 @@ class Graphs:
         """The prepared form where it fits and works, else the graph as it is."""
         if graph is EMBED_TOKENS and not self.execution.on_gpu:
             return load_session(path, graph, Execution(1))  # a table look-up: neither threads nor packed weights
-        if self._prepared:
+        if self._prepared and not self.execution.on_gpu:  # packed for the processor, and with its casts in it
             found = find(self._bundle, path, verify=self._verify)
             if found.note:
                 _log.warning("lfm-edge: %s", found.note)

@@ -24,7 +24,7 @@ if reference.TRANSFORMERS_5:
 from lfm_export import export as export_module  # noqa: E402
 from lfm_export.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
-from lfm_export.portable import onnx_configs, submodels  # noqa: E402
+from lfm_export.portable import export_with_optimum  # noqa: E402
 from lfm_runtime.cli import main  # noqa: E402
 from lfm_runtime.contract import present_name  # noqa: E402
 from lfm_runtime.model import Model  # noqa: E402
@@ -294,16 +294,18 @@ def test_a_trace_that_fails_names_its_module(monkeypatch, tmp_path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_optimums_own_export_of_a_loaded_model(tmp_path) -> None:
-    """The same configurations and submodels through Optimum's other public entrance."""
-    from optimum.exporters.onnx import onnx_export_from_model
-
-    model = reference.tiny_model()
-    model.set_attn_implementation("eager")
-    onnx_export_from_model(
-        model, tmp_path / "out", task="image-text-to-text", custom_onnx_configs=onnx_configs(model.config), fn_get_submodels=submodels, do_validation=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["transformers 5 spelling", "no projector norm"])
+def test_optimums_own_export(name, tmp_path, monkeypatch) -> None:
+    """The same configurations and submodels through Optimum's own function; checkpoints that transformers 4.57 would load wrong."""
+    monkeypatch.setattr(export_module, "add_golden", lambda *_: None)
+    _, built = build(CASES[name], tmp_path)
+    export_with_optimum(tmp_path / "checkpoint", tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").glob("*.onnx")} == {f"{stem}.onnx" for stem in STEMS}
+    pixels, grids, mask = reference.random_views(GRIDS)
+    feeds = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}
+    got = ort.InferenceSession(tmp_path / "out" / "vision_encoder.onnx").run(None, feeds)[0]
+    assert cosine(got, built["vision_encoder"].run(None, feeds)[0]).min() >= 0.99999
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "checkpoint" / "config.json").read_bytes()
 
 
 def test_optimums_own_command_line(portable, tmp_path) -> None:
@@ -318,3 +320,7 @@ def test_optimums_own_command_line(portable, tmp_path) -> None:
         a, b = (onnx.load(place, load_external_data=False) for place in (tmp_path / "out" / f"{stem}.onnx", portable / "onnx" / f"{stem}.onnx"))
         assert [i.name for i in a.graph.input] == [i.name for i in b.graph.input]
     assert (tmp_path / "out" / "config.json").exists()
+    words[-2] = str(tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "config.json" in done.stderr.splitlines()[-1]

@@ -107,7 +107,7 @@ def test_patches_as_the_runtime_cuts_them() -> None:
 
     image = Image.open(ROOT / "demo/eval/images/0001.png").convert("RGB").resize((12 * 16, 8 * 16))
     wanted = patchify(np.asarray(image), ImageSettings())
-    np.testing.assert_allclose(shape_static.patches(image, 8, 12)[0], np.asarray(wanted.pixels if hasattr(wanted, "pixels") else wanted).reshape(96, 768), atol=1e-6)
+    np.testing.assert_allclose(shape_static.patches(image, 8, 12)[0], np.asarray(wanted).reshape(96, 768), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +124,27 @@ def test_bundles_that_are_not_portable(demo_bundle, portable, tmp_path) -> None:
         list(shape_static.write_static(demo_bundle, tmp_path / "s", "8x8", 4, 8))
     with pytest.raises(EdgeError, match="has no PNG or JPEG"):
         list(shape_static.write_static(portable, tmp_path / "s", "8x8", 4, 8, tmp_path))
+
+
+def test_nothing_is_written_of_what_cannot_be(portable, tmp_path) -> None:
+    """An image that is none, an output that is a file or the bundle itself, a graph that is cut off: an error in a line, no file."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"\x89PNG no")
+    out = tmp_path / "out"
+    with pytest.raises(EdgeError, match=r"a\.png"):
+        list(shape_static.write_static(portable, out, "8x8", 4, 8, images))
+    assert not out.exists()
+    out.write_text("a file")
+    with pytest.raises(EdgeError, match="cannot be made"):
+        list(shape_static.write_static(portable, out, "8x8", 4, 8))
+    with pytest.raises(EdgeError, match="holds the graphs that are read"):
+        list(shape_static.write_static(portable, portable / "onnx", "8x8", 4, 8))
+    cut = tmp_path / "cut"
+    (cut / "onnx").mkdir(parents=True)
+    (cut / "config.json").write_bytes((portable / "config.json").read_bytes())
+    for path in (portable / "onnx").glob("*.onnx"):
+        (cut / "onnx" / path.name).write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(EdgeError, match="cannot be read"):
+        list(shape_static.write_static(cut, tmp_path / "s", "8x8", 4, 8))
+    assert not (tmp_path / "s").exists()

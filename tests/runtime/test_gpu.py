@@ -130,6 +130,9 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
     assert "left to the CPU" in check_placement(left[:2], path, strict=False)
     assert check_placement([], path, strict=True) is None
     assert left_to_cpu(SimpleNamespace(), path) is None
+    nodes = [SimpleNamespace(name=name, op_type=name.split("_")[0]) for name in ("Gather_token_12", "MatMul_token_3", "head")]
+    part = SimpleNamespace(ep_name=CPU, get_nodes=lambda: nodes)
+    assert left_to_cpu(SimpleNamespace(get_provider_graph_assignment_info=lambda: [part]), path) == ["MatMul_token_3 (MatMul)", "head (head)"]
     assert check_placement(None, path, strict=False) is None
     with pytest.raises(SettingError, match=r"strict_placement needs onnxruntime 1\.24"):
         check_placement(None, path, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ def check(bundle: Path, variant: str, *words: str) -> tuple[dict[str, Any], str,
     """What it prints, what it warns of, its exit code."""
     command = [sys.executable, str(ROOT / "scripts/check_cuda.py"), str(bundle), "--variant", variant, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "a package index" in done.stderr and not os.environ.get("LFM_EDGE_TEST_ALL"):
+        pytest.skip("onnxruntime-gpu could not be installed")
     assert done.stdout.startswith("{"), done.stderr
     return json.loads(done.stdout.splitlines()[0]), done.stderr, done.returncode
 
@@ -55,10 +58,7 @@ def test_steps_are_captured_at_load(found) -> None:
 
 def test_a_token_in_and_the_top_out(found) -> None:
     """Nothing else crosses, nothing is allocated; after going back the mask and the convolutions' states cross once."""
-    mask, *states, token = found["step 1"]["to_device"][:1], found["step 1"]["to_device"][1:]
-    assert mask == [1024 * 8]
-    assert states == []
-    assert token == [8]
+    assert found["step 1"]["to_device"] == [1024 * 8, 8]
     for i in range(2, 5):
         step = found[f"step {i}"]
         assert (step["to_device"], step["to_host"], step["mallocs"]) == ([8], TOP, 0)

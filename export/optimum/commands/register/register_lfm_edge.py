@@ -1,7 +1,7 @@
 """`optimum-cli export lfm2-vl`: found by Optimum because it lies in its namespace (PEP 420), as its own subpackages' commands do.
 
-Not `optimum-cli export onnx`: for a model of several graphs that command asks a fixed list in Optimum itself; only `main_export` takes
-submodels from outside.
+Not `optimum-cli export onnx`: for a model of several graphs that command asks a fixed list in Optimum itself; submodels from outside are
+taken by Optimum's functions alone.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ class LFM2VLExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("output", help="folder to write into")
 
     def run(self) -> None:
-        """Through Optimum's main_export, its own check of the graphs included."""
-        from lfm_export.portable import onnx_configs, submodels
-        from optimum.exporters.onnx import main_export
-        from transformers import AutoConfig
+        """Through Optimum's own export; an error that we can explain is one line, exit code 2."""
+        import sys
+        from pathlib import Path
 
-        config = AutoConfig.from_pretrained(self.args.model)
-        main_export(
-            self.args.model, self.args.output, task="image-text-to-text", dtype="fp32",
-            custom_onnx_configs=onnx_configs(config), fn_get_submodels=submodels,
-        )  # fmt: skip
+        from huggingface_hub import snapshot_download
+        from lfm_export.portable import export_with_optimum
+        from lfm_runtime.errors import EdgeError
+
+        folder = Path(self.args.model)
+        try:
+            export_with_optimum(folder if folder.is_dir() else Path(snapshot_download(self.args.model)), Path(self.args.output))
+        except EdgeError as e:
+            print(f"lfm-edge: {e}", file=sys.stderr)
+            sys.exit(2)
 
 
 REGISTER_COMMANDS = [(LFM2VLExportCommand, ExportCommand)]
