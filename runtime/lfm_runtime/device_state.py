@@ -2,8 +2,8 @@
 goes in, the likeliest ids and their logits come out.
 
 Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of them, because two
-sets of convolution states swap roles (see decoder.SharedState). The mask of a captured step has the capacity's length, ones first; the
-graph itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured
+sets of convolution states swap roles (see decoder.SharedState). The mask of such a step has the capacity's length, ones first; the graph
+itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured
 them: a model is to be used from one.
 """
 
