@@ -22,6 +22,8 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from lfm_runtime.errors import EdgeError
+
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "build" / "webgpu"
 PACKAGES = ("onnxruntime-webgpu==1.27.0", "numpy", "pillow", "psutil")
@@ -43,10 +45,14 @@ def main() -> int:
         print("no Vulkan driver: apt install chromium (its SwiftShader), or set VK_DRIVER_FILES", file=sys.stderr)
         return 2
     python = HOME / "bin" / "python"
-    if not python.exists():
-        venv.create(HOME, with_pip=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-    prepare(options.bundle)
+    try:
+        if not python.exists():
+            venv.create(HOME, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        prepare(options.bundle)
+    except (EdgeError, subprocess.CalledProcessError) as e:
+        print(f"check_second_device: {e}", file=sys.stderr)
+        return 2
     environment = {
         **os.environ, "VK_DRIVER_FILES": driver, "VK_ICD_FILENAMES": driver, "XDG_RUNTIME_DIR": str(HOME), "LFM_EDGE_PROFILE": "generic",
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(Path(driver).parent), os.environ.get("LD_LIBRARY_PATH")])),

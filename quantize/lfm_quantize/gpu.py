@@ -35,7 +35,8 @@ def for_gpu(decoder: Graph) -> Graph:
         helper.make_tensor_value_info(TOP_IDS, INT64, ["batch", "positions", count]),
         helper.make_tensor_value_info(NEXT_MASK, INT64, ["batch", "past_and_tokens"]),
     ]
-    for summed in [n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask"]:
+    summed = next((n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask"), None)
+    if summed:  # export --dtype fp16 writes it so from the start
         counted = onnx.NodeProto()
         counted.CopyFrom(summed)
         counted.input[0], counted.output[0] = "gpu.mask", "gpu.sum"
