@@ -28,12 +28,14 @@ add_torchvision .venv
 } &
 transformers5=$!
 
-# Reports are looked at in a browser where there is one, or where one may be installed.
-if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null &&
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "== installing chromium"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
-        echo "chromium could not be installed: reports are not looked at in a browser"
+# Reports are looked at in a browser, and CUDA's provider is run on a recorder that g++ builds, where they are or may be installed.
+missing=()
+{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing+=(chromium)
+command -v g++ >/dev/null || missing+=(g++)
+if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "== installing ${missing[*]}"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||
+        echo "${missing[*]} could not be installed: what needs them is skipped"
 fi
 
 echo "== ruff, mypy"
