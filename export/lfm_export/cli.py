@@ -1,4 +1,4 @@
-"""`lfm-edge export`: parse, then call export(). Heavy imports wait until there is work to do."""
+"""`lfm-edge export`: a Hugging Face checkpoint becomes a bundle of ONNX graphs."""
 
 from __future__ import annotations
 

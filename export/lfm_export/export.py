@@ -11,9 +11,10 @@ from typing import Any
 import onnx_ir as ir
 from lfm_runtime import __version__
 from lfm_runtime.bundle import MANIFEST, file_hash, read_manifest
-from lfm_runtime.bundle_writer import carry_over, replacing
+from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
 from lfm_runtime.golden import add_golden
+from lfm_runtime.images import ImageSettings
 from lfm_runtime.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
@@ -53,6 +54,8 @@ def export(
         raise CheckpointError(f"unknown graph {unknown[0]}; the graphs are {', '.join(known)}")
     if portable and (dtype != "fp32" or graphs):
         raise CheckpointError("--portable writes all graphs, in fp32; leave --dtype and --graphs out")
+    check_replaceable(bundle)  # better now than after minutes
+    ImageSettings.from_folder(checkpoint_folder)
     tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
     prompt = compile_prompt(checkpoint_folder)

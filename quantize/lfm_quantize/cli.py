@@ -1,4 +1,4 @@
-"""`lfm-edge quantize`: parse, then call quantize(). Heavy imports wait until there is work to do."""
+"""`lfm-edge quantize`: int8, int4 and fp16 variants of a bundle, calibrated with images and judged."""
 
 from __future__ import annotations
 

@@ -56,12 +56,14 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.audit import audit
     from lfm_runtime.audit_images import find_images, make_images
     from lfm_runtime.audit_table import rows_for_csv, table
-    from lfm_runtime.files import write_whole
+    from lfm_runtime.files import check_writable, write_whole
     from lfm_runtime.measured import keep_measured
 
     for path in (options.output, options.csv):
-        if path and not path.absolute().parent.is_dir():
-            raise SettingError(f"{path.absolute().parent} is not a folder; make it, or write elsewhere")
+        if path:
+            check_writable(path)
+    if options.meter and not options.meter.exists():
+        print(f"lfm-edge: {options.meter} is not there yet; it is read when all is measured", file=sys.stderr)
     interrupt_on_termination()
     progress = _progress(options)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:

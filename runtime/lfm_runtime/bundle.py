@@ -52,6 +52,10 @@ class Bundle:
         Raises:
             BundleError: not a bundle, damaged, or of a newer schema.
         """
+        if folder.is_file() and folder.suffix in (".tar", ".zst"):
+            raise BundleError(f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}")
+        if folder.is_file():
+            raise BundleError(f"{folder} is a file; a bundle is a folder, and comes before the images")
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; make a bundle with: lfm-edge export CHECKPOINT -o {folder}")
         manifest = read_manifest(folder)
@@ -86,7 +90,8 @@ class Bundle:
         """
         name = variant or next(iter(self.variants))
         if name not in self.variants:
-            raise BundleError(f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}")
+            how = f"lfm-edge quantize {self.folder} --variant {name}"
+            raise BundleError(f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}")
         graphs = self.variants[name]
         for graph in GRAPHS:
             if graph.stem not in graphs or not graphs[graph.stem].exists():

@@ -7,6 +7,7 @@ one folder wait for each other, so that neither loses the other's variants.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -47,8 +48,10 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iter
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
-        free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if bundle.parent.is_dir() else ""
-        raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; the bundle is as before") from e
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if full and bundle.parent.is_dir() else ""
+        do = "make room, or choose another output" if full else "choose another output"
+        raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; nothing has changed there; {do}") from e
 
 
 def carry_over(bundle: Path, folder: Path, names: Iterable[str]) -> None:

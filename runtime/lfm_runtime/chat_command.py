@@ -1,4 +1,4 @@
-"""`lfm-edge chat`: several turns about the same images in the terminal. A question costs its own tokens, not those before."""
+"""`lfm-edge chat`: several turns about the same images; a question costs its own tokens, not those before."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lfm_runtime import __version__
 from lfm_runtime.contract import VARIANT_SUFFIX
 from lfm_runtime.errors import EdgeError
 
@@ -30,9 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=_GROUP)}
-    parser = argparse.ArgumentParser(prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure.")
-    parser.add_argument("command", choices=sorted(commands), help="what to do; lfm-edge COMMAND --help tells more")
-    if not words or words[0] in ("-h", "--help") or words[0] not in commands:
+    if not words or words[0] not in commands:
+        parser = argparse.ArgumentParser(
+            prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
+            epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
+        parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of those below")
         parser.parse_args(words[:1] or ["--help"])
     try:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
@@ -51,6 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as e:  # a file or disk failed where no better message was made
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+
+
+def _what(point: EntryPoint) -> str:
+    """What a command is for, from the first line of its module, which is not imported for it."""
+    try:
+        found = importlib.util.find_spec(point.value)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        return ""
+    with open(found.origin, encoding="utf-8") as f:  # noqa: PTH123  (pathlib would be imported for --help)
+        return f.readline().strip('"\n').partition("`: ")[2].rstrip(".")
 
 
 def _fail(message: str, code: int = _EXIT_ERROR) -> int:

@@ -29,6 +29,8 @@ _LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64
 _LITTLE_MEMORY_MIB = 512
 _MATTERS = {"asimddp", "asimdhp", "i8mm", "sve", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c"}
 # What an import of onnxruntime says when it fails, and what helps.
+_CPU_WHEEL = "pip uninstall -y onnxruntime-gpu onnxruntime; pip install onnxruntime"
+"""Both first: what of the two is left over shares files with what is taken away."""
 _IMPORT_FAILURES = (
     ("GLIBCXX_", "the system's C++ library is too old (JetPack 5, old Ubuntu): install a newer system; JetPack 6 has it"),
     ("GLIBC_", "the system's C library is too old for this wheel: install a newer system"),
@@ -145,13 +147,13 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
     device, library = machine.device, gpu_wheel.cuda_library()
     if not device.gpu:
         unused = "; the GPU wheel is larger and has no use here" if library else ""
-        yield _judged("gpu", library is not None and "warning", f"none, the CPU computes{unused}", "pip install onnxruntime")
+        yield _judged("gpu", library is not None and "warning", f"none, the CPU computes{unused}", _CPU_WHEEL)
     elif library is None:
         yield Finding("gpu", "ok", f"{device.gpu}; this onnxruntime is for the CPU and does not use it")
     else:
         problem = gpu_wheel.gpu_problem(device)
         other = "NVIDIA's wheel for this JetPack" if device.soc else "a wheel built for this chip"
-        fix = f"use the CPU wheel (pip uninstall -y onnxruntime-gpu; pip install onnxruntime), or {other}"
+        fix = f"use the CPU wheel ({_CPU_WHEEL}), or {other}"
         yield _judged("gpu", problem is not None and "problem", f"{device.gpu}: {problem or 'this onnxruntime has kernels for it'}", fix)
 
 

@@ -39,8 +39,31 @@ def read_json_object(
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears whole or not at all; what was there stays until then."""
+    """The file appears whole or not at all; what was there stays until then.
+
+    Raises:
+        EdgeError: it cannot be written there.
+    """
     path = Path(os.path.realpath(path))
+    try:
+        _write_whole(path, text)
+    except OSError as e:
+        raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
+
+
+def check_writable(path: Path) -> None:
+    """Before long work, raise EdgeError where write_whole could not write this file."""
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise EdgeError(f"{folder} is not a folder; make it, or write elsewhere")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
+            pass
+    except OSError as e:
+        raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
+
+
+def _write_whole(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(text)

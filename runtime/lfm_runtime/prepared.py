@@ -43,18 +43,18 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
     if not place.is_dir():
         others = place.parent.parent.glob(f"*/{source.stem}")
         if any(others):
-            return Found(source, f"{place.parent.parent} is of another processor or onnxruntime and not used; run: lfm-edge prepare")
+            return Found(source, f"{place.parent.parent} is of another processor or onnxruntime and not used")
         return Found(source)
     try:
         note = read_json_object(place / NOTE, BundleError)
         if note["source"] != bundle.fingerprint(source):
-            return Found(source, f"{place} is of an older {source.name} and not used; run: lfm-edge prepare")
+            return Found(source, f"{place} is of an older {source.name} and not used")
         for name, wanted in note["files"].items():
             path = place / name
             if path.stat().st_size != wanted["bytes"]:
-                return Found(source, f"{path} is cut off and not used; run: lfm-edge prepare")
+                return Found(source, f"{path} is cut off and not used")
             if (verify or path.suffix == ".onnx") and file_hash(path) != wanted["sha256"]:
-                return Found(source, f"{path} is damaged and not used; run: lfm-edge prepare")
+                return Found(source, f"{path} is damaged and not used")
     except (BundleError, OSError, KeyError, TypeError, AttributeError) as e:
-        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__}); run: lfm-edge prepare")
+        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})")
     return Found(place / source.name)

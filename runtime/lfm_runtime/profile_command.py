@@ -1,4 +1,4 @@
-"""`lfm-edge profile`: the profiles there are, what one says, what this machine is and which profile it gets."""
+"""`lfm-edge profile`: which profile this machine gets, what it will cost, and the settings that suit it."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print()
         sys.stdout.flush()
-        how = f"{model.variant}, {model.threads} threads, profile {model.profile.name}"
+        reader = f", prompts read by {model.graphs.prefill}" if model.graphs.prefill else ""
+        how = f"{model.variant}{reader}, {model.threads} threads, profile {model.profile.name}"
         print(f"\n{model.bundle.folder.name}, {how}\n{answer.report.table()}", file=sys.stderr)
     return 0

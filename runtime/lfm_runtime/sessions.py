@@ -207,6 +207,7 @@ class Graphs:
         )  # fmt: skip
         self._strict_placement = profile.strict_placement
         self._unprepared: set[str] = set()
+        self._said_unprepared = False
         self._bundle, self._prepared, self._verify = bundle, profile.prepared, verify
         self._vision: ort.InferenceSession | None = None
 
@@ -317,6 +318,13 @@ class Graphs:
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
 
+    def _say_unprepared(self, note: str) -> None:
+        """Once: what was prepared for one graph and does not fit, mostly does not for the others."""
+        if not self._said_unprepared:
+            prefill = f" --prefill {self.prefill}" if self.prefill else ""
+            _log.warning("lfm-edge: %s; run: lfm-edge prepare %s --variant %s%s", note, self._bundle.folder, self.variant, prefill)
+        self._said_unprepared = True
+
     def _best(self, graph: Graph, path: Path) -> ort.InferenceSession:
         """The prepared form where it fits and works, else the graph as it is."""
         if graph is EMBED_TOKENS and not self.execution.on_gpu:
@@ -324,12 +332,12 @@ class Graphs:
         if self._prepared and not self.execution.on_gpu:  # packed for the processor, and with its casts in it
             found = find(self._bundle, path, verify=self._verify)
             if found.note:
-                _log.warning("lfm-edge: %s", found.note)
+                self._say_unprepared(found.note)
             if found.path != path:
                 try:
                     session = load_session(found.path, graph, self.execution)
                 except BundleError as e:
-                    _log.warning("lfm-edge: %s is not used: %s; run: lfm-edge prepare", found.path.parent, e)
+                    self._say_unprepared(f"{found.path.parent} is not used: {e}")
                 else:
                     return session
         self._unprepared.add(path.name)
