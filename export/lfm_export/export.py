@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,8 @@ from lfm_export.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
 from lfm_export.prompt import compile_prompt
 from lfm_export.vision import build_vision_encoder
+
+_log = logging.getLogger(__name__)
 
 MIN_ONNXRUNTIME = "1.20.0"
 
@@ -55,7 +58,7 @@ def export(
     if portable and (dtype != "fp32" or graphs):
         raise CheckpointError("--portable writes all graphs, in fp32; leave --dtype and --graphs out")
     check_replaceable(bundle)  # better now than after minutes
-    ImageSettings.from_folder(checkpoint_folder)
+    _look_at_image_settings(checkpoint_folder)
     tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
     prompt = compile_prompt(checkpoint_folder)
@@ -104,6 +107,16 @@ def export(
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
         _write_manifest(folder, checkpoint, dtype, old, kept, described, tools)
         return add_golden(folder, dtype)
+
+
+def _look_at_image_settings(folder: Path) -> None:
+    """Raise SettingError for those that cannot be; a checkpoint without any is exported with the reference processor's."""
+    ImageSettings.from_folder(folder)
+    config = folder / "config.json"
+    in_config = not config.exists() or "max_image_tokens" in config.read_text(encoding="utf-8", errors="replace")
+    if not in_config and not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        do = "copy it from the model this one was made of"
+        _log.warning("lfm-edge: %s has no preprocessor_config.json, and images are cut as Hugging Face does by default; %s", folder, do)
 
 
 def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> None:

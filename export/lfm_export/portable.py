@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from huggingface_hub import snapshot_download
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, past_names, present_name
 from optimum.exporters.onnx import OnnxConfig, export_models, onnx_export_from_model
 from optimum.utils import NormalizedConfig
@@ -51,13 +52,20 @@ def write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) -> 
     return written
 
 
-def export_with_optimum(folder: Path, output: Path) -> None:
+def export_with_optimum(name: str, output: Path) -> None:
     """As Optimum's own export goes, its check of the graphs included, of a model that is loaded here: transformers 4.57 does not know some
     spellings of tensor names, nor a projector without norm, and goes on with random weights.
 
+    Args:
+        name: a checkpoint's folder, or a model of the hub.
+        output: the folder to write into.
+
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be had or read, or the output is no folder.
     """
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is not a folder; choose another output")
+    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
     model = load_model(Checkpoint(folder))
     onnx_export_from_model(
         model, output, opset=OPSET, task="image-text-to-text", custom_onnx_configs=onnx_configs(model.config), fn_get_submodels=submodels
@@ -206,6 +214,14 @@ class DecoderConfig(_Config):
 
 def _numpy(value: Any) -> Any:
     return [one.numpy() for one in value] if isinstance(value, list) else value.numpy()
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name))
+    except Exception as e:  # of every kind: names that cannot be, no network, no such model, no rights
+        cause = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise CheckpointError(f"{name} is neither a folder nor a model that the hub gives ({cause}); name a checkpoint's folder") from e
 
 
 @contextmanager

@@ -96,6 +96,8 @@ class Settings:
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
         if self.max_size is not None and not (self.calibration and self.variant == "int4" and not self.recipe and not self.method):
             raise QuantizeError("--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method")
+        if self.max_size is not None and not self.max_size > 0:
+            raise QuantizeError(f"--max-size {self.max_size:g} is impossible; allowed: megabytes above 0")
 
     def kl_floor(self) -> float:
         """Highest KL divergence allowed: the user's, or the variant's default."""

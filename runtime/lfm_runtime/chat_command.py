@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     session = Session(model, system=options.system)
     limit = {"max_megapixels": changes.pop("max_megapixels")} if "max_megapixels" in changes else {}
     images = [model.open(image, **limit) for image in options.images]
+    code = 0
     while question := _ask():
         try:
             answer = session.ask(question, images, progress=show_progress, **changes)
@@ -32,12 +33,14 @@ def run(options: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
         except PromptError as e:  # a question that does not fit must not end the conversation
             print(f"lfm-edge: {e}", file=sys.stderr)
+            code = e.exit_code
             continue
+        code = 0
         report = answer.report
         new = report.prompt_tokens - report.cached_tokens
         print(f"\n  [{new} tokens read, {report.new_tokens} written, first after {report.timing_ms['ttft'] or 0:.0f} ms]", file=sys.stderr)
         images = []
-    return 0
+    return 0 if sys.stdin.isatty() else code  # a script is told of its last question
 
 
 def _ask() -> str:

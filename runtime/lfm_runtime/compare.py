@@ -68,8 +68,8 @@ def read_audit(path: Path) -> dict[str, Any]:
     """
     found = read_json_object(path, AuditError, advice="name a file written by lfm-edge audit")
     with damage_is(AuditError, path, "make the audit again"):
-        if not str(found["tool"]["name"]).startswith("lfm-edge audit"):
-            raise AuditError(f"{path} is not an audit of lfm-edge")
+        if not str((found.get("tool") or {"name": ""})["name"]).startswith("lfm-edge audit"):
+            raise AuditError(f"{path} is not an audit; name a file written by lfm-edge audit -o")
         if found["schema"] != SCHEMA:
             raise AuditError(f"{path} is an audit of schema {found['schema']}, this lfm-edge reads {SCHEMA}; make the audit again")
         for *_, given in headlines(found):

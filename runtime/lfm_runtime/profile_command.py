@@ -188,7 +188,7 @@ def _tune(options: argparse.Namespace) -> None:
     from lfm_profiles.sensors import Sensors
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.files import write_whole
+    from lfm_runtime.files import check_writable, write_whole
     from lfm_runtime.gpu_wheel import CUDA
     from lfm_runtime.images import image_size
     from lfm_runtime.profile import profile_for
@@ -200,8 +200,9 @@ def _tune(options: argparse.Namespace) -> None:
     if not 0 <= minutes <= 1e5:
         raise SettingError(f"minutes {minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")
     output = Path(options.output or "tuned.toml")
-    if output.suffix != ".toml" or not output.absolute().parent.is_dir():
-        raise SettingError(f"{output} cannot be written as a profile; name a .toml file in a folder that is there")
+    if output.suffix != ".toml":
+        raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
+    check_writable(output)
     images = [Path(name) for name in options.names[1:]]
     for image in images:
         image_size(image)  # better now than in the first process

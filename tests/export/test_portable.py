@@ -299,7 +299,7 @@ def test_optimums_own_export(name, tmp_path, monkeypatch) -> None:
     """The same configurations and submodels through Optimum's own function; checkpoints that transformers 4.57 would load wrong."""
     monkeypatch.setattr(export_module, "add_golden", lambda *_: None)
     _, built = build(CASES[name], tmp_path)
-    export_with_optimum(tmp_path / "checkpoint", tmp_path / "out")
+    export_with_optimum(str(tmp_path / "checkpoint"), tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").glob("*.onnx")} == {f"{stem}.onnx" for stem in STEMS}
     pixels, grids, mask = reference.random_views(GRIDS)
     feeds = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}
@@ -324,3 +324,6 @@ def test_optimums_own_command_line(portable, tmp_path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert "config.json" in done.stderr.splitlines()[-1]
+    with pytest.raises(CheckpointError, match="neither a folder nor a model that the hub gives"):
+        export_with_optimum("nobody/nothing", tmp_path / "other")
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()

@@ -28,16 +28,15 @@ class LFM2VLExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         import sys
         from pathlib import Path
 
-        from huggingface_hub import snapshot_download
         from lfm_export.portable import export_with_optimum
         from lfm_runtime.errors import EdgeError
 
-        folder = Path(self.args.model)
         try:
-            export_with_optimum(folder if folder.is_dir() else Path(snapshot_download(self.args.model)), Path(self.args.output))
+            export_with_optimum(self.args.model, Path(self.args.output))
         except EdgeError as e:
             print(f"lfm-edge: {e}", file=sys.stderr)
             sys.exit(2)
+        print(f"{self.args.output}: three graphs of standard operators, as lfm-edge export --portable writes them")
 
 
 REGISTER_COMMANDS = [(LFM2VLExportCommand, ExportCommand)]
