@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,15 @@ def test_adapter_of_another_model(tmp_path) -> None:
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(EdgeError, match=r"adapter_config\.json is missing"):
         Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
+
+
+def test_without_image_settings(tmp_path, caplog) -> None:
+    """It is exported as Hugging Face cuts images by default, which is said; settings that cannot be are refused before the work."""
+    folder = Path(shutil.copytree(reference.DEMO, tmp_path / "checkpoint"))
+    (folder / "preprocessor_config.json").unlink()
+    export(folder, tmp_path / "bundle")
+    assert "has no preprocessor_config.json, and images are cut as Hugging Face does by default" in caplog.text
+    (folder / "preprocessor_config.json").write_text('{"max_image_tokens": "many"}')
+    with pytest.raises(EdgeError, match="preprocessor_config"):
+        export(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

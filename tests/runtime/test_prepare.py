@@ -171,6 +171,20 @@ def test_refusals(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     assert "has no variant 'int8'" in capsys.readouterr().err
 
 
+def test_it_prepares_what_run_takes(gpu_bundle, tmp_path, capsys, caplog) -> None:
+    """Without a word of the variant; what no longer fits is said once, with the command that mends it."""
+    bundle = Path(shutil.copytree(gpu_bundle, tmp_path / "bundle"))
+    assert main(["prepare", str(bundle)]) == 0
+    variant = Model.load(bundle).variant
+    assert f"{variant} is prepared in" in capsys.readouterr().out
+    assert not caplog.records
+    for note in folder_of(bundle).glob("*/prepared.json"):
+        note.write_text("{}")
+    Model.load(bundle)
+    (record,) = caplog.records
+    assert f"; run: lfm-edge prepare {bundle} --variant {variant}" in record.getMessage()
+
+
 def test_hub_folder(demo_bundle, tmp_path, caplog) -> None:
     """Without a manifest a graph is known by size and time."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
