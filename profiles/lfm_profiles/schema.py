@@ -170,15 +170,15 @@ class Profile:
     )
     context: int | None = _setting(None,
         "prompt and answer together, at most",
-        "64 and above", _whole(64, 1 << 20), "tokens",
+        "64 to 1048576", _whole(64, 1 << 20), "tokens",
     )
     min_image_tokens: int | None = _setting(None,
         "of one view, at least: smaller images are enlarged",
-        "1 and above", _whole(1, 1 << 16), "tokens",
+        "1 to 65536", _whole(1, 1 << 16), "tokens",
     )
     max_image_tokens: int | None = _setting(None,
         "of one view, at most",
-        "1 and above", _whole(1, 1 << 16), "tokens",
+        "1 to 65536", _whole(1, 1 << 16), "tokens",
     )
     do_image_splitting: bool | None = _setting(None,
         "cut large images into tiles",
@@ -186,11 +186,11 @@ class Profile:
     )
     min_tiles: int | None = _setting(None,
         "of a large image",
-        "1 and above", _whole(1, 1024), "tiles",
+        "1 to 1024", _whole(1, 1024), "tiles",
     )
     max_tiles: int | None = _setting(None,
         "of a large image",
-        "1 and above", _whole(1, 1024), "tiles",
+        "1 to 1024", _whole(1, 1024), "tiles",
     )
     use_thumbnail: bool | None = _setting(None,
         "add the whole image to its tiles",
@@ -198,7 +198,7 @@ class Profile:
     )
     max_new_tokens: int | None = _setting(None,
         "of an answer",
-        "1 and above", _whole(1, 1 << 20), "tokens",
+        "1 to 1048576", _whole(1, 1 << 20), "tokens",
     )
     speculate: int | None = _setting(None,
         "guess up to so many tokens from what was said",

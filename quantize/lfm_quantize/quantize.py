@@ -230,6 +230,8 @@ def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Que
         return [], [], 0
     questions, skipped = read_questions(settings.calibration, settings.prompts)
     images = len({q.image for q in questions})
+    if settings.prompts is None and (left := sorted(settings.calibration.glob("*.jsonl"))):
+        warn(f"built-in questions are asked; {left[0].name} beside the images has others: --prompts {left[0]}")
     if skipped:
         warn(f"{skipped} of {images + skipped} images could not be opened and are left out")
     if images > MANY_IMAGES:
