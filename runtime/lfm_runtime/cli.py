@@ -7,6 +7,7 @@ A command is a module with `add_arguments(parser)` and `run(options) -> exit cod
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import signal
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lfm_runtime import __version__
 from lfm_runtime.contract import VARIANT_SUFFIX
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=_GROUP)}
     if not words or words[0] not in commands:
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
             epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(words[:1] or ["--help"])
     try:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
-        inner = argparse.ArgumentParser(prog=f"lfm-edge {words[0]}")
+        inner = Parser(prog=f"lfm-edge {words[0]}")
         module.add_arguments(inner)
         return int(module.run(inner.parse_intermixed_args(words[1:])))
     except EdgeError as e:
@@ -58,6 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as e:  # a file or disk failed where no better message was made
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}{self.prog} --help tells more\n")
 
 
 def _what(point: EntryPoint) -> str:

@@ -509,6 +509,15 @@ def test_help_says_what_each_command_does(capsys) -> None:
     assert capsys.readouterr().out == f"lfm-edge {__version__}\n"
 
 
+def test_misspelt_options(capsys) -> None:
+    """One line, with what was meant."""
+    with pytest.raises(SystemExit) as e:
+        main(["run", "bundle", "-p", "hi", "--max-imge-tokens", "64"])
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("did you mean --max-image-tokens? lfm-edge run --help tells more")
+
+
 @pytest.mark.parametrize(("name", "said"), [("cam.tar", "unpack it first: lfm-edge unpack"), ("photo.png", "is a file; a bundle is a folder")])
 def test_files_that_are_no_bundle(tmp_path, capsys, name, said) -> None:
     (tmp_path / name).touch()
