@@ -13,6 +13,7 @@ from lfm_runtime.contract import (
     MANY_TOKENS,
     MAX_CONTEXT,
     NEXT_MASK,
+    POSITIONS,
     TOP_IDS,
     TOP_LOGITS,
     TOP_TOKENS,
@@ -81,7 +82,7 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
         normed, x = _add_and_norm(g, checkpoint, change, x, after)
 
     logits = _head(g, checkpoint, normed, embeds, head_table)
-    g.output(logits, "logits", FLOAT, ["batch", "positions", text.vocabulary])
+    g.output(logits, "logits", FLOAT, ["batch", POSITIONS, text.vocabulary])
     g.outputs.insert(0, g.outputs.pop())  # logits first, windows last: the model card takes outputs by position
     for name, window in windows.items():
         g.output(window, name, g.float_type, ["batch", "kernel_and_tokens", text.hidden])
@@ -94,8 +95,8 @@ def _stay_on_device(g: GraphBuilder, logits: ir.Value, mask: ir.Value, vocabular
     count = min(TOP_TOKENS, vocabulary)
     values, ids = g.ops("TopK", 2, logits, [count], name="gpu.likeliest")
     there, before = g.op("Slice", mask, [0], [1], [1]), g.op("Slice", mask, [0], [-1], [1])
-    g.output(values, TOP_LOGITS, FLOAT, ["batch", "positions", count])
-    g.output(ids, TOP_IDS, INT64, ["batch", "positions", count])
+    g.output(values, TOP_LOGITS, FLOAT, ["batch", POSITIONS, count])
+    g.output(ids, TOP_IDS, INT64, ["batch", POSITIONS, count])
     g.output(g.op("Concat", there, before, axis=1), NEXT_MASK, INT64, ["batch", "past_and_tokens"])
 
 

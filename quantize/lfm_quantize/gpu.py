@@ -1,5 +1,5 @@
-"""What GPUs want of a graph beside fp16: a decoder that need not send its logits to the host, and for TensorRT an encoder in standard
-operators. Both are graphs over weights that lie in another variant's files.
+"""What GPUs want of a graph beside fp16: a decoder that need not send its logits to the host and computes its short convolutions in one
+kernel each, and for TensorRT an encoder in standard operators. Graphs over weights that lie in another variant's files.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from lfm_runtime.contract import NEXT_MASK, TOP_IDS, TOP_LOGITS, TOP_TOKENS
-from onnx import helper
+from lfm_runtime.contract import CONV_WINDOW, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS
+from onnx import helper, numpy_helper
 
-from lfm_quantize.graph import FLOAT, FLOAT16, INT64, Graph, Place, QuantizeError, Tensor
+from lfm_quantize.graph import CONTRIB, FLOAT, FLOAT16, INT64, Graph, Place, QuantizeError, Tensor
+
+_CONV = "CausalConvWithState"
+_END = np.iinfo(np.int64).max
 
 
 def for_gpu(decoder: Graph) -> Graph:
@@ -31,8 +34,8 @@ def for_gpu(decoder: Graph) -> Graph:
         helper.make_node("Concat", ["gpu.there", "gpu.before"], [NEXT_MASK], "gpu.next_mask", axis=1),
     ]
     outputs = [
-        helper.make_tensor_value_info(TOP_LOGITS, FLOAT, ["batch", "positions", count]),
-        helper.make_tensor_value_info(TOP_IDS, INT64, ["batch", "positions", count]),
+        helper.make_tensor_value_info(TOP_LOGITS, FLOAT, ["batch", POSITIONS, count]),
+        helper.make_tensor_value_info(TOP_IDS, INT64, ["batch", POSITIONS, count]),
         helper.make_tensor_value_info(NEXT_MASK, INT64, ["batch", "past_and_tokens"]),
     ]
     summed = next((n for n in decoder.nodes if n.op_type == "ReduceSum" and n.input[0] == "attention_mask"), None)
@@ -44,7 +47,84 @@ def for_gpu(decoder: Graph) -> Graph:
             helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT), counted,
             helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
         ]}, {})  # fmt: skip
-    return replace(decoder, nodes=[*decoder.nodes, *nodes], tensors={**decoder.tensors, **tensors}, outputs=[*decoder.outputs, *outputs])
+    decoder = replace(
+        decoder, nodes=[*decoder.nodes, *nodes], tensors={**decoder.tensors, **tensors}, outputs=[*decoder.outputs, *outputs]
+    )
+    return fused_convolutions(decoder)
+
+
+# ----------------------------------------------------------------------------------------------------- short convolutions
+
+
+def fused_convolutions(decoder: Graph) -> Graph:
+    """Each short convolution as one CausalConvWithState, which CUDA has since onnxruntime 1.25: 6 kernels for 15. The graph brings along
+    what that operator is, as a function of standard operators, which older releases compute instead.
+
+    A zero before the taps makes the operator's state, one entry less than its kernel, the hub's, which is as long as the kernel. What a
+    convolution has read is no output any more. Those that are kept fp32 are left as they are.
+    """
+    made_by = {name: node for node in decoder.nodes for name in node.output}
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    tensors: dict[str, Tensor] = {}
+    functions: list[onnx.FunctionProto] = []
+    for window in [o.name for o in decoder.outputs if o.name.startswith(CONV_WINDOW)]:
+        layer = window.removeprefix(CONV_WINDOW)
+        past, present, place = f"past_conv.{layer}", f"present_conv.{layer}", f"text.layers.{layer}.conv.conv"
+        taps, bias = decoder.tensors.get(f"{place}.weight"), decoder.tensors.get(f"{place}.bias")
+        joined = made_by[window]
+        product = made_by.get(joined.input[-1])
+        split = made_by.get(product.input[0]) if product else None
+        if taps is None or taps.dtype != FLOAT16 or split is None or (joined.op_type, split.op_type) != ("Concat", "Split"):
+            continue  # something of it is kept fp32, and casts lie between
+        signal, gate = joined.input[1], split.output[1]
+        gated = next(node for node in decoder.nodes if gate in node.input)
+        convolved = next(name for name in gated.input if name != gate)
+        tensors[f"{place}.taps"] = Tensor.of(np.pad(taps.array.T[:, None], ((0, 0), (0, 0), (1, 0))))
+        given = [f"{place}.channels", f"{place}.taps", f"{place}.bias" if bias else "", past]
+        nodes[joined.name] = [
+            helper.make_node("Transpose", [signal], given[:1], given[0], perm=[0, 2, 1]),
+            helper.make_node(_CONV, given, [f"{place}.convolved", present], place, domain=CONTRIB),
+            helper.make_node("Transpose", [f"{place}.convolved"], [convolved], f"{place}.tokens", perm=[0, 2, 1]),
+        ]
+        nodes[made_by[convolved].name] = nodes[made_by[present].name] = []
+        functions = [_convolution(taps.shape[0], bias=bias is not None)]
+    made = replace(decoder.replaced(nodes, tensors), functions=functions)
+    outputs = [o for o in made.outputs if not o.name.startswith(CONV_WINDOW)]
+    return made.part([o.name for o in outputs])
+
+
+def _convolution(kernel: int, *, bias: bool) -> onnx.FunctionProto:
+    """CausalConvWithState as all layers use it, in standard operators: x [B, H, S], taps [H, 1, 1 + kernel] of which the first is 0, bias
+    [H], past [B, H, kernel] → y [B, H, S], present [B, H, kernel].
+    """
+    nodes = [helper.make_node("Concat", ["past", "x"], ["full"], axis=2)]
+
+    def constant(*values: int) -> str:
+        name = f"c{len(nodes)}"
+        nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64))))
+        return name
+
+    def add(op_type: str, *inputs: str) -> str:
+        name = f"v{len(nodes)}"
+        nodes.append(helper.make_node(op_type, list(inputs), [name]))
+        return name
+
+    total = ""
+    for k in range(1, kernel + 1):
+        end = k - kernel if k < kernel else _END
+        read = add("Slice", "full", constant(k), constant(end), constant(2))
+        tap = add("Squeeze", add("Slice", "taps", constant(k), constant(k + 1), constant(2)), constant(1))
+        term = add("Mul", read, tap)
+        total = add("Add", total, term) if total else term
+    if bias:
+        total = add("Add", total, add("Unsqueeze", "bias", constant(1)))
+    nodes.append(helper.make_node("Identity", [total], ["y"]))
+    nodes.append(helper.make_node("Slice", ["full", constant(-kernel), constant(_END), constant(2)], ["present"]))
+    opsets = [helper.make_opsetid("", 20)]
+    return helper.make_function(CONTRIB, _CONV, ["x", "taps", "bias", "past"], ["y", "present"], nodes, opsets)
+
+
+# ----------------------------------------------------------------------------------------- over files, for TensorRT
 
 
 def over_its_files(graph: Graph, original: Graph) -> Graph:

@@ -97,6 +97,7 @@ class Graph:
     opset: int = 20
     ir_version: int = 10
     metadata: Mapping[str, str] = field(default_factory=dict)
+    functions: Sequence[onnx.FunctionProto] = ()  # what operators are where an engine does not have them
 
     @staticmethod
     def open(path: Path, *, widen: bool = True) -> Graph:
@@ -113,7 +114,7 @@ class Graph:
             raise QuantizeError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again") from e
         graph = Graph(
             model.graph.name, list(model.graph.node), tensors, {v.name: v for v in model.graph.input}, list(model.graph.output), opset,
-            model.ir_version,
+            model.ir_version, functions=list(model.functions),
         )  # fmt: skip
         if widen:
             _widen(graph)
@@ -221,7 +222,9 @@ class Graph:
             protos.append(proto)
         graph = helper.make_graph(self.nodes, self.name, list(self.inputs.values()), self.outputs, protos)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="lfm-edge")
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="lfm-edge", functions=list(self.functions)
+        )
         helper.set_model_props(model, dict(self.metadata))
         return model, large
 

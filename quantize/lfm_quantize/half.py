@@ -71,7 +71,10 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
             tensors[name] = graph.tensors[name]
         nodes.append(new)
         to = next((a.i for a in node.attribute if node.op_type == "Cast" and a.name == "to"), None)
-        if not measures and (to == FLOAT or (to is None and (floats or any(n in constants for n in read)))):
+        if to == FLOAT and node.input[0] in starts:  # in a graph made of an fp16 one: where hidden values entered it
+            new.input[0] = node.input[0]
+            next(a for a in new.attribute if a.name == "to").i = kinds[node.output[0]] = FLOAT16
+        elif not measures and (to == FLOAT or (to is None and (floats or any(n in constants for n in read)))):
             kinds |= dict.fromkeys(node.output, FLOAT if to == FLOAT else kind)
     outputs = []
     for info in graph.outputs:

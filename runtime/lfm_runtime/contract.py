@@ -22,10 +22,13 @@ MAX_CONTEXT = 32768
 MANY_TOKENS = 16
 """A decoder of ours gives logits for every position of a step of fewer tokens, of the last position alone from here on."""
 
+POSITIONS = "positions"
+"""What the logits' second axis is called in such a decoder."""
+
 CONV_WINDOW = "conv_window."
 """Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state after any of
 the step's tokens can be cut. The hub's contract does not know them, so their names must not look like states'; whoever does not ask
-for them pays nothing.
+for them pays nothing. Decoders for GPUs lack them: there guesses are not checked.
 """
 
 TOP_LOGITS, TOP_IDS, NEXT_MASK = "top_logits", "top_ids", "next_attention_mask"

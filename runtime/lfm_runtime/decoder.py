@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, present_name
+from lfm_runtime.contract import CONV_WINDOW, MANY_TOKENS, POSITIONS, present_name
 from lfm_runtime.device_state import DeviceLoop, DeviceState, Memory
 from lfm_runtime.errors import GraphContractError
 from lfm_runtime.state import Embeds, Mark, Snapshot, State, StateInput
@@ -97,9 +97,9 @@ class Decoder:
         # Sharing needs an operator that writes into its past; its name is in the protobuf or it is not there.
         fp32_edges = self.embeds_type is np.float32 and outputs["logits"].type == "tensor(float)"
         shares = fp32_edges and b"GroupQueryAttention" in self.path.read_bytes() and "position_ids" not in self.inputs
-        # How many positions' logits a step gives must be known before it.
-        self.windows = [name for name in outputs if name.startswith(CONV_WINDOW)]
-        self.shares_kv = shares and (bool(self.windows) or outputs["logits"].shape[1] == 1)
+        # How many positions' logits a step gives must be known before it: of ours all of a few tokens, the last of many.
+        self.gives_few = outputs["logits"].shape[1] == POSITIONS
+        self.shares_kv = shares and (self.gives_few or outputs["logits"].shape[1] == 1)
 
     def embed(self, ids: list[int]) -> Embeds:
         """Embeddings [1, tokens, H]."""
@@ -146,7 +146,7 @@ class SharedState:
         self._decoder = decoder
         self._turn = 0  # which of each convolution's two buffers holds its state
         self._mask = np.ones((1, capacity), np.int64)
-        self._logits = np.empty((1, MANY_TOKENS - 1 if decoder.windows else 1, decoder.vocabulary), np.float32)
+        self._logits = np.empty((1, MANY_TOKENS - 1 if decoder.gives_few else 1, decoder.vocabulary), np.float32)
         self._windows: dict[str, NDArray[Any]] = {}  # [1, kernel + tokens, H] of the last `step_all`
         self._window_room: dict[str, NDArray[Any]] = {}
         self._buffers: dict[str, list[NDArray[Any]]] = {}
@@ -191,7 +191,7 @@ class SharedState:
         # Guesses are checked by the graph that would have said them.
         reads = sessions.prefill is not None and tokens >= PREFILL_TOKENS and not windows
         session = sessions.prefill if reads and sessions.prefill else sessions.decoder
-        positions = 1 if many or not self._decoder.windows else tokens
+        positions = 1 if many or not self._decoder.gives_few else tokens
         binding = self._binding(session, positions, windows)[self._turn]
         if windows:
             self._windows = self._room_for_windows(tokens)

@@ -181,7 +181,7 @@ class DeviceState:
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """See state.State."""
         decoder, memory, tokens = self._loop.decoder, self._loop.memory, embeds.shape[1]
-        positions = 1 if tokens >= MANY_TOKENS or not decoder.windows else tokens
+        positions = 1 if tokens >= MANY_TOKENS or not decoder.gives_few else tokens
         logits = self._buffers.logits if positions == 1 else memory.place(np.zeros((1, positions, decoder.vocabulary), np.float32))
         binding = decoder.sessions.decoder.io_binding()
         inputs = {"inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + tokens), np.int64)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from lfm_export.export import export
 from lfm_quantize.gpu import in_standard_operators
@@ -15,7 +16,7 @@ from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, read_manifest
 from lfm_runtime.cli import main
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER, present_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +61,53 @@ def test_int4_with_fp16_activations(bundle) -> None:
     ids = [5, 300, 20, 41, 77]
     x, y = (np.array(m.decoder.start(8).step(m.decoder.embed(ids))) for m in (a, b))
     assert float(x @ y / np.linalg.norm(x) / np.linalg.norm(y)) > 0.999
+
+
+def decode(path: Path, embeds: np.ndarray, chunks: list[int]) -> np.ndarray:
+    """Logits of the last position after feeding `embeds` in chunks, state carried by hand."""
+    session, past, at = ort.InferenceSession(str(path)), {}, 0
+    for i in session.get_inputs():
+        if i.name.startswith("past_"):
+            shape = [n if isinstance(n, int) else (1 if axis == 0 else 0) for axis, n in enumerate(i.shape)]
+            past[i.name] = np.zeros(shape, np.float16 if "16" in i.type else np.float32)
+    names = [o.name for o in session.get_outputs()]
+    for n in chunks:
+        feeds = {"inputs_embeds": embeds[:, at : at + n], "attention_mask": np.ones((1, at + n), np.int64), **past}
+        found = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: found[present_name(name)] for name in past}
+        at += n
+    return found["logits"][0, -1]
+
+
+@pytest.mark.parametrize("text", [{}, {"conv_bias": True}, {"conv_L_cache": 4}], ids=["plain", "biased", "kernel 4"])
+def test_convolutions_in_one_operator(text, tmp_path) -> None:
+    """The same numbers, by the operator and by the function that stands for it in releases without, fed in pieces."""
+    reference = pytest.importorskip("reference")
+    reference.save_tiny(reference.tiny_model(text=text), tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "bundle")
+    quantize(tmp_path / "bundle", Settings("fp16"), warn=lambda _: None)
+    plain, path = (Bundle.open(tmp_path / "bundle").graphs(variant)[1][DECODER.stem] for variant in ("fp32", "fp16"))
+    model = onnx.load(str(path))
+    convs = sum(i.name.startswith("past_conv.") for i in model.graph.input)
+    assert [node.op_type for node in model.graph.node].count("CausalConvWithState") == convs > 0
+    assert not [o.name for o in model.graph.output if o.name.startswith("conv_window.")]
+    for node in model.graph.node:  # under a name that no release knows
+        node.op_type = node.op_type.replace("CausalConvWithState", "Unknown")
+    model.functions[0].name = "Unknown"
+    onnx.save(model, str(tmp_path / "function.onnx"))
+    embeds = np.random.default_rng(0).standard_normal((1, 40, 64)).astype(np.float32)
+    for chunks in ([40], [33] + [1] * 7, [1, 2, 3, 34]):
+        wanted, *got = (decode(p, embeds, chunks) for p in (plain, path, tmp_path / "function.onnx"))
+        for logits in got:
+            np.testing.assert_allclose(logits, wanted, atol=0.01 * np.abs(wanted).max())
+
+
+def test_convolutions_kept_in_fp32(demo_bundle, tmp_path) -> None:
+    folder = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    quantize(folder, Settings("fp16", keep=("text.layers.2.*", "Mul*")), warn=lambda _: None)
+    nodes = onnx.load(str(Bundle.open(folder).graphs("fp16")[1][DECODER.stem]), load_external_data=False).graph.node
+    assert "CausalConvWithState" not in {node.op_type for node in nodes}
+    assert Model.load(folder, variant="fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text() is not None
 
 
 def test_a_new_base_takes_them_away(bundle, tmp_path) -> None:

@@ -135,7 +135,8 @@ def test_half_is_the_exporters_half(graphs, view, embeds, tmp_path) -> None:
         (for_gpu(made) if stem == DECODER.stem else made).save(tmp_path / f"{stem}.onnx")
         ours, theirs = (ort.InferenceSession(str(p)) for p in (tmp_path / f"{stem}.onnx", path))
         for edges in ("get_inputs", "get_outputs"):
-            assert {(e.name, e.type) for e in getattr(ours, edges)()} == {(e.name, e.type) for e in getattr(theirs, edges)()}
+            wanted = {(e.name, e.type) for e in getattr(theirs, edges)() if not e.name.startswith("conv_window.")}  # not for GPUs
+            assert {(e.name, e.type) for e in getattr(ours, edges)()} == wanted
         feeds = view.feeds() if stem == "vision_encoder" else {"input_ids": np.arange(40)[None]}
         if stem.startswith("decoder"):
             feeds = decoder_feeds(Graph.open(path, widen=False), embeds)
