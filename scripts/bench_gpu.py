@@ -77,8 +77,9 @@ def make_bundle(checkpoint: Path, bundle: Path, variants: list[str]) -> Path:
     from lfm_export.export import export
     from lfm_quantize.quantize import Settings, quantize
 
-    export(checkpoint, bundle, dtype="fp32" if "fp32" in variants else "fp16")
-    for variant in ["int4", "int4-fp16"] * ("int4-fp16" in variants) + ["fp16-trt"] * ("fp16-trt" in variants):
+    export(checkpoint, bundle)
+    made = ["fp16"] * (variants != ["fp32"]) + ["int4", "int4-fp16"] * ("int4-fp16" in variants) + ["fp16-trt"] * ("fp16-trt" in variants)
+    for variant in made:
         quantize(bundle, Settings(variant, threads=os.cpu_count() or 1), warn=lambda _: None)
     return bundle
 

@@ -198,7 +198,7 @@ class Model:
         if settings.speculate and self.graphs.execution.on_gpu:
             raise SettingError("speculate is for the CPU: on a GPU the states that a wrong guess wants back stay there; leave it out")
         if settings.speculate and not self.decoder.verifies:
-            raise SettingError(f"speculate needs a decoder that gives out what its convolutions read; export {self.bundle.folder} again")
+            raise SettingError("speculate needs a decoder that gives out what convolutions read; take a variant for CPUs, or export again")
         with report.stage("image"):
             planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
         with report.stage("prompt"):
