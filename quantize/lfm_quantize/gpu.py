@@ -1,9 +1,10 @@
 """What GPUs want of a graph beside fp16: a decoder that need not send its logits to the host and computes its short convolutions in one
-kernel each, and for TensorRT an encoder in standard operators. Graphs over weights that lie in another variant's files.
+kernel each, an encoder that goes over its activations less often, and for TensorRT one in standard operators.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import onnx
 from lfm_runtime.contract import CONV_WINDOW, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS
 from onnx import helper, numpy_helper
 
-from lfm_quantize.graph import CONTRIB, FLOAT, FLOAT16, INT64, Graph, Place, QuantizeError, Tensor
+from lfm_quantize.graph import CONTRIB, FLOAT, FLOAT16, INT64, Graph, Place, QuantizeError, Tensor, reads
 
 _CONV = "CausalConvWithState"
 _END = np.iinfo(np.int64).max
@@ -124,6 +125,63 @@ def _convolution(kernel: int, *, bias: bool) -> onnx.FunctionProto:
     return helper.make_function(CONTRIB, _CONV, ["x", "taps", "bias", "past"], ["y", "present"], nodes, opsets)
 
 
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+def fused_biases(vision: Graph) -> Graph:
+    """Biases are added where a norm or an activation reads the values anyway. CUDA's Gemm writes its bias to every row of its output first,
+    and reads it there; the CPU's does not. Products whose bias or norm is kept fp32 are left as they are.
+    """
+    made_by = {name: node for node in vision.nodes for name in node.output}
+    used = Counter(name for node in vision.nodes for name in reads(node))
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+
+    def product(name: str) -> onnx.NodeProto | None:
+        """The fp16 Gemm with a bias that makes this value for one reader alone."""
+        node = made_by.get(name)
+        alone = node is not None and node.op_type == "Gemm" and len(node.input) == 3 and used[name] == 1
+        return node if node and alone and vision.tensors[node.input[2]].dtype == FLOAT16 else None
+
+    def without_bias(gemm: onnx.NodeProto) -> str:
+        nodes[gemm.name] = [helper.make_node("MatMul", gemm.input[:2], [f"{gemm.name}.product"], gemm.name)]
+        return f"{gemm.name}.product"
+
+    for node in vision.nodes:
+        total = made_by.get(node.input[0]) if node.input else None
+        if node.op_type == "LayerNormalization" and total is not None and total.op_type == "Add":
+            gemm = next(filter(None, map(product, total.input)), None)
+            if gemm is None or vision.tensors[node.input[1]].dtype != FLOAT16:
+                continue
+            skip = next(name for name in total.input if name != gemm.output[0])
+            epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+            given = [without_bias(gemm), skip, *node.input[1:], gemm.input[2]]
+            made = [node.output[0], "", "", total.output[0]]  # the total under its name, by which layers are compared
+            nodes[total.name] = []
+            nodes[node.name] = [helper.make_node("SkipLayerNormalization", given, made, node.name, domain=CONTRIB, epsilon=epsilon)]
+        elif node.op_type == "Gelu" and any(a.s == b"tanh" for a in node.attribute) and (gemm := product(node.input[0])) is not None:
+            given = [without_bias(gemm), gemm.input[2]]
+            nodes[node.name] = [helper.make_node("FastGelu", given, list(node.output), node.name, domain=CONTRIB)]
+    return vision.replaced(nodes, {})
+
+
+def _apart(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """What `fused_biases` put together, in standard operators."""
+    biased = f"{node.name}.biased"
+    if node.op_type == "FastGelu":
+        return [
+            helper.make_node("Add", node.input, [biased], biased),
+            helper.make_node("Gelu", [biased], node.output, node.name, approximate="tanh"),
+        ]
+    product, skip, scale, offset, bias = node.input
+    normed, _, _, total = node.output
+    epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+    return [
+        helper.make_node("Add", [product, bias], [biased], biased),
+        helper.make_node("Add", [biased, skip], [total], f"{node.name}.total"),
+        helper.make_node("LayerNormalization", [total, scale, offset], [normed], node.name, axis=-1, epsilon=epsilon),
+    ]
+
+
 # ----------------------------------------------------------------------------------------- over files, for TensorRT
 
 
@@ -152,7 +210,9 @@ def in_standard_operators(vision: Graph) -> Graph:
             heads = next(a.i for a in inner[0].attribute if a.name == "num_heads")
             nodes[node.name], made = _attention(node.name, list(inner[0].input[:3]), node.output[0], heads, vision)
             tensors |= made
-    if not nodes:
+        elif node.op_type in ("FastGelu", "SkipLayerNormalization"):
+            nodes[node.name] = _apart(node)
+    if not tensors:
         raise QuantizeError(f"{vision.name} has no attention of onnxruntime's own: it is in standard operators as it is")
     return vision.replaced(nodes, tensors)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers, features_of
 from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
-from lfm_quantize.gpu import for_gpu, in_standard_operators, over_its_files
+from lfm_quantize.gpu import for_gpu, fused_biases, in_standard_operators, over_its_files
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.kv import int8_kv, largest_states
@@ -358,8 +358,11 @@ def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
     stay = set(matching(run.settings.keep, [node.name for graph in originals.values() for node in graph.nodes]))
     for stem, graph in originals.items():
         stay.update(overflowing(graph, inputs.get(stem, []), threads))
-    graphs: Graphs = {stem: half(graph, stay) for stem, graph in originals.items()}
-    return {**graphs, DECODER.stem: for_gpu(half(source.decoder, stay))}, {"kept_fp32": sorted(stay)}
+    graphs: Graphs = {
+        VISION_ENCODER.stem: fused_biases(half(source.vision, stay)), EMBED_TOKENS.stem: half(source.embed, stay),
+        DECODER.stem: for_gpu(half(source.decoder, stay)),
+    }  # fmt: skip
+    return graphs, {"kept_fp32": sorted(stay)}
 
 
 def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from lfm_export.export import export
-from lfm_quantize.gpu import in_standard_operators
+from lfm_quantize.gpu import fused_biases, in_standard_operators
 from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.half import half
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, read_manifest
@@ -108,6 +110,21 @@ def test_convolutions_kept_in_fp32(demo_bundle, tmp_path) -> None:
     nodes = onnx.load(str(Bundle.open(folder).graphs("fp16")[1][DECODER.stem]), load_external_data=False).graph.node
     assert "CausalConvWithState" not in {node.op_type for node in nodes}
     assert Model.load(folder, variant="fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text() is not None
+
+
+def test_biases_are_added_where_values_are_read(demo_bundle) -> None:
+    """The same features; what is not fp16, or read by more than the norm, is left alone."""
+    plain = half(Graph.open(Bundle.open(demo_bundle).graphs("fp32")[1][VISION_ENCODER.stem]))
+    made = fused_biases(plain)
+    kinds = Counter(node.op_type for node in made.nodes)
+    assert (kinds["SkipLayerNormalization"], kinds["FastGelu"]) == (9, 4)  # of four layers, and the last norm
+    rng = np.random.default_rng(0)
+    feeds = {"pixel_values": rng.uniform(-1, 1, (2, 24, 768)).astype(np.float32), "pixel_attention_mask": np.ones((2, 24), np.int64), "spatial_shapes": np.array([[4, 6], [6, 4]])}
+    a, b = (graph.session(1).run(["image_features"], feeds)[0] for graph in (plain, made))
+    np.testing.assert_allclose(a, b, atol=0.01 * np.abs(a).max())
+    assert fused_biases(made).nodes == made.nodes
+    fp32 = Graph.open(Bundle.open(demo_bundle).graphs("fp32")[1][VISION_ENCODER.stem])
+    assert fused_biases(fp32).nodes == fp32.nodes
 
 
 def test_a_new_base_takes_them_away(bundle, tmp_path) -> None:

@@ -37,7 +37,7 @@ CUDA_KERNELS = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Concat", "Gather", "Slice", "Split", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Cast", "Max", "Min", "Mod", "Neg", "Less", "Equal", "ReduceSum", "ReduceMin", "Where", "Shape"), ANY),
     **{op: {HALF, FULL} for op in ("MatMul", "Gemm", "Gelu", "LayerNormalization", "SimplifiedLayerNormalization", "Sigmoid", "Softmax", "Relu",
                                    "TopK", "SkipSimplifiedLayerNormalization", "MultiHeadAttention", "MatMulNBits", "Cos", "Sin",
-                                   "GatherBlockQuantized", "CausalConvWithState")},
+                                   "GatherBlockQuantized", "CausalConvWithState", "FastGelu", "SkipLayerNormalization")},
     "Abs": ANY, "GroupQueryAttention": {HALF}, "Range": {FULL, WHOLE}, "Compress": ANY, "If": {"bool"},
 }  # fmt: skip
 
