@@ -79,6 +79,8 @@ def fused_convolutions(decoder: Graph) -> Graph:
             continue  # something of it is kept fp32, and casts lie between
         signal, gate = joined.input[1], split.output[1]
         gated = next(node for node in decoder.nodes if gate in node.input)
+        if gated.op_type != "Mul":
+            continue
         convolved = next(name for name in gated.input if name != gate)
         tensors[f"{place}.taps"] = Tensor.of(np.pad(taps.array.T[:, None], ((0, 0), (0, 0), (1, 0))))
         given = [f"{place}.channels", f"{place}.taps", f"{place}.bias" if bias else "", past]
