@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, in three environments made here. On two shared cores some twenty minutes, pip and
+# Lint, types and all tests, in three environments made here. On two shared cores a quarter of an hour or more, pip and
 # the first time included, more where other programs run. LONG=1 adds the tests marked slow, and more of the Arm sandbox.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -72,5 +72,7 @@ wait $sandbox || { cat build/arm64.log && exit 1; }
 cat build/arm64.log
 
 echo "== all tests, transformers 4.57"
-# The pixels of 300 image sizes were compared above, with transformers 5; both compute the same.
-.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "$select" --deselect tests/runtime/test_images.py::test_pixels_like_the_reference
+# The pixels of 300 image sizes were compared above, with transformers 5, and so were checkpoints that differ in shape and not in spelling.
+shapes="FF or convolution or kernel or wide or table or bias or norm or float16 or starts"
+.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "$select" --deselect tests/runtime/test_images.py::test_pixels_like_the_reference \
+    -k "not (test_graph_parity and ($shapes))"

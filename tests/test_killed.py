@@ -144,7 +144,8 @@ def test_prepare(demo_bundle, tmp_path, kills) -> None:
     assert sorted(p.name for p in folder_of(place).iterdir()) == sorted(path.stem for path in paths)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow  # half a minute each; install.sh's whole life is tested in package/
+@pytest.mark.parametrize("kills", [1, 50])
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="the stick is for x86 Linux")
 def test_install(stick_once, tmp_path, kills) -> None:
     for name in ("old", "new"):
