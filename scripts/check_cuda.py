@@ -6,8 +6,8 @@ everything (cuda_recorder.cpp).
     python scripts/check_cuda.py BUNDLE --onnxruntime 1.23.2 --python python3.10   # another release, for CUDA 12
 
 The provider is the real one, of the wheel for machines with a GPU: which operators it takes, with which kernels, what it copies, where it
-waits, what it captures and allocates is counted. Nothing is said of values, since no kernel is run, nor of time. A JSON object for each
-variant.
+waits, what it captures and allocates is counted, and the host's own time is taken. Nothing is said of values or of a GPU's time, since no
+kernel is run. A JSON object for each variant.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torchvision_shim  # noqa: F401
 import transformers
+from lfm_runtime.contract import present_name
 from safetensors.torch import save_file
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
@@ -157,3 +158,20 @@ def demo_processor():
     settings = json.loads((DEMO / "preprocessor_config.json").read_text())
     image_processor = image_processor_class()(**{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))})
     return Lfm2VlProcessor(image_processor, tokenizer, chat_template=(DEMO / "chat_template.jinja").read_text())
+
+
+def decode(session, embeds: np.ndarray, chunks: list[int]) -> np.ndarray:
+    """A decoder's logits of the last position after feeding `embeds` in chunks, state carried by hand."""
+    past, at = {}, 0
+    for i in session.get_inputs():
+        if i.name.startswith("past_"):
+            shape = [n if isinstance(n, int) else (1 if axis == 0 else 0) for axis, n in enumerate(i.shape)]
+            past[i.name] = np.zeros(shape, np.float16 if "16" in i.type else np.float32)
+    names = [o.name for o in session.get_outputs()]
+    assert names[0] == "logits"
+    for n in chunks:
+        feeds = {"inputs_embeds": embeds[:, at : at + n], "attention_mask": np.ones((1, at + n), np.int64), **past}
+        found = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: found[present_name(name)] for name in past}
+        at += n
+    return found["logits"][0, -1]

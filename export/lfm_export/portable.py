@@ -219,7 +219,7 @@ def _numpy(value: Any) -> Any:
 def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
-    except Exception as e:  # of every kind: names that cannot be, no network, no such model, no rights
+    except (OSError, ValueError) as e:  # no network, no such model, no rights; a name that cannot be
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise CheckpointError(f"{name} is neither a folder nor a model that the hub gives ({cause}); name a checkpoint's folder") from e
 

@@ -90,7 +90,7 @@ class Bundle:
         """
         name = variant or next(iter(self.variants))
         if name not in self.variants:
-            how = f"lfm-edge quantize {self.folder} --variant {name}"
+            how = f"lfm-edge export CHECKPOINT -o {self.folder}" if name == "fp32" else f"lfm-edge quantize {self.folder} --variant {name}"
             raise BundleError(f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}")
         graphs = self.variants[name]
         for graph in GRAPHS:

@@ -8,9 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("reference")
+decode = reference.decode
 
 from lfm_export.export import export  # noqa: E402
-from lfm_runtime.contract import present_name  # noqa: E402
 
 GRIDS = [(8, 12), (4, 6), (32, 32), (2, 64), (20, 18), (2, 2)]
 
@@ -107,23 +107,6 @@ def test_vision_features(pair) -> None:
         assert got.shape == wanted.shape
         assert cosine(got, wanted).min() >= 0.99999
         np.testing.assert_allclose(got, wanted, atol=1e-4)
-
-
-def decode(session, embeds: np.ndarray, chunks: list[int]) -> np.ndarray:
-    """Logits of the last position after feeding `embeds` in chunks, state carried by hand."""
-    past = {}
-    for i in session.get_inputs():
-        if i.name.startswith("past_"):
-            past[i.name] = np.zeros([n if isinstance(n, int) else (1 if axis == 0 else 0) for axis, n in enumerate(i.shape)], np.float32)
-    names = [o.name for o in session.get_outputs()]
-    assert names[0] == "logits"
-    at = 0
-    for n in chunks:
-        feeds = {"inputs_embeds": embeds[:, at : at + n], "attention_mask": np.ones((1, at + n), np.int64), **past}
-        found = dict(zip(names, session.run(None, feeds), strict=True))
-        past = {name: found[present_name(name)] for name in past}
-        at += n
-    return found["logits"][0, -1]
 
 
 def test_logits_and_cached_decoding(pair) -> None:

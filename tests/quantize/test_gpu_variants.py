@@ -18,7 +18,7 @@ from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, read_manifest
 from lfm_runtime.cli import main
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER, present_name
+from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,22 +65,6 @@ def test_int4_with_fp16_activations(bundle) -> None:
     assert float(x @ y / np.linalg.norm(x) / np.linalg.norm(y)) > 0.999
 
 
-def decode(path: Path, embeds: np.ndarray, chunks: list[int]) -> np.ndarray:
-    """Logits of the last position after feeding `embeds` in chunks, state carried by hand."""
-    session, past, at = ort.InferenceSession(str(path)), {}, 0
-    for i in session.get_inputs():
-        if i.name.startswith("past_"):
-            shape = [n if isinstance(n, int) else (1 if axis == 0 else 0) for axis, n in enumerate(i.shape)]
-            past[i.name] = np.zeros(shape, np.float16 if "16" in i.type else np.float32)
-    names = [o.name for o in session.get_outputs()]
-    for n in chunks:
-        feeds = {"inputs_embeds": embeds[:, at : at + n], "attention_mask": np.ones((1, at + n), np.int64), **past}
-        found = dict(zip(names, session.run(None, feeds), strict=True))
-        past = {name: found[present_name(name)] for name in past}
-        at += n
-    return found["logits"][0, -1]
-
-
 @pytest.mark.parametrize("text", [{}, {"conv_bias": True}, {"conv_L_cache": 4}], ids=["plain", "biased", "kernel 4"])
 def test_convolutions_in_one_operator(text, tmp_path) -> None:
     """The same numbers, by the operator and by the function that stands for it in releases without, fed in pieces."""
@@ -99,7 +83,7 @@ def test_convolutions_in_one_operator(text, tmp_path) -> None:
     onnx.save(model, str(tmp_path / "function.onnx"))
     embeds = np.random.default_rng(0).standard_normal((1, 40, 64)).astype(np.float32)
     for chunks in ([40], [33] + [1] * 7, [1, 2, 3, 34]):
-        wanted, *got = (decode(p, embeds, chunks) for p in (plain, path, tmp_path / "function.onnx"))
+        wanted, *got = (reference.decode(ort.InferenceSession(str(p)), embeds, chunks) for p in (plain, path, tmp_path / "function.onnx"))
         for logits in got:
             np.testing.assert_allclose(logits, wanted, atol=0.01 * np.abs(wanted).max())
 
