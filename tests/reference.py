@@ -112,7 +112,9 @@ def copy_text_files(folder: Path) -> None:
     """The demo's tokenizer (its vocabulary fits the tiny models) with the ids LFM2 has, and its chat template."""
     import make_random_checkpoint
 
-    make_random_checkpoint.write_tokenizer(folder, VOCABULARY)
+    make_random_checkpoint.demo_vocabulary(folder, VOCABULARY)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(DEMO / name, folder / name)
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 7, "do_sample": False, "repetition_penalty": 1.0}))
     shutil.copyfile(DEMO / "preprocessor_config.json", folder / "preprocessor_config.json")
 

@@ -1,14 +1,15 @@
 """Tokenizer and chat template → prompt.json, checked here so that the device need not: the compiled tokenizer against
-`tokenizers`, the compiled chat format against jinja2. What cannot be expressed is an error that names the part.
+`tokenizers`, the chat template's rendering against jinja2. What cannot be expressed is an error that names the part.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -18,22 +19,49 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lfm_runtime.compile_tokenizer import compile_tokenizer
 from lfm_runtime.errors import PromptError
 from lfm_runtime.files import damage_is, read_json_object
-from lfm_runtime.prompt import ChatFormat, Message, PromptSpec, Role, chat_template, image_tokens, token_text
+from lfm_runtime.prompt import IMAGE, ChatFormat, Conversation, Message, PromptSpec, ToolCall, chat_format, chat_template, image_tokens
 from lfm_runtime.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer
 
-CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
-    (Message("user", "Hi"),),
-    (Message("user", "What is in this image?", 1),),
-    (Message("user", "Compare them.", 3),),
-    (Message("system", "You are terse."), Message("user", "Hi")),
-    (Message("system", "You are terse."), Message("user", "Look.", 1), Message("assistant", "A cat."), Message("user", "Sure?")),
-    (Message("user", " spaces \n\n and {{ braces }} <b>&amp;</b> ", 2), Message("assistant", "line\nline\n"), Message("user", "…", 1)),
-    (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"), Message("user", "e")),
-    (Message("user", "x"), Message("assistant", "<think>long thought</think> short"), Message("user", "y"),
-     Message("assistant", "<think>again</think>z"), Message("user", "w")),
+_TOOL = {"type": "function", "function": {"name": "get_time", "description": "Tell the time, \"exactly\" – <b>&.", "parameters": {
+    "type": "object", "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]}, "n": {"type": "integer"}}, "required": ["zone"]}}}  # fmt: skip
+_CALLS = (ToolCall("get_time", {"zone": "UTC", "n": 2, "deep": {"a": [1.5, None, True]}}), ToolCall("other", {}))
+
+NEEDED: tuple[Conversation, ...] = tuple(
+    Conversation(messages)
+    for messages in (
+        (Message("user", "Hi"),),
+        (Message.user("What is in this image?", 1),),
+    )
+)
+"""A template that fails on one of these is of no use."""
+
+CONVERSATIONS: tuple[Conversation, ...] = tuple(
+    Conversation(messages)
+    for messages in (
+        (Message.user("Compare them.", 3),),
+        (Message("user", ("First", IMAGE, "then", IMAGE, IMAGE, "", "last.")),),
+        (Message("user", (IMAGE,)),),
+        (Message("user", ""), Message("assistant", ("text in parts", " and more")), Message("user", ("only text",))),
+        (Message("system", "You are terse."), Message("user", "Hi")),
+        (Message("system", ""), Message("user", "Hi")),
+        (Message("system", ("You are", " terse.")), Message("system", "Really."), Message("user", "Hi"), Message("system", "Now in French.")),
+        (Message("system", "You are terse."), Message.user("Look.", 1), Message("assistant", "A cat."), Message("user", "Sure?")),
+        (Message.user(" spaces \n\n and {{ braces }} <b>&amp;</b> ", 2), Message("assistant", "line\nline\n"), Message.user("…", 1)),
+        (Message("user", "a"), Message("user", "b"), Message("assistant", "c"), Message("assistant", "d"), Message("user", "e")),
+        (Message("user", "x"), Message("assistant", "<think>long thought</think> short"), Message("user", "y"),
+         Message("assistant", "<think>again</think>z"), Message("user", "w")),
+        (Message("user", "x"), Message("assistant", "short", thinking="long"), Message("user", "y"), Message("assistant", "z", thinking="")),
+        (Message("user", "x"), Message("assistant", "", tool_calls=_CALLS), Message("tool", '{"time": "12:00"}'), Message("assistant", "Noon.")),
+        (),
+    )
+) + (
+    Conversation((Message("user", "Time?"),), (_TOOL, _TOOL), datetime(2026, 2, 3)),  # noqa: DTZ001  (a date, without a place)
+    Conversation((Message("system", "Be terse."), Message.user("Time?", 1), Message("assistant", "Wait.", tool_calls=_CALLS),
+                  Message("tool", "12:00"), Message("tool", ("13:00", IMAGE))), (_TOOL,), datetime(2026, 12, 31)),  # noqa: DTZ001
 )  # fmt: skip
+"""Conversations on which a template is compared with jinja2: the same text, or an error in both."""
 
 STRINGS: tuple[str, ...] = (
     "", " ", "\n", "\t\t \r\n", "Hello, world! It's 3.14159 o'clock; we'll SEE, they'RE here.", "12345678901234567890",
@@ -57,15 +85,11 @@ def compile_prompt(folder: Path) -> PromptSpec:
     config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
     with damage_is(PromptError, path, "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, reference_ranges)
-    template = chat_template(folder, config)
-    if template is None:
+    if chat_template(folder, config) is None:
         raise PromptError(f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
-    named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **config}
-    specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
+    chat = chat_format(folder, config)
     tokens = image_tokens(folder, config, {token for token in vocabulary.tokens if token})
-    chat = compile_chat(template, specials)
-    if chat.image != tokens.image:
-        raise PromptError(f"chat template: no place for images: it writes {chat.image!r} for one, the tokenizer has {tokens.image!r}")
+    check_chat(chat, tokens.image)
     try:
         reference = ReferenceTokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
@@ -79,12 +103,12 @@ def compile_prompt(folder: Path) -> PromptSpec:
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def reference_ranges() -> tuple[list[int], list[int], list[int]]:
-    """Letters, numbers and spaces as the `tokenizers` library sees them, beyond ASCII: its Unicode tables, not Python's."""
-    found = []
-    for name in (r"\p{L}", r"\p{N}", r"\s"):
-        split = pre_tokenizers.Split(Regex(name + "+"), behavior="removed", invert=True)
-        flat: list[int] = []
+def reference_ranges(names: Sequence[str]) -> dict[str, list[int]]:
+    """Members of Unicode classes as the `tokenizers` library sees them, beyond ASCII: its Unicode tables, not Python's."""
+    found: dict[str, list[int]] = {}
+    for name in names:
+        split = pre_tokenizers.Split(Regex((r"\s" if name == "s" else rf"\p{{{name}}}") + "+"), behavior="removed", invert=True)
+        flat = found[name] = []
         for start in range(128, sys.maxunicode + 1, 1 << 16):
             codes = [c for c in range(start, min(start + (1 << 16), sys.maxunicode + 1)) if not 0xD800 <= c < 0xE000]
             for _, (begin, end) in split.pre_tokenize_str("".join(map(chr, codes))):
@@ -92,8 +116,7 @@ def reference_ranges() -> tuple[list[int], list[int], list[int]]:
                     flat[-1] = codes[end - 1]
                 else:
                     flat += (codes[begin], codes[end - 1])
-        found.append(flat)
-    return found[0], found[1], found[2]
+    return found
 
 
 def check_tokenizer(compiled: Tokenizer, reference: ReferenceTokenizer, strings: Sequence[str]) -> None:
@@ -110,17 +133,21 @@ def check_tokenizer(compiled: Tokenizer, reference: ReferenceTokenizer, strings:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training; rendering ignores it, as transformers does."""
+    """`{% generation %}` marks assistant text for training; a block with names of its own, as transformers has it."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
-def render_template(template: str, messages: Sequence[Message], specials: dict[str, Any], *, generation: bool = True) -> str:
-    """The chat template through jinja2, set up as transformers sets it up."""
+def render_template(chat: ChatFormat, conversation: Conversation, *, generation: bool = True) -> str:
+    """A conversation through jinja2, set up as transformers sets it up (4.57 and 5: utils/chat_template_utils.py)."""
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -130,86 +157,51 @@ def render_template(template: str, messages: Sequence[Message], specials: dict[s
     )
     environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda _: fail("it asks for today's date, which a compiled prompt cannot know")
-    turns = [{"role": m.role, "content": _content(m)} for m in messages]
-    return environment.from_string(template).render(messages=turns, add_generation_prompt=generation, **specials)
+    environment.globals["strftime_now"] = (conversation.now or datetime.now()).strftime  # noqa: DTZ005  (local time, as there)
+    return environment.from_string(chat.template).render(
+        messages=[message.as_dict() for message in conversation.messages], tools=list(conversation.tools) or None, documents=None,
+        add_generation_prompt=generation, **chat.specials,
+    )  # fmt: skip
 
 
-def _content(message: Message) -> str | list[dict[str, str]]:
-    if not message.images:
-        return message.text
-    return [{"type": "image"}] * message.images + [{"type": "text", "text": message.text}]
-
-
-def compile_chat(template: str, specials: dict[str, Any]) -> ChatFormat:
-    """Find what the template puts around messages by rendering marked conversations; then check the built-in set.
+def check_chat(chat: ChatFormat, image: str) -> None:
+    """Compare a template with jinja2 on NEEDED and CONVERSATIONS.
 
     Raises:
-        PromptError: the template fails, or is not message by message; names the conversation or part.
+        PromptError: it cannot be parsed here, fails on what every model is asked, has no place for an image, or differs from jinja2.
     """
-
-    def render(*messages: Message, generation: bool = False) -> str:
+    chat.parsed  # noqa: B018  (says what it does not know)
+    for conversation in (*NEEDED, *CONVERSATIONS):
+        wanted, failure = "", ""
         try:
-            return render_template(template, messages, specials, generation=generation)
+            wanted = render_template(chat, conversation)
         except Exception as e:  # a template can raise anything: TemplateError, TypeError, KeyError …
-            raise PromptError(f"chat template: it fails on {_describe(messages)} ({e}); it cannot be compiled") from e
-
-    def around(text: str, mark: str, part: str) -> tuple[str, str]:
-        before, found, after = text.partition(mark)
-        if not found:
-            raise PromptError(f"chat template: {part} does not appear as it was given; the template cannot be compiled")
-        return before, after
-
-    def added(longer: str, shorter: str, part: str) -> str:
-        if not longer.startswith(shorter):
-            raise PromptError(f"chat template: {part} changes what stands before it; the template cannot be compiled")
-        return longer[len(shorter) :]
-
-    user, reply, again = Message("user", "⟦u⟧"), Message("assistant", "⟦a⟧"), Message("user", "⟦v⟧")
-    first = render(user)
-    second = render(user, reply)
-    before_assistant, after_assistant = around(added(second, first, "an assistant turn"), "⟦a⟧", "an assistant turn")
-    before_user, after_user = around(added(render(user, reply, again), second, "a second user turn"), "⟦v⟧", "a second user turn")
-    start, _ = around(first, "⟦u⟧", "the user's text")
-    if not start.endswith(before_user):
-        raise PromptError("chat template: the first user turn opens differently from later ones; it cannot be compiled")
-    begin = start[: len(start) - len(before_user)]
-    with_image = render(Message("user", "⟦u⟧", 1))
-    image = added(around(with_image, "⟦u⟧", "text after an image")[0], start, "an image")
-    head, tail = around(render(Message("system", "⟦s⟧"), user), "⟦s⟧", "the system prompt")
-    after_system, _ = around(tail, before_user + "⟦u⟧", "the user's turn after a system prompt")
-    # Without a system message a template may put in one of its own: then `begin` is head + its text + after_system.
-    default_system = ""
-    if begin.startswith(head) and begin.endswith(after_system) and len(begin) > len(head):
-        default_system = begin[len(head) : len(begin) - len(after_system)]
-        begin = _common_prefix(head, str(specials.get("bos_token") or ""))
-    before_system = added(head, begin, "the system prompt")
-    chat = ChatFormat(
-        begin=begin,
-        before={"system": before_system, "user": before_user, "assistant": before_assistant},
-        after={"system": after_system, "user": after_user, "assistant": after_assistant},
-        generation=added(render(user, generation=True), first, "the generation prompt"),
-        image=image,
-        default_system=default_system,
-        drop_empty_system=render(Message("system", ""), user) == first,
-        thinking_end="</think>" if "⟦t⟧" not in render(user, Message("assistant", "⟦t⟧</think>x"), user, reply) else "",
-    )
-    for messages in CONVERSATIONS:
-        wanted, got = render(*messages, generation=True), chat.render(messages)
-        if wanted != got:
-            at = len(_common_prefix(wanted, got))
+            failure = f"chat template: it fails on {_describe(conversation)} ({e})"
+        try:
+            got = chat.render(conversation)
+        except PromptError as e:
+            if not failure:
+                raise PromptError(f"{e}; jinja2 renders {_describe(conversation)}") from e
+            got = failure
+        if conversation in NEEDED:
+            if failure:
+                raise PromptError(f"{failure}; it cannot be used")
+            places, wanted_places = wanted.count(image), sum(message.images for message in conversation.messages)
+            if places != wanted_places:
+                raise PromptError(
+                    f"chat template: no place for images: for {_describe(conversation)} it writes {image} {places} times instead of "
+                    f"{wanted_places}; it is a text model's, take the one of the vision-language model"
+                )
+            if not all(text in wanted for message in conversation.messages for text in message.texts):
+                raise PromptError(f"chat template: {_describe(conversation)} does not appear as it was given; it cannot be used")
+        elif got != (failure or wanted):
+            at = len(os.path.commonprefix([wanted, got]))
             raise PromptError(
-                f"chat template: {_describe(messages)} differs in compiled form: {got[at : at + 40]!r} instead of {wanted[at : at + 40]!r}"
+                f"chat template: {_describe(conversation)} differs from jinja2: {got[at : at + 40]!r} instead of {wanted[at : at + 40]!r}"
             )
-    return chat
 
 
-def _common_prefix(a: str, b: str) -> str:
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
-
-
-def _describe(messages: Sequence[Message]) -> str:
-    names: dict[Role, str] = {"system": "a system prompt", "user": "a user turn", "assistant": "an assistant turn"}
-    return "a conversation of " + ", ".join(
-        names[m.role] + (f" with {m.images} image{'s' if m.images > 1 else ''}" if m.images else "") for m in messages
-    )
+def _describe(conversation: Conversation) -> str:
+    names = {"system": "a system prompt", "user": "a user turn", "assistant": "an assistant turn", "tool": "a tool's result"}
+    turns = [names[m.role] + (f" with {m.images} image{'s' if m.images > 1 else ''}" if m.images else "") for m in conversation.messages]
+    return f"a conversation of {', '.join(turns) or 'no turns'}" + (" with tools" if conversation.tools else "")

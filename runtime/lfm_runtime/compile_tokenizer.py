@@ -7,19 +7,20 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lfm_runtime.errors import PromptError
-from lfm_runtime.tokenizer import CLASSES, Vocabulary, byte_alphabet
+from lfm_runtime.tokenizer import CLASSES, LETTER_KINDS, Vocabulary, byte_alphabet, class_members
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-CharacterRanges = Callable[[], tuple[list[int], list[int], list[int]]]
+CharacterRanges = Callable[[Sequence[str]], dict[str, list[int]]]
+"""Names of `tokenizer.CLASSES` → flat inclusive ranges of each beyond ASCII: start, end, start, end …"""
 
 
 def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocabulary:
-    """`spec` is the parsed tokenizer.json; `ranges` gives letters, numbers and spaces as flat inclusive ranges.
+    """`spec` is the parsed tokenizer.json; `ranges` gives the members of Unicode classes.
 
     Raises:
         PromptError: naming the part that is not byte-level BPE as we know it.
@@ -33,8 +34,9 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
             raise _cannot(f"model.{key} {model[key]!r}", "none")
     if spec.get("normalizer") is not None:
         raise _cannot(f"normalizer {_type(spec['normalizer'])}", "none")
-    if _type(spec.get("decoder")) != "ByteLevel":
-        raise _cannot(f"decoder {_type(spec.get('decoder'))}", "ByteLevel")
+    decoders = list(_flat(spec.get("decoder"), "decoders"))
+    if [_type(step) for step in decoders if _type(step) != "Fuse"] != ["ByteLevel"]:
+        raise _cannot(f"decoder {' + '.join(str(_type(step)) for step in decoders)}", "ByteLevel")
 
     vocab: dict[str, int] = model["vocab"]
     added = spec.get("added_tokens") or []
@@ -49,17 +51,17 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
         tokens[entry["id"]] = entry["content"]
     if missing := [c for c in byte_alphabet() if c not in vocab]:
         raise _cannot(f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "all of them")
-    letters, numbers, spaces = ranges()
+    splits, named = _splits(spec.get("pre_tokenizer"))
+    kinds = LETTER_KINDS if named & {*LETTER_KINDS} else ("L",)
+    told_apart = [*kinds, "N", "s", *(["M"] if "M" in named else [])]
     return Vocabulary(
         tokens=tokens,
         merges=_merges(model["merges"], vocab),
         ignore_merges=bool(model.get("ignore_merges", False)),
-        splits=_splits(spec.get("pre_tokenizer")),
+        splits=splits,
         added=[[t["content"] for t in added if not t.get("normalized")], [t["content"] for t in added if t.get("normalized")]],
         special=sorted(t["id"] for t in added if t.get("special")),
-        letters=letters,
-        numbers=numbers,
-        spaces=spaces,
+        classes=ranges(told_apart),
     )
 
 
@@ -74,81 +76,129 @@ def _merges(merges: list[Any], vocab: Mapping[str, int]) -> list[int]:
     return flat
 
 
-def _splits(pre: Mapping[str, Any] | None) -> list[str]:
-    steps = [pre] if pre else []
-    if _type(pre) == "Sequence" and pre:
-        steps = pre["pretokenizers"]
+def _flat(step: Any, inside: str) -> Iterator[Any]:
+    """The steps of a Sequence, nested or not; a step alone is one."""
+    if _type(step) == "Sequence":
+        for part in step[inside]:
+            yield from _flat(part, inside)
+    elif step is not None:
+        yield step
+
+
+def _splits(pre: Mapping[str, Any] | None) -> tuple[list[str], set[str]]:
+    """(patterns for `re` over stand-ins, names of the Unicode classes they tell apart)."""
     patterns: list[str] = []
-    byte_level = False
-    for step in steps:
+    for step in _flat(pre, "pretokenizers"):
         kind = _type(step)
         if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             pattern = step["pattern"]
-            patterns.append(translate_pattern(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"]))
+            patterns.append(pattern["Regex"] if "Regex" in pattern else _escaped(pattern["String"]))
         elif kind == "Digits" and step.get("individual_digits"):
-            patterns.append(translate_pattern(r"\p{N}"))
+            patterns.append(r"\p{N}")
         elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            byte_level = True
             if step.get("use_regex", True):
-                patterns.append(translate_pattern(GPT2_SPLIT))
+                patterns.append(GPT2_SPLIT)
         else:
             raise _cannot(f"pre_tokenizer {kind} {({k: v for k, v in step.items() if k != 'type'})}", "Split, Digits, ByteLevel")
-    if not byte_level:
+    if not any(_type(step) == "ByteLevel" for step in _flat(pre, "pretokenizers")):
         raise _cannot("a pre_tokenizer without ByteLevel", "byte-level BPE")
-    return patterns
+    return [translate_pattern(pattern) for pattern in patterns], {name for p in patterns for name in re.findall(r"\\p\{(\w+)\}", p)}
+
+
+def _escaped(text: str) -> str:
+    if not text.isascii():
+        raise _cannot(f"the pre_tokenizer's string {text!r}", "ASCII")
+    return re.escape(text)
+
+
+_PIECE = re.compile(
+    r"(?P<set>\[\^?(?:\\p\{\w+\}|\\[rntsS]|\\\W|[^\[\]\\])+\])"
+    r"|(?P<name>\\[pP]\{\^?\w+\}|\\[sS])"
+    r"|(?P<escape>\\[rnt]|\\[^\w\s])"
+    r"|(?P<open>\(\?(?:[:=!>]|<[=!]|i:)|\((?!\?))"
+    r"|(?P<close>\))"
+    r"|(?P<quantifier>[*+?][?+]?|\{\d+(?:,\d*)?\}\+?|\{\d*,\d+\}[?+]?)"
+    r"|(?P<or>\|)"
+    r"|(?P<end>\$)"
+    r"|(?P<plain>[ -~](?<![\\\[\](){}^.*+?|$]))"
+)
+_KNOWN = r"\p{L}, \p{N}, \p{M} and kinds of letters, \s, groups and sets without anchors"
 
 
 def translate_pattern(pattern: str) -> str:
-    """An Oniguruma pattern over Unicode classes → the same for `re` over stand-in characters."""
-    out: list[str] = []
-    inside = False
+    """An Oniguruma pattern over Unicode classes → the same for `re` over stand-in characters.
+
+    Possessive quantifiers and atomic groups, which `re` has from Python 3.11 on, become a look-ahead and a reference to what it took.
+    """
+    levels: list[tuple[str, list[str]]] = [("", [])]  # of open groups: how it opens, and its atoms so far
+    atomics = 0
     at = 0
     while at < len(pattern):
-        rest = pattern[at:]
-        if match := re.match(r"\\p\{(\w+)\}|\\([sS])", rest):
-            name = match[1] or match[2]
-            if name not in CLASSES and not (name == "S" and not inside):
-                raise _cannot(f"{match[0]} in the pre_tokenizer's pattern", r"\p{L}, \p{N}, \s, \S")
-            if name == "S":
-                out.append(f"[^{CLASSES['s']}]")
-            else:
-                out.append(CLASSES[name] if inside else f"[{CLASSES[name]}]")
-            at += match.end()
-        elif rest[0] == "\\":
-            if len(rest) > 1 and rest[1].isalnum() and rest[1] not in "rnt":
-                raise _cannot(f"{rest[:2]} in the pre_tokenizer's pattern", r"\p{L}, \p{N}, \s, \S, \r, \n, \t")
-            out.append(rest[:2])
-            at += 2
+        piece = _PIECE.match(pattern, at)
+        if piece is None:
+            raise _cannot(f"{pattern[at : at + 3]!r} in the pre_tokenizer's pattern", _KNOWN)
+        kind, text, atoms = piece.lastgroup, piece[0], levels[-1][1]
+        at = piece.end()
+        atomic = False
+        if kind == "open":
+            levels.append((text, []))
+            continue
+        if kind == "close" and len(levels) > 1:
+            opening, inner = levels.pop()
+            atoms, atomic = levels[-1][1], opening == "(?>"
+            atoms.append(f"{'(?:' if atomic or opening == '(' else opening}{''.join(inner)})")
+        elif kind == "quantifier" and atoms and atoms[-1] != "|":
+            atomic = text[-1] == "+" and len(text) == 2  # an interval's + is no part of it: Oniguruma repeats the whole once more
+            repeated = f"(?:{atoms[-1]}{text[:-1]})+" if text.endswith("}+") else atoms[-1] + text.removesuffix("+" if atomic else "")
+            atoms[-1] = repeated
+        elif kind == "end":  # the end of every line, to Oniguruma; behind what took all white space, the end of the text
+            if not pattern[: at - 1].endswith(r"\s++"):
+                raise _cannot("'$' in the pre_tokenizer's pattern", r"it behind \s++ alone")
+            atoms.append(r"\Z")
+        elif kind in ("name", "set"):
+            atoms.append(_characters(text))
+        elif kind in ("escape", "plain", "or"):
+            atoms.append(text)
         else:
-            # Oniguruma reads these otherwise than `re` does, or `re` of Python 3.10 does not read them at all.
-            if (not inside and (rest[0] in "^$" or rest.startswith("(?>"))) or (inside and (rest[0] == "[" or rest.startswith("&&"))):
-                raise _cannot(f"{rest[:3]!r} in the pre_tokenizer's pattern", "plain groups and character classes without anchors")
-            inside = (inside or rest[0] == "[") and not (inside and rest[0] == "]")
-            if not rest[0].isascii():
-                raise _cannot(f"the character {rest[0]!r} in the pre_tokenizer's pattern", "ASCII")
-            if re.match(r"[*+?}]\+", rest):
-                raise _cannot("a possessive quantifier in the pre_tokenizer's pattern", "greedy ones")
-            out.append(rest[0])
-            at += 1
+            raise _cannot(f"{text!r} in the pre_tokenizer's pattern", _KNOWN)
+        if atomic:
+            atomics += 1
+            atoms[-1] = f"(?:(?=(?P<atomic{atomics}>{atoms[-1]}))(?P=atomic{atomics}))"
+    found = "".join(levels[0][1])
     try:
-        re.compile("".join(out))
-    except re.error as e:
+        re.compile(found)
+    except (re.error, OverflowError, RecursionError) as e:
         raise _cannot(f"the pre_tokenizer's pattern ({e})", "what Python's re can run") from e
-    return "".join(out)
+    if len(levels) > 1:
+        raise _cannot("a group that is not closed in the pre_tokenizer's pattern", _KNOWN)
+    return found
 
 
-def unicode_ranges() -> tuple[list[int], list[int], list[int]]:
-    """Letters, numbers and spaces by Python's own Unicode tables: near enough without `tokenizers` at hand."""
-    letters: list[int] = []
-    numbers: list[int] = []
-    spaces: list[int] = []
+def _characters(text: str) -> str:
+    r"""A set, or a class outside of one, with stand-ins: [^\s\p{L}] …, \p{Lu}, \P{N}, \s, \S."""
+    inside = text[0] == "["
+
+    def members(found: re.Match[str]) -> str:
+        name = found[3] or "s"
+        negated = (found[1] == "P") != bool(found[2]) or found[4] == "S"
+        if name not in CLASSES or (negated and inside):
+            raise _cannot(f"{found[0]} in the pre_tokenizer's pattern", _KNOWN)
+        return class_members(name) if inside else f"[{'^' * negated}{class_members(name)}]"
+
+    if inside and ("&&" in text or not text.isascii()):
+        raise _cannot(f"{text!r} in the pre_tokenizer's pattern", _KNOWN)
+    return re.sub(r"\\([pP])\{(\^?)(\w+)\}|\\([sS])", members, text)
+
+
+def unicode_ranges(names: Sequence[str]) -> dict[str, list[int]]:
+    """Members of Unicode classes by Python's own tables: near enough without `tokenizers` at hand."""
+    found: dict[str, list[int]] = {name: [] for name in names}
     for code in range(128, sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
-        if category[0] in "LN":
-            _extend(letters if category[0] == "L" else numbers, code)
-        elif category[0] == "Z" or code == 0x85:
-            _extend(spaces, code)
-    return letters, numbers, spaces
+        name = "s" if category[0] == "Z" or code == 0x85 else category if category in found else category[0]
+        if name in found:
+            _extend(found[name], code)
+    return found
 
 
 def _extend(flat: list[int], code: int) -> None:

@@ -1,66 +1,140 @@
 """Conversation → token ids, with the places where image features go. Reads prompt.json; knows nothing about models.
 
-The chat template is not run on the device: export reduces it to what stands before and after each message, and checks that
-form against jinja2.
+The chat template is the checkpoint's own, run by `template.py`; export compares it with jinja2.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from enum import Enum
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 from lfm_runtime.compile_tokenizer import compile_tokenizer, unicode_ranges
-from lfm_runtime.contract import SCHEMA_VERSION
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImagePlan
+from lfm_runtime.template import Template
 from lfm_runtime.tokenizer import Tokenizer, Vocabulary
 
-Role = Literal["system", "user", "assistant"]
+PROMPT_SCHEMA = 2
+"""Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's own files."""
+CHATML = (
+    "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""LFM2's first template, for folders that have none."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Place(Enum):
+    """What stands in a message beside text."""
+
+    IMAGE = "image"
+
+
+IMAGE = Place.IMAGE
+"""The place of the next image within a message."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the assistant made."""
+
+    name: str
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `images` is how many images stand before the text."""
+    """One turn. `content` is text, or texts and IMAGE places in their order."""
 
     role: Role
-    text: str
-    images: int = 0
+    content: str | tuple[str | Place, ...]
+    thinking: str | None = None  # of an assistant's turn, where the template has a place of its own for it
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @staticmethod
+    def user(text: str, images: int = 0) -> Message:
+        """A user's turn with so many images before the text."""
+        return Message("user", (IMAGE,) * images + (text,) if images else text)
+
+    @property
+    def images(self) -> int:
+        """How many places for images it has."""
+        return 0 if isinstance(self.content, str) else self.content.count(IMAGE)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its texts, in order."""
+        return (self.content,) if isinstance(self.content, str) else tuple(part for part in self.content if isinstance(part, str))
+
+    def as_dict(self, text: Callable[[str], str] = str) -> dict[str, Any]:
+        """The turn as transformers' chat templates take it. `text` is applied to every string in it."""
+        content: Any = self.content
+        if isinstance(content, str):
+            content = text(content)
+        else:
+            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": text(str(part))} for part in content]
+        turn: dict[str, Any] = {"role": self.role, "content": content}
+        if self.thinking is not None:
+            turn["thinking"] = text(self.thinking)
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {"type": "function", "function": {"name": text(call.name), "arguments": _strings(dict(call.arguments), text)}}
+                for call in self.tool_calls
+            ]
+        return turn
+
+
+def _strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_strings(k, change): _strings(v, change) for k, v in value.items()}
+    return [_strings(v, change) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is said to the model beside the images themselves."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the model may call
+    now: datetime | None = None  # the date that a template with tools tells; by default today's
+    special: bool = True  # False: text that spells a special token is text, so that it cannot forge a turn
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat template reduced to text around messages. The defaults are LFM2's ChatML."""
+    """A chat template in Jinja's language, and the special tokens it may name."""
 
-    begin: str = "<|startoftext|>"
-    before: dict[str, str] = field(
-        default_factory=lambda: {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")}
-    )
-    after: dict[str, str] = field(default_factory=lambda: dict.fromkeys(("system", "user", "assistant"), "<|im_end|>\n"))
-    generation: str = "<|im_start|>assistant\n"
-    image: str = "<image>"
-    default_system: str = ""  # put in when the conversation has no system message
-    drop_empty_system: bool = False
-    thinking_end: str = ""  # in assistant turns before the last, text up to and including this is dropped
+    template: str = CHATML
+    specials: Mapping[str, str] = field(default_factory=lambda: {"bos_token": "<|startoftext|>"})
 
-    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
-        """The prompt as text, one image placeholder an image."""
-        parts = [self.begin]
-        if self.default_system and not (messages and messages[0].role == "system"):
-            messages = [Message("system", self.default_system), *messages]
-        last_assistant = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
-        for i, message in enumerate(messages):
-            text = message.text
-            if message.role == "system" and not text and self.drop_empty_system:
-                continue
-            if self.thinking_end and message.role == "assistant" and i != last_assistant and self.thinking_end in text:
-                text = text.rsplit(self.thinking_end, 1)[-1].strip()
-            parts += [self.before[message.role], self.image * message.images, text, self.after[message.role]]
-        return "".join(parts) + (self.generation if generation else "")
+    @cached_property
+    def parsed(self) -> Template:
+        """Raises PromptError where the template has something unknown."""
+        return Template(self.template)
+
+    def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
+        """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation."""
+        return self.parsed.render(
+            messages=[message.as_dict(text) for message in chat.messages], tools=_strings(list(chat.tools), text) or None,
+            documents=None, add_generation_prompt=generation, now=chat.now, **self.specials,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,8 +171,14 @@ class PromptSpec:
     image_tokens: ImageTokens
 
     def save(self, path: Path) -> None:
-        """Write prompt.json."""
-        value = {"schema": SCHEMA_VERSION, **asdict(self)}
+        """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms to read."""
+        vocabulary = asdict(self.vocabulary)
+        odd = {i: token for i, token in enumerate(self.vocabulary.tokens) if token is not None and (not token or "\n" in token)}
+        vocabulary["tokens"] = "\n".join("" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens))
+        vocabulary["odd_tokens"] = odd
+        vocabulary["merges"] = base64.b64encode(_little_endian(array("I", self.vocabulary.merges)).tobytes()).decode()
+        chat = {"template": self.chat.template, "specials": dict(self.chat.specials)}
+        value = {"schema": PROMPT_SCHEMA, "vocabulary": vocabulary, "chat": chat, "image_tokens": asdict(self.image_tokens)}
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -110,16 +190,31 @@ class PromptSpec:
         """
         raw = read_json_object(path, BundleError)
         with damage_is(BundleError, path, "export the bundle again"):
-            if raw["schema"] > SCHEMA_VERSION:
-                raise BundleError(f"{path} has schema {raw['schema']}, this lfm-edge reads {SCHEMA_VERSION}; update lfm-edge")
-            spec = PromptSpec(
-                Vocabulary(**_known(Vocabulary, raw["vocabulary"])),
-                ChatFormat(**_known(ChatFormat, raw["chat"])),
-                ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
-            )
-            if not spec.chat.image:
-                raise BundleError(f"{path} has no place for images in its chat format; export the bundle again")
-            return spec
+            if raw["schema"] > PROMPT_SCHEMA:
+                raise BundleError(f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge")
+            vocabulary = raw["vocabulary"]
+            if raw["schema"] == 1:
+                config = read_json_object(path.with_name("tokenizer_config.json"), BundleError, required=False)
+                chat = chat_format(path.parent, config)
+                vocabulary["classes"] = {"L": vocabulary["letters"], "N": vocabulary["numbers"], "s": vocabulary["spaces"]}
+                vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
+            else:
+                chat = ChatFormat(str(raw["chat"]["template"]), dict(raw["chat"]["specials"]))
+                tokens: list[str | None] = [token or None for token in vocabulary["tokens"].split("\n")]
+                for i, token in vocabulary["odd_tokens"].items():
+                    tokens[int(i)] = token
+                merges = array("I", base64.b64decode(vocabulary["merges"], validate=True))
+                vocabulary.update(tokens=tokens, merges=_little_endian(merges).tolist())
+            return PromptSpec(Vocabulary(**_known(Vocabulary, vocabulary)), chat, ImageTokens(**_known(ImageTokens, raw["image_tokens"])))
+
+
+_STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
 
 
 def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
@@ -146,22 +241,26 @@ class PromptBuilder:
             raise PromptError(f"the tokenizer has no {spec.image_tokens.image} token; is this a vision-language checkpoint?")
         self.image_id = image
 
-    def render(self, messages: Sequence[Message], plans: Sequence[ImagePlan]) -> RenderedPrompt:
-        """Ids of a conversation whose images, in order, have these plans.
+    def render(self, chat: Conversation | Sequence[Message], plans: Sequence[ImagePlan]) -> RenderedPrompt:
+        """Ids of a conversation (messages alone are one) whose images, in order, have these plans.
 
         Raises:
-            PromptError: the number of placeholders and images differ (a question that spells out the placeholder).
+            PromptError: the template fails on it, or the number of placeholders and images differ (a question that spells out the
+                placeholder).
         """
-        pieces = self.spec.chat.render(messages).split(self.spec.chat.image)
+        chat = chat if isinstance(chat, Conversation) else Conversation(chat)
+        guard = "" if chat.special else _unused_character(chat)
+        text = self.spec.chat.render(chat, text=(lambda t: self.tokenizer.guarded(t, guard)) if guard else str)
+        pieces = text.split(self.spec.image_tokens.image)
         if len(pieces) - 1 != len(plans):
             raise PromptError(
                 f"the prompt has {len(pieces) - 1} places for {len(plans)} images; "
-                f"leave {self.spec.chat.image} out of the text, places are made for the images given"
+                f"leave {self.spec.image_tokens.image} out of the text, places are made for the images given"
             )
         text = pieces[0] + "".join(
             self.spec.image_tokens.expand(plan) + piece for plan, piece in zip(plans, pieces[1:], strict=True)
         )
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text, guard=guard)
         wanted, found = sum(plan.tokens for plan in plans), ids.count(self.image_id)
         if wanted != found:
             raise PromptError(f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of the text")
@@ -170,34 +269,47 @@ class PromptBuilder:
         return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
 
 
+def _unused_character(chat: Conversation) -> str:
+    """A character that stands nowhere in a conversation: one of Unicode's noncharacters, which no text has a use for."""
+    used: set[str] = set()
+
+    def note(text: str) -> str:
+        used.update(text)
+        return text
+
+    for message in chat.messages:
+        message.as_dict(note)
+    _strings(list(chat.tools), note)
+    free = next((chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used), None)
+    if free is None:
+        raise PromptError("the text has all of Unicode's noncharacters U+FDD0 to U+FDEF; leave them out")
+    return free
+
+
 # ------------------------------------------------------------------------------------- folders without a prompt.json
 
 
 def compile_on_device(folder: Path) -> PromptSpec:
-    """PromptSpec from tokenizer.json alone, for hub folders: LFM2's ChatML is assumed and not checked against jinja2.
+    """PromptSpec from a hub folder's own files; the template is run as it is and not compared with jinja2.
 
     Raises:
-        PromptError: no tokenizer.json, a tokenizer that cannot be compiled, or a chat template that is not ChatML.
+        PromptError: no tokenizer.json, or a tokenizer or template that cannot be run here.
     """
     spec = read_json_object(folder / "tokenizer.json", PromptError)
     config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
-    template = chat_template(folder, config)
-    for marker in ("<|im_start|>", "<|im_end|>"):
-        if template is not None and marker not in template:
-            raise PromptError(f"{folder}: the chat template does not use {marker}; make a bundle with: lfm-edge export")
     with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, unicode_ranges)
-    bos = token_text(config.get("bos_token")) or "<|startoftext|>"
-    system_first = template is not None and "system_prompt" in template
-    return PromptSpec(
-        vocabulary,
-        ChatFormat(
-            begin=bos if template is None or "bos_token" in template else "",
-            drop_empty_system=system_first,
-            thinking_end="</think>" if template is not None and "</think>" in template else "",
-        ),
-        image_tokens(folder, config, {token for token in vocabulary.tokens if token}),
-    )
+    chat = chat_format(folder, config)
+    chat.parsed  # noqa: B018  (what it cannot run is said now)
+    return PromptSpec(vocabulary, chat, image_tokens(folder, config, {token for token in vocabulary.tokens if token}))
+
+
+def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
+    """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
+    named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
+    specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
+    template = chat_template(folder, tokenizer_config)
+    return ChatFormat(template, specials) if template is not None else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
 
 
 def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
@@ -230,9 +342,12 @@ def token_text(value: Any) -> str | None:
 def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default" wins)."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise PromptError(f"{folder / 'chat_template.jinja'} cannot be read ({e}); copy it from the checkpoint again") from e
     found = read_json_object(folder / "chat_template.json", PromptError, required=False).get("chat_template")
     found = found or tokenizer_config.get("chat_template")
     if isinstance(found, list):
-        found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
