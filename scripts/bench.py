@@ -199,7 +199,7 @@ def documents(model: Model, guesses: int) -> dict[str, Callable[[], float]]:
         lfm_runtime.model.Sampler = Scripted
         settings = {**GREEDY, "max_new_tokens": len(Scripted.script), "speculate": guesses}
         try:
-            job = model.plan([Message("user", "")], [], **settings)
+            job = model.plan([Message.user("")], [], **settings)
             job.prompt.ids[1:1] = pieces(f"{LABEL} {question}")
             job = replace(job, capacity=len(job.prompt.ids) + len(Scripted.script))
             for _ in model._answer(job, None, None):

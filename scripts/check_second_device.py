@@ -139,7 +139,7 @@ def inside(bundle: Path) -> int:
     from lfm_runtime.sampling import Top
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
-    job = model.plan([Message("user", "What is in this image?", 1)], [ROOT / "demo/photos/coffee.jpg"], max_new_tokens=TOKENS, temperature=0)
+    job = model.plan([Message.user("What is in this image?", 1)], [ROOT / "demo/photos/coffee.jpg"], max_new_tokens=TOKENS, temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.planned), model.prompts.image_id)
     sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())

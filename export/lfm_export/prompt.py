@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -24,39 +23,38 @@ from lfm_runtime.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer
 
-_TOOL = {"type": "function", "function": {"name": "get_time", "description": "Tell the time, \"exactly\" – <b>&.", "parameters": {
-    "type": "object", "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]}, "n": {"type": "integer"}}, "required": ["zone"]}}}  # fmt: skip
+_TOOL = json.loads("""
+{"type": "function", "function": {"name": "get_time", "description": "The time, \\"exactly\\" – <b>&.", "parameters": {"type": "object",
+ "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]}, "n": {"type": "integer"}}, "required": ["zone"]}}}""")
 _CALLS = (ToolCall("get_time", {"zone": "UTC", "n": 2, "deep": {"a": [1.5, None, True]}}), ToolCall("other", {}))
 
-NEEDED: tuple[Conversation, ...] = tuple(
-    Conversation(messages)
-    for messages in (
-        (Message("user", "Hi"),),
-        (Message.user("What is in this image?", 1),),
-    )
-)
+
+def _alone(*conversations: tuple[Message, ...]) -> tuple[Conversation, ...]:
+    return tuple(map(Conversation, conversations))
+
+
+NEEDED = _alone((Message("user", "Hi"),), (Message.user("What is in this image?", 1),))
 """A template that fails on one of these is of no use."""
 
-CONVERSATIONS: tuple[Conversation, ...] = tuple(
-    Conversation(messages)
-    for messages in (
+CONVERSATIONS: tuple[Conversation, ...] = (
+    *_alone(
         (Message.user("Compare them.", 3),),
         (Message("user", ("First", IMAGE, "then", IMAGE, IMAGE, "", "last.")),),
         (Message("user", (IMAGE,)),),
         (Message("user", ""), Message("assistant", ("text in parts", " and more")), Message("user", ("only text",))),
         (Message("system", "You are terse."), Message("user", "Hi")),
         (Message("system", ""), Message("user", "Hi")),
-        (Message("system", ("You are", " terse.")), Message("system", "Really."), Message("user", "Hi"), Message("system", "Now in French.")),
+        (Message("system", ("You are", " terse.")), Message("system", "Really."), Message("user", "Hi"), Message("system", "In French.")),
         (Message("system", "You are terse."), Message.user("Look.", 1), Message("assistant", "A cat."), Message("user", "Sure?")),
         (Message.user(" spaces \n\n and {{ braces }} <b>&amp;</b> ", 2), Message("assistant", "line\nline\n"), Message.user("…", 1)),
         (Message("user", "a"), Message("user", "b"), Message("assistant", "c"), Message("assistant", "d"), Message("user", "e")),
         (Message("user", "x"), Message("assistant", "<think>long thought</think> short"), Message("user", "y"),
          Message("assistant", "<think>again</think>z"), Message("user", "w")),
-        (Message("user", "x"), Message("assistant", "short", thinking="long"), Message("user", "y"), Message("assistant", "z", thinking="")),
-        (Message("user", "x"), Message("assistant", "", tool_calls=_CALLS), Message("tool", '{"time": "12:00"}'), Message("assistant", "Noon.")),
+        (Message("user", "x"), Message("assistant", "short", "long thought"), Message("user", "y"), Message("assistant", "z", "")),
+        (Message("user", "x"), Message("assistant", "", tool_calls=_CALLS), Message("tool", '{"time": "12:00"}'),
+         Message("assistant", "Noon.")),
         (),
-    )
-) + (
+    ),
     Conversation((Message("user", "Time?"),), (_TOOL, _TOOL), datetime(2026, 2, 3)),  # noqa: DTZ001  (a date, without a place)
     Conversation((Message("system", "Be terse."), Message.user("Time?", 1), Message("assistant", "Wait.", tool_calls=_CALLS),
                   Message("tool", "12:00"), Message("tool", ("13:00", IMAGE))), (_TOOL,), datetime(2026, 12, 31)),  # noqa: DTZ001
@@ -175,7 +173,7 @@ def check_chat(chat: ChatFormat, image: str) -> None:
         wanted, failure = "", ""
         try:
             wanted = render_template(chat, conversation)
-        except Exception as e:  # a template can raise anything: TemplateError, TypeError, KeyError …
+        except Exception as e:  # noqa: BLE001  (a template can raise anything: TemplateError, TypeError, KeyError …)
             failure = f"chat template: it fails on {_describe(conversation)} ({e})"
         try:
             got = chat.render(conversation)
@@ -195,7 +193,7 @@ def check_chat(chat: ChatFormat, image: str) -> None:
             if not all(text in wanted for message in conversation.messages for text in message.texts):
                 raise PromptError(f"chat template: {_describe(conversation)} does not appear as it was given; it cannot be used")
         elif got != (failure or wanted):
-            at = len(os.path.commonprefix([wanted, got]))
+            at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
             raise PromptError(
                 f"chat template: {_describe(conversation)} differs from jinja2: {got[at : at + 40]!r} instead of {wanted[at : at + 40]!r}"
             )

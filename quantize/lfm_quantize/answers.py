@@ -8,7 +8,6 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from lfm_runtime.decoder import Decoder, DecoderSessions
-from lfm_runtime.prompt import PromptBuilder
 from lfm_runtime.sessions import Execution, load_session
 from numpy.typing import NDArray
 
@@ -63,7 +62,7 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
 
 def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress) -> None:
     """Give each sample its answer: the known one, else the greedy one of `variant`."""
-    builder = PromptBuilder(bundle.prompt)
+    builder = bundle.prompts
     unknown = []
     for sample in samples:
         if sample.question.answer is None:

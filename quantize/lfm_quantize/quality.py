@@ -13,7 +13,6 @@ import onnxruntime as ort
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder
@@ -132,7 +131,7 @@ def measure(
         raise QuantizeError("no questions to judge with; name images with --images")
     started = time.perf_counter()
     bundle = Bundle.open(folder)
-    builder = PromptBuilder(bundle.prompt)
+    builder = bundle.prompts
     tokenizer, image_id = builder.tokenizer, builder.image_id
     vocabulary = len(bundle.prompt.vocabulary.tokens)
     token_cosines: list[Float] = []
@@ -196,7 +195,7 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
     if ours[0].name != VISION_ENCODER.stem or ours[1].name != DECODER.stem:
         return found
     views = [view for sample in samples for view in sample.views]
-    image_id = PromptBuilder(bundle.prompt).image_id
+    image_id = bundle.prompts.image_id
     states: dict[str, list[list[Values]]] = {}
     for name in (against, variant):
         vision = _states(bundle, name, ours[0], [view.feeds() for view in views], threads)

@@ -16,7 +16,6 @@ from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
 from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
 from lfm_runtime.golden import add_golden
-from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, add_answers, features_of
@@ -131,7 +130,7 @@ class Run:
 
     def image_positions(self) -> list[NDArray[np.bool_]]:
         """For each sample, which of its tokens are image tokens."""
-        return image_positions(self.samples, PromptBuilder(self.bundle.prompt).image_id)
+        return image_positions(self.samples, self.bundle.prompts.image_id)
 
 
 def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Warn = print) -> Quality | None:

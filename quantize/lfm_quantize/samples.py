@@ -13,7 +13,7 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError
 from lfm_runtime.images import cut_views, open_image, plan_image
-from lfm_runtime.prompt import Message, PromptBuilder
+from lfm_runtime.prompt import Message
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -155,7 +155,7 @@ def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
         tiled = plan_image(image.width, image.height, bundle.images)
         if tiled.tiled:
             extra = [_views(image, tiled, bundle.images)[tiled.rows * tiled.columns // 2]]
-    rendered = PromptBuilder(bundle.prompt).render([Message("user", question.text, 1)], [plan])
+    rendered = bundle.prompts.render([Message.user(question.text, 1)], [plan])
     ids = list(rendered.ids)
     if len(ids) + MOST_ANSWER_TOKENS > bundle.context_length:
         size = f"{len(ids)} tokens, the context holds {bundle.context_length} with the answer"

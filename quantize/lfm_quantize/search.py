@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.prompt import PromptBuilder
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress
@@ -75,7 +74,7 @@ def survey(
     every_patch = [np.ones(len(sample.views[0].patches), np.bool_) for sample in samples]
     features, losses, worst = _effects(source.vision, view_feeds, every_patch, _cosine_loss, threads, progress)
 
-    kinds = image_positions(samples, PromptBuilder(bundle.prompt).image_id)
+    kinds = image_positions(samples, bundle.prompts.image_id)
     answers = [slice(sample.prompt_tokens - 1, len(sample.ids) - 1) for sample in samples]
 
     def feeds(table: Float, images: Sequence[Values]) -> list[Feeds]:

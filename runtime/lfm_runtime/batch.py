@@ -76,7 +76,7 @@ def _answer_all(
                 more = False
                 break
             index, (images, question) = asked
-            messages = [*([Message("system", system)] if system else []), Message("user", question, len(images))]
+            messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
             try:
                 job = model.plan(messages, images, **generation)
             except EdgeError as e:

@@ -160,8 +160,10 @@ _IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "m
 _GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
 
 
-def load_model(options: argparse.Namespace, question: str = "") -> Model:
-    """The model the flags describe. Before it is loaded, it must fit this machine's memory with these images (see plan.py)."""
+def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
+    """The model the flags describe; `special` as for Model.answer. Before it is loaded, it must fit this machine's memory with these
+    images (see plan.py).
+    """
     from pathlib import Path
 
     from lfm_profiles import detect
@@ -179,7 +181,7 @@ def load_model(options: argparse.Namespace, question: str = "") -> Model:
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = [image_size(image, max_megapixels=most) for image in options.images]
     if bundle.files:  # a hub folder tells too little to plan from
-        fitted = fit(Planner(bundle, sizes, question, start), profile, device, force=options.force)
+        fitted = fit(Planner(bundle, sizes, question, start, special=special), profile, device, force=options.force)
         for step in fitted.steps:
             print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
         profile = fitted.plan.profile

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
     )
 
 
-def _merges(merges: list[Any], vocab: Mapping[str, int]) -> list[int]:
+def _merges(merges: list[Any], vocab: Mapping[str, int]) -> array[int]:
     flat: list[int] = []
     for merge in merges:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -73,7 +74,7 @@ def _merges(merges: list[Any], vocab: Mapping[str, int]) -> list[int]:
             flat += (vocab[left], vocab[right], vocab[left + right])
         except KeyError as e:
             raise PromptError(f"tokenizer.json: merge {left!r} + {right!r} is not in the vocabulary ({e})") from e
-    return flat
+    return array("I", flat)
 
 
 def _flat(step: Any, inside: str) -> Iterator[Any]:
@@ -100,9 +101,10 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[list[str], set[str]]:
                 patterns.append(GPT2_SPLIT)
         else:
             raise _cannot(f"pre_tokenizer {kind} {({k: v for k, v in step.items() if k != 'type'})}", "Split, Digits, ByteLevel")
+    translated = [translate_pattern(pattern) for pattern in patterns]
     if not any(_type(step) == "ByteLevel" for step in _flat(pre, "pretokenizers")):
         raise _cannot("a pre_tokenizer without ByteLevel", "byte-level BPE")
-    return [translate_pattern(pattern) for pattern in patterns], {name for p in patterns for name in re.findall(r"\\p\{(\w+)\}", p)}
+    return translated, {name for p in patterns for name in re.findall(r"\\p\{(\w+)\}", p)}
 
 
 def _escaped(text: str) -> str:
@@ -117,7 +119,7 @@ _PIECE = re.compile(
     r"|(?P<escape>\\[rnt]|\\[^\w\s])"
     r"|(?P<open>\(\?(?:[:=!>]|<[=!]|i:)|\((?!\?))"
     r"|(?P<close>\))"
-    r"|(?P<quantifier>[*+?][?+]?|\{\d+(?:,\d*)?\}\+?|\{\d*,\d+\}[?+]?)"
+    r"|(?P<quantifier>[*+?][?+]?|\{\d*,\d+\}[?+]?|\{\d+,\}[?+]?|\{\d+\}\+?)"
     r"|(?P<or>\|)"
     r"|(?P<end>\$)"
     r"|(?P<plain>[ -~](?<![\\\[\](){}^.*+?|$]))"
@@ -131,13 +133,13 @@ def translate_pattern(pattern: str) -> str:
     Possessive quantifiers and atomic groups, which `re` has from Python 3.11 on, become a look-ahead and a reference to what it took.
     """
     levels: list[tuple[str, list[str]]] = [("", [])]  # of open groups: how it opens, and its atoms so far
-    atomics = 0
-    at = 0
+    kind: str | None = None
+    atomics = at = 0
     while at < len(pattern):
         piece = _PIECE.match(pattern, at)
         if piece is None:
             raise _cannot(f"{pattern[at : at + 3]!r} in the pre_tokenizer's pattern", _KNOWN)
-        kind, text, atoms = piece.lastgroup, piece[0], levels[-1][1]
+        before, kind, text, atoms = kind, piece.lastgroup, piece[0], levels[-1][1]
         at = piece.end()
         atomic = False
         if kind == "open":
@@ -147,7 +149,7 @@ def translate_pattern(pattern: str) -> str:
             opening, inner = levels.pop()
             atoms, atomic = levels[-1][1], opening == "(?>"
             atoms.append(f"{'(?:' if atomic or opening == '(' else opening}{''.join(inner)})")
-        elif kind == "quantifier" and atoms and atoms[-1] != "|":
+        elif kind == "quantifier" and atoms and atoms[-1] != "|" and before != "quantifier":
             atomic = text[-1] == "+" and len(text) == 2  # an interval's + is no part of it: Oniguruma repeats the whole once more
             repeated = f"(?:{atoms[-1]}{text[:-1]})+" if text.endswith("}+") else atoms[-1] + text.removesuffix("+" if atomic else "")
             atoms[-1] = repeated

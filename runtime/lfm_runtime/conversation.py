@@ -42,7 +42,7 @@ class Session:
         if self._answering:
             raise SettingError("the answer before is not finished; read it to its end, or close its iterator")
         new = [i if isinstance(i, PlannedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
-        turn = Message("user", question, len(new))
+        turn = Message.user(question, len(new))
         answer = self.model.converse(
             [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation
         )

@@ -177,13 +177,13 @@ def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[
     """(patches of all views, image features, prompt ids) of the golden image and question."""
     planned = _planned(model)
     patches = np.concatenate([view.reshape(-1) for view in cut_views(planned.image, planned.plan, planned.settings)])
-    prompt = model.prompts.render([Message("user", QUESTION, 1)], [planned.plan])
+    prompt = model.prompts.render([Message.user(QUESTION, 1)], [planned.plan])
     return patches, model.encode([planned]), list(prompt.ids)
 
 
 def _answer(model: Model, features: NDArray[np.float32], tokens: list[int] | None) -> list[NDArray[np.float64]]:
     """Logits of each step of the greedy answer, or along `tokens`."""
-    job = model.plan([Message("user", QUESTION, 1)], [_planned(model)], temperature=0)
+    job = model.plan([Message.user(QUESTION, 1)], [_planned(model)], temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
     context = Context(model.decoder)
     keys = np.array(job.prompt.ids)

@@ -24,7 +24,7 @@ from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, View, cut_views, image_settings, open_image, plan_image
 from lfm_runtime.profile import generation_changes, image_changes, on_cpu, profile_for
-from lfm_runtime.prompt import Message, PromptBuilder, RenderedPrompt
+from lfm_runtime.prompt import Conversation, Message, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.sampling import GenerationSettings, Sampler
@@ -92,7 +92,7 @@ class Model:
         self.graphs = graphs
         self.images = images
         self.cache = cache
-        self.prompts = PromptBuilder(bundle.prompt)
+        self.prompts = bundle.prompts
         self.decoder = graphs.decoder
         self.profile = profile
         self.generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=self.decoder.verifies))
@@ -158,8 +158,8 @@ class Model:
         return self.graphs.execution.threads
 
     def answer(
-        self, images: Sequence[ImageLike], question: str, *, system: str = "", max_megapixels: float = MAX_MEGAPIXELS,
-        progress: Progress | None = None, **generation: Any,
+        self, images: Sequence[ImageLike], question: str, *, system: str = "", special: bool = True,
+        max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
     ) -> Answer:  # fmt: skip
         """Answer a question about images (or about none). Bad input raises here; the work starts with the iteration.
 
@@ -167,6 +167,7 @@ class Model:
             images: paths, bytes, PIL images or uint8 arrays [height, width, 3].
             question: the user's text, after the images.
             system: a system prompt.
+            special: False takes special tokens that the texts spell out as text: for texts of strangers.
             max_megapixels: larger images are refused.
             progress: told of every view encoded.
             **generation: temperature, min_p, top_k, top_p, repetition_penalty, max_new_tokens, seed, stop.
@@ -175,20 +176,23 @@ class Model:
             ImageError, PromptError, SettingError.
         """
         messages = [Message("system", system)] if system else []
-        messages.append(Message("user", question, len(images)))
-        return self.converse(messages, images, max_megapixels=max_megapixels, progress=progress, **generation)
+        messages.append(Message.user(question, len(images)))
+        chat = Conversation(messages, special=special)
+        return self.converse(chat, images, max_megapixels=max_megapixels, progress=progress, **generation)
 
     def converse(
-        self, messages: Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, context: Context | None = None,
+        self, chat: Conversation | Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, context: Context | None = None,
         max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
     ) -> Answer:  # fmt: skip
-        """As `answer`, for several turns. What `context` has taken in of them is not computed again (see Session)."""
-        job = self.plan(messages, images, max_megapixels=max_megapixels, **generation)
+        """As `answer`, for several turns, with images at any place in them, and tools. What `context` has taken in of them is not computed
+        again (see Session).
+        """
+        job = self.plan(chat, images, max_megapixels=max_megapixels, **generation)
         return Answer(self._explained(self._answer(job, context, progress)), job.reply.report)
 
     def plan(
-        self, messages: Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, max_megapixels: float = MAX_MEGAPIXELS,
-        **generation: Any,
+        self, chat: Conversation | Sequence[Message], images: Sequence[ImageLike | PlannedImage], *,
+        max_megapixels: float = MAX_MEGAPIXELS, **generation: Any,
     ) -> Job:  # fmt: skip
         """Everything about an answer that bad input could spoil; nothing is computed yet. Parameters and errors as for `answer`."""
         started = time.perf_counter()
@@ -202,7 +206,7 @@ class Model:
         with report.stage("image"):
             planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
         with report.stage("prompt"):
-            prompt = self.prompts.render(messages, [p.plan for p in planned])
+            prompt = self.prompts.render(chat, [p.plan for p in planned])
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)

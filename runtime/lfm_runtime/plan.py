@@ -24,7 +24,7 @@ from lfm_runtime.images import ImagePlan, image_settings, plan_image
 from lfm_runtime.measured import Costs
 from lfm_runtime.prepared import find
 from lfm_runtime.profile import generation_changes, image_changes
-from lfm_runtime.prompt import Message, PromptBuilder
+from lfm_runtime.prompt import Conversation, Message
 from lfm_runtime.report import memory_mib
 from lfm_runtime.variants import choose_variants
 
@@ -130,15 +130,15 @@ def process_memory() -> Memory:
 class Planner:
     """Foresees runs of one bundle about the same images and question."""
 
-    def __init__(self, bundle: Bundle, images: Sequence[Size], question: str, start: Memory) -> None:
-        """`start`: what process_memory gave.
+    def __init__(self, bundle: Bundle, images: Sequence[Size], question: str, start: Memory, *, special: bool = True) -> None:
+        """`start`: what process_memory gave; `special`: whether the question may hold special tokens.
 
         Raises:
             BundleError: the bundle has no manifest to plan from, or a damaged one.
         """
-        self.bundle, self.images, self.question, self.start = bundle, images, question, start
+        self.bundle, self.images, self.start = bundle, images, start
+        self.chat = Conversation([Message.user(question, len(images))], special=special)
         self.shapes = Shapes.of(bundle)
-        self._prompts = PromptBuilder(bundle.prompt)
 
     def plan(self, profile: Profile) -> Plan:
         """One run.
@@ -150,7 +150,7 @@ class Planner:
         bundle = self.bundle
         settings = image_settings(bundle.images, image_changes(profile, bundle.images))
         plans = tuple(plan_image(width, height, settings) for width, height in self.images)
-        prompt = self._prompts.render([Message("user", self.question, len(plans))], plans)
+        prompt = bundle.prompts.render(self.chat, plans)
         generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=False))
         context = min(bundle.context_length, profile.context or bundle.context_length)
         new = max(0, min(generation.max_new_tokens, context - len(prompt.ids)))

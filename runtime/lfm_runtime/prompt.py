@@ -1,6 +1,6 @@
 """Conversation → token ids, with the places where image features go. Reads prompt.json; knows nothing about models.
 
-The chat template is the checkpoint's own, run by `template.py`; export compares it with jinja2.
+The chat template is the checkpoint's own, run by `chat_template/`; export compares it with jinja2.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+from lfm_runtime.chat_template import Template
 from lfm_runtime.compile_tokenizer import compile_tokenizer, unicode_ranges
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImagePlan
-from lfm_runtime.template import Template
 from lfm_runtime.tokenizer import Tokenizer, Vocabulary
 
 PROMPT_SCHEMA = 2
@@ -176,7 +176,7 @@ class PromptSpec:
         odd = {i: token for i, token in enumerate(self.vocabulary.tokens) if token is not None and (not token or "\n" in token)}
         vocabulary["tokens"] = "\n".join("" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens))
         vocabulary["odd_tokens"] = odd
-        vocabulary["merges"] = base64.b64encode(_little_endian(array("I", self.vocabulary.merges)).tobytes()).decode()
+        vocabulary["merges"] = base64.b64encode(_little_endian(self.vocabulary.merges).tobytes()).decode()
         chat = {"template": self.chat.template, "specials": dict(self.chat.specials)}
         value = {"schema": PROMPT_SCHEMA, "vocabulary": vocabulary, "chat": chat, "image_tokens": asdict(self.image_tokens)}
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -196,6 +196,7 @@ class PromptSpec:
             if raw["schema"] == 1:
                 config = read_json_object(path.with_name("tokenizer_config.json"), BundleError, required=False)
                 chat = chat_format(path.parent, config)
+                vocabulary["merges"] = array("I", vocabulary["merges"])
                 vocabulary["classes"] = {"L": vocabulary["letters"], "N": vocabulary["numbers"], "s": vocabulary["spaces"]}
                 vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
             else:
@@ -203,8 +204,8 @@ class PromptSpec:
                 tokens: list[str | None] = [token or None for token in vocabulary["tokens"].split("\n")]
                 for i, token in vocabulary["odd_tokens"].items():
                     tokens[int(i)] = token
-                merges = array("I", base64.b64decode(vocabulary["merges"], validate=True))
-                vocabulary.update(tokens=tokens, merges=_little_endian(merges).tolist())
+                merges = array("I", base64.b64decode(vocabulary["merges"]))
+                vocabulary.update(tokens=tokens, merges=_little_endian(merges))
             return PromptSpec(Vocabulary(**_known(Vocabulary, vocabulary)), chat, ImageTokens(**_known(ImageTokens, raw["image_tokens"])))
 
 
@@ -212,6 +213,8 @@ _STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue
 
 
 def _little_endian(values: array[int]) -> array[int]:
+    """Of this machine's, or back: the same, or with its bytes swapped."""
+    values = values[:]
     if sys.byteorder == "big":
         values.byteswap()
     return values

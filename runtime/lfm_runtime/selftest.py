@@ -298,7 +298,7 @@ def _small_answer(on: Installed, tokens: int) -> Answer:
     settings = replace(on.model.images, min_image_tokens=4, do_image_splitting=False)
     image = golden.golden_image().resize((2 * settings.cell, 2 * settings.cell))
     planned = PlannedImage(image, plan_image(image.width, image.height, settings), settings)
-    return on.model.converse([Message("user", golden.QUESTION, 1)], [planned], temperature=0, max_new_tokens=tokens)
+    return on.model.converse([Message.user(golden.QUESTION, 1)], [planned], temperature=0, max_new_tokens=tokens)
 
 
 def _growth(work: Callable[[], None]) -> tuple[float, float]:

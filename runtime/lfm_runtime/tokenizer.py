@@ -1,4 +1,4 @@
-"""Byte-level BPE in the standard library: text ↔ ids as `tokenizers` gives them, from the compiled form in prompt.json.
+"""Byte-level BPE: text ↔ ids as `tokenizers` gives them, from the compiled form in prompt.json.
 
 Own code, because the `tokenizers` wheel brings an HTTP stack to the device. It knows one family: byte-level BPE behind
 regular-expression splits (GPT-2, Llama 3, LFM2). Anything else is refused when the prompt is compiled, by name.
@@ -10,9 +10,12 @@ import bisect
 import codecs
 import heapq
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 _CACHE_WORDS = 1 << 15
 _BITS = 24  # of an id, where two are one number
@@ -20,7 +23,7 @@ _BITS = 24  # of an id, where two are one number
 # Stand-ins: a pattern sees one character of a class instead of its thousands. Private-use characters have no case, so that a part of a
 # pattern that ignores case leaves them alone.
 _OTHER = "\ue000"
-_STAND_IN = {"L": "\ue001", "N": "\ue002", "s": "\ue003", "Lu": "\ue004", "Ll": "\ue005", "Lt": "\ue006", "Lm": "\ue007", "Lo": "\ue008", "M": "\ue009"}
+_STAND_IN = {name: chr(0xE001 + i) for i, name in enumerate(("L", "N", "s", "Lu", "Ll", "Lt", "Lm", "Lo", "M"))}
 _KEPT = "ſ\u212a"  # letters that match an ASCII letter when case is ignored: they stay themselves
 _ASCII = {"L": f"A-Za-z{_KEPT}", "Lu": "A-Z\u212a", "Ll": "a-zſ", "N": "0-9", "s": "\\t-\\r "}
 LETTER_KINDS = ("Lu", "Ll", "Lt", "Lm", "Lo")
@@ -65,7 +68,7 @@ class Vocabulary:
     """The compiled tokenizer, as prompt.json stores it."""
 
     tokens: list[str | None]  # by id: byte-level spelling, or the content of an added token; None where no id is used
-    merges: list[int]  # flat: left id, right id, merged id; in order of rank
+    merges: array[int]  # unsigned, flat: left id, right id, merged id; in order of rank
     ignore_merges: bool  # a whole piece that is a token is that token
     splits: list[str]  # patterns, applied in order; each match is a piece
     added: list[list[str]]  # added tokens' contents; all of the first list are cut out before any of the second
@@ -79,13 +82,14 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.special = frozenset(vocabulary.special)
-        self.id_of = {token: i for i, token in enumerate(vocabulary.tokens) if token is not None}
+        self.id_of: dict[str, int] = dict(zip(vocabulary.tokens, range(len(vocabulary.tokens)), strict=True))  # type: ignore[arg-type]
+        self.id_of.pop(None, None)  # type: ignore[call-overload]
         self._alphabet = byte_alphabet()
         self._byte_ids = [self.id_of[c] for c in self._alphabet]
-        m = vocabulary.merges
         # (left id, right id) → (rank, merged id), each pair as one whole number: a fifth of the time that tuples take.
-        pairs = [left << _BITS | right for left, right in zip(m[0::3], m[1::3], strict=True)]
-        self._merges = dict(zip(pairs, [rank << _BITS | merged for rank, merged in enumerate(m[2::3])], strict=True))
+        left, right, merged = np.array(vocabulary.merges, np.int64).reshape(-1, 3).T
+        ranked = np.arange(len(merged), dtype=np.int64) << _BITS | merged
+        self._merges = dict(zip((left << _BITS | right).tolist(), ranked.tolist(), strict=True))
         self._added = [_any_of(contents) for contents in vocabulary.added]
         special = {vocabulary.tokens[i] for i in vocabulary.special}
         self._added_as_text = [_any_of([c for c in contents if c not in special]) for contents in vocabulary.added]

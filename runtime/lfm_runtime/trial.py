@@ -260,7 +260,7 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
     found = []
     for at, image in enumerate(request["images"]):
         path = folder / f"{at}.npz"
-        job = model.plan([Message("user", request["question"], 1)], [image], temperature=0, max_new_tokens=request["new_tokens"])
+        job = model.plan([Message.user(request["question"], 1)], [image], temperature=0, max_new_tokens=request["new_tokens"])
         context = Context(model.decoder)
         logits = _log_softmax(model.read(job, context))
         known = np.load(path) if path.exists() else None

@@ -1,10 +1,12 @@
-"""Chat templates compiled and compared with jinja2; on-device compilation compared with the exported form."""
+"""Chat templates as transformers renders them, without jinja2; prompts of folders without a prompt.json."""
 
 from __future__ import annotations
 
-import functools
 import json
+import os
+import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from hypothesis import strategies as st
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from lfm_export.prompt import CONVERSATIONS, compile_chat, compile_prompt, render_template
+from lfm_export.prompt import CONVERSATIONS, NEEDED, check_chat, compile_prompt, render_template
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.images import ImageSettings, plan_image
-from lfm_runtime.prompt import Message, PromptBuilder, PromptSpec, compile_on_device
+from lfm_runtime.prompt import IMAGE, ChatFormat, Conversation, Message, PromptBuilder, PromptSpec, ToolCall, compile_on_device
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "demo" / "checkpoint"
 SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"}
 
 PARTS = """{%- macro parts(content) -%}
@@ -69,6 +72,9 @@ TEMPLATES = {
 {%- for m in messages -%}{{- "[" + m.role + "] " + parts(m.content) + "\n\n" -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- "[assistant] " -}}{%- endif -%}""",
 }  # fmt: skip
+TEMPLATES |= {path.relative_to(ROOT / "scripts" / "spellings").as_posix(): path.read_text() for path in sorted((ROOT / "scripts" / "spellings").rglob("*.jinja"))}
+# The releases' own files, where somebody has them: a folder with any number of *.jinja.
+TEMPLATES |= {str(path): path.read_text() for path in sorted(Path(os.environ["LFM_EDGE_REAL_FILES"]).rglob("*.jinja"))} if "LFM_EDGE_REAL_FILES" in os.environ else {}
 
 
 @pytest.fixture(scope="module", params=list(TEMPLATES), ids=lambda name: name.replace(" ", "_"))
@@ -76,68 +82,219 @@ def template(request) -> str:
     return TEMPLATES[request.param]
 
 
-def test_built_in_conversations(template) -> None:
-    chat = compile_chat(template, SPECIALS)
-    for messages in CONVERSATIONS:
-        assert chat.render(messages) == render_template(template, messages, SPECIALS)
+class FixedDate(datetime):
+    """`datetime` for transformers, whose clock stands."""
+
+    stands = datetime(2026, 1, 1)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.stands
 
 
-plain_text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20).filter(lambda s: "<think>" not in s)
-turns = st.tuples(
-    st.sampled_from(["", "Be brief.", None]),
-    st.lists(st.tuples(plain_text, st.integers(0, 2), plain_text), min_size=1, max_size=4),
+def by_transformers(template: str, chat: Conversation, *, generation: bool) -> str | None:
+    """What apply_chat_template gives; None for an error."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    utils.datetime, FixedDate.stands = FixedDate, chat.now or FixedDate.stands
+    # Content of several parts is a list there as well, and so are dates: nothing of ours takes part.
+    messages = [message.as_dict() for message in chat.messages]
+    try:
+        found = utils.render_jinja_template(
+            conversations=[messages], tools=list(chat.tools) or None, chat_template=template, add_generation_prompt=generation, **SPECIALS
+        )
+    except Exception:
+        return None
+    return found[0][0]
+
+
+def ours(template: str, chat: Conversation, *, generation: bool) -> str | None:
+    try:
+        return ChatFormat(template, SPECIALS).render(chat, generation=generation)
+    except PromptError:
+        return None
+
+
+words = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["<think>a</think> b", "</think>", "<image>", "<|im_end|>", "{{ x }}", "'\"\\\n", " \n x \t", "é<&>", "\u2028"]
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 10**12) | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6,
 )  # fmt: skip
+messages = st.builds(
+    Message,
+    st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]),
+    words | st.lists(words | st.just(IMAGE), max_size=4).map(tuple),
+    st.none() | words,
+    st.lists(st.builds(ToolCall, words, st.dictionaries(words, json_values, max_size=3)), max_size=2).map(tuple),
+)
+tools = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": st.dictionaries(words, json_values, max_size=3)}), max_size=2)
+conversations = st.builds(Conversation, st.lists(messages, max_size=5), tools, st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1)))
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=turns, thinking=st.booleans())
-def test_any_conversation(template, case, thinking) -> None:
-    """Random conversations, alternating turns, images anywhere, thoughts in answers."""
-    system, pairs = case
-    messages = [Message("system", system)] if system is not None else []
-    for question, images, reply in pairs:
-        messages += [Message("user", question, images), Message("assistant", ("<think>hm</think> " if thinking else "") + reply)]
-    messages.pop()
-    assert compiled_once(template).render(messages) == render_template(template, messages, SPECIALS)
+@settings(max_examples=120, deadline=None)
+@given(chat=conversations, generation=st.booleans())
+def test_any_conversation_is_rendered_as_transformers_does(template, chat, generation) -> None:
+    """Texts and images in any order, several system messages, tools, calls, results, thoughts, dates: the same text or an error in both."""
+    assert ours(template, chat, generation=generation) == by_transformers(template, chat, generation=generation)
 
 
-@functools.cache
-def compiled_once(template: str):
-    return compile_chat(template, SPECIALS)
+def test_the_built_in_conversations_are_rendered_as_jinja2_does(template) -> None:
+    for chat in (*NEEDED, *CONVERSATIONS):
+        try:
+            wanted = render_template(ChatFormat(template, SPECIALS), chat)
+        except Exception:
+            wanted = None
+        assert ours(template, chat, generation=True) == wanted
+
+
+CONSTRUCTS = {
+    "white space": "a {% if true %} \n b {%- if true +%} c\n{%+ endif %}  {# x #}\n  {% endif %}\n\td {{- 1 -}} e\n\n",
+    "comments": "a{#- b -#} c {# {% if %} #}\nd{#\n#}\n",
+    "crlf": "a\r\n{% if true %}\r\nb{% endif %}\rc\r\n",
+    "loop": "{% for m in messages %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex0 }}{{ loop.length }}{{ loop.previtem is defined }}"
+    "{{ loop.nextitem.role if not loop.last }}{% else %}none{% endfor %}",
+    "filtered loop": "{% for m in messages if m.role != 'user' %}{{ loop.index0 }}{{ m.role }}{% else %}none{% endfor %}",
+    "break": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "scopes": "{% set x = 1 %}{% for i in [1, 2] %}{{ x }}{% set x = x + i %}{{ x }}{% endfor %}{{ x }}{% if true %}{% set x = 9 %}{% endif %}{{ x }}",
+    "namespace": "{% set ns = namespace(a=1, b='x') %}{% for i in [1, 2] %}{% set ns.a = ns.a + i %}{% endfor %}{{ ns.a }}{{ ns.b }}{{ ns.c is defined }}",
+    "macro": "{% macro f(a, b='d', c=a) %}[{{ a }}{{ b }}{{ c }}]{% endmacro %}{{ f(1) }}{{ f(1, c=2) }}{{ f('x', 'y', 'z') }}{{ f() }}",
+    "macro sees later names": "{% macro f() %}{{ y }}{% endmacro %}{% set y = 3 %}{{ f() }}{% for y in [4] %}{{ f() }}{% endfor %}",
+    "block set": "{% set x %}a{{ 1 }}b{% endset %}[{{ x }}]{% set a, b = (1, 2) %}{{ a }}{{ b }}",
+    "arithmetic": "{{ 7 // 2 }} {{ 7 % 3 }} {{ 2 ** 3 ** 2 }} {{ -2 ** 2 }} {{ 1 + 2 * 3 - 4 / 2 }} {{ 'a' * 3 }} {{ 1.5e3 }} {{ 10 }}",
+    "comparison": "{{ 1 < 2 < 3 }}{{ 1 < 2 > 3 }}{{ 'a' in 'cat' }}{{ 'a' not in 'cat' }}{{ not 1 == 2 }}{{ 1 == 1.0 }}{{ [] == [] }}{{ x == y }}",
+    "logic": "{{ 0 or 'a' }}{{ 1 and 'b' }}{{ '' or none }}{{ not '' and 1 }}{{ 'x' if false }}{{ 'x' if 0 else 'y' if 1 else 'z' }}",
+    "subscripts": "{{ messages[0]['role'] }}{{ messages[-1].role }}{{ messages[99] is defined }}{{ 'abcdef'[1:4] }}{{ 'abcdef'[::-1] }}{{ 'abcdef'[:-1] }}"
+    "{{ [1, [2, 3]][1][0] }}{{ (1, 2).1 }}{{ {'a': {'b': 5}}.a.b }}{{ messages[1:] | length }}",
+    "strings": "{{ 'a' 'b' }}{{ \"it's\" }}{{ 'tab\\there' }}{{ 'Grüße\\n' }}{{ '\\u00e9' }}{{ 'a' ~ 1 ~ none }}{{ 'a\nb' }}",
+    "methods": "{{ ' a b '.strip() }}{{ 'a,b,c'.split(',')[-1] }}{{ 'abc'.startswith('ab') }}{{ 'x'.join(['1', '2']) }}{{ {'a': 1}.get('b', 7) }}"
+    "{% for k, v in {'a': 1, 'b': 2}.items() %}{{ k }}{{ v }}{% endfor %}{{ {'items': 3}['items'] }}{{ 'AbC'.lower().upper().title() }}",
+    "filters": "{{ [1, 'a'] | tojson }}{{ {'b': 1, 'a': 'é<'} | tojson(indent=2) }}{{ '  x ' | trim }}{{ 'xxaxx' | trim('x') }}{{ [1, 2] | join('-') }}"
+    "{{ nothing | default('d') }}{{ '' | default('d', true) }}{{ 'abc' | first }}{{ [1, 2] | last }}{{ none | string }}{{ 1.0 | string | length }}"
+    "{{ 'aXa' | replace('a', 'b') | lower }}{{ [1, 2] | list }}{{ messages | map(attribute='role') | join }}{{ 'abc' | upper | capitalize }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | rejectattr('role', 'eq', 'user') | list | length }}{{ -3 | abs }}",
+    "filters bind tighter": "{{ 'a' + 'B' | lower }}{{ ('a' + 'B') | lower }}{{ -1 | string }}{{ 'x' | length + 1 }}{{ 1 if 'a' | length == 1 else 2 }}",
+    "tests": "{{ 1 is number }}{{ true is number }}{{ true is integer }}{{ 1.5 is float }}{{ 'a' is string }}{{ {} is mapping }}{{ [] is sequence }}{{ 'a' is iterable }}"
+    "{{ none is none }}{{ x is undefined }}{{ 3 is odd }}{{ 4 is even }}{{ 9 is divisibleby 3 }}{{ 1 is not none }}{{ 1 is defined and 2 is defined }}{{ 'a' is in ['a'] }}"
+    "{{ 1 is eq 1 }}{{ 2 is gt(1) }}{{ false is false }}{{ 1 is true }}{{ 1 is boolean }}",
+    "undefined": "[{{ x }}]{% for i in x %}no{% endfor %}{{ x is string }}{{ x | length }}{{ 1 in x }}{% if x %}no{% endif %}",
+    "undefined attribute": "{{ x.y }}", "undefined call": "{{ x() }}", "undefined sum": "{{ x + 'a' }}", "type error": "{{ 'a' + 1 }}", "no such key": "{{ messages[0].nope.deeper }}",
+    "raise": "{{ raise_exception('no') }}", "range limit": "{{ range(1000000) | length }}", "unpack": "{% for a, b in [1] %}{% endfor %}",
+    "set on no namespace": "{% set x = {} %}{% set x.a = 1 %}", "date": "{{ strftime_now('%d %B %Y') }}", "tuple": "{{ 1, 2 }}{{ () }}{{ (1,) }}",
+    "generation": "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}",
+    "nested braces": "{{ {'a': {'b': [1, {'c': '}}'}]}}['a']['b'][1].c }}{{ '%}' }}", "trailing comma": "{{ [1, 2,] }}{{ {'a': 1,} }}", "line end": "x\n{% if true %}\ny\n{% endif %}\n",
+    "not iterable": "{% for x in 3 %}{% endfor %}", "zero": "{{ 1 // 0 }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTRUCTS)
+def test_each_construct_is_as_in_jinja2(name) -> None:
+    """Jinja's own rendering of every construct that is known here; an error in both, or the same text."""
+    chat = Conversation([Message("system", "s"), Message("user", "u"), Message("assistant", "a")], now=datetime(2026, 3, 4))
+    try:
+        wanted = render_template(ChatFormat(CONSTRUCTS[name], SPECIALS), chat)
+    except Exception:
+        wanted = None
+    assert ours(CONSTRUCTS[name], chat, generation=True) == wanted
+    if wanted is not None:
+        ChatFormat(CONSTRUCTS[name]).parsed  # noqa: B018
+
+
+pieces = st.sampled_from([piece for source in TEMPLATES.values() for piece in re.split(r"(?=\{[%{#])|(?<=[%}#]\})| (?=is|not|in|\||\+)", source) if piece])
+
+
+@settings(max_examples=400, deadline=None)
+@given(source=st.lists(pieces, max_size=8).map("".join))
+def test_templates_of_shuffled_pieces_are_errors_or_as_in_jinja2(source) -> None:
+    """Whatever is not refused gives jinja2's text."""
+    chat = Conversation([Message("system", "s"), Message("user", ("u", IMAGE)), Message("assistant", "<think>x</think>a")])
+    try:
+        wanted = render_template(ChatFormat(source, SPECIALS), chat)
+    except Exception:
+        wanted = None
+    found = ours(source, chat, generation=True)
+    assert found is None or found == wanted
 
 
 BAD = {
-    "syntax": ("{% if %}", "it fails on"),
-    "raises": ("{{ raise_exception('no') }}", "it fails on"),
-    "counts": ("{{ messages|length }}", "cannot be compiled"),
-    "changes text": ("{% for m in messages %}[{{ m.role }}]{{ m.content|upper }}{% endfor %}", "cannot be compiled"),
-    "only the last turn": ("{{ messages[-1].role }}: {{ messages[-1].content }}", "cannot be compiled"),
-    "numbers the turns": ("{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}", "cannot be compiled|differs"),
+    "syntax": ("{% if %}", "line 1"),
+    "not closed": ("{% for m in messages %}", "endfor or else is missing"),
+    "raises": ("{{ raise_exception('no') }}", "it fails on a conversation of a user turn"),
+    "unknown filter": ("{{ messages | xmlattr }}", "the filter xmlattr is not known here"),
+    "unknown tag": ("{% include 'x' %}", "the tag include is not known here"),
+    "unknown test": ("{% if 1 is prime %}{% endif %}", "the test prime is not known here"),
+    "no place for images": ("{% for m in messages %}{{ m.content | string }}{% endfor %}", "no place for images"),
+    "text of a text model": (TEMPLATES["chat_template_text_model.jinja"], "no place for images: .* take the one of the vision-language model"),
+    "changes text": ("{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content|upper }}{% else %}<image>{{ m.content[1].text }}{% endif %}{% endfor %}", "does not appear as it was given"),
+    "counts": ("{{ messages|length }}", "does not appear as it was given"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_templates_that_cannot_be_compiled(case) -> None:
+def test_templates_that_cannot_be_used_are_named(case) -> None:
     source, says = BAD[case]
     with pytest.raises(PromptError, match=says) as caught:
-        compile_chat(source, SPECIALS)
+        check_chat(ChatFormat(source, SPECIALS), "<image>")
     assert "chat template" in str(caught.value)
 
 
-def test_on_device_equals_exported(tmp_path) -> None:
-    """Compiled without tokenizers and jinja2: the same ids for conversations with images."""
+@pytest.mark.parametrize("name", ["2025/chat_template.jinja", "lfm2.5/chat_template.jinja", "3b/chat_template.jinja"])
+def test_the_releases_templates_are_taken(name) -> None:
+    check_chat(ChatFormat(TEMPLATES[name], SPECIALS), "<image>")
+
+
+def test_a_folder_without_prompt_json_gives_the_same_ids(tmp_path) -> None:
     exported, on_device = PromptBuilder(compile_prompt(DEMO)), PromptBuilder(compile_on_device(DEMO))
     plan = plan_image(900, 700, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
-    for messages in CONVERSATIONS:
-        plans = [plan] * sum(m.images for m in messages)
-        assert exported.render(messages, plans) == on_device.render(messages, plans)
-
-
-def test_on_device_refuses_other_templates(tmp_path) -> None:
+    for chat in (*NEEDED, *CONVERSATIONS[:8]):
+        plans = [plan] * sum(m.images for m in chat.messages)
+        assert exported.render(chat, plans) == on_device.render(chat, plans)
     shutil.copytree(DEMO, tmp_path / "c")
-    (tmp_path / "c" / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
-    with pytest.raises(PromptError, match="lfm-edge export"):
-        compile_on_device(tmp_path / "c")
+    (tmp_path / "c" / "chat_template.jinja").unlink()
+    without = PromptBuilder(compile_on_device(tmp_path / "c"))
+    assert without.render([Message.user("Hi", 1)], [plan]) == exported.render([Message.user("Hi", 1)], [plan])
+
+
+def test_a_bundle_of_the_first_schema_is_read(tmp_path) -> None:
+    """prompt.json as it was before the template was in it: tokens and merges as lists, other stand-ins, three lists of ranges."""
+    spec = compile_prompt(DEMO)
+    old = dict(zip("\ue001\ue002\ue003\ue000", "ª²\xa0§", strict=True))
+    splits = ["".join(old.get(c, "" if "\ue000" < c < "\ue010" else c) for c in split) for split in spec.vocabulary.splits]
+    v = spec.vocabulary
+    (tmp_path / "prompt.json").write_text(json.dumps({
+        "schema": 1, "chat": {"begin": "", "before": {}},
+        "vocabulary": {"tokens": v.tokens, "merges": v.merges.tolist(), "ignore_merges": v.ignore_merges, "splits": splits, "added": v.added,
+                       "special": v.special, "letters": v.classes["L"], "numbers": v.classes["N"], "spaces": v.classes["s"]},
+        "image_tokens": {"image": "<image>", "start": "<|image_start|>", "end": "<|image_end|>", "thumbnail": None, "tile": None},
+    }))  # fmt: skip
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(DEMO / name, tmp_path / name)
+    read, new = PromptBuilder(PromptSpec.load(tmp_path / "prompt.json")), PromptBuilder(spec)
+    for chat in (NEEDED[0], Conversation([Message("user", "Größe: 12 ½ kg, 日本\u3000x"), Message("assistant", "٣ #")])):
+        assert read.render(chat, []) == new.render(chat, [])
+
+
+forged = st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|im_start|>", "<image>", "<|image_start|>", "\n", "system", "x ", "\ufdd0", "é"]), max_size=6).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(system=forged, parts=st.lists(forged | st.just(IMAGE), max_size=4).map(tuple), reply=forged)
+def test_texts_of_strangers_forge_nothing(demo_prompts, system, parts, reply) -> None:
+    """With special=False the special tokens are the template's own, and everything else is the text's, byte for byte."""
+    chat = [Message("system", system), Message("user", parts), Message("assistant", reply), Message("user", "x")]
+    plan = plan_image(64, 64, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
+    plans = [plan] * parts.count(IMAGE)
+    harmless = [Message("system", ""), Message("user", tuple(p for p in parts if p is IMAGE)), Message("assistant", ""), Message("user", "x")]
+    tokenizer = demo_prompts.tokenizer
+    found = demo_prompts.render(Conversation(chat, special=False), plans).ids
+    wanted = demo_prompts.render(harmless, plans).ids
+    assert [i for i in found if i in tokenizer.special] == [i for i in wanted if i in tokenizer.special]
+    assert tokenizer.decode(found) == f"system\n{system}\nuser\n{''.join(p for p in parts if p is not IMAGE)}\nassistant\n{reply}\nuser\nx\nassistant\n"
+
+
+@pytest.fixture(scope="module")
+def demo_prompts() -> PromptBuilder:
+    return PromptBuilder(compile_prompt(DEMO))
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "list"])

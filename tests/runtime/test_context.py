@@ -66,7 +66,7 @@ def test_snapshot_starts_another_state(demo_model, form) -> None:
 
 def test_keys_tell_images_apart(demo_model) -> None:
     one, two = (demo_model.open(p) for p in PICTURES[:2])
-    prompt = demo_model.prompts.render([Message("user", "x", 2)], [one.plan, two.plan])
+    prompt = demo_model.prompts.render([Message.user("x", 2)], [one.plan, two.plan])
     image = demo_model.prompts.image_id
     keys = [prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends) for a, b in ((one, two), (one, one), (two, one))]
     assert len({k.tobytes() for k in keys}) == 3
@@ -86,7 +86,7 @@ def test_session_equals_the_whole_conversation(demo_model) -> None:
     messages, images = [Message("system", "Be short.")], []
     for question, new in (("How many shapes?", PICTURES[:1]), (QUESTION, PICTURES[1:2]), ("How many shapes?", [])):
         answer = session.ask(question, new, max_new_tokens=12)
-        turn = Message("user", question, len(new))
+        turn = Message.user(question, len(new))
         images += new
         wanted = demo_model.converse([*messages, turn], images, max_new_tokens=12).text()
         assert answer.text() == wanted
@@ -101,7 +101,7 @@ def test_fork_goes_its_own_way(demo_model) -> None:
     apart = session.ask(QUESTION).text(), other.ask("How many shapes?").text()
     assert apart == (
         demo_model.converse([*session.messages[:2], Message("user", QUESTION)], PICTURES[:1]).text(),
-        demo_model.converse([*session.messages[:2], Message("user", "How many shapes?")], PICTURES[:1]).text(),
+        demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text(),
     )
     assert len(session.messages) == len(other.messages) == 4
 
@@ -141,7 +141,7 @@ def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
             session.ask("How many shapes?").text()
     assert len(session.messages) == 2
     again = session.ask("How many shapes?")
-    assert again.text() == demo_model.converse([*session.messages[:2], Message("user", "How many shapes?")], PICTURES[:1]).text()
+    assert again.text() == demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
     assert wanted
 
 
@@ -160,7 +160,7 @@ def test_second_question_about_the_same_image(demo_bundle, demo_model) -> None:
     other = model.answer(PICTURES[1:2], QUESTION)
     assert other.text() == demo_model.answer(PICTURES[1:2], QUESTION).text()
     assert other.report.cached_tokens == 0
-    behind_text = model.converse([Message("system", "Be short."), Message("user", QUESTION, 1)], PICTURES[:1])
+    behind_text = model.converse([Message("system", "Be short."), Message.user(QUESTION, 1)], PICTURES[:1])
     assert behind_text.text()
     assert behind_text.report.timing_ms["vision"] is None  # features are kept apart from what stands before the image
     assert behind_text.report.cached_tokens == 0
@@ -251,7 +251,7 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     assert session.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
     messages = list(session.messages)
     second = session.ask("How many shapes?", PICTURES[1:2]).text()  # loads the encoder again: the state outlives its decoder
-    assert second == demo_model.converse([*messages, Message("user", "How many shapes?", 1)], PICTURES[:2]).text()
+    assert second == demo_model.converse([*messages, Message.user("How many shapes?", 1)], PICTURES[:2]).text()
     gone = weakref.ref(model.graphs.vision())
     assert gone() is None
     assert model.decoder._sessions is None
@@ -329,7 +329,7 @@ def test_a_long_prompt_in_parts_is_the_prompt(demo_model, photo, monkeypatch) ->
     found = []
     for most in (10_000, 320, 50):
         monkeypatch.setattr("lfm_runtime.context.MOST_AT_ONCE", most)
-        job = demo_model.plan([Message("user", QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
+        job = demo_model.plan([Message.user(QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
         assert len(job.prompt.ids) > 320
         logits = demo_model.read(job, Context(demo_model.decoder)).copy()
         found.append((logits, demo_model.answer([photo], QUESTION, temperature=0, max_new_tokens=20).text()))

@@ -115,7 +115,7 @@ def test_several_turns(demo_model, drawing) -> None:
     session = Session(demo_model)
     session.ask("How many shapes?", [drawing]).text()
     kept = session.ask("What is in this image?")
-    again = demo_model.converse([*session.messages[:2], Message("user", "What is in this image?")], [drawing])
+    again = demo_model.converse([*session.messages[:2], Message.user("What is in this image?")], [drawing])
     assert kept.text() == again.text()
     assert kept.report.timing_ms["vision"] is None
     assert again.report.timing_ms["vision"]

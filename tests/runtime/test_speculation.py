@@ -68,7 +68,7 @@ def test_keeping_equals_never_having_guessed(demo_model, tokens) -> None:
 def asked_twice(model: Model, picture: Path, **settings) -> Answer:
     """The same question again in a conversation: the answer before can be copied."""
     first = model.answer([picture], QUESTION, temperature=0).text()
-    messages = [Message("user", QUESTION, 1), Message("assistant", first), Message("user", QUESTION)]
+    messages = [Message.user(QUESTION, 1), Message("assistant", first), Message("user", QUESTION)]
     return model.converse(messages, [picture], **settings)
 
 

