@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lfm_export.config import CheckpointError
+
 ALIGNMENT = 1 << 16
 INLINE_BYTES = 1 << 15
 OPSET = 20  # Gelu with approximate=tanh; onnxruntime 1.20 knows up to 21
@@ -92,7 +94,7 @@ class GraphBuilder:
             return self.initializers[name]
         produced = produce()
         pieces = [produced] if isinstance(produced, np.ndarray) else produced
-        typed = (piece.astype(self.numpy_type, copy=False) for piece in pieces)
+        typed = (self._typed(piece, name) for piece in pieces)
         count = int(np.prod(shape, dtype=np.int64))
         tensor: ir.TensorProtocol
         if count * np.dtype(self.numpy_type).itemsize < INLINE_BYTES:
@@ -103,6 +105,11 @@ class GraphBuilder:
             offset, size = self.data.write(name, typed)
             tensor = ir.ExternalTensor(self.data.path.name, offset, size, self.float_type, shape=ir.Shape(shape), name=name)
         return self._initializer(name, tensor)
+
+    def _typed(self, piece: Array, name: str) -> Array:
+        if self.dtype == "fp16" and np.abs(piece).max(initial=0) > np.finfo(np.float16).max:
+            raise CheckpointError(f"{name} holds {np.abs(piece).max():g}, more than fp16 can; leave --dtype fp16 out")
+        return piece.astype(self.numpy_type, copy=False)
 
     def shared_weight(self, name: str, shape: Sequence[int], other: ir.ExternalTensor) -> ir.Value:
         """A constant whose bytes lie in another graph's data file in the same folder."""

@@ -6,16 +6,19 @@ Knows how hub files spell tensor names and how a LoRA adapter changes them; know
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lfm_export.config import CheckpointError, Config, load_config
+from lfm_export.config import CheckpointError, Config, TextConfig, load_config
+from lfm_export.inventory import check_origin, check_tensors, places
 from lfm_export.lora import ADAPTER_WEIGHTS, Adapter
-from lfm_export.tensors import Floats, TensorStore, checkpoint_files
+from lfm_export.tensors import Floats, TensorStore, check_folder, checkpoint_files
 
 # Tensor names differ between transformers 4 (hub files), transformers 5 and older remote code.
 _VISION = ("model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.vision_model.", "vision_tower.")
@@ -37,32 +40,88 @@ def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
 
 
 class Checkpoint:
-    """Weights are asked for as `vision.…`, `projector.…`, `text.…` or `head`, with the shape the config implies."""
+    """Weights are asked for as `vision.…`, `projector.…`, `text.…` or `head`, with the shape the config implies.
+
+    What the tensors say decides over flags of config.json; `notes` has a line for every flag that they decided otherwise.
+    """
 
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+        """Raises CheckpointError for whatever cannot be exported as it is; names the file, the tensor or the key."""
+        check_folder(folder)
         self.folder = folder
-        self.config: Config = load_config(folder)
         self.files = checkpoint_files(folder)
+        self.config: Config = load_config(folder)
         self.store = TensorStore(self.files)
-        if self.config.text.tied_head is None:
-            tied = not any(name in self.store for name in _HEAD)
-            self.config = replace(self.config, text=replace(self.config.text, tied_head=tied))
-        self.adapter = Adapter.load(adapter) if adapter else None
+        check_origin(folder, self.store.entries)
+        self.notes: list[str] = []
         self._prefix = {
             "vision": self._find(_VISION, "embeddings.patch_embedding.weight"),
             "projector": self._find(_PROJECTOR, "linear_1.weight"),
             "text": self._find(_TEXT, "embed_tokens.weight"),
         }
+        self.adapter = Adapter.load(adapter) if adapter else None
         if self.adapter:
             self.adapter.check_targets(self.store)
+        self.config = self._as_the_tensors_say(self.config)
+        names = {place: self.tensor_name(place) for place in places(self.config)}
+        if self.config.text.tied_head and self.tensor_name("head") in self.store:
+            names["head"] = self.tensor_name("head")  # a copy of the table
+        check_tensors(folder, self.store.entries, names, self.config)
 
     def _find(self, prefixes: tuple[str, ...], probe: str) -> str:
         for prefix in prefixes:
             if prefix + probe in self.store:
                 return prefix
         raise CheckpointError(f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint")
+
+    def _as_the_tensors_say(self, config: Config) -> Config:
+        """The config with the flags that tensors know better, each with a note where they differ."""
+        text, projector = config.text, config.projector
+
+        def there(place: str) -> bool:
+            return self.tensor_name(place) in self.store
+
+        def decided(key: str, said: Any, found: Any, because: str) -> Any:
+            if said != found:
+                self.notes.append(f"config.json says {key} {_json(said)}, the checkpoint {because}: {_json(found)} is taken")
+            return found
+
+        norm = decided("projector_use_layernorm", projector.layernorm, there("projector.layer_norm.weight"),
+                       f"has {'a' if there('projector.layer_norm.weight') else 'no'} projector LayerNorm")  # fmt: skip
+        bias = decided("projector_bias", projector.bias, there("projector.linear_1.bias"),
+                       f"has {'a' if there('projector.linear_1.bias') else 'no'} bias there")  # fmt: skip
+        convolution = next((f"text.layers.{i}.conv.in_proj.bias" for i, kind in enumerate(text.layers) if kind == "conv"), "")
+        conv_bias = text.conv_bias
+        if convolution:
+            conv_bias = decided("conv_bias", conv_bias, there(convolution), f"has {'a' if there(convolution) else 'no'} bias there")
+        width = text.feed_forward
+        entry = self.store.entries.get(self.tensor_name("text.layers.0.feed_forward.w1.weight"))
+        if entry is not None and entry.shape == (text.other_feed_forward, text.hidden):
+            width = decided("the feed-forward width", width, entry.shape[0], "has another, as if block_auto_adjust_ff_dim were otherwise")
+        return replace(
+            config, projector=replace(projector, layernorm=norm, bias=bias),
+            text=replace(text, conv_bias=conv_bias, feed_forward=width, tied_head=self._is_tied(text, decided)),
+        )  # fmt: skip
+
+    def _is_tied(self, text: TextConfig, decided: Callable[..., Any]) -> bool:
+        """Whether the head is the embedding table."""
+        head, table = self.tensor_name("head"), self.tensor_name("text.embed_tokens.weight")
+        if head not in self.store:
+            if text.tied_head is False:
+                raise CheckpointError(
+                    f"{self.folder}: config.json says tie_word_embeddings false, and the checkpoint has no {head}; correct one of them"
+                )
+            return True
+        if self.adapter and self.adapter.touches(head):
+            return False
+        shape = (text.vocabulary, text.hidden)
+        if self.store.entries[head].shape != shape or self.store.entries[table].shape != shape:
+            return False  # said with the shapes
+        same = all(np.array_equal(a, b) for a, b in zip(self.store.chunks(head, shape), self.store.chunks(table, shape), strict=True))
+        if same:
+            return True
+        said = text.tied_head if text.tied_head is not None else True
+        return bool(decided("tie_word_embeddings", said, False, f"has a {head} that is not the embedding table"))
 
     def fingerprint(self) -> str:
         """Tells these weights from others: a hash over every file's header and the ends of its data, not over gigabytes."""
@@ -104,3 +163,7 @@ class Checkpoint:
             yield self.read(place, *shape)
         else:
             yield from self.store.chunks(name, shape)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)

@@ -1,15 +1,19 @@
-"""config.json in all its spellings → one frozen description of the architecture. Unknown keys are upstream's business."""
+"""config.json in all its spellings → one frozen description of the architecture. Unknown keys are upstream's business; a known key with
+a value of another kind is an error that names it.
+
+Flags are what the file says: `Checkpoint` compares them with the tensors, which decide.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lfm_runtime.contract import LayerKind
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.files import read_json_object
 
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # transformers, and the hub's first files
 
@@ -52,13 +56,14 @@ class TextConfig:
     kv_heads: int
     head_dim: int
     feed_forward: int
+    other_feed_forward: int  # the width if block_auto_adjust_ff_dim were the other way round
     vocabulary: int
     kernel: int
     conv_bias: bool
     norm_eps: float
     rope_theta: float
     max_positions: int
-    tied_head: bool | None  # None: the config contradicts itself, a head in the weights decides
+    tied_head: bool | None  # None: the config says nothing, or contradicts itself
 
 
 @dataclass(frozen=True)
@@ -68,43 +73,110 @@ class Config:
     vision: VisionConfig
     projector: ProjectorConfig
     text: TextConfig
-    image_token_id: int
+    image_token_id: int | None  # None: the config says nothing, the tokenizer knows
+
+
+class Section:
+    """An object of config.json. Values are asked for by kind; the first spelling that is present and not null counts."""
+
+    def __init__(self, path: Path, name: str, raw: Any) -> None:
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: {name or 'it'} is {_shown(raw)}, not an object; is this a complete LFM2-VL checkpoint?")
+        self.path, self.name, self.raw = path, name, raw
+
+    def inner(self, name: str) -> Section:
+        """An object inside; {} where it is missing."""
+        found = self.raw.get(name)
+        return Section(self.path, f"{self._prefix}{name}", {} if found is None else found)
+
+    def find(self, *names: str) -> tuple[str, Any]:
+        """(spelling, value); value None where none is there."""
+        return next(((name, self.raw[name]) for name in names if self.raw.get(name) is not None), (names[0], None))
+
+    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number from `least` on; an error where it is missing and has no default."""
+        name, value = self.find(*names)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise CheckpointError(f"{self.path}: {self._prefix}{name} is missing; is this a complete LFM2-VL checkpoint?")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
+            raise self.wrong(name, value, f"a whole number of {least} or more")
+        return value
+
+    def number(self, *names: str, default: float) -> float:
+        """A number above 0."""
+        name, value = self.find(*names)
+        if value is None:
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.wrong(name, value, "a number above 0")
+        return float(value)
+
+    def flag(self, *names: str) -> bool | None:
+        """True, false, or None where it is missing."""
+        name, value = self.find(*names)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def only(self, name: str, *known: Any) -> None:
+        """Refuse a setting whose other values are not built."""
+        value = self.raw.get(name)
+        if value is not None and value not in known:
+            names = " or ".join(map(str, known))
+            raise CheckpointError(f"{self.path}: {self._prefix}{name} {_shown(value)} cannot be exported; only {names}")
+
+    def wrong(self, name: str, value: Any, wanted: str) -> CheckpointError:
+        """An error for a value of another kind."""
+        return CheckpointError(f"{self.path}: {self._prefix}{name} is {_shown(value)}; {wanted} is needed")
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.name}." if self.name else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def load_config(folder: Path) -> Config:
     """Read `folder/config.json`.
 
     Raises:
-        CheckpointError: missing file, another architecture, or a part we cannot export, named.
+        CheckpointError: missing file, another architecture, a value of another kind, or a part we cannot export; names key and value.
     """
     path = folder / "config.json"
-    raw = read_json_object(path, CheckpointError)
-    model_type = raw.get("model_type")
+    top = Section(path, "", read_json_object(path, CheckpointError))
+    model_type = top.raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"{path}: model_type is {model_type!r}; lfm-edge exports {', '.join(MODEL_TYPES)} (LFM2-VL, LFM2.5-VL)"
         )
-    with damage_is(CheckpointError, path, "is this a complete LFM2-VL checkpoint?"):
-        config = Config(
-            _vision(raw["vision_config"]), _projector(raw), _text(raw, raw["text_config"]),
-            int(_first(raw, "image_token_id", "image_token_index", default=396)),
-        )  # fmt: skip
+    for key, which in (("quantization_config", "quant_method"), ("quantization", "mode")):
+        if found := top.raw.get(key):
+            method = found.get(which) if isinstance(found, dict) else None
+            by = "MLX" if key == "quantization" else method or "another tool"
+            raise quantized(folder, str(by))
+    for part in ("text_config", "vision_config"):
+        if part not in top.raw:
+            raise CheckpointError(f"{path}: {part} is missing; is this a complete LFM2-VL checkpoint?")
+    image = top.integer("image_token_id", "image_token_index", default=-1, least=0)
+    config = Config(
+        _vision(top.inner("vision_config")), _projector(top), _text(top, top.inner("text_config")), None if image < 0 else image
+    )  # fmt: skip
     _check(config, path)
     return config
 
 
+def quantized(folder: Path, by: str) -> CheckpointError:
+    """An error for weights that another tool has quantized."""
+    return CheckpointError(f"{folder}: its weights were quantized by {by}; export the original checkpoint, and quantize the bundle")
+
+
 def _check(config: Config, path: Path) -> None:
-    text, vision, projector = config.text, config.vision, config.projector
-    sizes = {
-        "hidden_size": text.hidden, "num_attention_heads": text.heads, "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim,
-        "intermediate_size": text.feed_forward, "vocab_size": text.vocabulary, "conv_L_cache": text.kernel,
-        "max_position_embeddings": text.max_positions, "vision hidden_size": vision.hidden, "vision num_hidden_layers": vision.layers,
-        "vision num_attention_heads": vision.heads, "vision intermediate_size": vision.feed_forward, "patch_size": vision.patch,
-        "num_channels": vision.channels, "downsample_factor": projector.factor, "projector_hidden_size": projector.hidden,
-    }  # fmt: skip
-    for name, value in sizes.items():
-        if value < 1:
-            raise CheckpointError(f"{path}: {name} is {value}; it must be 1 or above")
+    text, vision = config.text, config.vision
     if text.heads % text.kv_heads or text.head_dim % 2 or vision.hidden % vision.heads:
         raise CheckpointError(
             f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and {vision.heads} vision heads in "
@@ -112,90 +184,94 @@ def _check(config: Config, path: Path) -> None:
         )
 
 
-def _first(raw: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """The first spelling that is present and not null."""
-    return next((raw[name] for name in names if raw.get(name) is not None), default)
-
-
-def _text(top: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfig:
-    count = int(raw["num_hidden_layers"])
-    layers = raw.get("layer_types")
-    if layers is None:
-        attention = raw.get("full_attn_idxs")
-        attention = range(count) if attention is None else attention
-        layers = ["full_attention" if i in attention else "conv" for i in range(count)]
-    if len(layers) != count or set(layers) - {"conv", "full_attention"}:
-        raise CheckpointError(f"layer_types must name {count} layers, each conv or full_attention")
-    rope = raw.get("rope_parameters") or {}
-    for source in (rope, raw.get("rope_scaling") or {}):
-        kind = source.get("rope_type", source.get("type", "default"))
-        if kind != "default" or any(isinstance(value, dict) for value in source.values()):
-            raise CheckpointError(f"config.json: rope {source} cannot be exported; only rope_type default")
-    hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+def _text(top: Section, text: Section) -> TextConfig:
+    text.only("model_type", "lfm2")
+    hidden, heads = text.integer("hidden_size"), text.integer("num_attention_heads")
+    feed_forward = _feed_forward(text)
+    outer, inner = top.flag("tie_word_embeddings"), text.flag("tie_embedding", "tie_word_embeddings")
     return TextConfig(
         hidden=hidden,
-        layers=tuple(layers),
+        layers=_layers(text),
         heads=heads,
-        kv_heads=int(raw["num_key_value_heads"]),
-        head_dim=int(_first(raw, "head_dim", default=hidden // heads)),
-        feed_forward=_feed_forward(raw),
-        vocabulary=int(raw["vocab_size"]),
-        kernel=int(_first(raw, "conv_L_cache", default=3)),
-        conv_bias=bool(_first(raw, "conv_bias", default=False)),
-        norm_eps=float(_first(raw, "norm_eps", "block_norm_eps", default=1e-5)),
-        rope_theta=float(_first({**raw, **rope}, "theta", "rope_theta", default=1_000_000.0)),
-        max_positions=int(_first(raw, "max_position_embeddings", default=128_000)),
-        tied_head=_tied(top, raw),
+        kv_heads=text.integer("num_key_value_heads"),
+        head_dim=text.integer("head_dim", default=hidden // heads),
+        feed_forward=feed_forward[0],
+        other_feed_forward=feed_forward[1],
+        vocabulary=text.integer("vocab_size"),
+        kernel=text.integer("conv_L_cache", default=3),
+        conv_bias=text.flag("conv_bias") or False,
+        norm_eps=text.number("norm_eps", "block_norm_eps", default=1e-5),
+        rope_theta=_rope_theta(text),
+        max_positions=text.integer("max_position_embeddings", default=128_000),
+        # Where the two places disagree transformers 4 reads the inner one, transformers 5 the outer one.
+        tied_head=inner if outer is None or outer == inner else outer if inner is None else None,
     )
 
 
-def _tied(top: Mapping[str, Any], raw: Mapping[str, Any]) -> bool | None:
-    """None where the two places disagree: transformers 4 reads the inner one, transformers 5 the outer one."""
-    outer, inner = top.get("tie_word_embeddings"), _first(raw, "tie_embedding", "tie_word_embeddings")
-    if outer is not None and inner is not None and outer != inner:
-        return None
-    return bool(_first({"inner": inner, "outer": outer}, "inner", "outer", default=True))
+def _layers(text: Section) -> tuple[LayerKind, ...]:
+    count = text.integer("num_hidden_layers")
+    layers = text.raw.get("layer_types")
+    if layers is None:
+        attention = text.raw.get("full_attn_idxs")
+        if attention is not None and not (isinstance(attention, list) and all(type(i) is int for i in attention)):
+            raise text.wrong("full_attn_idxs", attention, "a list of layer numbers")
+        attention = range(count) if attention is None else attention
+        layers = ["full_attention" if i in attention else "conv" for i in range(count)]
+    if not isinstance(layers, list) or any(layer not in ("conv", "full_attention") for layer in layers):
+        raise text.wrong("layer_types", layers, "a list of conv and full_attention")
+    if len(layers) != count:
+        raise CheckpointError(f"{text.path}: text_config.num_hidden_layers is {count}, layer_types names {len(layers)} layers; correct one")
+    return tuple(layers)
 
 
-def _feed_forward(raw: Mapping[str, Any]) -> int:
-    """Width after the auto-adjustment of Lfm2MLP."""
-    width = int(_first(raw, "block_ff_dim", "intermediate_size", default=12288))
-    if _first(raw, "block_auto_adjust_ff_dim", default=True):
-        width = int(2 * width / 3)
-        multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
-        if multiplier is not None:
-            multiple = int(_first(raw, "block_multiple_of", default=256))
-            width = multiple * -(-int(multiplier * width) // multiple)
-    return width
+def _rope_theta(text: Section) -> float:
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = text.inner(name)
+        kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
+        others = rope.raw.keys() - {"rope_type", "type", "rope_theta", "theta", "original_max_position_embeddings"}
+        if kind != "default" or any(rope.raw[key] not in (None, 1, 1.0) for key in others):
+            raise CheckpointError(f"{text.path}: {rope.name} {_shown(rope.raw)} cannot be exported; only rope_type default")
+    inner = text.inner("rope_parameters").number("theta", "rope_theta", default=0.0)
+    return inner or text.number("theta", "rope_theta", default=1_000_000.0)
 
 
-def _vision(raw: Mapping[str, Any]) -> VisionConfig:
-    activation = raw.get("hidden_act", "gelu_pytorch_tanh")
-    if activation != "gelu_pytorch_tanh":
-        raise CheckpointError(f"vision hidden_act {activation!r} cannot be exported; only gelu_pytorch_tanh")
-    patches = int(_first(raw, "num_patches", default=256))
+def _feed_forward(text: Section) -> tuple[int, int]:
+    """(width, width if block_auto_adjust_ff_dim were the other way round) of Lfm2MLP."""
+    plain = text.integer("block_ff_dim", "intermediate_size", default=12288)
+    width = int(2 * plain / 3)
+    if "block_ffn_dim_multiplier" not in text.raw or text.raw["block_ffn_dim_multiplier"] is not None:
+        multiple = text.integer("block_multiple_of", default=256)
+        width = multiple * -(-int(text.number("block_ffn_dim_multiplier", default=1.0) * width) // multiple)
+    adjusted = text.flag("block_auto_adjust_ff_dim")
+    return (plain, width) if adjusted is False else (width, plain)
+
+
+def _vision(vision: Section) -> VisionConfig:
+    vision.only("hidden_act", "gelu_pytorch_tanh")
+    vision.only("num_channels", 3)
+    vision.only("model_type", "siglip2_vision_model", "siglip2")
+    patches = vision.integer("num_patches", default=256)
     side = round(patches**0.5)
     if side * side != patches:
-        raise CheckpointError(f"vision num_patches {patches} is not a square")
+        raise CheckpointError(f"{vision.path}: vision_config.num_patches {patches} is not a square")
     return VisionConfig(
-        hidden=int(_first(raw, "hidden_size", default=768)),
-        layers=int(_first(raw, "num_hidden_layers", default=12)),
-        heads=int(_first(raw, "num_attention_heads", default=12)),
-        feed_forward=int(_first(raw, "intermediate_size", default=3072)),
-        patch=int(_first(raw, "patch_size", default=16)),
-        channels=int(_first(raw, "num_channels", default=3)),
+        hidden=vision.integer("hidden_size", default=768),
+        layers=vision.integer("num_hidden_layers", default=12),
+        heads=vision.integer("num_attention_heads", default=12),
+        feed_forward=vision.integer("intermediate_size", default=3072),
+        patch=vision.integer("patch_size", default=16),
+        channels=vision.integer("num_channels", default=3),
         table_side=side,
-        norm_eps=float(_first(raw, "layer_norm_eps", default=1e-6)),
+        norm_eps=vision.number("layer_norm_eps", default=1e-6),
     )
 
 
-def _projector(raw: Mapping[str, Any]) -> ProjectorConfig:
-    activation = raw.get("projector_hidden_act", "gelu")
-    if activation != "gelu":
-        raise CheckpointError(f"projector_hidden_act {activation!r} cannot be exported; only gelu")
+def _projector(top: Section) -> ProjectorConfig:
+    top.only("projector_hidden_act", "gelu")
+    bias, layernorm = top.flag("projector_bias"), top.flag("projector_use_layernorm")
     return ProjectorConfig(
-        factor=int(_first(raw, "downsample_factor", default=2)),
-        hidden=int(_first(raw, "projector_hidden_size", default=2560)),
-        bias=bool(_first(raw, "projector_bias", default=True)),
-        layernorm=bool(_first(raw, "projector_use_layernorm", default=True)),
+        factor=top.integer("downsample_factor", default=2),
+        hidden=top.integer("projector_hidden_size", default=2560),
+        bias=bias is not False,
+        layernorm=layernorm is not False,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +10,15 @@ from typing import Any
 
 import onnx_ir as ir
 from lfm_runtime import __version__
-from lfm_runtime.bundle import MANIFEST, file_hash, read_manifest
+from lfm_runtime.bundle import MANIFEST, end_tokens, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
 from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.errors import SettingError
+from lfm_runtime.files import read_json_object, to_json
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.prompt import PromptSpec
+from lfm_runtime.sampling import GenerationSettings
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.checkpoint import Checkpoint, copy_hub_files
@@ -58,11 +60,13 @@ def export(
     if portable and (dtype != "fp32" or graphs):
         raise CheckpointError("--portable writes all graphs, in fp32; leave --dtype and --graphs out")
     check_replaceable(bundle)  # better now than after minutes
-    _look_at_image_settings(checkpoint_folder)
     tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
+    _look_at_settings(checkpoint)
     prompt = compile_prompt(checkpoint_folder)
-    _check_tokens(checkpoint, prompt)
+    image_token_id = _check_tokens(checkpoint, prompt)
+    for note in checkpoint.notes:
+        _log.warning("lfm-edge: %s", note)
     wanted = set(graphs or known)
     if wanted & {DECODER.stem, EMBED_TOKENS.stem} and checkpoint.config.text.tied_head:
         wanted |= {DECODER.stem, EMBED_TOKENS.stem}  # they share the embedding table's bytes
@@ -105,30 +109,43 @@ def export(
         if DECODER.stem in wanted:
             shared = table if isinstance(table, ir.ExternalTensor) else None
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
-        _write_manifest(folder, checkpoint, dtype, old, kept, described, tools)
+        _write_manifest(folder, checkpoint, dtype, old, kept, described, tools, image_token_id)
         return add_golden(folder, dtype)
 
 
-def _look_at_image_settings(folder: Path) -> None:
-    """Raise SettingError for those that cannot be; a checkpoint without any is exported with the reference processor's."""
-    ImageSettings.from_folder(folder)
-    config = folder / "config.json"
-    in_config = not config.exists() or "max_image_tokens" in config.read_text(encoding="utf-8", errors="replace")
+def _look_at_settings(checkpoint: Checkpoint) -> None:
+    """Raise SettingError for image and generation settings that cannot be, or are not of these weights; a checkpoint without image
+    settings is exported with the reference processor's.
+    """
+    folder = checkpoint.folder
+    images, config = ImageSettings.from_folder(folder), checkpoint.config
+    for name, said, needed in (
+        ("encoder_patch_size", images.encoder_patch_size, config.vision.patch),
+        ("downsample_factor", images.downsample_factor, config.projector.factor),
+    ):
+        if said != needed:
+            raise SettingError(f"{folder}: the image settings say {name} {said}, the weights are for {needed}; correct them")
+    GenerationSettings.from_config(read_json_object(folder / "generation_config.json", SettingError, required=False))
+    in_config = "max_image_tokens" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     if not in_config and not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
         do = "copy it from the model this one was made of"
         _log.warning("lfm-edge: %s has no preprocessor_config.json, and images are cut as Hugging Face does by default; %s", folder, do)
 
 
-def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> None:
-    """Tokenizer and weights must belong together."""
-    tokens, config = prompt.vocabulary.tokens, checkpoint.config
+def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> int:
+    """Tokenizer, settings and weights must belong together; returns the image token's id."""
+    folder, tokens, config = checkpoint.folder, prompt.vocabulary.tokens, checkpoint.config
     if len(tokens) > config.text.vocabulary:
         sizes = f"{len(tokens)} tokens, config.json's vocab_size is {config.text.vocabulary}"
-        raise CheckpointError(f"{checkpoint.folder}: the tokenizer has {sizes}")
-    if config.image_token_id >= len(tokens) or tokens[config.image_token_id] != prompt.image_tokens.image:
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json's image token {config.image_token_id} is not the tokenizer's {prompt.image_tokens.image}"
-        )
+        raise CheckpointError(f"{folder}: the tokenizer has {sizes}")
+    image = prompt.image_tokens.image
+    if image not in tokens:
+        raise CheckpointError(f"{folder}: the tokenizer has no {image}; is it the one of this vision-language model?")
+    found = tokens.index(image)
+    if config.image_token_id not in (None, found):
+        raise CheckpointError(f"{folder}: config.json's image token is {config.image_token_id}, the tokenizer's {image} is {found}")
+    end_tokens(folder, prompt)
+    return found
 
 
 def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
@@ -192,7 +209,7 @@ def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> di
 
 def _write_manifest(
     folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], kept: list[str], described: dict[str, Any],
-    tools: dict[str, str],
+    tools: dict[str, str], image_token_id: int,
 ) -> None:  # fmt: skip
     text = checkpoint.config.text
     variants = dict(old.get("variants") or {})
@@ -214,7 +231,7 @@ def _write_manifest(
             "layers": list(text.layers), "hidden": text.hidden, "kv_heads": text.kv_heads, "head_dim": text.head_dim,
             "conv_kernel": text.kernel, "feed_forward": text.feed_forward, "vocabulary": text.vocabulary,
             "context_length": context_length(text),
-            "image_token_id": checkpoint.config.image_token_id,
+            "image_token_id": image_token_id,
         },
         "variants": variants,
         "graphs": dict(sorted(described.items())),
@@ -225,7 +242,7 @@ def _write_manifest(
             for key in ("quantization", "quality", "golden") if old.get(key) and kept
         },
     }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _revision(folder: Path) -> str | None:

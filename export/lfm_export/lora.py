@@ -5,6 +5,7 @@ Expresses what changes linear weights and nothing else; DoRA, embeddings, traine
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,18 @@ from lfm_export.config import CheckpointError
 from lfm_export.tensors import Floats, TensorStore
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_HARMLESS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights", "bias",
+))  # fmt: skip
+"""Keys of adapter_config.json that a merge of A and B takes into account, or that training alone reads. Any other that is set changes what
+the adapter does, or is of a release that is not known here.
+"""
+_PLAIN_STARTS = (True, False, "true", "false", "gaussian", "orthogonal")
+"""Values of init_lora_weights that leave the base weights as they are."""
 _PREFIX = "base_model.model."
+_OFF: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 @dataclass
@@ -36,22 +48,10 @@ class Adapter:
         Raises:
             CheckpointError: a file is missing, or the adapter does something a weight merge cannot express.
         """
+        if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER_WEIGHTS).exists():
+            raise CheckpointError(f"{folder} has adapter_model.bin alone; load it with peft and save it again: save_pretrained")
         config = read_json_object(folder / "adapter_config.json", CheckpointError)
-        unsupported = [
-            key
-            for key, neutral in (
-                ("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("fan_in_fan_out", False),
-                ("layer_replication", None), ("trainable_token_indices", None), ("lora_bias", False),
-            )
-            if config.get(key, neutral) not in (neutral, None, [], False)
-        ]  # fmt: skip
-        if str(config.get("init_lora_weights")).lower().split("_")[0] in ("pissa", "olora", "corda", "loftq", "eva"):
-            unsupported.append(f"init_lora_weights {config['init_lora_weights']}")  # they change the base weights as well
-        if config.get("peft_type", "LORA") != "LORA" or unsupported:
-            raise CheckpointError(
-                f"{folder}: adapter uses {', '.join(unsupported) or config.get('peft_type')}, which cannot be merged; "
-                "merge it with peft's merge_and_unload() and export the result"
-            )
+        _check_config(folder, config)
         store = TensorStore([folder / ADAPTER_WEIGHTS])
         modules: dict[str, str] = {}
         for name in store.entries:
@@ -59,6 +59,8 @@ class Adapter:
             if not match:
                 raise CheckpointError(f"{folder}: adapter tensor {name} cannot be merged; merge the adapter with peft first")
             modules[_canonical(match[1])] = _PREFIX + match[1]
+        if not modules:
+            raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} holds no tensor; was the adapter saved before it was trained?")
         return Adapter(folder, store, config, modules)
 
     def check_targets(self, base: TensorStore) -> None:
@@ -95,6 +97,24 @@ class Adapter:
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError for an adapter that is more than B A added to weights, or may be."""
+    if config.get("peft_type", "LORA") != "LORA":
+        kind = str(config["peft_type"])[:60]
+        raise CheckpointError(f"{folder}: adapter is {kind}, not LORA; merge it with peft's merge_and_unload() and export the result")
+    unsupported = [f"{key} {json.dumps(value)[:60]}" for key, value in config.items() if key not in _HARMLESS and value not in _OFF]
+    start, bias = config.get("init_lora_weights"), config.get("bias")
+    if start is not None and start not in _PLAIN_STARTS:
+        unsupported.append(f"init_lora_weights {start} (it changes the base weights)")
+    if bias not in (None, "none"):
+        unsupported.append(f"bias {bias}")
+    if unsupported:
+        raise CheckpointError(
+            f"{folder}: adapter uses {', '.join(unsupported)}, which cannot be merged; merge it with peft's merge_and_unload() and export "
+            "the result"
+        )
+
+
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's per-module overrides: a key is a regular expression for the end of the module path."""
     for pattern, value in (patterns or {}).items():
@@ -104,6 +124,7 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
 
 
 def _canonical(module: str) -> str:
-    """One spelling for module paths of transformers 4 and 5."""
+    """One spelling for module paths of transformers 4 and 5, and of the text model alone."""
     module = module.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
-    return module.replace("language_model.model.", "language_model.")
+    module = module.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
+    return f"language_model.{module}" if module.startswith(("layers.", "embed_tokens", "embedding_norm")) else module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from typing import IO, Any, cast
 from lfm_profiles import Profile, to_toml
 from lfm_runtime.bundle import MANIFEST, SIGNATURE, SUMS, Bundle, read_manifest
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.files import to_json
 from lfm_runtime.signature import sign
 
 from lfm_package.sbom import sbom
@@ -64,7 +64,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     for name, data in texts.items():
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["files"] = dict(sorted(manifest["files"].items()))
-    texts[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
+    texts[MANIFEST] = (to_json(manifest, indent=2) + "\n").encode()
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()}
     texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
     if extras.sign_with:

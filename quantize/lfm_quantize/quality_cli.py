@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 DEMO_SET = Path(__file__).resolve().parents[2] / "demo" / "eval" / "eval.jsonl"
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep the numbers in the manifest."""
     from lfm_profiles import default_threads
+    from lfm_runtime.console import print_json
     from lfm_runtime.sessions import failures_are_ours
 
     from lfm_quantize.cli import Printer, check_threads
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         printer.clear()
     if options.json:
-        print(json.dumps(quality.to_dict()))
+        print_json(quality.to_dict())
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
     if problem := keep_quality(options.bundle, quality):

@@ -12,6 +12,7 @@ from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
 from lfm_runtime.bundle_writer import carry_over, replacing
 from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER, graph_file
 from lfm_runtime.errors import BundleError
+from lfm_runtime.files import to_json
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
 from lfm_quantize.kv import FIRST_ONNXRUNTIME
@@ -87,14 +88,14 @@ def write_manifest(
     stale = [v for v, files in manifest["variants"].items() if v == variant or written.intersection(files.values())]
     for key in ("quality", "golden"):
         manifest[key] = {v: known for v, known in manifest.get(key, {}).items() if v not in stale}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def add_quality(folder: Path, quality: Quality) -> None:
     """Write the numbers into the manifest of a folder that nobody else writes."""
     manifest = read_manifest(folder) or {}
     manifest.setdefault("quality", {})[quality.variant] = quality.to_dict()
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def keep_quality(folder: Path, quality: Quality) -> str | None:

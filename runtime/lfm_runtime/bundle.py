@@ -18,7 +18,7 @@ from lfm_runtime.errors import BundleError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.onnx_file import external_files
-from lfm_runtime.prompt import PromptBuilder, PromptSpec, compile_on_device
+from lfm_runtime.prompt import PromptBuilder, PromptSpec, compile_on_device, token_text
 from lfm_runtime.sampling import GenerationSettings
 
 MANIFEST = "manifest.json"
@@ -63,11 +63,7 @@ class Bundle:
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
-            text = config.get("text_config") or {}
-            context = min(int(text.get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT)
-        with damage_is(BundleError, folder / "generation_config.json", "copy it from the checkpoint again"):
-            eos = _first(generation.get("eos_token_id"), text.get("eos_token_id"), 7)
-            eos_ids = tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
+            context = min(int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT)
         if manifest is None:
             variants, files, versions = _hub_variants(folder), {}, {}
         else:
@@ -77,9 +73,9 @@ class Bundle:
             context = manifest["model"]["context_length"]
             _check_files(folder, files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
+        prompt = PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder)
         return Bundle(
-            folder, variants, files, versions, context, eos_ids,
-            PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder),
+            folder, variants, files, versions, context, end_tokens(folder, prompt), prompt,
             ImageSettings.from_folder(folder), GenerationSettings.from_config(generation),
         )  # fmt: skip
 
@@ -123,6 +119,33 @@ class Bundle:
         """
         for name, wanted in self.files.items():
             _check_hash(self.folder / name, wanted["sha256"])
+
+
+def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
+    """The ids that end an answer: of generation_config.json, else config.json's text_config, else its top level, else the id of
+    tokenizer_config.json's eos_token.
+
+    Raises:
+        BundleError: none is said anywhere, or one is no id of the tokenizer.
+    """
+    generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
+    config = read_json_object(folder / "config.json", BundleError, required=False)
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
+    said = {"generation_config.json": generation, "config.json's text_config": text, "config.json": config}
+    for place, section in said.items():
+        found = section.get("eos_token_id")
+        if found is None or found == []:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        size = len(prompt.vocabulary.tokens)
+        if not all(type(i) is int and 0 <= i < size for i in ids):
+            raise BundleError(f"{folder}: {place} has eos_token_id {str(found)[:60]}; a token's id, below {size}, is needed")
+        return tuple(ids)
+    name = token_text(read_json_object(folder / "tokenizer_config.json", BundleError, required=False).get("eos_token"))
+    if name is None or name not in prompt.vocabulary.tokens:
+        raise BundleError(f"{folder}: nothing says which token ends an answer; write eos_token_id into generation_config.json")
+    return (prompt.vocabulary.tokens.index(name),)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -211,11 +234,6 @@ def _nearest(places: list[Path], graph: Graph, variant: str) -> Path | None:
     others = ("fp16", "fp32", "int8", "int4") if "fp16" in variant else ("int8", "fp16", "fp32", "int4")
     suffixes = [VARIANT_SUFFIX[variant], *(VARIANT_SUFFIX[v] for v in others)]
     return next((path for suffix in suffixes if (path := _find(places, graph, suffix)) is not None), None)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None: a key that is there with null says nothing."""
-    return next(value for value in values if value is not None)
 
 
 def _find(places: list[Path], graph: Graph, suffix: str) -> Path | None:

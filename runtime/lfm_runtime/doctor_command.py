@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -19,6 +18,7 @@ def run(options: argparse.Namespace) -> int:
     """Look, and say."""
     from dataclasses import asdict
 
+    from lfm_runtime.console import print_json
     from lfm_runtime.doctor import Machine, examine
 
     findings = []
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{'':21s} → {finding.fix}", flush=True)
     counts = {state: sum(finding.state == state for finding in findings) for state in ("problem", "warning", "ok")}
     if options.json:
-        print(json.dumps({**counts, "findings": [asdict(finding) for finding in findings]}, ensure_ascii=False))
+        print_json({**counts, "findings": [asdict(finding) for finding in findings]})
     else:
         print(f"problems: {counts['problem']}, warnings: {counts['warning']}, ok: {counts['ok']}")
     return 1 if counts["problem"] else 0

@@ -24,7 +24,10 @@ def read_json_object(
         error: missing, unreadable, not JSON, or JSON of another kind.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
+        value = json.loads(text)
     except FileNotFoundError as e:
         if not required:
             return {}
@@ -36,6 +39,15 @@ def read_json_object(
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; {advice}")
     return value
+
+
+def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """JSON without NaN and infinity, which are none.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def write_whole(path: Path, text: str) -> None:

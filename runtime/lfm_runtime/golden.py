@@ -24,7 +24,7 @@ from PIL import Image
 from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
 from lfm_runtime.context import Context
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.files import damage_is
+from lfm_runtime.files import damage_is, to_json
 from lfm_runtime.images import cut_views, plan_image
 from lfm_runtime.model import Model, PlannedImage
 from lfm_runtime.process import child_environment, module
@@ -42,6 +42,7 @@ that overflow were 0.052 off in features: docs/performance.md.
 """
 _PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
 _TOP, _SPREAD, _SAMPLES = 16, 16, 64
+_OUT_OF_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "Unable to allocate", "Failed to allocate")
 _SMALL = 256 << 20  # bytes of weights that are run in this process
 TEXTS = (
     "What is in this image?", "  two spaces,\ttab\nand lines\r\n", "naïve café – “quotes” … €5 ½", "Ünïcödé ÅÄÖ ß ﬁ",
@@ -93,7 +94,11 @@ def record(model: Model) -> dict[str, Any]:
     """What is kept of one variant."""
     patches, features, ids = _seen(model)
     steps, tokens = [], []
-    for logits in _answer(model, features, None):
+    answer = _answer(model, features, None)
+    for what, values in (("image features", features), ("logits", np.stack(answer))):
+        if not np.isfinite(values).all():
+            raise BundleError(f"{model.bundle.folder}: the {what} of {model.variant} are no numbers (NaN or infinity): check its weights")
+    for logits in answer:
         order = np.argsort(-logits, kind="stable")
         at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
         tokens.append(int(order[0]))
@@ -137,8 +142,14 @@ def golden_of(bundle: Bundle, variant: str) -> dict[str, Any] | None:
 
 
 def add_golden(folder: Path, variant: str) -> str | None:
-    """Record a variant of a bundle's folder that nobody else writes, in its manifest; returns why that was not possible. Weights stay
-    mapped, and large ones are run in a process of their own, so that the caller's memory does not grow.
+    """Record a variant of a bundle's folder that nobody else writes, in its manifest. Weights stay mapped, and large ones are run in a
+    process of their own, so that the caller's memory does not grow.
+
+    Returns:
+        Why this machine's memory did not suffice for it; None where it was recorded.
+
+    Raises:
+        BundleError: the variant cannot be run, or gives values that are no numbers.
     """
     manifest = read_manifest(folder) or {}
     weights = sum(path.stat().st_size for path in (folder / "onnx").glob("*_data"))
@@ -149,13 +160,23 @@ def add_golden(folder: Path, variant: str) -> str | None:
             words = module("lfm_runtime.golden", str(folder), variant)
             kept = json.loads(subprocess.run(words, env=child_environment(), capture_output=True, text=True, check=True).stdout)  # noqa: S603
     except subprocess.CalledProcessError as e:
-        said = e.stderr.strip().splitlines()
-        return f"golden answers of {variant} could not be recorded ({said[-1] if said else f'exit code {e.returncode}'})"
+        said = (e.stderr.strip().splitlines() or [f"exit code {e.returncode}"])[-1]
+        return _not_recorded(variant, said, e, out_of_memory=e.returncode < 0)  # killed
+    except MemoryError as e:
+        return _not_recorded(variant, "out of memory", e, out_of_memory=True)
     except EdgeError as e:
-        return f"golden answers of {variant} could not be recorded ({e})"
+        return _not_recorded(variant, str(e), e, out_of_memory=False)
     manifest.setdefault("golden", {})[variant] = kept
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
     return None
+
+
+def _not_recorded(variant: str, said: str, cause: BaseException, *, out_of_memory: bool) -> str:
+    """The reason, where it is memory; an error for any other."""
+    message = f"golden answers of {variant} could not be recorded ({said})"
+    if out_of_memory or any(sign in said for sign in _OUT_OF_MEMORY):
+        return message
+    raise BundleError(message) from cause
 
 
 def _lean(folder: Path, variant: str) -> Model:
@@ -216,7 +237,7 @@ def _rms(values: NDArray[np.float64]) -> float:
 def main() -> int:
     """Print one variant's golden values: for add_golden."""
     try:
-        print(json.dumps(record(_lean(Path(sys.argv[1]), sys.argv[2]))))
+        print(to_json(record(_lean(Path(sys.argv[1]), sys.argv[2]))))
     except EdgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code

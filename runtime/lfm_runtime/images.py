@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.files import read_json_object
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
@@ -54,21 +54,28 @@ class ImageSettings:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        """Refuse values no image could be planned with."""
-        if self.encoder_patch_size < 1 or self.downsample_factor < 1:
-            raise SettingError(
-                f"encoder_patch_size {self.encoder_patch_size} and downsample_factor {self.downsample_factor}: both must be 1 or above"
-            )
-        if not 1 <= self.min_image_tokens <= self.max_image_tokens:
-            raise SettingError(
-                f"min_image_tokens {self.min_image_tokens} and max_image_tokens {self.max_image_tokens}: 1 <= min <= max is needed"
-            )
-        if not 1 <= self.min_tiles <= self.max_tiles:
-            raise SettingError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: 1 <= min <= max is needed")
-        if self.tile_size % self.cell or self.tile_size < self.cell:
+        """Refuse values no image could be planned with, or only in hours."""
+        for name, least, most in (
+            ("encoder_patch_size", 1, 256), ("downsample_factor", 1, 16), ("tile_size", 1, 1 << 13), ("max_image_tokens", 1, 1 << 14),
+            ("min_image_tokens", 1, 1 << 14), ("max_tiles", 1, 100), ("min_tiles", 1, 100),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise SettingError(f"{name} {value} is impossible; allowed: {least} to {most}")
+        if self.min_image_tokens > self.max_image_tokens:
+            raise SettingError(f"min_image_tokens {self.min_image_tokens} is above max_image_tokens {self.max_image_tokens}")
+        if self.min_tiles > self.max_tiles:
+            raise SettingError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
+        if self.tile_size % self.cell:
             raise SettingError(f"tile_size {self.tile_size} is not a multiple of {self.cell}")
+        if not 0 < self.max_pixels_tolerance < math.inf:
+            raise SettingError(f"max_pixels_tolerance {self.max_pixels_tolerance} is impossible; allowed: above 0")
         if self.resample not in {int(r) for r in Image.Resampling}:
             raise SettingError(f"resample {self.resample} is not one of Pillow's filters (2 bilinear, 3 bicubic)")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and 0 in values):
+                raise SettingError(f"{name} {list(values)} is impossible; three numbers are needed, of image_std none 0")
 
     @property
     def cell(self) -> int:
@@ -77,32 +84,65 @@ class ImageSettings:
 
     @staticmethod
     def from_folder(folder: Path) -> ImageSettings:
-        """Settings of a checkpoint: preprocessor_config.json, else processor_config.json, else config.json, else defaults."""
+        """Settings of a checkpoint: those inside processor_config.json's image_processor; else preprocessor_config.json's. What the one
+        leaves out is looked for at the top of processor_config.json and of config.json, where the 2025 releases had it; else it is the
+        reference processor's default.
+
+        Raises:
+            SettingError: a file cannot be read, or a value is of another kind or impossible; names both.
+        """
+        def read(name: str) -> dict[str, Any]:
+            return read_json_object(folder / name, SettingError, required=False, advice="copy it from the checkpoint again")
+
+        processor = read("processor_config.json")
+        nested = processor.get("image_processor")
+        if nested is not None and not isinstance(nested, dict):
+            raise SettingError(f"{folder / 'processor_config.json'}: image_processor is {str(nested)[:60]!r}, not an object")
+        last = "processor_config.json's image_processor" if nested is not None else "preprocessor_config.json"
         found: dict[str, Any] = {}
-        # Least specific first, so that later files override.
-        for name, inner in (("config.json", None), ("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-            path = folder / name
-            raw = read_json_object(path, SettingError, required=False)
-            with damage_is(SettingError, path, "copy it from the checkpoint again"):
-                raw = (raw.get(inner) or {}) if inner else raw
-                _refuse_other_processing(raw)
-                found.update(_known_settings(raw))
+        # Least specific first, so that later places override.
+        for place, raw in (
+            ("config.json", read("config.json")), ("processor_config.json", processor),
+            (last, nested if nested is not None else read("preprocessor_config.json")),
+        ):  # fmt: skip
+            found.update(_known_settings(raw, f"{folder}: {place}"))
+            try:
                 ImageSettings(**found)
+            except SettingError as e:
+                raise SettingError(f"{folder}: {place}: {e}") from e
         return ImageSettings(**found)
 
 
-def _refuse_other_processing(raw: Mapping[str, Any]) -> None:
-    """Steps of the reference processor that can be turned off there and not here."""
-    for name, fixed in (("do_normalize", True), ("do_rescale", True)):
-        if raw.get(name, fixed) is not fixed:
-            raise SettingError(f"image setting {name} {raw[name]!r} is not supported; only {fixed}")
-    if abs(raw.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise SettingError(f"image setting rescale_factor {raw['rescale_factor']!r} is not supported; only 1/255")
+def _known_settings(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a file says, by kind; raises SettingError for steps of the reference processor that can be turned off there and not here."""
+    for name in ("do_normalize", "do_rescale"):
+        if raw.get(name) not in (True, None):
+            raise SettingError(f"{place}: image setting {name} {raw[name]!r} is not supported; only True")
+    factor = raw.get("rescale_factor")
+    if factor is not None and not (_is_number(factor) and abs(factor - 1 / 255) < 1e-6):
+        raise SettingError(f"{place}: image setting rescale_factor {str(factor)[:60]!r} is not supported; only 1/255")
+    found: dict[str, Any] = {}
+    for kind in fields(ImageSettings):
+        value = raw.get(kind.name)
+        if value is None:
+            continue
+        if kind.name in ("image_mean", "image_std"):
+            value = (value,) * 3 if _is_number(value) else tuple(value) if isinstance(value, list) else value
+            fits, wanted = isinstance(value, tuple) and all(map(_is_number, value)), "three numbers"
+        elif isinstance(kind.default, bool):
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(kind.default, int):
+            fits, wanted = type(value) is int, "a whole number"
+        else:
+            fits, wanted = _is_number(value), "a number"
+        if not fits:
+            raise SettingError(f"{place}: {kind.name} is {str(raw[kind.name])[:60]!r}; {wanted} is needed")
+        found[kind.name] = value
+    return found
 
 
-def _known_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(ImageSettings)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known and v is not None}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
-from lfm_runtime.files import read_json_object, write_whole
+from lfm_runtime.files import read_json_object, to_json, write_whole
 from lfm_runtime.prepared import folder_of
 
 _NAME = "measured.json"
@@ -63,7 +62,7 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
             }  # fmt: skip
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps(known, indent=1) + "\n")
+        write_whole(place, to_json(known, indent=1) + "\n")
     except OSError:
         pass  # a read-only disk: plans go on without times
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from lfm_runtime.bundle import Bundle, file_hash
 from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.errors import BundleError
+from lfm_runtime.files import to_json
 from lfm_runtime.ort_release import onnxruntime_is
 from lfm_runtime.prepared import NOTE, folder_of
 from lfm_runtime.sessions import Execution, open_session
@@ -44,7 +44,7 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
         if not _same(unprepared, open_session(new / source.name, Execution(1)), _example(graph, unprepared)):
             raise BundleError(f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left unprepared")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
-        (new / NOTE).write_text(json.dumps({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")
+        (new / NOTE).write_text(to_json({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")
     return place
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.console import print_json
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _show(options: argparse.Namespace) -> None:
     budget = {name: value for name, value in vars(profile.budget).items() if value is not None}
     if options.json:
         settings = {name: {"value": value, "from": origin} for name, (value, origin) in values.items()}
-        print(json.dumps({"name": profile.name, "description": profile.description, "settings": settings, "budget": budget}))
+        print_json({"name": profile.name, "description": profile.description, "settings": settings, "budget": budget})
         return
     print(f"{profile.name}: {profile.description}\n")
     for name, (value, origin) in values.items():
@@ -114,7 +114,7 @@ def _detect(options: argparse.Namespace) -> None:
 
     device, choice, holds = detect(), detected(), find_profile()
     if options.json:
-        print(json.dumps({"device": device.as_dict(), "profile": holds.name, "reasons": choice.reasons}))
+        print_json({"device": device.as_dict(), "profile": holds.name, "reasons": choice.reasons})
         return
     for name, value in device_lines(device):
         print(f"{name:10s} {value}")
@@ -148,12 +148,12 @@ def _plan(options: argparse.Namespace) -> None:
     costs = find_measured(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
     times = plan.times_ms(costs) if costs else None
     if options.json:
-        print(json.dumps({
+        print_json({
             "profile": plan.profile.name, "variant": plan.variant, "prefill": plan.prefill, "steps": fitted.steps, "views": plan.views,
             "image_tokens": plan.image_tokens, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens,
             "memory_mib": {"peak": plan.memory.peak, "anonymous": plan.memory.anonymous, "mapped": plan.memory.mapped},
             "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib, "times_ms": times,
-        }))  # fmt: skip
+        })  # fmt: skip
         return
     reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
     print(f"{'profile':10s} {plan.profile.name}: {plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}")

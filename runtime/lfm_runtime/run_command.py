@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from lfm_runtime.cli import add_model_arguments, answer_changes, load_model, show_progress
+from lfm_runtime.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             print(piece, end="", flush=True)
     if options.json:
-        print(json.dumps(answer.report.as_dict(), ensure_ascii=False))
+        print_json(answer.report.as_dict())
     else:
         print()
         sys.stdout.flush()

@@ -51,15 +51,26 @@ class GenerationSettings:
 
     @staticmethod
     def from_config(raw: dict[str, Any]) -> GenerationSettings:
-        """From a parsed generation_config.json; what it leaves out stays the model card's."""
-        names = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
-        found = {name: raw[name] for name in names if raw.get(name) is not None}
-        if raw.get("do_sample") is False:
+        """From a parsed generation_config.json. Where it says nothing about sampling, sampling is the model card's; where it says
+        anything, the rest is what transformers takes for it.
+
+        Raises:
+            SettingError: a value of another kind, or an impossible one.
+        """
+        kinds = {"temperature": float, "min_p": float, "top_k": int, "top_p": float, "repetition_penalty": float, "max_new_tokens": int,
+                 "do_sample": bool}  # fmt: skip
+        found = {name: raw[name] for name in kinds if raw.get(name) is not None}
+        for name, value in found.items():
+            fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
+            if not fits:
+                wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kinds[name]]
+                raise SettingError(f"generation_config.json: {name} is {str(value)[:60]!r}; {wanted} is needed")
+        samples = found.pop("do_sample", None)
+        if samples is not None or found.keys() & {"temperature", "min_p", "top_k", "top_p"}:
+            found = {"temperature": 1.0, "min_p": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, **found}
+        if samples is False:
             found["temperature"] = 0.0
-        try:
-            return GenerationSettings(**found)
-        except TypeError as e:
-            raise SettingError(f"generation_config.json: a value has the wrong type ({e})") from e
+        return GenerationSettings(**found)
 
     def with_changes(self, changes: dict[str, Any]) -> GenerationSettings:
         """These settings with the user's changes.
@@ -114,7 +125,7 @@ class Sampler:
     def _next_of(self, logits: Logits) -> int:
         if self.settings.repetition_penalty != 1:
             penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
-        return int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)
+        return _likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)
 
     def _next_of_top(self, top: Top) -> int:
         order = np.argsort(top.ids)  # as they lie in the row: a draw goes through them in this order
@@ -124,14 +135,25 @@ class Sampler:
         # A penalty of 1 and above only lowers logits: what is not in the top is not above its last.
         if self.settings.repetition_penalty < 1 or not _all_above(logits, top.logits[-1], self.settings):
             return self._next_of(top.whole())
-        return int(ids[int(logits.argmax()) if self.settings.temperature == 0 else self._draw(logits)])
+        return int(ids[_likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)])
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = distribution(logits, self.settings)
         if not len(ids):
-            raise BundleError("the decoder gave logits that are not numbers; check the bundle with --verify, or export it again")
+            raise _no_numbers()
         at = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
         return int(ids[min(int(at), len(ids) - 1)])  # the sum of rounded probabilities can fall short of 1
+
+
+def _likeliest(logits: Logits) -> int:
+    at = int(logits.argmax())  # of a row with NaN, a NaN
+    if not np.isfinite(logits[at]):
+        raise _no_numbers()
+    return at
+
+
+def _no_numbers() -> BundleError:
+    return BundleError("the decoder gave logits that are not numbers; check the bundle with --verify, or export it again")
 
 
 def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from lfm_runtime.console import print_json
 from lfm_runtime.contract import VARIANT_SUFFIX
 
 _WORKS = 3  # install.sh takes it for a warning
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     failed = [result.name for result in results if result.outcome == "failed"]
     if options.json:
         found = {"profile": on.profile.name, "failed": failed, "checks": [asdict(result) for result in results]}
-        print(json.dumps(found, ensure_ascii=False))
+        print_json(found)
     else:
         print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all well'} (profile {on.profile.name})")
     if not failed:

@@ -8,7 +8,6 @@ points still on the front, one setting changed, are measured next, those of the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -30,7 +29,7 @@ from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.contract import KV8
 from lfm_runtime.errors import EdgeError, SettingError
-from lfm_runtime.files import damage_is, read_json_object, write_whole
+from lfm_runtime.files import damage_is, read_json_object, to_json, write_whole
 from lfm_runtime.images import image_settings, image_size, plan_image
 from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
 from lfm_runtime.power import Power
@@ -192,7 +191,7 @@ class Tuning:
 
     def save(self, path: Path) -> None:
         """Everything measured, as JSON."""
-        write_whole(path, json.dumps({
+        write_whole(path, to_json({
             "tool": "lfm-edge tune", "version": __version__, "key": self.key(), "objective": self.objective, "floor_kl": self.floor,
             "rounds": self.rounds, "reference": self.reference, "profile": self.profile.name, "front": [dict(p) for p in self.front()],
             "chosen": dict(self.chosen()),

@@ -247,15 +247,17 @@ def test_impossible_settings(changes) -> None:
 
 
 def test_settings_from_files(tmp_path) -> None:
-    """Three places, in order; unknown keys are ignored."""
+    """Four places, in transformers' order; unknown keys are ignored."""
     assert ImageSettings.from_folder(tmp_path) == ImageSettings()
     (tmp_path / "config.json").write_text('{"max_image_tokens": 128, "use_thumbnail": false, "model_type": "lfm2-vl"}')
     assert ImageSettings.from_folder(tmp_path) == ImageSettings(max_image_tokens=128, use_thumbnail=False)
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_image_tokens": 200, "resample": 3}}')
     assert ImageSettings.from_folder(tmp_path).max_image_tokens == 200
     (tmp_path / "preprocessor_config.json").write_text('{"max_image_tokens": 256, "do_image_splitting": false, "junk": 1}')
+    assert ImageSettings.from_folder(tmp_path).max_image_tokens == 200  # what is inside processor_config.json stands for the whole file
+    (tmp_path / "processor_config.json").write_text('{"max_image_tokens": 200, "resample": 3, "use_thumbnail": null}')
     found = ImageSettings.from_folder(tmp_path)
-    assert (found.max_image_tokens, found.resample, found.do_image_splitting) == (256, 3, False)
+    assert (found.max_image_tokens, found.resample, found.do_image_splitting, found.use_thumbnail) == (256, 3, False, False)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(SettingError, match="not valid JSON"):
         ImageSettings.from_folder(tmp_path)
