@@ -108,6 +108,10 @@ def check_origin(folder: Path, entries: Mapping[str, Entry]) -> None:
             f"{folder}: tensor names begin with _orig_mod., as torch.compile has them; save the model that was compiled: "
             "model._orig_mod.save_pretrained(…)"
         )
+    if first.startswith("module."):
+        raise CheckpointError(
+            f"{folder}: tensor names begin with module., as DataParallel has them; save the model inside: model.module.save_pretrained(…)"
+        )
     if first.startswith("base_model.model."):
         raise CheckpointError(
             f"{folder}: tensor names begin with base_model.model., as PEFT has them; save merged weights: "

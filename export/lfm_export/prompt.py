@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -103,18 +104,21 @@ def compile_prompt(folder: Path) -> PromptSpec:
 
 def reference_ranges(names: Sequence[str]) -> dict[str, list[int]]:
     """Members of Unicode classes as the `tokenizers` library sees them, beyond ASCII: its Unicode tables, not Python's."""
-    found: dict[str, list[int]] = {}
-    for name in names:
-        split = pre_tokenizers.Split(Regex((r"\s" if name == "s" else rf"\p{{{name}}}") + "+"), behavior="removed", invert=True)
-        flat = found[name] = []
-        for start in range(128, sys.maxunicode + 1, 1 << 16):
-            codes = [c for c in range(start, min(start + (1 << 16), sys.maxunicode + 1)) if not 0xD800 <= c < 0xE000]
-            for _, (begin, end) in split.pre_tokenize_str("".join(map(chr, codes))):
-                if flat and flat[-1] == codes[begin] - 1:
-                    flat[-1] = codes[end - 1]
-                else:
-                    flat += (codes[begin], codes[end - 1])
-    return found
+    return {name: list(_members(name)) for name in names}
+
+
+@functools.cache
+def _members(name: str) -> tuple[int, ...]:
+    split = pre_tokenizers.Split(Regex((r"\s" if name == "s" else rf"\p{{{name}}}") + "+"), behavior="removed", invert=True)
+    flat: list[int] = []
+    for start in range(128, sys.maxunicode + 1, 1 << 16):
+        codes = [c for c in range(start, min(start + (1 << 16), sys.maxunicode + 1)) if not 0xD800 <= c < 0xE000]
+        for _, (begin, end) in split.pre_tokenize_str("".join(map(chr, codes))):
+            if flat and flat[-1] == codes[begin] - 1:
+                flat[-1] = codes[end - 1]
+            else:
+                flat += (codes[begin], codes[end - 1])
+    return tuple(flat)
 
 
 def check_tokenizer(compiled: Tokenizer, reference: ReferenceTokenizer, strings: Sequence[str]) -> None:
@@ -144,8 +148,9 @@ class _Generation(jinja2.ext.Extension):
         return caller()
 
 
-def render_template(chat: ChatFormat, conversation: Conversation, *, generation: bool = True) -> str:
-    """A conversation through jinja2, set up as transformers sets it up (4.57 and 5: utils/chat_template_utils.py)."""
+@functools.lru_cache(maxsize=4)
+def _by_jinja2(template: str) -> jinja2.Template:
+    """A template set up as transformers sets it up (4.57 and 5: utils/chat_template_utils.py)."""
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -155,10 +160,15 @@ def render_template(chat: ChatFormat, conversation: Conversation, *, generation:
     )
     environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = (conversation.now or datetime.now()).strftime  # noqa: DTZ005  (local time, as there)
-    return environment.from_string(chat.template).render(
+    return environment.from_string(template)
+
+
+def render_template(chat: ChatFormat, conversation: Conversation, *, generation: bool = True) -> str:
+    """A conversation through jinja2. A template that fails can raise anything."""
+    return _by_jinja2(chat.template).render(
         messages=[message.as_dict() for message in conversation.messages], tools=list(conversation.tools) or None, documents=None,
-        add_generation_prompt=generation, **chat.specials,
+        add_generation_prompt=generation, strftime_now=(conversation.now or datetime.now()).strftime,  # noqa: DTZ005  (local, as there)
+        **chat.specials,
     )  # fmt: skip
 
 

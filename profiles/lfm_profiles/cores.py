@@ -7,12 +7,24 @@ from pathlib import Path
 
 import psutil
 
+from lfm_profiles.cgroup import cpu_quota
 
-def default_threads() -> int:
-    """Physical cores this process may use."""
+
+def default_threads(root: Path = Path("/")) -> int:
+    """Physical cores that this process may use, and has the time for: a control group's quota of 1.5 processors is 1 thread. More threads
+    than that use the quota up together and then stand still together, with spinning what they wait for as well.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    physical = psutil.cpu_count(logical=False) or usable
-    return max(1, min(usable, physical))
+    quota = cpu_quota(root)
+    return max(1, min(usable, _physical() or usable, int(quota) if quota else usable))
+
+
+def _physical() -> int | None:
+    try:
+        found: int | None = psutil.cpu_count(logical=False)
+    except OSError:  # /proc without what is not a process (subset=pid)
+        return None
+    return found
 
 
 def physical_cores(root: Path = Path("/"), usable: set[int] | None = None) -> list[int]:

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
+from lfm_profiles.cgroup import MIB, memory_limits
 from lfm_profiles.cpu import features_of
 
-MIB = 1 << 20
 # Arm's part numbers (and implementer, where it is not Arm), as in /proc/cpuinfo.
 _PARTS = {
     "0xd03": "Cortex-A53", "0xd04": "Cortex-A35", "0xd05": "Cortex-A55", "0xd07": "Cortex-A57", "0xd08": "Cortex-A72",
@@ -61,7 +61,7 @@ class Device:
     ram_total_mib: int | None = None
     ram_available_mib: int | None = None
     limit_mib: int | None = None  # of this process's control group, or of its address space
-    limit_free_mib: int | None = None
+    limit_free_mib: int | None = None  # the least of all such limits
     limit_by: str | None = None
     gpu: str | None = None
     cuda: bool = False
@@ -91,17 +91,18 @@ def detect(
     system, machine = system or platform.system(), machine or platform.machine()
     here = root == Path("/")
     cpuinfo = read(root / "proc/cpuinfo") or ""
-    memory = _memory(root) if (root / "proc/meminfo").exists() or not here else _memory_elsewhere()
+    memory = _memory_elsewhere() if here and system != "Linux" else _memory(root)
     compatible = tuple(s for s in (read(root / "proc/device-tree/compatible") or "").split("\0") if s)
-    limits = [limit for limit in (_control_group(root), _address_space() if here else None) if limit]
-    limit = min(limits, default=(None, None, None), key=lambda entry: entry[0] or 0)
+    limits = [*memory_limits(root), *([space] if here and (space := _address_space()) else [])]
+    limit, _, limited_by = min(limits, default=(None, None, None), key=lambda entry: entry[0] or 0)
+    limit_free = min((free for _, free, _ in limits if free is not None), default=None)  # a group around may be nearer to its end
     l4t = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", read(root / "etc/nv_tegra_release") or "")
     gpu = _gpu(root, compatible)
     return Device(
         system, machine, pointer_bits, page_size or _page_size(), board=_board(root), compatible=compatible,
         soc=next((name for key, name in _SOCS.items() if any(key in entry for entry in compatible)), None),
         cpu=_cpu_name(cpuinfo), cores=_cores(root, cpuinfo), features=features_of(cpuinfo, machine), caches=_caches(root),
-        ram_total_mib=memory[0], ram_available_mib=memory[1], limit_mib=limit[0], limit_free_mib=limit[1], limit_by=limit[2],
+        ram_total_mib=memory[0], ram_available_mib=memory[1], limit_mib=limit, limit_free_mib=limit_free, limit_by=limited_by,
         gpu=gpu, cuda=bool(gpu), jetpack=f"{_JETPACK.get(int(l4t[1]), '?')} (L4T {l4t[1]}.{l4t[2]})" if l4t else None,
         governor=read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), throttled=_throttled(root),
     )  # fmt: skip
@@ -175,7 +176,7 @@ def listed(folder: Path, pattern: str) -> list[Path]:
 
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
-    """(total, available) in MiB."""
+    """(total, available) in MiB; None where /proc is mounted without them (subset=pid, systemd's ProcSubset=pid)."""
     values = dict(re.findall(r"^(\w+):\s+(\d+) kB", read(root / "proc/meminfo") or "", re.MULTILINE))
     total, available = (int(values[key]) // 1024 if key in values else None for key in ("MemTotal", "MemAvailable"))
     return total, available
@@ -184,29 +185,6 @@ def _memory(root: Path) -> tuple[int | None, int | None]:
 def _memory_elsewhere() -> tuple[int | None, int | None]:
     memory = psutil.virtual_memory()
     return memory.total // MIB, memory.available // MIB
-
-
-def _control_group(root: Path) -> tuple[int, int | None, str] | None:
-    """The tightest memory limit of this process's control groups: (MiB, MiB free, who limits). Version 2 and 1."""
-    found = []
-    for line in (read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers else (
-            "memory.max", "memory.current", "inactive_file")  # fmt: skip
-        # Inside a container the path is the host's, and its own group is mounted at the top.
-        place = top / path.lstrip("/")
-        for folder in (place, *(p for p in place.parents if p == top or top in p.parents)):
-            most = number(folder / names[0])
-            if most is None or most >= 1 << 60:  # version 1's "no limit" is a page short of 2^63
-                continue
-            used = number(folder / names[1])
-            given_back = re.search(rf"^{names[2]} (\d+)$", read(folder / "memory.stat") or "", re.MULTILINE)
-            free = None if used is None else max(0, most - used + (int(given_back[1]) if given_back else 0))
-            found.append((most // MIB, None if free is None else free // MIB, f"control group {folder}"))
-    return min(found, default=None, key=lambda entry: entry[0])
 
 
 def _address_space() -> tuple[int, int | None, str] | None:

@@ -40,7 +40,7 @@ from lfm_runtime.process import last_line, run_command
 from lfm_runtime.trial import Trial, TrialError, start
 from lfm_runtime.variants import choose_variants
 from lfm_runtime.verdict import check_limits, verdict
-from lfm_runtime.watch import StateSample, Watch
+from lfm_runtime.watch import StateSample, Watch, sees_the_machine
 
 SCHEMA = 1
 """Of the result; changes when a field does."""
@@ -93,9 +93,14 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
         progress: told what is being done.
 
     Raises:
-        SettingError: the time does not suffice for one process.
+        SettingError: the time does not suffice for one process, or other programs' load cannot be seen here.
         TrialError: a process ended badly before anything was measured.
     """
+    if not sees_the_machine():
+        raise SettingError(
+            "/proc has no stat and meminfo here (systemd's ProcSubset=pid?): other programs' load cannot be seen, and no figure trusted; "
+            "run the audit without that"
+        )
     begun, begun_unix, marks = time.perf_counter(), time.time(), _file_marks(work)
     progress("watching the machine idle")
     idle = Watch(sensors)

@@ -31,7 +31,11 @@ _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        from lfm_runtime.console import ready_streams
+
+        ready_streams()
+    words = _paths_behind_dashes(list(sys.argv[1:] if arguments is None else arguments))
     commands = {point.name: point for point in entry_points(group=_GROUP)}
     if not words or words[0] not in commands:
         parser = Parser(
@@ -59,6 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as e:  # a file or disk failed where no better message was made
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+
+
+def _paths_behind_dashes(words: list[str]) -> list[str]:
+    """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the dashes."""
+    if "--" not in words:
+        return words
+    at = words.index("--")
+    return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,7 +206,10 @@ def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_images(options: argparse.Namespace) -> None:
-    """Image settings need an image that they could apply to."""
+    """Image settings need an image that they could apply to. Images that come through pipes are read, once."""
+    from lfm_runtime.image_file import is_stream, read_stream
+
+    options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
     given = [name for name in (*_IMAGE_FLAGS, "max_megapixels") if getattr(options, name) is not None]
     if given and not options.images:
         raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")

@@ -34,7 +34,7 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
         if model.get(key) not in (neutral, None, "", False):
             raise _cannot(f"model.{key} {model[key]!r}", "none")
     if spec.get("normalizer") is not None:
-        raise _cannot(f"normalizer {_type(spec['normalizer'])}", "none")
+        raise _cannot(f"normalizer {_type(spec['normalizer']) or repr(spec['normalizer'])[:40]}", "no normalizer")
     decoders = list(_flat(spec.get("decoder"), "decoders"))
     if [_type(step) for step in decoders if _type(step) != "Fuse"] != ["ByteLevel"]:
         raise _cannot(f"decoder {' + '.join(str(_type(step)) for step in decoders)}", "ByteLevel")

@@ -25,7 +25,7 @@ def ready_streams() -> None:
                 os.close(opened)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False, errors="replace"))  # noqa: SIM115  (open for good)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout):
         reconfigure = getattr(stream, "reconfigure", None)  # not there where a test or a notebook has put another
         if reconfigure:
             reconfigure(errors="replace")

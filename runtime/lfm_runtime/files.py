@@ -34,6 +34,8 @@ def read_json_object(
         raise error(f"{path} is missing; {advice}") from e
     except OSError as e:
         raise error(f"{path} cannot be read: {e.strerror}") from e
+    except EdgeError:
+        raise
     except (ValueError, RecursionError) as e:  # JSON and UTF-8 errors alike
         raise error(f"{path} is not valid JSON ({e}); {advice}") from e
     if not isinstance(value, dict):

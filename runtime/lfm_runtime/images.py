@@ -7,7 +7,6 @@ from the pixels, so that tokens and cost are known before anything is computed.
 from __future__ import annotations
 
 import functools
-import io
 import math
 import os
 import threading
@@ -24,12 +23,12 @@ from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
 from lfm_runtime.files import read_json_object
+from lfm_runtime.image_file import ORIENTATION, open_file, transparent_sample, upright_size
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
 
 MAX_MEGAPIXELS = 100.0
-_ORIENTATION = 0x0112  # in EXIF
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -97,7 +96,7 @@ class ImageSettings:
         processor = read("processor_config.json")
         nested = processor.get("image_processor")
         if nested is not None and not isinstance(nested, dict):
-            raise SettingError(f"{folder / 'processor_config.json'}: image_processor is {str(nested)[:60]!r}, not an object")
+            raise SettingError(f"{folder / 'processor_config.json'}: image_processor is {repr(nested)[:60]}, not an object")
         last = "processor_config.json's image_processor" if nested is not None else "preprocessor_config.json"
         found: dict[str, Any] = {}
         # Least specific first, so that later places override.
@@ -120,23 +119,25 @@ def _known_settings(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
             raise SettingError(f"{place}: image setting {name} {raw[name]!r} is not supported; only True")
     factor = raw.get("rescale_factor")
     if factor is not None and not (_is_number(factor) and abs(factor - 1 / 255) < 1e-6):
-        raise SettingError(f"{place}: image setting rescale_factor {str(factor)[:60]!r} is not supported; only 1/255")
+        raise SettingError(f"{place}: image setting rescale_factor {repr(factor)[:60]} is not supported; only 1/255")
     found: dict[str, Any] = {}
     for kind in fields(ImageSettings):
         value = raw.get(kind.name)
+        if value is None and kind.name in raw and isinstance(kind.default, bool):
+            value = False  # as the reference processor takes null
         if value is None:
             continue
         if kind.name in ("image_mean", "image_std"):
             value = (value,) * 3 if _is_number(value) else tuple(value) if isinstance(value, list) else value
-            fits, wanted = isinstance(value, tuple) and all(map(_is_number, value)), "three numbers"
+            fits, wanted = isinstance(value, tuple) and all(map(_is_number, value)), "three numbers are needed"
         elif isinstance(kind.default, bool):
-            fits, wanted = isinstance(value, bool), "true or false"
+            fits, wanted = isinstance(value, bool), "true or false is needed"
         elif isinstance(kind.default, int):
-            fits, wanted = type(value) is int, "a whole number"
+            fits, wanted = type(value) is int, "a whole number is needed"
         else:
-            fits, wanted = _is_number(value), "a number"
+            fits, wanted = _is_number(value), "a number is needed"
         if not fits:
-            raise SettingError(f"{place}: {kind.name} is {str(raw[kind.name])[:60]!r}; {wanted} is needed")
+            raise SettingError(f"{place}: {kind.name} is {repr(raw[kind.name])[:60]}; {wanted}")
         found[kind.name] = value
     return found
 
@@ -277,16 +278,18 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
     """
     with _opened(source, max_megapixels) as image:
+        transparent = transparent_sample(image)
         image.load()
-        turned = image.getexif().get(_ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        turned = image.getexif().get(ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
         return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
 
 
 def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
     """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that cannot be decoded."""
     with _opened(source, max_megapixels) as image:
-        on_its_side = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if on_its_side else image.size
+        return upright_size(image)
 
 
 @contextmanager
@@ -319,7 +322,7 @@ def _read(source: ImageLike) -> Image.Image:
         if not source.size:
             raise ImageError(f"array of shape {source.shape} has no pixels")
         return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return open_file(source)
 
 
 def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
@@ -337,7 +340,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ImageError(f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits")
-        image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+        scaled = (values / 257 + 0.5).astype(np.uint8)
+        if isinstance(image.info.get("transparency"), int):  # one grey is transparent: it becomes the canvas
+            scaled[values == image.info["transparency"]] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -6,6 +6,8 @@ already, libraries and tokenizer, is measured when the plan is made.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from lfm_runtime.prompt import Conversation, Message
 from lfm_runtime.report import memory_mib
 from lfm_runtime.variants import choose_variants
 
+_log = logging.getLogger(__name__)
 MIB = float(1 << 20)
 FEW_IMAGE_TOKENS = 64
 _WIDER = 4.5
@@ -283,6 +286,8 @@ def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = Fal
             (free is None or peak - planner.start.peak <= free) and (whole is None or peak <= whole) and (budget is None or peak <= budget)
         )
 
+    if free is None:
+        say_memory_is_unknown()
     if force or fits(first):
         return Fitted(first, (), free)
     taken: list[tuple[str, dict[str, Any]]] = []
@@ -311,6 +316,12 @@ def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = Fal
     raise DoesNotFitError(
         f"{planner.bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use --force"
     )
+
+
+@functools.cache
+def say_memory_is_unknown() -> None:
+    """Once a process."""
+    _log.warning("lfm-edge: how much memory is free cannot be known here (/proc/meminfo); whether a run fits is not checked")
 
 
 def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:

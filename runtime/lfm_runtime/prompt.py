@@ -172,7 +172,7 @@ class PromptSpec:
 
     def save(self, path: Path) -> None:
         """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms to read."""
-        vocabulary = asdict(self.vocabulary)
+        vocabulary: dict[str, Any] = {f.name: getattr(self.vocabulary, f.name) for f in fields(Vocabulary)}
         odd = {i: token for i, token in enumerate(self.vocabulary.tokens) if token is not None and (not token or "\n" in token)}
         vocabulary["tokens"] = "\n".join("" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens))
         vocabulary["odd_tokens"] = odd
@@ -316,19 +316,24 @@ def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
 
 
 def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
-    """The image tokens by the names tokenizer_config.json gives them; a token the vocabulary lacks is left out, and all but the
-    image token itself where the processor's `use_image_special_tokens` is off.
+    """The image tokens by the names tokenizer_config.json gives them: in extra_special_tokens, else at its top, else in
+    model_specific_special_tokens. One that is named "" or that the vocabulary lacks is left out, and all but the image token itself where
+    the processor's `use_image_special_tokens` is off.
     """
     default = ImageTokens()
-    image = token_text(tokenizer_config.get("image_token")) or default.image
-    for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
-        if read_json_object(folder / name, PromptError, required=False).get("use_image_special_tokens") is False:
-            return ImageTokens(image, None, None, None, None)
+    places = [tokenizer_config.get("extra_special_tokens"), tokenizer_config, tokenizer_config.get("model_specific_special_tokens")]
+
+    def name(key: str, fallback: str | None) -> str | None:
+        found = (token_text(place.get(key)) for place in places if isinstance(place, dict))
+        return next((text for text in found if text is not None), fallback)
 
     def pick(key: str, fallback: str | None) -> str | None:
-        name = token_text(tokenizer_config.get(key)) or fallback
-        return name if name in known else None
+        return found if (found := name(key, fallback)) in known else None
 
+    image = name("image_token", default.image) or default.image
+    for file in ("processor_config.json", "preprocessor_config.json", "config.json"):
+        if read_json_object(folder / file, PromptError, required=False).get("use_image_special_tokens") is False:
+            return ImageTokens(image, None, None, None, None)
     tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
     return ImageTokens(
         image, pick("image_start_token", default.start), pick("image_end_token", default.end),

@@ -64,7 +64,7 @@ class GenerationSettings:
             fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
             if not fits:
                 wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kinds[name]]
-                raise SettingError(f"generation_config.json: {name} is {str(value)[:60]!r}; {wanted} is needed")
+                raise SettingError(f"generation_config.json: {name} is {repr(value)[:60]}; {wanted} is needed")
         samples = found.pop("do_sample", None)
         if samples is not None or found.keys() & {"temperature", "min_p", "top_k", "top_p"}:
             found = {"temperature": 1.0, "min_p": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, **found}

@@ -382,6 +382,14 @@ def load_session(path: Path, graph: Graph, execution: Execution) -> ort.Inferenc
     return session
 
 
+def _in_utf8(path: Path) -> str:
+    """A path as onnxruntime takes it, in UTF-8 whatever the locale (in the POSIX one Python has read its bytes as something else)."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise BundleError(f"{str(path)!a} is no path in UTF-8, which onnxruntime needs; rename the folder") from e
+
+
 def open_session(
     path: Path, execution: Execution, *, graph: Graph = VISION_ENCODER, save_as: Path | None = None
 ) -> ort.InferenceSession:
@@ -395,7 +403,7 @@ def open_session(
     """
     options = execution.options()
     if save_as:
-        options.optimized_model_filepath = str(save_as)
+        options.optimized_model_filepath = _in_utf8(save_as)
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -404,7 +412,7 @@ def open_session(
     )
     with failures_are_ours(path):
         # Its own falling back prints, and at a run goes on silently.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(_in_utf8(path), options, providers=providers, enable_fallback=0)
     if providers[0][0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
         raise unusable(path, providers[0][0])
     return session

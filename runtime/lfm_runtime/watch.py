@@ -54,12 +54,29 @@ class Counters:
 
 def machine_state(sensors: Sensors) -> StateSample:
     """Now."""
-    return StateSample(time.perf_counter(), time.time(), sensors.read(), psutil.virtual_memory().available / MIB)
+    try:
+        available = psutil.virtual_memory().available / MIB
+    except OSError:
+        available = 0.0
+    return StateSample(time.perf_counter(), time.time(), sensors.read(), available)
+
+
+def sees_the_machine() -> bool:
+    """Whether what other programs do can be seen: not where /proc is mounted with processes alone (systemd's ProcSubset=pid)."""
+    try:
+        psutil.cpu_times()
+        psutil.virtual_memory()
+    except OSError:
+        return False
+    return True
 
 
 def counters() -> Counters:
-    """Now."""
-    times = psutil.cpu_times()
+    """Now; nothing is busy where that cannot be seen."""
+    try:
+        times = psutil.cpu_times()
+    except OSError:
+        return Counters(time.perf_counter(), 0.0, 0.0)
     # Guest time is in user time already; time stolen by the host is time that somebody else had.
     busy = times.user + times.system + getattr(times, "nice", 0.0) + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
     swap = _pages_swapped() * os.sysconf("SC_PAGE_SIZE") / MIB if hasattr(os, "sysconf") else 0.0

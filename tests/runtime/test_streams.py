@@ -1,0 +1,212 @@
+"""What stands around the command: closed and narrow streams, pipes for images, names that look like options, kinds of image files."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from lfm_runtime import image_file
+from lfm_runtime.errors import ImageError
+from lfm_runtime.images import image_size, open_image
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="file descriptors and FIFOs of POSIX")
+COMMAND = [sys.executable, "-m", "lfm_runtime"]
+
+
+def run(*words: object, shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`lfm-edge run …`, with what the shell does to its streams."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    if shell:
+        return subprocess.run(["bash", "-c", f'"$0" "$@" {shell}', *COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
+    return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
+
+
+def asked(bundle, *more: object) -> tuple[object, ...]:
+    return ("run", bundle, "-p", "What is in this image?", "--max-new-tokens", 4, "--temperature", 0, *more)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "<&- 2>&-"])
+def test_closed_descriptors(demo_bundle, photo, closed) -> None:
+    """No traceback, exit code 0, and the answer is where it belongs, with nothing of the report in it."""
+    whole = run(*asked(demo_bundle, photo))
+    found = run(*asked(demo_bundle, photo), shell=closed)
+    assert found.returncode == whole.returncode == 0, found.stderr
+    assert b"Traceback" not in found.stderr
+    assert found.stdout == (b"" if ">&-" in closed.replace("2>&-", "") else whole.stdout)
+    assert found.stderr.count(b"prefill") == (0 if "2>&-" in closed else whole.stderr.count(b"prefill"))
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=str)
+def test_output_that_cannot_encode_the_answer(demo_bundle, environment, tmp_path) -> None:
+    """Replaced in text, escaped in JSON. The words come through the report's name: a demo answer is ASCII."""
+    named = tmp_path / "Küche"
+    named.symlink_to(demo_bundle)
+    code = "from lfm_runtime.console import print_json, ready_streams; ready_streams(); print_json({'text': 'K\\xfcche \\u20ac'}); print('K\\xfcche \\u20ac')"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True)
+    first, second = done.stdout.decode("ascii").splitlines()
+    assert json.loads(first) == {"text": "Küche €"}
+    assert second == "K?che ?"
+    found = run(*asked(named), **environment)
+    assert found.returncode == 0
+    assert b"Traceback" not in found.stderr
+
+
+def test_an_image_through_a_pipe(demo_bundle, photo) -> None:
+    """As from the file: bash's <(…), standard input from a pipe, a FIFO whose writer is late."""
+    wanted = run(*asked(demo_bundle, photo)).stdout
+    assert run(*asked(demo_bundle), shell=f"<(cat '{photo}')").stdout == wanted
+    assert run(*asked(demo_bundle, "/dev/stdin"), shell=f"< <(cat '{photo}')").stdout == wanted
+    assert run(*asked(demo_bundle, "/dev/stdin"), shell=f"< '{photo}'").stdout == wanted
+
+
+def test_a_fifo_is_read_once_and_in_time(photo, tmp_path, monkeypatch) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    data = photo.read_bytes()
+
+    def write() -> None:
+        time.sleep(0.05)  # the reader is there first
+        with fifo.open("wb") as f:
+            for at in range(0, len(data), 10_000):
+                f.write(data[at : at + 10_000])
+                f.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert np.array_equal(np.asarray(open_image(fifo)), np.asarray(open_image(photo)))
+    writer.join()
+    monkeypatch.setattr(image_file, "MAX_SECONDS", 0.2)
+    with pytest.raises(ImageError, match=r"gave nothing and no end within 0\.2 s"):
+        open_image(fifo)
+    monkeypatch.setattr(image_file, "MAX_BYTES", 1 << 20)
+    with pytest.raises(ImageError, match="gave more than 1 MiB"):
+        open_image("/dev/zero")
+    with pytest.raises(ImageError, match="is empty"):
+        open_image("/dev/null")
+
+
+def test_names_behind_dashes(demo_bundle, photo, tmp_path) -> None:
+    (tmp_path / "-x.jpg").write_bytes(photo.read_bytes())
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = ["run", "-p", "Hi", "--max-new-tokens", "2", "--json", "--", str(demo_bundle), "-x.jpg"]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, env=env, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["image_tokens"] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of files
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png", "a.jpg"])
+def test_postscript_starts_no_program(tmp_path, monkeypatch, name) -> None:
+    """Under any name: `gs` on PATH leaves a mark when it is called, as plain Pillow calls it."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/called'\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    file = tmp_path / name
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for use in (open_image, image_size, lambda path: open_image(path.read_bytes())):
+        with pytest.raises(ImageError, match="is not a readable image"):
+            use(file)
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(("head", "says"), [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images need a package: pip install pillow-heif"),
+    (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC images need a package"),
+    (b"\xff\x0a\0\0", "JPEG XL images need a package: pip install pillow-jxl-plugin"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n....", "JPEG XL images need a package"),
+])  # fmt: skip
+def test_kinds_that_need_a_package_are_named(tmp_path, monkeypatch, head, says) -> None:
+    for module in ("pillow_heif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    (tmp_path / "photo.jpg").write_bytes(head)
+    for source in (tmp_path / "photo.jpg", head):
+        with pytest.raises(ImageError, match=says):
+            open_image(source)
+
+
+def test_a_package_that_is_installed_is_taken(tmp_path, monkeypatch) -> None:
+    """One that registers itself with Pillow when it is imported, as pillow-jxl-plugin does."""
+    plugin = tmp_path / "pillow_jxl.py"
+    plugin.write_text(
+        "from PIL import Image, ImageFile\n"
+        "class File(ImageFile.ImageFile):\n"
+        "    format = 'JXL'\n"
+        "    def _open(self):\n"
+        "        self.fp.read(2)\n"
+        "        self._size, self._mode, self.tile = (3, 2), 'RGB', [('raw', (0, 0, 3, 2), 2, ('RGB', 0, 1))]\n"
+        "Image.register_open('JXL', File, lambda head: head[:2] == b'\\xff\\x0a')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.delitem(sys.modules, "pillow_jxl", raising=False)
+    assert open_image(b"\xff\x0a" + bytes(range(18))).size == (3, 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_size_of_a_turned_image(tmp_path, kind, orientation) -> None:
+    """The header's upright size is the opened image's, whichever Pillow turns TIFFs itself."""
+    exif = Image.Exif()
+    exif[image_file.ORIENTATION] = orientation
+    path = tmp_path / "image"
+    Image.new("RGB", (40, 30)).save(path, format=kind, exif=exif)
+    assert image_size(path) == open_image(path).size == ((30, 40) if orientation > 4 else (40, 30))
+
+
+def png(depth: int, colour: int, size: tuple[int, int], row: bytes, transparent: bytes) -> bytes:
+    """By the PNG specification (https://www.w3.org/TR/png-3/), which no writer of Pillow's reaches."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+WHITE = [255, 255, 255]
+TRANSPARENT = {
+    "16-bit grey": (png(16, 0, (3, 1), struct.pack(">3H", 0, 0x1234, 0x8000), struct.pack(">H", 0x1234)), [[0] * 3, WHITE, [128] * 3]),
+    "8-bit grey": (png(8, 0, (3, 1), bytes([0, 100, 200]), struct.pack(">H", 100)), [[0] * 3, WHITE, [200] * 3]),
+    "4-bit grey": (png(4, 0, (2, 1), b"\x3a", struct.pack(">H", 3)), [WHITE, [170] * 3]),
+    "2-bit grey": (png(2, 0, (4, 1), b"\x1b", struct.pack(">H", 1)), [[0] * 3, WHITE, [170] * 3, WHITE]),
+    "1-bit grey, black": (png(1, 0, (8, 1), b"\xaa", struct.pack(">H", 0)), [WHITE] * 8),
+    "1-bit grey, white": (png(1, 0, (8, 1), b"\xaa", struct.pack(">H", 1)), [WHITE, [0] * 3] * 4),
+    "8-bit colour": (png(8, 2, (2, 1), bytes([10, 20, 30, 40, 50, 60]), struct.pack(">3H", 10, 20, 30)), [WHITE, [40, 50, 60]]),
+    "16-bit colour": (png(16, 2, (2, 1), struct.pack(">6H", 0x1011, 0x2022, 0x3033, 0x4044, 0x5055, 0x6066),
+                          struct.pack(">3H", 0x1011, 0x2022, 0x3033)), [WHITE, [0x40, 0x50, 0x60]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRANSPARENT)
+def test_what_is_transparent_is_white(case) -> None:
+    data, wanted = TRANSPARENT[case]
+    assert np.asarray(open_image(data))[0].tolist() == wanted
+
+
+def test_no_proc_beside_processes(demo_bundle, photo) -> None:
+    """/proc mounted with processes alone (systemd's ProcSubset=pid): memory is not known, which is said once, and all goes on."""
+    mount = 'mount -t proc -o subset=pid proc /proc && exec "$0" "$@"'
+    if subprocess.run(["unshare", "-m", "sh", "-c", "mount -t proc -o subset=pid proc /proc"], capture_output=True, check=False).returncode:
+        pytest.skip("mounts cannot be made here")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for words in (asked(demo_bundle, photo), ("doctor", demo_bundle), ("profile", "detect"), ("profile", "plan", demo_bundle, photo), ("verify", demo_bundle)):
+        done = subprocess.run(["unshare", "-m", "sh", "-c", mount, *COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
+        said = done.stderr.decode()
+        assert done.returncode in (0, 1), said  # doctor counts it among the problems
+        assert "Traceback" not in said
+        assert said.count("how much memory is free cannot be known") == (words[0] in ("run", "doctor") or words[1] == "plan")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mount, *COMMAND, "audit", str(demo_bundle)], capture_output=True, env=env, check=False)
+    assert done.returncode == 2
+    assert b"load cannot be seen" in done.stderr
