@@ -120,8 +120,7 @@ class Checkpoint:
         same = all(np.array_equal(a, b) for a, b in zip(self.store.chunks(head, shape), self.store.chunks(table, shape), strict=True))
         if same:
             return True
-        said = text.tied_head if text.tied_head is not None else True
-        return bool(decided("tie_word_embeddings", said, False, f"has a {head} that is not the embedding table"))
+        return bool(decided("tie_word_embeddings", bool(text.tied_head), False, f"has a {head} that is not the embedding table"))
 
     def fingerprint(self) -> str:
         """Tells these weights from others: a hash over every file's header and the ends of its data, not over gigabytes."""

@@ -63,7 +63,7 @@ class TextConfig:
     norm_eps: float
     rope_theta: float
     max_positions: int
-    tied_head: bool | None  # None: the config says nothing, or contradicts itself
+    tied_head: bool | None  # None: the config contradicts itself
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _text(top: Section, text: Section) -> TextConfig:
         rope_theta=_rope_theta(text),
         max_positions=text.integer("max_position_embeddings", default=128_000),
         # Where the two places disagree transformers 4 reads the inner one, transformers 5 the outer one.
-        tied_head=inner if outer is None or outer == inner else outer if inner is None else None,
+        tied_head=True if outer is inner is None else inner if outer in (None, inner) else outer if inner is None else None,
     )
 
 

@@ -168,19 +168,22 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                f.seek(0)
-                if f.read(len(_POINTER)) == _POINTER:
-                    raise CheckpointError(f"{file} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
-                raise damaged(f"{size} bytes, header of {length}")
-            header = json.loads(f.read(length), object_pairs_hook=_without_doubles)
+            first = f.read(len(_POINTER))
+            length = int.from_bytes(first[:8], "little")
+            f.seek(8)
+            text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
     except FileNotFoundError as e:
         raise CheckpointError(f"{file} is missing; the export needs it") from e
-    except ValueError as e:
-        raise damaged("its header is not JSON") from e
     except OSError as e:
         raise CheckpointError(f"{file} cannot be read: {e.strerror or e}") from e
+    if first == _POINTER:
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
+    if size < 8 or len(text) != length:
+        raise damaged(f"{size} bytes, header of {length}")
+    try:
+        header = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as e:
+        raise damaged("its header is not JSON") from e
     start = 8 + length
     entries: dict[str, Entry] = {}
     try:

@@ -337,7 +337,7 @@ def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]
     tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
     return ImageTokens(
         image, pick("image_start_token", default.start), pick("image_end_token", default.end),
-        pick("image_thumbnail", default.thumbnail), tile,
+        pick("image_thumbnail_token", default.thumbnail), tile,
     )  # fmt: skip
 
 
