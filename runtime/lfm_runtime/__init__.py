@@ -20,18 +20,21 @@ from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, Image
 if TYPE_CHECKING:
     from lfm_runtime.conversation import Session
     from lfm_runtime.model import Answer, Model
-    from lfm_runtime.prompt import Message
+    from lfm_runtime.prompt import IMAGE, Conversation, Message, ToolCall
     from lfm_runtime.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Answer", "BundleError", "EdgeError", "GraphContractError", "ImageError", "Message", "Model", "PromptError", "Report",
-    "Session", "SettingError", "__version__",
+    "IMAGE", "Answer", "BundleError", "Conversation", "EdgeError", "GraphContractError", "ImageError", "Message", "Model", "PromptError",
+    "Report", "Session", "SettingError", "ToolCall", "__version__",
 ]  # fmt: skip
 
 # Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
-_LATER = {"Answer": "model", "Model": "model", "Message": "prompt", "Report": "report", "Session": "conversation"}
+_LATER = {
+    "Answer": "model", "Model": "model", "Report": "report", "Session": "conversation",
+    "IMAGE": "prompt", "Conversation": "prompt", "Message": "prompt", "ToolCall": "prompt",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -107,7 +107,7 @@ def test_control_groups(files, limit, free, tmp_path) -> None:
     [
         ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "50000 100000\n"}, 0.5, 1),
         ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n"}, None, None),
-        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n", "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n"}, 1.5, 1),
+        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n", "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n"}, 1.5, 2),
         ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "800000 100000\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0, 2),
         ({"sys/fs/cgroup/cpu.max": "rubbish\n"}, None, None),
         ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n0::/\n", "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "100000\n",
