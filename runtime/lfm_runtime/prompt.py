@@ -206,6 +206,7 @@ class PromptSpec:
                     tokens[int(i)] = token
                 merges = array("I", base64.b64decode(vocabulary["merges"]))
                 vocabulary.update(tokens=tokens, merges=_little_endian(merges))
+            vocabulary["classes"] = {name: [int(code) for code in flat] for name, flat in vocabulary["classes"].items()}
             return PromptSpec(Vocabulary(**_known(Vocabulary, vocabulary)), chat, ImageTokens(**_known(ImageTokens, raw["image_tokens"])))
 
 
