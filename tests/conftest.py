@@ -26,7 +26,7 @@ def pytest_runtest_logreport(report) -> None:
 def demo_bundle(tmp_path_factory) -> Path:
     """The demo checkpoint exported; or, where export's dependencies are missing, the bundle LFM_EDGE_TEST_BUNDLE names."""
     if given := os.environ.get("LFM_EDGE_TEST_BUNDLE"):
-        return Path(given)
+        return Path(given).resolve()
     pytest.importorskip("onnx_ir")
     from lfm_export.export import export
 
