@@ -71,7 +71,7 @@ export LFM_EDGE_TEST_ALL=1
 
 echo "== graphs, images and files of releases against transformers 5"
 wait $transformers5
-.venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py -n 2 --dist loadscope -m "$select"
+.venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py -n 2 -m "$select"
 .venv-transformers5/bin/python -m pytest -q tests/export/test_mutations.py tests/export/test_real_files.py -n 2 -m "$select" \
     -k "mutations or transformers or layernorm or head or image_settings"
 
