@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCABULARY = 896
 LAYERS = ["conv", "full_attention", "conv", "full_attention"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # two processes of two threads each would wait for each other
 transformers.logging.set_verbosity_error()
 
 
