@@ -15,6 +15,7 @@ from lfm_runtime.contract import LayerKind
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.files import read_json_object
 
+_MOST_LAYERS = 1000
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # transformers, and the hub's first files
 
 
@@ -93,15 +94,15 @@ class Section:
         """(spelling, value); value None where none is there."""
         return next(((name, self.raw[name]) for name in names if self.raw.get(name) is not None), (names[0], None))
 
-    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` on; an error where it is missing and has no default."""
+    def integer(self, *names: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
+        """A whole number from `least` to `most`; an error where it is missing and has no default."""
         name, value = self.find(*names)
         if value is None and default is not None:
             return default
         if value is None:
             raise CheckpointError(f"{self.path}: {self._prefix}{name} is missing; is this a complete LFM2-VL checkpoint?")
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
-            raise self.wrong(name, value, f"a whole number of {least} or more")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.wrong(name, value, f"a whole number of {least} or more{f', at most {most},' * (most < 1 << 31)}")
         return value
 
     def number(self, *names: str, default: float) -> float:
@@ -109,8 +110,8 @@ class Section:
         name, value = self.find(*names)
         if value is None:
             return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.wrong(name, value, "a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise self.wrong(name, value, "a number above 0, below a million million,")
         return float(value)
 
     def flag(self, *names: str) -> bool | None:
@@ -209,7 +210,7 @@ def _text(top: Section, text: Section) -> TextConfig:
 
 
 def _layers(text: Section) -> tuple[LayerKind, ...]:
-    count = text.integer("num_hidden_layers")
+    count = text.integer("num_hidden_layers", most=_MOST_LAYERS)
     layers = text.raw.get("layer_types")
     if layers is None:
         attention = text.raw.get("full_attn_idxs")
@@ -256,7 +257,7 @@ def _vision(vision: Section) -> VisionConfig:
         raise CheckpointError(f"{vision.path}: vision_config.num_patches {patches} is not a square")
     return VisionConfig(
         hidden=vision.integer("hidden_size", default=768),
-        layers=vision.integer("num_hidden_layers", default=12),
+        layers=vision.integer("num_hidden_layers", default=12, most=_MOST_LAYERS),
         heads=vision.integer("num_attention_heads", default=12),
         feed_forward=vision.integer("intermediate_size", default=3072),
         patch=vision.integer("patch_size", default=16),

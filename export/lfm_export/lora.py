@@ -85,7 +85,10 @@ class Adapter:
         a_name, b_name = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         if a_name not in self.store or b_name not in self.store:
             raise CheckpointError(f"{self.folder}: adapter module {module} lacks lora_A or lora_B; save it again")
-        rank = self.store.entries[a_name].shape[0]
+        shape = self.store.entries[a_name].shape
+        if len(shape) != 2 or not shape[0]:
+            raise CheckpointError(f"{self.folder}: {a_name} has shape {list(shape)}, a rank and a width are needed; save the adapter again")
+        rank = shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
         b = self.store.read(b_name, (weight.shape[0], rank))
         change: Floats = (b @ a) * np.float32(self._scale(stem.removeprefix(_PREFIX), rank))
@@ -93,7 +96,9 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         with damage_is(CheckpointError, self.folder / "adapter_config.json", "save the adapter again"):
-            alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank)))
+            alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))  # peft's default
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
+                raise CheckpointError(f"{self.folder}: lora_alpha is {alpha!r} for {module}; a number is needed")
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
@@ -106,6 +111,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     start, bias = config.get("init_lora_weights"), config.get("bias")
     if start is not None and start not in _PLAIN_STARTS:
         unsupported.append(f"init_lora_weights {start} (it changes the base weights)")
+    if not isinstance(config.get("use_rslora", False), bool):
+        unsupported.append(f"use_rslora {config['use_rslora']!r}")
     if bias not in (None, "none"):
         unsupported.append(f"bias {bias}")
     if unsupported:
@@ -117,10 +124,10 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's per-module overrides: a key is a regular expression for the end of the module path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    try:
+        return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+    except re.error as e:
+        raise CheckpointError(f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is no regular expression ({e})") from e
 
 
 def _canonical(module: str) -> str:

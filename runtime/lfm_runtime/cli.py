@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lfm_runtime.console import ready_streams
 
         ready_streams()
-    words = _paths_behind_dashes(list(sys.argv[1:] if arguments is None else arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=_GROUP)}
     if not words or words[0] not in commands:
         parser = Parser(
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
         inner = Parser(prog=f"lfm-edge {words[0]}")
         module.add_arguments(inner)
-        return int(module.run(inner.parse_intermixed_args(words[1:])))
+        return int(module.run(inner.parse_intermixed_args(inner.without_dashes(words[1:]))))
     except EdgeError as e:
         return _fail(str(e), e.exit_code)
     except ModuleNotFoundError as e:
@@ -65,16 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
 
 
-def _paths_behind_dashes(words: list[str]) -> list[str]:
-    """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the dashes."""
-    if "--" not in words:
-        return words
-    at = words.index("--")
-    return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
-
-
 class Parser(argparse.ArgumentParser):
     """Errors in one line, with the option that was meant."""
+
+    def without_dashes(self, words: list[str]) -> list[str]:
+        """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the dashes."""
+        if "--" not in words:
+            return words
+        at = words.index("--")
+        option = self._option_string_actions.get(words[at - 1]) if at else None
+        if option is not None and option.nargs != 0:
+            self.error(f"argument {words[at - 1]}: expected one argument")
+        return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""

@@ -16,6 +16,8 @@ from lfm_runtime.tokenizer import CLASSES, LETTER_KINDS, Vocabulary, byte_alphab
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+_MOST_TOKENS = 1 << 22
+
 CharacterRanges = Callable[[Sequence[str]], dict[str, list[int]]]
 """Names of `tokenizer.CLASSES` → flat inclusive ranges of each beyond ASCII: start, end, start, end …"""
 
@@ -41,14 +43,18 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
 
     vocab: dict[str, int] = model["vocab"]
     added = spec.get("added_tokens") or []
-    size = 1 + max([*vocab.values(), *(t["id"] for t in added)], default=-1)
-    tokens: list[str | None] = [None] * size
+    ids = [*vocab.values(), *(t["id"] for t in added)]
+    if not all(type(i) is int and 0 <= i < _MOST_TOKENS for i in ids):
+        raise _cannot("a token whose id is no number below 4,194,304", "such ids")
+    tokens: list[str | None] = [None] * (1 + max(ids, default=-1))
     for token, i in vocab.items():
         tokens[i] = token
     for entry in added:
         for flag in ("lstrip", "rstrip", "single_word"):
             if entry.get(flag):
                 raise _cannot(f"added token {entry['content']!r} with {flag}", "none")
+        if tokens[entry["id"]] not in (None, entry["content"]):
+            raise _cannot(f"id {entry['id']} for {tokens[entry['id']]!r} and for added token {entry['content']!r}", "one token an id")
         tokens[entry["id"]] = entry["content"]
     if missing := [c for c in byte_alphabet() if c not in vocab]:
         raise _cannot(f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "all of them")
@@ -104,7 +110,7 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[list[str], set[str]]:
     translated = [translate_pattern(pattern) for pattern in patterns]
     if not any(_type(step) == "ByteLevel" for step in _flat(pre, "pretokenizers")):
         raise _cannot("a pre_tokenizer without ByteLevel", "byte-level BPE")
-    return translated, {name for p in patterns for name in re.findall(r"\\p\{(\w+)\}", p)}
+    return translated, {name for p in patterns for name in re.findall(r"\\[pP]\{\^?(\w+)\}", p)}
 
 
 def _escaped(text: str) -> str:
@@ -157,6 +163,8 @@ def translate_pattern(pattern: str) -> str:
             if not pattern[: at - 1].endswith(r"\s++"):
                 raise _cannot("'$' in the pre_tokenizer's pattern", r"it behind \s++ alone")
             atoms.append(r"\Z")
+        elif kind in ("name", "set") and any(level[0] == "(?i:" for level in levels) and re.search(r"\\[pP]\{\^?L[ult]\}", text):
+            raise _cannot(f"{text} where case is ignored, in the pre_tokenizer's pattern", _KNOWN)
         elif kind in ("name", "set"):
             atoms.append(_characters(text))
         elif kind in ("escape", "plain", "or"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import select
 import stat
 import time
@@ -67,13 +68,22 @@ def is_stream(source: str | os.PathLike[str]) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def read_stream(source: str | os.PathLike[str]) -> bytes:
+class Piped(bytes):
+    """What came through a pipe, with the pipe's name for messages."""
+
+    name: str = ""
+
+
+def read_stream(source: str | os.PathLike[str]) -> Piped:
     """All that comes through a pipe.
 
     Raises:
         ImageError: a terminal; more than MAX_BYTES; not at its end after MAX_SECONDS.
     """
-    descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO without a writer would never open
+    inherited = re.fullmatch(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d+)", os.fspath(source))
+    # A descriptor that is open already is at its end when its writers have gone; a FIFO of a name may still get one.
+    descriptor = os.dup(int(inherited[1] or 0)) if inherited else os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    may_come = not inherited and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     try:
         if os.isatty(descriptor):
             raise ImageError(f"{source} is a terminal; name an image file, or give one through a pipe")
@@ -88,8 +98,10 @@ def read_stream(source: str | os.PathLike[str]) -> bytes:
             if part:
                 parts.append(part)
             elif part == b"" and parts:
-                return b"".join(parts)
-            elif part == b"" and not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                found = Piped(b"".join(parts))
+                found.name = str(source)
+                return found
+            elif part == b"" and not may_come:
                 raise ImageError(f"{source} is empty; name an image file")
             else:  # a FIFO whose writer has not opened it yet
                 time.sleep(min(0.01, left))
@@ -147,8 +159,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.height, image.width
 
 
+def grey_levels(image: Image.Image) -> tuple[int, bool]:
+    """(the lightest value of more than 8 bits, whether white is 0) of a grey image: what TIFF says and Pillow leaves to the reader."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    return (1 << bits[0]) - 1 if isinstance(bits, tuple) and 8 < bits[0] < 16 else 65535, tags.get(_PHOTOMETRIC) == 0
+
+
 ORIENTATION = 0x0112  # in EXIF
-_WIDTH, _LENGTH = 256, 257  # in TIFF
+_WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # in TIFF
 
 
 def transparent_sample(image: Image.Image) -> int | tuple[int, ...] | None:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
 from lfm_runtime.files import read_json_object
-from lfm_runtime.image_file import ORIENTATION, open_file, transparent_sample, upright_size
+from lfm_runtime.image_file import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
@@ -143,7 +143,7 @@ def _known_settings(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSettings:
@@ -278,12 +278,12 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
     """
     with _opened(source, max_megapixels) as image:
-        transparent = transparent_sample(image)
+        transparent, levels = transparent_sample(image), grey_levels(image)
         image.load()
         if transparent is not None:
             image.info["transparency"] = transparent
         turned = image.getexif().get(ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
-        return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image, levels)
 
 
 def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
@@ -295,7 +295,7 @@ def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
 @contextmanager
 def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
-    name = str(source) if isinstance(source, (str, os.PathLike)) else f"image ({type(source).__name__})"
+    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", f"image ({type(source).__name__})")
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
             image = _read(source)
@@ -329,18 +329,22 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
     if image.width < 1 or image.height < 1:
         raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
     megapixels = image.width * image.height / 1e6
-    if megapixels > max_megapixels:
+    if not megapixels <= max_megapixels:  # nan is no limit
         raise ImageError(f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
+    """`grey`: see grey_levels."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ImageError(f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits")
-        scaled = (values / 257 + 0.5).astype(np.uint8)
+        lightest, white_is_0 = grey
+        scaled = (np.minimum(values / lightest, 1) * 255 + 0.5).astype(np.uint8)
+        if white_is_0:
+            scaled = 255 - scaled
         if isinstance(image.info.get("transparency"), int):  # one grey is transparent: it becomes the canvas
             scaled[values == image.info["transparency"]] = 255
         return Image.fromarray(scaled).convert("RGB")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,11 @@ class Message:
     content: str | tuple[str | Place, ...]
     thinking: str | None = None  # of an assistant's turn, where the template has a place of its own for it
     tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a role that could be more than a role: templates write it as it is."""
+        if not re.fullmatch("[a-z_]+", self.role):
+            raise PromptError(f"the role {self.role!r} is none; known are system, user, assistant and tool")
 
     @staticmethod
     def user(text: str, images: int = 0) -> Message:
@@ -245,6 +251,26 @@ class PromptBuilder:
             raise PromptError(f"the tokenizer has no {spec.image_tokens.image} token; is this a vision-language checkpoint?")
         self.image_id = image
 
+    def _guarded(self, chat: Conversation, plain: str, guard: str) -> str:
+        """A prompt in which no special token is of the conversation's texts.
+
+        The guard stands behind every character of every text; or, where the template looks into texts (to drop thoughts), only inside what
+        is a special token or may become one. Both must be the plain prompt with guards and nothing else, or have the same special tokens.
+
+        Raises:
+            PromptError: the template changes texts in a way that guards do not pass.
+        """
+        everywhere = self.spec.chat.render(chat, text=lambda text: "".join(c + guard for c in text))
+        if everywhere.replace(guard, "") == plain:
+            return everywhere
+        found = self.spec.chat.render(chat, text=lambda text: self.tokenizer.guarded(text, guard))
+        if found.replace(guard, "") == plain and self._specials(found, guard) == self._specials(everywhere, guard):
+            return found
+        raise PromptError("the chat template changes texts, so that special tokens in them cannot be told from its own; allow them")
+
+    def _specials(self, text: str, guard: str) -> list[int]:
+        return [i for i in self.tokenizer.encode(text, guard=guard) if i in self.tokenizer.special]
+
     def render(self, chat: Conversation | Sequence[Message], plans: Sequence[ImagePlan]) -> RenderedPrompt:
         """Ids of a conversation (messages alone are one) whose images, in order, have these plans.
 
@@ -253,8 +279,11 @@ class PromptBuilder:
                 placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
-        guard = "" if chat.special else _unused_character(chat)
-        text = self.spec.chat.render(chat, text=(lambda t: self.tokenizer.guarded(t, guard)) if guard else str)
+        text = self.spec.chat.render(chat)
+        guard = ""
+        if not chat.special:
+            guard = _unused_character(chat, text)
+            text = self._guarded(chat, text, guard)
         pieces = text.split(self.spec.image_tokens.image)
         if len(pieces) - 1 != len(plans):
             raise PromptError(
@@ -273,9 +302,9 @@ class PromptBuilder:
         return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
 
 
-def _unused_character(chat: Conversation) -> str:
-    """A character that stands nowhere in a conversation: one of Unicode's noncharacters, which no text has a use for."""
-    used: set[str] = set()
+def _unused_character(chat: Conversation, rendered: str) -> str:
+    """A character that stands nowhere in a conversation: a Braille pattern, which neither `repr` escapes nor any filter changes."""
+    used = set(rendered)
 
     def note(text: str) -> str:
         used.update(text)
@@ -284,9 +313,9 @@ def _unused_character(chat: Conversation) -> str:
     for message in chat.messages:
         message.as_dict(note)
     _strings(list(chat.tools), note)
-    free = next((chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used), None)
+    free = next((chr(code) for code in range(0x28FF, 0x27FF, -1) if chr(code) not in used), None)
     if free is None:
-        raise PromptError("the text has all of Unicode's noncharacters U+FDD0 to U+FDEF; leave them out")
+        raise PromptError("the text has all 256 Braille patterns; leave one out")
     return free
 
 
@@ -312,6 +341,9 @@ def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
     """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
     named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
     specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
+    extra = tokenizer_config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        specials.update({name: text for name, value in extra.items() if (text := token_text(value)) is not None})
     template = chat_template(folder, tokenizer_config)
     return ChatFormat(template, specials) if template is not None else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
 

@@ -36,11 +36,11 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
         for name, ok, allowed in (
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("temperature", 0 <= self.temperature < 1e6, "0 (greedy) or above"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("top_k", self.top_k >= 0, "0 (off) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
+            ("repetition_penalty", 0 < self.repetition_penalty < 1e6, "above 0; 1 is off"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or above"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),

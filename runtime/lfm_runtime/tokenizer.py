@@ -116,14 +116,15 @@ class Tokenizer:
 
     def guarded(self, text: str, guard: str) -> str:
         """`text` with the character `guard` inside whatever is, or could with text behind it become, a special token."""
-        return self._special_starts.sub(lambda found: found[0][0] + guard + found[0][1:], text)
+        return self._special_starts.sub(lambda found: found[0] + guard, text)
 
     @cached_property
     def _special_starts(self) -> re.Pattern[str]:
-        """Finds special tokens, and beginnings of them at the end of a text."""
+        """Finds the first character of every special token, overlapping ones too, and of beginnings of them at the end of a text."""
         contents = [c for i in self.vocabulary.special if (c := self.vocabulary.tokens[i])]
         beginnings = {content[:n] for content in contents for n in range(1, len(content))}
-        return re.compile(f"(?:{_alternatives(contents)})|(?:{_alternatives(beginnings)})\\Z" if contents else "(?!)")
+        pattern = rf"(?=(?:{_alternatives(contents)})|(?:{_alternatives(beginnings)})\Z)." if contents else "(?!)"
+        return re.compile(pattern, re.DOTALL)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -167,7 +168,7 @@ class Tokenizer:
         ids = [self._byte_ids[b] for b in data]
         if self.vocabulary.ignore_merges:
             whole = self.id_of.get("".join(self._alphabet[b] for b in data))
-            if whole is not None:
+            if whole is not None and whole not in self.special:
                 return [whole]
         merges, n = self._merges, len(ids)
         after = list(range(1, n + 1))
@@ -219,15 +220,14 @@ def _cut_added(text: str, stages: Sequence[re.Pattern[str] | None]) -> Iterator[
 
 
 def _isolate(pattern: re.Pattern[str], text: str, classes: str) -> Iterator[tuple[str, str]]:
-    """Cut at every match; matches and what lies between them are pieces. `classes` is `text` with stand-ins, as long."""
+    """Cut at every match, empty ones too; matches and what lies between them are pieces. `classes` is `text` with stand-ins, as long."""
     at = 0
     for match in pattern.finditer(classes):
         start, end = match.span()
-        if start == end:
-            continue
         if at < start:
             yield text[at:start], classes[at:start]
-        yield text[start:end], classes[start:end]
+        if start < end:
+            yield text[start:end], classes[start:end]
         at = end
     if at < len(text):
         yield text[at:], classes[at:]

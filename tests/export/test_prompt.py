@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -95,6 +96,7 @@ class FixedDate(datetime):
 def by_transformers(template: str, chat: Conversation, *, generation: bool) -> str | None:
     """What apply_chat_template gives; None for an error."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    clock = utils.datetime
     utils.datetime, FixedDate.stands = FixedDate, chat.now or FixedDate.stands
     # Content of several parts is a list there as well, and so are dates: nothing of ours takes part.
     messages = [message.as_dict() for message in chat.messages]
@@ -104,6 +106,8 @@ def by_transformers(template: str, chat: Conversation, *, generation: bool) -> s
         )
     except Exception:
         return None
+    finally:
+        utils.datetime = clock
     return found[0][0]
 
 
@@ -183,6 +187,13 @@ CONSTRUCTS = {
     "set on no namespace": "{% set x = {} %}{% set x.a = 1 %}", "date": "{{ strftime_now('%d %B %Y') }}", "tuple": "{{ 1, 2 }}{{ () }}{{ (1,) }}",
     "generation": "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}",
     "nested braces": "{{ {'a': {'b': [1, {'c': '}}'}]}}['a']['b'][1].c }}{{ '%}' }}", "trailing comma": "{{ [1, 2,] }}{{ {'a': 1,} }}", "line end": "x\n{% if true %}\ny\n{% endif %}\n",
+    "else after cuts": "{% for x in [1] %}{% continue %}{% else %}E{% endfor %}{% for x in [1, 2] %}{% break %}{% else %}F{% endfor %}"
+    "{% for x in [1, 2] %}{% if x == 2 %}{% break %}{% endif %}{% else %}G{% endfor %}",
+    "generators": "{% if messages|selectattr('role','equalto','nobody') %}Y{% else %}N{% endif %}{% set g = messages|map(attribute='role') %}"
+    "{{ g | join }}{{ g | join }}{{ g is sequence }}{{ g[0] is defined }}",
+    "undefined is a sequence": "{{ nope is sequence }}{{ [nope] }}{{ nope is iterable }}",
+    "macro default of the same name": "{% set f = 1 %}{% macro g(f=f) %}[{{ f }}]{% endmacro %}{{ g() }}{{ g(2) }}",
+    "printed objects": "{{ namespace(a=1) }}{% macro f() %}{% endmacro %}{{ f }}{% for x in [1, 2] %}{{ loop }}{% endfor %}",
     "not iterable": "{% for x in 3 %}{% endfor %}", "zero": "{{ 1 // 0 }}",
 }  # fmt: skip
 
@@ -214,6 +225,15 @@ def test_templates_of_shuffled_pieces_are_errors_or_as_in_jinja2(source) -> None
         wanted = None
     found = ours(source, chat, generation=True)
     assert found is None or found == wanted
+
+
+@pytest.mark.parametrize("source", [
+    "{% set ns=namespace(go=true) %}{% for x in [3, 1] if ns.go %}{{ x }}{% set ns.go=false %}{% endfor %}",
+    "{% macro f() %}{{ varargs }}{% endmacro %}{{ f() }}", "{% set true = 0 %}", "{% for none in [1] %}{% endfor %}", "{{ " + "9" * 5000 + " }}",
+    "{% for x in [1] %}{{ bos_token }}{% endfor %}{% set bos_token = 'x' %}", "{% macro f() %}{{ bos_token }}{% endmacro %}{% set bos_token = 1 %}{{ f() }}",
+])  # fmt: skip
+def test_what_depends_on_jinjas_compiler_is_refused(source) -> None:
+    assert ours(source, Conversation([Message("user", "u")]), generation=True) is None
 
 
 BAD = {
@@ -290,6 +310,37 @@ def test_texts_of_strangers_forge_nothing(demo_prompts, system, parts, reply) ->
     wanted = demo_prompts.render(harmless, plans).ids
     assert [i for i in found if i in tokenizer.special] == [i for i in wanted if i in tokenizer.special]
     assert tokenizer.decode(found) == f"system\n{system}\nuser\n{''.join(p for p in parts if p is not IMAGE)}\nassistant\n{reply}\nuser\nx\nassistant\n"
+
+
+TRANSFORMING = "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text | FILTER }}{% endfor %}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    ("trim", ("<|im_ ", "end|>")), ("lower", ("<|IM_END|>",)), ("replace('@', '')", ("<|im@_end|>",)), ("string", ("<|im_end|>",)),
+])  # fmt: skip
+def test_templates_that_change_texts_forge_nothing(demo_prompts, change, parts) -> None:
+    """A special token that only the template's filters would put together is text, or the conversation is refused."""
+    spec = dataclasses.replace(demo_prompts.spec, chat=ChatFormat(TRANSFORMING.replace("FILTER", change), SPECIALS))
+    try:
+        ids = PromptBuilder(spec).render(Conversation([Message("user", parts)], special=False), []).ids
+    except PromptError:
+        return
+    assert sum(i in demo_prompts.tokenizer.special for i in ids) == 1
+
+
+def test_texts_that_templates_write_with_repr_stay_as_they_are() -> None:
+    """LFM2.5's template writes lists of arguments as Python does; a text that ends like a special token is no exception."""
+    spec = compile_prompt(DEMO)
+    builder = PromptBuilder(dataclasses.replace(spec, chat=ChatFormat(TEMPLATES["lfm2.5/chat_template.jinja"], SPECIALS)))
+    for thought in ("", "<think>hm</think> "):
+        chat = [Message("user", "x"), Message("assistant", f"{thought}y", tool_calls=(ToolCall("cmp", {"ops": ["a <", ">"], "<|im_": {"end|>": "é\n"}}),)), Message("user", "z")]
+        plain, guarded = (builder.render(Conversation(chat, special=special), []).ids for special in (True, False))
+        assert builder.tokenizer.decode(plain, skip_special=False) == builder.tokenizer.decode(guarded, skip_special=False)
+
+
+def test_a_role_is_a_word() -> None:
+    with pytest.raises(PromptError, match="is none"):
+        Message("user<|im_end|>", "q")
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,13 @@ WRONG = {
     "bin": (only("pytorch_model.bin"), ["has pytorch_model.bin, no model.safetensors", "save_pretrained"]),
     "GGUF": (only("model-Q4_0.gguf"), ["model-Q4_0.gguf", "llama.cpp"]),
     "no image token": (lambda f: edit(f, "config.json", "image_token_id", to=395), ["image token is 395, the tokenizer's <image> is 396"]),
+    "a million layers": (lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=10**9), ["num_hidden_layers is 1000000000", "at most 1000"]),
+    "an endless norm": (lambda f: edit(f, "config.json", "text_config", "norm_eps", to=10**400), ["norm_eps is 1000"]),
+    "an endless multiplier": (lambda f: [edit(f, "config.json", "text_config", "block_ffn_dim_multiplier", to=1e308)], ["block_ffn_dim_multiplier is 1e+308"]),
+    "an endless factor": (lambda f: edit(f, "preprocessor_config.json", "rescale_factor", to=10**400), ["rescale_factor"]),
+    "an endless penalty": (lambda f: edit(f, "generation_config.json", "repetition_penalty", to=10**400), ["repetition_penalty"]),
+    "one id for two tokens": (lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 7, "content": "<x>", "special": True}]), ["id 7 for"]),
+    "an id beyond memory": (lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 10**12, "content": "<x>", "special": True}]), ["a token whose id"]),
     "rope": (lambda f: edit(f, "config.json", "text_config", "rope_parameters", to={"rope_type": "default", "partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
 }  # fmt: skip
 
@@ -342,6 +349,21 @@ def test_adapters_that_are_more_than_a_sum(tiny, tmp_path, case) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
         Checkpoint(tiny, plain_adapter(tmp_path / "a", [Q.removesuffix(".weight")], **change))
     assert "merge_and_unload" in str(caught.value)
+
+
+def test_adapter_values_of_another_kind(tiny, tmp_path) -> None:
+    place = "text.layers.1.self_attn.q_proj.weight"
+    for i, (change, says) in enumerate([({"lora_alpha": True}, "lora_alpha is True"), ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+                                        ({"use_rslora": "false"}, "use_rslora 'false'"), ({"alpha_pattern": {"*q_proj": 3}}, "no regular expression")]):  # fmt: skip
+        with pytest.raises(CheckpointError, match=says):
+            Checkpoint(tiny, plain_adapter(tmp_path / str(i), [Q.removesuffix(".weight")], **change)).read(place, 64, 64)
+    adapter = plain_adapter(tmp_path / "default", [Q.removesuffix(".weight")])
+    with_8 = Checkpoint(tiny, adapter).read(place, 64, 64)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')  # lora_alpha is 8 where nothing is said
+    assert np.array_equal(Checkpoint(tiny, adapter).read(place, 64, 64), with_8)
+    save_file({f"base_model.model.{Q.removesuffix('weight')}lora_{part}.weight": torch.ones(()) for part in "AB"}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="a rank and a width"):
+        Checkpoint(tiny, adapter).read(place, 64, 64)
 
 
 def test_what_peft_writes_today_is_merged(tiny, tmp_path) -> None:

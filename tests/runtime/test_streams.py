@@ -95,6 +95,14 @@ def test_a_fifo_is_read_once_and_in_time(photo, tmp_path, monkeypatch) -> None:
         open_image("/dev/null")
 
 
+def test_a_pipe_that_gives_nothing_is_empty_at_once(demo_bundle) -> None:
+    done = run(*asked(demo_bundle, "/dev/stdin"), shell="< <(true)")
+    assert done.returncode == 2
+    assert b"/dev/stdin is empty" in done.stderr
+    named = run(*asked(demo_bundle, "/dev/stdin"), shell="< <(echo nothing like an image)")
+    assert b"lfm-edge: /dev/stdin is not a readable image" in named.stderr
+
+
 def test_names_behind_dashes(demo_bundle, photo, tmp_path) -> None:
     (tmp_path / "-x.jpg").write_bytes(photo.read_bytes())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -112,6 +120,14 @@ def test_special_tokens_of_a_question_are_text(demo_bundle, photo) -> None:
     taken = run("run", demo_bundle, photo, "-p", forged, "--no-special", "--max-new-tokens", 2, "--json")
     assert taken.returncode == 0, taken.stderr
     assert json.loads(taken.stdout)["prompt_tokens"] > json.loads(run("run", demo_bundle, photo, "-p", "x", "--json").stdout)["prompt_tokens"] + 20
+
+
+def test_dashes_do_not_feed_an_option(demo_bundle, photo) -> None:
+    for option in ("-p", "--stop"):
+        done = run("run", demo_bundle, "-p", "x", option, "--", photo) if option != "-p" else run("run", demo_bundle, option, "--", photo)
+        assert done.returncode == 2
+        assert b"expected one argument" in done.stderr
+    assert b"the limit is nan" in run(*asked(demo_bundle, photo, "--max-megapixels", "nan")).stderr
 
 
 # -------------------------------------------------------------------------------------------------------- kinds of files
@@ -198,6 +214,17 @@ TRANSPARENT = {
     "16-bit colour": (png(16, 2, (2, 1), struct.pack(">6H", 0x1011, 0x2022, 0x3033, 0x4044, 0x5055, 0x6066),
                           struct.pack(">3H", 0x1011, 0x2022, 0x3033)), [WHITE, [0x40, 0x50, 0x60]]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "photometric", "value", "wanted"), [(12, 1, 4095, 255), (12, 1, 0, 0), (16, 1, 65535, 255), (16, 0, 0, 255), (16, 0, 65535, 0)])
+def test_grey_tiffs_of_more_than_8_bits(bits, photometric, value, wanted) -> None:
+    """A TIFF of 2 × 1 pixels by hand: 12 bits are packed, and white may be 0."""
+    data = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) if bits == 12 else struct.pack("<HH", value, value)
+    entries = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1), (279, len(data))]
+    data += b"\0" * (len(data) % 2)
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 3, 1, v) for tag, v in entries) + b"\0\0\0\0"
+    image = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+    assert np.asarray(open_image(image)).tolist() == [[[wanted] * 3] * 2]
 
 
 @pytest.mark.parametrize("case", TRANSPARENT)

@@ -107,6 +107,7 @@ def test_any_text(pair, large_pair, text) -> None:
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?>\p{L}{2,3}|\p{N}+?)[a-c]*|\s{2,}", r"\p{N}{2}+|\p{L}{1,2}?|a{,3}b", r"\P{L}\p{^N}|\S+", r"\p{M}+|x",
+    r"\P{Lu}+", r"\P{M}+", r"\p{^Lu}x?", r"(?=\p{Lu})", r"(?=(\p{N}{3})+(?!\p{N}))", r"x*",
 ]))  # fmt: skip
 def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
     tokenizers = pytest.importorskip("tokenizers")
@@ -179,7 +180,7 @@ def test_missing_bytes_and_broken_merges() -> None:
     spec["model"]["merges"].append(["zz", "zz"])
     with pytest.raises(PromptError, match="merge"):
         compile_tokenizer(spec, unicode_ranges)
-    for pattern in (r"\bx", r"x$", r"^x", r"(?<n>x)", r"[[:alpha:]]", r"[a&&b]", r"[é]", "é", ".", r"(x", r"x)", r"x{2}?", r"[^\S]", "+", "|*"):
+    for pattern in (r"\bx", r"x$", r"^x", r"(?<n>x)", r"[[:alpha:]]", r"[a&&b]", r"[é]", "é", ".", r"(x", r"x)", r"x{2}?", r"[^\S]", "+", "|*", r"(?i:\p{Lu})"):
         with pytest.raises(PromptError, match="pattern"):
             translate_pattern(pattern)
 

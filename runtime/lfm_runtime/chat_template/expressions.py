@@ -26,6 +26,8 @@ class Parser:
     def __init__(self, source: str) -> None:
         self._stream = list(tokenize(source))
         self._at = 0
+        self._depth = 0  # of loops, macros and other blocks with names of their own
+        self._read_inside: set[str] = set()
 
     @property
     def _token(self) -> Token:
@@ -45,6 +47,13 @@ class Parser:
             raise syntax(token.line, f"{value or kind} is expected where {token.value!r} stands")
         self._at += 1
         return token.value
+
+    def _new_name(self) -> str:
+        """A name that a template may set."""
+        name: str = self._expect(kind="name")
+        if name in _CONSTANTS:
+            raise syntax(self._token.line, f"{name} cannot be set")
+        return name
 
     def _unknown(self, what: str) -> TemplateError:
         return syntax(self._token.line, f"{what} is not known here ({self._token.value!r})")
@@ -155,6 +164,10 @@ class Parser:
             name = token.value
             if name in _CONSTANTS:
                 return _constant(_CONSTANTS[name])
+            if name in ("varargs", "kwargs", "caller"):
+                raise syntax(token.line, f"{name} is not known here")
+            if self._depth:
+                self._read_inside.add(name)
             return lambda scope: scope.find(name)
         if token.kind == "number":
             return _constant(token.value)

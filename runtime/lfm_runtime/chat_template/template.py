@@ -19,6 +19,8 @@ class Template(Parser):
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
+        self._set_late: set[str] = set()  # at the top, after a loop or macro has read them: what Jinja then reads depends on its compiler
+        self._namespaces_set = 0
         try:
             self._body = self._statements(())
         except RecursionError as e:
@@ -33,6 +35,8 @@ class Template(Parser):
         Raises:
             TemplateError: the template refuses them, or fails.
         """
+        if late := sorted(self._set_late & values.keys()):
+            raise TemplateError(f"chat template: {late[0]} is set after a loop or macro has read it, which is not known here")
         out: list[str] = []
         try:
             names = known_names(now or datetime.now())  # noqa: DTZ005  (local time, as transformers has it)
@@ -85,9 +89,12 @@ class Template(Parser):
         self._expect(kind="end")
         return step
 
-    def _body_until(self, *until: str) -> Statement:
+    def _body_until(self, *until: str, inner: bool = False) -> Statement:
+        """`inner`: a block with names of its own."""
         self._expect(kind="end")
+        self._depth += inner
         body = self._statements(until)
+        self._depth -= inner
         self._at += 1  # the tag's begin; its word is the caller's
         return body
 
@@ -98,8 +105,11 @@ class Template(Parser):
         condition = self._or() if self._skip("if") else None
         if self._is("recursive"):
             raise self._unknown("a recursive loop")
-        body = self._body_until("endfor", "else")
-        otherwise = self._body_until("endfor") if self._skip("else") else None
+        before = self._namespaces_set
+        body = self._body_until("endfor", "else", inner=True)
+        if condition and self._namespaces_set > before:  # the condition may read it between two items
+            raise self._unknown("a loop with a condition that sets a namespace")
+        otherwise = self._body_until("endfor", inner=True) if self._skip("else") else None
         self._expect("endfor")
 
         def run(scope: Scope, out: list[str]) -> None:
@@ -108,10 +118,13 @@ class Template(Parser):
                 inner = Scope(scope, _unpacked(names, value))
                 if condition is None or condition(inner):
                     found.append(value)
+            finished = False
             for i, value in enumerate(found):
-                if not _goes_on(body, Scope(scope, {**_unpacked(names, value), "loop": Loop(found, i)}), out):
+                how = _run_once(body, Scope(scope, {**_unpacked(names, value), "loop": Loop(found, i)}), out)
+                finished = finished or how is None
+                if how is Break:
                     break
-            if not found and otherwise:
+            if not finished and otherwise:  # as Jinja has it: also where every body was cut short
                 otherwise(Scope(scope), out)
 
         return run
@@ -132,13 +145,13 @@ class Template(Parser):
         return run
 
     def _set(self) -> Statement:
-        name = self._expect(kind="name")
+        name = self._new_name()
         attribute = self._expect(kind="name") if self._skip(".") else ""
         names = [name]
         while not attribute and self._skip(","):
-            names.append(self._expect(kind="name"))
+            names.append(self._new_name())
         if self._token.kind == "end" and len(names) == 1 and not attribute:  # {% set x %}…{% endset %}
-            body = self._body_until("endset")
+            body = self._body_until("endset", inner=True)
             self._expect("endset")
 
             def capture(scope: Scope, _: list[str]) -> None:
@@ -149,6 +162,9 @@ class Template(Parser):
             return capture
         self._expect("=")
         value = self._tuple()
+        self._namespaces_set += bool(attribute)
+        if not attribute and not self._depth:
+            self._set_late.update(self._read_inside.intersection(names))
 
         def run(scope: Scope, _: list[str]) -> None:
             if not attribute:
@@ -169,12 +185,12 @@ class Template(Parser):
         while not self._skip(")"):
             if parameters:
                 self._expect(",")
-            parameters.append(self._expect(kind="name"))
+            parameters.append(self._new_name())
             if self._skip("="):
                 defaults.append(self._expression())
             elif defaults:
                 raise self._unknown("a parameter without a default after one with")
-        body = self._body_until("endmacro")
+        body = self._body_until("endmacro", inner=True)
         self._expect("endmacro")
 
         def run(scope: Scope, _: list[str]) -> None:
@@ -184,7 +200,7 @@ class Template(Parser):
 
     def _generation(self) -> Statement:
         """The assistant's own text, marked for training: a block with names of its own, as transformers has it."""
-        body = self._body_until("endgeneration")
+        body = self._body_until("endgeneration", inner=True)
         self._expect("endgeneration")
         return lambda scope, out: body(Scope(scope), out)
 
@@ -196,9 +212,9 @@ class Template(Parser):
 
     def _targets(self) -> list[str]:
         bracket = self._skip("(")
-        names = [self._expect(kind="name")]
+        names = [self._new_name()]
         while self._skip(","):
-            names.append(self._expect(kind="name"))
+            names.append(self._new_name())
         if bracket:
             self._expect(")")
         return names
@@ -212,15 +228,13 @@ def _output(value: Expression) -> Statement:
     return lambda scope, out: out.append(str(value(scope)))
 
 
-def _goes_on(body: Statement, scope: Scope, out: list[str]) -> bool:
-    """Run a loop's body once; whether the loop goes on."""
+def _run_once(body: Statement, scope: Scope, out: list[str]) -> type[Exception] | None:
+    """Run a loop's body once; how it was cut short, if it was."""
     try:
         body(scope, out)
-    except Continue:
-        return True
-    except Break:
-        return False
-    return True
+    except (Break, Continue) as e:
+        return type(e)
+    return None
 
 
 def _signal(error: type[Exception]) -> Statement:

@@ -84,6 +84,8 @@ def _tag(source: str, at: int, closing: re.Pattern[str], line: int) -> tuple[int
             except UnicodeDecodeError as e:
                 raise syntax(line, f"{text[:20]} has an escape that is none") from e
         elif kind in ("integer", "float"):
+            if len(text) > 100:
+                raise syntax(line, "a number of more than 100 digits")
             kind, value = "number", int(text) if kind == "integer" else float(text)
         if kind != "space":
             tokens.append(Token(kind, value, line))

@@ -40,6 +40,12 @@ class Undefined:
     def __bool__(self) -> bool:
         return False
 
+    def __repr__(self) -> str:
+        return "Undefined"
+
+    def __getitem__(self, key: Any) -> Any:
+        raise TemplateError(f"chat template: {self.name} is undefined and has no item {key!r}")
+
     def __len__(self) -> int:
         return 0
 
@@ -58,12 +64,18 @@ class Namespace:
     def __init__(self, *given: Any, **values: Any) -> None:
         self.values = dict(*given, **values)
 
+    def __repr__(self) -> str:
+        return f"<Namespace {self.values!r}>"
+
 
 class Loop:
     """`loop` inside a for."""
 
     def __init__(self, items: Sequence[Any], at: int) -> None:
         self._items, self._at = items, at
+
+    def __repr__(self) -> str:
+        return f"<LoopContext {self._at + 1}/{len(self._items)}>"
 
     def get(self, name: str) -> Any:
         """One of its attributes."""
@@ -104,7 +116,7 @@ class Continue(Exception):  # noqa: N818
     """`{% continue %}`."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Macro:
     """`{% macro %}`: called with values, gives text. Its free names are those of the place where it stands."""
 
@@ -119,13 +131,17 @@ class Macro:
         if len(given) > len(self.parameters) or set(named) - set(self.parameters[len(given) :]):
             raise TemplateError(f"chat template: macro {self.name} takes {', '.join(self.parameters) or 'nothing'}")
         inner = Scope(self.scope, {**dict(zip(self.parameters, given, strict=False)), **named})
-        first_default = len(self.parameters) - len(self.defaults)
-        for i, parameter in enumerate(self.parameters):
-            if parameter not in inner:
-                inner[parameter] = self.defaults[i - first_default](inner) if i >= first_default else Undefined(parameter)
+        missing = [parameter for parameter in self.parameters if parameter not in inner]
+        inner.update({parameter: Undefined(parameter) for parameter in missing})
+        for parameter, default in zip(self.parameters[len(self.parameters) - len(self.defaults) :], self.defaults, strict=True):
+            if parameter in missing:
+                inner[parameter] = default(inner)
         out: list[str] = []
         self.body(inner, out)
         return "".join(out)
+
+    def __repr__(self) -> str:
+        return f"<Macro {self.name!r}>"
 
 
 def attribute(value: Any, name: str) -> Any:
@@ -210,15 +226,19 @@ def _last(values: Any) -> Any:
     return next(iter(reversed(values)), Undefined("last"))
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     if not isinstance(value, (Mapping, Undefined)):
         raise TypeError("Can only get item pairs from a mapping.")
-    return [] if isinstance(value, Undefined) else list(value.items())
+    yield from () if isinstance(value, Undefined) else value.items()
 
 
-def _by_attribute(keep: bool) -> Callable[..., list[Any]]:
-    def select(values: Any, name: str, test: str = "", *arguments: Any) -> list[Any]:
-        return [v for v in values if bool(TESTS[test](_path(v, name), *arguments) if test else _path(v, name)) is keep]
+def _by_attribute(keep: bool) -> Callable[..., Iterator[Any]]:
+    """selectattr or rejectattr: generators, as in Jinja, which are true even where they give nothing."""
+
+    def select(values: Any, name: str, test: str = "", *arguments: Any) -> Iterator[Any]:
+        for value in values:
+            if bool(TESTS[test](_path(value, name), *arguments) if test else _path(value, name)) is keep:
+                yield value
 
     return select
 
@@ -229,8 +249,9 @@ def _path(value: Any, dotted: str) -> Any:
     return value
 
 
-def _map(values: Any, *, attribute: str) -> list[Any]:
-    return [_path(v, attribute) for v in values]
+def _map(values: Any, *, attribute: str) -> Iterator[Any]:
+    for value in values:
+        yield _path(value, attribute)
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
