@@ -15,7 +15,7 @@ def default_threads(root: Path = Path("/")) -> int:
     """Physical cores that this process may use, and has the time for under a control group's quota.
 
     More threads than the quota use it up together and then stand still together. Measured with a 450M on 2 cores: at a quota of 1.25
-    processors 2 threads are 1.18 times as fast as 1 to the first token, at 1.5 1.35 times; at 1.1 they are 1.09 times as slow.
+    processors 2 threads are 1.17 times as fast as 1 to the first token, at 1.5 1.29 times; at 1.1 they are 1.13 times as slow.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
