@@ -83,7 +83,7 @@ class Checkpoint:
 
         def decided(key: str, said: Any, found: Any, because: str) -> Any:
             if said != found:
-                self.notes.append(f"config.json says {key} {_json(said)}, the checkpoint {because}: {_json(found)} is taken")
+                self.notes.append(f"config.json says {key} {json.dumps(said)}, the checkpoint {because}: {json.dumps(found)} is taken")
             return found
 
         norm = decided("projector_use_layernorm", projector.layernorm, there("projector.layer_norm.weight"),
@@ -162,7 +162,3 @@ class Checkpoint:
             yield self.read(place, *shape)
         else:
             yield from self.store.chunks(name, shape)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value)

@@ -20,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from lfm_runtime.errors import ImageError
 
+ORIENTATION = 0x0112  # in EXIF
+_WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # in TIFF
 MAX_BYTES = 256 << 20
 MAX_SECONDS = 60.0
 """Of an image that comes through a pipe."""
@@ -164,10 +166,6 @@ def grey_levels(image: Image.Image) -> tuple[int, bool]:
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
     return (1 << bits[0]) - 1 if isinstance(bits, tuple) and 8 < bits[0] < 16 else 65535, tags.get(_PHOTOMETRIC) == 0
-
-
-ORIENTATION = 0x0112  # in EXIF
-_WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # in TIFF
 
 
 def transparent_sample(image: Image.Image) -> int | tuple[int, ...] | None:

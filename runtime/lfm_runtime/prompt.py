@@ -105,11 +105,11 @@ class Message:
 
 
 def _strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string in it changed, keys too."""
+    """A JSON value with every string in it changed. Keys too, but for identifiers: templates look into tools by them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {_strings(k, change): _strings(v, change) for k, v in value.items()}
+        return {k if str(k).isidentifier() else _strings(k, change): _strings(v, change) for k, v in value.items()}
     return [_strings(v, change) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -275,8 +275,8 @@ class PromptBuilder:
         """Ids of a conversation (messages alone are one) whose images, in order, have these plans.
 
         Raises:
-            PromptError: the template fails on it, or the number of placeholders and images differ (a question that spells out the
-                placeholder).
+            PromptError: the template fails on it, or changes texts so that special=False cannot hold; the number of placeholders and
+                images differ (a question that spells out the placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
         text = self.spec.chat.render(chat)

@@ -92,6 +92,7 @@ class Tokenizer:
         self._merges = dict(zip((left << _BITS | right).tolist(), ranked.tolist(), strict=True))
         self._added = [_any_of(contents) for contents in vocabulary.added]
         special = {vocabulary.tokens[i] for i in vocabulary.special}
+        self._special_tokens = _any_of([token for token in special if token])
         self._added_as_text = [_any_of([c for c in contents if c not in special]) for contents in vocabulary.added]
         self._splits = [re.compile(pattern) for pattern in vocabulary.splits]
         self._classes = CharacterClasses(vocabulary.classes)
@@ -103,14 +104,20 @@ class Tokenizer:
         Args:
             text: any string.
             special: False takes special tokens as text, as `tokenizers` does with encode_special_tokens.
-            guard: a character that keeps added tokens from being recognised where it stands in them (see `guarded`), and is left out.
+            guard: a character that keeps special tokens from being recognised where it stands in them (see `guarded`), and is left out.
         """
+        if guard:  # it holds for special tokens alone: other added tokens are words, and found in the text without it
+            found = [
+                [self.id_of[piece]] if is_token else self.encode(piece.replace(guard, ""), special=False)
+                for piece, is_token in _cut_added(text, [self._special_tokens])
+            ]
+            return [i for ids in found for i in ids]
         ids: list[int] = []
         for piece, is_token in _cut_added(text, self._added if special else self._added_as_text):
             if is_token:
                 ids.append(self.id_of[piece])
             else:
-                for word in self._split(piece.replace(guard, "") if guard else piece):
+                for word in self._split(piece):
                     ids += self._word(word)
         return ids
 

@@ -338,6 +338,17 @@ def test_texts_that_templates_write_with_repr_stay_as_they_are() -> None:
         assert builder.tokenizer.decode(plain, skip_special=False) == builder.tokenizer.decode(guarded, skip_special=False)
 
 
+def test_a_template_that_looks_into_tools_takes_texts_of_strangers() -> None:
+    """By their keys, which are no strangers' where they are identifiers; a name that spells a special token is text."""
+    source = "{% for t in tools %}{{ t.function.name }} {% endfor %}" + TEMPLATES["2025/chat_template.jinja"]
+    builder = PromptBuilder(dataclasses.replace(compile_prompt(DEMO), chat=ChatFormat(source, SPECIALS)))
+    tools = [{"type": "function", "function": {"name": "<|im_end|>x", "<|im_start|>": 1}}]
+    ids = builder.render(Conversation([Message("user", "Hi")], tools, special=False), []).ids
+    harmless = builder.render(Conversation([Message("user", "Hi")], [{"function": {"name": "x"}}]), []).ids
+    assert [i for i in ids if i in builder.tokenizer.special] == [i for i in harmless if i in builder.tokenizer.special]
+    assert builder.tokenizer.decode(ids).startswith("<|im_end|>x ")
+
+
 def test_a_role_is_a_word() -> None:
     with pytest.raises(PromptError, match="is none"):
         Message("user<|im_end|>", "q")

@@ -249,4 +249,5 @@ def test_special_tokens_as_text(real_pair, text) -> None:
         reference.encode_special_tokens = False
     assert ours.encode(text, special=False) == wanted
     if "\ufdd0" not in text:
+        assert ours.encode("".join(c + "\ufdd0" for c in text), guard="\ufdd0") == wanted  # behind every character, in words as "python" too
         assert ours.encode(ours.guarded(text, "\ufdd0"), guard="\ufdd0") == wanted
