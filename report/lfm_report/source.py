@@ -94,7 +94,7 @@ def read_tuning(path: Path) -> dict[str, Any] | None:
     Raises:
         AuditError: it is not JSON, or a damaged tuning.
     """
-    found = read_json_object(path, AuditError, advice="name a file written by lfm-edge audit or profile tune")
+    found = read_json_object(path, AuditError, advice="name a file written by lfm-edge audit or lfm-edge tune")
     if found.get("tool") != "lfm-edge tune":
         return None
     with damage_is(AuditError, path, "tune again"):

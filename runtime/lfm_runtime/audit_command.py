@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.audit import audit
     from lfm_runtime.audit_images import find_images, make_images
     from lfm_runtime.audit_table import rows_for_csv, table
+    from lfm_runtime.console import status_line
     from lfm_runtime.files import check_writable, write_whole
     from lfm_runtime.measured import keep_measured
 
@@ -65,13 +66,12 @@ def run(options: argparse.Namespace) -> int:
     if options.meter and not options.meter.exists():
         print(f"lfm-edge: {options.meter} is not there yet; it is read when all is measured", file=sys.stderr)
     interrupt_on_termination()
-    progress = _progress(options)
+    progress = status_line(quiet=options.quiet)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         images, skipped = find_images(options.images) if options.images else (make_images(Path(folder)), [])
         work = _workload(options, images, skipped)
         result = audit(work, detect(), Sensors(), progress)
-    if not options.quiet and sys.stderr.isatty():
-        progress("")
+    progress("")
     print(table(result))
     if options.output:
         write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -171,11 +171,3 @@ def _seconds(text: str) -> float:
     if not seconds > 0:
         raise SettingError(f"--budget {text} is no time; write 90s, 3m or 1h")
     return seconds
-
-
-def _progress(options: argparse.Namespace) -> Any:
-    if options.quiet:
-        return lambda _: None
-    if sys.stderr.isatty():
-        return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    return lambda text: print(text, file=sys.stderr, flush=True)

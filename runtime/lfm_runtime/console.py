@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from lfm_runtime.files import to_json
@@ -35,3 +36,12 @@ def print_json(value: Any) -> None:
     """One line of JSON on standard output; characters that it cannot encode are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     print(to_json(value, ascii_only=encoding.lower().replace("-", "") != "utf8"))
+
+
+def status_line(*, quiet: bool = False) -> Callable[[str], None]:
+    """A function that says on stderr what is being done: on a terminal each text replaces the one before, and "" clears the line."""
+    if quiet:
+        return lambda _: None
+    if sys.stderr.isatty():
+        return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    return lambda text: print(text, file=sys.stderr, flush=True) if text else None

@@ -1,47 +1,19 @@
-"""What audits found out about this machine, kept beside what was prepared for it: plans can then tell milliseconds."""
+"""An audit's figures as costs that plans read."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import BundleError
-from lfm_runtime.files import read_json_object, to_json, write_whole
-from lfm_runtime.prepared import folder_of
-
-_NAME = "measured.json"
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of one variant with so many threads, here: (patches or tokens, ms) pairs in rising order, and ms a token."""
-
-    vision: tuple[tuple[int, float], ...]
-    prefill: tuple[tuple[int, float], ...]
-    inter_token_ms: float
-    image_ms: float  # opening and cutting, a megapixel
-    load_ms: float  # with low_memory: of an answer
-    valid: bool  # whether the audit was
-
-    def vision_ms(self, patches: int) -> float:
-        """Of one view."""
-        return _along(self.vision, patches)
-
-    def prefill_ms(self, tokens: int) -> float:
-        """Of a prompt."""
-        return _along(self.prefill, tokens)
+from lfm_runtime.costs import Costs, cost_key, keep_costs
 
 
 def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
-    """Remember an audit's figures; where nothing may be written, they are not remembered."""
-    place = folder_of(bundle.folder) / _NAME
-    known = _read(place)
+    """Remember an audit's figures beside what was prepared for this machine."""
+    known = {}
     for variant, found in result["variants"].items():
         vision, prefill, seconds = {}, {}, []
         for name, image in found["images"].items():
@@ -54,54 +26,9 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
             seconds.append(opening / (size["width"] * size["height"] / 1e6))
         decode = [image["inter_token_ms"]["median"] for image in found["images"].values() if image["inter_token_ms"]]
         if decode:
-            low = bool(found["settings"]["low_memory"])
-            known[_key(variant, found["prefill"], found["threads"], low, result["bundle"]["fingerprint"][variant])] = {
-                "vision": sorted(vision.items()), "prefill": sorted(prefill.items()), "inter_token_ms": min(decode),
-                "image_ms": float(np.median(seconds)), "valid": result["verdict"]["valid"],
-                "load_ms": max(image["stages"]["load_ms"]["median"] for image in found["images"].values()),
-            }  # fmt: skip
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, to_json(known, indent=1) + "\n")
-    except OSError:
-        pass  # a read-only disk: plans go on without times
-
-
-def find_measured(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
-    """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
-    found = _read(folder_of(bundle.folder) / _NAME).get(_key(variant, prefill, threads, low_memory, fingerprint(bundle, variant)))
-    try:
-        return None if found is None else Costs(
-            tuple((int(n), float(ms)) for n, ms in found["vision"]), tuple((int(n), float(ms)) for n, ms in found["prefill"]),
-            float(found["inter_token_ms"]), float(found["image_ms"]), float(found["load_ms"]), bool(found["valid"]),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def fingerprint(bundle: Bundle, variant: str) -> str:
-    """Tells a variant's weights from others."""
-    parts = [part for _, path in sorted(bundle.graphs(variant)[1].items()) for part in bundle.fingerprint(path)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _key(variant: str, prefill: str | None, threads: int, low_memory: bool, fingerprint: str) -> str:
-    return f"{variant} prefill={prefill or 'none'} threads={threads} low_memory={low_memory} {fingerprint[:16]}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path, BundleError, required=False)
-    except BundleError:
-        return {}  # damaged: the next audit writes it anew
-
-
-def _along(pairs: tuple[tuple[int, float], ...], at: int) -> float:
-    """Linear between what was measured; beyond it in proportion."""
-    if not pairs or not at:
-        return 0.0
-    if at <= pairs[0][0]:
-        return pairs[0][1] * at / pairs[0][0]
-    if at >= pairs[-1][0]:
-        return pairs[-1][1] * at / pairs[-1][0]
-    return float(np.interp(at, [n for n, _ in pairs], [ms for _, ms in pairs]))
+            low_memory, weights = bool(found["settings"]["low_memory"]), result["bundle"]["fingerprint"][variant]
+            known[cost_key(variant, found["prefill"], found["threads"], weights, low_memory=low_memory)] = Costs(
+                tuple(sorted(vision.items())), tuple(sorted(prefill.items())), min(decode), float(np.median(seconds)),
+                max(image["stages"]["load_ms"]["median"] for image in found["images"].values()), result["verdict"]["valid"],
+            )  # fmt: skip
+    keep_costs(bundle, known)

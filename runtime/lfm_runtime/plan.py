@@ -19,11 +19,11 @@ from lfm_profiles.schema import TILE_SETTINGS
 from lfm_runtime.bundle import Bundle, read_manifest
 from lfm_runtime.context import MOST_AT_ONCE
 from lfm_runtime.contract import DECODER, KV8, VISION_ENCODER
+from lfm_runtime.costs import Costs
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.files import damage_is, read_json_object
 from lfm_runtime.gpu_wheel import CUDA
 from lfm_runtime.images import ImagePlan, image_settings, plan_image
-from lfm_runtime.measured import Costs
 from lfm_runtime.prepared import find
 from lfm_runtime.profile import generation_changes, image_changes
 from lfm_runtime.prompt import Conversation, Message

@@ -1,12 +1,11 @@
-"""`lfm-edge profile`: which profile this machine gets, what it will cost, and the settings that suit it."""
+"""`lfm-edge profile`: which profile this machine gets, what it sets, and what a run with it will cost."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.cli import add_setting_arguments, setting_flags
 from lfm_runtime.console import print_json
 from lfm_runtime.errors import SettingError
 
@@ -17,17 +16,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Device profiles: how to run on which device."
-    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan", "tune"), help="list the profiles shipped; show "
-                        "what one comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of "
-                        "BUNDLE [IMAGE …]: tokens, memory, disk; tune: measure which settings suit BUNDLE and IMAGEs like these here, and "
-                        "write them as a profile")  # fmt: skip
+    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan"), help="list the profiles shipped; show what one "
+                        "comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of BUNDLE "
+                        "[IMAGE …]: tokens, memory, disk")  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images")
-    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile; tune: beginning with it")
-    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan, tune: for this question")
-    parser.add_argument("--minutes", type=float, metavar="N", help="tune: for so long (default 10); what is measured is kept")
-    parser.add_argument("--objective", choices=("latency", "memory", "energy"), help="tune: what to choose by (default latency)")
-    parser.add_argument("--floor", type=float, metavar="KL", help="tune: highest KL divergence to the best variant, nats (default 0.1)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="tune: the profile to write (default tuned.toml)")
+    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile")
+    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan: for this question")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
     parser.add_argument("--json", action="store_true", help="detect, show, plan: print one JSON object")
     add_setting_arguments(parser)
@@ -36,15 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do one of them."""
     flags = setting_flags(options)
-    for name, given, where in (("NAME", options.names, ("show", "validate", "plan", "tune")), ("--bundle", options.bundle, ("show",)),
-                               ("--json", options.json, ("show", "detect", "plan")),
-                               ("--profile", options.profile, ("plan", "tune")), ("--prompt", options.prompt, ("plan", "tune")),
-                               ("--minutes", options.minutes is not None, ("tune",)), ("--objective", options.objective, ("tune",)),
-                               ("--floor", options.floor is not None, ("tune",)), ("--output", options.output, ("tune",)),
-                               ("a setting", flags, ("show", "plan", "tune"))):  # fmt: skip
+    for name, given, where in (
+        ("NAME", options.names, ("show", "validate", "plan")), ("--bundle", options.bundle, ("show",)),
+        ("--json", options.json, ("show", "detect", "plan")), ("--profile", options.profile, ("plan",)),
+        ("--prompt", options.prompt, ("plan",)), ("a setting", flags, ("show", "plan")),
+    ):  # fmt: skip
         if given and options.action not in where:
             raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
-    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan, "tune": _tune}[options.action](options)
+    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan}[options.action](options)
     return 0
 
 
@@ -129,8 +122,8 @@ def _plan(options: argparse.Namespace) -> None:
     from lfm_profiles import detect
 
     from lfm_runtime.bundle import Bundle
+    from lfm_runtime.costs import find_costs
     from lfm_runtime.images import image_size
-    from lfm_runtime.measured import find_measured
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
     from lfm_runtime.plan import Planner, fit, process_memory
     from lfm_runtime.profile import profile_for
@@ -145,7 +138,7 @@ def _plan(options: argparse.Namespace) -> None:
     fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
     plan = fitted.plan
     threads, low_memory = Execution.of(plan.profile).threads, plan.profile.low_memory
-    costs = find_measured(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
+    costs = find_costs(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
     times = plan.times_ms(costs) if costs else None
     if options.json:
         print_json({
@@ -178,70 +171,6 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"{'time':10s} not known before the first audit of this variant here: lfm-edge audit {bundle.folder}")
     for step in fitted.steps:
         print(f"{'to fit':10s} {step}")
-
-
-def _tune(options: argparse.Namespace) -> None:
-    import time
-    from pathlib import Path
-
-    from lfm_profiles import detect, to_toml
-    from lfm_profiles.sensors import Sensors
-
-    from lfm_runtime.bundle import Bundle
-    from lfm_runtime.files import check_writable, write_whole
-    from lfm_runtime.gpu_wheel import CUDA
-    from lfm_runtime.images import image_size
-    from lfm_runtime.profile import profile_for
-    from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
-
-    if len(options.names) < 2:
-        raise SettingError("tune needs a bundle and images like those it will be asked about: lfm-edge profile tune BUNDLE IMAGE …")
-    minutes = 10.0 if options.minutes is None else options.minutes
-    if not 0 <= minutes <= 1e5:
-        raise SettingError(f"minutes {minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")
-    output = Path(options.output or "tuned.toml")
-    if output.suffix != ".toml":
-        raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
-    check_writable(output)
-    images = [Path(name) for name in options.names[1:]]
-    for image in images:
-        image_size(image)  # better now than in the first process
-    bundle, device = Bundle.open(Path(options.names[0])), detect()
-    profile = profile_for(bundle, options.profile, **setting_flags(options))
-    if CUDA in profile.providers:
-        raise SettingError(f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic")
-    tuning = Tuning(
-        bundle, profile, images, options.prompt or "Describe this image.", options.objective or "latency",
-        FLOOR if options.floor is None else options.floor, axes_of(bundle, profile, images),
-    )  # fmt: skip
-    kept = output.with_suffix(".json")
-    if tuning.resume(kept):
-        print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)
-    interrupt_on_termination()
-    on_a_line = sys.stderr.isatty()
-
-    def tell(text: str) -> None:
-        print(f"\r\x1b[K{text}" if on_a_line else text, end="" if on_a_line else "\n", file=sys.stderr, flush=True)
-
-    tune(tuning, device, minutes=minutes, kept=kept, sensors=Sensors(), progress=tell)
-    if on_a_line:
-        tell("")
-    chosen = tuning.chosen()
-    best = tuning.points[chosen]
-    failed = [m.failed for m in tuning.points.values() if m.failed]
-    print(tuning.table())
-    print(
-        f"\n{len(tuning.points)} points in {tuning.rounds} rounds; answers of 32 tokens; KL to {tuning.reference} with the checkpoint's "
-        f"own image settings; * is best by {tuning.objective} with KL ≤ {tuning.floor:g}"
-    )
-    if failed:
-        print(f"{len(failed)} points could not be measured: {failed[0]}")
-    if not tuning.good_enough(chosen):
-        print(f"no point measured has a KL of {tuning.floor:g} or less: the best of the others is chosen; see --floor")
-    where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
-    said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
-    write_whole(output, to_toml(tuning.profile_of(chosen, said)))
-    print(f"\nwritten: {output}; use it with --profile {output}. Measurements: {kept}; plot: lfm-edge report {kept}")
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:

@@ -180,6 +180,20 @@ class Tuning:
             lines.append(f"  … and {len(front) - _SHOWN} more that no other beats in everything")
         return "\n".join(lines)
 
+    def summary(self) -> str:
+        """The table, and what to know of it."""
+        points, failed = len(self.points), [m.failed for m in self.points.values() if m.failed]
+        lines = [
+            self.table(),
+            f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the checkpoint's "
+            f"own image settings; * is best by {self.objective} with KL ≤ {self.floor:g}",
+        ]
+        if failed:
+            lines.append(f"{len(failed)} points could not be measured: {failed[0]}")
+        if not self.good_enough(self.chosen()):
+            lines.append(f"no point measured has a KL of {self.floor:g} or less: the best of the others is chosen; see --floor")
+        return "\n".join(lines)
+
     # --------------------------------------------------------------------------------------------------- kept on disk
 
     def key(self) -> dict[str, Any]:

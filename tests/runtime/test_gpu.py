@@ -403,7 +403,7 @@ def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, ca
     assert planned == [(CPU,)] * 2  # selftest has its own name for it
     assert profile.profile_for(Bundle.open(bundle), "auto").providers == (CUDA, CPU)
     capsys.readouterr()
-    assert main(["profile", "tune", str(bundle), str(photo), "--profile", "x86-cuda"]) == 2
+    assert main(["tune", str(bundle), str(photo), "--profile", "x86-cuda"]) == 2
     assert "tune searches what suits a processor, x86-cuda computes on a GPU" in capsys.readouterr().err
 
 

@@ -274,7 +274,7 @@ def test_trial_killed(demo_bundle, photo) -> None:
 def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
     """For real: a profile is written that run takes."""
     written = tmp_path / "mine.toml"
-    words = ["profile", "tune", str(demo_bundle), str(photo), "-o", str(written), "--threads", "1", "--variant", "fp32", "-p", QUESTION]
+    words = ["tune", str(demo_bundle), str(photo), "-o", str(written), "--threads", "1", "--variant", "fp32", "-p", QUESTION]
     assert main([*words, "--minutes", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "* fp32" in out and "written" in out
@@ -288,14 +288,11 @@ def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["tune", "BUNDLE"], "tune needs a bundle and images"),
     (["tune", "BUNDLE", "PHOTO", "--minutes", "-1"], "minutes -1 is impossible"),
     (["tune", "BUNDLE", "PHOTO", "-o", "x.json"], "x.json cannot be written as a profile"),
     (["tune", "BUNDLE", "nowhere.png"], "nowhere.png does not exist"),
-    (["list", "--minutes", "3"], "--minutes has no effect on profile list"),
-    (["plan", "BUNDLE", "--objective", "memory"], "--objective has no effect on profile plan"),
-])  # fmt: skip
+    ])  # fmt: skip
 def test_command_refuses(demo_bundle, photo, capsys, words, message) -> None:
     places = {"BUNDLE": str(demo_bundle), "PHOTO": str(photo)}
-    assert main(["profile", *(places.get(word, word) for word in words)]) == 2
+    assert main([places.get(word, word) for word in words]) == 2
     assert message in capsys.readouterr().err

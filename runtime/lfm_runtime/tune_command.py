@@ -1,0 +1,74 @@
+"""`lfm-edge tune`: the settings that suit this machine, found by measuring, as a profile."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.errors import SettingError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Measure which settings suit BUNDLE and images like IMAGE on this machine, and write them as a profile. What a flag sets is not "
+        "tried. Run again with the same -o it goes on from what was measured."
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images like those it will be asked about")
+    parser.add_argument("--profile", default="", metavar="NAME", help="begin with it: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("-p", "--prompt", default="Describe this image.", metavar="QUESTION")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="measure for so long (default 10)")
+    parser.add_argument("--objective", choices=("latency", "memory", "energy"), default="latency", help="choose by it (default latency)")
+    parser.add_argument("--floor", type=float, metavar="KL", help="highest KL divergence to the best variant, nats (default 0.1)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("tuned.toml"), metavar="FILE", help="write it here (default tuned.toml)")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, show the front, write the profile."""
+    from lfm_profiles import detect, to_toml
+    from lfm_profiles.sensors import Sensors
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.console import status_line
+    from lfm_runtime.files import check_writable, write_whole
+    from lfm_runtime.gpu_wheel import CUDA
+    from lfm_runtime.images import image_size
+    from lfm_runtime.profile import profile_for
+    from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
+
+    if not 0 <= options.minutes <= 1e5:
+        raise SettingError(f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")
+    output: Path = options.output
+    if output.suffix != ".toml":
+        raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
+    check_writable(output)
+    for image in options.images:
+        image_size(image)  # better now than in the first process
+    bundle, device = Bundle.open(options.bundle), detect()
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
+    if CUDA in profile.providers:
+        raise SettingError(f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic")
+    tuning = Tuning(
+        bundle, profile, options.images, options.prompt, options.objective, FLOOR if options.floor is None else options.floor,
+        axes_of(bundle, profile, options.images),
+    )  # fmt: skip
+    kept = output.with_suffix(".json")
+    if tuning.resume(kept):
+        print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)
+    interrupt_on_termination()
+    progress = status_line()
+    tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)
+    progress("")
+    print(tuning.summary())
+    chosen = tuning.chosen()
+    best = tuning.points[chosen]
+    where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
+    said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
+    write_whole(output, to_toml(tuning.profile_of(chosen, said)))
+    print(f"\nwritten: {output}; use it with --profile {output}. Measurements: {kept}; plot: lfm-edge report {kept}")
+    return 0
