@@ -50,7 +50,7 @@ def keep_costs(bundle: Bundle, found: Mapping[str, Costs]) -> None:
 
 def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
     """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
-    found = _read(folder_of(bundle.folder) / _NAME).get(cost_key(variant, prefill, threads, fingerprint(bundle, variant), low_memory=low_memory))
+    """Remember what was measured, by `cost_key`; where nothing may be written it is not remembered."""
     try:
         return None if found is None else Costs(
             tuple((int(n), float(ms)) for n, ms in found["vision"]), tuple((int(n), float(ms)) for n, ms in found["prefill"]),
