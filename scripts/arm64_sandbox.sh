@@ -58,7 +58,7 @@ cpuinfo 0xd08 "" >"$work/cortex-a72"
 . scripts/environment.sh
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || { python=.venv/bin/python && make_environment .venv "$(find_python)" '.[export,quantize,package]'; }
-edge() { "$python" -c 'import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))' "$@"; }
+edge() { "$python" -c 'import sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))' "$@"; }
 
 rm -rf "$work"/stick*
 stick=$work/stick picture=demo/eval/images/0000.png question="What is in this image?"

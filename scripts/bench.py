@@ -31,10 +31,10 @@ import numpy as np
 import onnxruntime
 from lfm_runtime import Message, Model
 from lfm_runtime.batch import answer_all
-from lfm_runtime.cache import Cache
+from lfm_runtime.decode.cache import Cache
+from lfm_runtime.decode.sampling import Sampler
 from lfm_runtime.images import cut_views
 from lfm_runtime.report import Report
-from lfm_runtime.sampling import Sampler
 from PIL import Image
 
 QUESTION = "What is in this image, and where is the cup?"

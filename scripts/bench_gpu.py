@@ -146,9 +146,9 @@ class Side:
 
 def answer_requests(options: argparse.Namespace) -> int:
     """In a side's process."""
+    from lfm_runtime.engine.gpu import gpu_memory_used
+    from lfm_runtime.engine.sessions import failures_are_ours
     from lfm_runtime.errors import EdgeError
-    from lfm_runtime.gpu import gpu_memory_used
-    from lfm_runtime.sessions import failures_are_ours
 
     try:
         with failures_are_ours("a measurement"):
@@ -188,8 +188,8 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measure
     """The runtime's own steps, as an answer makes them: inputs come from the host and features go back there."""
     import onnxruntime as ort
     from lfm_runtime import Model
-    from lfm_runtime.gpu import VIEWS_AT_ONCE
-    from lfm_runtime.sampling import GenerationSettings, Sampler
+    from lfm_runtime.decode.sampling import GenerationSettings, Sampler
+    from lfm_runtime.engine.gpu import VIEWS_AT_ONCE
 
     profile = ("x86-cuda-tensorrt" if options.variant[0] == "fp16-trt" else "x86-cuda") if options.device == "cuda" else "generic"
     model = Model.load(options.bundle, profile=profile, variant=options.variant[0])

@@ -219,9 +219,9 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
 
     import onnxruntime as ort
     from lfm_runtime import Model, profile
-    from lfm_runtime import sessions as runtime_sessions
-    from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
-    from lfm_runtime.gpu import left_to_cpu
+    from lfm_runtime.engine import sessions as runtime_sessions
+    from lfm_runtime.engine.gpu import left_to_cpu
+    from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 
     if options.capture:
         runtime_sessions.CUDA_GRAPHS_SINCE = "0.0"

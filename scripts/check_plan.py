@@ -26,8 +26,8 @@ PLAN = """if True:
     from pathlib import Path
     import lfm_runtime.model
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.plan import Planner, process_memory
-    from lfm_runtime.profile import find_profile
+    from lfm_runtime.setup.memory import Planner, process_memory
+    from lfm_runtime.setup.profile import find_profile
     from lfm_runtime.images import open_image
     bundle, profile = Bundle.open(Path(sys.argv[1])), find_profile("generic", max_new_tokens=32, **json.loads(sys.argv[2]))
     plan = Planner(bundle, json.loads(sys.argv[3]), sys.argv[4], process_memory()).plan(profile)
@@ -57,7 +57,7 @@ def main() -> int:
                 words = [sys.executable, "-c", PLAN, bundle, json.dumps(settings), json.dumps([size] if size else []), QUESTION]
                 anonymous, mapped, tokens = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
                 (Path(folder) / "p.toml").write_text(f"extends = 'generic'\nprepared = {str(prepared).lower()}\nlow_memory = {str(low).lower()}\nthreads = 2\n")
-                words = [sys.executable, "-c", "import sys; from lfm_runtime.cli import main; sys.exit(main())", "run", bundle, *([str(images[size])] if size else []), "-p", QUESTION, "--json", "--profile", str(Path(folder) / "p.toml"),
+                words = [sys.executable, "-c", "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())", "run", bundle, *([str(images[size])] if size else []), "-p", QUESTION, "--json", "--profile", str(Path(folder) / "p.toml"),
                          "--variant", variant, "--max-new-tokens", "32", "--temperature", "0", "--force"]
                 memory = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["memory_mib"]
                 ratio = (anonymous + mapped) / memory["peak"]

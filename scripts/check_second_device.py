@@ -67,7 +67,7 @@ def prepare(bundle: Path) -> None:
     from lfm_quantize.gpu import for_gpu
     from lfm_quantize.graph import Graph
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.contract import DECODER
+    from lfm_runtime.formats.contract import DECODER
     from onnx import helper
 
     graph = Graph.open(Bundle.open(bundle).graphs("fp32")[1][DECODER.stem])
@@ -79,7 +79,7 @@ def prepare(bundle: Path) -> None:
 
 
 class WebGpuMemory:
-    """See lfm_runtime.device_state.Memory. This onnxruntime's Python cannot allocate there; a session's outputs can lie there."""
+    """See lfm_runtime.decode.device_state.Memory. This onnxruntime's Python cannot allocate there; a session's outputs can lie there."""
 
     def __init__(self) -> None:
         import onnxruntime as ort
@@ -132,11 +132,11 @@ def inside(bundle: Path) -> int:
     import numpy as np
     import onnxruntime as ort
     from lfm_runtime import Model
-    from lfm_runtime.contract import EMBED_TOKENS
-    from lfm_runtime.decoder import Decoder, DecoderSessions
-    from lfm_runtime.gpu import left_to_cpu
-    from lfm_runtime.prompt import Message
-    from lfm_runtime.sampling import Top
+    from lfm_runtime.decode.decoder import Decoder, DecoderSessions
+    from lfm_runtime.decode.sampling import Top
+    from lfm_runtime.engine.gpu import left_to_cpu
+    from lfm_runtime.formats.contract import EMBED_TOKENS
+    from lfm_runtime.text.prompt import Message
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
     job = model.plan([Message.user("What is in this image?", 1)], [ROOT / "demo/photos/coffee.jpg"], max_new_tokens=TOKENS, temperature=0)

@@ -29,7 +29,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.files import read_json_object
+from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.images import open_image
 from onnx import numpy_helper
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torchvision_shim  # noqa: F401
 import transformers
-from lfm_runtime.contract import present_name
+from lfm_runtime.formats.contract import present_name
 from safetensors.torch import save_file
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from lfm_runtime.bundle import Bundle, file_hash
-from lfm_runtime.prepared import find, folder_of
+from lfm_runtime.engine.prepared import find, folder_of
 from lfm_runtime.verify import verify
 from sticks import another
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.contract import LayerKind
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.files import read_json_object
+from lfm_runtime.formats.contract import LayerKind
+from lfm_runtime.formats.files import read_json_object
 
 _MOST_LAYERS = 1000
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # transformers, and the hub's first files

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lfm_runtime.contract import (
+from lfm_runtime.formats.contract import (
     CONV_WINDOW,
     MANY_TOKENS,
     MAX_CONTEXT,

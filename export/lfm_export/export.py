@@ -11,14 +11,14 @@ from typing import Any
 import onnx_ir as ir
 from lfm_runtime import __version__
 from lfm_runtime.bundle import MANIFEST, end_tokens, file_hash, read_manifest
-from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import SettingError
-from lfm_runtime.files import read_json_object, to_json
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images import ImageSettings
-from lfm_runtime.prompt import PromptSpec
-from lfm_runtime.sampling import GenerationSettings
+from lfm_runtime.text.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.checkpoint import Checkpoint, copy_hub_files

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.formats.files import damage_is, read_json_object
 
 from lfm_export.config import CheckpointError
 from lfm_export.tensors import Floats, TensorStore

@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from huggingface_hub import snapshot_download
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, past_names, present_name
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, past_names, present_name
 from optimum.exporters.onnx import OnnxConfig, export_models, onnx_export_from_model
 from optimum.utils import NormalizedConfig
 from torch import nn

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_runtime.files import read_json_object
+from lfm_runtime.formats.files import read_json_object
 from numpy.typing import NDArray
 
 from lfm_export.config import CheckpointError

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lfm_profiles import Profile
-from lfm_runtime.contract import VARIANT_SUFFIX
+from lfm_runtime.formats.contract import VARIANT_SUFFIX
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -44,7 +44,7 @@ def packed_variants(options: argparse.Namespace) -> list[str]:
 
 def packed_profile(options: argparse.Namespace) -> Profile | None:
     """The profile named, with the variants that are packed: the device runs what was meant."""
-    from lfm_runtime.profile import find_profile
+    from lfm_runtime.setup.profile import find_profile
 
     if not options.profile:
         return None

@@ -10,10 +10,10 @@ from typing import Any
 
 from lfm_profiles import Profile
 from lfm_runtime.bundle import SIGNATURE, SUMS, Bundle, file_hash
-from lfm_runtime.bundle_writer import replacing
-from lfm_runtime.contract import DECODER, VISION_ENCODER
+from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.prepare import space_needed
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.writer import replacing
 from lfm_runtime.signature import sign
 from packaging.version import Version
 

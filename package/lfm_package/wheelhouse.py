@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.bundle import file_hash
-from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.writer import replacing
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
-from lfm_runtime.decoder import Decoder, DecoderSessions
-from lfm_runtime.sessions import Execution, load_session
+from lfm_runtime.decode.decoder import Decoder, DecoderSessions
+from lfm_runtime.engine.sessions import Execution, load_session
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.graph import QuantizeError

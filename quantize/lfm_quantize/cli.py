@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.contract import BASES
+from lfm_runtime.formats.contract import BASES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Quantize and say what it cost."""
     from lfm_profiles import default_threads
-    from lfm_runtime.sessions import failures_are_ours
+    from lfm_runtime.engine.sessions import failures_are_ours
 
     from lfm_quantize.quantize import Settings, quantize
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from lfm_runtime.contract import CONV_WINDOW, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS
+from lfm_runtime.formats.contract import CONV_WINDOW, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS
 from onnx import helper, numpy_helper
 
 from lfm_quantize.graph import CONTRIB, FLOAT, FLOAT16, INT64, Graph, Place, QuantizeError, Tensor, reads

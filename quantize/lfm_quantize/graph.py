@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
+from lfm_runtime.engine.sessions import Execution, failures_are_ours
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.sessions import Execution, failures_are_ours
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from lfm_runtime.contract import CONV_WINDOW
+from lfm_runtime.formats.contract import CONV_WINDOW
 from onnx import helper
 
 from lfm_quantize.blocks import Feeds, Values, blocks_of, run_block

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from lfm_runtime.contract import KV_SCALES, present_name
+from lfm_runtime.formats.contract import KV_SCALES, present_name
 from numpy.typing import NDArray
 from onnx import helper
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, VISION_ENCODER
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
-from lfm_runtime.bundle_writer import carry_over, check_replaceable, replacing
-from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
+from lfm_runtime.formats.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
+from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from numpy.typing import NDArray
 

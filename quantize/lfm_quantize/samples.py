@@ -13,7 +13,7 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError
 from lfm_runtime.images import cut_views, open_image, plan_image
-from lfm_runtime.prompt import Message
+from lfm_runtime.text.prompt import Message
 from numpy.typing import NDArray
 from PIL import Image
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.graph import Graph, QuantizeError

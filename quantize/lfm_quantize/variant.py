@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
-from lfm_runtime.bundle_writer import carry_over, replacing
-from lfm_runtime.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER, graph_file
 from lfm_runtime.errors import BundleError
-from lfm_runtime.files import to_json
+from lfm_runtime.formats.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER, graph_file
+from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
 from lfm_quantize.kv import FIRST_ONNXRUNTIME

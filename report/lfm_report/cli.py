@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Read, draw, write."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.files import write_whole
+    from lfm_runtime.formats.files import write_whole
 
     from lfm_report.markdown import audit_markdown, tuning_markdown
     from lfm_report.page import audit_page, tuning_page

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.compare import AuditError, read_audit
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.formats.files import damage_is, read_json_object
 
 
 @dataclass(frozen=True)

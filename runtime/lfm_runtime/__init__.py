@@ -20,8 +20,8 @@ from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, Image
 if TYPE_CHECKING:
     from lfm_runtime.conversation import Session
     from lfm_runtime.model import Answer, Model
-    from lfm_runtime.prompt import IMAGE, Conversation, Message, ToolCall
     from lfm_runtime.report import Report
+    from lfm_runtime.text.prompt import IMAGE, Conversation, Message, ToolCall
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ __all__ = [
 # Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
 _LATER = {
     "Answer": "model", "Model": "model", "Report": "report", "Session": "conversation",
-    "IMAGE": "prompt", "Conversation": "prompt", "Message": "prompt", "ToolCall": "prompt",
+    "IMAGE": "text.prompt", "Conversation": "text.prompt", "Message": "text.prompt", "ToolCall": "text.prompt",
 }  # fmt: skip
 
 

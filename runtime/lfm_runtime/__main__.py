@@ -2,6 +2,6 @@
 
 import sys
 
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.commands.cli import add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.audit import audit
     from lfm_runtime.audit_images import find_images, make_images
     from lfm_runtime.audit_table import rows_for_csv, table
-    from lfm_runtime.console import status_line
-    from lfm_runtime.files import check_writable, write_whole
+    from lfm_runtime.commands.console import status_line
+    from lfm_runtime.formats.files import check_writable, write_whole
     from lfm_runtime.measured import keep_measured
 
     for path in (options.output, options.csv):
@@ -90,9 +90,9 @@ def run(options: argparse.Namespace) -> int:
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.profile import find_profile, profile_for
-    from lfm_runtime.sessions import Execution
-    from lfm_runtime.variants import choose_variants
+    from lfm_runtime.engine.sessions import Execution
+    from lfm_runtime.setup.profile import find_profile, profile_for
+    from lfm_runtime.setup.variants import choose_variants
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -126,7 +126,7 @@ def _subject(bundle: Bundle, variant: str, profile: Profile, images: list[Path],
 
     from lfm_runtime.audit import Subject
     from lfm_runtime.images import image_size
-    from lfm_runtime.plan import DoesNotFitError, Planner, fit, process_memory
+    from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
 
     if not bundle.files:  # a hub folder tells too little to plan from
         return Subject(variant, profile)

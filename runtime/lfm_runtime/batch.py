@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from lfm_runtime.context import Context
-from lfm_runtime.decoder import BatchState
+from lfm_runtime.decode.context import Context
+from lfm_runtime.decode.decoder import BatchState
+from lfm_runtime.decode.sampling import Sampler
+from lfm_runtime.engine.sessions import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images import ImageLike
 from lfm_runtime.model import Job, Model
-from lfm_runtime.prompt import Message
 from lfm_runtime.report import Report
-from lfm_runtime.sampling import Sampler
-from lfm_runtime.sessions import failures_are_ours
+from lfm_runtime.text.prompt import Message
 
 _ROOM = 512
 

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, SCHEMA_VERSION, VARIANT_SUFFIX, VISION_ENCODER, Graph
+from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, SCHEMA_VERSION, VARIANT_SUFFIX, VISION_ENCODER, Graph
+from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images import ImageSettings
-from lfm_runtime.onnx_file import external_files
-from lfm_runtime.prompt import PromptBuilder, PromptSpec, compile_on_device, token_text
-from lfm_runtime.sampling import GenerationSettings
+from lfm_runtime.text.prompt import PromptBuilder, PromptSpec, compile_on_device, token_text
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"

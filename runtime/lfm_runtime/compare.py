@@ -10,7 +10,7 @@ from typing import Any
 from lfm_runtime.audit import SCHEMA
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.figures import figure, separable
-from lfm_runtime.files import damage_is, read_json_object
+from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.verdict import headlines
 
 _MORE_IS_BETTER = ("decode_tok_s",)

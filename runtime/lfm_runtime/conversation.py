@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lfm_runtime.context import Context
+from lfm_runtime.decode.context import Context
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike
 from lfm_runtime.model import Answer, Model, PlannedImage, Progress
-from lfm_runtime.prompt import Message
+from lfm_runtime.text.prompt import Message
 
 
 class Session:

@@ -20,7 +20,7 @@ from lfm_profiles import Device, choose, detect
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 
-from lfm_runtime import gpu_wheel
+from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.process import child_environment, last_line, python
 
@@ -262,9 +262,9 @@ def _profile(machine: Machine) -> Iterator[Finding]:
 def _bundle(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime import golden
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.plan import Planner, fit, process_memory
-    from lfm_runtime.profile import profile_for
-    from lfm_runtime.variants import choose_variants
+    from lfm_runtime.setup.memory import Planner, fit, process_memory
+    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.variants import choose_variants
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)
@@ -284,10 +284,10 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
 
 def _prepared(machine: Machine) -> Iterator[Finding]:
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.contract import DECODER, VISION_ENCODER
-    from lfm_runtime.prepared import find
-    from lfm_runtime.profile import profile_for
-    from lfm_runtime.variants import choose_variants
+    from lfm_runtime.engine.prepared import find
+    from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.variants import choose_variants
 
     assert machine.bundle is not None
     bundle = Bundle.open(machine.bundle)

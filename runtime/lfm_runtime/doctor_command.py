@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     """Look, and say."""
     from dataclasses import asdict
 
-    from lfm_runtime.console import print_json
+    from lfm_runtime.commands.console import print_json
     from lfm_runtime.doctor import Machine, examine
 
     findings = []

@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
-from lfm_runtime.context import Context
+from lfm_runtime.decode.context import Context
+from lfm_runtime.engine.sessions import Graphs
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.files import damage_is, to_json
+from lfm_runtime.formats.files import damage_is, to_json
 from lfm_runtime.images import cut_views, plan_image
 from lfm_runtime.model import Model, PlannedImage
 from lfm_runtime.process import child_environment, module
-from lfm_runtime.profile import find_profile
-from lfm_runtime.prompt import Message
-from lfm_runtime.sessions import Graphs
+from lfm_runtime.setup.profile import find_profile
+from lfm_runtime.text.prompt import Message
 
 QUESTION = "What is in this image?"
 SIZE = (256, 192)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError, SettingError
-from lfm_runtime.files import read_json_object
+from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.image_file import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.costs import Costs, cost_key, keep_costs
+from lfm_runtime.setup.costs import Costs, cost_key, keep_costs
 
 
 def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:

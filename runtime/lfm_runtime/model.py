@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cache import Cache
-from lfm_runtime.context import Context, image_key, prompt_keys
+from lfm_runtime.decode.cache import Cache
+from lfm_runtime.decode.context import Context, image_key, prompt_keys
+from lfm_runtime.decode.sampling import GenerationSettings, Sampler
+from lfm_runtime.decode.speculation import PromptLookup
+from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
+from lfm_runtime.engine.sessions import Graphs
 from lfm_runtime.errors import PromptError, SettingError
-from lfm_runtime.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, View, cut_views, image_settings, open_image, plan_image
-from lfm_runtime.profile import generation_changes, image_changes, on_cpu, profile_for
-from lfm_runtime.prompt import Conversation, Message, RenderedPrompt
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
-from lfm_runtime.sampling import GenerationSettings, Sampler
-from lfm_runtime.sessions import Graphs
-from lfm_runtime.speculation import PromptLookup
+from lfm_runtime.setup.profile import generation_changes, image_changes, on_cpu, profile_for
+from lfm_runtime.text.prompt import Conversation, Message, RenderedPrompt
 
 _log = logging.getLogger(__name__)
 

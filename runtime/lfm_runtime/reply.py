@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.report import WRITTEN, Report
-from lfm_runtime.sampling import GenerationSettings
-from lfm_runtime.tokenizer import TextStream, Tokenizer
+from lfm_runtime.text.tokenizer import TextStream, Tokenizer
 
 
 class Reply:

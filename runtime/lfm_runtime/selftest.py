@@ -22,19 +22,19 @@ from lfm_profiles.sensors import Sensors
 from lfm_runtime import golden
 from lfm_runtime.audit_result import inter_token, ttft
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER, VISION_ENCODER
+from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.files import linked_copy
-from lfm_runtime.gpu import provider_options
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.images import plan_image
 from lfm_runtime.model import Answer, Model, PlannedImage
-from lfm_runtime.plan import Planner, fit, process_memory
 from lfm_runtime.process import last_line, run_command
-from lfm_runtime.profile import profile_for
-from lfm_runtime.prompt import Message
 from lfm_runtime.report import memory_mib
+from lfm_runtime.setup.memory import Planner, fit, process_memory
+from lfm_runtime.setup.profile import profile_for
+from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.text.prompt import Message
 from lfm_runtime.trial import Trial, start
-from lfm_runtime.variants import choose_variants
 
 _GROWTH = 0.01
 _SMALLEST_GROWTH_MIB = 2.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lfm_runtime.console import print_json
-from lfm_runtime.contract import VARIANT_SUFFIX
+from lfm_runtime.commands.console import print_json
+from lfm_runtime.formats.contract import VARIANT_SUFFIX
 
 _WORKS = 3  # install.sh takes it for a warning
 

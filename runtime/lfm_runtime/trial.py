@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lfm_profiles import Profile
 
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.files import damage_is
+from lfm_runtime.formats.files import damage_is
 from lfm_runtime.process import child_environment, module
 
 if TYPE_CHECKING:
@@ -254,8 +254,8 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
     """
     import numpy as np
 
-    from lfm_runtime.context import Context
-    from lfm_runtime.prompt import Message
+    from lfm_runtime.decode.context import Context
+    from lfm_runtime.text.prompt import Message
 
     found = []
     for at, image in enumerate(request["images"]):

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.commands.cli import add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 
@@ -34,11 +34,11 @@ def run(options: argparse.Namespace) -> int:
     from lfm_profiles.sensors import Sensors
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.console import status_line
-    from lfm_runtime.files import check_writable, write_whole
-    from lfm_runtime.gpu_wheel import CUDA
+    from lfm_runtime.commands.console import status_line
+    from lfm_runtime.engine.gpu_wheel import CUDA
+    from lfm_runtime.formats.files import check_writable, write_whole
     from lfm_runtime.images import image_size
-    from lfm_runtime.profile import profile_for
+    from lfm_runtime.setup.profile import profile_for
     from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
 
     if not 0 <= options.minutes <= 1e5:

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
-from lfm_runtime.bundle_writer import replacing
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.formats.writer import replacing
 from lfm_runtime.verify import verify
 
 try:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SUMS, Bundle, file_hash, read_manifest
-from lfm_runtime.contract import GRAPHS
+from lfm_runtime.engine.sessions import Execution, check_onnxruntime, load_session
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.onnx_file import external_files
-from lfm_runtime.sessions import Execution, check_onnxruntime, load_session
+from lfm_runtime.formats.contract import GRAPHS
+from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.signature import check_signature
 
 Progress = Callable[[int, int], None]

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from lfm_profiles.sensors import Reading, Sensors
 
-from lfm_runtime.gpu import gpu_memory_used
+from lfm_runtime.engine.gpu import gpu_memory_used
 
 MIB = float(1 << 20)
 _MEMORY_S, _STATE_S = 0.05, 0.5

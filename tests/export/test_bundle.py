@@ -19,9 +19,9 @@ pytest.importorskip("onnx_ir")
 from lfm_export.config import CheckpointError
 from lfm_export.export import export
 from lfm_runtime import Model
-from lfm_runtime.bundle_writer import replacing
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.writer import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -139,7 +139,7 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 sys.exit(main(["export", sys.argv[1], "-o", sys.argv[2], "--quiet"]))
 """
 

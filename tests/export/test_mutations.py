@@ -269,7 +269,7 @@ def differences(folder: Path, bundle: Path) -> list[str]:
         wanted_features = reference.image_features(torch_model, pixels, grids, mask)
         if not np.allclose(features, wanted_features, atol=2e-3 * max(1, np.abs(wanted_features).max())):
             found.append(f"image features, off by {np.abs(features - wanted_features).max():.3g}")
-        from lfm_runtime.context import Context
+        from lfm_runtime.decode.context import Context
 
         logits = model.read(job, Context(model.decoder))
         with torch.no_grad():

@@ -25,8 +25,8 @@ from lfm_export import export as export_module  # noqa: E402
 from lfm_export.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
 from lfm_export.portable import export_with_optimum  # noqa: E402
-from lfm_runtime.cli import main  # noqa: E402
-from lfm_runtime.contract import present_name  # noqa: E402
+from lfm_runtime.commands.cli import main  # noqa: E402
+from lfm_runtime.formats.contract import present_name  # noqa: E402
 from lfm_runtime.model import Model  # noqa: E402
 from lfm_runtime.verify import verify  # noqa: E402
 from test_graph_parity import CASES, GRIDS, build, cosine, decode  # noqa: E402
@@ -274,7 +274,7 @@ def test_tools_that_cannot_be_imported(tmp_path) -> None:
     (tmp_path / "optimum" / "__init__.py").write_text("")
     (tmp_path / "optimum" / "exporters" / "__init__.py").write_text("try:\n    raise RuntimeError('odd operator')\nexcept RuntimeError as e:\n    raise ImportError('no') from e\n")
     words = ["export", str(reference.DEMO), "-o", str(tmp_path / "b"), "--portable"]
-    code = f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; from lfm_runtime.cli import main; sys.exit(main({words!r}))"
+    code = f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; from lfm_runtime.commands.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "cannot import what it needs (" in done.stderr

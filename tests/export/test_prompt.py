@@ -20,7 +20,7 @@ pytest.importorskip("jinja2")
 from lfm_export.prompt import CONVERSATIONS, NEEDED, check_chat, compile_prompt, render_template
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.images import ImageSettings, plan_image
-from lfm_runtime.prompt import IMAGE, ChatFormat, Conversation, Message, PromptBuilder, PromptSpec, ToolCall, compile_on_device
+from lfm_runtime.text.prompt import IMAGE, ChatFormat, Conversation, Message, PromptBuilder, PromptSpec, ToolCall, compile_on_device
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"

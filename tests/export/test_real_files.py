@@ -21,11 +21,11 @@ from lfm_export.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
 from lfm_runtime import EdgeError, Message, Model  # noqa: E402
 from lfm_runtime.bundle import end_tokens  # noqa: E402
-from lfm_runtime.cli import main  # noqa: E402
+from lfm_runtime.commands.cli import main  # noqa: E402
+from lfm_runtime.decode.sampling import GenerationSettings  # noqa: E402
 from lfm_runtime.errors import BundleError, SettingError  # noqa: E402
 from lfm_runtime.images import ImageSettings  # noqa: E402
-from lfm_runtime.prompt import Conversation, PromptSpec, compile_on_device  # noqa: E402
-from lfm_runtime.sampling import GenerationSettings  # noqa: E402
+from lfm_runtime.text.prompt import Conversation, PromptSpec, compile_on_device  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,7 +267,7 @@ def test_no_number_is_no_answer(tiny, tmp_path) -> None:
     with pytest.raises(BundleError, match="no numbers"):
         export(folder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
-    from lfm_runtime.sampling import Sampler, Top
+    from lfm_runtime.decode.sampling import Sampler, Top
 
     row = np.full(100, np.nan, np.float32)
     for temperature in (0.0, 0.1):
@@ -275,7 +275,7 @@ def test_no_number_is_no_answer(tiny, tmp_path) -> None:
             Sampler(GenerationSettings(temperature=temperature), 100, []).next(row.copy())
         with pytest.raises(BundleError, match="not numbers"):
             Sampler(GenerationSettings(temperature=temperature), 100, []).next(Top(row[:64], np.arange(64), row.copy))
-    from lfm_runtime.files import to_json
+    from lfm_runtime.formats.files import to_json
 
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json({"x": float("nan")})

@@ -17,8 +17,8 @@ if reference.TRANSFORMERS_5:
 
 import shape_static  # noqa: E402
 from lfm_export.export import export  # noqa: E402
-from lfm_runtime.contract import present_name  # noqa: E402
 from lfm_runtime.errors import EdgeError  # noqa: E402
+from lfm_runtime.formats.contract import present_name  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_graph_parity import cosine, decode  # noqa: E402
 from test_portable import OpenVino  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 from lfm_package.pack import Extras, pack
 from lfm_profiles import read
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.model import Model
 from lfm_runtime.unpack import unpack

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from lfm_package.pack import Extras, pack
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.signature import check_signature, sign
 from lfm_runtime.unpack import unpack

@@ -12,7 +12,7 @@ import pytest
 from lfm_package import wheelhouse as module
 from lfm_package.targets import TARGETS, Platform, System, Target
 from lfm_package.wheelhouse import Wheel, WheelhouseError, check, glibc_needed, read_wheelhouse, resolve, wheelhouse
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
 from packaging import markers, tags
 
@@ -116,7 +116,7 @@ def test_a_real_one(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(folder / next(wheel.file for wheel in found if wheel.name == "lfm-edge")) as archive:
         names = archive.namelist()
-    assert "lfm_runtime/cli.py" in names
+    assert "lfm_runtime/commands/cli.py" in names
     assert "lfm_package/install.sh" in names
     (folder / "photo.jpg").write_bytes(b"")
     with pytest.raises(WheelhouseError, match="is not a wheelhouse"):

@@ -12,8 +12,8 @@ import pytest
 from lfm_profiles import choose, default_threads, detect, physical_cores
 from lfm_profiles.cgroup import cpu_quota
 from lfm_profiles.device import CoreType
-from lfm_runtime.cli import main
-from lfm_runtime.profile_command import device_lines
+from lfm_runtime.commands.cli import main
+from lfm_runtime.commands.profile import device_lines
 from trees import A53, DEVICES, V8, machine_of, meminfo, pi, write, x86
 
 CPU = ["CPUExecutionProvider"]

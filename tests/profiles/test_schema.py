@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_profiles import Profile, ProfileError, read, with_flags
 from lfm_profiles.schema import SETTINGS, Budget, Match, names
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = {

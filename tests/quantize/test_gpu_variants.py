@@ -17,8 +17,8 @@ from lfm_quantize.half import half
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, read_manifest
-from lfm_runtime.cli import main
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
+from lfm_runtime.commands.cli import main
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ from lfm_quantize.samples import View
 from lfm_quantize.smooth import folded, sources
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.contract import DECODER
+from lfm_runtime.formats.contract import DECODER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,7 +192,7 @@ def test_int8_products_do_not_overflow(tmp_path) -> None:
     """Largest weights meet largest inputs: on x86 without VNNI a pair of them leaves 16 bits, unless the runtime asks for exactness."""
     from lfm_quantize.rewrite import quantized_nodes
     from lfm_quantize.rounding import Precision, rtn
-    from lfm_runtime.sessions import Execution, open_session
+    from lfm_runtime.engine.sessions import Execution, open_session
     from onnx import helper
 
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")

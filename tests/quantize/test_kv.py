@@ -15,9 +15,9 @@ from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model, Session
 from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle, read_manifest
-from lfm_runtime.cli import main
-from lfm_runtime.decoder import SharedState
-from lfm_runtime.prepared import folder_of
+from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.decoder import SharedState
+from lfm_runtime.engine.prepared import folder_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:3]
@@ -152,7 +152,7 @@ def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
     ]:
         assert main(["quantize", str(demo_bundle), "--quiet", *words]) == 2
         assert said in capsys.readouterr().err
-    monkeypatch.setattr("lfm_runtime.sessions.ort.__version__", "1.26.0")
+    monkeypatch.setattr("lfm_runtime.engine.sessions.ort.__version__", "1.26.0")
     assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
     assert "needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
 

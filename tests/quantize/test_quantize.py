@@ -22,7 +22,7 @@ from lfm_quantize.rounding import Precision, rtn
 from lfm_quantize.samples import prepare
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from onnx import helper
 from PIL import Image
 

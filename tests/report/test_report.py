@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.figures import figure
 
 pytest.importorskip("matplotlib")

@@ -15,7 +15,7 @@ from lfm_runtime import audit as audit_module
 from lfm_runtime.audit import Subject, Workload, audit
 from lfm_runtime.audit_images import SIZES, find_images, make_images
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.figures import figure
 from lfm_runtime.trial import start
@@ -322,7 +322,7 @@ def test_terminated(demo_bundle, tmp_path) -> None:
 
     import psutil
 
-    code = "import sys; from lfm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = [sys.executable, "-c", code, "audit", str(demo_bundle), "--profile", "generic", "--new-tokens", "8", "-o", str(tmp_path / "a.json")]
     for signal_, kept in ((signal.SIGTERM, True), (signal.SIGKILL, False)):

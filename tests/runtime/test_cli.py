@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 
 
 def test_help_says_what_each_command_does(capsys) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.compare import changes, differences, read_audit
 from lfm_runtime.figures import figure
 from lfm_runtime.verdict import headlines

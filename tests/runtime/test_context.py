@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import EdgeError, Message, Model, Session, SettingError
-from lfm_runtime.cache import Cache
-from lfm_runtime.cli import main
-from lfm_runtime.context import Context, image_key, prompt_keys
-from lfm_runtime.decoder import ConcatenatedState, SharedState
-from lfm_runtime.state import Snapshot
+from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.cache import Cache
+from lfm_runtime.decode.context import Context, image_key, prompt_keys
+from lfm_runtime.decode.decoder import ConcatenatedState, SharedState
+from lfm_runtime.decode.state import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]
@@ -168,7 +168,7 @@ def test_second_question_about_the_same_image(demo_bundle, demo_model) -> None:
 
 def test_cache_on_disk_serves_another_process(demo_bundle, demo_model, tmp_path) -> None:
     words = ["run", str(demo_bundle), str(PICTURES[0]), "-p", QUESTION, "--json", "--cache", str(tmp_path / "cache"), "--threads", "2"]
-    code = f"import sys; from lfm_runtime.cli import main; sys.exit(main({words!r}))"
+    code = f"import sys; from lfm_runtime.commands.cli import main; sys.exit(main({words!r}))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     reports = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
     import json
@@ -210,7 +210,7 @@ def test_folder_that_cannot_be_written(demo_bundle, tmp_path, caplog, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lfm_runtime.cache.tempfile.mkstemp", full)
+    monkeypatch.setattr("lfm_runtime.decode.cache.tempfile.mkstemp", full)
     assert model.answer(PICTURES[:1], QUESTION).text() == model.answer(PICTURES[:1], QUESTION).text()
     (record,) = caplog.records
     assert "No space left on device" in record.getMessage()
@@ -283,7 +283,7 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
     assert split.answer(PICTURES[:1], QUESTION).text()
     assert split.graphs.identity() != plain.graphs.identity()
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20}))
+        patch.setattr("lfm_runtime.engine.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20}))
         short = Model.load(bundle, variant="int4", prefill="int8", threads=2)
     assert short.graphs.prefill_path is None
     assert "prefill int8 is left out" in caplog.text
@@ -328,7 +328,7 @@ def test_a_long_prompt_in_parts_is_the_prompt(demo_model, photo, monkeypatch) ->
     """A tiled photo's tokens through steps of any size: the same logits, and the same text after them."""
     found = []
     for most in (10_000, 320, 50):
-        monkeypatch.setattr("lfm_runtime.context.MOST_AT_ONCE", most)
+        monkeypatch.setattr("lfm_runtime.decode.context.MOST_AT_ONCE", most)
         job = demo_model.plan([Message.user(QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
         assert len(job.prompt.ids) > 320
         logits = demo_model.read(job, Context(demo_model.decoder)).copy()

@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.context import Context
-from lfm_runtime.contract import DECODER, MANY_TOKENS, TOP_TOKENS
 from lfm_runtime.conversation import Session
-from lfm_runtime.decoder import ConcatenatedState, Decoder, SharedState
-from lfm_runtime.device_state import DeviceState, OrtMemory
+from lfm_runtime.decode.context import Context
+from lfm_runtime.decode.decoder import ConcatenatedState, Decoder, SharedState
+from lfm_runtime.decode.device_state import DeviceState, OrtMemory
+from lfm_runtime.formats.contract import DECODER, MANY_TOKENS, TOP_TOKENS
 
 QUESTION = "What is in this image?"
 

@@ -14,12 +14,12 @@ from lfm_profiles import detect, read
 from lfm_runtime import Model, gpu, gpu_wheel, profile, sessions
 from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
-from lfm_runtime.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
-from lfm_runtime.device_state import DeviceState, OrtMemory
+from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.device_state import DeviceState, OrtMemory
+from lfm_runtime.engine.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
+from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT
 from lfm_runtime.errors import SettingError
-from lfm_runtime.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
-from lfm_runtime.gpu_wheel import CPU, CUDA, TENSORRT
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
 from lfm_runtime.model import _of_one_size
 from PIL import Image
 
@@ -160,7 +160,7 @@ def test_what_sessions_are_given(tmp_path, caplog) -> None:
 def test_norms_are_summed_in_fp32(monkeypatch) -> None:
     """By releases that would sum in fp16, too; see scripts/check_cuda.py for the kernels that come of it."""
     for version, strict in (("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("1.31.1", False)):
-        monkeypatch.setattr("lfm_runtime.ort_release.ort.__version__", version)
+        monkeypatch.setattr("lfm_runtime.engine.ort_release.ort.__version__", version)
         (_, options), _ = provider_options((CUDA, CPU), DECODER)
         assert (options.get("enable_skip_layer_norm_strict_mode") == "1") is strict
 
@@ -331,7 +331,7 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
     """The first step is tried when the model is loaded; without CUDA graphs it goes on."""
     machine()
     decoder = Model.load(bundle, variant="fp16", threads=1).decoder
-    monkeypatch.setattr("lfm_runtime.decoder.DeviceState", Broken)
+    monkeypatch.setattr("lfm_runtime.decode.decoder.DeviceState", Broken)
     monkeypatch.setattr(sessions, "OrtMemory", lambda _: OrtMemory("cpu"))
     loaded = []
 
@@ -357,7 +357,7 @@ def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
     """Not where a captured Concat goes wrong at replays."""
     machine()
     for version, wanted in (("1.23.2", False), ("1.29.0", False), ("1.30.0", True), ("1.31.1", True)):
-        monkeypatch.setattr("lfm_runtime.sessions.ort.__version__", version)
+        monkeypatch.setattr("lfm_runtime.engine.sessions.ort.__version__", version)
         assert sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).execution.cuda_graphs is wanted
 
 
@@ -390,13 +390,13 @@ def test_profiles_for_gpus_say_what_they_do() -> None:
 
 def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, caplog, monkeypatch, photo) -> None:
     """A bundle that this GPU cannot compute: run plans its memory for the CPU, audit, selftest and plan take the CPU's profile as well."""
-    from lfm_runtime import plan
     from lfm_runtime.selftest import Installed
+    from lfm_runtime.setup import memory as plan
 
     machine()
     planned = []
     was = plan.fit
-    monkeypatch.setattr("lfm_runtime.plan.fit", lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1])
+    monkeypatch.setattr("lfm_runtime.setup.memory.fit", lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1])
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "2"]) == 0
     assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
     assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0
@@ -408,7 +408,7 @@ def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, ca
 
 
 def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
-    from lfm_runtime.plan import Planner, fit, process_memory
+    from lfm_runtime.setup.memory import Planner, fit, process_memory
 
     machine()
     chosen = profile.profile_for(Bundle.open(bundle), "x86-cuda")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_runtime.errors import ImageError, SettingError
 from lfm_runtime.images import ImageSettings, cut_views, open_image, patchify, plan_image
-from lfm_runtime.prompt import ImageTokens
+from lfm_runtime.text.prompt import ImageTokens
 from PIL import Image, ImageOps
 
 NAMED_SIZES = [

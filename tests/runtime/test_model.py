@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, Session, SettingError
-from lfm_runtime.cli import main
-from lfm_runtime.decoder import ConcatenatedState, SharedState
+from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.decoder import ConcatenatedState, SharedState
 from lfm_runtime.reply import StopStrings
 from lfm_runtime.report import STAGES
 from PIL import Image
@@ -449,7 +449,7 @@ def test_damaged_hub_folder(bundle_copy) -> None:
 
 def test_graph_that_fails_at_run_time(demo_bundle, drawing, capsys, monkeypatch) -> None:
     """An error of onnxruntime in the middle of an answer is one line, too."""
-    from lfm_runtime.decoder import Decoder
+    from lfm_runtime.decode.decoder import Decoder
 
     embed = Decoder.embed
     monkeypatch.setattr(Decoder, "embed", lambda self, ids: embed(self, [10**6 for _ in ids]))
@@ -484,18 +484,18 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_runtime_stays_light() -> None:
-    assert not FORBIDDEN & loaded_by("import lfm_runtime, lfm_runtime.cli, lfm_runtime.run_command, lfm_runtime.chat_command, lfm_profiles")
+    assert not FORBIDDEN & loaded_by("import lfm_runtime, lfm_runtime.commands.cli, lfm_runtime.commands.run, lfm_runtime.commands.chat, lfm_profiles")
 
 
 def test_command_line_stays_light(demo_bundle, drawing) -> None:
     """The whole command, to the end of an answer."""
-    code = f"from lfm_runtime.cli import main\nassert main(['run', {str(demo_bundle)!r}, {str(drawing)!r}, '-p', 'x', '--json']) == 0"
+    code = f"from lfm_runtime.commands.cli import main\nassert main(['run', {str(demo_bundle)!r}, {str(drawing)!r}, '-p', 'x', '--json']) == 0"
     assert not FORBIDDEN & loaded_by(code)
 
 
 def test_help_is_instant() -> None:
     """--help loads no onnxruntime and no numpy."""
-    code = "from lfm_runtime.cli import main\nimport contextlib\nwith contextlib.suppress(SystemExit):\n    main(['run', '--help'])"
+    code = "from lfm_runtime.commands.cli import main\nimport contextlib\nwith contextlib.suppress(SystemExit):\n    main(['run', '--help'])"
     assert not {"onnxruntime", "numpy", "PIL"} & loaded_by(code)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from lfm_profiles import Device, detect, read, with_flags
-from lfm_runtime import plan as planning
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
-from lfm_runtime.plan import DoesNotFitError, Memory, Planner, Shapes, fit
+from lfm_runtime.setup import memory as planning
+from lfm_runtime.setup.memory import DoesNotFitError, Memory, Planner, Shapes, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is in this image?"
@@ -81,7 +81,7 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
     words = [*(["--low-memory"] if low else []), "--threads", "1"]
 
     def run(*command: str) -> dict:
-        code = "import sys; from lfm_runtime.cli import main; sys.exit(main())"
+        code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())"
         done = subprocess.run(
             [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

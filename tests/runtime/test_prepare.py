@@ -15,10 +15,10 @@ import pytest
 from lfm_profiles import cpu_features
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
-from lfm_runtime.contract import DECODER
-from lfm_runtime.prepare import prepare
-from lfm_runtime.prepared import find, folder_of
+from lfm_runtime.commands.cli import main
+from lfm_runtime.engine.prepare import prepare
+from lfm_runtime.engine.prepared import find, folder_of
+from lfm_runtime.formats.contract import DECODER
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "demo" / "eval" / "images" / "0000.png"
@@ -137,7 +137,7 @@ def test_foreign_folder_stays(demo_bundle, tmp_path, capsys) -> None:
 def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
     """Whatever is there afterwards is whole."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    code = "import sys; from lfm_runtime.cli import main; sys.exit(main(['prepare', sys.argv[1]]))"
+    code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(['prepare', sys.argv[1]]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     start = lambda: subprocess.Popen([sys.executable, "-c", code, str(bundle)], env=environment, stderr=subprocess.DEVNULL)  # noqa: E731
     processes = [start() for _ in range(3)]
@@ -155,15 +155,15 @@ def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
 def test_refusals(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.prepare.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+        patch.setattr("lfm_runtime.engine.prepare.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
         assert main(["prepare", str(bundle)]) == 2
         assert "1 MiB free" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.prepare.ort.__version__", "1.22.1")
+        patch.setattr("lfm_runtime.engine.prepare.ort.__version__", "1.22.1")
         assert main(["prepare", str(bundle)]) == 2
         assert "needs 1.23" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.prepare._same", lambda *_: False)
+        patch.setattr("lfm_runtime.engine.prepare._same", lambda *_: False)
         assert main(["prepare", str(bundle)]) == 2
         assert "something else when prepared" in capsys.readouterr().err
     assert not list((tmp_path / "bundle.prepared").rglob("*.onnx"))

@@ -13,10 +13,10 @@ import pytest
 from lfm_profiles import default_threads, physical_cores, read
 from lfm_profiles.schema import names
 from lfm_runtime import Model, SettingError
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
+from lfm_runtime.engine.sessions import Execution
 from lfm_runtime.images import plan_image
-from lfm_runtime.profile import detected, find_profile
-from lfm_runtime.sessions import Execution
+from lfm_runtime.setup.profile import detected, find_profile
 from PIL import Image
 
 CUDA = [name for name in names() if "CUDAExecutionProvider" in read(name).providers]
@@ -42,7 +42,7 @@ def sessions(monkeypatch) -> list[dict]:
         })  # fmt: skip
         return real(path, options, providers=providers, enable_fallback=enable_fallback)
 
-    monkeypatch.setattr("lfm_runtime.sessions.ort.InferenceSession", spy)
+    monkeypatch.setattr("lfm_runtime.engine.sessions.ort.InferenceSession", spy)
     return created
 
 
@@ -214,7 +214,7 @@ def test_not_allowed_to_choose_processors(demo_bundle, monkeypatch, caplog) -> N
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("lfm_runtime.sessions.os.sched_setaffinity", refuse)
+    monkeypatch.setattr("lfm_runtime.engine.sessions.os.sched_setaffinity", refuse)
     assert Model.load(demo_bundle, threads=1, affinity="cores").answer([], "x", max_new_tokens=1).text() is not None
     assert "Operation not permitted" in caplog.text
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from lfm_runtime.decode.sampling import GenerationSettings, Sampler, distribution, penalise
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.sampling import GenerationSettings, Sampler, distribution, penalise
 
 CASES = [
     {"temperature": 0.1, "min_p": 0.15}, {"temperature": 1.0, "min_p": 0.0}, {"temperature": 0.7, "min_p": 0.0, "top_k": 5},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lfm_runtime import golden, selftest
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from lfm_runtime.model import Model
 from lfm_runtime.selftest import CHECKS, CheckError, Installed, Skipped

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lfm_runtime import Message, Model, Session
-from lfm_runtime.cli import main
-from lfm_runtime.contract import MANY_TOKENS
-from lfm_runtime.decoder import SharedState
+from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.decoder import SharedState
+from lfm_runtime.decode.speculation import PromptLookup
+from lfm_runtime.formats.contract import MANY_TOKENS
 from lfm_runtime.model import Answer
-from lfm_runtime.speculation import PromptLookup
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:4]

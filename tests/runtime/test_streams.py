@@ -50,7 +50,7 @@ def test_output_that_cannot_encode_the_answer(demo_bundle, environment, tmp_path
     """Replaced in text, escaped in JSON. The words come through the report's name: a demo answer is ASCII."""
     named = tmp_path / "Küche"
     named.symlink_to(demo_bundle)
-    code = "from lfm_runtime.console import print_json, ready_streams; ready_streams(); print_json({'text': 'K\\xfcche \\u20ac'}); print('K\\xfcche \\u20ac')"
+    code = "from lfm_runtime.commands.console import print_json, ready_streams; ready_streams(); print_json({'text': 'K\\xfcche \\u20ac'}); print('K\\xfcche \\u20ac')"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True)
     first, second = done.stdout.decode("ascii").splitlines()

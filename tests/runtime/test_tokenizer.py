@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lfm_runtime.compile_tokenizer import GPT2_SPLIT, compile_tokenizer, translate_pattern, unicode_ranges
 from lfm_runtime.errors import PromptError
-from lfm_runtime.tokenizer import CLASSES, TextStream, Tokenizer, byte_alphabet
+from lfm_runtime.text.compile_tokenizer import GPT2_SPLIT, compile_tokenizer, translate_pattern, unicode_ranges
+from lfm_runtime.text.tokenizer import CLASSES, TextStream, Tokenizer, byte_alphabet
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "tokenizer.json"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lfm_runtime.contract import TOP_TOKENS
-from lfm_runtime.sampling import GenerationSettings, Sampler, Top
+from lfm_runtime.decode.sampling import GenerationSettings, Sampler, Top
+from lfm_runtime.formats.contract import TOP_TOKENS
 
 
 @settings(max_examples=300, deadline=None)

@@ -11,7 +11,7 @@ from lfm_profiles import Device, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import tune as tuning_module
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.cli import main
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
 from lfm_runtime.trial import AnswerTimes, Outcome, Trial, TrialError, start
 from lfm_runtime.tune import Tuning, axes_of, tune

@@ -1,0 +1,245 @@
+"""The `lfm-edge` command. `run` and `chat` live here; commands of other packages are found by entry points and loaded only
+when asked for, so that this file never imports them.
+
+A command is a module with `add_arguments(parser)` and `run(options) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lfm_runtime import __version__
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.contract import VARIANT_SUFFIX
+
+if TYPE_CHECKING:
+    from lfm_runtime.model import Model
+
+_GROUP = "lfm_edge.commands"
+_EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when interrupted."""
+    if arguments is None:
+        from lfm_runtime.commands.console import ready_streams
+
+        ready_streams()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {point.name: point for point in entry_points(group=_GROUP)}
+    if not words or words[0] not in commands:
+        parser = Parser(
+            prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
+            epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
+        parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of those below")
+        parser.parse_args(words[:1] or ["--help"])
+    try:
+        module: ModuleType = importlib.import_module(commands[words[0]].value)
+        inner = Parser(prog=f"lfm-edge {words[0]}")
+        module.add_arguments(inner)
+        return int(module.run(inner.parse_intermixed_args(inner.without_dashes(words[1:]))))
+    except EdgeError as e:
+        return _fail(str(e), e.exit_code)
+    except ModuleNotFoundError as e:
+        return _fail(_missing(commands[words[0]], e))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
+        sys.stderr.close()
+        return 0
+    except OSError as e:  # a file or disk failed where no better message was made
+        return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with the option that was meant."""
+
+    def without_dashes(self, words: list[str]) -> list[str]:
+        """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the dashes."""
+        if "--" not in words:
+            return words
+        at = words.index("--")
+        option = self._option_string_actions.get(words[at - 1]) if at else None
+        if option is not None and option.nargs != 0:
+            self.error(f"argument {words[at - 1]}: expected one argument")
+        return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}{self.prog} --help tells more\n")
+
+
+def _what(point: EntryPoint) -> str:
+    """What a command is for, from the first line of its module, which is not imported for it."""
+    try:
+        found = importlib.util.find_spec(point.value)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        return ""
+    with open(found.origin, encoding="utf-8") as f:  # noqa: PTH123  (pathlib would be imported for --help)
+        return f.readline().strip('"\n').partition("`: ")[2].rstrip(".")
+
+
+def _fail(message: str, code: int = _EXIT_ERROR) -> int:
+    print(f"lfm-edge: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
+    extra = point.value.partition(".")[0].removeprefix("lfm_")
+    wanted = "lfm-edge" if extra == "runtime" else f"lfm-edge[{extra}]"
+    return f"{point.name} needs the Python package {e.name}; install it with: pip install '{wanted}'"
+
+
+# ------------------------------------------------------------------------------------------------ shared by commands
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The user's parameters, under the same names everywhere."""
+    parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
+    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
+    parser.add_argument("--verify", action="store_true", help="hash every file before loading")
+    parser.add_argument("--force", action="store_true", help="run as the profile says even where the memory does not suffice")
+    add_setting_arguments(parser)
+    text = parser.add_argument_group("generation (defaults: the profile's, generation_config.json, else the model card's)")
+    text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    text.add_argument("--min-p", type=float, metavar="P")
+    text.add_argument("--top-k", type=int, metavar="K")
+    text.add_argument("--top-p", type=float, metavar="P")
+    text.add_argument("--repetition-penalty", type=float, metavar="R")
+    text.add_argument("--max-new-tokens", type=int, metavar="N")
+    text.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step")
+    text.add_argument("--seed", type=int, metavar="N")
+    text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    text.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a profile sets too; a flag overrides it."""
+    model = parser.add_argument_group("model (defaults: the profile's)")
+    model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights")
+    model.add_argument("--threads", type=int, metavar="N", help="of each operator")
+    model.add_argument("--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…")
+    model.add_argument("--spinning", type=_spinning, metavar="US", help="how long threads wait without sleeping: on, off, or microseconds")
+    model.add_argument("--prefill", choices=("none", *VARIANT_SUFFIX), metavar="VARIANT",
+                       help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
+    model.add_argument("--strict-placement", action=argparse.BooleanOptionalAction,
+                       help="on a GPU: an operator of the decode loop that is left to the CPU is an error")  # fmt: skip
+    model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
+    image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
+    image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
+    image.add_argument("--max-image-tokens", type=int, metavar="N", help="of one view; downscale above this")
+    image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
+    image.add_argument("--min-tiles", type=int, metavar="N")
+    image.add_argument("--max-tiles", type=int, metavar="N")
+    image.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles")
+
+
+def _affinity(text: str) -> str | tuple[int, ...]:
+    try:
+        return text if text in ("cores", "none") else tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: write cores, none, or processor numbers: 0,2") from e
+
+
+def _spinning(text: str) -> bool | int:
+    try:
+        return text == "on" if text in ("on", "off") else int(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
+
+
+_MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory", "strict_placement")
+_IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
+_GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
+
+
+def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
+    """The model the flags describe; `special` as for Model.answer. Before it is loaded, it must fit this machine's memory with these
+    images (see plan.py).
+    """
+    from pathlib import Path
+
+    from lfm_profiles import detect
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.images import MAX_MEGAPIXELS, image_size
+    from lfm_runtime.model import Model
+    from lfm_runtime.setup.memory import Planner, fit, process_memory
+    from lfm_runtime.setup.profile import profile_for
+
+    check_images(options)
+    bundle = Bundle.open(Path(options.bundle))
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
+    device, start = detect(), process_memory()
+    most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
+    sizes = [image_size(image, max_megapixels=most) for image in options.images]
+    if bundle.files:  # a hub folder tells too little to plan from
+        fitted = fit(Planner(bundle, sizes, question, start, special=special), profile, device, force=options.force)
+        for step in fitted.steps:
+            print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
+        profile = fitted.plan.profile
+    return Model.load(bundle, profile=profile, verify=options.verify, cache_folder=options.cache)
+
+
+def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings given as flags."""
+    return {name: value for name in (*_MODEL_FLAGS, *_IMAGE_FLAGS) if (value := getattr(options, name)) is not None}
+
+
+def check_images(options: argparse.Namespace) -> None:
+    """Image settings need an image that they could apply to. Images that come through pipes are read, once."""
+    from lfm_runtime.image_file import is_stream, read_stream
+
+    options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
+    given = [name for name in (*_IMAGE_FLAGS, "max_megapixels") if getattr(options, name) is not None]
+    if given and not options.images:
+        raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")
+
+
+def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Generation settings given, and the image limit."""
+    given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
+    if options.stop:
+        given["stop"] = tuple(options.stop)
+    if options.max_megapixels is not None:
+        given["max_megapixels"] = options.max_megapixels
+    return given
+
+
+def interrupt_on_termination() -> None:
+    """For commands that start processes and keep what they measured: SIGTERM and SIGHUP end them as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), interrupt)
+
+
+def show_progress(done: int, total: int) -> None:
+    """Views encoded, on a terminal, where there is more than one."""
+    if total > 1 and sys.stderr.isatty():
+        end = "\r\x1b[K" if done == total else f"\r\x1b[Kencoding view {done + 1} of {total}"
+        print(end, end="", file=sys.stderr, flush=True)

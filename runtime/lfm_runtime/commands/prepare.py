@@ -1,0 +1,49 @@
+"""`lfm-edge prepare`: on the device, graphs as its processor wants them: starts are faster, memory is mapped files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lfm_runtime.formats.contract import DECODER, FOR_GPUS, VARIANT_SUFFIX
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = (
+        "Optimize a variant's graphs for this processor and keep their packed weights in BUNDLE.prepared; run and chat then use them."
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the one that run takes here")
+    parser.add_argument("--prefill", choices=tuple(VARIANT_SUFFIX), metavar="VARIANT",
+                        help="also the decoder of this variant (default: the one that run reads prompts with)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare each graph."""
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.engine.prepare import PREPARED, prepare
+    from lfm_runtime.engine.prepared import folder_of
+    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.variants import choose_variants
+
+    bundle = Bundle.open(options.bundle)
+    chosen, prefill = choose_variants(bundle, profile_for(bundle, variant=options.variant))
+    variant, paths = bundle.graphs(chosen)
+    prefill = options.prefill or prefill
+    if variant in FOR_GPUS:
+        print(f"{variant} is for GPUs, which load it as it is: there is nothing to prepare")
+        return 0
+    wanted = [(graph, paths[graph.stem]) for graph in PREPARED]
+    if prefill and prefill != variant:
+        wanted.append((DECODER, bundle.graphs(prefill)[1][DECODER.stem]))
+    for graph, path in wanted:
+        started = time.perf_counter()
+        place = prepare(bundle, graph, path)
+        size = sum(file.stat().st_size for file in place.iterdir())
+        print(f"{path.name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    reader = f", and {prefill}'s decoder for prompts," if prefill and prefill != variant else ""
+    print(f"{variant}{reader} is prepared in {folder_of(options.bundle)}")
+    return 0

@@ -1,0 +1,193 @@
+"""`lfm-edge profile`: which profile this machine gets, what it sets, and what a run with it will cost."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from lfm_runtime.commands.cli import add_setting_arguments, setting_flags
+from lfm_runtime.commands.console import print_json
+from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_profiles import Device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Device profiles: how to run on which device."
+    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan"), help="list the profiles shipped; show what one "
+                        "comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of BUNDLE "
+                        "[IMAGE …]: tokens, memory, disk")  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images")
+    parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile")
+    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan: for this question")
+    parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
+    parser.add_argument("--json", action="store_true", help="detect, show, plan: print one JSON object")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do one of them."""
+    flags = setting_flags(options)
+    for name, given, where in (
+        ("NAME", options.names, ("show", "validate", "plan")), ("--bundle", options.bundle, ("show",)),
+        ("--json", options.json, ("show", "detect", "plan")), ("--profile", options.profile, ("plan",)),
+        ("--prompt", options.prompt, ("plan",)), ("a setting", flags, ("show", "plan")),
+    ):  # fmt: skip
+        if given and options.action not in where:
+            raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
+    {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan}[options.action](options)
+    return 0
+
+
+def _list(_: argparse.Namespace) -> None:
+    from lfm_profiles import read
+    from lfm_profiles.schema import names
+
+    from lfm_runtime.setup.profile import detected
+
+    here = detected().profile.name
+    for name in names():
+        print(f"{'*' if name == here else ' '} {name:22s} {read(name).description}")
+    print(f"\n* is this machine's; lfm-edge profile show {here} tells what it sets")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lfm_profiles.schema import IMAGE_SETTINGS, SETTINGS
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.images import image_settings
+    from lfm_runtime.setup.profile import find_profile, image_changes
+
+    if len(options.names) > 1:
+        raise SettingError("show takes one profile; name one")
+    profile = find_profile(*options.names, **setting_flags(options))
+    values = {name: (getattr(profile, name), profile.origin.get(name, "default")) for name in SETTINGS}
+    if options.bundle:
+        bundle = Bundle.open(Path(options.bundle))
+        images = image_settings(bundle.images, image_changes(profile, bundle.images))
+        values |= {name: (getattr(images, name), profile.origin.get(name, "checkpoint")) for name in IMAGE_SETTINGS}
+        most = bundle.context_length
+        values["context"] = min(profile.context or most, most), profile.origin.get("context", "checkpoint")
+    budget = {name: value for name, value in vars(profile.budget).items() if value is not None}
+    if options.json:
+        settings = {name: {"value": value, "from": origin} for name, (value, origin) in values.items()}
+        print_json({"name": profile.name, "description": profile.description, "settings": settings, "budget": budget})
+        return
+    print(f"{profile.name}: {profile.description}\n")
+    for name, (value, origin) in values.items():
+        print(f"{name:20s} {_shown(value):34s} {origin}")
+    for name, value in budget.items():
+        print(f"budget.{name:13s} {_shown(value):34s}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from lfm_runtime.setup.profile import find_profile
+
+    if not options.names:
+        raise SettingError("validate needs a file: lfm-edge profile validate FILE")
+    for name in options.names:
+        found = find_profile(name)
+        print(f"{name}: sets {', '.join(sorted(k for k, who in found.origin.items() if who == found.name)) or 'nothing'}")
+
+
+def _detect(options: argparse.Namespace) -> None:
+    from lfm_profiles import detect
+
+    from lfm_runtime.setup.profile import VARIABLE, detected, find_profile
+
+    device, choice, holds = detect(), detected(), find_profile()
+    if options.json:
+        print_json({"device": device.as_dict(), "profile": holds.name, "reasons": choice.reasons})
+        return
+    for name, value in device_lines(device):
+        print(f"{name:10s} {value}")
+    print(f"\nprofile    {choice.profile.name}: {', '.join(choice.reasons)}")
+    if holds.name != choice.profile.name:
+        print(f"           {VARIABLE} names {holds.name}, which holds")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lfm_profiles import detect
+
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.engine.sessions import Execution
+    from lfm_runtime.images import image_size
+    from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
+    from lfm_runtime.setup.costs import find_costs
+    from lfm_runtime.setup.memory import Planner, fit, process_memory
+    from lfm_runtime.setup.profile import profile_for
+
+    if not options.names:
+        raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
+    bundle = Bundle.open(Path(options.names[0]))
+    profile = profile_for(bundle, options.profile, **setting_flags(options))
+    device, start = detect(), process_memory()
+    sizes = [image_size(name) for name in options.names[1:]]
+    fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
+    plan = fitted.plan
+    threads, low_memory = Execution.of(plan.profile).threads, plan.profile.low_memory
+    costs = find_costs(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
+    times = plan.times_ms(costs) if costs else None
+    if options.json:
+        print_json({
+            "profile": plan.profile.name, "variant": plan.variant, "prefill": plan.prefill, "steps": fitted.steps, "views": plan.views,
+            "image_tokens": plan.image_tokens, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens,
+            "memory_mib": {"peak": plan.memory.peak, "anonymous": plan.memory.anonymous, "mapped": plan.memory.mapped},
+            "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib, "times_ms": times,
+        })  # fmt: skip
+        return
+    reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
+    print(f"{'profile':10s} {plan.profile.name}: {plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}")
+    for name, image in zip(options.names[1:], plan.images, strict=True):
+        tiles = f"{image.columns} × {image.rows} tiles{' and a thumbnail' if image.thumbnail else ''}" if image.tiled else "one view"
+        print(f"{'image':10s} {name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens")
+    print(f"{'tokens':10s} {plan.prompt_tokens} prompt ({plan.image_tokens} image), an answer of at most {plan.new_tokens}")
+    parts = f"{plan.memory.anonymous:.0f} anonymous, {plan.memory.mapped:.0f} mapped files"
+    free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
+    print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
+    print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
+    if times and costs:
+        unfair = "" if costs.valid else ", which was not valid"
+        print(f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} ms; then "
+              f"{times['per_token']:.1f} ms a token, as the last audit here measured{unfair}")  # fmt: skip
+        budget, rate = plan.profile.budget, 1e3 / times["per_token"]
+        if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
+            print(f"{'budget':10s} ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}")
+        if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
+            print(f"{'budget':10s} decode_tok_s {budget.decode_tok_s:g} is not kept: {rate:,.1f}")
+    else:
+        print(f"{'time':10s} not known before the first audit of this variant here: lfm-edge audit {bundle.folder}")
+    for step in fitted.steps:
+        print(f"{'to fit':10s} {step}")
+
+
+def device_lines(device: Device) -> list[tuple[str, str]]:
+    """What is known of a machine, for people."""
+    cores = " + ".join(
+        f"{core.count} × {core.name or device.cpu or 'core'}{f' {core.max_mhz} MHz' if core.max_mhz else ''}" for core in device.cores
+    )
+    memory = f"{device.ram_total_mib} MiB, {device.ram_available_mib} available" if device.ram_total_mib else None
+    limit = f"{device.limit_mib} MiB by {device.limit_by}, {device.limit_free_mib} free" if device.limit_mib else "none"
+    caches = ", ".join(f"{name} {size} KiB" for name, size in device.caches.items())
+    userland = f"{device.system} {device.machine}, {device.pointer_bits}-bit Python, pages of {device.page_size // 1024} KiB"
+    if device.pointer_bits == 32:
+        userland += " (there are no wheels of onnxruntime, numpy and pillow for 32-bit Arm: install a 64-bit system)"
+    throttled = None if device.throttled is None else ", ".join(device.throttled) or "no"
+    facts = [
+        ("board", device.board), ("soc", device.soc), ("cores", cores), ("features", ", ".join(device.features)), ("caches", caches),
+        ("memory", memory), ("limit", limit), ("system", userland), ("gpu", device.gpu), ("jetpack", device.jetpack),
+        ("governor", device.governor), ("throttled", throttled),
+    ]  # fmt: skip
+    return [(name, value or "not known") for name, value in facts]

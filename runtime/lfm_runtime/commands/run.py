@@ -1,0 +1,40 @@
+"""`lfm-edge run`: one question about images, the answer streamed, then what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lfm_runtime.commands.cli import add_model_arguments, answer_changes, load_model, show_progress
+from lfm_runtime.commands.console import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "Answer a question about images, or a question alone."
+    add_model_arguments(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument("--no-special", action="store_true", help="take special tokens that QUESTION and TEXT spell out as text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer once."""
+    model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
+    answer = model.answer(
+        options.images, options.prompt, system=options.system, special=not options.no_special, progress=show_progress,
+        **answer_changes(options),
+    )  # fmt: skip
+    for piece in answer:
+        if not options.json:
+            print(piece, end="", flush=True)
+    if options.json:
+        print_json(answer.report.as_dict())
+    else:
+        print()
+        sys.stdout.flush()
+        reader = f", prompts read by {model.graphs.prefill}" if model.graphs.prefill else ""
+        how = f"{model.variant}{reader}, {model.threads} threads, profile {model.profile.name}"
+        print(f"\n{model.bundle.folder.name}, {how}\n{answer.report.table()}", file=sys.stderr)
+    return 0

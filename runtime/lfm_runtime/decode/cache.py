@@ -1,0 +1,156 @@
+"""Snapshots and image features kept for the next prompt that starts alike: in memory within a byte budget, least recently used out
+first, and, where a folder is given, on disk for the next process.
+
+On disk an entry is one .npz (zip: every array has a checksum). It is written beside its name and renamed, so that nobody reads half
+of one; one that cannot be read is removed and its work done again; a disk that cannot be written is said once and then left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_runtime.decode.state import Arrays, Snapshot
+from lfm_runtime.errors import SettingError
+
+Keys = NDArray[np.int64]
+_log = logging.getLogger(__name__)
+_ABANDONED_S = 3600
+
+
+class Cache:
+    """What one model has computed of prompts' beginnings (`model` tells models apart)."""
+
+    def __init__(self, model: str, *, max_bytes: int = 256 << 20, folder: Path | None = None, max_disk_bytes: int = 1 << 30) -> None:
+        """Raises SettingError for a budget below 0, or a folder that is a file or cannot be made."""
+        if max_bytes < 0 or max_disk_bytes < 0:
+            raise SettingError(f"a cache of {min(max_bytes, max_disk_bytes)} bytes is impossible; allowed: 0 and above")
+        self._model = model
+        self._max_bytes, self._max_disk_bytes = max_bytes, max_disk_bytes
+        self._kept: OrderedDict[str, Arrays] = OrderedDict()
+        self._lengths: dict[str, int] = {}
+        self._folder = folder
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise SettingError(f"{folder} cannot be a cache folder ({e.strerror}); name another") from e
+            for path in folder.glob(".partial-*"):  # of processes that were killed
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                        path.unlink()
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return sum(_nbytes(arrays) for arrays in self._kept.values())
+
+    def longest(self, keys: Keys, *, longer_than: int = 0) -> Snapshot | None:
+        """The snapshot of the longest prefix of `keys` there is."""
+        lengths = {*self._lengths.values(), *(int(path.name.split("-")[1]) for path in self._files("prefix-*.npz"))}
+        for length in sorted((n for n in lengths if longer_than < n <= len(keys)), reverse=True):
+            if (values := self._get(self._prefix_name(keys[:length]))) is not None:
+                return Snapshot(length, values)
+        return None
+
+    def keep(self, keys: Keys, snapshot: Snapshot) -> None:
+        """Remember the state after `keys`."""
+        name = self._prefix_name(keys)
+        self._put(name, snapshot.values)
+        if name in self._kept:
+            self._lengths[name] = len(keys)
+
+    def features(self, image: int) -> NDArray[np.float32] | None:
+        """Features [image tokens, H] of an image, by its key."""
+        found = self._get(self._name("image", str(image).encode()))
+        return None if found is None else found["features"]
+
+    def keep_features(self, image: int, features: NDArray[np.float32]) -> None:
+        """Remember an image's features."""
+        self._put(self._name("image", str(image).encode()), {"features": features})
+
+    def _prefix_name(self, keys: Keys) -> str:
+        return self._name(f"prefix-{len(keys)}", keys.tobytes())
+
+    def _name(self, kind: str, content: bytes) -> str:
+        return f"{kind}-{hashlib.sha256(self._model.encode() + content).hexdigest()[:32]}"
+
+    def _get(self, name: str) -> Arrays | None:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        if self._folder is None or (arrays := _read(self._folder / f"{name}.npz")) is None:
+            return None
+        self._keep_in_memory(name, arrays)
+        return arrays
+
+    def _put(self, name: str, arrays: Arrays) -> None:
+        if name not in self._kept:
+            self._keep_in_memory(name, arrays)
+        if self._folder is not None and not (self._folder / f"{name}.npz").exists():
+            try:
+                _write(self._folder / f"{name}.npz", arrays)
+                self._trim_disk()
+            except OSError as e:
+                _log.warning("lfm-edge: %s is not written to any more: %s", self._folder, e.strerror or e)
+                self._folder = None
+
+    def _keep_in_memory(self, name: str, arrays: Arrays) -> None:
+        if _nbytes(arrays) > self._max_bytes:
+            return
+        self._kept[name] = arrays
+        while self.nbytes > self._max_bytes:
+            gone, _ = self._kept.popitem(last=False)
+            self._lengths.pop(gone, None)
+
+    def _trim_disk(self) -> None:
+        """Remove the files longest unused until the rest fits the disk's budget."""
+        files = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self._files("*.npz")), reverse=True)
+        used = 0
+        for _, size, path in files:
+            used += size
+            if used > self._max_disk_bytes:
+                path.unlink(missing_ok=True)
+
+    def _files(self, pattern: str) -> list[Path]:
+        return list(self._folder.glob(pattern)) if self._folder else []
+
+
+def _nbytes(arrays: Mapping[str, NDArray[np.generic]]) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # last used now, also on file systems that do not note it
+    return found
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    descriptor, staging = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        Path(staging).replace(path)
+    finally:
+        Path(staging).unlink(missing_ok=True)

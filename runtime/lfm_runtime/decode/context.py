@@ -1,0 +1,156 @@
+"""What the decoder has taken in, and how to get there again without doing the work again.
+
+A prompt is known by its *keys*: token ids, and for image tokens a number made from the picture and its plan, so that two prompts
+with different images differ. Three ways back to a known prefix, the longest wins: the state as it is, a mark inside it, a
+snapshot from the cache. Recurrent convolutions cannot be cut to any length as attention can; hence marks and snapshots, which
+hold them, at every point worth returning to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_runtime.decode.cache import Cache
+from lfm_runtime.decode.decoder import Decoder, SharedState
+from lfm_runtime.decode.sampling import Top
+from lfm_runtime.decode.state import Embeds, Mark, Snapshot, State
+
+MOST_AT_ONCE = 320
+"""Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same time. One view and
+a question are below it.
+"""
+
+Keys = NDArray[np.int64]
+_ROOM = 512
+"""Capacity grows in such steps: a conversation does not move its past at every turn."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """How much of a prompt need not be computed, and the snapshot that knows it where the context itself does not."""
+
+    length: int
+    cached: Snapshot | None = None
+
+
+class Context:
+    """The tokens a decoder has taken in, and its state after them."""
+
+    def __init__(self, decoder: Decoder, cache: Cache | None = None) -> None:
+        self.keys: Keys = np.empty(0, np.int64)
+        self._decoder = decoder
+        self._cache = cache
+        self._state: State | None = None
+        self._marks: list[Mark] = []
+        self._guessed = 0  # tokens of the last feed_all
+
+    @property
+    def length(self) -> int:
+        """Tokens taken in."""
+        return len(self.keys)
+
+    def find(self, keys: Keys) -> Known:
+        """The longest known prefix of `keys`, short of their last: its logits are wanted."""
+        common = _common(self.keys, keys[:-1])
+        here = [common] if common == self.length else [m.length for m in self._marks if m.length <= common]
+        length = max(here, default=0)
+        cached = self._cache.longest(keys[:-1], longer_than=length) if self._cache else None
+        return Known(cached.length, cached) if cached else Known(length)
+
+    def resume(self, known: Known, keys: Keys, capacity: int) -> None:
+        """Be where a prefix of `keys` that `find` found ends, with room for `capacity` tokens."""
+        state, self._state = self._state, None
+        roomy = -(-capacity // _ROOM) * _ROOM
+        capacity = max(capacity, min(roomy, self._decoder.longest or roomy))
+        if known.cached or known.length == 0 or state is None:
+            state = self._decoder.start(capacity, known.cached)
+            self._marks = [state.mark()]
+        else:
+            if known.length < self.length:
+                state.rewind(next(m for m in self._marks if m.length == known.length))
+            self._marks = [m for m in self._marks if m.length <= known.length]
+            if state.capacity < capacity:
+                state = self._decoder.start(capacity, state.snapshot())
+        self._state, self.keys = state, keys[: known.length]
+
+    def feed(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
+        """Take in tokens [1, S, H]; returns the logits [vocabulary] after the last, valid until the next call."""
+        assert self._state is not None
+        state, self._state = self._state, None  # a step that fails leaves no state to trust
+        for part in np.array_split(embeds, -(-len(keys) // MOST_AT_ONCE), axis=1):
+            logits = state.step(part)
+        self._state = state
+        self.keys = np.concatenate([self.keys, keys])
+        return logits
+
+    def feed_token(self, token: int) -> NDArray[np.float32] | Top:
+        """As `feed`, for a token of text; where the logits lie on a device, only the top of them."""
+        assert self._state is not None
+        state, self._state = self._state, None
+        logits = state.step_token(token)
+        self._state = state
+        self.keys = np.append(self.keys, token)
+        return logits
+
+    def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
+        """As `feed`, but logits [S, vocabulary] after every token; tokens that were guesses can then be taken back by `keep`."""
+        state, self._state = self._state, None
+        assert isinstance(state, SharedState)
+        logits = state.step_all(embeds)
+        self._state = state
+        self.keys = np.concatenate([self.keys, keys])
+        self._guessed = len(keys)
+        return logits
+
+    def keep(self, tokens: int) -> None:
+        """Of the last `feed_all`, the first `tokens` were right: forget the others."""
+        assert isinstance(self._state, SharedState)
+        self._state.keep(tokens)
+        self.keys = self.keys[: self.length - self._guessed + tokens]
+        self._guessed = tokens
+
+    def remember(self, *, cached: bool = False) -> None:
+        """Make this point one to return to; `cached`, also for other contexts."""
+        assert self._state is not None
+        self._marks.append(self._state.mark())
+        if cached and self._cache:
+            self._cache.keep(self.keys, self._state.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state here."""
+        assert self._state is not None
+        return self._state.snapshot()
+
+    def fork(self) -> Context:
+        """Another context at the same point; the two go on apart."""
+        other = Context(self._decoder, self._cache)
+        if self._state:
+            other.keys, other._marks = self.keys, list(self._marks)
+            other._state = self._decoder.start(self._state.capacity, self._state.snapshot())
+        return other
+
+
+def image_key(pixels: bytes, description: str) -> int:
+    """A negative int64 (ids are not) for an image and how it is cut."""
+    digest = hashlib.sha256(description.encode())
+    digest.update(pixels)
+    return -1 - (int.from_bytes(digest.digest()[:8], "big") >> 1)
+
+
+def prompt_keys(ids: Sequence[int], image_id: int, images: Sequence[int], ends: Sequence[int]) -> Keys:
+    """Ids with the image tokens replaced: those before `ends[i]` by `images[i]`."""
+    keys = np.array(ids, np.int64)
+    at = np.flatnonzero(keys == image_id)
+    keys[at] = np.array(images, np.int64)[np.searchsorted(ends, at, side="right")] if len(at) else at
+    return keys
+
+
+def _common(a: Keys, b: Keys) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

@@ -1,0 +1,204 @@
+"""Which token comes next: greedy or sampled, from one row of logits. Pure functions on numpy arrays.
+
+Order as in transformers: repetition penalty, then temperature, top_k, top_p, min_p.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.formats.contract import MANY_TOKENS
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is generated. The defaults are the model card's."""
+
+    temperature: float = 0.1  # 0 is greedy
+    min_p: float = 0.15  # keep tokens at least this fraction as likely as the likeliest; 0 off
+    top_k: int = 0  # keep the k likeliest; 0 off
+    top_p: float = 1.0  # keep the likeliest up to this probability; 1 off
+    repetition_penalty: float = 1.05  # divides logits of tokens seen; 1 off
+    max_new_tokens: int = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    speculate: int = 0  # tokens guessed from the prompt and the answer so far, and checked in one step; 0 off
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        for name, ok, allowed in (
+            ("temperature", 0 <= self.temperature < 1e6, "0 (greedy) or above"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < 1e6, "above 0; 1 is off"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or above"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or above"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("speculate", 0 <= self.speculate <= MANY_TOKENS - 2, f"0 (off) to {MANY_TOKENS - 2}"),
+        ):
+            if not ok:
+                raise SettingError(f"{name} {getattr(self, name)!r} is impossible; allowed: {allowed}")
+
+    @staticmethod
+    def from_config(raw: dict[str, Any]) -> GenerationSettings:
+        """From a parsed generation_config.json. Where it says nothing about sampling, sampling is the model card's; where it says
+        anything, the rest is what transformers takes for it.
+
+        Raises:
+            SettingError: a value of another kind, or an impossible one.
+        """
+        kinds = {"temperature": float, "min_p": float, "top_k": int, "top_p": float, "repetition_penalty": float, "max_new_tokens": int,
+                 "do_sample": bool}  # fmt: skip
+        found = {name: raw[name] for name in kinds if raw.get(name) is not None}
+        for name, value in found.items():
+            fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
+            if not fits:
+                wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kinds[name]]
+                raise SettingError(f"generation_config.json: {name} is {repr(value)[:60]}; {wanted} is needed")
+        samples = found.pop("do_sample", None)
+        if samples is not None or found.keys() & {"temperature", "min_p", "top_k", "top_p"}:
+            found = {"temperature": 1.0, "min_p": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, **found}
+        if samples is False:
+            found["temperature"] = 0.0
+        return GenerationSettings(**found)
+
+    def with_changes(self, changes: dict[str, Any]) -> GenerationSettings:
+        """These settings with the user's changes.
+
+        Raises:
+            SettingError: unknown name, impossible value, or a sampling setting beside temperature 0.
+        """
+        changed = {name: value for name, value in changes.items() if value is not None}
+        if isinstance(changed.get("stop"), str):
+            changed["stop"] = (changed["stop"],)
+        try:
+            settings = replace(self, **changed)
+        except TypeError as e:
+            raise SettingError(f"generation settings: {str(e).split('__init__() ')[-1]}") from e
+        useless = [name for name in ("min_p", "top_k", "top_p", "seed") if name in changed]
+        if settings.temperature == 0 and useless:
+            raise SettingError(f"{', '.join(useless)} has no effect at temperature 0 (greedy); set a temperature or leave it out")
+        return settings
+
+
+@dataclass(frozen=True)
+class Top:
+    """The likeliest tokens of a row of logits that lies elsewhere: ids [k] and their logits [k], falling."""
+
+    logits: Logits
+    ids: NDArray[np.int64]
+    whole: Callable[[], Logits]  # fetches the row [vocabulary]
+
+
+class Sampler:
+    """Draws tokens for one answer; remembers which ids have occurred."""
+
+    def __init__(self, settings: GenerationSettings, vocabulary: int, prompt: Iterable[int]) -> None:
+        self.settings = settings
+        # Importing numpy.random, or what np.unique imports, takes longer than a prompt of text: 50 ms each.
+        self._random = random.Random(settings.seed)  # noqa: S311
+        seen = np.array(sorted(set(prompt)), np.int64)
+        self._seen = np.resize(seen, max(vocabulary, len(seen)))  # the first `_count`; room for all
+        self._count = len(seen)
+        self._is_seen = np.zeros(vocabulary, np.bool_)
+        self._is_seen[seen] = True
+
+    def next(self, logits: Logits | Top) -> int:
+        """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is fetched if need be."""
+        token = self._next_of(logits) if isinstance(logits, np.ndarray) else self._next_of_top(logits)
+        if not self._is_seen[token]:
+            self._is_seen[token] = True
+            self._seen[self._count] = token
+            self._count += 1
+        return token
+
+    def _next_of(self, logits: Logits) -> int:
+        if self.settings.repetition_penalty != 1:
+            penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
+        return _likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)
+
+    def _next_of_top(self, top: Top) -> int:
+        order = np.argsort(top.ids)  # as they lie in the row: a draw goes through them in this order
+        ids, logits = top.ids[order], top.logits[order]
+        if self.settings.repetition_penalty != 1:
+            penalise(logits, np.flatnonzero(self._is_seen[ids]), self.settings.repetition_penalty)
+        # A penalty of 1 and above only lowers logits: what is not in the top is not above its last.
+        if self.settings.repetition_penalty < 1 or not _all_above(logits, top.logits[-1], self.settings):
+            return self._next_of(top.whole())
+        return int(ids[_likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)])
+
+    def _draw(self, logits: Logits) -> int:
+        ids, probabilities = distribution(logits, self.settings)
+        if not len(ids):
+            raise _no_numbers()
+        at = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
+        return int(ids[min(int(at), len(ids) - 1)])  # the sum of rounded probabilities can fall short of 1
+
+
+def _likeliest(logits: Logits) -> int:
+    at = int(logits.argmax())  # of a row with NaN, a NaN
+    if not np.isfinite(logits[at]):
+        raise _no_numbers()
+    return at
+
+
+def _no_numbers() -> BundleError:
+    return BundleError("the decoder gave logits that are not numbers; check the bundle with --verify, or export it again")
+
+
+def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:
+    """In place, for seen ids: positive logits divided by the penalty, negative ones multiplied (Keskar et al. 2019)."""
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
+
+
+def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(ids, probabilities) that remain after the filters; probabilities sum to 1."""
+    scaled = (logits - logits.max()) / np.float32(settings.temperature)
+    ids = np.flatnonzero(scaled >= _lowest(scaled, settings))
+    p = np.exp(scaled[ids], dtype=np.float64)
+    return ids, p / p.sum()
+
+
+def _all_above(logits: Logits, limit: np.float32, settings: GenerationSettings) -> bool:
+    """Whether whatever could be drawn from a row, whose likeliest are these, is above a limit. Not where they are no numbers."""
+    if settings.temperature == 0:
+        return bool(logits.max() > limit)
+    if settings.top_p < 1:  # a share of all
+        return False
+    scaled = (np.append(logits, limit) - logits.max()) / np.float32(settings.temperature)  # rounded as the row's would be
+    return bool(scaled[-1] < _lowest(scaled[:-1], settings))
+
+
+def _lowest(scaled: Logits, settings: GenerationSettings) -> float:
+    """The filters as one limit on the scaled logits, whose maximum is 0: each keeps what is likely enough, ties included."""
+    lowest = float(np.log(settings.min_p)) if settings.min_p > 0 else -np.inf
+    if settings.top_k == 0 and settings.top_p == 1:
+        return lowest
+    # What min_p drops may be left out of a search for the k likeliest, but not out of the sum that top_p is a share of.
+    pool = scaled[scaled >= lowest] if settings.top_p == 1 else scaled
+    if 0 < settings.top_k < len(pool):
+        smallest = np.partition(pool, -settings.top_k)[-settings.top_k]
+        pool, lowest = pool[pool >= smallest], max(lowest, float(smallest))
+    return lowest if settings.top_p == 1 else max(lowest, _nucleus(pool, settings.top_p))
+
+
+def _nucleus(scaled: Logits, top_p: float) -> float:
+    """The limit above which the likeliest reach `top_p` of the probability; the one that crosses it stays."""
+    wanted = top_p * float(np.exp(scaled).sum(dtype=np.float64))
+    for depth in (4.0, 8.0, 16.0, np.inf):  # sorting all 65,536 would take longer than the decoder does
+        likeliest = np.sort(scaled[scaled >= -depth])[::-1]
+        reached = np.exp(likeliest, dtype=np.float64).cumsum()
+        if reached[-1] >= wanted or depth == np.inf:
+            break
+    return float(likeliest[min(int(np.searchsorted(reached, wanted)), len(likeliest) - 1)])

@@ -1,0 +1,77 @@
+"""What a decoder remembers of the tokens it has taken in: its interface, marks to go back to, copies to start others from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm_runtime.decode.sampling import Top
+
+Embeds = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point to go back to within one state: attention's past is cut there, convolutions are given what they held."""
+
+    length: int
+    convs: Arrays
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that is remembered of `length` tokens, by state input: convolutions [1, H, kernel], attention [1, kv heads, length, D]."""
+
+    length: int
+    values: Arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in self.values.values())
+
+
+class State(Protocol):
+    """Everything remembered of the tokens so far."""
+
+    length: int
+    capacity: int
+
+    def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """Feed embeds [1, S, H]; returns the logits [vocabulary] of the last position, valid until the next step."""
+        ...
+
+    def step_token(self, token: int) -> NDArray[np.float32] | Top:
+        """Feed one token; as `step`, or only the top of the logits where they lie on a device."""
+        ...
+
+    def mark(self) -> Mark:
+        """Where the state is now. Small: attention's past stays where it is."""
+        ...
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a mark of this state."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """A copy that can start other states."""
+        ...
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """One state input of the decoder, as probed from the graph."""
+
+    name: str
+    shape: tuple[int, ...]  # with 0 where the past length goes
+    dtype: Any
+
+    @property
+    def is_conv(self) -> bool:
+        """Of a convolution, or else of an attention layer."""
+        return self.name.startswith("past_conv.")

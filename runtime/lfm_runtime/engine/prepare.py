@@ -1,0 +1,88 @@
+"""Writing what prepared.py reads: a graph as onnxruntime optimizes it here, with the weights as its kernels want them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lfm_runtime.bundle import Bundle, file_hash
+from lfm_runtime.engine.ort_release import onnxruntime_is
+from lfm_runtime.engine.prepared import NOTE, folder_of
+from lfm_runtime.engine.sessions import Execution, open_session
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph
+from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.writer import replacing
+
+PREPARED = (VISION_ENCODER, DECODER)
+"""The embedding table is mapped as it is: one row is read per token."""
+_FIRST_VERSION = "1.23"  # that saves packed weights
+_GROWTH = 2.6  # what is written, against the graph's weights: they and their packed form
+
+
+def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
+    """Write the prepared form of one graph and check that it computes the same. Returns its folder.
+
+    Raises:
+        BundleError: onnxruntime is too old, the disk too full or read-only, or the results differ; what was there stays.
+    """
+    if not onnxruntime_is(_FIRST_VERSION):
+        raise BundleError(f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later")
+    place = folder_of(bundle.folder) / source.stem
+    wanted = space_needed(source)
+    free = shutil.disk_usage(bundle.folder.resolve().parent).free
+    if free < wanted:
+        raise BundleError(f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; make room")
+    with replacing(place, check=_check_ours) as new:
+        unprepared = open_session(source, Execution(1), save_as=new / source.name)
+        if not _same(unprepared, open_session(new / source.name, Execution(1)), _example(graph, unprepared)):
+            raise BundleError(f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left unprepared")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
+        (new / NOTE).write_text(to_json({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")
+    return place
+
+
+def space_needed(source: Path) -> int:
+    """Bytes that the prepared form of a graph may take."""
+    weights = source.with_name(f"{source.name}_data")
+    return int((weights.stat().st_size if weights.exists() else 0) * _GROWTH)
+
+
+def _check_ours(place: Path) -> None:
+    if place.exists() and not (place / NOTE).exists():
+        raise BundleError(f"{place} is not something lfm-edge prepared; move it away")
+
+
+def _example(graph: Graph, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
+    """Small inputs of the right kind."""
+    rng = np.random.default_rng(0)
+    if graph is VISION_ENCODER:
+        mask_type = next(i.type for i in session.get_inputs() if i.name == "pixel_attention_mask")
+        return {
+            "pixel_values": rng.uniform(-1, 1, (1, 16, 768)).astype(np.float32),
+            "pixel_attention_mask": np.ones((1, 16), np.int64 if mask_type == "tensor(int64)" else np.int32),
+            "spatial_shapes": np.array([[4, 4]], np.int64),
+        }
+    feeds: dict[str, NDArray[Any]] = {}
+    for i in session.get_inputs():
+        kind = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(i.type, np.float32)
+        if i.name == "inputs_embeds":
+            feeds[i.name] = rng.standard_normal((1, 3, i.shape[2])).astype(kind) * 0.02
+        elif i.name in ("attention_mask", "position_ids"):
+            feeds[i.name] = np.ones((1, 3), np.int64) if i.name == "attention_mask" else np.arange(3)[None]
+        else:
+            feeds[i.name] = np.zeros([1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])], kind)
+    return feeds
+
+
+def _same(a: ort.InferenceSession, b: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> bool:
+    return all(
+        np.array_equal(x, y) or np.allclose(x, y, rtol=1e-4, atol=1e-4)
+        for x, y in zip(a.run(None, dict(feeds)), b.run(None, dict(feeds)), strict=True)
+    )

@@ -1,0 +1,60 @@
+"""Graphs optimized for this processor, with their weights in the layout its kernels want, on disk: they are mapped instead of made
+anew in anonymous memory at every start.
+
+They lie beside the bundle, `NAME.prepared/KEY/GRAPH/`, KEY made of the onnxruntime version and the processor's features. Each GRAPH
+folder appears whole or not at all, and says in prepared.json what it was made from. One that does not fit is not used, and `find`
+tells why. Threads do not change the layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+from lfm_profiles import cpu_features
+
+from lfm_runtime.bundle import Bundle, file_hash
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.files import read_json_object
+
+NOTE = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where to load a graph from, and what the user should know when that is not a prepared one that was there."""
+
+    path: Path
+    note: str | None = None
+
+
+def folder_of(bundle: Path) -> Path:
+    """Everything prepared for this machine."""
+    bundle = bundle.resolve()
+    key = hashlib.sha256(" ".join(cpu_features()).encode()).hexdigest()[:12]
+    return bundle.with_name(f"{bundle.name}.prepared") / f"onnxruntime-{ort.__version__}-{key}"
+
+
+def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
+    """The prepared form of a graph where there is one that fits; else the graph itself."""
+    place = folder_of(bundle.folder) / source.stem
+    if not place.is_dir():
+        others = place.parent.parent.glob(f"*/{source.stem}")
+        if any(others):
+            return Found(source, f"{place.parent.parent} is of another processor or onnxruntime and not used")
+        return Found(source)
+    try:
+        note = read_json_object(place / NOTE, BundleError)
+        if note["source"] != bundle.fingerprint(source):
+            return Found(source, f"{place} is of an older {source.name} and not used")
+        for name, wanted in note["files"].items():
+            path = place / name
+            if path.stat().st_size != wanted["bytes"]:
+                return Found(source, f"{path} is cut off and not used")
+            if (verify or path.suffix == ".onnx") and file_hash(path) != wanted["sha256"]:
+                return Found(source, f"{path} is damaged and not used")
+    except (BundleError, OSError, KeyError, TypeError, AttributeError) as e:
+        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})")
+    return Found(place / source.name)

@@ -1,0 +1,1 @@
+"""What lies on disk: each format is written and read in one file."""

@@ -1,0 +1,1 @@
+"""How a run will be made, decided before anything is loaded."""

@@ -1,0 +1,90 @@
+"""What stages cost on this machine, as audits found out: kept beside what was prepared for it, so that plans can tell milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.engine.prepared import folder_of
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.files import read_json_object, to_json, write_whole
+
+_NAME = "measured.json"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one variant with so many threads, here: (patches or tokens, ms) pairs in rising order, and ms a token."""
+
+    vision: tuple[tuple[int, float], ...]
+    prefill: tuple[tuple[int, float], ...]
+    inter_token_ms: float
+    image_ms: float  # opening and cutting, a megapixel
+    load_ms: float  # with low_memory: of an answer
+    valid: bool  # whether the audit was
+
+    def vision_ms(self, patches: int) -> float:
+        """Of one view."""
+        return _along(self.vision, patches)
+
+    def prefill_ms(self, tokens: int) -> float:
+        """Of a prompt."""
+        return _along(self.prefill, tokens)
+
+
+def keep_costs(bundle: Bundle, found: Mapping[str, Costs]) -> None:
+    """Remember what was measured, by `cost_key`; where nothing may be written, it is not remembered."""
+    place = folder_of(bundle.folder) / _NAME
+    known = {**_read(place), **{key: asdict(costs) for key, costs in found.items()}}
+    with suppress(OSError):  # a read-only disk: plans go on without times
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, to_json(known, indent=1) + "\n")
+
+
+def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
+    """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
+    key = cost_key(variant, prefill, threads, fingerprint(bundle, variant), low_memory=low_memory)
+    found = _read(folder_of(bundle.folder) / _NAME).get(key)
+    try:
+        return None if found is None else Costs(
+            tuple((int(n), float(ms)) for n, ms in found["vision"]), tuple((int(n), float(ms)) for n, ms in found["prefill"]),
+            float(found["inter_token_ms"]), float(found["image_ms"]), float(found["load_ms"]), bool(found["valid"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def fingerprint(bundle: Bundle, variant: str) -> str:
+    """Tells a variant's weights from others."""
+    parts = [part for _, path in sorted(bundle.graphs(variant)[1].items()) for part in bundle.fingerprint(path)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def cost_key(variant: str, prefill: str | None, threads: int, fingerprint: str, *, low_memory: bool) -> str:
+    """What costs must have in common to be of the same."""
+    return f"{variant} prefill={prefill or 'none'} threads={threads} low_memory={low_memory} {fingerprint[:16]}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path, BundleError, required=False)
+    except BundleError:
+        return {}  # damaged: the next audit writes it anew
+
+
+def _along(pairs: tuple[tuple[int, float], ...], at: int) -> float:
+    """Linear between what was measured; beyond it in proportion."""
+    if not pairs or not at:
+        return 0.0
+    if at <= pairs[0][0]:
+        return pairs[0][1] * at / pairs[0][0]
+    if at >= pairs[-1][0]:
+        return pairs[-1][1] * at / pairs[-1][0]
+    return float(np.interp(at, [n for n, _ in pairs], [ms for _, ms in pairs]))

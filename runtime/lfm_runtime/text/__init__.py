@@ -1,0 +1,1 @@
+"""Words to ids and back: the chat template, the tokenizer, the prompt."""
