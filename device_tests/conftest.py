@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def installed(request: pytest.FixtureRequest):
-    from lfm_runtime.selftest import Installed
+    from lfm_audit.selftest import Installed
 
     bundle = request.config.getoption("--bundle")
     if bundle is None:

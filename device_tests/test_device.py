@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lfm_runtime.selftest import CHECKS, CheckError, Installed, Skipped
+from lfm_audit.selftest import CHECKS, CheckError, Installed, Skipped
 
 CASES = [pytest.param(check, id=check.name.replace(" ", "-"), marks=getattr(pytest.mark, check.needs)) for check in CHECKS]
 

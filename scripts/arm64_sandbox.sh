@@ -88,7 +88,7 @@ on_board() { # CPU COMMAND… : in the root, as that processor, without network
     ' sh "$root" "$1" "$PWD/$work" "${@:2}"
 }
 
-differs='import sys; from pathlib import Path; from lfm_runtime.selftest import CHECKS, Installed
+differs='import sys; from pathlib import Path; from lfm_audit.selftest import CHECKS, Installed
 on = Installed(Path(sys.argv[1]), "/media/one-thread.toml")
 for check in CHECKS:
     if check.name in ("golden values", "graphs load", "answers"): print(check.name, check.run(on))'

@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lfm_audit.figures import figure
 from lfm_runtime.commands.cli import main
-from lfm_runtime.figures import figure
 
 pytest.importorskip("matplotlib")
-from lfm_report.page import audit_page
-from lfm_report.source import all_series, named_audits
-from lfm_report.tables import Row, Table, changes_table
+from lfm_audit.report.page import audit_page
+from lfm_audit.report.source import all_series, named_audits
+from lfm_audit.report.tables import Row, Table, changes_table
 
 RECORDED = Path(__file__).with_name("audit.json")
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

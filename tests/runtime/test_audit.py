@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lfm_audit import audit as audit_module
+from lfm_audit.audit import Subject, Workload, audit
+from lfm_audit.figures import figure
+from lfm_audit.images import SIZES, find_images, make_images
+from lfm_audit.measure.trial import start
 from lfm_profiles import detect, read, with_flags
 from lfm_profiles.sensors import Sensors
-from lfm_runtime import audit as audit_module
-from lfm_runtime.audit import Subject, Workload, audit
-from lfm_runtime.audit_images import SIZES, find_images, make_images
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError, ImageError
-from lfm_runtime.figures import figure
-from lfm_runtime.trial import start
 from profiles.trees import write
 
 SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
@@ -139,7 +139,7 @@ def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
 @pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="needs /usr/bin/time")
 def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch, processes) -> None:
     """The same process under /usr/bin/time -v: maximum resident set within 2 %."""
-    from lfm_runtime import trial as trial_module
+    from lfm_audit.measure import trial as trial_module
 
     real = subprocess.Popen
     log = tmp_path / "time.txt"
@@ -215,7 +215,7 @@ def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, chan
 
 def test_frequency_that_falls_and_swap() -> None:
     """The verdict alone, on a machine's figures."""
-    from lfm_runtime.verdict import verdict
+    from lfm_audit.verdict import verdict
 
     def machine(**more) -> dict:
         speeds = more.pop("speeds", [2400.0] * 30)
@@ -289,7 +289,7 @@ def test_low_memory(demo_bundle, images, tmp_path, processes, monkeypatch) -> No
 
 
 def test_a_late_failure_keeps_what_was_measured(demo_bundle, images, tmp_path, monkeypatch, processes) -> None:
-    from lfm_runtime.trial import TrialError
+    from lfm_audit.measure.trial import TrialError
 
     processes(4)
     calls = iter(range(100))

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from lfm_audit.compare import changes, differences, read_audit
+from lfm_audit.figures import figure
+from lfm_audit.verdict import headlines
 from lfm_runtime.commands.cli import main
-from lfm_runtime.compare import changes, differences, read_audit
-from lfm_runtime.figures import figure
-from lfm_runtime.verdict import headlines
 
 
 @pytest.fixture

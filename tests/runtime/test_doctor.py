@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "profiles"))
+from lfm_audit import doctor
+from lfm_audit.doctor import Machine, examine
 from lfm_profiles import detect
 from lfm_profiles.sensors import Sensors
-from lfm_runtime import doctor
 from lfm_runtime.commands.cli import main
-from lfm_runtime.doctor import Machine, examine
 from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.engine.gpu_wheel import has_kernels, kernel_architectures
 from trees import DEVICES, machine_of, write

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lfm_audit.figures import figure, interval, separable, spread
+from lfm_audit.measure.power import Power, integral, read_meter
+from lfm_audit.measure.watch import StateSample
 from lfm_profiles.sensors import Reading
 from lfm_runtime.errors import SettingError
-from lfm_runtime.figures import figure, interval, separable, spread
-from lfm_runtime.power import Power, integral, read_meter
-from lfm_runtime.watch import StateSample
 
 numbers = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
 

@@ -390,7 +390,7 @@ def test_profiles_for_gpus_say_what_they_do() -> None:
 
 def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, caplog, monkeypatch, photo) -> None:
     """A bundle that this GPU cannot compute: run plans its memory for the CPU, audit, selftest and plan take the CPU's profile as well."""
-    from lfm_runtime.selftest import Installed
+    from lfm_audit.selftest import Installed
     from lfm_runtime.setup import memory as plan
 
     machine()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm_runtime import golden, selftest
+from lfm_audit import selftest
+from lfm_audit.selftest import CHECKS, CheckError, Installed, Skipped
+from lfm_runtime import golden
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from lfm_runtime.model import Model
-from lfm_runtime.selftest import CHECKS, CheckError, Installed, Skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = [check for check in CHECKS if check.name not in ("steady memory", "full disk", "read-only bundle")]
@@ -154,8 +155,8 @@ LEAKING = """if True:
     import sys
     from pathlib import Path
     import numpy as np
-    from lfm_runtime import selftest
-    from lfm_runtime.selftest import CHECKS, CheckError, Installed
+    from lfm_audit import selftest
+    from lfm_audit.selftest import CHECKS, CheckError, Installed
     on = Installed(Path(sys.argv[1]), "generic", "fp32")
     leak, converse = [], on.model.converse
     def leaking(*args, **more):

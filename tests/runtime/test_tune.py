@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lfm_audit import tune as tuning_module
+from lfm_audit.measure.trial import AnswerTimes, Outcome, Trial, TrialError, start
+from lfm_audit.tune import Tuning, axes_of, tune
 from lfm_profiles import Device, read, with_flags
 from lfm_profiles.sensors import Sensors
-from lfm_runtime import tune as tuning_module
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
-from lfm_runtime.trial import AnswerTimes, Outcome, Trial, TrialError, start
-from lfm_runtime.tune import Tuning, axes_of, tune
 
 QUESTION = "What is in this image?"
 BIG = Device("Linux", "x86_64", 64, 4096, ram_total_mib=16000, ram_available_mib=16000)

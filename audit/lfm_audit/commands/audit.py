@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lfm_profiles import Profile
-
-    from lfm_runtime.audit import Subject, Workload
     from lfm_runtime.bundle import Bundle
+
+    from lfm_audit.audit import Subject, Workload
 
 LIMIT_BROKEN, INVALID = 1, 3
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -52,13 +52,13 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_profiles import detect
     from lfm_profiles.sensors import Sensors
-
-    from lfm_runtime.audit import audit
-    from lfm_runtime.audit_images import find_images, make_images
-    from lfm_runtime.audit_table import rows_for_csv, table
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.formats.files import check_writable, write_whole
-    from lfm_runtime.measured import keep_measured
+
+    from lfm_audit.audit import audit
+    from lfm_audit.images import find_images, make_images
+    from lfm_audit.measured import keep_measured
+    from lfm_audit.table import rows_for_csv, table
 
     for path in (options.output, options.csv):
         if path:
@@ -88,11 +88,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
-    from lfm_runtime.audit import QUESTION, Workload
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.engine.sessions import Execution
     from lfm_runtime.setup.profile import find_profile, profile_for
     from lfm_runtime.setup.variants import choose_variants
+
+    from lfm_audit.audit import QUESTION, Workload
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -123,10 +124,10 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
 def _subject(bundle: Bundle, variant: str, profile: Profile, images: list[Path], question: str) -> Subject:
     """A variant as run would take it: what does not fit the memory steps down."""
     from lfm_profiles import changed, detect
-
-    from lfm_runtime.audit import Subject
     from lfm_runtime.images import image_size
     from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
+
+    from lfm_audit.audit import Subject
 
     if not bundle.files:  # a hub folder tells too little to plan from
         return Subject(variant, profile)
@@ -146,7 +147,7 @@ def _limits(given: list[str], profile: Any) -> dict[str, float]:
     """The profile's budgets and the flags, which stand above them."""
     from dataclasses import asdict
 
-    from lfm_runtime.verdict import LIMITS
+    from lfm_audit.verdict import LIMITS
 
     limits = {name: float(value) for name, value in asdict(profile.budget).items() if value is not None}
     for text in given:

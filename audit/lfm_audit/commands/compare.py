@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Read both, print what changed, judge."""
-    from lfm_runtime.compare import changes, differences, read_audit
+    from lfm_audit.compare import changes, differences, read_audit
 
     try:
         allowed = float(options.fail_over.removesuffix("%")) / 100

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.compare import AuditError, read_audit
 from lfm_runtime.formats.files import damage_is, read_json_object
+
+from lfm_audit.compare import AuditError, read_audit
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 from lfm_profiles import Device, choose, detect
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
-
 from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.process import child_environment, last_line, python

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 from lfm_profiles.sensors import Reading, Sensors
-
 from lfm_runtime.engine.gpu import gpu_memory_used
 
 MIB = float(1 << 20)

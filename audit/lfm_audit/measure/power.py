@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from lfm_runtime.errors import SettingError
-from lfm_runtime.watch import StateSample
+
+from lfm_audit.measure.watch import StateSample
 
 _SHORTEST_S = 0.1
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from lfm_runtime.errors import ImageError
 from lfm_runtime.images import open_image
+from PIL import Image
 
 SIZES = {"small": (256, 192), "512x512": (512, 512), "large": (1400, 1000)}
 """Below one view, one view, tiles."""

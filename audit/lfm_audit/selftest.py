@@ -18,9 +18,7 @@ from pathlib import Path
 
 from lfm_profiles import Profile, detect, to_toml
 from lfm_profiles.sensors import Sensors
-
 from lfm_runtime import golden
-from lfm_runtime.audit_result import inter_token, ttft
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.errors import EdgeError
@@ -34,7 +32,9 @@ from lfm_runtime.setup.memory import Planner, fit, process_memory
 from lfm_runtime.setup.profile import profile_for
 from lfm_runtime.setup.variants import choose_variants
 from lfm_runtime.text.prompt import Message
-from lfm_runtime.trial import Trial, start
+
+from lfm_audit.measure.trial import Trial, start
+from lfm_audit.result import inter_token, ttft
 
 _GROWTH = 0.01
 _SMALLEST_GROWTH_MIB = 2.0

@@ -32,14 +32,14 @@ def run(options: argparse.Namespace) -> int:
     """Search, show the front, write the profile."""
     from lfm_profiles import detect, to_toml
     from lfm_profiles.sensors import Sensors
-
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.engine.gpu_wheel import CUDA
     from lfm_runtime.formats.files import check_writable, write_whole
     from lfm_runtime.images import image_size
     from lfm_runtime.setup.profile import profile_for
-    from lfm_runtime.tune import FLOOR, Tuning, axes_of, tune
+
+    from lfm_audit.tune import FLOOR, Tuning, axes_of, tune
 
     if not 0 <= options.minutes <= 1e5:
         raise SettingError(f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")

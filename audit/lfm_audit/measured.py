@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.setup.costs import Costs, cost_key, keep_costs
 

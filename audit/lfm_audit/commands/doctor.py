@@ -19,7 +19,8 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from lfm_runtime.commands.console import print_json
-    from lfm_runtime.doctor import Machine, examine
+
+    from lfm_audit.doctor import Machine, examine
 
     findings = []
     for finding in examine(Machine.here(options.bundle, options.profile)):

@@ -24,19 +24,19 @@ import onnxruntime as ort
 from lfm_profiles import Device, Profile, changed, cpu_features, default_threads
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
-
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.formats.contract import KV8
 from lfm_runtime.formats.files import damage_is, read_json_object, to_json, write_whole
 from lfm_runtime.images import image_settings, image_size, plan_image
-from lfm_runtime.power import Power
 from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
 from lfm_runtime.setup.profile import find_profile, image_changes
 from lfm_runtime.setup.variants import choose_variants
-from lfm_runtime.trial import Trial, TrialError, start
-from lfm_runtime.watch import Watch
+
+from lfm_audit.measure.power import Power
+from lfm_audit.measure.trial import Trial, TrialError, start
+from lfm_audit.measure.watch import Watch
 
 OBJECTIVES = ("latency", "memory", "energy")
 FLOOR = 0.1

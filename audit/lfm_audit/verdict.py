@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lfm_runtime.figures import spread
+from lfm_audit.figures import spread
 
 MOST_SPREAD, MOST_BACKGROUND, FEWEST_RUNS = 0.05, 0.05, 3
 _SWAPPED_MIB = 1.0

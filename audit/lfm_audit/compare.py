@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.audit import SCHEMA
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.figures import figure, separable
 from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.verdict import headlines
+
+from lfm_audit.audit import SCHEMA
+from lfm_audit.figures import figure, separable
+from lfm_audit.verdict import headlines
 
 _MORE_IS_BETTER = ("decode_tok_s",)
 _ROUNDING = 1.1e-3

@@ -12,13 +12,13 @@ from typing import Any
 
 from lfm_profiles.device import number
 from lfm_profiles.sensors import Sensors
-
 from lfm_runtime.bundle import Bundle, read_manifest
-from lfm_runtime.figures import figure
-from lfm_runtime.power import Power
 from lfm_runtime.report import WRITTEN
-from lfm_runtime.trial import AnswerTimes, Outcome
-from lfm_runtime.watch import Watch
+
+from lfm_audit.figures import figure
+from lfm_audit.measure.power import Power
+from lfm_audit.measure.trial import AnswerTimes, Outcome
+from lfm_audit.measure.watch import Watch
 
 STAGES = ("image", "prompt", "preprocess", "load", "vision", "embed", "prefill")
 """Of an answer, in their order; load: graphs that low_memory loads anew for every answer."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_profiles import Profile
-
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import damage_is
 from lfm_runtime.process import child_environment, module
@@ -112,7 +111,7 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
     Raises:
         TrialError: it ended badly; with its own words.
     """
-    words = module("lfm_runtime.trial")
+    words = module("lfm_audit.measure.trial")
     spawned = time.perf_counter()
     with subprocess.Popen(  # noqa: S603
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -253,7 +252,6 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
     stored with them, up to where they end. Where there are none yet, this model's own are stored, and 0 is returned.
     """
     import numpy as np
-
     from lfm_runtime.decode.context import Context
     from lfm_runtime.text.prompt import Message
 

@@ -21,9 +21,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import write_whole
 
-    from lfm_report.markdown import audit_markdown, tuning_markdown
-    from lfm_report.page import audit_page, tuning_page
-    from lfm_report.source import named_audits, read_tuning
+    from lfm_audit.report.markdown import audit_markdown, tuning_markdown
+    from lfm_audit.report.page import audit_page, tuning_page
+    from lfm_audit.report.source import named_audits, read_tuning
 
     output = options.output or options.files[0].with_suffix(".html")
     if output.suffix not in (".html", ".md"):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_runtime.audit_table import verdict_line
-
-from lfm_report.source import Audit, all_series
-from lfm_report.tables import changes_table, headline_table, limits_table, tuning_tables
+from lfm_audit.report.source import Audit, all_series
+from lfm_audit.report.tables import changes_table, headline_table, limits_table, tuning_tables
+from lfm_audit.table import verdict_line
 
 
 def audit_markdown(audits: Sequence[Audit]) -> str:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     """Check one thing after the other."""
     from dataclasses import asdict
 
-    from lfm_runtime.selftest import CHECKS, Installed, selftest
+    from lfm_audit.selftest import CHECKS, Installed, selftest
 
     on = Installed(options.bundle, options.profile, options.variant)
     results = []

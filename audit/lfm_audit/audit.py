@@ -24,23 +24,23 @@ import psutil
 from lfm_profiles import Device, Profile, changed
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
-
 from lfm_runtime import __version__
-from lfm_runtime.audit_result import Run, machine_result, plain, soak_result, variant_result
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.images import image_size
-from lfm_runtime.page_cache import drop_from_page_cache, read_into_page_cache
-from lfm_runtime.power import Power, read_meter
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.setup.costs import fingerprint
 from lfm_runtime.setup.variants import choose_variants
-from lfm_runtime.trial import Trial, TrialError, start
-from lfm_runtime.verdict import check_limits, verdict
-from lfm_runtime.watch import StateSample, Watch, sees_the_machine
+
+from lfm_audit.measure.page_cache import drop_from_page_cache, read_into_page_cache
+from lfm_audit.measure.power import Power, read_meter
+from lfm_audit.measure.trial import Trial, TrialError, start
+from lfm_audit.measure.watch import StateSample, Watch, sees_the_machine
+from lfm_audit.result import Run, machine_result, plain, soak_result, variant_result
+from lfm_audit.verdict import check_limits, verdict
 
 SCHEMA = 1
 """Of the result; changes when a field does."""

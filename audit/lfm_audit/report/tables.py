@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm_runtime.compare import Change, changes, differences
-
-from lfm_report.source import Audit, Series
+from lfm_audit.compare import Change, changes, differences
+from lfm_audit.report.source import Audit, Series
 
 NONE = "–"
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from lfm_runtime.audit_table import verdict_line
 
-from lfm_report import plots
-from lfm_report.source import Audit, all_series
-from lfm_report.tables import (
+from lfm_audit.report import plots
+from lfm_audit.report.source import Audit, all_series
+from lfm_audit.report.tables import (
     Table,
     changes_table,
     figures_table,
@@ -20,6 +19,7 @@ from lfm_report.tables import (
     settings_table,
     tuning_tables,
 )
+from lfm_audit.table import verdict_line
 
 Section = tuple[str, list[Any], str]
 """Title, plots and tables, a note below the title."""
@@ -80,7 +80,7 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
 
 
 def _render(title: str, verdicts: Sequence[Mapping[str, Any]], sections: Sequence[Section], notes: Sequence[str]) -> str:
-    templates = jinja2.PackageLoader("lfm_report", "")
+    templates = jinja2.PackageLoader("lfm_audit.report", "")
     environment = jinja2.Environment(
         loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

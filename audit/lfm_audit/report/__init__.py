@@ -1,0 +1,1 @@
+"""Pages made of audits and tunings; needs the extra `report`."""
