@@ -98,7 +98,7 @@ def photo() -> Path:
 @pytest.fixture(scope="session")
 def stick_once(demo_bundle, tmp_path_factory) -> Path:
     """A stick for this machine: this Python, this processor, the wheels from the package index."""
-    from lfm_package.image import image
+    from lfm_package.stick import image
     from lfm_package.targets import Platform
 
     folder = tmp_path_factory.mktemp("usb") / "cam"

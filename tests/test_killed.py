@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from lfm_package.verify import verify
 from lfm_runtime.bundle import Bundle, file_hash
 from lfm_runtime.engine.prepared import find, folder_of
-from lfm_runtime.verify import verify
 from sticks import another
 
 ROOT = Path(__file__).resolve().parents[1]

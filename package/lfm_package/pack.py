@@ -19,9 +19,9 @@ from lfm_profiles import Profile, to_toml
 from lfm_runtime.bundle import MANIFEST, SIGNATURE, SUMS, Bundle, read_manifest
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.files import to_json
-from lfm_runtime.signature import sign
 
 from lfm_package.sbom import sbom
+from lfm_package.signature import sign
 from lfm_package.wheelhouse import Wheel
 
 PROFILE = "profile.toml"

@@ -25,10 +25,10 @@ from lfm_export import export as export_module  # noqa: E402
 from lfm_export.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
 from lfm_export.portable import export_with_optimum  # noqa: E402
+from lfm_package.verify import verify  # noqa: E402
 from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_runtime.formats.contract import present_name  # noqa: E402
 from lfm_runtime.model import Model  # noqa: E402
-from lfm_runtime.verify import verify  # noqa: E402
 from test_graph_parity import CASES, GRIDS, build, cosine, decode  # noqa: E402
 
 STEMS = ("vision_encoder", "embed_tokens", "decoder_model_merged")

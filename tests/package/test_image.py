@@ -6,13 +6,13 @@ import subprocess
 import tarfile
 
 import pytest
-from lfm_package import image as module
+from lfm_package import stick as module
 from lfm_package.targets import Platform
+from lfm_package.unpack import unpack
 from lfm_package.wheelhouse import Wheel
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
-from lfm_runtime.unpack import unpack
 
 PI5 = Platform.of("pi5")
 

@@ -208,8 +208,8 @@ def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> 
     import json
 
     from lfm_package.pack import Extras, pack
+    from lfm_package.unpack import unpack
     from lfm_profiles import read
-    from lfm_runtime.unpack import unpack
 
     prefix = tmp_path / "edge"
     assert install(stick, prefix).returncode == 0
@@ -321,7 +321,7 @@ def test_a_full_disk(stick, tmp_path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
 def test_from_an_empty_root(demo_bundle, tmp_path, photo) -> None:
     """Debian with nothing but Python, no network: from the stick to an answer."""
-    from lfm_package.image import image
+    from lfm_package.stick import image
     from lfm_package.targets import Platform
 
     root, stick = tmp_path / "root", tmp_path / "stick"

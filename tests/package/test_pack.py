@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from lfm_package.pack import Extras, pack
+from lfm_package.unpack import unpack
+from lfm_package.verify import verify
 from lfm_profiles import read
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.model import Model
-from lfm_runtime.unpack import unpack
-from lfm_runtime.verify import verify
 
 QUESTION = "What is in this image?"
 

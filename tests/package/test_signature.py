@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from lfm_package.pack import Extras, pack
+from lfm_package.signature import check_signature, sign
+from lfm_package.unpack import unpack
+from lfm_package.verify import verify
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.signature import check_signature, sign
-from lfm_runtime.unpack import unpack
-from lfm_runtime.verify import verify
 
 
 @pytest.fixture(scope="module")

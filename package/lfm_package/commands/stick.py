@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lfm_package.bundle_command import add_packing_arguments, packed_profile, packed_variants
-from lfm_package.wheelhouse_command import add_target_arguments
+from lfm_package.commands.bundle import add_packing_arguments, packed_profile, packed_variants
+from lfm_package.commands.wheelhouse import add_target_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write it, and say what to do with it."""
-    from lfm_package.image import image
+    from lfm_package.stick import image
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)

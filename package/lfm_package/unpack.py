@@ -16,7 +16,8 @@ from typing import Any
 from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.writer import replacing
-from lfm_runtime.verify import verify
+
+from lfm_package.verify import verify
 
 try:
     from compression.zstd import ZstdError  # type: ignore[import-not-found,unused-ignore]  # Python 3.14

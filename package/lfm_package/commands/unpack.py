@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Unpack and say where."""
-    from lfm_runtime.unpack import unpack
+    from lfm_package.unpack import unpack
 
     unpack(options.archive, options.output, signers=options.signers)
     print(f"{options.output} is whole")

@@ -11,7 +11,8 @@ from lfm_runtime.engine.sessions import Execution, check_onnxruntime, load_sessi
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
 from lfm_runtime.formats.onnx_file import external_files
-from lfm_runtime.signature import check_signature
+
+from lfm_package.signature import check_signature
 
 Progress = Callable[[int, int], None]
 """Called with (bytes hashed, bytes in all)."""

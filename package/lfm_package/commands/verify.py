@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look, and say what is wrong."""
-    from lfm_runtime.verify import verify
+    from lfm_package.verify import verify
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

@@ -14,10 +14,10 @@ from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.writer import replacing
-from lfm_runtime.signature import sign
 from packaging.version import Version
 
 from lfm_package.pack import Extras, entry, pack, reduced
+from lfm_package.signature import sign
 from lfm_package.targets import Platform
 from lfm_package.wheelhouse import Wheel, glibc_needed, wheelhouse
 
