@@ -63,7 +63,7 @@ fi
 mkdir -p build
 boards=(cortex-a76)
 [ "${LONG:-}" = 1 ] && boards=(cortex-a76 cortex-a72)
-scripts/arm64_sandbox.sh "${boards[@]}" >build/arm64.log 2>&1 &
+scripts/checks/arm64_sandbox.sh "${boards[@]}" >build/arm64.log 2>&1 &
 sandbox=$!
 
 # From here on a missing reference is a failure, not a skip.

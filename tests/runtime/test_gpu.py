@@ -158,7 +158,7 @@ def test_what_sessions_are_given(tmp_path, caplog) -> None:
 
 
 def test_norms_are_summed_in_fp32(monkeypatch) -> None:
-    """By releases that would sum in fp16, too; see scripts/check_cuda.py for the kernels that come of it."""
+    """By releases that would sum in fp16, too; see scripts/checks/check_cuda.py for the kernels that come of it."""
     for version, strict in (("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("1.31.1", False)):
         monkeypatch.setattr("lfm_runtime.engine.ort_release.ort.__version__", version)
         (_, options), _ = provider_options((CUDA, CPU), DECODER)

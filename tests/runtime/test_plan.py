@@ -70,7 +70,7 @@ def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> Non
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
     """Two fresh processes: one plans, one runs. Most of a demo model's memory is libraries', of which each version has its own pages, so
-    the range is wider than at full size, where scripts/check_plan.py holds predictions to 0.95 to 1.10.
+    the range is wider than at full size, where scripts/bench/check_plan.py holds predictions to 0.95 to 1.10.
     """
     from PIL import Image
 

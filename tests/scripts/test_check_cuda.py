@@ -1,4 +1,4 @@
-"""The real CUDA provider on a CUDA that computes nothing and remembers everything: see scripts/check_cuda.py."""
+"""The real CUDA provider on a CUDA that computes nothing and remembers everything: see scripts/checks/check_cuda.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOP = [64 * 4, 64 * 8]  # bytes of logits and ids
 
 def check(bundle: Path, variant: str, *words: str) -> tuple[dict[str, Any], str, int]:
     """What it prints, what it warns of, its exit code."""
-    command = [sys.executable, str(ROOT / "scripts/check_cuda.py"), str(bundle), "--variant", variant, *words]
+    command = [sys.executable, str(ROOT / "scripts/checks/check_cuda.py"), str(bundle), "--variant", variant, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "a package index" in done.stderr and not os.environ.get("LFM_EDGE_TEST_ALL"):
         pytest.skip("onnxruntime-gpu could not be installed")

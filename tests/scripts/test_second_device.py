@@ -1,4 +1,4 @@
-"""The decode loop for GPUs on a device with memory of its own: see scripts/check_second_device.py."""
+"""The decode loop for GPUs on a device with memory of its own: see scripts/checks/check_second_device.py."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class Planner:
 
 # ----------------------------------------------------------------------------------------------------------- factors
 
-# Factors, measured with onnxruntime 1.31 on x86 (scripts/check_plan.py prints what they are worth).
+# Factors, measured with onnxruntime 1.31 on x86 (scripts/bench/check_plan.py prints what they are worth).
 _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
 """What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32 on the CPU."""
 _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}

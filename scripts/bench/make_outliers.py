@@ -1,6 +1,6 @@
 """Change a checkpoint without changing its function: outlier channels and massive activations, to try quantizers on.
 
-    python scripts/make_outliers.py demo/checkpoint /tmp/outliers --seed 0
+    python scripts/bench/make_outliers.py demo/checkpoint /tmp/outliers --seed 0
 
 A few channels of every norm become 8 to 64 times larger and the next weights' columns as much smaller; so do a few channels of
 the values that attention, the short convolutions and the feed-forward layers hand to their last projection, which makes the

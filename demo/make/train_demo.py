@@ -1,6 +1,6 @@
 """Train the demo model: the true architecture, 5.9 M parameters, on pictures drawn by demo_data.py.
 
-    python scripts/train_demo.py demo/checkpoint --minutes 80
+    python demo/make/train_demo.py demo/checkpoint --minutes 80
 
 Wall-clock driven: the three stages and the learning-rate schedule are fractions of `--minutes`, so the same command uses a
 slow or a fast machine fully. Needs the `test` extra (torch, transformers, tokenizers, matplotlib).

@@ -1,6 +1,6 @@
 """Every figure of docs/performance.md in one run: encode, prefill, decode, first token, memory, start; each beside a baseline.
 
-    python scripts/bench.py BUNDLE --variant int4 --prefill int8 [--threads 2] [--repeat 7] [--json FILE]
+    python scripts/bench/bench.py BUNDLE --variant int4 --prefill int8 [--threads 2] [--repeat 7] [--json FILE]
 
 BUNDLE is usually the random 450M checkpoint of make_random_checkpoint.py, quantized and prepared. A is the variant as `run` uses it, B the
 baseline (`--baseline`, by default the bundle's first variant); they are measured A B A B … after one warm-up of each, which is reported.
@@ -39,7 +39,7 @@ from PIL import Image
 
 QUESTION = "What is in this image, and where is the cup?"
 PROMPT_TOKENS = 21  # ten words and what the chat template puts around them, in the real vocabulary; a random one spells all that out
-PHOTO = Path(__file__).resolve().parents[1] / "demo" / "photos" / "coffee.jpg"
+PHOTO = Path(__file__).resolve().parents[2] / "demo" / "photos" / "coffee.jpg"
 START = "import sys, json; from lfm_runtime import Model; m = Model.load(sys.argv[1], **json.loads(sys.argv[2]))"
 ANSWER = "; a = m.answer([sys.argv[3]], sys.argv[4], **json.loads(sys.argv[5])); a.text(); print(json.dumps(a.report.as_dict()))"
 GREEDY = {"temperature": 0, "repetition_penalty": 1}

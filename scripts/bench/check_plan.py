@@ -1,6 +1,6 @@
 """Predicted peak memory beside measured, for runs of many kinds: every prediction within 10 % and not below 95 %.
 
-    python scripts/check_plan.py BUNDLE [BUNDLE …] [--json FILE]
+    python scripts/bench/check_plan.py BUNDLE [BUNDLE …] [--json FILE]
 
 Each row is a process of its own, `lfm-edge run --json`, and the plan it would have made. Exit code 1 when one is off.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from lfm_runtime.bundle import Bundle
 from PIL import Image
 
-PHOTO = Path(__file__).resolve().parents[1] / "demo" / "photos" / "coffee.jpg"
+PHOTO = Path(__file__).resolve().parents[2] / "demo" / "photos" / "coffee.jpg"
 QUESTION = "What is in this image, and where is the cup?"
 SIZES = (None, (384, 256), (512, 512), (1400, 1000), (3000, 2000))
 PLAN = """if True:

@@ -1,9 +1,9 @@
 """What onnxruntime's CUDA provider makes of a bundle, where there is no GPU: it runs on a CUDA that computes nothing and remembers
 everything (cuda_recorder.cpp).
 
-    python scripts/check_cuda.py BUNDLE --variant fp16 --variant int4-fp16      # needs g++; makes an environment in build/cuda-…
-    python scripts/check_cuda.py BUNDLE --kernels                                # also the name of every kernel of a step and a view
-    python scripts/check_cuda.py BUNDLE --onnxruntime 1.23.2 --python python3.10   # another release, for CUDA 12
+    python scripts/checks/check_cuda.py BUNDLE --variant fp16 --variant int4-fp16      # needs g++; makes an environment in build/cuda-…
+    python scripts/checks/check_cuda.py BUNDLE --kernels                                # also the name of every kernel of a step and a view
+    python scripts/checks/check_cuda.py BUNDLE --onnxruntime 1.23.2 --python python3.10   # another release, for CUDA 12
 
 The provider is the real one, of the wheel for machines with a GPU: which operators it takes, with which kernels, what it copies, where it
 waits, what it captures and allocates is counted, and the host's own time is taken. Nothing is said of values or of a GPU's time, since no
@@ -29,8 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDER = ROOT / "scripts" / "cuda_recorder.cpp"
+ROOT = Path(__file__).resolve().parents[2]
+RECORDER = Path(__file__).resolve().with_name("cuda_recorder.cpp")
 HEADERS = {  # CUDA 12's own package of crt/ has a compiler in it as well
     "12": ("nvidia-cuda-runtime-cu12==12.9.79", "nvidia-cuda-crt==13.0.88"),
     "13": ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88"),

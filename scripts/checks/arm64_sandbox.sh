@@ -2,14 +2,14 @@
 # The installer, the selftest and an answer on 64-bit Arm, emulated: a Debian trixie root for aarch64 with Python alone, entered under
 # qemu as a Cortex-A76 (Raspberry Pi 5) and a Cortex-A72 (Raspberry Pi 4), without network. Some minutes on two cores.
 #
-#   scripts/arm64_sandbox.sh [CPU…]        # cortex-a76 cortex-a72
-#   LONG=1 scripts/arm64_sandbox.sh        # the whole selftest of fp32, int8 and int4 on each; else of what suits it, and of the
+#   scripts/checks/arm64_sandbox.sh [CPU…]        # cortex-a76 cortex-a72
+#   LONG=1 scripts/checks/arm64_sandbox.sh        # the whole selftest of fp32, int8 and int4 on each; else of what suits it, and of the
 #                                          # others what can differ on another processor: golden values and answers. Eight minutes beside other tests
 #
 # Needs root on Linux, debootstrap and qemu-user (installed here with apt), and binfmt_misc; without them it says so and does nothing.
 # Everything lies in build/arm64; the root is kept for the next run.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 cpus=("$@")
 [ $# -gt 0 ] || cpus=(cortex-a76 cortex-a72)
 

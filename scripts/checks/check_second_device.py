@@ -2,7 +2,7 @@
 SwiftShader, a Vulkan driver that computes on the CPU and comes with Chromium.
 
     sudo apt install chromium                              # with libvulkan
-    python scripts/check_second_device.py BUNDLE            # with fp32 weights; makes an environment in build/webgpu
+    python scripts/checks/check_second_device.py BUNDLE            # with fp32 weights; makes an environment in build/webgpu
 
 It says nothing about speed, nor about CUDA's kernels. What it shows: nothing of the loop relies on memory that both sides can reach, and
 what is copied, bound and swapped comes out as on the CPU, in steps that are not captured. Two things differ from CUDA and are made up for:
@@ -24,7 +24,7 @@ from typing import Any
 
 from lfm_runtime.errors import EdgeError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "build" / "webgpu"
 PACKAGES = ("onnxruntime-webgpu==1.27.0", "numpy", "pillow", "psutil")
 DRIVERS = ("/usr/lib/chromium/vk_swiftshader_icd.json", "/opt/google/chrome/vk_swiftshader_icd.json")

@@ -1,6 +1,6 @@
 """Our 4-bit rounding against onnxruntime's own quantizers, on the decoder of one bundle.
 
-    python scripts/compare_quantizers.py demo/bundle --questions 2000
+    python scripts/bench/compare_quantizers.py demo/bundle --questions 2000
 
 Every method rounds the same products (the decoder's layers; head, embeddings and encoder stay fp32) and is judged on the same fresh
 questions by the same code as `lfm-edge quality`. Bits a weight count scales and zero points as they are stored. HQQ needs torch.
@@ -14,12 +14,12 @@ import logging
 import platform
 import random
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import demo_data
 import onnx
 from lfm_quantize.graph import Graph
 from lfm_quantize.quality import measure
@@ -30,7 +30,11 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
 DECODER = "onnx/decoder_model_merged.onnx"
 MADE = "onnx/decoder_model_merged_q4.onnx"
-CALIBRATION = Path(__file__).resolve().parents[1] / "demo" / "calibration"
+ROOT = Path(__file__).resolve().parents[2]
+CALIBRATION = ROOT / "demo" / "calibration"
+sys.path.insert(0, str(ROOT / "demo" / "make"))
+
+import demo_data  # noqa: E402
 
 
 def ours(bundle: Path, block: int, method: str, calibration: Path) -> None:

@@ -1,6 +1,6 @@
 """Write a random checkpoint with the true architecture and the true tokenizer, in a spelling of the hub, for work without a download.
 
-    python scripts/make_random_checkpoint.py --size 450m --like lfm2.5 /tmp/lfm25-vl-450m-random
+    python scripts/bench/make_random_checkpoint.py --size 450m --like lfm2.5 /tmp/lfm25-vl-450m-random
 
 Files are as in the releases that `--like` names: 2025 (LFM2-VL: remote code's config, settings at the top of processor_config.json),
 lfm2.5 (LFM2.5-VL: no LayerNorm in the projector, a template with tools), 3b (another vocabulary, with other ids). Weights are bfloat16,
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "demo" / "checkpoint"
+DEMO = HERE.parents[1] / "demo" / "checkpoint"
 SPELLINGS = HERE / "spellings"
 LIKE = ("2025", "lfm2.5", "3b")
 SIZES = {

@@ -1,7 +1,7 @@
 """Time and memory on a GPU against transformers on the same GPU, in turns.
 
     pip install -e '.[export,quantize]' 'onnxruntime-gpu[cuda,cudnn]' torch transformers     # onnxruntime-gpu instead of onnxruntime
-    python scripts/bench_gpu.py --size 450m --size 1.6b -o gpu.json
+    python scripts/bench/bench_gpu.py --size 450m --size 1.6b -o gpu.json
 
 Random weights of full size. Both sides stay loaded in processes of their own, warmed up, and measure A B A B …; medians and the ratio of
 neighbours are printed, all samples are in the JSON. transformers runs in bfloat16 with SDPA, its decoding also compiled where that works.
@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "demo" / "make"))  # torchvision_shim
 sys.path.insert(0, str(ROOT / "scripts"))
 SIDE = 32  # patches a side: one 512×512 view
 PROMPT, IMAGE_TOKENS = 275, 256
@@ -68,7 +69,7 @@ def main() -> int:
 
 def make_checkpoint(size: str, folder: Path) -> Path:
     """Random weights."""
-    subprocess.run([sys.executable, str(ROOT / "scripts/make_random_checkpoint.py"), "--size", size, "--tokenizer", "demo", str(folder)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "scripts/bench/make_random_checkpoint.py"), "--size", size, "--tokenizer", "demo", str(folder)], check=True)
     return folder
 
 
