@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfm_export.config import CheckpointError
+from lfm_export.checkpoint.config import CheckpointError
 
 ALIGNMENT = 1 << 16
 INLINE_BYTES = 1 << 15

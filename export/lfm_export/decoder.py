@@ -22,8 +22,8 @@ from lfm_runtime.formats.contract import (
 )  # fmt: skip
 
 from lfm_export.builder import CONTRIB, GraphBuilder
-from lfm_export.checkpoint import Checkpoint
-from lfm_export.config import TextConfig
+from lfm_export.checkpoint.checkpoint import Checkpoint
+from lfm_export.checkpoint.config import TextConfig
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 

@@ -21,8 +21,8 @@ from lfm_runtime.images import ImageSettings
 from lfm_runtime.text.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
-from lfm_export.checkpoint import Checkpoint, copy_hub_files
-from lfm_export.config import CheckpointError
+from lfm_export.checkpoint.checkpoint import Checkpoint, copy_hub_files
+from lfm_export.checkpoint.config import CheckpointError
 from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
 from lfm_export.prompt import compile_prompt
 from lfm_export.vision import build_vision_encoder
@@ -95,7 +95,7 @@ def export(
             return result
 
         if portable:
-            from lfm_export.portable import write_portable
+            from lfm_export.portable.portable import write_portable
 
             for path in write_portable(folder, checkpoint, progress):
                 model = ir.load(path)
@@ -180,7 +180,7 @@ def _portable_tools() -> dict[str, str]:
         have = found["transformers"]
         raise CheckpointError(f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'")
     try:
-        import lfm_export.portable  # noqa: F401
+        import lfm_export.portable.portable  # noqa: F401
     except ImportError as e:
         cause: BaseException = e
         while cause.__cause__:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lfm_export.builder import CONTRIB, GraphBuilder
-from lfm_export.checkpoint import Checkpoint
+from lfm_export.checkpoint.checkpoint import Checkpoint
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from lfm_export.config import CheckpointError
+from lfm_export.checkpoint.config import CheckpointError
 from lfm_export.export import export
 from lfm_runtime import Model
 from lfm_runtime.commands.cli import main

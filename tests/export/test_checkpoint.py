@@ -14,10 +14,10 @@ import pytest
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("reference")
 
-from lfm_export.checkpoint import Checkpoint  # noqa: E402
-from lfm_export.config import CheckpointError, load_config  # noqa: E402
+from lfm_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from lfm_export.checkpoint.config import CheckpointError, load_config  # noqa: E402
+from lfm_export.checkpoint.tensors import TensorStore, checkpoint_files  # noqa: E402
 from lfm_export.export import export  # noqa: E402
-from lfm_export.tensors import TensorStore, checkpoint_files  # noqa: E402
 from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_runtime.errors import EdgeError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

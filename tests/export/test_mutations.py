@@ -25,7 +25,7 @@ if not reference.TRANSFORMERS_5:
     pytest.skip("transformers 4.57 knows neither TokenizersBackend nor projector_use_layernorm", allow_module_level=True)
 
 import make_random_checkpoint  # noqa: E402
-from lfm_export.checkpoint import Checkpoint  # noqa: E402
+from lfm_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from lfm_export.export import export  # noqa: E402
 from lfm_runtime import EdgeError, Message, Model  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -22,9 +22,9 @@ if reference.TRANSFORMERS_5:
     pytest.skip("Optimum's exporter needs transformers 4.57", allow_module_level=True)
 
 from lfm_export import export as export_module  # noqa: E402
-from lfm_export.config import CheckpointError  # noqa: E402
+from lfm_export.checkpoint.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
-from lfm_export.portable import export_with_optimum  # noqa: E402
+from lfm_export.portable.portable import export_with_optimum  # noqa: E402
 from lfm_package.verify import verify  # noqa: E402
 from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_runtime.formats.contract import present_name  # noqa: E402
@@ -283,7 +283,7 @@ def test_tools_that_cannot_be_imported(tmp_path) -> None:
 
 
 def test_a_trace_that_fails_names_its_module(monkeypatch, tmp_path) -> None:
-    from lfm_export import portable
+    from lfm_export.portable import portable
 
     def fails(*_, **__):
         raise RuntimeError("unsupported operator aten::odd")

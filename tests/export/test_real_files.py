@@ -16,8 +16,8 @@ reference = pytest.importorskip("reference")
 pytest.importorskip("onnx_ir")
 
 import make_random_checkpoint  # noqa: E402
-from lfm_export.checkpoint import Checkpoint  # noqa: E402
-from lfm_export.config import CheckpointError  # noqa: E402
+from lfm_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from lfm_export.checkpoint.config import CheckpointError  # noqa: E402
 from lfm_export.export import export  # noqa: E402
 from lfm_runtime import EdgeError, Message, Model  # noqa: E402
 from lfm_runtime.bundle import end_tokens  # noqa: E402

@@ -28,7 +28,7 @@ class LFM2VLExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         import sys
         from pathlib import Path
 
-        from lfm_export.portable import export_with_optimum
+        from lfm_export.portable.portable import export_with_optimum
         from lfm_runtime.errors import EdgeError
 
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from lfm_runtime.formats.files import read_json_object
 from numpy.typing import NDArray
 
-from lfm_export.config import CheckpointError
+from lfm_export.checkpoint.config import CheckpointError
 
 Floats = NDArray[np.float32]
 _ITEM = {"BF16": 2, "F16": 2, "F32": 4}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from lfm_runtime.formats.files import damage_is, read_json_object
 
-from lfm_export.config import CheckpointError
-from lfm_export.tensors import Floats, TensorStore
+from lfm_export.checkpoint.config import CheckpointError
+from lfm_export.checkpoint.tensors import Floats, TensorStore
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HARMLESS = frozenset((

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lfm_export.config import CheckpointError, Config, TextConfig, load_config
-from lfm_export.inventory import check_origin, check_tensors, places
-from lfm_export.lora import ADAPTER_WEIGHTS, Adapter
-from lfm_export.tensors import Floats, TensorStore, check_folder, checkpoint_files
+from lfm_export.checkpoint.config import CheckpointError, Config, TextConfig, load_config
+from lfm_export.checkpoint.inventory import check_origin, check_tensors, places
+from lfm_export.checkpoint.lora import ADAPTER_WEIGHTS, Adapter
+from lfm_export.checkpoint.tensors import Floats, TensorStore, check_folder, checkpoint_files
 
 # Tensor names differ between transformers 4 (hub files), transformers 5 and older remote code.
 _VISION = ("model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.vision_model.", "vision_tower.")

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from lfm_export.builder import Progress
-from lfm_export.checkpoint import Checkpoint, copy_hub_files
-from lfm_export.config import CheckpointError
-from lfm_export.torch_model import load_model
-from lfm_export.wrappers import Decoder, EmbedTokens, VisionEncoder
+from lfm_export.checkpoint.checkpoint import Checkpoint, copy_hub_files
+from lfm_export.checkpoint.config import CheckpointError
+from lfm_export.portable.torch_model import load_model
+from lfm_export.portable.wrappers import Decoder, EmbedTokens, VisionEncoder
 
 OPSET = 18  # the lowest that Optimum recommends; LayerNormalization is in it, newer engines read it
 Axes = dict[str, dict[int, str]]

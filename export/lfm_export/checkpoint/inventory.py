@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lfm_export.config import CheckpointError, Config, quantized
-from lfm_export.tensors import Entry
+from lfm_export.checkpoint.config import CheckpointError, Config, quantized
+from lfm_export.checkpoint.tensors import Entry
 
 Shape = tuple[int, ...]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
-from lfm_export.checkpoint import Checkpoint
-from lfm_export.config import Config
+from lfm_export.checkpoint.checkpoint import Checkpoint
+from lfm_export.checkpoint.config import Config
 
 _PLACES = {"model.vision_tower.vision_model.": "vision.", "model.multi_modal_projector.": "projector.", "model.language_model.": "text."}
 

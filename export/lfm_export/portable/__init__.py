@@ -1,0 +1,1 @@
+"""Graphs of standard operators alone, traced from transformers: the path that needs torch."""
