@@ -53,7 +53,7 @@ if old=$(find_python 3.10); then
     make_environment .venv-3.10 "$old" . onnxruntime==1.23.2 tokenizers jinja2 pytest pytest-xdist hypothesis
     .venv/bin/lfm-edge export demo/checkpoint -o build/test-bundle --quiet
     # The long comparisons of the tokenizer, audits and the searches of tune run below, once.
-    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q tests/runtime -n 2 --dist loadscope -m "$select" \
+    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q tests/runtime tests/audit tests/package/test_verify.py -n 2 --dist loadscope -m "$select" \
         -k "not random_strings and not standard_library and not test_tune and not test_audit"
 else
     echo "skipped: this machine has no Python 3.10 with venv"

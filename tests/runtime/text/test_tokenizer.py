@@ -15,7 +15,7 @@ from lfm_runtime.errors import PromptError
 from lfm_runtime.text.compile_tokenizer import GPT2_SPLIT, compile_tokenizer, translate_pattern, unicode_ranges
 from lfm_runtime.text.tokenizer import CLASSES, TextStream, Tokenizer, byte_alphabet
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "tokenizer.json"
+DEMO = Path(__file__).resolve().parents[3] / "demo" / "checkpoint" / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from lfm_profiles import detect, read
-from lfm_runtime import Model, gpu, gpu_wheel, profile, sessions
+from lfm_runtime import Model
 from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.device_state import DeviceState, OrtMemory
+from lfm_runtime.engine import gpu, gpu_wheel, sessions
 from lfm_runtime.engine.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
 from lfm_runtime.model import _of_one_size
+from lfm_runtime.setup import profile
 from PIL import Image
 
 QUESTION = "What is in this image?"

@@ -20,7 +20,7 @@ from lfm_runtime.engine.prepare import prepare
 from lfm_runtime.engine.prepared import find, folder_of
 from lfm_runtime.formats.contract import DECODER
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PICTURE = ROOT / "demo" / "eval" / "images" / "0000.png"
 QUESTION = "What is in this image?"
 

@@ -18,7 +18,7 @@ from lfm_runtime.decode.context import Context, image_key, prompt_keys
 from lfm_runtime.decode.decoder import ConcatenatedState, SharedState
 from lfm_runtime.decode.state import Snapshot
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]
 QUESTION = "What is in this image?"
 

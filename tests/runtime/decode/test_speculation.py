@@ -17,7 +17,7 @@ from lfm_runtime.decode.speculation import PromptLookup
 from lfm_runtime.formats.contract import MANY_TOKENS
 from lfm_runtime.model import Answer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:4]
 QUESTION = "What is in this image?"
 LOOP = "red circle, blue square, red circle, blue square, red circle,"

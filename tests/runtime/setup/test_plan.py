@@ -17,7 +17,7 @@ from lfm_runtime.errors import BundleError
 from lfm_runtime.setup import memory as planning
 from lfm_runtime.setup.memory import DoesNotFitError, Memory, Planner, Shapes, fit
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 QUESTION = "What is in this image?"
 LARGE = (1400, 1000)
 START = Memory(40.0, 27.0)  # a process with the libraries loaded
