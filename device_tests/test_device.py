@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from lfm_audit.selftest import CHECKS, CheckError, Installed, Skipped
 
-CASES = [pytest.param(check, id=check.name.replace(" ", "-"), marks=getattr(pytest.mark, check.needs)) for check in CHECKS]
+CASES = [
+    pytest.param(check, id=check.name.replace(" ", "-"), marks=getattr(pytest.mark, check.needs)) for check in CHECKS
+]
 
 
 @pytest.mark.parametrize("check", CASES)

@@ -9,11 +9,12 @@ writes, for one sequence and one view:
     decoder_prefill.onnx   inputs_embeds [1, PREFILL, H], attention_mask [1, CONTEXT], past of CONTEXT - PREFILL tokens
     decoder_decode.onnx    the same for one token: past of CONTEXT - 1 tokens
 
-The past is kept at the right end: what is not there yet, and what a prompt shorter than PREFILL leaves free on its left, is 0 in
-attention_mask. The past of a step of one token is the last CONTEXT - 1 tokens of `present`. Embeddings are rows of a table: take them from
-embed_tokens.onnx_data on the host.
+The past is kept at the right end: what is not there yet, and what a prompt shorter than PREFILL leaves free on its
+left, is 0 in attention_mask. The past of a step of one token is the last CONTEXT - 1 tokens of `present`. Embeddings
+are rows of a table: take them from embed_tokens.onnx_data on the host.
 
---int8 fixes activation ranges of the vision encoder as well (QDQ, onnxruntime's quantizer), calibrated with a folder of images.
+--int8 fixes activation ranges of the vision encoder as well (QDQ, onnxruntime's quantizer), calibrated with a folder of
+images.
 """
 
 from __future__ import annotations
@@ -45,16 +46,22 @@ def main() -> None:
     parser.add_argument("--grid", default="32x32", help="rows x columns of patches (default 32x32: one 512×512 tile)")
     parser.add_argument("--prefill", type=int, default=128, help="tokens of a prompt's step (default 128)")
     parser.add_argument("--context", type=int, default=512, help="tokens in all (default 512)")
-    parser.add_argument("--int8", type=Path, metavar="IMAGES", help="folder of images to calibrate an int8 vision encoder with")
+    parser.add_argument(
+        "--int8", type=Path, metavar="IMAGES", help="folder of images to calibrate an int8 vision encoder with"
+    )
     options = parser.parse_args()
     try:
-        for path in write_static(options.bundle, options.output, options.grid, options.prefill, options.context, options.int8):
+        for path in write_static(
+            options.bundle, options.output, options.grid, options.prefill, options.context, options.int8
+        ):
             print(f"{path}  {sum(p.stat().st_size for p in path.parent.glob(f'{path.name}*')) / 1e6:.1f} MB")
     except EdgeError as e:
         parser.exit(2, f"shape_static: {e}\n")
 
 
-def write_static(bundle: Path, output: Path, grid: str, prefill: int, context: int, images: Path | None = None) -> Iterator[Path]:
+def write_static(
+    bundle: Path, output: Path, grid: str, prefill: int, context: int, images: Path | None = None
+) -> Iterator[Path]:
     """Each file, when it is written. Raises EdgeError for sizes that cannot be, or a bundle without portable graphs."""
     sides = re.fullmatch(r"(\d+)x(\d+)", grid)
     rows, columns = (int(sides[1]), int(sides[2])) if sides else (0, 0)
@@ -77,7 +84,10 @@ def write_static(bundle: Path, output: Path, grid: str, prefill: int, context: i
     except OSError as e:
         raise EdgeError(f"{output} cannot be made ({e.strerror}); name another folder") from e
 
-    known = {"pixel_attention_mask": np.ones((1, rows * columns), np.int64), "spatial_shapes": np.array([[rows, columns]], np.int64)}
+    known = {
+        "pixel_attention_mask": np.ones((1, rows * columns), np.int64),
+        "spatial_shapes": np.array([[rows, columns]], np.int64),
+    }
     encoder = all_kept(fixed(load(vision), {"views": 1, "patches": rows * columns}, known), rows * columns // factor**2)
     yield write(quantized(encoder, samples) if images else encoder, output / "vision_encoder.onnx")
     for name, tokens in (("decoder_prefill", prefill), ("decoder_decode", 1)):
@@ -103,7 +113,9 @@ def fixed(model: onnx.ModelProto, sizes: dict[str, int], known: dict[str, np.nda
         source, target = Path(folder) / "source.onnx", Path(folder) / "folded.onnx"
         onnx.save(model, source, save_as_external_data=True, location="source.onnx_data", size_threshold=1024)
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # fusions of later levels are not ONNX's own
+        options.graph_optimization_level = (
+            ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        )  # fusions of later levels are not ONNX's own
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.onnx_data")
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -113,7 +125,9 @@ def fixed(model: onnx.ModelProto, sizes: dict[str, int], known: dict[str, np.nda
 
 
 def all_kept(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
-    """Where nothing is padding, dropping padding is a reshape; onnxruntime folds all but NonZero, whose result's size follows from values."""
+    """Where nothing is padding, dropping padding is a reshape; onnxruntime folds all but NonZero, whose result's size
+    follows from values.
+    """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     selects = next(node for node in graph.node if node.op_type == "NonZero")
@@ -121,10 +135,14 @@ def all_kept(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:
     ordered = next(node for node in graph.node if selects.output[0] in node.input)
     gather = next(node for node in graph.node if ordered.output[0] in node.input)
     assert (ordered.op_type, gather.op_type) == ("Transpose", "GatherND")
-    shape = numpy_helper.from_array(np.array([-1, graph_width(model, gather.output[0])], np.int64), "image_tokens_shape")
+    shape = numpy_helper.from_array(
+        np.array([-1, graph_width(model, gather.output[0])], np.int64), "image_tokens_shape"
+    )
     graph.initializer.append(shape)
     place = list(graph.node).index(gather)
-    graph.node.insert(place, onnx.helper.make_node("Reshape", [gather.input[0], shape.name], [gather.output[0]], name="image_tokens"))
+    graph.node.insert(
+        place, onnx.helper.make_node("Reshape", [gather.input[0], shape.name], [gather.output[0]], name="image_tokens")
+    )
     for node in (selects, ordered, gather):
         graph.node.remove(node)
     graph.initializer.remove(constants[selects.input[0]])
@@ -174,10 +192,16 @@ def quantized(model: onnx.ModelProto, samples: list[np.ndarray]) -> onnx.ModelPr
         source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, source, save_as_external_data=True, location="fp32.onnx_data", size_threshold=1024)
         quantize_static(
-            source, target, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
-        )  # fmt: skip
+        )
         return onnx.load(target)
 
 

@@ -46,6 +46,7 @@ fi
 
 echo "== ruff, mypy"
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/mypy
 
 echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6)"

@@ -1,4 +1,5 @@
-"""The independent side of the tests: tiny checkpoints of the true architecture and the Hugging Face code that reads them.
+"""The independent side of the tests: tiny checkpoints of the true architecture and the Hugging Face code that reads
+them.
 
 Imported only by tests that have torch and transformers; works with transformers 4.57 and 5.
 """
@@ -24,7 +25,9 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCABULARY = 896
 LAYERS = ["conv", "full_attention", "conv", "full_attention"]
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # two processes of two threads each would wait for each other
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS", "2"))
+)  # two processes of two threads each would wait for each other
 transformers.logging.set_verbosity_error()
 
 
@@ -36,8 +39,8 @@ def image_processor_class():
     from transformers.models.lfm2_vl.image_processing_lfm2_vl_fast import Lfm2VlImageProcessorFast
 
     class Fixed(Lfm2VlImageProcessorFast):
-        """transformers 4.57 takes (columns, rows) of the tile grid for (rows, columns), so that a tile's label names the wrong
-        place. transformers 5 has it right; the pixels are the same in both."""
+        """transformers 4.57 takes (columns, rows) of the tile grid for (rows, columns), so that a tile's label names
+        the wrong place. transformers 5 has it right; the pixels are the same in both."""
 
         def crop_image_to_patches(self, *args, **kwargs):
             images, columns, rows = super().crop_image_to_patches(*args, **kwargs)
@@ -46,37 +49,66 @@ def image_processor_class():
     return Fixed
 
 
-def tiny_model(*, text: dict | None = None, vision: dict | None = None, seed: int = 0, **top) -> Lfm2VlForConditionalGeneration:
+def tiny_model(
+    *, text: dict | None = None, vision: dict | None = None, seed: int = 0, **top
+) -> Lfm2VlForConditionalGeneration:
     """A random model with sizes that all differ, so that no two dimensions can be confused."""
     text_config = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": len(LAYERS), "num_attention_heads": 4,
-        "num_key_value_heads": 2, "block_auto_adjust_ff_dim": False, "layer_types": LAYERS, "max_position_embeddings": 1024,
-        "conv_L_cache": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 7, **(text or {}),
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": len(LAYERS),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": LAYERS,
+        "max_position_embeddings": 1024,
+        "conv_L_cache": 3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        **(text or {}),
+    }
     if TRANSFORMERS_5:
         text_config.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 50000.0})
     else:
         text_config.setdefault("rope_theta", 50000.0)
     vision_config = {
-        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80, "patch_size": 16,
-        "num_patches": 256, "vision_use_head": False, **(vision or {}),
-    }  # fmt: skip
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 80,
+        "patch_size": 16,
+        "num_patches": 256,
+        "vision_use_head": False,
+        **(vision or {}),
+    }
     config = Lfm2VlConfig(
-        vision_config=Siglip2VisionConfig(**vision_config).to_dict(), text_config=Lfm2Config(**text_config).to_dict(),
+        vision_config=Siglip2VisionConfig(**vision_config).to_dict(),
+        text_config=Lfm2Config(**text_config).to_dict(),
         **{"image_token_id": 396, "projector_hidden_size": 72, "downsample_factor": 2, **top},
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(seed)
     model = Lfm2VlForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             spread = 0.7 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.2
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + float("norm" in name and name.endswith("weight")))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * spread + float("norm" in name and name.endswith("weight"))
+            )
     model.tie_weights()
     return model
 
 
-def save_tiny(model: Lfm2VlForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1,
-              edit_config=None, rename=None) -> Path:  # fmt: skip
+def save_tiny(
+    model: Lfm2VlForConditionalGeneration,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    edit_config=None,
+    rename=None,
+) -> Path:
     """Write hub files. The model's own parameters are rounded to `dtype`, so that it stays the reference."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -116,11 +148,15 @@ def copy_text_files(folder: Path) -> None:
     make_random_checkpoint.demo_vocabulary(folder, VOCABULARY)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(DEMO / name, folder / name)
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 7, "do_sample": False, "repetition_penalty": 1.0}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 7, "do_sample": False, "repetition_penalty": 1.0})
+    )
     shutil.copyfile(DEMO / "preprocessor_config.json", folder / "preprocessor_config.json")
 
 
-def image_features(model: Lfm2VlForConditionalGeneration, pixels: np.ndarray, grids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def image_features(
+    model: Lfm2VlForConditionalGeneration, pixels: np.ndarray, grids: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
     """[image tokens of all views, H] as transformers computes them."""
     with torch.no_grad():
         found = model.model.get_image_features(torch.tensor(pixels), torch.tensor(grids), torch.tensor(mask))
@@ -159,7 +195,9 @@ def demo_processor():
     if not hasattr(tokenizer, "image_token_id"):
         tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     settings = json.loads((DEMO / "preprocessor_config.json").read_text())
-    image_processor = image_processor_class()(**{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))})
+    image_processor = image_processor_class()(
+        **{k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))}
+    )
     return Lfm2VlProcessor(image_processor, tokenizer, chat_template=(DEMO / "chat_template.jinja").read_text())
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 def sums(stick: Path) -> None:
     """As if lfm-edge image had made what lies there."""
     names = sorted(p for p in stick.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS"))
-    (stick / "SHA256SUMS").write_text("".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(stick)}\n" for p in names))
+    (stick / "SHA256SUMS").write_text(
+        "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(stick)}\n" for p in names)
+    )
 
 
 def another(stick: Path, **settings: str) -> None:

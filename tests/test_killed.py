@@ -1,4 +1,5 @@
-"""SIGKILL at any moment leaves the old state or the new one, and the next run succeeds: export, quantize, prepare, install.
+"""SIGKILL at any moment leaves the old state or the new one, and the next run succeeds: export, quantize, prepare,
+install.
 
 A few moments here; fifty of each are slow (LONG=1).
 """
@@ -38,7 +39,9 @@ def run(words: Sequence[str], *, kill_after: float | None = None) -> float:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     begun = time.monotonic()
-    process = subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         process.wait(kill_after)
     except subprocess.TimeoutExpired:
@@ -131,7 +134,9 @@ def test_prepare(demo_bundle, tmp_path, kills) -> None:
     paths = [path for stem, path in bundle.graphs(None)[1].items() if stem != "embed_tokens"]
 
     def check() -> None:
-        """Each graph is prepared and every byte of it right, or not prepared at all; nothing is there that must be warned of."""
+        """Each graph is prepared and every byte of it right, or not prepared at all; nothing is there that must be
+        warned of.
+        """
         found = [find(bundle, path, verify=True) for path in paths]
         assert [one.note for one in found] == [None] * len(found)
         if all(one.path != path for one, path in zip(found, paths, strict=True)):
@@ -162,7 +167,15 @@ def test_install(stick_once, tmp_path, kills) -> None:
         assert current.name.startswith(("old-", "new-"))
         assert (prefix / current / "complete").exists()
         assert verify(prefix / current / "bundle") == []
-        words = [str(prefix / "bin" / "lfm-edge"), "run", str(prefix / "current" / "bundle"), "-p", "Hello", "--max-new-tokens", "2"]
+        words = [
+            str(prefix / "bin" / "lfm-edge"),
+            "run",
+            str(prefix / "current" / "bundle"),
+            "-p",
+            "Hello",
+            "--max-new-tokens",
+            "2",
+        ]
         run(["sh", "-c", 'exec "$@"', "sh", *words])
         if current.name.startswith("new-"):
             run([*command[0], "--rollback"])

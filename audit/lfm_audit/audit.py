@@ -1,8 +1,9 @@
-"""What a bundle costs on this machine, measured so that the number can be trusted: times of every stage, memory, the machine's state, and a
-verdict on whether the run was a fair one.
+"""What a bundle costs on this machine, measured so that the number can be trusted: times of every stage, memory, the
+machine's state, and a verdict on whether the run was a fair one.
 
-Every start is a process of its own (trial.py), seen from outside while it works (watch.py). Variants take turns, A B A B …, so that
-whatever the machine does meanwhile meets them all. The result is plain values, described by audit.schema.json.
+Every start is a process of its own (trial.py), seen from outside while it works (watch.py). Variants take turns, A B A
+B …, so that whatever the machine does meanwhile meets them all. The result is plain values, described by
+audit.schema.json.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ Progress = Callable[[str], None]
 
 
 def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress = print) -> dict[str, Any]:
-    """Measure until the time is over (each variant once at least). What ends it earlier, KeyboardInterrupt or a process that fails, is
-    told in the result, with what was measured until then.
+    """Measure until the time is over (each variant once at least). What ends it earlier, KeyboardInterrupt or a process
+    that fails, is told in the result, with what was measured until then.
 
     Args:
         work: what to measure.
@@ -98,7 +99,8 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
     """
     if not sees_the_machine():
         raise SettingError(
-            "/proc has no stat and meminfo here (systemd's ProcSubset=pid?): other programs' load cannot be seen, and no figure trusted; "
+            "/proc has no stat and meminfo here (systemd's ProcSubset=pid?): other programs' load cannot be seen, "
+            "and no figure trusted; "
             "run the audit without that"
         )
     begun, begun_unix, marks = time.perf_counter(), time.time(), _file_marks(work)
@@ -116,11 +118,16 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
             left = work.budget_s - (time.perf_counter() - begun)
             if left < 0 and {r.variant for r in runs if r.kind == "warm"} >= {s.variant for s in work.subjects}:
                 break
-            progress(f"{subject.variant}, {kind.replace('_', '-')} start; {len(runs)} processes measured, {max(0.0, left):.0f} s left")
+            progress(
+                f"{subject.variant}, {kind.replace('_', '-')} start; {len(runs)} processes measured, "
+                f"{max(0.0, left):.0f} s left"
+            )
             runs.append(_run(work, subject, kind, sensors))
             passed = time.perf_counter() - begun
             if len(runs) == 1 and passed > work.budget_s:
-                raise SettingError(f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more")
+                raise SettingError(
+                    f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more"
+                )
             _cool_down(sensors, idle.states[0])
         prepare_ms = _prepare_ms(work, progress)
         if work.soak_minutes:
@@ -140,27 +147,44 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
         "bundle": _bundle(work),
         "device": device.as_dict(),
         "software": {
-            "python": platform.python_version(), "onnxruntime": ort.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-            "psutil": psutil.__version__, "kernel": platform.release(),
+            "python": platform.python_version(),
+            "onnxruntime": ort.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "psutil": psutil.__version__,
+            "kernel": platform.release(),
         },
-        "profile": {"name": work.profile.name, "settings": _settings(work.profile), "budget": asdict(work.profile.budget)},
+        "profile": {
+            "name": work.profile.name,
+            "settings": _settings(work.profile),
+            "budget": asdict(work.profile.budget),
+        },
         "workload": {
-            "question": work.question, "new_tokens": work.new_tokens, "skipped_images": list(work.skipped),
+            "question": work.question,
+            "new_tokens": work.new_tokens,
+            "skipped_images": list(work.skipped),
             "images": {name: _image(path) for name, path in work.images.items()},
         },
         "variants": {
             subject.variant: {
-                "settings": _settings(subject.profile), "steps_down": list(subject.steps), "first_ever_reason": subject.too_large,
+                "settings": _settings(subject.profile),
+                "steps_down": list(subject.steps),
+                "first_ever_reason": subject.too_large,
                 **variant_result(
-                    work.bundle, subject.variant, list(work.images), [r for r in runs if r.variant == subject.variant],
-                    prepare_ms.get(subject.variant, "the audit ended before"), power,
+                    work.bundle,
+                    subject.variant,
+                    list(work.images),
+                    [r for r in runs if r.variant == subject.variant],
+                    prepare_ms.get(subject.variant, "the audit ended before"),
+                    power,
                 ),
             }
-            for subject in work.subjects if any(r.variant == subject.variant and r.kind == "warm" for r in runs)
+            for subject in work.subjects
+            if any(r.variant == subject.variant and r.kind == "warm" for r in runs)
         },
         "machine": machine_result(idle, sensors, [*runs, *([soak] if soak else [])], power, no_power),
         "soak": soak_result(soak.outcome, soak.watch) if soak else None,
-    }  # fmt: skip
+    }
     result["limits"] = check_limits(result, work.limits)
     elapsed = time.perf_counter() - begun, time.time() - begun_unix
     result["verdict"] = verdict(result, changed_files=_file_marks(work) != marks, elapsed=elapsed)
@@ -169,7 +193,9 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
 
 
 def _schedule(work: Workload) -> Iterator[tuple[str, Subject]]:
-    """(kind of start, variant), without end. Warm ones first: a short audit of a slow board has enough of them to tell their spread."""
+    """(kind of start, variant), without end. Warm ones first: a short audit of a slow board has enough of them to tell
+    their spread.
+    """
     for round_ in itertools.count():
         for kind in ("warm", "cold", "first_ever"):
             for subject in work.subjects:
@@ -179,8 +205,9 @@ def _schedule(work: Workload) -> Iterator[tuple[str, Subject]]:
 
 
 def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
-    """One process. Warm: its files are in the page cache, and it answers everything twice. Cold: they are not, and it answers once about
-    the first image. First-ever: neither are the libraries, Python compiles its modules anew, and nothing is prepared.
+    """One process. Warm: its files are in the page cache, and it answers everything twice. Cold: they are not, and it
+    answers once about the first image. First-ever: neither are the libraries, Python compiles its modules anew, and
+    nothing is prepared.
     """
     images, profile = list(work.images.values()), subject.profile
     files = _files_of(work.bundle, subject)
@@ -194,9 +221,13 @@ def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
             profile = changed(profile, {"prepared": False}, "audit")
             environment["PYTHONPYCACHEPREFIX"] = folder
         trial = Trial(
-            work.bundle.folder, profile, images if kind == "warm" else images[:1], work.question, work.new_tokens,
+            work.bundle.folder,
+            profile,
+            images if kind == "warm" else images[:1],
+            work.question,
+            work.new_tokens,
             repeats=2 if kind == "warm" else 1,
-        )  # fmt: skip
+        )
         try:
             outcome = start(trial, environment=environment, watch=seen.of)
         finally:
@@ -216,7 +247,9 @@ def _cool_down(sensors: Sensors, idle: StateSample) -> None:
 
 
 def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
-    """Variant → what its first-ever prepare takes, in a process of its own and into a folder of its own; or the reason why not."""
+    """Variant → what its first-ever prepare takes, in a process of its own and into a folder of its own; or the reason
+    why not.
+    """
     found: dict[str, float | str] = {}
     for subject in work.subjects:
         if not subject.profile.prepared:
@@ -225,11 +258,19 @@ def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
         progress(f"{subject.variant}, prepare for the first time")
         _, prefill = choose_variants(work.bundle, subject.profile)
         try:
-            with tempfile.TemporaryDirectory(prefix=".lfm-edge-audit-", dir=work.bundle.folder.resolve().parent) as folder:
+            with tempfile.TemporaryDirectory(
+                prefix=".lfm-edge-audit-", dir=work.bundle.folder.resolve().parent
+            ) as folder:
                 # prepare writes beside the bundle: beside a folder of links nothing of the user's is touched
                 copy = Path(folder) / "bundle"
                 linked_copy(work.bundle.folder, copy)
-                words = ["prepare", str(copy), "--variant", subject.variant, *(["--prefill", prefill] if prefill else [])]
+                words = [
+                    "prepare",
+                    str(copy),
+                    "--variant",
+                    subject.variant,
+                    *(["--prefill", prefill] if prefill else []),
+                ]
                 begun = time.perf_counter()
                 done = run_command(words)
                 passed = (time.perf_counter() - begun) * 1e3
@@ -240,14 +281,21 @@ def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
 
 
 def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
-    """One process that answers about the first image without a pause, until nothing changes any more or the time is over."""
+    """One process that answers about the first image without a pause, until nothing changes any more or the time is
+    over.
+    """
     subject = work.subjects[0]
     seen = Watch(sensors, gpu=CUDA in subject.profile.providers)
     progress(f"soak: {subject.variant} answers for up to {work.soak_minutes:g} minutes")
     trial = Trial(
-        work.bundle.folder, subject.profile, list(work.images.values())[:1], work.question, work.new_tokens, repeats=0,
+        work.bundle.folder,
+        subject.profile,
+        list(work.images.values())[:1],
+        work.question,
+        work.new_tokens,
+        repeats=0,
         soak_s=work.soak_minutes * 60,
-    )  # fmt: skip
+    )
     try:
         outcome = start(trial, watch=seen.of)
     finally:
@@ -256,7 +304,9 @@ def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
 
 
 def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
-    """Where energy is known from, and why the meter that was given is of no use: it is read now, when it has seen everything."""
+    """Where energy is known from, and why the meter that was given is of no use: it is read now, when it has seen
+    everything.
+    """
     if work.meter is None:
         return Power(), None
     try:
@@ -271,9 +321,11 @@ def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
 def _bundle(work: Workload) -> dict[str, Any]:
     manifest = read_manifest(work.bundle.folder) or {}
     return {
-        "name": work.bundle.folder.resolve().name, "source": manifest.get("source"), "licence": manifest.get("licence"),
+        "name": work.bundle.folder.resolve().name,
+        "source": manifest.get("source"),
+        "licence": manifest.get("licence"),
         "fingerprint": {s.variant: fingerprint(work.bundle, s.variant) for s in work.subjects},
-    }  # fmt: skip
+    }
 
 
 def _image(path: Path) -> dict[str, Any]:
@@ -298,7 +350,9 @@ def _files_of(bundle: Bundle, subject: Subject) -> list[Path]:
 def _libraries() -> list[Path]:
     """Files of the packages that a start imports, and of the libraries that wheels keep beside them."""
     folders = [Path(str(module.__file__)).parent for module in (ort, np, PIL)]
-    folders += [folder.with_name(f"{folder.name.lower()}.libs") for folder in folders] + [folders[-1].with_name("pillow.libs")]
+    folders += [folder.with_name(f"{folder.name.lower()}.libs") for folder in folders] + [
+        folders[-1].with_name("pillow.libs")
+    ]
     return [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
 
 

@@ -72,9 +72,13 @@ def read_audit(path: Path) -> dict[str, Any]:
         if not str((found.get("tool") or {"name": ""})["name"]).startswith("lfm-edge audit"):
             raise AuditError(f"{path} is not an audit; name a file written by lfm-edge audit -o")
         if found["schema"] != SCHEMA:
-            raise AuditError(f"{path} is an audit of schema {found['schema']}, this lfm-edge reads {SCHEMA}; make the audit again")
+            raise AuditError(
+                f"{path} is an audit of schema {found['schema']}, this lfm-edge reads {SCHEMA}; make the audit again"
+            )
         for *_, given in headlines(found):
-            if any(not _same(value, given[name]) for name, value in figure(given["samples"]).items() if name != "samples"):
+            if any(
+                not _same(value, given[name]) for name, value in figure(given["samples"]).items() if name != "samples"
+            ):
                 raise AuditError(f"{path} was edited: a figure does not agree with its samples; make the audit again")
         bool(found["verdict"]["valid"])
     return found
@@ -88,7 +92,7 @@ def _same(computed: Any, given: Any) -> bool:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Of every headline that both have. Where each has a single variant, those two are compared whatever their names."""
+    """Of every headline that both have. Two single variants are compared whatever their names."""
     theirs = {(variant, image, name): of for variant, image, name, of in headlines(after)}
     old, new = list(before["variants"]), list(after["variants"])
     renamed = {old[0]: new[0]} if len(old) == len(new) == 1 else {}
@@ -105,11 +109,19 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     """What else is not the same: it may be why the figures are not."""
     found = []
     for what, path in (
-        ("bundle", "bundle.name"), ("weights", "bundle.fingerprint"), ("board", "device.board"), ("processor", "device.cpu"),
-        ("profile", "profile.name"), ("settings", "profile.settings"), ("onnxruntime", "software.onnxruntime"),
-        ("Python", "software.python"), ("kernel", "software.kernel"), ("images", "workload.images"),
-        ("answer length", "workload.new_tokens"), ("question", "workload.question"),
-    ):  # fmt: skip
+        ("bundle", "bundle.name"),
+        ("weights", "bundle.fingerprint"),
+        ("board", "device.board"),
+        ("processor", "device.cpu"),
+        ("profile", "profile.name"),
+        ("settings", "profile.settings"),
+        ("onnxruntime", "software.onnxruntime"),
+        ("Python", "software.python"),
+        ("kernel", "software.kernel"),
+        ("images", "workload.images"),
+        ("answer length", "workload.new_tokens"),
+        ("question", "workload.question"),
+    ):
         section, key = path.split(".")
         a, b = before[section][key], after[section][key]
         if a == b:

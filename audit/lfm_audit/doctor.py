@@ -1,5 +1,5 @@
-"""What matters on this machine, each with what to do about it. Nothing here needs onnxruntime or numpy to be importable: that is looked
-at first.
+"""What matters on this machine, each with what to do about it. Nothing here needs onnxruntime or numpy to be
+importable: that is looked at first.
 
 Facts come from `lfm_profiles.detect` and `Sensors`, so recorded trees of other machines can be examined as well.
 """
@@ -31,10 +31,16 @@ _MATTERS = {"asimddp", "asimdhp", "i8mm", "sve", "avx2", "avx512f", "avx512_vnni
 _CPU_WHEEL = "pip uninstall -y onnxruntime-gpu onnxruntime; pip install onnxruntime"
 """Both first: what of the two is left over shares files with what is taken away."""
 _IMPORT_FAILURES = (
-    ("GLIBCXX_", "the system's C++ library is too old (JetPack 5, old Ubuntu): install a newer system; JetPack 6 has it"),
+    (
+        "GLIBCXX_",
+        "the system's C++ library is too old (JetPack 5, old Ubuntu): install a newer system; JetPack 6 has it",
+    ),
     ("GLIBC_", "the system's C library is too old for this wheel: install a newer system"),
     ("No module named", "install it: pip install 'onnxruntime>=1.20,!=1.21.0'"),
-    ("cannot open shared object file", "a library is missing; for a GPU wheel it is CUDA's or cuDNN's: install them, or the CPU wheel"),
+    (
+        "cannot open shared object file",
+        "a library is missing; for a GPU wheel it is CUDA's or cuDNN's: install them, or the CPU wheel",
+    ),
     ("numpy", "numpy and onnxruntime do not fit each other: pip install --upgrade numpy onnxruntime"),
 )
 
@@ -92,7 +98,9 @@ def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> 
     except EdgeError as e:
         yield Finding(check.__name__.strip("_"), "problem", str(e))
     except Exception as e:  # noqa: BLE001
-        yield Finding(check.__name__.strip("_"), "warning", f"could not be looked at ({type(e).__name__}: {e})", "report it")
+        yield Finding(
+            check.__name__.strip("_"), "warning", f"could not be looked at ({type(e).__name__}: {e})", "report it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ software
@@ -102,7 +110,10 @@ def _python(machine: Machine) -> Iterator[Finding]:
     where = "in an environment of its own" if sys.prefix != sys.base_prefix else "the system's own"
     said = f"{sys.version.split()[0]}, {machine.device.pointer_bits} bits, {where}"
     if machine.device.pointer_bits != 64:
-        fix = "install the 64-bit system (Raspberry Pi OS 64-bit): onnxruntime, numpy and pillow have no 32-bit wheels for Arm"
+        fix = (
+            "install the 64-bit system (Raspberry Pi OS 64-bit): onnxruntime, numpy and pillow have no 32-bit "
+            "wheels for Arm"
+        )
         yield Finding("python", "problem", said, fix)
     else:
         yield Finding("python", "ok", said)
@@ -122,7 +133,10 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     """Imported by another process: a wheel for another processor kills the one that imports it."""
     wheels = {name: there for name in ("onnxruntime", "onnxruntime-gpu") if (there := _version(name))}
     installed = ", ".join(f"{name} {there}" for name, there in wheels.items()) or "no onnxruntime"
-    code = "import onnxruntime as o; print(*(name.removesuffix('ExecutionProvider') for name in o.get_available_providers()))"
+    code = (
+        "import onnxruntime as o; print(*(name.removesuffix('ExecutionProvider') for name in "
+        "o.get_available_providers()))"
+    )
     environment = child_environment(ORT_DISABLE_TELEMETRY="1")
     done = subprocess.run(python(code), capture_output=True, text=True, check=False, env=environment)  # noqa: S603
     if done.returncode < 0:
@@ -134,12 +148,20 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
         fix = next((fix for part, fix in _IMPORT_FAILURES if part in said), "pip install --force-reinstall onnxruntime")
         yield Finding("onnxruntime", "problem", f"{installed} cannot be imported: {said}", fix)
     elif len(wheels) > 1:
-        fix = "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
+        fix = (
+            "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu, then install the "
+            "one you want"
+        )
         yield Finding("onnxruntime", "problem", f"{installed} at once", fix)
     else:
         yield Finding("onnxruntime", "ok", f"{installed}, providers {done.stdout.strip()}")
     if wheels.get("onnxruntime") == "1.21.0" and machine.device.machine in ("aarch64", "arm64"):
-        yield Finding("onnxruntime", "problem", "1.21.0 kills processes on Cortex-A53 and A72", "pip install 'onnxruntime!=1.21.0'")
+        yield Finding(
+            "onnxruntime",
+            "problem",
+            "1.21.0 kills processes on Cortex-A53 and A72",
+            "pip install 'onnxruntime!=1.21.0'",
+        )
 
 
 def _gpu(machine: Machine) -> Iterator[Finding]:
@@ -153,12 +175,19 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
         problem = gpu_wheel.gpu_problem(device)
         other = "NVIDIA's wheel for this JetPack" if device.soc else "a wheel built for this chip"
         fix = f"use the CPU wheel ({_CPU_WHEEL}), or {other}"
-        yield _judged("gpu", problem is not None and "problem", f"{device.gpu}: {problem or 'this onnxruntime has kernels for it'}", fix)
+        yield _judged(
+            "gpu",
+            problem is not None and "problem",
+            f"{device.gpu}: {problem or 'this onnxruntime has kernels for it'}",
+            fix,
+        )
 
 
 def _telemetry(_: Machine) -> Iterator[Finding]:
     said = os.environ.get("ORT_DISABLE_TELEMETRY", "not set")
-    yield _judged("telemetry", said != "1" and "warning", f"ORT_DISABLE_TELEMETRY is {said}", "unset it: lfm-edge sets 1")
+    yield _judged(
+        "telemetry", said != "1" and "warning", f"ORT_DISABLE_TELEMETRY is {said}", "unset it: lfm-edge sets 1"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ hardware
@@ -168,11 +197,16 @@ def _processor(machine: Machine) -> Iterator[Finding]:
     device = machine.device
     cores = " + ".join(" ".join(filter(None, (str(c.count), c.name))) for c in device.cores)
     matters = " ".join(name for name in device.features if name in _MATTERS)
-    said = f"{device.board or 'unknown board'}; {device.cpu or device.soc or device.machine}; cores: {cores or '?'}; {matters}"
+    said = (
+        f"{device.board or 'unknown board'}; {device.cpu or device.soc or device.machine}; cores: "
+        f"{cores or '?'}; {matters}"
+    )
     if device.machine in ("aarch64", "arm64") and "asimddp" not in device.features:
         yield Finding("processor", "warning", f"{said}; no dot products: int8 is slow here", "take the int4 variant")
     elif device.machine == "x86_64" and "avx2" not in device.features:
-        yield Finding("processor", "warning", f"{said}; no AVX2: everything is slow here", "take int4 and few image tokens")
+        yield Finding(
+            "processor", "warning", f"{said}; no AVX2: everything is slow here", "take int4 and few image tokens"
+        )
     else:
         yield Finding("processor", "ok", said)
 
@@ -208,7 +242,12 @@ def _disk(machine: Machine) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free >> 20
     said = f"{free} MiB free at {place}"
     if free < _LITTLE_DISK_MIB:
-        yield Finding("disk", "problem" if free < _NO_DISK_MIB else "warning", said, "make room: prepare and unpack write whole models")
+        yield Finding(
+            "disk",
+            "problem" if free < _NO_DISK_MIB else "warning",
+            said,
+            "make room: prepare and unpack write whole models",
+        )
     else:
         yield Finding("disk", "ok", said)
 
@@ -233,7 +272,10 @@ def _throttling(machine: Machine) -> Iterator[Finding]:
     now, before = ([b for b in bits if b.endswith(" before") == past] for past in (False, True))
     power = any("voltage" in bit for bit in bits)
     fix = "a stronger power supply (5 V at the board, 27 W for a Pi 5)" if power else "a heat sink or a fan"
-    said = f"now: {', '.join(now) or 'no'}; since it started: {', '.join(b.removesuffix(' before') for b in before) or 'no'}"
+    said = (
+        f"now: {', '.join(now) or 'no'}; since it started: "
+        f"{', '.join(b.removesuffix(' before') for b in before) or 'no'}"
+    )
     yield _judged("throttling", "problem" if now else bool(before) and "warning", said, fix)
 
 
@@ -252,7 +294,9 @@ def _sensors(machine: Machine) -> Iterator[Finding]:
 def _profile(machine: Machine) -> Iterator[Finding]:
     chosen = choose(machine.device, ["CPUExecutionProvider"])
     named = machine.profile or os.environ.get("LFM_EDGE_PROFILE", "")
-    yield Finding("profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is named" if named else ""))
+    yield Finding(
+        "profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is named" if named else "")
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the bundle
@@ -308,7 +352,21 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
         yield Finding("prepared", "warning", f"{variant} is not: it starts more slowly and takes more memory", fix)
 
 
-CHECKS = (_python, _packages, _onnxruntime, _gpu, _telemetry, _processor, _memory, _swap, _disk, _clocks, _throttling, _sensors, _profile)
+CHECKS = (
+    _python,
+    _packages,
+    _onnxruntime,
+    _gpu,
+    _telemetry,
+    _processor,
+    _memory,
+    _swap,
+    _disk,
+    _clocks,
+    _throttling,
+    _sensors,
+    _profile,
+)
 BUNDLE_CHECKS = (_bundle, _prepared)
 
 

@@ -12,18 +12,26 @@ _CONFIDENCE = 0.95
 
 
 def figure(samples: Sequence[float]) -> dict[str, Any]:
-    """What reports quote of samples (at least one): n, median, mad (median absolute deviation), mean, p90, p95 (None below 20 samples),
-    min, max, low and high (the median's 95 % confidence interval, None below 6 samples), samples.
+    """What reports quote of samples (at least one): n, median, mad (median absolute deviation), mean, p90, p95 (None
+    below 20 samples), min, max, low and high (the median's 95 % confidence interval, None below 6 samples), samples.
     """
     if not samples:
         raise ValueError("a figure needs a sample")
     ordered, median = sorted(samples), statistics.median(samples)
     low, high = interval(ordered)
     return {
-        "n": len(ordered), "median": median, "mad": statistics.median(abs(x - median) for x in ordered), "mean": statistics.fmean(ordered),
-        "p90": percentile(ordered, 90), "p95": percentile(ordered, 95) if len(ordered) >= FOR_P95 else None,
-        "min": ordered[0], "max": ordered[-1], "low": low, "high": high, "samples": list(samples),
-    }  # fmt: skip
+        "n": len(ordered),
+        "median": median,
+        "mad": statistics.median(abs(x - median) for x in ordered),
+        "mean": statistics.fmean(ordered),
+        "p90": percentile(ordered, 90),
+        "p95": percentile(ordered, 95) if len(ordered) >= FOR_P95 else None,
+        "min": ordered[0],
+        "max": ordered[-1],
+        "low": low,
+        "high": high,
+        "samples": list(samples),
+    }
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -35,8 +43,9 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def interval(ordered: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % confidence interval of the median by order statistics, whatever the distribution (Conover, Practical Nonparametric
-    Statistics, 3.2): the narrowest pair of ranks, equally far from both ends, that holds the median with that probability.
+    """The 95 % confidence interval of the median by order statistics, whatever the distribution (Conover, Practical
+    Nonparametric Statistics, 3.2): the narrowest pair of ranks, equally far from both ends, that holds the median with
+    that probability.
     """
     n, tail, rank = len(ordered), 0.0, -1
     for k in range(n // 2):

@@ -31,7 +31,9 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
         else:
             found[path.name] = path
     if not found:
-        raise ImageError(f"{folder} holds no image that can be read ({len(skipped)} files looked at); name another folder")
+        raise ImageError(
+            f"{folder} holds no image that can be read ({len(skipped)} files looked at); name another folder"
+        )
     return found, skipped
 
 
@@ -40,7 +42,9 @@ def make_images(folder: Path) -> dict[str, Path]:
     found = {}
     for name, (width, height) in SIZES.items():
         y, x = np.mgrid[0:height, 0:width]
-        waves = [np.sin(x / (7 + 5 * c) + c) * np.cos(y / (11 + 3 * c)) + np.sin((x + y) / (60 + 20 * c)) for c in range(3)]
+        waves = [
+            np.sin(x / (7 + 5 * c) + c) * np.cos(y / (11 + 3 * c)) + np.sin((x + y) / (60 + 20 * c)) for c in range(3)
+        ]
         found[name] = folder / f"{name}.png"
         Image.fromarray((np.stack(waves, axis=-1) * 60 + 128).clip(0, 255).astype(np.uint8)).save(found[name])
     return found

@@ -18,8 +18,11 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
         for name, image in found["images"].items():
             size = result["workload"]["images"][name]
             if image["views"]:
-                # Views of one image differ in size (thumbnails): means of both, so that sums agree. A token is 2 × 2 patches.
-                vision[round(4 * image["image_tokens"] / image["views"])] = image["stages"]["vision_ms"]["median"] / image["views"]
+                # Views of one image differ in size (thumbnails): means of both, so that sums agree. A token is 2 × 2
+                # patches.
+                vision[round(4 * image["image_tokens"] / image["views"])] = (
+                    image["stages"]["vision_ms"]["median"] / image["views"]
+                )
             prefill[image["prompt_tokens"]] = image["stages"]["prefill_ms"]["median"]
             opening = image["stages"]["image_ms"]["median"] + image["stages"]["preprocess_ms"]["median"]
             seconds.append(opening / (size["width"] * size["height"] / 1e6))
@@ -27,7 +30,11 @@ def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
         if decode:
             low_memory, weights = bool(found["settings"]["low_memory"]), result["bundle"]["fingerprint"][variant]
             known[cost_key(variant, found["prefill"], found["threads"], weights, low_memory=low_memory)] = Costs(
-                tuple(sorted(vision.items())), tuple(sorted(prefill.items())), min(decode), float(np.median(seconds)),
-                max(image["stages"]["load_ms"]["median"] for image in found["images"].values()), result["verdict"]["valid"],
-            )  # fmt: skip
+                tuple(sorted(vision.items())),
+                tuple(sorted(prefill.items())),
+                min(decode),
+                float(np.median(seconds)),
+                max(image["stages"]["load_ms"]["median"] for image in found["images"].values()),
+                result["verdict"]["valid"],
+            )
     keep_costs(bundle, known)

@@ -1,4 +1,5 @@
-"""Does this bundle work on this device? Each check is a function that raises CheckError with what to do, or Skipped with the reason.
+"""Does this bundle work on this device? Each check is a function that raises CheckError with what to do, or Skipped
+with the reason.
 
 `lfm-edge selftest` runs them in order; device_tests/ runs them under pytest.
 """
@@ -51,7 +52,9 @@ class Skipped(Exception):  # noqa: N818  (as pytest's)
 
 @dataclass(frozen=True)
 class Check:
-    """`needs`: cpu, arm, cuda or sensor. `of_the_machine`: what fails here is how the machine does today, not that something is broken."""
+    """`needs`: cpu, arm, cuda or sensor. `of_the_machine`: what fails here is how the machine does today, not that
+    something is broken.
+    """
 
     name: str
     needs: str
@@ -60,10 +63,14 @@ class Check:
 
 
 class Installed:
-    """The bundle as it lies on the device, with the profile it is run by. The model is loaded once, when a check first wants it."""
+    """The bundle as it lies on the device, with the profile it is run by. The model is loaded once, when a check first
+    wants it.
+    """
 
     def __init__(self, folder: Path, profile: str = "", variant: str | None = None) -> None:
-        """Raises what Bundle.open and find_profile raise, and DoesNotFitError where the device's memory does not suffice."""
+        """Raises what Bundle.open and find_profile raise, and DoesNotFitError where the device's memory does not
+        suffice.
+        """
         self.folder = folder
         self.bundle = Bundle.open(folder)
         self.profile: Profile = profile_for(self.bundle, profile, variant=variant)
@@ -99,13 +106,15 @@ def _loads(on: Installed) -> str:
         wanted = provider_options(on.profile.providers, graph)[0][0]
         if wanted not in session.get_providers():
             here = session.get_providers()[0]
-            raise CheckError(f"{graph.stem} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect")
+            raise CheckError(
+                f"{graph.stem} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect"
+            )
     return f"{on.model.variant} with {on.profile.providers[0]}, {on.model.threads} threads"
 
 
 def _golden(on: Installed) -> str:
-    """Tokens, patches, features, logits, against where the bundle was made. Each decoder by itself: one that continues what another has
-    read is a mixture that nobody recorded.
+    """Tokens, patches, features, logits, against where the bundle was made. Each decoder by itself: one that continues
+    what another has read is a mixture that nobody recorded.
     """
     found = []
     for variant in filter(None, choose_variants(on.bundle, on.profile)):
@@ -116,9 +125,15 @@ def _golden(on: Installed) -> str:
         gc.collect()  # one model at a time
         if problems := deviation.problems(variant):
             made = f"made with onnxruntime {kept.get('onnxruntime')} on {' '.join(kept.get('cpu_features', []))[:80]}"
-            raise CheckError(f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and report it")
+            raise CheckError(
+                f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and "
+                "report it"
+            )
         features, logits = golden.tolerance(variant)
-        found.append(f"{variant}: features {deviation.features:.1g} of {features:g} off, logits {deviation.logits:.1g} of {logits:g}")
+        found.append(
+            f"{variant}: features {deviation.features:.1g} of {features:g} off, logits {deviation.logits:.1g} of "
+            f"{logits:g}"
+        )
     if not found:
         raise Skipped("the bundle has no golden values of this variant; export or quantize it again to have them")
     return "; ".join(found)
@@ -126,9 +141,14 @@ def _golden(on: Installed) -> str:
 
 def _answers(on: Installed) -> str:
     """A whole answer, and the same once more."""
-    said = [on.model.answer([golden.golden_image()], golden.QUESTION, temperature=0, max_new_tokens=12).text() for _ in range(2)]
+    said = [
+        on.model.answer([golden.golden_image()], golden.QUESTION, temperature=0, max_new_tokens=12).text()
+        for _ in range(2)
+    ]
     if said[0] != said[1]:
-        raise CheckError(f"one question was answered with {said[0]!r} and {said[1]!r}; check memory (memtester) and power supply")
+        raise CheckError(
+            f"one question was answered with {said[0]!r} and {said[1]!r}; check memory (memtester) and power supply"
+        )
     return repr(said[0][:40])
 
 
@@ -190,18 +210,33 @@ def _cancel(on: Installed) -> str:
 
 
 def _full_disk(on: Installed) -> str:
-    """No block can be written anywhere: an answer comes all the same, also with a cache folder that cannot be filled."""
+    """No block can be written anywhere: an answer comes all the same, also with a cache folder on that disk."""
     if sys.platform == "win32":
         raise Skipped("the file size limit that stands for a full disk is not on Windows")
     # 512 bytes, not 0: qemu's user emulation writes what it shows as /proc/self/stat into a file first.
-    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))"
+    full = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))"
+    )
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         image = Path(folder) / "image.png"
         golden.golden_image().save(image)
-        words = ["run", str(on.folder), str(image), "-p", golden.QUESTION, "--cache", str(Path(folder) / "cache"), "--max-new-tokens", "3"]
+        words = [
+            "run",
+            str(on.folder),
+            str(image),
+            "-p",
+            golden.QUESTION,
+            "--cache",
+            str(Path(folder) / "cache"),
+            "--max-new-tokens",
+            "3",
+        ]
         done = run_command([*words, "--profile", _profile_file(on, folder)], first=full)
     if done.returncode:
-        raise CheckError(f"with a full disk it does not answer: {last_line(done.stderr)}; free some space, and report it")
+        raise CheckError(
+            f"with a full disk it does not answer: {last_line(done.stderr)}; free some space, and report it"
+        )
     return "answers"
 
 
@@ -225,9 +260,13 @@ def _read_only(on: Installed) -> str:
     if done.returncode:
         raise CheckError(f"from a read-only folder it does not answer: {last_line(done.stderr)}; report it")
     if written:
-        raise CheckError(f"answering wrote into the bundle's folder ({on.folder}); report it, and keep the bundle read-only")
+        raise CheckError(
+            f"answering wrote into the bundle's folder ({on.folder}); report it, and keep the bundle read-only"
+        )
     as_root = hasattr(os, "geteuid") and os.geteuid() == 0
-    return "answers, writes nothing" + (" (for root no folder is read-only: run this as the user as well)" if as_root else "")
+    return "answers, writes nothing" + (
+        " (for root no folder is read-only: run this as the user as well)" if as_root else ""
+    )
 
 
 def _arm(on: Installed) -> str:
@@ -236,7 +275,9 @@ def _arm(on: Installed) -> str:
         raise Skipped(f"this is {platform.machine()}")
     features = detect().features
     slow = on.model.variant.startswith("int8") and "asimddp" not in features
-    return ("no dot products (asimddp), so int8 is slow here and int4 the better choice: " if slow else "") + " ".join(features)
+    return ("no dot products (asimddp), so int8 is slow here and int4 the better choice: " if slow else "") + " ".join(
+        features
+    )
 
 
 def _cuda(on: Installed) -> str:
@@ -261,11 +302,19 @@ def _sensors(_: Installed) -> str:
 
 
 CHECKS = (  # those that start processes or load a model of their own come before the model that stays
-    Check("files and hashes", "cpu", _files), Check("full disk", "cpu", _full_disk), Check("read-only bundle", "cpu", _read_only),
-    Check("budgets", "cpu", _budgets, of_the_machine=True), Check("golden values", "cpu", _golden), Check("graphs load", "cpu", _loads),
-    Check("answers", "cpu", _answers), Check("steady memory", "cpu", _steady_memory), Check("cancelled answers", "cpu", _cancel),
-    Check("arm", "arm", _arm), Check("gpu", "cuda", _cuda), Check("sensors", "sensor", _sensors, of_the_machine=True),
-)  # fmt: skip
+    Check("files and hashes", "cpu", _files),
+    Check("full disk", "cpu", _full_disk),
+    Check("read-only bundle", "cpu", _read_only),
+    Check("budgets", "cpu", _budgets, of_the_machine=True),
+    Check("golden values", "cpu", _golden),
+    Check("graphs load", "cpu", _loads),
+    Check("answers", "cpu", _answers),
+    Check("steady memory", "cpu", _steady_memory),
+    Check("cancelled answers", "cpu", _cancel),
+    Check("arm", "arm", _arm),
+    Check("gpu", "cuda", _cuda),
+    Check("sensors", "sensor", _sensors, of_the_machine=True),
+)
 
 
 @dataclass(frozen=True)
@@ -302,8 +351,8 @@ def _small_answer(on: Installed, tokens: int) -> Answer:
 
 
 def _growth(work: Callable[[], None]) -> tuple[float, float]:
-    """(anonymous memory in MiB, what the work adds to it). What is kept once is no leak: where it grew, the work is done again, twice
-    at most, and the smallest growth counts.
+    """(anonymous memory in MiB, what the work adds to it). What is kept once is no leak: where it grew, the work is
+    done again, twice at most, and the smallest growth counts.
     """
     found: list[tuple[float, float]] = []
     while len(found) < 3 and all(grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB) for before, grown in found):

@@ -1,9 +1,11 @@
-"""The best settings for one device, found by measuring: a local search over the Pareto front of latency, memory and quality.
+"""The best settings for one device, found by measuring: a local search over the Pareto front of latency, memory and
+quality.
 
-Every point is measured in processes of its own (trial.py), in rounds: each point of a round once, in random order, so that whatever the
-machine does meanwhile meets them all. Points of one round are compared in pairs; one that another beats is dropped as soon as the
-difference is larger than chance (`_CLEARLY`). The rest is Pareto local search (Paquete, Chiarandini and Stützle, 2004): the neighbours of
-points still on the front, one setting changed, are measured next, those of the best points first.
+Every point is measured in processes of its own (trial.py), in rounds: each point of a round once, in random order, so
+that whatever the machine does meanwhile meets them all. Points of one round are compared in pairs; one that another
+beats is dropped as soon as the difference is larger than chance (`_CLEARLY`). The rest is Pareto local search (Paquete,
+Chiarandini and Stützle, 2004): the neighbours of points still on the front, one setting changed, are measured next,
+those of the best points first.
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ class Tuning:
         return sorted(left, key=self._rank)
 
     def chosen(self) -> Point:
-        """The best for the objective. Of several that chance may have put in this order those of the least memory, and of these the one
-        nearest to the profile.
+        """The best for the objective. Of several that chance may have put in this order those of the least memory, and
+        of these the one nearest to the profile.
         """
         first, *others = self.front()
         same = [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
@@ -114,10 +116,14 @@ class Tuning:
         images = image_settings(self.bundle.images, image_changes(self.profile, self.bundle.images))
         variant, prefill = choose_variants(self.bundle, self.profile)
         values = {
-            "variant": variant, "prefill": (prefill or "none").removesuffix(KV8), "threads": self.profile.threads or default_threads(),
-            "low_memory": self.profile.low_memory, "arena": self.profile.arena, "max_image_tokens": images.max_image_tokens,
+            "variant": variant,
+            "prefill": (prefill or "none").removesuffix(KV8),
+            "threads": self.profile.threads or default_threads(),
+            "low_memory": self.profile.low_memory,
+            "arena": self.profile.arena,
+            "max_image_tokens": images.max_image_tokens,
             "tiles": images.max_tiles if images.do_image_splitting else 1,
-        }  # fmt: skip
+        }
         return tuple(sorted((axis, _nearest(value, self.axes[axis])) for axis, value in values.items()))
 
     def good_enough(self, point: Point) -> bool:
@@ -138,7 +144,9 @@ class Tuning:
 
     def _rank(self, point: Point) -> tuple[bool, float, float]:
         m = self.points[point]
-        cost = {"latency": lambda: m.latency, "memory": lambda: m.peak_mib, "energy": lambda: m.energy}[self.objective]()
+        cost = {"latency": lambda: m.latency, "memory": lambda: m.peak_mib, "energy": lambda: m.energy}[
+            self.objective
+        ]()
         return (not self.good_enough(point), cost, m.latency)
 
     def _beats(self, a: Point, b: Point) -> bool:
@@ -160,8 +168,13 @@ class Tuning:
         """The front for people, the best first."""
         chosen = self.chosen()
         energy = any(m.energy_j for m in self.points.values())
-        head = f"  {'variant':9s} {'prefill':7s} {'threads':>7s} {'tokens':>6s} {'tiles':>5s} {'arena':5s} {'low_memory':10s}   "
-        head += f"{'answer ms':>22s} {'ttft ms':>8s} {'MiB':>6s} {'anon.':>6s} {'KL':>8s}{'       J' if energy else ''}   n"
+        head = (
+            f"  {'variant':9s} {'prefill':7s} {'threads':>7s} {'tokens':>6s} {'tiles':>5s} {'arena':5s} "
+            f"{'low_memory':10s}   "
+        )
+        head += (
+            f"{'answer ms':>22s} {'ttft ms':>8s} {'MiB':>6s} {'anon.':>6s} {'KL':>8s}{'       J' if energy else ''}   n"
+        )
         lines = [head]
         front = self.front()
         for point in dict.fromkeys((*front[:_SHOWN], chosen)):
@@ -171,9 +184,11 @@ class Tuning:
             joules = (f" {m.energy:7.2f}" if m.energy_j else " " * 8) if energy else ""
             arena, low = ("on" if at[axis] else "off" for axis in ("arena", "low_memory"))
             lines.append(
-                f"{'*' if point == chosen else ' '} {at['variant']:9s} {at['prefill']:7s} {at['threads']:7d} {at['max_image_tokens']:6d} "
+                f"{'*' if point == chosen else ' '} {at['variant']:9s} {at['prefill']:7s} {at['threads']:7d} "
+                f"{at['max_image_tokens']:6d} "
                 f"{at['tiles'] if at['tiles'] > 1 else '–':>5} {arena:5s} {low:10s}   "
-                f"{spread:>22s} {statistics.median(m.ttft_ms.values()):8,.0f} {m.peak_mib:6,.0f} {m.anonymous_mib:6,.0f} "
+                f"{spread:>22s} {statistics.median(m.ttft_ms.values()):8,.0f} {m.peak_mib:6,.0f} "
+                f"{m.anonymous_mib:6,.0f} "
                 f"{m.kl or 0:8.4f}{joules} {len(samples):3d}"
             )
         if len(front) > _SHOWN:
@@ -185,13 +200,16 @@ class Tuning:
         points, failed = len(self.points), [m.failed for m in self.points.values() if m.failed]
         lines = [
             self.table(),
-            f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the checkpoint's "
+            f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the "
+            "checkpoint's "
             f"own image settings; * is best by {self.objective} with KL ≤ {self.floor:g}",
         ]
         if failed:
             lines.append(f"{len(failed)} points could not be measured: {failed[0]}")
         if not self.good_enough(self.chosen()):
-            lines.append(f"no point measured has a KL of {self.floor:g} or less: the best of the others is chosen; see --floor")
+            lines.append(
+                f"no point measured has a KL of {self.floor:g} or less: the best of the others is chosen; see --floor"
+            )
         return "\n".join(lines)
 
     # --------------------------------------------------------------------------------------------------- kept on disk
@@ -201,16 +219,35 @@ class Tuning:
         paths = {path for graphs in self.bundle.variants.values() for path in graphs.values()}
         weights = sorted(part for path in paths for part in self.bundle.fingerprint(path))
         machine = {"onnxruntime": ort.__version__, "machine": platform.machine(), "cpu_features": list(cpu_features())}
-        return {"bundle": weights, **machine, "images": [str(p.resolve()) for p in self.images], "question": self.question}
+        return {
+            "bundle": weights,
+            **machine,
+            "images": [str(p.resolve()) for p in self.images],
+            "question": self.question,
+        }
 
     def save(self, path: Path) -> None:
         """Everything measured, as JSON."""
-        write_whole(path, to_json({
-            "tool": "lfm-edge tune", "version": __version__, "key": self.key(), "objective": self.objective, "floor_kl": self.floor,
-            "rounds": self.rounds, "reference": self.reference, "profile": self.profile.name, "front": [dict(p) for p in self.front()],
-            "chosen": dict(self.chosen()),
-            "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
-        }, indent=1) + "\n")  # fmt: skip
+        write_whole(
+            path,
+            to_json(
+                {
+                    "tool": "lfm-edge tune",
+                    "version": __version__,
+                    "key": self.key(),
+                    "objective": self.objective,
+                    "floor_kl": self.floor,
+                    "rounds": self.rounds,
+                    "reference": self.reference,
+                    "profile": self.profile.name,
+                    "front": [dict(p) for p in self.front()],
+                    "chosen": dict(self.chosen()),
+                    "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
+                },
+                indent=1,
+            )
+            + "\n",
+        )
 
     def resume(self, path: Path) -> bool:
         """Take up what an earlier search of the same kind measured; whether there was one.
@@ -222,7 +259,9 @@ class Tuning:
             return False
         found = read_json_object(path, SettingError, advice="remove it to begin anew")
         if found.get("key") != self.key():
-            raise SettingError(f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o")
+            raise SettingError(
+                f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o"
+            )
         with damage_is(SettingError, path, "remove it to begin anew"):
             self.rounds, self.reference = int(found["rounds"]), str(found["reference"])
             for entry in found["points"]:
@@ -236,10 +275,16 @@ class Tuning:
 
 
 def tune(
-    tuning: Tuning, device: Device, *, minutes: float, kept: Path, sensors: Sensors, progress: Callable[[str], None] = lambda _: None
+    tuning: Tuning,
+    device: Device,
+    *,
+    minutes: float,
+    kept: Path,
+    sensors: Sensors,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Measure until the time is over or nothing is left to measure; KeyboardInterrupt ends it as well. What was measured is in `tuning`,
-    and after each round in the file `kept`.
+    """Measure until the time is over or nothing is left to measure; KeyboardInterrupt ends it as well. What was
+    measured is in `tuning`, and after each round in the file `kept`.
 
     Raises:
         SettingError: nothing measures energy here.
@@ -276,7 +321,10 @@ def tune(
                 for n, point in enumerate(order):
                     left = minutes - (time.monotonic() - begin) / 60
                     points = len(tuning.points)
-                    progress(f"round {tuning.rounds}, {n + 1} of {len(order)}; {points} points known, {max(left, 0):.1f} min left")
+                    progress(
+                        f"round {tuning.rounds}, {n + 1} of {len(order)}; {points} points known, "
+                        f"{max(left, 0):.1f} min left"
+                    )
                     if left <= 0 and n:
                         break
                     _measure(tuning, point, Path(folder), sensors)
@@ -299,7 +347,11 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
     known = tuning.points.get(point, Measured())
     seen = Watch(sensors)
     trial = Trial(
-        tuning.bundle.folder, tuning.profile_of(point), tuning.images, tuning.question, reference=reference if known.kl is None else None
+        tuning.bundle.folder,
+        tuning.profile_of(point),
+        tuning.images,
+        tuning.question,
+        reference=reference if known.kl is None else None,
     )
     try:
         outcome = start(trial, watch=seen.of)
@@ -316,7 +368,10 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
     known.peak_mib = max(known.peak_mib, outcome.memory_mib["peak"] or outcome.memory_mib["rss"] or 0.0)
     known.anonymous_mib = max(known.anonymous_mib, outcome.memory_mib["rss_anon"] or 0.0)
     known.kl = known.kl if outcome.kl is None else outcome.kl
-    spent = [Power().joules(seen.states, *(outcome.spawned + ms / 1e3 for ms in (answer.started, answer.ended))) for answer in timed]
+    spent = [
+        Power().joules(seen.states, *(outcome.spawned + ms / 1e3 for ms in (answer.started, answer.ended)))
+        for answer in timed
+    ]
     if None not in spent:
         known.energy_j[tuning.rounds] = statistics.fmean(joules for joules in spent if joules is not None)
 
@@ -335,7 +390,9 @@ def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Call
         profile = find_profile("generic", **settings)
         start(Trial(tuning.bundle.folder, profile, tuning.images, tuning.question, repeats=0, reference=folder))
         return variant
-    raise DoesNotFitError(f"{tuning.bundle.folder}: no variant fits the {device.free_mib} MiB that are free; take a smaller model")
+    raise DoesNotFitError(
+        f"{tuning.bundle.folder}: no variant fits the {device.free_mib} MiB that are free; take a smaller model"
+    )
 
 
 def fit_as_it_is(planner: Planner, profile: Profile, device: Device) -> None:
@@ -345,8 +402,8 @@ def fit_as_it_is(planner: Planner, profile: Profile, device: Device) -> None:
 
 
 def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
-    """Points not yet measured that differ from one of the front in one setting, those of the best first; what cannot be, or does not fit
-    this device's memory, is left out.
+    """Points not yet measured that differ from one of the front in one setting, those of the best first; what cannot
+    be, or does not fit this device's memory, is left out.
     """
     found: dict[Point, None] = {}
     planner = _planner(tuning)
@@ -369,7 +426,9 @@ def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
 
 
 def _agreeing(values: dict[str, Any], axis: str) -> Point:
-    """Settings that exclude what was just set on `axis` give way: a second decoder and low_memory, or a decoder beside itself."""
+    """Settings that exclude what was just set on `axis` give way: a second decoder and low_memory, or a decoder beside
+    itself.
+    """
     if values["prefill"] != "none":
         if values["low_memory"]:
             values["low_memory" if axis == "prefill" else "prefill"] = False if axis == "prefill" else "none"
@@ -390,14 +449,15 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tiled = any(plan_image(*image_size(image), checkpoint).tiled for image in images)
     axes: dict[str, list[Any]] = {
-        "variant": [v for v in bundle.variants if "fp16" not in v] or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
+        "variant": [v for v in bundle.variants if "fp16" not in v]
+        or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
         "prefill": ["none", *(v for v in ("int8",) if v in bundle.variants)],
         "threads": sorted(n for n in {1, 2, 4, 8, 16, default_threads(), usable} if n <= usable),
         "low_memory": [False, True],
         "arena": [True, False],
         "max_image_tokens": _up_to(checkpoint.max_image_tokens, checkpoint.min_image_tokens, 64, 128),
         "tiles": [1, *_up_to(checkpoint.max_tiles, checkpoint.min_tiles, 4)] if tiled else [1],
-    }  # fmt: skip
+    }
     for setting, value in profile.given(*(name for name in SETTINGS if profile.is_flag(name))).items():
         if setting in axes:
             axes[setting] = [value[0] if setting == "variant" else value]
@@ -428,5 +488,7 @@ def _slower(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
     """Whether a was slower than b beyond chance, by the rounds that have both; where none has, by the medians."""
     if not a or not b:
         return False
-    ratios = [a[n] / b[n] for n in a.keys() & b.keys()] or [statistics.median(a.values()) / statistics.median(b.values())]
+    ratios = [a[n] / b[n] for n in a.keys() & b.keys()] or [
+        statistics.median(a.values()) / statistics.median(b.values())
+    ]
     return min(ratios) > _CLEARLY[max(n for n in _CLEARLY if n <= len(ratios))]

@@ -47,9 +47,20 @@ def check_limits(result: Mapping[str, Any], limits: Mapping[str, float]) -> list
         for variant, image, of in found:
             measured = of["max"] if name.endswith("_mib") else of["median"]
             holds = measured >= limit if name == "decode_tok_s" else measured <= limit
-            rows.append({"name": name, "limit": limit, "variant": variant, "image": image or None, "measured": measured, "holds": holds})
+            rows.append(
+                {
+                    "name": name,
+                    "limit": limit,
+                    "variant": variant,
+                    "image": image or None,
+                    "measured": measured,
+                    "holds": holds,
+                }
+            )
         if not found:
-            rows.append({"name": name, "limit": limit, "variant": None, "image": None, "measured": None, "holds": False})
+            rows.append(
+                {"name": name, "limit": limit, "variant": None, "image": None, "measured": None, "holds": False}
+            )
     return rows
 
 
@@ -59,16 +70,24 @@ def verdict(result: Mapping[str, Any], *, changed_files: bool, elapsed: tuple[fl
     reasons = [*_clock(result, elapsed), *_throttled(machine)]
     own = max(((v["memory"]["swap_mib"] or {"max": 0.0})["max"] for v in result["variants"].values()), default=0.0)
     if max(machine["swapped_mib"], own) > _SWAPPED_MIB:
-        reasons.append(f"swapped: {machine['swapped_mib']:.0f} MiB went to or came from swap, {own:.0f} MiB of the process were there")
+        reasons.append(
+            f"swapped: {machine['swapped_mib']:.0f} MiB went to or came from swap, {own:.0f} MiB of the process "
+            "were there"
+        )
     share, worst = machine["background_share"]["mean"], machine["background_share"]["max"]
     if share > MOST_BACKGROUND:
-        reasons.append(f"background load: others had {share:.0%} of the processors, {worst:.0%} at worst; close them, or wait for the host")
+        reasons.append(
+            f"background load: others had {share:.0%} of the processors, {worst:.0%} at worst; close them, or wait "
+            "for the host"
+        )
     if changed_files:
         reasons.append("the bundle's files were changed while it was measured")
     for variant, found in result["variants"].items():
         for image, answers in found["images"].items():
             if len(answers["text_sha256"]) > 1:
-                reasons.append(f"output changed: {variant} said {len(answers['text_sha256'])} different things about {image}")
+                reasons.append(
+                    f"output changed: {variant} said {len(answers['text_sha256'])} different things about {image}"
+                )
         if found["starts"]["warm"]["ready_ms"]["n"] < FEWEST_RUNS:
             reasons.append(f"too few processes of {variant} to know the spread; raise --budget")
     for variant, image, name, of in headlines(result):
@@ -80,7 +99,9 @@ def verdict(result: Mapping[str, Any], *, changed_files: bool, elapsed: tuple[fl
 
 def _clock(result: Mapping[str, Any], elapsed: tuple[float, float]) -> Iterator[str]:
     ours, system = elapsed
-    still = any(answers["total_ms"]["min"] <= 0 for found in result["variants"].values() for answers in found["images"].values())
+    still = any(
+        answers["total_ms"]["min"] <= 0 for found in result["variants"].values() for answers in found["images"].values()
+    )
     if still or abs(ours - system) > max(_CLOCK_S, _CLOCK_SHARE * ours):
         yield f"the clock stood still or jumped: {ours:.1f} s by one clock, {system:.1f} s by another"
 

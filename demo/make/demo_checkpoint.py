@@ -36,14 +36,19 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 {%- endif -%}
 """
 # The pre-tokenizer of LFM2's tokenizer.json.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = [
-    "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>",
+    "<|pad|>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
     *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(IMAGE_ROWS_COLUMNS) for c in range(IMAGE_ROWS_COLUMNS)),
-    "<|img_thumbnail|>", "<|image_start|>", "<|image_end|>",
-]  # fmt: skip
+    "<|img_thumbnail|>",
+    "<|image_start|>",
+    "<|image_end|>",
+]
 
 
 def train_tokenizer() -> Tokenizer:
@@ -79,21 +84,42 @@ def train_tokenizer() -> Tokenizer:
 
 
 def build_model(tokenizer: Tokenizer) -> Lfm2VlForConditionalGeneration:
-    ids = {name: tokenizer.token_to_id(token) for name, token in (
-        ("pad", "<|pad|>"), ("bos", "<|startoftext|>"), ("eos", "<|im_end|>"), ("image", "<image>"))}  # fmt: skip
+    ids = {
+        name: tokenizer.token_to_id(token)
+        for name, token in (("pad", "<|pad|>"), ("bos", "<|startoftext|>"), ("eos", "<|im_end|>"), ("image", "<image>"))
+    }
     config = Lfm2VlConfig(
         vision_config=Siglip2VisionConfig(
-            hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, patch_size=16,
-            num_patches=256, vision_use_head=False, attention_dropout=0.0,
+            hidden_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            patch_size=16,
+            num_patches=256,
+            vision_use_head=False,
+            attention_dropout=0.0,
         ).to_dict(),
         text_config=Lfm2Config(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, conv_L_cache=3, block_auto_adjust_ff_dim=False, max_position_embeddings=4096,
-            layer_types=["conv", "full_attention"] * 3, rope_theta=10000.0,
-            pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"],
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            conv_L_cache=3,
+            block_auto_adjust_ff_dim=False,
+            max_position_embeddings=4096,
+            layer_types=["conv", "full_attention"] * 3,
+            rope_theta=10000.0,
+            pad_token_id=ids["pad"],
+            bos_token_id=ids["bos"],
+            eos_token_id=ids["eos"],
         ).to_dict(),
-        image_token_id=ids["image"], projector_hidden_size=384, downsample_factor=2, tie_word_embeddings=True,
-    )  # fmt: skip
+        image_token_id=ids["image"],
+        projector_hidden_size=384,
+        downsample_factor=2,
+        tie_word_embeddings=True,
+    )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = Lfm2VlForConditionalGeneration(config)
@@ -127,37 +153,110 @@ def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer,
     config["architectures"] = ["Lfm2VlForConditionalGeneration"]
     _write(folder / "config.json", config)
     text = model.config.text_config
-    _write(folder / "generation_config.json", {
-        "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id,
-        "do_sample": False, "max_new_tokens": 64, "repetition_penalty": 1.0,
-    })  # fmt: skip
+    _write(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
+            "do_sample": False,
+            "max_new_tokens": 64,
+            "repetition_penalty": 1.0,
+        },
+    )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
-    _write(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|im_end|>",
-        "pad_token": "<|pad|>", "image_token": "<image>", "image_start_token": "<|image_start|>",
-        "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>", "model_max_length": 4096,
-        "add_bos_token": True, "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|pad|>",
+            "image_token": "<image>",
+            "image_start_token": "<|image_start|>",
+            "image_end_token": "<|image_end|>",
+            "image_thumbnail": "<|img_thumbnail|>",
+            "model_max_length": 4096,
+            "add_bos_token": True,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write(folder / "preprocessor_config.json", {
-        "image_processor_type": "Lfm2VlImageProcessorFast", "processor_class": "Lfm2VlProcessor",
-        "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
-        "do_resize": True, "downsample_factor": 2, "encoder_patch_size": 16, "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5], "max_image_tokens": 64, "max_num_patches": 256, "max_pixels_tolerance": 2.0,
-        "max_tiles": 10, "min_image_tokens": 16, "min_tiles": 2, "resample": 2, "rescale_factor": 1 / 255,
-        "return_row_col_info": True, "tile_size": 256, "use_thumbnail": True,
-    })  # fmt: skip
+    _write(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Lfm2VlImageProcessorFast",
+            "processor_class": "Lfm2VlProcessor",
+            "do_convert_rgb": True,
+            "do_image_splitting": True,
+            "do_normalize": True,
+            "do_pad": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "downsample_factor": 2,
+            "encoder_patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "max_image_tokens": 64,
+            "max_num_patches": 256,
+            "max_pixels_tolerance": 2.0,
+            "max_tiles": 10,
+            "min_image_tokens": 16,
+            "min_tiles": 2,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "return_row_col_info": True,
+            "tile_size": 256,
+            "use_thumbnail": True,
+        },
+    )
 
 
 def _without_defaults(config: dict) -> dict:
     """The keys that describe the architecture; generation and bookkeeping defaults of PretrainedConfig say nothing."""
-    text = ("block_auto_adjust_ff_dim", "bos_token_id", "conv_L_cache", "conv_bias", "eos_token_id", "hidden_size",
-            "intermediate_size", "layer_types", "max_position_embeddings", "model_type", "norm_eps", "num_attention_heads",
-            "num_hidden_layers", "num_key_value_heads", "pad_token_id", "rope_theta", "tie_word_embeddings", "vocab_size")  # fmt: skip
-    vision = ("attention_dropout", "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "model_type",
-              "num_attention_heads", "num_channels", "num_hidden_layers", "num_patches", "patch_size", "vision_use_head")  # fmt: skip
-    top = ("downsample_factor", "image_token_id", "model_type", "projector_bias", "projector_hidden_act",
-           "projector_hidden_size", "tie_word_embeddings")  # fmt: skip
+    text = (
+        "block_auto_adjust_ff_dim",
+        "bos_token_id",
+        "conv_L_cache",
+        "conv_bias",
+        "eos_token_id",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "model_type",
+        "norm_eps",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
+    vision = (
+        "attention_dropout",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_norm_eps",
+        "model_type",
+        "num_attention_heads",
+        "num_channels",
+        "num_hidden_layers",
+        "num_patches",
+        "patch_size",
+        "vision_use_head",
+    )
+    top = (
+        "downsample_factor",
+        "image_token_id",
+        "model_type",
+        "projector_bias",
+        "projector_hidden_act",
+        "projector_hidden_size",
+        "tie_word_embeddings",
+    )
     return {
         **{key: config[key] for key in top if key in config},
         "text_config": {key: config["text_config"][key] for key in text if key in config["text_config"]},

@@ -123,9 +123,7 @@ def _count_questions(
         (f"{absent.colour} shapes", lambda thing: thing.colour == absent.colour),
         (f"{absent.shape}s" if absent.shape != "cross" else "crosses", lambda thing: thing.shape == absent.shape),
     ]
-    return [
-        ("count", f"How many {what}?", str(sum(map(matches, things)))) for what, matches in rng.sample(asked, 2)
-    ]
+    return [("count", f"How many {what}?", str(sum(map(matches, things)))) for what, matches in rng.sample(asked, 2)]
 
 
 def _paint(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
@@ -178,7 +176,9 @@ def _draw_text(rng: random.Random, width: int, height: int) -> Sample:
     _, top, right, bottom = font.getbbox(text)
     x = rng.uniform(2, max(3, width - 2 - right))
     y = rng.uniform(2 - top, max(3 - top, height - 2 - bottom))
-    ink = rng.choice(((250, 250, 250), (255, 230, 120), (150, 220, 255)) if dark else ((10, 10, 10), (160, 20, 30), (20, 40, 140)))
+    ink = rng.choice(
+        ((250, 250, 250), (255, 230, 120), (150, 220, 255)) if dark else ((10, 10, 10), (160, 20, 30), (20, 40, 140))
+    )
     draw.text((x, y), text, font=font, fill=ink)
     shape = (height // PATCH, width // PATCH)
     characters, slots = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -214,7 +214,9 @@ def evaluation_questions(seed: int, per_task: int) -> list[tuple[Image.Image, li
 
 
 def write_evaluation(folder: Path, seed: int, per_task: int) -> int:
-    """Write `images/*.png` and `<folder's name>.jsonl` (image, question, answer, task); returns the number of questions."""
+    """Write `images/*.png` and `<folder's name>.jsonl` (image, question, answer, task); returns the number of
+    questions.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (image, questions) in enumerate(evaluation_questions(seed, per_task)):

@@ -1,7 +1,7 @@
 """Exact-match accuracy of a demo bundle, per task, greedy.
 
-    python demo/make/evaluate_demo.py demo/bundle --seed 1 --per-task 500     # fresh pictures
-    python demo/make/evaluate_demo.py demo/bundle                             # the stored set, demo/eval
+python demo/make/evaluate_demo.py demo/bundle --seed 1 --per-task 500     # fresh pictures
+python demo/make/evaluate_demo.py demo/bundle                             # the stored set, demo/eval
 """
 
 from __future__ import annotations

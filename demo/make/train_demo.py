@@ -2,10 +2,10 @@
 
     python demo/make/train_demo.py demo/checkpoint --minutes 80
 
-Wall-clock driven: the three stages and the learning-rate schedule are fractions of `--minutes`, so the same command uses a
-slow or a fast machine fully. Needs the `test` extra (torch, transformers, tokenizers, matplotlib).
-What made it learn: dense labels on the vision patches first (linear heads, thrown away at the end), Muon on the matrices
-with AdamW on the rest, and a final decay of the learning rate to zero.
+Wall-clock driven: the three stages and the learning-rate schedule are fractions of `--minutes`, so the same command
+uses a slow or a fast machine fully. Needs the `test` extra (torch, transformers, tokenizers, matplotlib). What made it
+learn: dense labels on the vision patches first (linear heads, thrown away at the end), Muon on the matrices with AdamW
+on the rest, and a final decay of the learning rate to zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import nn
 from transformers import Lfm2VlForConditionalGeneration
 
 MUON_LR, ADAM_LR = 6e-3, 1.5e-3
-# Parts of the time given: dense labels alone, then conversations about 128×128 pictures, then all sizes, then decay to 0.
+# Parts of the time given: dense labels alone, then conversations about 128×128 pictures, then all sizes, then decay to
+# 0.
 VISION_ALONE_UNTIL, MIXED_SIZES_FROM, DECAY_FROM = 0.08, 0.40, 0.50
 LOSS_WEIGHT = {"describe": 1.0, "count": 3.0, "where": 2.0, "read": 1.0}
 
@@ -113,7 +114,9 @@ class Batcher:
         self.head = encode("<|startoftext|><|im_start|>user\n<|image_start|>")
 
     def draw(self, kind: str, width: int, height: int) -> demo_data.Sample:
-        """Most pictures of shapes with a `where` that the colour alone does not answer: without them the model reads no shape word."""
+        """Most pictures of shapes with a `where` that the colour alone does not answer: without them the model reads no
+        shape word.
+        """
         while True:
             sample = demo_data.draw_sample(self.rng, kind, width, height)
             if kind == "text" or self.rng.random() < 0.2 or same_colour(sample):
@@ -132,7 +135,9 @@ class Batcher:
         weights = [0.0] * len(ids)
         for i, (task, question, answer) in enumerate(questions[:turns]):
             asked = self.encode(
-                ("<|image_end|>" if i == 0 else "\n<|im_start|>user\n") + question + "<|im_end|>\n<|im_start|>assistant\n"
+                ("<|image_end|>" if i == 0 else "\n<|im_start|>user\n")
+                + question
+                + "<|im_end|>\n<|im_start|>assistant\n"
             )
             said = self.encode(answer + "<|im_end|>")
             ids = ids + asked + said
@@ -170,10 +175,13 @@ class Batcher:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), matrices of one shape stacked, in fp32.
 
-    torch.optim.Muon iterates in bfloat16, matrix by matrix: as long as the rest of a step on a CPU without bfloat16 units.
+    torch.optim.Muon iterates in bfloat16, matrix by matrix: as long as the rest of a step on a CPU without bfloat16
+    units.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         shapes = sorted({tuple(p.shape) for p in matrices})
         groups = [{"params": [p for p in matrices if tuple(p.shape) == shape]} for shape in shapes]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -181,7 +189,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]  # the decoder has none while vision learns alone
+            params = [
+                p for p in group["params"] if p.grad is not None
+            ]  # the decoder has none while vision learns alone
             if not params:
                 continue
             gradient = torch.stack([p.grad for p in params])
@@ -215,7 +225,12 @@ def optimizers(trainee: Trainee, muon_lr: float, adam_lr: float) -> list[torch.o
 
 
 def train(
-    trainee: Trainee, batcher: Batcher, minutes: float, start_at: float, save: Callable[[], None], log: Callable[[str], None]
+    trainee: Trainee,
+    batcher: Batcher,
+    minutes: float,
+    start_at: float,
+    save: Callable[[], None],
+    log: Callable[[str], None],
 ) -> None:
     """From `start_at` of the schedule (0 to 1) to its end, in `minutes`."""
     muon, adam = groups = optimizers(trainee, MUON_LR, ADAM_LR)
@@ -273,11 +288,20 @@ def accuracy(trainee: Trainee, tokenizer: Tokenizer, seed: int, per_task: int) -
         for task, question, answer in questions:
             tail = batcher.encode("<|image_end|>" + question + "<|im_end|>\n<|im_start|>assistant\n")
             embeds = torch.cat(
-                [language.embed_tokens(torch.tensor([batcher.head])), image_embeds, language.embed_tokens(torch.tensor([tail]))], 1
+                [
+                    language.embed_tokens(torch.tensor([batcher.head])),
+                    image_embeds,
+                    language.embed_tokens(torch.tensor([tail])),
+                ],
+                1,
             )
             said: list[int] = []
             while len(said) < 40:
-                token = int(trainee.model.lm_head(language(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]).argmax())
+                token = int(
+                    trainee.model.lm_head(
+                        language(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
+                    ).argmax()
+                )
                 if token == eos:
                     break
                 said.append(token)
@@ -291,7 +315,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=80)
-    parser.add_argument("--start-at", type=float, default=0, metavar="FRACTION", help="go on from the saved state, here in the schedule")
+    parser.add_argument(
+        "--start-at", type=float, default=0, metavar="FRACTION", help="go on from the saved state, here in the schedule"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -306,10 +332,13 @@ def main() -> None:
     if options.start_at:
         trainee.load_state_dict(torch.load(state))
     train(
-        trainee, Batcher(tokenizer, options.seed), options.minutes, options.start_at,
+        trainee,
+        Batcher(tokenizer, options.seed),
+        options.minutes,
+        options.start_at,
         save=lambda: (save_checkpoint(model, tokenizer, options.folder), torch.save(trainee.state_dict(), state)),
         log=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    )
     print(json.dumps(accuracy(trainee, tokenizer, seed=99, per_task=100)))
 
 

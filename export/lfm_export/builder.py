@@ -1,7 +1,7 @@
 """Graphs from plain calls: `g.MatMul(x, w)` adds a node; `g.weight(...)` streams a tensor into the graph's data file.
 
-Large tensors go to `<graph>.onnx_data`, each at a multiple of 64 KiB (Pi 5 maps 16 KiB pages, some servers 64 KiB); small
-ones stay inside the protobuf. A weight is produced when it is written, so one at a time is in memory.
+Large tensors go to `<graph>.onnx_data`, each at a multiple of 64 KiB (Pi 5 maps 16 KiB pages, some servers 64 KiB);
+small ones stay inside the protobuf. A weight is produced when it is written, so one at a time is in memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DataFile:
 
 
 class GraphBuilder:
-    """One ONNX graph under construction. `dtype` is that of weights and activations inside; see `cast` for the edges."""
+    """One ONNX graph under construction. `dtype`: of weights and activations inside; see `cast` for the edges."""
 
     def __init__(self, name: str, data: DataFile, dtype: str) -> None:
         self.name = name
@@ -103,7 +103,9 @@ class GraphBuilder:
             self.data.progress(name, whole.nbytes)
         else:
             offset, size = self.data.write(name, typed)
-            tensor = ir.ExternalTensor(self.data.path.name, offset, size, self.float_type, shape=ir.Shape(shape), name=name)
+            tensor = ir.ExternalTensor(
+                self.data.path.name, offset, size, self.float_type, shape=ir.Shape(shape), name=name
+            )
         return self._initializer(name, tensor)
 
     def _typed(self, piece: Array, name: str) -> Array:
@@ -114,7 +116,10 @@ class GraphBuilder:
     def shared_weight(self, name: str, shape: Sequence[int], other: ir.ExternalTensor) -> ir.Value:
         """A constant whose bytes lie in another graph's data file in the same folder."""
         return self._initializer(
-            name, ir.ExternalTensor(other.location, other.offset, other.length, other.dtype, shape=ir.Shape(shape), name=name)
+            name,
+            ir.ExternalTensor(
+                other.location, other.offset, other.length, other.dtype, shape=ir.Shape(shape), name=name
+            ),
         )
 
     def constant(self, value: Array | Sequence[int] | float, name: str | None = None) -> ir.Value:
@@ -128,24 +133,35 @@ class GraphBuilder:
         return self._initializer(name, ir.Tensor(array, name=name))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.initializers[name] = value
         return value
 
     # ------------------------------------------------------------------------------------------------ nodes
 
-    def op(self, op_type: str, *operands: Operand | None, name: str | None = None, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(
+        self, op_type: str, *operands: Operand | None, name: str | None = None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """Add a node with one output; None leaves an optional input out."""
         return self.ops(op_type, 1, *operands, name=name, domain=domain, **attributes)[0]
 
     def ops(
-        self, op_type: str, outputs: int, *operands: Operand | None, name: str | None = None, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        outputs: int,
+        *operands: Operand | None,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs."""
         inputs = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in operands]
         label = self._unique(name or op_type)
         attrs = [
-            ir.AttrGraph(k, v) if isinstance(v, ir.Graph) else ir.convenience.convert_attribute(k, v) for k, v in attributes.items()
+            ir.AttrGraph(k, v) if isinstance(v, ir.Graph) else ir.convenience.convert_attribute(k, v)
+            for k, v in attributes.items()
         ]
         node = ir.Node(domain, op_type, inputs, attrs, num_outputs=outputs, name=label)
         for i, value in enumerate(node.outputs):
@@ -171,8 +187,12 @@ class GraphBuilder:
     def save(self, path: Path) -> None:
         """Write the protobuf; the data file is already there."""
         graph = ir.Graph(
-            self.inputs, self.outputs, nodes=self.nodes, initializers=list(self.initializers.values()), name=self.name,
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            name=self.name,
             opset_imports={"": OPSET, CONTRIB: 1},
-        )  # fmt: skip
+        )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lfm-edge")
         ir.save(model, path)

@@ -12,11 +12,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Convert a Hugging Face LFM2-VL checkpoint folder to a bundle of ONNX graphs."
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to")
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="weights: fp32 for CPUs, fp16 for GPUs (default fp32)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="weights: fp32 for CPUs, fp16 for GPUs (default fp32)"
+    )
     parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
-    parser.add_argument("--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)")
-    parser.add_argument("--portable", action="store_true", help="standard ONNX operators alone, for other engines (extra optimum)")
+    parser.add_argument(
+        "--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)"
+    )
+    parser.add_argument(
+        "--portable", action="store_true", help="standard ONNX operators alone, for other engines (extra optimum)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -27,9 +35,14 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     progress = Printer(not options.quiet)
     warning = export(
-        options.checkpoint, options.output, dtype=options.dtype, adapter=options.adapter,
-        graphs=[g for g in options.graphs.split(",") if g], portable=options.portable, progress=progress,
-    )  # fmt: skip
+        options.checkpoint,
+        options.output,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        graphs=[g for g in options.graphs.split(",") if g],
+        portable=options.portable,
+        progress=progress,
+    )
     progress.clear()
     if warning:
         print(f"lfm-edge: {warning}", file=sys.stderr)

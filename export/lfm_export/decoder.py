@@ -1,6 +1,7 @@
 """The decoder graph and the token embedding graph.
 
-The decoder takes embeddings, not ids, because image features and token embeddings meet there. Prefill and decoding are one
+The decoder takes embeddings, not ids, because image features and token embeddings meet there. Prefill and decoding are
+one
 graph: S new tokens after P past ones, state in as inputs, state out as outputs.
 """
 
@@ -19,13 +20,14 @@ from lfm_runtime.formats.contract import (
     TOP_TOKENS,
     past_names,
     present_name,
-)  # fmt: skip
+)
 
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint.checkpoint import Checkpoint
 from lfm_export.checkpoint.config import TextConfig
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
+
 
 def context_length(text: TextConfig) -> int:
     """Tokens the exported decoder has rotary tables for."""
@@ -65,17 +67,23 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
     for i, kind in enumerate(text.layers):
         place = f"text.layers.{i}"
         if kind == "conv":
-            mixed, state, windows[f"{CONV_WINDOW}{i}"] = _short_conv(g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv")
+            mixed, state, windows[f"{CONV_WINDOW}{i}"] = _short_conv(
+                g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv"
+            )
             states = {f"past_conv.{i}": state}
         else:
             names = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
-            mixed, *kv = _attention(g, checkpoint, normed, [past[n] for n in names], last_index, total, rotary, f"{place}.self_attn")
+            mixed, *kv = _attention(
+                g, checkpoint, normed, [past[n] for n in names], last_index, total, rotary, f"{place}.self_attn"
+            )
             states = dict(zip(names, kv, strict=True))
         for name, state in states.items():
             g.output(state, present_name(name), g.float_type, _state_shape(name, text, "past_and_tokens"))
         if i + 1 == len(text.layers):  # beyond the last layer's state, only positions whose logits are wanted are read
             parts = {"text.read.mixed": mixed, "text.read.residual": x}
-            mixed, x = (g.op("Slice", v, read_from, [np.iinfo(np.int64).max], [1], name=name) for name, v in parts.items())
+            mixed, x = (
+                g.op("Slice", v, read_from, [np.iinfo(np.int64).max], [1], name=name) for name, v in parts.items()
+            )
         normed, x = _add_and_norm(g, checkpoint, mixed, x, f"{place}.ffn_norm")
         change = _feed_forward(g, checkpoint, normed, f"{place}.feed_forward")
         after = f"text.layers.{i + 1}.operator_norm" if i + 1 < len(text.layers) else "text.embedding_norm"
@@ -91,7 +99,9 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
 
 
 def _stay_on_device(g: GraphBuilder, logits: ir.Value, mask: ir.Value, vocabulary: int) -> None:
-    """For GPUs: the likeliest tokens, and the mask with one token more, which is itself moved by one (padding is on the right)."""
+    """For GPUs: the likeliest tokens, and the mask with one token more, which is itself moved by one (padding is on the
+    right).
+    """
     count = min(TOP_TOKENS, vocabulary)
     values, ids = g.ops("TopK", 2, logits, [count], name="gpu.likeliest")
     there, before = g.op("Slice", mask, [0], [1], [1]), g.op("Slice", mask, [0], [-1], [1])
@@ -101,8 +111,8 @@ def _stay_on_device(g: GraphBuilder, logits: ir.Value, mask: ir.Value, vocabular
 
 
 def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:
-    """Where the positions begin whose logits are wanted, counted from the end [1]: all of a step of a few tokens, which may be guesses
-    to be verified; the last alone of a prompt, whose logits would be 262 KB a token.
+    """Where the positions begin whose logits are wanted, counted from the end [1]: all of a step of a few tokens, which
+    may be guesses to be verified; the last alone of a prompt, whose logits would be 262 KB a token.
     """
     tokens = g.op("Shape", embeds, start=1, end=2)
     return g.op("Neg", g.op("Where", g.op("Less", tokens, [MANY_TOKENS]), tokens, [1]))
@@ -134,43 +144,55 @@ def _add_and_norm(
 
 
 def _linear(
-    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, places: list[str], rows: list[int], columns: int, name: str,
+    g: GraphBuilder,
+    checkpoint: Checkpoint,
+    x: ir.Value,
+    places: list[str],
+    rows: list[int],
+    columns: int,
+    name: str,
     bias: bool = False,
-) -> ir.Value:  # fmt: skip
+) -> ir.Value:
     """One matrix product for linear layers that read the same input; outputs side by side."""
     weight = g.weight(
-        f"{name}.weight", [columns, sum(rows)],
+        f"{name}.weight",
+        [columns, sum(rows)],
         lambda: checkpoint.read_transposed([f"{p}.weight" for p in places], rows, columns),
-    )  # fmt: skip
+    )
     y = g.op("MatMul", x, weight, name=name)
     if not bias:
         return y
     biases = g.weight(
-        f"{name}.bias", [sum(rows)],
+        f"{name}.bias",
+        [sum(rows)],
         lambda: np.concatenate([checkpoint.read(f"{p}.bias", n) for p, n in zip(places, rows, strict=True)]),
-    )  # fmt: skip
+    )
     return g.op("Add", y, biases)
 
 
 def _short_conv(
     g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: ir.Value, place: str
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel], all that the convolution
-    read [batch, kernel + tokens, H]).
+    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel], all
+    that the convolution read [batch, kernel + tokens, H]).
 
-    The state holds the convolution's last `kernel` inputs, channels first (the hub's shape); inside, time runs along axis 1
-    so that each tap is one contiguous multiply-add. The oldest entry is never read: kernel - 1 past inputs suffice.
+    The state holds the convolution's last `kernel` inputs, channels first (the hub's shape); inside, time runs along
+    axis 1 so that each tap is one contiguous multiply-add. The oldest entry is never read: kernel - 1 past inputs
+    suffice.
     """
     text = checkpoint.config.text
     hidden, kernel = text.hidden, text.kernel
-    projected = _linear(g, checkpoint, x, [f"{place}.in_proj"], [3 * hidden], hidden, f"{place}.in_proj", text.conv_bias)
+    projected = _linear(
+        g, checkpoint, x, [f"{place}.in_proj"], [3 * hidden], hidden, f"{place}.in_proj", text.conv_bias
+    )
     b, c, signal = g.ops("Split", 3, projected, axis=2, num_outputs=3)
     history = g.op("Transpose", past, perm=[0, 2, 1])  # [batch, kernel, H]
     full = g.op("Concat", history, g.op("Mul", b, signal), axis=1)  # [batch, kernel + tokens, H]
     taps = g.weight(
-        f"{place}.conv.weight", [kernel, hidden],
+        f"{place}.conv.weight",
+        [kernel, hidden],
         lambda: np.ascontiguousarray(checkpoint.read(f"{place}.conv.weight", hidden, 1, kernel)[:, 0].T),
-    )  # fmt: skip
+    )
     convolved = None
     for k in range(kernel):
         end = k + 1 - kernel if k + 1 < kernel else np.iinfo(np.int64).max
@@ -188,9 +210,15 @@ def _short_conv(
 
 
 def _attention(
-    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: list[ir.Value], last_index: ir.Value, total: ir.Value,
-    rotary: tuple[ir.Value, ir.Value], place: str,
-) -> list[ir.Value]:  # fmt: skip
+    g: GraphBuilder,
+    checkpoint: Checkpoint,
+    x: ir.Value,
+    past: list[ir.Value],
+    last_index: ir.Value,
+    total: ir.Value,
+    rotary: tuple[ir.Value, ir.Value],
+    place: str,
+) -> list[ir.Value]:
     """Grouped-query attention with RMSNorm on every query and key head. Returns [output, key state, value state].
 
     The norms stay nodes of their own: GroupQueryAttention's q_norm_weight has no CPU kernel (onnxruntime 1.31).
@@ -206,9 +234,22 @@ def _attention(
         return g.op("Reshape", _rms_norm(g, checkpoint, split, f"{place}.{name}_layernorm", d), [0, 0, width])
 
     attended, key_state, value_state = g.ops(
-        "GroupQueryAttention", 3, norm(query, rows[0], "q"), norm(key, rows[1], "k"), value, *past, last_index, total, *rotary,
-        domain=CONTRIB, num_heads=text.heads, kv_num_heads=text.kv_heads, do_rotary=1, rotary_interleaved=0, name=place,
-    )  # fmt: skip
+        "GroupQueryAttention",
+        3,
+        norm(query, rows[0], "q"),
+        norm(key, rows[1], "k"),
+        value,
+        *past,
+        last_index,
+        total,
+        *rotary,
+        domain=CONTRIB,
+        num_heads=text.heads,
+        kv_num_heads=text.kv_heads,
+        do_rotary=1,
+        rotary_interleaved=0,
+        name=place,
+    )
     out = _linear(g, checkpoint, attended, [f"{place}.out_proj"], [text.hidden], rows[0], f"{place}.out_proj")
     return [out, key_state, value_state]
 
@@ -216,8 +257,8 @@ def _attention(
 def _rotary_tables(g: GraphBuilder, text: TextConfig) -> tuple[ir.Value, ir.Value]:
     """cos and sin [context, head dim / 2], in float32 arithmetic as transformers computes them.
 
-    Computed from constants, so onnxruntime folds them into tables when it loads the graph (27 ms for 32,768 positions on a server
-    core): 8 MB less in every decoder file of the 450M.
+    Computed from constants, so onnxruntime folds them into tables when it loads the graph (27 ms for 32,768 positions
+    on a server core): 8 MB less in every decoder file of the 450M.
     """
     exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / text.head_dim
     inverse = (np.float32(1) / np.float32(text.rope_theta) ** exponents).astype(np.float32)
@@ -239,7 +280,9 @@ def _feed_forward(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: s
 def _head(
     g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, embeds: ir.Value, table: ir.ExternalTensor | None
 ) -> ir.Value:
-    """normed [batch, positions, H] → logits float32 [batch, positions, V]. Gemm reads the table as it is stored, [V, H]."""
+    """normed [batch, positions, H] → logits float32 [batch, positions, V]. Gemm reads the table as it is stored, [V,
+    H].
+    """
     text = checkpoint.config.text
     shape = [text.vocabulary, text.hidden]
     place = "text.embed_tokens.weight" if text.tied_head else "head"

@@ -33,9 +33,15 @@ MIN_ONNXRUNTIME = "1.20.0"
 
 
 def export(
-    checkpoint_folder: Path, bundle: Path, *, dtype: str = "fp32", adapter: Path | None = None,
-    graphs: Sequence[str] = (), portable: bool = False, progress: Progress = lambda *_: None,
-) -> str | None:  # fmt: skip
+    checkpoint_folder: Path,
+    bundle: Path,
+    *,
+    dtype: str = "fp32",
+    adapter: Path | None = None,
+    graphs: Sequence[str] = (),
+    portable: bool = False,
+    progress: Progress = lambda *_: None,
+) -> str | None:
     """Write the fp32 or fp16 variant of a checkpoint's graphs into a bundle, beside variants it already has.
 
     Args:
@@ -44,8 +50,8 @@ def export(
         dtype: fp32 or fp16, the variant's name.
         adapter: a PEFT LoRA adapter to merge into the weights.
         graphs: stems to write anew; the others are kept from the bundle. All by default.
-        portable: trace transformers' own layers to standard ONNX operators with Hugging Face Optimum, instead of building graphs for
-            onnxruntime's CPU kernels.
+        portable: trace transformers' own layers to standard ONNX operators with Hugging Face Optimum, instead of
+            building graphs for onnxruntime's CPU kernels.
         progress: told of every tensor written.
 
     Returns:
@@ -114,8 +120,8 @@ def export(
 
 
 def _look_at_settings(checkpoint: Checkpoint) -> None:
-    """Raise SettingError for image and generation settings that cannot be, or are not of these weights; a checkpoint without image
-    settings is exported with the reference processor's.
+    """Raise SettingError for image and generation settings that cannot be, or are not of these weights; a checkpoint
+    without image settings is exported with the reference processor's.
     """
     folder = checkpoint.folder
     images, config = ImageSettings.from_folder(folder), checkpoint.config
@@ -124,12 +130,20 @@ def _look_at_settings(checkpoint: Checkpoint) -> None:
         ("downsample_factor", images.downsample_factor, config.projector.factor),
     ):
         if said != needed:
-            raise SettingError(f"{folder}: the image settings say {name} {said}, the weights are for {needed}; correct them")
+            raise SettingError(
+                f"{folder}: the image settings say {name} {said}, the weights are for {needed}; correct them"
+            )
     GenerationSettings.from_config(read_json_object(folder / "generation_config.json", SettingError, required=False))
     in_config = "max_image_tokens" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
-    if not in_config and not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+    if not in_config and not any(
+        (folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")
+    ):
         do = "copy it from the model this one was made of"
-        _log.warning("lfm-edge: %s has no preprocessor_config.json, and images are cut as Hugging Face does by default; %s", folder, do)
+        _log.warning(
+            "lfm-edge: %s has no preprocessor_config.json, and images are cut as Hugging Face does by default; %s",
+            folder,
+            do,
+        )
 
 
 def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> int:
@@ -143,7 +157,9 @@ def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> int:
         raise CheckpointError(f"{folder}: the tokenizer has no {image}; is it the one of this vision-language model?")
     found = tokens.index(image)
     if config.image_token_id not in (None, found):
-        raise CheckpointError(f"{folder}: config.json's image token is {config.image_token_id}, the tokenizer's {image} is {found}")
+        raise CheckpointError(
+            f"{folder}: config.json's image token is {config.image_token_id}, the tokenizer's {image} is {found}"
+        )
     end_tokens(folder, prompt)
     return found
 
@@ -160,7 +176,9 @@ def _check_fits(
 ) -> None:
     """What is kept must be of the same weights, and together with what is written make a whole variant."""
     if kept and (old.get("source") or {}).get("weights") != checkpoint.fingerprint():
-        raise CheckpointError(f"{bundle} holds graphs of another checkpoint or adapter; choose another output, or remove it first")
+        raise CheckpointError(
+            f"{bundle} holds graphs of another checkpoint or adapter; choose another output, or remove it first"
+        )
     for stem in sorted(rest):
         if graph_file(stem, dtype) not in (old.get("files") or {}):
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
@@ -175,10 +193,14 @@ def _portable_tools() -> dict[str, str]:
     try:
         found = {name: version(name) for name in ("torch", "transformers", "optimum", "optimum-onnx")}
     except PackageNotFoundError as e:
-        raise CheckpointError(f"--portable needs the Python package {e.name}; install it with: pip install 'lfm-edge[optimum]'") from e
+        raise CheckpointError(
+            f"--portable needs the Python package {e.name}; install it with: pip install 'lfm-edge[optimum]'"
+        ) from e
     if not found["transformers"].startswith("4.57."):
         have = found["transformers"]
-        raise CheckpointError(f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'")
+        raise CheckpointError(
+            f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'"
+        )
     try:
         import lfm_export.portable.portable  # noqa: F401
     except ImportError as e:
@@ -188,7 +210,9 @@ def _portable_tools() -> dict[str, str]:
         said = f"{type(cause).__name__}: {cause}"
         do = "install it anew: pip install 'lfm-edge[optimum]'"
         if "torchvision" in said:
-            do = "torchvision is not of torch's release: install the one that is, or uninstall it, nothing here needs it"
+            do = (
+                "torchvision is not of torch's release: install the one that is, or uninstall it, nothing here needs it"
+            )
         raise CheckpointError(f"--portable cannot import what it needs ({said}); {do}") from e
     return found
 
@@ -196,40 +220,66 @@ def _portable_tools() -> dict[str, str]:
 def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> dict[str, Any]:
     def edges(values: Sequence[ir.Value]) -> dict[str, Any]:
         return {
-            str(v.name): {"dtype": v.dtype.name if v.dtype else None, "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()]}
+            str(v.name): {
+                "dtype": v.dtype.name if v.dtype else None,
+                "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()],
+            }
             for v in values
         }
 
-    locations = {str(t.location) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)}
+    locations = {
+        str(t.location) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
+    }
     return {
-        "inputs": edges(graph.inputs), "outputs": edges(graph.outputs), "opset": opset, "ir_version": ir_version,
-        "min_onnxruntime": MIN_ONNXRUNTIME, "data": sorted(f"onnx/{location}" for location in locations),
-    }  # fmt: skip
+        "inputs": edges(graph.inputs),
+        "outputs": edges(graph.outputs),
+        "opset": opset,
+        "ir_version": ir_version,
+        "min_onnxruntime": MIN_ONNXRUNTIME,
+        "data": sorted(f"onnx/{location}" for location in locations),
+    }
 
 
 def _write_manifest(
-    folder: Path, checkpoint: Checkpoint, dtype: str, old: dict[str, Any], kept: list[str], described: dict[str, Any],
-    tools: dict[str, str], image_token_id: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    checkpoint: Checkpoint,
+    dtype: str,
+    old: dict[str, Any],
+    kept: list[str],
+    described: dict[str, Any],
+    tools: dict[str, str],
+    image_token_id: int,
+) -> None:
     text = checkpoint.config.text
     variants = dict(old.get("variants") or {})
     variants[dtype] = {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     # A kept file keeps its hash: hashing it again would make a damaged one look sound.
     files = {
-        name: old["files"][name] if name in kept else {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
+        name: old["files"][name]
+        if name in kept
+        else {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
         for name in names
     }
     manifest = {
         "schema": SCHEMA_VERSION,
-        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__, **tools}, "min_onnxruntime": MIN_ONNXRUNTIME,
+        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__, **tools},
+        "min_onnxruntime": MIN_ONNXRUNTIME,
         "source": {
-            "name": checkpoint.folder.resolve().name, "revision": _revision(checkpoint.folder), "license": _license(checkpoint.folder),
-            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None, "weights": checkpoint.fingerprint(),
+            "name": checkpoint.folder.resolve().name,
+            "revision": _revision(checkpoint.folder),
+            "license": _license(checkpoint.folder),
+            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
+            "weights": checkpoint.fingerprint(),
         },
         "model": {
-            "layers": list(text.layers), "hidden": text.hidden, "kv_heads": text.kv_heads, "head_dim": text.head_dim,
-            "conv_kernel": text.kernel, "feed_forward": text.feed_forward, "vocabulary": text.vocabulary,
+            "layers": list(text.layers),
+            "hidden": text.hidden,
+            "kv_heads": text.kv_heads,
+            "head_dim": text.head_dim,
+            "conv_kernel": text.kernel,
+            "feed_forward": text.feed_forward,
+            "vocabulary": text.vocabulary,
             "context_length": context_length(text),
             "image_token_id": image_token_id,
         },
@@ -239,9 +289,10 @@ def _write_manifest(
         # What quantize wrote about the other variants stays true: they are of the same weights.
         **{
             key: {v: entry for v, entry in old[key].items() if v != dtype}
-            for key in ("quantization", "quality", "golden") if old.get(key) and kept
+            for key in ("quantization", "quality", "golden")
+            if old.get(key) and kept
         },
-    }  # fmt: skip
+    }
     (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,14 +19,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lfm_runtime.errors import PromptError
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.text.compile_tokenizer import compile_tokenizer
-from lfm_runtime.text.prompt import IMAGE, ChatFormat, Conversation, Message, PromptSpec, ToolCall, chat_format, chat_template, image_tokens
+from lfm_runtime.text.prompt import (
+    IMAGE,
+    ChatFormat,
+    Conversation,
+    Message,
+    PromptSpec,
+    ToolCall,
+    chat_format,
+    chat_template,
+    image_tokens,
+)
 from lfm_runtime.text.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer
 
 _TOOL = json.loads("""
-{"type": "function", "function": {"name": "get_time", "description": "The time, \\"exactly\\" – <b>&.", "parameters": {"type": "object",
- "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]}, "n": {"type": "integer"}}, "required": ["zone"]}}}""")
+{"type": "function", "function": {"name": "get_time", "description": "The time, \\"exactly\\" – <b>&.",
+ "parameters": {"type": "object", "properties": {"zone": {"type": "string", "enum": ["UTC", "CET"]},
+ "n": {"type": "integer"}}, "required": ["zone"]}}}""")
 _CALLS = (ToolCall("get_time", {"zone": "UTC", "n": 2, "deep": {"a": [1.5, None, True]}}), ToolCall("other", {}))
 
 
@@ -45,32 +56,86 @@ CONVERSATIONS: tuple[Conversation, ...] = (
         (Message("user", ""), Message("assistant", ("text in parts", " and more")), Message("user", ("only text",))),
         (Message("system", "You are terse."), Message("user", "Hi")),
         (Message("system", ""), Message("user", "Hi")),
-        (Message("system", ("You are", " terse.")), Message("system", "Really."), Message("user", "Hi"), Message("system", "In French.")),
-        (Message("system", "You are terse."), Message.user("Look.", 1), Message("assistant", "A cat."), Message("user", "Sure?")),
-        (Message.user(" spaces \n\n and {{ braces }} <b>&amp;</b> ", 2), Message("assistant", "line\nline\n"), Message.user("…", 1)),
-        (Message("user", "a"), Message("user", "b"), Message("assistant", "c"), Message("assistant", "d"), Message("user", "e")),
-        (Message("user", "x"), Message("assistant", "<think>long thought</think> short"), Message("user", "y"),
-         Message("assistant", "<think>again</think>z"), Message("user", "w")),
-        (Message("user", "x"), Message("assistant", "short", "long thought"), Message("user", "y"), Message("assistant", "z", "")),
-        (Message("user", "x"), Message("assistant", "", tool_calls=_CALLS), Message("tool", '{"time": "12:00"}'),
-         Message("assistant", "Noon.")),
+        (
+            Message("system", ("You are", " terse.")),
+            Message("system", "Really."),
+            Message("user", "Hi"),
+            Message("system", "In French."),
+        ),
+        (
+            Message("system", "You are terse."),
+            Message.user("Look.", 1),
+            Message("assistant", "A cat."),
+            Message("user", "Sure?"),
+        ),
+        (
+            Message.user(" spaces \n\n and {{ braces }} <b>&amp;</b> ", 2),
+            Message("assistant", "line\nline\n"),
+            Message.user("…", 1),
+        ),
+        (
+            Message("user", "a"),
+            Message("user", "b"),
+            Message("assistant", "c"),
+            Message("assistant", "d"),
+            Message("user", "e"),
+        ),
+        (
+            Message("user", "x"),
+            Message("assistant", "<think>long thought</think> short"),
+            Message("user", "y"),
+            Message("assistant", "<think>again</think>z"),
+            Message("user", "w"),
+        ),
+        (
+            Message("user", "x"),
+            Message("assistant", "short", "long thought"),
+            Message("user", "y"),
+            Message("assistant", "z", ""),
+        ),
+        (
+            Message("user", "x"),
+            Message("assistant", "", tool_calls=_CALLS),
+            Message("tool", '{"time": "12:00"}'),
+            Message("assistant", "Noon."),
+        ),
         (),
     ),
     Conversation((Message("user", "Time?"),), (_TOOL, _TOOL), datetime(2026, 2, 3)),  # noqa: DTZ001  (a date, without a place)
-    Conversation((Message("system", "Be terse."), Message.user("Time?", 1), Message("assistant", "Wait.", tool_calls=_CALLS),
-                  Message("tool", "12:00"), Message("tool", ("13:00", IMAGE))), (_TOOL,), datetime(2026, 12, 31)),  # noqa: DTZ001
-)  # fmt: skip
+    Conversation(
+        (
+            Message("system", "Be terse."),
+            Message.user("Time?", 1),
+            Message("assistant", "Wait.", tool_calls=_CALLS),
+            Message("tool", "12:00"),
+            Message("tool", ("13:00", IMAGE)),
+        ),
+        (_TOOL,),
+        datetime(2026, 12, 31),  # noqa: DTZ001  (as strftime_now has it: the machine's own time)
+    ),
+)
 """Conversations on which a template is compared with jinja2: the same text, or an error in both."""
 
 STRINGS: tuple[str, ...] = (
-    "", " ", "\n", "\t\t \r\n", "Hello, world! It's 3.14159 o'clock; we'll SEE, they'RE here.", "12345678901234567890",
-    'def f(x: int) -> str:\n    return f"{x!r}"  # comment\n\n\n', '{"a": [1, 2.5e-3, null], "b": "\\u00e9"}',
+    "",
+    " ",
+    "\n",
+    "\t\t \r\n",
+    "Hello, world! It's 3.14159 o'clock; we'll SEE, they'RE here.",
+    "12345678901234567890",
+    'def f(x: int) -> str:\n    return f"{x!r}"  # comment\n\n\n',
+    '{"a": [1, 2.5e-3, null], "b": "\\u00e9"}',
     "Grüße, señor! Ça va? Příliš žluťoučký kůň. Καλημέρα κόσμε. Привет, мир. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया.",
     "你好，世界。こんにちは世界。안녕하세요 세계. สวัสดีชาวโลก. ሰላም ልዑል. 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
     "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 ✨ e\u0301 \u200d\u200b\ufeff ½ ② Ⅷ ٣٤ 𝟙𝟚",
-    "\x00\x01\x1c\x1d\x7f\x80\x85\xa0\u1680\u2028\u2029\u3000 \ufffd", "ſ'ſ K'RE 'll'VE n't", "a" * 300, "<|im_end|> <image>x",
-    "   leading and trailing   ", "tab\tnew\nline\rreturn\r\nboth", "!!!???...,,,;;;---___===+++***///\\\\\\|||",
-)  # fmt: skip
+    "\x00\x01\x1c\x1d\x7f\x80\x85\xa0\u1680\u2028\u2029\u3000 \ufffd",
+    "ſ'ſ K'RE 'll'VE n't",
+    "a" * 300,
+    "<|im_end|> <image>x",
+    "   leading and trailing   ",
+    "tab\tnew\nline\rreturn\r\nboth",
+    "!!!???...,,,;;;---___===+++***///\\\\\\|||",
+)
 
 
 def compile_prompt(folder: Path) -> PromptSpec:
@@ -85,7 +150,9 @@ def compile_prompt(folder: Path) -> PromptSpec:
     with damage_is(PromptError, path, "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, reference_ranges)
     if chat_template(folder, config) is None:
-        raise PromptError(f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+        raise PromptError(
+            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+        )
     chat = chat_format(folder, config)
     tokens = image_tokens(folder, config, {token for token in vocabulary.tokens if token})
     check_chat(chat, tokens.image)
@@ -103,13 +170,15 @@ def compile_prompt(folder: Path) -> PromptSpec:
 
 
 def reference_ranges(names: Sequence[str]) -> dict[str, list[int]]:
-    """Members of Unicode classes as the `tokenizers` library sees them, beyond ASCII: its Unicode tables, not Python's."""
+    """Members of Unicode classes beyond ASCII, as the `tokenizers` library sees them: its tables, not Python's."""
     return {name: list(_members(name)) for name in names}
 
 
 @functools.cache
 def _members(name: str) -> tuple[int, ...]:
-    split = pre_tokenizers.Split(Regex((r"\s" if name == "s" else rf"\p{{{name}}}") + "+"), behavior="removed", invert=True)
+    split = pre_tokenizers.Split(
+        Regex((r"\s" if name == "s" else rf"\p{{{name}}}") + "+"), behavior="removed", invert=True
+    )
     flat: list[int] = []
     for start in range(128, sys.maxunicode + 1, 1 << 16):
         codes = [c for c in range(start, min(start + (1 << 16), sys.maxunicode + 1)) if not 0xD800 <= c < 0xE000]
@@ -126,7 +195,9 @@ def check_tokenizer(compiled: Tokenizer, reference: ReferenceTokenizer, strings:
     for text in strings:
         wanted, got = reference.encode(text, add_special_tokens=False).ids, compiled.encode(text)
         if got != wanted:
-            raise PromptError(f"tokenizer.json cannot be compiled: {text[:60]!r} gives ids {got[:12]} instead of {wanted[:12]}")
+            raise PromptError(
+                f"tokenizer.json cannot be compiled: {text[:60]!r} gives ids {got[:12]} instead of {wanted[:12]}"
+            )
         if compiled.decode(wanted, skip_special=False) != reference.decode(wanted, skip_special_tokens=False):
             raise PromptError(f"tokenizer.json cannot be compiled: the ids of {text[:60]!r} decode to another text")
 
@@ -166,17 +237,21 @@ def _by_jinja2(template: str) -> jinja2.Template:
 def render_template(chat: ChatFormat, conversation: Conversation, *, generation: bool = True) -> str:
     """A conversation through jinja2. A template that fails can raise anything."""
     return _by_jinja2(chat.template).render(
-        messages=[message.as_dict() for message in conversation.messages], tools=list(conversation.tools) or None, documents=None,
-        add_generation_prompt=generation, strftime_now=(conversation.now or datetime.now()).strftime,  # noqa: DTZ005  (local, as there)
+        messages=[message.as_dict() for message in conversation.messages],
+        tools=list(conversation.tools) or None,
+        documents=None,
+        add_generation_prompt=generation,
+        strftime_now=(conversation.now or datetime.now()).strftime,  # noqa: DTZ005  (local, as there)
         **chat.specials,
-    )  # fmt: skip
+    )
 
 
 def check_chat(chat: ChatFormat, image: str) -> None:
     """Compare a template with jinja2 on NEEDED and CONVERSATIONS.
 
     Raises:
-        PromptError: it cannot be parsed here, fails on what every model is asked, has no place for an image, or differs from jinja2.
+        PromptError: it cannot be parsed here, fails on what every model is asked, has no place for an image, or differs
+            from jinja2.
     """
     chat.parsed  # noqa: B018  (says what it does not know)
     for conversation in (*NEEDED, *CONVERSATIONS):
@@ -197,19 +272,33 @@ def check_chat(chat: ChatFormat, image: str) -> None:
             places, wanted_places = wanted.count(image), sum(message.images for message in conversation.messages)
             if places != wanted_places:
                 raise PromptError(
-                    f"chat template: no place for images: for {_describe(conversation)} it writes {image} {places} times instead of "
+                    f"chat template: no place for images: for {_describe(conversation)} it writes {image} {places} "
+                    "times instead of "
                     f"{wanted_places}; it is a text model's, take the one of the vision-language model"
                 )
             if not all(text in wanted for message in conversation.messages for text in message.texts):
-                raise PromptError(f"chat template: {_describe(conversation)} does not appear as it was given; it cannot be used")
+                raise PromptError(
+                    f"chat template: {_describe(conversation)} does not appear as it was given; it cannot be used"
+                )
         elif got != (failure or wanted):
-            at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got))
+            )
             raise PromptError(
-                f"chat template: {_describe(conversation)} differs from jinja2: {got[at : at + 40]!r} instead of {wanted[at : at + 40]!r}"
+                f"chat template: {_describe(conversation)} differs from jinja2: {got[at : at + 40]!r} instead of "
+                f"{wanted[at : at + 40]!r}"
             )
 
 
 def _describe(conversation: Conversation) -> str:
-    names = {"system": "a system prompt", "user": "a user turn", "assistant": "an assistant turn", "tool": "a tool's result"}
-    turns = [names[m.role] + (f" with {m.images} image{'s' if m.images > 1 else ''}" if m.images else "") for m in conversation.messages]
+    names = {
+        "system": "a system prompt",
+        "user": "a user turn",
+        "assistant": "an assistant turn",
+        "tool": "a tool's result",
+    }
+    turns = [
+        names[m.role] + (f" with {m.images} image{'s' if m.images > 1 else ''}" if m.images else "")
+        for m in conversation.messages
+    ]
     return f"a conversation of {', '.join(turns) or 'no turns'}" + (" with tools" if conversation.tools else "")

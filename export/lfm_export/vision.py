@@ -1,8 +1,8 @@
 """The vision encoder graph: SigLIP2 NaFlex patches → pixel unshuffle → projector → image tokens.
 
-The cut is here because this part runs once an image and its output is all the decoder needs of it. Every tile may have its
-own grid: a batch is padded to the longest with a mask, as the hub contract says; without padding no mask is built and the
-cost follows the patches.
+The cut is here because this part runs once an image and its output is all the decoder needs of it. Every tile may have
+its own grid: a batch is padded to the longest with a mask, as the hub contract says; without padding no mask is built
+and the cost follows the patches.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ def build_vision_encoder(g: GraphBuilder, checkpoint: Checkpoint) -> None:
     patches = g.op("Shape", pixels, start=1, end=2)
     heights, widths = g.ops("Split", 2, grids, axis=1, num_outputs=2)  # [views, 1] each
 
-    x = _linear(g, checkpoint, g.op("Reshape", g.cast(pixels, g.float_type), [-1, pixel_size]),
-                "vision.embeddings.patch_embedding", pixel_size, hidden)  # fmt: skip
+    x = _linear(
+        g,
+        checkpoint,
+        g.op("Reshape", g.cast(pixels, g.float_type), [-1, pixel_size]),
+        "vision.embeddings.patch_embedding",
+        pixel_size,
+        hidden,
+    )
     x = g.op("Add", x, _positions(g, checkpoint, patches, heights, widths))  # [views·patches, hidden] from here on
 
     whole = g.op("Equal", g.op("ReduceMin", mask, keepdims=0), 1)  # no padding anywhere
@@ -61,8 +67,13 @@ def _linear(
     )
     if not bias:
         return g.op("MatMul", x, weight, name=place)
-    return g.op("Gemm", x, weight, g.weight(f"{place}.bias", [outputs], lambda: checkpoint.read(f"{place}.bias", outputs)),
-                name=place)  # fmt: skip
+    return g.op(
+        "Gemm",
+        x,
+        weight,
+        g.weight(f"{place}.bias", [outputs], lambda: checkpoint.read(f"{place}.bias", outputs)),
+        name=place,
+    )
 
 
 def _norm_weights(g: GraphBuilder, checkpoint: Checkpoint, place: str, width: int) -> tuple[ir.Value, ir.Value]:
@@ -70,15 +81,21 @@ def _norm_weights(g: GraphBuilder, checkpoint: Checkpoint, place: str, width: in
     return scale, g.weight(f"{place}.bias", [width], lambda: checkpoint.read(f"{place}.bias", width))
 
 
-def _layer_norm(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str, width: int, eps: float | None = None) -> ir.Value:
+def _layer_norm(
+    g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str, width: int, eps: float | None = None
+) -> ir.Value:
     scale, bias = _norm_weights(g, checkpoint, place, width)
-    return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=eps or checkpoint.config.vision.norm_eps, name=place)
+    return g.op(
+        "LayerNormalization", x, scale, bias, axis=-1, epsilon=eps or checkpoint.config.vision.norm_eps, name=place
+    )
 
 
 def _add_and_norm(
     g: GraphBuilder, checkpoint: Checkpoint, change: ir.Value, x: ir.Value, place: str, width: int
 ) -> tuple[ir.Value, ir.Value]:
-    """(norm of x + change, x + change). SkipLayerNormalization does both in one node and takes twice as long on the CPU."""
+    """(norm of x + change, x + change). SkipLayerNormalization does both in one node and takes twice as long on the
+    CPU.
+    """
     total = g.op("Add", x, change)
     return _layer_norm(g, checkpoint, total, place, width), total
 
@@ -89,8 +106,9 @@ def _positions(
     """The position table resized to each view's grid: [views·patches, hidden].
 
     Bilinear with antialias, separable: position p of a side of n cells takes table entry j with the triangle weight
-    max(0, 1 - |j + 0.5 - (p + 0.5)·s| / max(s, 1)), s = side / n, normalised: what torch's interpolate(antialias=True) does.
-    Both axes' weights multiply to [patches, side²], one matrix product with the table: 0.2 % of the encoder's work.
+    max(0, 1 - |j + 0.5 - (p + 0.5)·s| / max(s, 1)), s = side / n, normalised: what torch's interpolate(antialias=True)
+    does. Both axes' weights multiply to [patches, side²], one matrix product with the table: 0.2 % of the encoder's
+    work.
     """
     side, hidden = checkpoint.config.vision.table_side, checkpoint.config.vision.hidden
     place = "vision.embeddings.position_embedding.weight"
@@ -116,16 +134,23 @@ def _positions(
 
 
 def _attention(
-    g: GraphBuilder, checkpoint: Checkpoint, normed: ir.Value, place: str,
-    views: ir.Value, patches: ir.Value, whole: ir.Value, key_mask: ir.Value,
-) -> ir.Value:  # fmt: skip
+    g: GraphBuilder,
+    checkpoint: Checkpoint,
+    normed: ir.Value,
+    place: str,
+    views: ir.Value,
+    patches: ir.Value,
+    whole: ir.Value,
+    key_mask: ir.Value,
+) -> ir.Value:
     """Multi-head self-attention on [views·patches, hidden]. The mask costs only where there is padding."""
     vision = checkpoint.config.vision
     hidden, names = vision.hidden, [f"{place}.{p}_proj" for p in "qkv"]
     weight = g.weight(
-        f"{place}.qkv.weight", [hidden, 3 * hidden],
+        f"{place}.qkv.weight",
+        [hidden, 3 * hidden],
         lambda: checkpoint.read_transposed([f"{n}.weight" for n in names], [hidden] * 3, hidden),
-    )  # fmt: skip
+    )
     bias = g.weight(
         f"{place}.qkv.bias", [3 * hidden], lambda: np.concatenate([checkpoint.read(f"{n}.bias", hidden) for n in names])
     )
@@ -135,24 +160,34 @@ def _attention(
     query, key, value = g.ops("Split", 3, packed, axis=2, num_outputs=3)
 
     def attend(mask: ir.Value | None, name: str) -> ir.Value:
-        return g.op("MultiHeadAttention", query, key, value, None, mask, domain=CONTRIB, num_heads=vision.heads, name=name)
+        return g.op(
+            "MultiHeadAttention", query, key, value, None, mask, domain=CONTRIB, num_heads=vision.heads, name=name
+        )
 
     attended = g.op(
-        "If", whole, name=f"{place}.attention",
+        "If",
+        whole,
+        name=f"{place}.attention",
         then_branch=g.subgraph(f"{place}.whole", lambda: attend(None, f"{place}.attend")),
         else_branch=g.subgraph(f"{place}.padded", lambda: attend(key_mask, f"{place}.attend_masked")),
-    )  # fmt: skip
+    )
     return _linear(g, checkpoint, g.op("Reshape", attended, [-1, hidden]), f"{place}.out_proj", hidden, hidden)
 
 
 def _pixel_unshuffle(
-    g: GraphBuilder, x: ir.Value, views: ir.Value, patches: ir.Value, heights: ir.Value, widths: ir.Value,
-    hidden: int, factor: int,
-) -> ir.Value:  # fmt: skip
+    g: GraphBuilder,
+    x: ir.Value,
+    views: ir.Value,
+    patches: ir.Value,
+    heights: ir.Value,
+    widths: ir.Value,
+    hidden: int,
+    factor: int,
+) -> ir.Value:
     """[views·patches, hidden] → [image tokens, factor²·hidden], padding dropped.
 
-    Token (r, c) of a view is its patches (factor·r + dr, factor·c + dc), dr major: gathered by row number, for all views at
-    once, so that grids may differ.
+    Token (r, c) of a view is its patches (factor·r + dr, factor·c + dc), dr major: gathered by row number, for all
+    views at once, so that grids may differ.
     """
     token_columns = g.op("Div", widths, factor)
     counts = g.op("Mul", g.op("Div", heights, factor), token_columns)  # tokens of each view [views, 1]
@@ -176,4 +211,6 @@ def _projector(g: GraphBuilder, checkpoint: Checkpoint, tokens: ir.Value) -> ir.
         tokens = _layer_norm(g, checkpoint, tokens, "projector.layer_norm", width, eps=1e-5)  # torch's default
     wide = _linear(g, checkpoint, tokens, "projector.linear_1", width, projector.hidden, projector.bias)
     wide = g.op("Gelu", wide, approximate="none")
-    return _linear(g, checkpoint, wide, "projector.linear_2", projector.hidden, checkpoint.config.text.hidden, projector.bias)
+    return _linear(
+        g, checkpoint, wide, "projector.linear_2", projector.hidden, checkpoint.config.text.hidden, projector.bias
+    )

@@ -1,4 +1,6 @@
-"""One variant of a bundle as one file: only what that variant reads, named and hashed, the same bytes from the same inputs."""
+"""One variant of a bundle as one file: only what that variant reads, named and hashed, the same bytes from the same
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
         extras: profile, wheels, key, size of parts.
 
     Returns:
-        The files written: the archive or its parts NAME.tar.000, NAME.tar.001 …; NAME.tar.sha256 (of the whole); NAME.cdx.json, the bill
-        of materials.
+        The files written: the archive or its parts NAME.tar.000, NAME.tar.001 …; NAME.tar.sha256 (of the whole);
+        NAME.cdx.json, the bill of materials.
 
     Raises:
         BundleError: not a bundle of lfm-edge, a variant or file is missing or damaged, or the output cannot be written.
@@ -65,7 +67,9 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["files"] = dict(sorted(manifest["files"].items()))
     texts[MANIFEST] = (to_json(manifest, indent=2) + "\n").encode()
-    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()}
+    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {
+        MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()
+    }
     texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
     if extras.sign_with:
         texts[SIGNATURE] = _signature(texts[SUMS], extras.sign_with)
@@ -73,7 +77,11 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     _check_space(output, sum(int(kept["bytes"]) for kept in manifest["files"].values()))
     parts = _Parts(output, extras.split)
     try:
-        with parts, _compressed(output, parts) as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        with (
+            parts,
+            _compressed(output, parts) as stream,
+            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+        ):
             for name in sorted({*manifest["files"], *texts}):
                 if name in texts:
                     tar.addfile(entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
@@ -96,10 +104,16 @@ def reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     graphs = {name for variant in variants for name in manifest["variants"][variant].values()}
     weights = {name for graph in graphs for name in manifest["graphs"][graph]["data"]}
     recipes = {f"recipes/{variant}.toml" for variant in variants}
-    kept = {n for n in manifest["files"] if n in graphs | weights | recipes or not n.startswith(("onnx/", "recipes/"))} - {PROFILE}
+    kept = {
+        n for n in manifest["files"] if n in graphs | weights | recipes or not n.startswith(("onnx/", "recipes/"))
+    } - {PROFILE}
     return {
         **manifest,
-        **{key: {v: manifest[key][v] for v in variants if v in manifest[key]} for key in _KEPT_BY_VARIANT if key in manifest},
+        **{
+            key: {v: manifest[key][v] for v in variants if v in manifest[key]}
+            for key in _KEPT_BY_VARIANT
+            if key in manifest
+        },
         "graphs": {name: entry for name, entry in manifest["graphs"].items() if name in graphs},
         "files": {name: entry for name, entry in manifest["files"].items() if name in kept},
     }
@@ -219,7 +233,9 @@ def _compressed(output: Path, to: io.RawIOBase) -> Iterator[IO[bytes]]:
         try:
             from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
         except ImportError as e:
-            raise SettingError(f"{output}: this Python has no zstd (3.14 has); name a .tar: weights hardly become smaller") from e
+            raise SettingError(
+                f"{output}: this Python has no zstd (3.14 has); name a .tar: weights hardly become smaller"
+            ) from e
         with zstd.open(to, "wb") as stream:
             yield stream
     else:
@@ -232,4 +248,7 @@ def _check_space(output: Path, size: int) -> None:
     parent = output.absolute().parent
     free = shutil.disk_usage(parent).free
     if free < size:
-        raise BundleError(f"{parent} has {free >> 20} MiB free, {output.name} takes {size >> 20}; {(size - free) >> 20} more are needed")
+        raise BundleError(
+            f"{parent} has {free >> 20} MiB free, {output.name} takes {size >> 20}; {(size - free) >> 20} more are "
+            "needed"
+        )

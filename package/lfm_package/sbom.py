@@ -29,9 +29,15 @@ def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str
         wheels: what it runs on; none where that is not decided.
     """
     files, source = manifest["files"], manifest["source"]
-    content = uuid5(NAMESPACE_URL, "\n".join(sorted([*(str(entry["sha256"]) for entry in files.values()), *(w.sha256 for w in wheels)])))
+    content = uuid5(
+        NAMESPACE_URL,
+        "\n".join(sorted([*(str(entry["sha256"]) for entry in files.values()), *(w.sha256 for w in wheels)])),
+    )
     model = Component(
-        name=name, type=ComponentType.MACHINE_LEARNING_MODEL, version=str(manifest["tool"]["version"]), bom_ref=BomRef("model"),
+        name=name,
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        version=str(manifest["tool"]["version"]),
+        bom_ref=BomRef("model"),
         licenses=_licenses(source["license"] or ""),
         properties=[
             Property(name=f"lfm-edge:{key}", value=str(value))
@@ -39,10 +45,15 @@ def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str
             if value and key != "license"
         ],
         components=[
-            Component(name=file, type=ComponentType.FILE, hashes=[_sha256(str(entry["sha256"]))], bom_ref=BomRef(f"model/{file}"))
+            Component(
+                name=file,
+                type=ComponentType.FILE,
+                hashes=[_sha256(str(entry["sha256"]))],
+                bom_ref=BomRef(f"model/{file}"),
+            )
             for file, entry in sorted(files.items())
         ],
-    )  # fmt: skip
+    )
     libraries = [_library(wheel) for wheel in wheels]
     bom = Bom(metadata=BomMetaData(component=model), components=libraries, serial_number=content)
     bom.metadata.timestamp = None  # type: ignore[assignment]
@@ -52,10 +63,14 @@ def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str
 
 def _library(wheel: Wheel) -> Component:
     return Component(
-        name=wheel.name, version=str(wheel.version), type=ComponentType.LIBRARY, bom_ref=BomRef(wheel.file),
-        purl=PackageURL("pypi", None, wheel.name, str(wheel.version), {"file_name": wheel.file}), hashes=[_sha256(wheel.sha256)],
+        name=wheel.name,
+        version=str(wheel.version),
+        type=ComponentType.LIBRARY,
+        bom_ref=BomRef(wheel.file),
+        purl=PackageURL("pypi", None, wheel.name, str(wheel.version), {"file_name": wheel.file}),
+        hashes=[_sha256(wheel.sha256)],
         licenses=_licenses(wheel.license),
-    )  # fmt: skip
+    )
 
 
 def _licenses(text: str) -> list[License]:

@@ -1,7 +1,8 @@
 """Signatures that `ssh-keygen -Y` makes: it is on every board, and keys are those people have.
 
-A packed bundle, and a stick, carry SHA256SUMS.sig over their SHA256SUMS, which names every other file. Who may sign is said by a file in
-the form of ssh's allowed_signers (see ssh-keygen(1)): one line `NAME namespaces="lfm-edge" ssh-ed25519 AAAA…` each.
+A packed bundle, and a stick, carry SHA256SUMS.sig over their SHA256SUMS, which names every other file. Who may sign is
+said by a file in the form of ssh's allowed_signers (see ssh-keygen(1)): one line `NAME namespaces="lfm-edge"
+ssh-ed25519 AAAA…` each.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ def check_signature(path: Path, signers: Path) -> str:
     if not path.is_file():
         raise BundleError(f"{path} is missing, so nothing is signed; ask for a signed one, or do not ask for signers")
     if not signature.is_file():
-        raise BundleError(f"{path} is not signed: {signature.name} is missing; ask for a signed one, or do not ask for signers")
+        raise BundleError(
+            f"{path} is not signed: {signature.name} is missing; ask for a signed one, or do not ask for signers"
+        )
     found = _ssh_keygen("find-principals", "-s", str(signature), "-f", str(signers))
     who = found.stdout.decode(errors="replace").splitlines()
     if found.returncode or not who:
         raise BundleError(f"{path} is signed by nobody of {signers}; do not use it")
     with path.open("rb") as f:
-        done = _ssh_keygen("verify", "-f", str(signers), "-I", who[0], "-n", NAMESPACE, "-s", str(signature), stdin=f.read())
+        done = _ssh_keygen(
+            "verify", "-f", str(signers), "-I", who[0], "-n", NAMESPACE, "-s", str(signature), stdin=f.read()
+        )
     if done.returncode:
         raise BundleError(f"{path} is not what {who[0]} signed ({_said(done)}); do not use it")
     return who[0]

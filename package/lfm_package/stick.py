@@ -1,4 +1,6 @@
-"""What goes on a USB stick: wheels, one variant of a bundle, a profile, and install.sh, which needs neither network nor root."""
+"""What goes on a USB stick: wheels, one variant of a bundle, a profile, and install.sh, which needs neither network nor
+root.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,14 @@ _SPARE = 32 << 20
 
 
 def image(
-    folder: Path, variants: Sequence[str], platform: Platform, output: Path, *,
-    profile: Profile | None = None, sign_with: Path | None = None,
-) -> list[Wheel]:  # fmt: skip
+    folder: Path,
+    variants: Sequence[str],
+    platform: Platform,
+    output: Path,
+    *,
+    profile: Profile | None = None,
+    sign_with: Path | None = None,
+) -> list[Wheel]:
     """Write a stick's content as a folder, or as NAME.tar. What was there before stays until all is written.
 
     Args:
@@ -66,7 +73,13 @@ def image(
 
 
 def _fill(
-    stick: Path, name: str, folder: Path, variants: Sequence[str], manifest: dict[str, Any], platform: Platform, extras: Extras
+    stick: Path,
+    name: str,
+    folder: Path,
+    variants: Sequence[str],
+    manifest: dict[str, Any],
+    platform: Platform,
+    extras: Extras,
 ) -> list[Wheel]:
     wheels = wheelhouse(platform, stick / "wheels")
     _check_onnxruntime(folder, manifest, wheels, platform)
@@ -77,10 +90,15 @@ def _fill(
     shutil.copyfile(Path(__file__).with_name(INSTALL), stick / INSTALL)
     (stick / INSTALL).chmod(0o755)
     settings = {
-        "name": name, "variant": variants[0], "prefill": variants[1] if len(variants) > 1 else "", "target": platform.target.name,
-        "machine": platform.target.machine, "python": platform.system.python, "glibc_minor": glibc_needed(wheels),
+        "name": name,
+        "variant": variants[0],
+        "prefill": variants[1] if len(variants) > 1 else "",
+        "target": platform.target.name,
+        "machine": platform.target.machine,
+        "python": platform.system.python,
+        "glibc_minor": glibc_needed(wheels),
         "need_kib": _needed(folder, variants, size, wheels) >> 10,
-    }  # fmt: skip
+    }
     (stick / SETTINGS).write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
     sums = {path.relative_to(stick).as_posix(): path for path in stick.rglob("*") if path.is_file()}
     lines = [f"{file_hash(path)}  {place}\n" for place, path in sorted(sums.items())]
@@ -101,8 +119,16 @@ def _check_onnxruntime(folder: Path, manifest: dict[str, Any], wheels: Sequence[
 def _needed(folder: Path, variants: Sequence[str], size: int, wheels: Sequence[Wheel]) -> int:
     """Bytes that an installation takes at most: environment, bundle, prepared graphs."""
     bundle = Bundle.open(folder)
-    graphs = {bundle.graphs(variants[0])[1][VISION_ENCODER.stem], *(bundle.graphs(v)[1][DECODER.stem] for v in variants)}
-    return int(sum(w.unpacked for w in wheels) * _WITH_BYTECODE) + size + sum(space_needed(graph) for graph in graphs) + _SPARE
+    graphs = {
+        bundle.graphs(variants[0])[1][VISION_ENCODER.stem],
+        *(bundle.graphs(v)[1][DECODER.stem] for v in variants),
+    }
+    return (
+        int(sum(w.unpacked for w in wheels) * _WITH_BYTECODE)
+        + size
+        + sum(space_needed(graph) for graph in graphs)
+        + _SPARE
+    )
 
 
 def _as_tar(stick: Path, output: Path) -> None:
@@ -118,7 +144,9 @@ def _check_ours(folder: Path) -> None:
         return
     if not (folder / SETTINGS).is_file() or not (folder / SUMS).is_file():
         raise BundleError(f"{folder} is not something lfm-edge image made; choose another output")
-    ours = {line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()}
+    ours = {
+        line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    }
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in ours | {SUMS, SIGNATURE}:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from lfm_runtime.errors import SettingError
 from packaging import tags
 
-_LEGACY = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # PEP 600: names from before glibc's version was written out
+_LEGACY = {
+    17: "manylinux2014",
+    12: "manylinux2010",
+    5: "manylinux1",
+}  # PEP 600: names from before glibc's version was written out
 _OLDEST_GLIBC = {"x86_64": 5, "aarch64": 17}
 
 
@@ -53,7 +57,7 @@ class Platform:
 
     @staticmethod
     def of(name: str, python: str = "") -> Platform:
-        """Raises SettingError for an unknown target, or a Python that its systems do not have; both name what there is."""
+        """Raises SettingError for an unknown target, or a Python that its systems lack; both name what there is."""
         if name not in TARGETS:
             raise SettingError(f"{name!r} is no target; there are {', '.join(TARGETS)}")
         target = TARGETS[name]
@@ -64,7 +68,10 @@ class Platform:
         raise SettingError(f"{name} has no Python {python}; it has {known}")
 
     def __str__(self) -> str:
-        return f"{self.target.name}: {self.target.machine}, Python {self.system.python}, glibc 2.{self.system.glibc} ({self.system.name})"
+        return (
+            f"{self.target.name}: {self.target.machine}, Python {self.system.python}, glibc "
+            f"2.{self.system.glibc} ({self.system.name})"
+        )
 
     @property
     def version(self) -> tuple[int, int]:
@@ -74,7 +81,9 @@ class Platform:
 
     @property
     def platforms(self) -> Sequence[str]:
-        """Every platform tag that its C library can load, the newest first. pip takes silently an old release when one is missing."""
+        """Every platform tag that its C library can load, the newest first. pip takes silently an old release when one
+        is missing.
+        """
         found = []
         for minor in range(self.system.glibc, _OLDEST_GLIBC[self.target.machine] - 1, -1):
             names = [f"manylinux_2_{minor}", *([_LEGACY[minor]] if minor in _LEGACY else [])]
@@ -91,8 +100,16 @@ class Platform:
     def markers(self) -> dict[str, str]:
         """What PEP 508's environment markers are there. pip takes the running Python's own."""
         return {
-            "os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": self.target.machine,
-            "platform_release": "", "platform_version": "", "implementation_name": "cpython", "platform_python_implementation": "CPython",
-            "python_version": self.system.python, "python_full_version": f"{self.system.python}.0",
-            "implementation_version": f"{self.system.python}.0", "extra": "",
-        }  # fmt: skip
+            "os_name": "posix",
+            "sys_platform": "linux",
+            "platform_system": "Linux",
+            "platform_machine": self.target.machine,
+            "platform_release": "",
+            "platform_version": "",
+            "implementation_name": "cpython",
+            "platform_python_implementation": "CPython",
+            "python_version": self.system.python,
+            "python_full_version": f"{self.system.python}.0",
+            "implementation_version": f"{self.system.python}.0",
+            "extra": "",
+        }

@@ -1,4 +1,6 @@
-"""A packed bundle becomes a folder: all of it, verified, or nothing. The archive may come from anywhere and is not trusted."""
+"""A packed bundle becomes a folder: all of it, verified, or nothing. The archive may come from anywhere and is not
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         signers: who may have signed it (see signature.py); None asks for no signature.
 
     Raises:
-        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed as asked, or no room; `folder` is as before.
+        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed as asked, or no room;
+            `folder` is as before.
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     try:
@@ -50,7 +53,9 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         free = shutil.disk_usage(parent).free
         if free < wanted:
             short = ((wanted - free) >> 20) + 1
-            raise BundleError(f"{parent} has {free >> 20} MiB free, {archive} takes {wanted >> 20}; {short} more are needed")
+            raise BundleError(
+                f"{parent} has {free >> 20} MiB free, {archive} takes {wanted >> 20}; {short} more are needed"
+            )
         with replacing(folder) as new, _opened(archive) as tar:
             for name, entry in entries.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,9 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
     for name, entry in entries.items():
         if name not in BESIDE_MANIFEST and entry.size != sizes.get(name):
             said = f"{sizes[name]} bytes" if name in sizes else "nothing"
-            raise BundleError(f"{archive} holds {name} with {entry.size} bytes, its {MANIFEST} says {said}; do not use it")
+            raise BundleError(
+                f"{archive} holds {name} with {entry.size} bytes, its {MANIFEST} says {said}; do not use it"
+            )
     if missing := sorted(sizes.keys() - entries.keys()):
         raise BundleError(f"{archive} lacks {missing[0]}, which its {MANIFEST} names; copy it again")
     return entries
@@ -114,7 +121,9 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     if archive.name.endswith(".zst"):
         mode = "r:zst"
         if sys.version_info < (3, 14):
-            raise SettingError(f"{archive}: this Python has no zstd (3.14 has); unpack it with zstd -d first, or pack a .tar")
+            raise SettingError(
+                f"{archive}: this Python has no zstd (3.14 has); unpack it with zstd -d first, or pack a .tar"
+            )
     if archive.exists() and parts:
         raise BundleError(f"{archive} and {parts[0].name} are both there, of different times perhaps; remove one")
     if not parts:
@@ -132,7 +141,13 @@ class _Entry(tarfile.TarInfo):
     """Python reads what describes an entry whole into memory, however long it says it is."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
-        described = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        described = (
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )
         if self.type in described and self.size > _LONGEST_DESCRIPTION:
             raise tarfile.ReadError("an entry's description is too long")
         return super()._proc_member(tar)  # type: ignore[misc]

@@ -1,5 +1,5 @@
-"""The runtime's wheels for another machine: resolved by pip with every tag that applies there, hashes pinned, and checked as what that
-machine's own pip and Python would take.
+"""The runtime's wheels for another machine: resolved by pip with every tag that applies there, hashes pinned, and
+checked as what that machine's own pip and Python would take.
 """
 
 from __future__ import annotations
@@ -69,13 +69,19 @@ class Wheel:
         except (zipfile.BadZipFile, StopIteration, UnicodeDecodeError) as e:
             raise WheelhouseError(f"{path} is not a wheel, or is damaged; make the wheelhouse again") from e
         return Wheel(
-            path.name, file_hash(path), tuple(said.get_all("Requires-Dist") or ()), said["Requires-Python"] or "",
-            said["License-Expression"] or said["License"] or "", path.stat().st_size, unpacked,
-        )  # fmt: skip
+            path.name,
+            file_hash(path),
+            tuple(said.get_all("Requires-Dist") or ()),
+            said["Requires-Python"] or "",
+            said["License-Expression"] or said["License"] or "",
+            path.stat().st_size,
+            unpacked,
+        )
 
 
 def wheelhouse(platform: Platform, folder: Path) -> list[Wheel]:
-    """Everything that `pip install --no-index` needs on the target, as `folder`: wheels, and requirements.txt with their hashes.
+    """Everything that `pip install --no-index` needs on the target, as `folder`: wheels, and requirements.txt with
+    their hashes.
 
     Raises:
         WheelhouseError: pip fails, or what came cannot run on the target.
@@ -101,16 +107,18 @@ def read_wheelhouse(folder: Path) -> list[Wheel]:
     """
     found = [Wheel.read(path) for path in sorted(folder.glob("*.whl"))]
     if not found:
-        raise WheelhouseError(f"{folder} holds no wheels; make a wheelhouse with: lfm-edge wheelhouse --target TARGET -o {folder}")
+        raise WheelhouseError(
+            f"{folder} holds no wheels; make a wheelhouse with: lfm-edge wheelhouse --target TARGET -o {folder}"
+        )
     return sorted(found, key=lambda wheel: wheel.name)
 
 
 def resolve(platform: Platform, ours: Wheel) -> list[Wheel]:
     """What pip would fetch for the target beside our own wheel. Metadata only: nothing is downloaded.
 
-    Two things pip's dry run takes from the Python that it runs on, not from the target: environment markers ("tomli; python_version <
-    '3.11'"), and which Python a release needs. So both are looked at here: what is missing for the target is asked for by name, what its
-    Python cannot run is excluded, and pip is asked again until neither is left.
+    Two things pip's dry run takes from the Python that it runs on, not from the target: environment markers ("tomli;
+    python_version < '3.11'"), and which Python a release needs. So both are looked at here: what is missing for the
+    target is asked for by name, what its Python cannot run is excluded, and pip is asked again until neither is left.
     """
     wanted = {_INSTALLER, *(str(requirement) for requirement in _for_target(platform, ours))}
     unsuited: set[str] = set()
@@ -118,10 +126,24 @@ def resolve(platform: Platform, ours: Wheel) -> list[Wheel]:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
             constraints.write("\n".join(sorted(unsuited)))
             constraints.flush()
-            report = _pip("install", "--dry-run", "--ignore-installed", "--ignore-requires-python", "--target", "unused", "--report", "-",
-                          "--constraint", constraints.name, *_tags(platform), *sorted(wanted))  # fmt: skip
+            report = _pip(
+                "install",
+                "--dry-run",
+                "--ignore-installed",
+                "--ignore-requires-python",
+                "--target",
+                "unused",
+                "--report",
+                "-",
+                "--constraint",
+                constraints.name,
+                *_tags(platform),
+                *sorted(wanted),
+            )
         found = [_reported(entry) for entry in json.loads(report)["install"]]
-        missing = {str(requirement) for wheel, requirement in _unmet(platform, [ours, *found]) if wheel is not ours} - wanted
+        missing = {
+            str(requirement) for wheel, requirement in _unmet(platform, [ours, *found]) if wheel is not ours
+        } - wanted
         unsuited_now = {f"{wheel.name}!={wheel.version}" for wheel in found if not _suits(platform, wheel)}
         if not missing and not unsuited_now:
             check(platform, [ours, *found])
@@ -152,7 +174,11 @@ def glibc_needed(wheels: Iterable[Wheel]) -> int:
     """The minor of the oldest glibc 2.x that loads all of them; 0 where none has compiled code."""
     needed = 0
     for wheel in wheels:
-        minors = [int(found[1]) for tag in parse_wheel_filename(wheel.file)[3] if (found := re.match(r"manylinux_2_(\d+)_", tag.platform))]
+        minors = [
+            int(found[1])
+            for tag in parse_wheel_filename(wheel.file)[3]
+            if (found := re.match(r"manylinux_2_(\d+)_", tag.platform))
+        ]
         legacy = [17 for tag in parse_wheel_filename(wheel.file)[3] if tag.platform.startswith("manylinux2014")]
         needed = max(needed, min([*minors, *legacy], default=0))
     return needed
@@ -170,7 +196,9 @@ def _unmet(platform: Platform, wheels: Sequence[Wheel]) -> list[tuple[Wheel, Req
         version = there.get(canonicalize_name(requirement.name))
         return version is not None and requirement.specifier.contains(version, prereleases=True)
 
-    return [(wheel, requirement) for wheel in wheels for requirement in _for_target(platform, wheel) if not met(requirement)]
+    return [
+        (wheel, requirement) for wheel in wheels for requirement in _for_target(platform, wheel) if not met(requirement)
+    ]
 
 
 def _for_target(platform: Platform, wheel: Wheel) -> list[Requirement]:
@@ -236,5 +264,3 @@ def _check_ours(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     if any(name != REQUIREMENTS and not name.endswith(".whl") for name in names):
         raise WheelhouseError(f"{folder} is not a wheelhouse; choose another output")
-
-

@@ -1,4 +1,6 @@
-"""How to run on which device: profiles as data, what the device is, which profile fits. Standard library and psutil only."""
+"""How to run on which device: profiles as data, what the device is, which profile fits. Standard library and psutil
+only.
+"""
 
 from lfm_profiles.choice import Choice, choose
 from lfm_profiles.cores import default_threads, physical_cores
@@ -7,6 +9,19 @@ from lfm_profiles.device import Device, detect
 from lfm_profiles.schema import Profile, ProfileError, changed, read, stepped_down, to_toml, with_flags
 
 __all__ = [
-    "Choice", "Device", "Profile", "ProfileError", "adds_int8_in_16_bits", "changed", "choose", "cpu_features", "default_threads",
-    "detect", "physical_cores", "read", "stepped_down", "to_toml", "with_flags",
-]  # fmt: skip
+    "Choice",
+    "Device",
+    "Profile",
+    "ProfileError",
+    "adds_int8_in_16_bits",
+    "changed",
+    "choose",
+    "cpu_features",
+    "default_threads",
+    "detect",
+    "physical_cores",
+    "read",
+    "stepped_down",
+    "to_toml",
+    "with_flags",
+]

@@ -13,8 +13,11 @@ def memory_limits(root: Path) -> list[tuple[int, int | None, str]]:
     """(MiB, MiB free, who limits) of every group with a memory limit, the innermost first."""
     found = []
     for folder, version in _groups(root, "memory"):
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if version == 1 else (
-            "memory.max", "memory.current", "inactive_file")  # fmt: skip
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if version == 1
+            else ("memory.max", "memory.current", "inactive_file")
+        )
         most = _number(folder / names[0])
         if most is None or most >= 1 << 60:  # version 1's "no limit" is a page short of 2^63
             continue
@@ -26,7 +29,7 @@ def memory_limits(root: Path) -> list[tuple[int, int | None, str]]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Processors' worth of time that this process may use: the least of all its groups; None where nothing limits it."""
+    """Processors' worth of time that this process may use: the least of all its groups; None: no limit."""
     found = []
     for folder, version in _groups(root, "cpu"):
         if version == 1:
@@ -47,7 +50,9 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
             continue
         # Version 1 mounts controllers that belong together under one name, with a link of each one's own name.
         names = (controllers, controller) if controllers else ("",)
-        top = next((place for name in names if (place := root / "sys/fs/cgroup" / name).is_dir()), root / "sys/fs/cgroup")
+        top = next(
+            (place for name in names if (place := root / "sys/fs/cgroup" / name).is_dir()), root / "sys/fs/cgroup"
+        )
         # Inside a container the path is the host's, and its own group is mounted at the top.
         place = top / path.lstrip("/")
         for folder in (place, *(p for p in place.parents if p == top or top in p.parents)):

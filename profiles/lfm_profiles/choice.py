@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from lfm_profiles.device import Device
 from lfm_profiles.schema import Match, Profile, names, read, read_match
 
-# A board says more than a GPU, that more than the processor, that more than its architecture; memory decides between two of a kind.
+# A board says more than a GPU, that more than the processor, that more than its architecture; memory decides between
+# two of a kind.
 _WEIGHTS = {"board": 1000, "gpu": 100, "cpu": 10, "machine": 2, "system": 2, "max_ram_mib": 1, "min_ram_mib": 1}
 FALLBACK = "generic"
 
@@ -52,8 +53,16 @@ def _reasons(match: Match, device: Device) -> dict[str, str]:
         "system": (bool(match.system), device.system == match.system, f"the system is {device.system}"),
         "cpu": (bool(match.cpu), None not in features, f"the processor has {', '.join(f for f in features if f)}"),
         "gpu": (bool(match.gpu), device.cuda, f"there is a GPU ({device.gpu})"),
-        "min_ram_mib": (match.min_ram_mib > 0, ram is not None and ram >= match.min_ram_mib, f"{ram} MiB are at least {match.min_ram_mib}"),
-        "max_ram_mib": (match.max_ram_mib > 0, ram is not None and ram <= match.max_ram_mib, f"{ram} MiB are at most {match.max_ram_mib}"),
+        "min_ram_mib": (
+            match.min_ram_mib > 0,
+            ram is not None and ram >= match.min_ram_mib,
+            f"{ram} MiB are at least {match.min_ram_mib}",
+        ),
+        "max_ram_mib": (
+            match.max_ram_mib > 0,
+            ram is not None and ram <= match.max_ram_mib,
+            f"{ram} MiB are at most {match.max_ram_mib}",
+        ),
     }
     there = {key: (holds, reason) for key, (there, holds, reason) in rules.items() if there}
     return {key: reason for key, (_, reason) in there.items()} if all(holds for holds, _ in there.values()) else {}

@@ -1,4 +1,6 @@
-"""Which processors to use: one of each physical core, the fastest first. Hyper-threads share the vector units that products wait for."""
+"""Which processors to use: one of each physical core, the fastest first. Hyper-threads share the vector units that
+products wait for.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from lfm_profiles.cgroup import cpu_quota
 def default_threads(root: Path = Path("/")) -> int:
     """Physical cores that this process may use, and has the time for under a control group's quota.
 
-    More threads than the quota use it up together and then stand still together. Measured with a 450M on 2 cores: at a quota of 1.25
-    processors 2 threads are 1.17 times as fast as 1 to the first token, at 1.5 1.29 times; at 1.1 they are 1.13 times as slow.
+    More threads than the quota use it up together and then stand still together. Measured with a 450M on 2 cores: at a
+    quota of 1.25 processors 2 threads are 1.17 times as fast as 1 to the first token, at 1.5 1.29 times; at 1.1 they
+    are 1.13 times as slow.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -31,7 +34,9 @@ def _physical() -> int | None:
 
 
 def physical_cores(root: Path = Path("/"), usable: set[int] | None = None) -> list[int]:
-    """One processor number of each physical core this process may use, cores of highest frequency first; [] where that cannot be known."""
+    """One processor number of each physical core this process may use, cores of highest frequency first; [] where that
+    cannot be known.
+    """
     if usable is None:
         usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     found: dict[str, tuple[int, int]] = {}

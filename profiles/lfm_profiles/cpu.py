@@ -6,11 +6,13 @@ import platform
 import re
 from pathlib import Path
 
-_ISA = re.compile(r"(avx\w*|amx_\w*|fma|f16c|sse4_\d|asimd\w*|sve\w*|i8mm|bf16|fphp|sme(2\w*|_\w+)?|neon|CPU part \w+)$")
+_ISA = re.compile(
+    r"(avx\w*|amx_\w*|fma|f16c|sse4_\d|asimd\w*|sve\w*|i8mm|bf16|fphp|sme(2\w*|_\w+)?|neon|CPU part \w+)$"
+)
 
 
 def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """The instruction set extensions of the first core, sorted, with Arm's core type; elsewhere the processor's name."""
+    """Instruction set extensions of the first core, sorted, with Arm's core type; elsewhere the processor's name."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -31,6 +33,10 @@ def features_of(cpuinfo: str, machine: str) -> tuple[str, ...]:
 
 
 def adds_int8_in_16_bits() -> bool:
-    """x86 without VNNI: products of bytes are added in pairs as 16-bit numbers, which overflow where weights and inputs are large."""
+    """x86 without VNNI: products of bytes are added in pairs as 16-bit numbers, which overflow where weights and inputs
+    are large.
+    """
     features = cpu_features()
-    return bool({"x86_64", "AMD64"}.intersection(features)) and not any(feature.endswith("_vnni") for feature in features)
+    return bool({"x86_64", "AMD64"}.intersection(features)) and not any(
+        feature.endswith("_vnni") for feature in features
+    )

@@ -1,4 +1,5 @@
-"""What the machine is, read from the files Linux keeps about it. Every file may be missing or unreadable: then the fact is None, or empty.
+"""What the machine is, read from the files Linux keeps about it. Every file may be missing or unreadable: then the fact
+is None, or empty.
 
 `detect` takes the root of the tree, so that recorded trees of other devices can be read as well.
 """
@@ -22,16 +23,41 @@ from lfm_profiles.cpu import features_of
 
 # Arm's part numbers (and implementer, where it is not Arm), as in /proc/cpuinfo.
 _PARTS = {
-    "0xd03": "Cortex-A53", "0xd04": "Cortex-A35", "0xd05": "Cortex-A55", "0xd07": "Cortex-A57", "0xd08": "Cortex-A72",
-    "0xd0b": "Cortex-A76", "0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd41": "Cortex-A78", "0xd42": "Cortex-A78AE",
-    "0xd49": "Neoverse-N2", "0xd4f": "Neoverse-V2", "0xd44": "Cortex-X1", "0xd80": "Cortex-A520", "0xd81": "Cortex-A720",
-}  # fmt: skip
-_SOCS = {"bcm2837": "BCM2837", "bcm2711": "BCM2711", "bcm2712": "BCM2712", "tegra210": "Tegra X1", "tegra194": "Xavier", "tegra234": "Orin"}
+    "0xd03": "Cortex-A53",
+    "0xd04": "Cortex-A35",
+    "0xd05": "Cortex-A55",
+    "0xd07": "Cortex-A57",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd41": "Cortex-A78",
+    "0xd42": "Cortex-A78AE",
+    "0xd49": "Neoverse-N2",
+    "0xd4f": "Neoverse-V2",
+    "0xd44": "Cortex-X1",
+    "0xd80": "Cortex-A520",
+    "0xd81": "Cortex-A720",
+}
+_SOCS = {
+    "bcm2837": "BCM2837",
+    "bcm2711": "BCM2711",
+    "bcm2712": "BCM2712",
+    "tegra210": "Tegra X1",
+    "tegra194": "Xavier",
+    "tegra234": "Orin",
+}
 _JETPACK = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7"}  # L4T release → JetPack
 THROTTLED = {
-    0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit",
-    16: "under-voltage before", 17: "frequency capped before", 18: "throttled before", 19: "soft temperature limit before",
-}  # fmt: skip
+    0: "under-voltage",
+    1: "frequency capped",
+    2: "throttled",
+    3: "soft temperature limit",
+    16: "under-voltage before",
+    17: "frequency capped before",
+    18: "throttled before",
+    19: "soft temperature limit before",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,12 @@ class Device:
 
 
 def detect(
-    root: Path = Path("/"), *, system: str = "", machine: str = "", pointer_bits: int = 8 * struct.calcsize("P"), page_size: int = 0
+    root: Path = Path("/"),
+    *,
+    system: str = "",
+    machine: str = "",
+    pointer_bits: int = 8 * struct.calcsize("P"),
+    page_size: int = 0,
 ) -> Device:
     """The device whose files lie under `root`; the rest of what Python says of this machine, unless given."""
     system, machine = system or platform.system(), machine or platform.machine()
@@ -95,17 +126,34 @@ def detect(
     compatible = tuple(s for s in (read(root / "proc/device-tree/compatible") or "").split("\0") if s)
     limits = [*memory_limits(root), *([space] if here and (space := _address_space()) else [])]
     limit, _, limited_by = min(limits, default=(None, None, None), key=lambda entry: entry[0] or 0)
-    limit_free = min((free for _, free, _ in limits if free is not None), default=None)  # a group around may be nearer to its end
+    limit_free = min(
+        (free for _, free, _ in limits if free is not None), default=None
+    )  # a group around may be nearer to its end
     l4t = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", read(root / "etc/nv_tegra_release") or "")
     gpu = _gpu(root, compatible)
     return Device(
-        system, machine, pointer_bits, page_size or _page_size(), board=_board(root), compatible=compatible,
+        system,
+        machine,
+        pointer_bits,
+        page_size or _page_size(),
+        board=_board(root),
+        compatible=compatible,
         soc=next((name for key, name in _SOCS.items() if any(key in entry for entry in compatible)), None),
-        cpu=_cpu_name(cpuinfo), cores=_cores(root, cpuinfo), features=features_of(cpuinfo, machine), caches=_caches(root),
-        ram_total_mib=memory[0], ram_available_mib=memory[1], limit_mib=limit, limit_free_mib=limit_free, limit_by=limited_by,
-        gpu=gpu, cuda=bool(gpu), jetpack=f"{_JETPACK.get(int(l4t[1]), '?')} (L4T {l4t[1]}.{l4t[2]})" if l4t else None,
-        governor=read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), throttled=_throttled(root),
-    )  # fmt: skip
+        cpu=_cpu_name(cpuinfo),
+        cores=_cores(root, cpuinfo),
+        features=features_of(cpuinfo, machine),
+        caches=_caches(root),
+        ram_total_mib=memory[0],
+        ram_available_mib=memory[1],
+        limit_mib=limit,
+        limit_free_mib=limit_free,
+        limit_by=limited_by,
+        gpu=gpu,
+        cuda=bool(gpu),
+        jetpack=f"{_JETPACK.get(int(l4t[1]), '?')} (L4T {l4t[1]}.{l4t[2]})" if l4t else None,
+        governor=read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        throttled=_throttled(root),
+    )
 
 
 def read(path: Path) -> str | None:
@@ -149,7 +197,11 @@ def _cores(root: Path, cpuinfo: str) -> tuple[CoreType, ...]:
             continue
         seen.add(siblings)
         part = values.get("CPU part", "")
-        name = _PARTS.get(part, f"part {part}" if part else "") if values.get("CPU implementer", "0x41") == "0x41" else f"part {part}"
+        name = (
+            _PARTS.get(part, f"part {part}" if part else "")
+            if values.get("CPU implementer", "0x41") == "0x41"
+            else f"part {part}"
+        )
         khz = number(folder / "cpufreq/cpuinfo_max_freq")
         kind = name, khz // 1000 if khz else None
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -206,7 +258,9 @@ def _page_size() -> int:
 def _gpu(root: Path, compatible: tuple[str, ...]) -> str | None:
     """An NVIDIA GPU with a driver."""
     if any("tegra" in entry for entry in compatible):
-        driver = any((root / name).exists() for name in ("dev/nvhost-gpu", "dev/nvgpu", "dev/nvidia0", "sys/devices/gpu.0"))
+        driver = any(
+            (root / name).exists() for name in ("dev/nvhost-gpu", "dev/nvgpu", "dev/nvidia0", "sys/devices/gpu.0")
+        )
         return "integrated" if driver else None
     for folder in listed(root / "proc/driver/nvidia/gpus", "*"):
         model = re.search(r"^Model:\s*(.+)$", read(folder / "information") or "", re.MULTILINE)

@@ -1,4 +1,6 @@
-"""What a profile may say, read from TOML files. What the device is stands in device.py, which profile fits it in choice.py."""
+"""What a profile may say, read from TOML files. What the device is stands in device.py, which profile fits it in
+choice.py.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def _texts(v: Any) -> bool:
 
 
 def _cores(v: Any) -> bool:
-    return v in ("none", "cores") or (isinstance(v, list) and bool(v) and all(_whole(0, 4095)(x) for x in v) and len(set(v)) == len(v))
+    return v in ("none", "cores") or (
+        isinstance(v, list) and bool(v) and all(_whole(0, 4095)(x) for x in v) and len(set(v)) == len(v)
+    )
 
 
 def _is_bool(v: Any) -> bool:
@@ -61,53 +65,48 @@ def _setting(default: Any, meaning: str, allowed: str, check: Callable[[Any], bo
 
 @dataclass(frozen=True)
 class Match:
-    """When `auto` takes a profile: all that is given must hold. The profile with the weightiest reasons wins (see choice.py)."""
+    """When `auto` takes a profile: all that is given must hold. The profile with the weightiest reasons wins (see
+    choice.py).
+    """
 
-    board: tuple[str, ...] = _setting((),
+    board: tuple[str, ...] = _setting(
+        (),
         "any of these patterns fits the device tree's model or a compatible entry",
-        "a list of texts, * fits anything", _texts,
+        "a list of texts, * fits anything",
+        _texts,
     )
-    machine: tuple[str, ...] = _setting((),
-        "architecture as `uname -m` names it",
-        "a list of texts", _texts,
+    machine: tuple[str, ...] = _setting((), "architecture as `uname -m` names it", "a list of texts", _texts)
+    system: str = _setting(
+        "", "operating system as `uname -s` names it", "a text", lambda v: isinstance(v, str) and bool(v)
     )
-    system: str = _setting("",
-        "operating system as `uname -s` names it",
-        "a text", lambda v: isinstance(v, str) and bool(v),
+    cpu: tuple[str, ...] = _setting(
+        (), "every one of these patterns fits a feature in /proc/cpuinfo", "a list of texts, * fits anything", _texts
     )
-    cpu: tuple[str, ...] = _setting((),
-        "every one of these patterns fits a feature in /proc/cpuinfo",
-        "a list of texts, * fits anything", _texts,
+    gpu: str = _setting(
+        "", "a GPU of this kind is there, and onnxruntime has the profile's first provider", "cuda", _one_of("cuda")
     )
-    gpu: str = _setting("",
-        "a GPU of this kind is there, and onnxruntime has the profile's first provider",
-        "cuda", _one_of("cuda"),
+    min_ram_mib: int = _setting(
+        0, "memory this process may use at most, at least so much", "1 and above", _whole(1, 1 << 30), "MiB"
     )
-    min_ram_mib: int = _setting(0,
-        "memory this process may use at most, at least so much",
-        "1 and above", _whole(1, 1 << 30), "MiB",
-    )
-    max_ram_mib: int = _setting(0,
-        "the same, at most so much",
-        "1 and above", _whole(1, 1 << 30), "MiB",
-    )
+    max_ram_mib: int = _setting(0, "the same, at most so much", "1 and above", _whole(1, 1 << 30), "MiB")
 
 
 @dataclass(frozen=True)
 class Budget:
     """What audits check; nothing is enforced while answering, but `run` refuses what cannot fit peak_rss_mib."""
 
-    peak_rss_mib: int | None = _setting(None,
+    peak_rss_mib: int | None = _setting(
+        None,
         "largest resident memory of the process, mapped weights included",
-        "1 and above", _whole(1, 1 << 30), "MiB",
+        "1 and above",
+        _whole(1, 1 << 30),
+        "MiB",
     )
-    ttft_ms: float | None = _setting(None,
-        "from the question to the first token, model loaded",
-        "1 and above", _number(1, 1e9), "ms",
+    ttft_ms: float | None = _setting(
+        None, "from the question to the first token, model loaded", "1 and above", _number(1, 1e9), "ms"
     )
-    decode_tok_s: float | None = _setting(None,
-        "tokens written a second, at least",
-        "above 0", _number(1e-3, 1e6), "tok/s",
+    decode_tok_s: float | None = _setting(
+        None, "tokens written a second, at least", "above 0", _number(1e-3, 1e6), "tok/s"
     )
 
 
@@ -124,85 +123,75 @@ class Profile:
     automatic: bool = field(default=False, compare=False)
     """Nobody named it: where it turns out not to work, another may be taken."""
 
-    variant: tuple[str, ...] = _setting((),
+    variant: tuple[str, ...] = _setting(
+        (),
         "the first of these that the bundle has; else the bundle's first",
-        f"a list of {', '.join(VARIANTS)}", _some_of(*VARIANTS),
+        f"a list of {', '.join(VARIANTS)}",
+        _some_of(*VARIANTS),
     )
-    prefill: str | None = _setting(None,
+    prefill: str | None = _setting(
+        None,
         "variant whose decoder reads prompts, where the bundle has it and memory allows",
-        "none, " + ", ".join(VARIANTS), _one_of("none", *VARIANTS),
+        "none, " + ", ".join(VARIANTS),
+        _one_of("none", *VARIANTS),
     )
-    kv: str = _setting("float",
+    kv: str = _setting(
+        "float",
         "how keys and values are remembered: int8 takes the variant's -kv8 form where the bundle has it",
-        "float, int8", _one_of("float", "int8"),
+        "float, int8",
+        _one_of("float", "int8"),
     )
-    providers: tuple[str, ...] = _setting(("CPUExecutionProvider",),
+    providers: tuple[str, ...] = _setting(
+        ("CPUExecutionProvider",),
         "onnxruntime's execution providers, in order of preference",
-        "a list of provider names, CPUExecutionProvider last", lambda v: _texts(v) and v[-1] == "CPUExecutionProvider",
+        "a list of provider names, CPUExecutionProvider last",
+        lambda v: _texts(v) and v[-1] == "CPUExecutionProvider",
     )
-    strict_placement: bool = _setting(False,
+    strict_placement: bool = _setting(
+        False,
         "an operator of the decode loop that the GPU's provider leaves to the CPU is an error, not a warning",
-        "true, false", _is_bool,
+        "true, false",
+        _is_bool,
     )
-    threads: int | None = _setting(None,
-        "of each operator; the physical cores by default",
-        "1 to 1024", _whole(1, 1024),
+    threads: int | None = _setting(
+        None, "of each operator; the physical cores by default", "1 to 1024", _whole(1, 1024)
     )
-    affinity: str | tuple[int, ...] = _setting("none",
-        "keep each thread on one core: cores takes one processor of each physical core, the fastest first; or a list of processors",
-        "none, cores, a list of processor numbers", _cores,
+    affinity: str | tuple[int, ...] = _setting(
+        "none",
+        "keep each thread on one core: cores takes one processor of each physical core, the fastest first; or a "
+        "list of processors",
+        "none, cores, a list of processor numbers",
+        _cores,
     )
-    spinning: bool | int = _setting(True,
+    spinning: bool | int = _setting(
+        True,
         "threads wait for the next operator spinning: true as onnxruntime does, false never, or so long",
-        "true, false, 1 to 1000000", lambda v: _is_bool(v) or _whole(1, 1_000_000)(v), "µs",
+        "true, false, 1 to 1000000",
+        lambda v: _is_bool(v) or _whole(1, 1_000_000)(v),
+        "µs",
     )
-    arena: bool = _setting(True,
+    arena: bool = _setting(
+        True,
         "onnxruntime keeps freed memory for the next step; off takes less of it and more time",
-        "true, false", _is_bool,
+        "true, false",
+        _is_bool,
     )
-    low_memory: bool = _setting(False,
-        "one graph in memory at a time",
-        "true, false", _is_bool,
+    low_memory: bool = _setting(False, "one graph in memory at a time", "true, false", _is_bool)
+    prepared: bool = _setting(True, "use what `lfm-edge prepare` wrote", "true, false", _is_bool)
+    context: int | None = _setting(
+        None, "prompt and answer together, at most", "64 to 1048576", _whole(64, 1 << 20), "tokens"
     )
-    prepared: bool = _setting(True,
-        "use what `lfm-edge prepare` wrote",
-        "true, false", _is_bool,
+    min_image_tokens: int | None = _setting(
+        None, "of one view, at least: smaller images are enlarged", "1 to 65536", _whole(1, 1 << 16), "tokens"
     )
-    context: int | None = _setting(None,
-        "prompt and answer together, at most",
-        "64 to 1048576", _whole(64, 1 << 20), "tokens",
-    )
-    min_image_tokens: int | None = _setting(None,
-        "of one view, at least: smaller images are enlarged",
-        "1 to 65536", _whole(1, 1 << 16), "tokens",
-    )
-    max_image_tokens: int | None = _setting(None,
-        "of one view, at most",
-        "1 to 65536", _whole(1, 1 << 16), "tokens",
-    )
-    do_image_splitting: bool | None = _setting(None,
-        "cut large images into tiles",
-        "true, false", _is_bool,
-    )
-    min_tiles: int | None = _setting(None,
-        "of a large image",
-        "1 to 1024", _whole(1, 1024), "tiles",
-    )
-    max_tiles: int | None = _setting(None,
-        "of a large image",
-        "1 to 1024", _whole(1, 1024), "tiles",
-    )
-    use_thumbnail: bool | None = _setting(None,
-        "add the whole image to its tiles",
-        "true, false", _is_bool,
-    )
-    max_new_tokens: int | None = _setting(None,
-        "of an answer",
-        "1 to 1048576", _whole(1, 1 << 20), "tokens",
-    )
-    speculate: int | None = _setting(None,
-        "guess up to so many tokens from what was said",
-        "0 (off) to 14", _whole(0, 14), "tokens",
+    max_image_tokens: int | None = _setting(None, "of one view, at most", "1 to 65536", _whole(1, 1 << 16), "tokens")
+    do_image_splitting: bool | None = _setting(None, "cut large images into tiles", "true, false", _is_bool)
+    min_tiles: int | None = _setting(None, "of a large image", "1 to 1024", _whole(1, 1024), "tiles")
+    max_tiles: int | None = _setting(None, "of a large image", "1 to 1024", _whole(1, 1024), "tiles")
+    use_thumbnail: bool | None = _setting(None, "add the whole image to its tiles", "true, false", _is_bool)
+    max_new_tokens: int | None = _setting(None, "of an answer", "1 to 1048576", _whole(1, 1 << 20), "tokens")
+    speculate: int | None = _setting(
+        None, "guess up to so many tokens from what was said", "0 (off) to 14", _whole(0, 14), "tokens"
     )
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -232,7 +221,10 @@ def with_flags(profile: Profile, flags: Mapping[str, Any]) -> Profile:
     """
     if unknown := next((name for name in flags if name not in SETTINGS), None):
         raise ProfileError(f"unknown setting {unknown!r}; allowed: {', '.join(SETTINGS)}")
-    values = {name: _checked(name, list(v) if isinstance(v, tuple) else v, SETTINGS[name].metadata) for name, v in flags.items()}
+    values = {
+        name: _checked(name, list(v) if isinstance(v, tuple) else v, SETTINGS[name].metadata)
+        for name, v in flags.items()
+    }
     made = changed(profile, values, FLAG)
     useless = [name for name in TILE_SETTINGS if name in flags]
     if made.do_image_splitting is False and useless:
@@ -258,9 +250,16 @@ def stepped_down(profile: Profile, changes: Mapping[str, Any]) -> Profile:
 
 def to_toml(profile: Profile) -> str:
     """A file that gives all that this profile gives, by itself. The rules of `auto` are left out."""
-    useless = {*(TILE_SETTINGS if profile.do_image_splitting is False else ()), *(("prefill",) if profile.low_memory else ())}
+    useless = {
+        *(TILE_SETTINGS if profile.do_image_splitting is False else ()),
+        *(("prefill",) if profile.low_memory else ()),
+    }
     lines = [f"description = {json.dumps(profile.description, ensure_ascii=False)}", ""]
-    lines += [f"{name} = {_toml(getattr(profile, name))}" for name in SETTINGS if name in profile.origin and name not in useless]
+    lines += [
+        f"{name} = {_toml(getattr(profile, name))}"
+        for name in SETTINGS
+        if name in profile.origin and name not in useless
+    ]
     budget = {f.name: getattr(profile.budget, f.name) for f in fields(Budget)}
     if any(budget.values()):
         lines += ["", "[budget]", *(f"{name} = {value}" for name, value in budget.items() if value)]
@@ -318,16 +317,23 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
         beside = path.parent / f"{extends}.toml"  # a file of one's own may extend the shipped profile of the same name
         own = beside.is_file() and beside.resolve() != path.resolve()
         parent = read(str(beside) if own else extends, detected=detected, _below=(*_below, path))
-    sections = {section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()}
+    sections = {
+        section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()
+    }
     description = raw.pop("description", "")
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
     _check_together(path, text, values)
     budget = {f.name: getattr(parent.budget, f.name) for f in fields(Budget)} | sections["budget"]
     made = changed(parent, values, path.stem)
-    return Profile(**{
-        **{f.name: getattr(made, f.name) for f in fields(Profile)}, "name": path.stem, "description": description,
-        "match": Match(**sections["match"]), "budget": Budget(**budget),
-    })  # fmt: skip
+    return Profile(
+        **{
+            **{f.name: getattr(made, f.name) for f in fields(Profile)},
+            "name": path.stem,
+            "description": description,
+            "match": Match(**sections["match"]),
+            "budget": Budget(**budget),
+        }
+    )
 
 
 @functools.cache  # of every profile shipped, choosing one reads the rules
@@ -359,7 +365,9 @@ def _section(path: Path, text: str, table: Any, section: str, kind: Any) -> dict
     return {key: _value(path, text, key, value, metadata, section) for key, value in table.items()}
 
 
-def _value(path: Path, text: str, key: str, value: Any, known: Mapping[str, Mapping[str, Any]], section: str = "") -> Any:
+def _value(
+    path: Path, text: str, key: str, value: Any, known: Mapping[str, Mapping[str, Any]], section: str = ""
+) -> Any:
     if key not in known:
         raise ProfileError(f"{_where(path, text, key, section)}: unknown key {key!r}; allowed: {', '.join(known)}")
     return _checked(key, value, known[key], _where(path, text, key, section))
@@ -378,9 +386,13 @@ def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:
     """What one file says must not contradict itself."""
     useless = next((n for n in TILE_SETTINGS if n in values), None)
     if values.get("do_image_splitting") is False and useless:
-        raise ProfileError(f"{_where(path, text, useless)}: {useless} has no effect beside do_image_splitting = false; leave it out")
+        raise ProfileError(
+            f"{_where(path, text, useless)}: {useless} has no effect beside do_image_splitting = false; leave it out"
+        )
     if values.get("low_memory") and values.get("prefill", "none") != "none":
-        raise ProfileError(f"{_where(path, text, 'prefill')}: prefill has no effect beside low_memory = true; leave one out")
+        raise ProfileError(
+            f"{_where(path, text, 'prefill')}: prefill has no effect beside low_memory = true; leave one out"
+        )
     for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
         if low in values and high in values and values[low] > values[high]:
             raise ProfileError(f"{_where(path, text, low)}: {low} = {values[low]} is above {high} = {values[high]}")

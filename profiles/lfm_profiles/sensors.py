@@ -1,7 +1,8 @@
-"""What the machine feels while it works: temperature, frequency, throttle bits, power. A sensor that is not there, or says rubbish, is None
-with the reason in `missing`; no value is ever made up.
+"""What the machine feels while it works: temperature, frequency, throttle bits, power. A sensor that is not there, or
+says rubbish, is None with the reason in `missing`; no value is ever made up.
 
-Sources: /sys/class/thermal, cpufreq, a Raspberry Pi's firmware (`vcgencmd`, PMIC of a Pi 5), INA3221 on a Jetson (hwmon), RAPL on x86.
+Sources: /sys/class/thermal, cpufreq, a Raspberry Pi's firmware (`vcgencmd`, PMIC of a Pi 5), INA3221 on a Jetson
+(hwmon), RAPL on x86.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Sensors:
         self._policies = listed(self.root / "sys/devices/system/cpu/cpufreq", "policy*") or listed(
             self.root / "sys/devices/system/cpu", "cpu[0-9]*/cpufreq"
         )
-        self._firmware = next(iter(listed(self.root / "sys/devices/platform", "soc*/soc*:firmware/get_throttled")), None)
+        self._firmware = next(
+            iter(listed(self.root / "sys/devices/platform", "soc*/soc*:firmware/get_throttled")), None
+        )
         self._power = self._find_power()
         self.read()
 
@@ -65,7 +68,11 @@ class Sensors:
         """Now."""
         self.missing = {key: reason for key, reason in self.missing.items() if key == "power"}
         temperature = self._temperatures()
-        frequency = {p.name if p.name != "cpufreq" else p.parent.name: khz / 1000 for p in self._policies if (khz := _frequency(p))}
+        frequency = {
+            p.name if p.name != "cpufreq" else p.parent.name: khz / 1000
+            for p in self._policies
+            if (khz := _frequency(p))
+        }
         if not frequency:
             self.missing["frequency"] = "the kernel has no cpufreq here (virtual machines and some boards)"
         governor, bits = read(self.root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), self._throttle_bits()
@@ -91,7 +98,9 @@ class Sensors:
         text = read(self._firmware) if self._firmware else self.command("get_throttled") if self.command else None
         found = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]+)", (text or "").strip())
         if not found:
-            self.missing["throttle"] = f"throttle bits read {text!r}" if text else "only a Raspberry Pi's firmware tells"
+            self.missing["throttle"] = (
+                f"throttle bits read {text!r}" if text else "only a Raspberry Pi's firmware tells"
+            )
         return int(found[1], 16) if found else None
 
     def _find_power(self) -> Callable[[], tuple[float | None, int | None, int | None]] | None:
@@ -119,7 +128,9 @@ class Sensors:
                 return lambda: (_pmic_watts((self.command("pmic_read_adc") if self.command else "") or ""), None, None)
             self.missing["power"] = "the PMIC's answer has no pairs of current and voltage"
             return None
-        self.missing["power"] = "no sensor: INA3221 (Jetson), PMIC (Pi 5) and RAPL (x86) are known; a meter's CSV can be given"
+        self.missing["power"] = (
+            "no sensor: INA3221 (Jetson), PMIC (Pi 5) and RAPL (x86) are known; a meter's CSV can be given"
+        )
         return None
 
     def _sum(self, pairs: list[tuple[Path, Path]]) -> float | None:

@@ -19,10 +19,19 @@ Progress = Callable[[str, int, int], None]
 """Told (what, how many done, how many in all)."""
 
 
-def features_of(bundle: Bundle, variant: str, views: Sequence[Sequence[View]], threads: int, *, packed: bool = True,
-                progress: Progress = lambda *_: None) -> list[Float]:  # fmt: skip
+def features_of(
+    bundle: Bundle,
+    variant: str,
+    views: Sequence[Sequence[View]],
+    threads: int,
+    *,
+    packed: bool = True,
+    progress: Progress = lambda *_: None,
+) -> list[Float]:
     """Image features [tokens, H] of each sample's views."""
-    session = load_session(bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, Execution(threads, packed=packed))
+    session = load_session(
+        bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, Execution(threads, packed=packed)
+    )
     found = []
     for i, sample in enumerate(views):
         parts = [session.run(["image_features"], view.feeds())[0].astype(np.float32, copy=False) for view in sample]
@@ -60,7 +69,9 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
     return np.stack([first, *(np.array(state.step(decoder.embed([token])), np.float32) for token in answer[:-1])])
 
 
-def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress) -> None:
+def add_answers(
+    bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress
+) -> None:
     """Give each sample its answer: the known one, else the greedy one of `variant`."""
     builder = bundle.prompts
     unknown = []
@@ -70,7 +81,10 @@ def add_answers(bundle: Bundle, variant: str, samples: Sequence[Sample], limit: 
             continue
         answer = [*builder.tokenizer.encode(sample.question.answer), bundle.eos[0]]
         if builder.image_id in answer or len(answer) > MOST_ANSWER_TOKENS:
-            raise QuantizeError(f"the answer to {sample.question.text!r} about {sample.question.image} is too long or holds an image token")
+            raise QuantizeError(
+                f"the answer to {sample.question.text!r} about {sample.question.image} is too long or holds an "
+                "image token"
+            )
         sample.ids += answer
     if not unknown:
         return

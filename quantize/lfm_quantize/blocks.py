@@ -1,7 +1,7 @@
 """A graph as a row of blocks (one transformer layer each), run one at a time over all samples.
 
-One block's weights are in memory at a time; between blocks stand only the samples' hidden states. That is what makes a model
-larger than memory's share quantizable, and a killed run resumable.
+One block's weights are in memory at a time; between blocks stand only the samples' hidden states. That is what makes a
+model larger than memory's share quantizable, and a killed run resumable.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _residual(norm: onnx.NodeProto) -> list[str]:
 
 
 def all_positions(graph: Graph) -> Graph:
-    """The decoder with logits for every position: the graph slices the last ones out before the last feed-forward layer."""
+    """The decoder with logits for every position: the graph slices the last ones out before the last feed-forward
+    layer.
+    """
     slices = {n.output[0]: n for n in graph.nodes if n.op_type == "Slice" and n.name.startswith("text.read.")}
     if len(slices) != 2:  # of what the last layer mixed, and of the residual
         raise QuantizeError(f"{graph.name} is of an older lfm-edge; export the bundle again")
@@ -91,10 +93,15 @@ def decoder_feeds(graph: Graph, embeds: NDArray[np.float32]) -> Feeds:
 
 
 def prompt_feeds(
-    graph: Graph, samples: Sequence[Sample], kinds: Sequence[NDArray[np.bool_]], table: NDArray[np.float32],
+    graph: Graph,
+    samples: Sequence[Sample],
+    kinds: Sequence[NDArray[np.bool_]],
+    table: NDArray[np.float32],
     features: Sequence[NDArray[np.float32]],
-) -> list[Feeds]:  # fmt: skip
-    """The decoder's inputs for each sample: rows of the embedding table [V, H], image features where `kinds` says image token."""
+) -> list[Feeds]:
+    """The decoder's inputs for each sample: rows of the embedding table [V, H], image features where `kinds` says image
+    token.
+    """
     found = []
     for sample, is_image, image in zip(samples, kinds, features, strict=True):
         embeds = table[np.array(sample.ids)][None].astype(np.float32)
@@ -108,15 +115,26 @@ def image_positions(samples: Sequence[Sample], image_id: int) -> list[NDArray[np
     return [np.array(sample.ids) == image_id for sample in samples]
 
 
-def run_block(graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], threads: int,
-              taps: Sequence[str] = (), seen: Callable[[int, Values], None] | None = None) -> list[Values]:  # fmt: skip
-    """Run one block over all samples; `seen` is given the values named in `taps`, sample by sample. Returns the outputs' values."""
+def run_block(
+    graph: Graph,
+    block: Block,
+    feeds: Sequence[Feeds],
+    states: Sequence[Values],
+    threads: int,
+    taps: Sequence[str] = (),
+    seen: Callable[[int, Values], None] | None = None,
+) -> list[Values]:
+    """Run one block over all samples; `seen` is given the values named in `taps`, sample by sample. Returns the
+    outputs' values.
+    """
     wanted = [*block.outputs, *(t for t in dict.fromkeys(taps) if t not in block.outputs)]
     session = graph.part(wanted, block.cut).session(threads)
     names = {i.name for i in session.get_inputs()}
     after = []
     for i, (given, state) in enumerate(zip(feeds, states, strict=True)):
-        values = dict(zip(wanted, session.run(wanted, {n: v for n, v in {**given, **state}.items() if n in names}), strict=True))
+        values = dict(
+            zip(wanted, session.run(wanted, {n: v for n, v in {**given, **state}.items() if n in names}), strict=True)
+        )
         if seen:
             seen(i, {**state, **values})
         after.append({name: values[name] for name in block.outputs})

@@ -12,16 +12,38 @@ from lfm_runtime.formats.contract import BASES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.description = "Make a smaller variant of a bundle, calibrated with images and judged on images it was not calibrated with."
+    parser.description = (
+        "Make a smaller variant of a bundle, calibrated with images and judged on images it was not calibrated with."
+    )
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
-    parser.add_argument("--variant", required=True, metavar="NAME", help="int8, int4, fp16, int8-static, " + ", ".join(BASES))
-    parser.add_argument("--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; a few dozen")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}")
-    parser.add_argument("--method", metavar="NAME", help="rounding: gptq (default with --calibration), clipped, rtn (default without)")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)")
-    parser.add_argument("--max-size", type=float, metavar="MB", help="of the variant's files: search the best precision for each layer")
-    parser.add_argument("--floor", type=float, metavar="KL", help="highest KL divergence allowed, nats (default int8 0.01, int4 0.1)")
-    parser.add_argument("--keep", action="append", default=[], metavar="LAYER", help="leave these layers fp32; * matches all; repeatable")
+    parser.add_argument(
+        "--variant", required=True, metavar="NAME", help="int8, int4, fp16, int8-static, " + ", ".join(BASES)
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; a few dozen"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}"
+    )
+    parser.add_argument(
+        "--method", metavar="NAME", help="rounding: gptq (default with --calibration), clipped, rtn (default without)"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)"
+    )
+    parser.add_argument(
+        "--max-size", type=float, metavar="MB", help="of the variant's files: search the best precision for each layer"
+    )
+    parser.add_argument(
+        "--floor", type=float, metavar="KL", help="highest KL divergence allowed, nats (default int8 0.01, int4 0.1)"
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="leave these layers fp32; * matches all; repeatable",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -34,9 +56,16 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.quantize import Settings, quantize
 
     settings = Settings(
-        options.variant, options.calibration, options.prompts, options.method, options.recipe, tuple(options.keep), options.floor,
-        options.max_size, default_threads() if options.threads is None else check_threads(options.threads),
-    )  # fmt: skip
+        options.variant,
+        options.calibration,
+        options.prompts,
+        options.method,
+        options.recipe,
+        tuple(options.keep),
+        options.floor,
+        options.max_size,
+        default_threads() if options.threads is None else check_threads(options.threads),
+    )
     printer = Printer(not options.quiet)
     try:
         with failures_are_ours(options.bundle):
@@ -58,7 +87,9 @@ def check_threads(count: int) -> int:
 
 
 class Printer:
-    """Progress on stderr: one line overwritten on a terminal, a line a stage and every half minute in a log. With the time left."""
+    """Progress on stderr: one line overwritten on a terminal, a line a stage and every half minute in a log. With the
+    time left.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -74,7 +105,9 @@ class Printer:
             return
         line = f"{what}: {done} of {total}"
         if 1 < done < total:
-            left = (now - self._since) / (done - 1) * (total - done)  # the stage's clock starts when its first part is done
+            left = (
+                (now - self._since) / (done - 1) * (total - done)
+            )  # the stage's clock starts when its first part is done
             line += f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
         if self.live:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
-"""What GPUs want of a graph beside fp16: a decoder that need not send its logits to the host and computes its short convolutions in one
-kernel each, an encoder that goes over its activations less often, and for TensorRT one in standard operators.
+"""What GPUs want of a graph beside fp16: a decoder that need not send its logits to the host and computes its short
+convolutions in one kernel each, an encoder that goes over its activations less often, and for TensorRT one in standard
+operators.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _END = np.iinfo(np.int64).max
 
 
 def for_gpu(decoder: Graph) -> Graph:
-    """A decoder that also gives out its likeliest tokens and the mask of its next step, so that all the rest stays on the device. The mask
-    is summed in fp32, where CUDA needs no cuDNN for it; ones add up exactly to 2²⁴.
+    """A decoder that also gives out its likeliest tokens and the mask of its next step, so that all the rest stays on
+    the device. The mask is summed in fp32, where CUDA needs no cuDNN for it; ones add up exactly to 2²⁴.
     """
     logits = next(o for o in decoder.outputs if o.name == "logits").type.tensor_type.shape
     count = min(TOP_TOKENS, logits.dim[2].dim_value)
@@ -29,9 +30,12 @@ def for_gpu(decoder: Graph) -> Graph:
     tensors = {name: Tensor.of(np.array([value], np.int64)) for name, value in constants.items()}
     nodes = [
         helper.make_node("TopK", ["logits", "gpu.count"], [TOP_LOGITS, TOP_IDS], "gpu.likeliest"),
-        # Padding is on the right and the first token always there: the mask with one token more is itself, moved by one.
+        # Padding is on the right and the first token always there: the mask with one token more is itself, moved by
+        # one.
         helper.make_node("Slice", ["attention_mask", "gpu.first", "gpu.axis", "gpu.axis"], ["gpu.there"], "gpu.there"),
-        helper.make_node("Slice", ["attention_mask", "gpu.first", "gpu.last", "gpu.axis"], ["gpu.before"], "gpu.before"),
+        helper.make_node(
+            "Slice", ["attention_mask", "gpu.first", "gpu.last", "gpu.axis"], ["gpu.before"], "gpu.before"
+        ),
         helper.make_node("Concat", ["gpu.there", "gpu.before"], [NEXT_MASK], "gpu.next_mask", axis=1),
     ]
     outputs = [
@@ -44,25 +48,34 @@ def for_gpu(decoder: Graph) -> Graph:
         counted = onnx.NodeProto()
         counted.CopyFrom(summed)
         counted.input[0], counted.output[0] = "gpu.mask", "gpu.sum"
-        decoder = decoder.replaced({summed.name: [
-            helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT), counted,
-            helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
-        ]}, {})  # fmt: skip
+        decoder = decoder.replaced(
+            {
+                summed.name: [
+                    helper.make_node("Cast", ["attention_mask"], ["gpu.mask"], "gpu.mask", to=FLOAT),
+                    counted,
+                    helper.make_node("Cast", ["gpu.sum"], [summed.output[0]], "gpu.sum", to=INT64),
+                ]
+            },
+            {},
+        )
     decoder = replace(
-        decoder, nodes=[*decoder.nodes, *nodes], tensors={**decoder.tensors, **tensors}, outputs=[*decoder.outputs, *outputs]
+        decoder,
+        nodes=[*decoder.nodes, *nodes],
+        tensors={**decoder.tensors, **tensors},
+        outputs=[*decoder.outputs, *outputs],
     )
     return fused_convolutions(decoder)
 
 
-# ----------------------------------------------------------------------------------------------------- short convolutions
+# --------------------------------------------------------------------------------------------------- short convolutions
 
 
 def fused_convolutions(decoder: Graph) -> Graph:
-    """Each short convolution as one CausalConvWithState, which CUDA has since onnxruntime 1.25: 6 kernels for 15. The graph brings along
-    what that operator is, as a function of standard operators, which older releases compute instead.
+    """Each short convolution as one CausalConvWithState, which CUDA has since onnxruntime 1.25: 6 kernels for 15. The
+    graph brings along what that operator is, as a function of standard operators, which older releases compute instead.
 
-    A zero before the taps makes the operator's state, one entry less than its kernel, the hub's, which is as long as the kernel. What a
-    convolution has read is no output any more. Those that are kept fp32 are left as they are.
+    A zero before the taps makes the operator's state, one entry less than its kernel, the hub's, which is as long as
+    the kernel. What a convolution has read is no output any more. Those that are kept fp32 are left as they are.
     """
     made_by = {name: node for node in decoder.nodes for name in node.output}
     nodes: dict[str, list[onnx.NodeProto]] = {}
@@ -75,7 +88,12 @@ def fused_convolutions(decoder: Graph) -> Graph:
         joined = made_by[window]
         product = made_by.get(joined.input[-1])
         split = made_by.get(product.input[0]) if product else None
-        if taps is None or taps.dtype != FLOAT16 or split is None or (joined.op_type, split.op_type) != ("Concat", "Split"):
+        if (
+            taps is None
+            or taps.dtype != FLOAT16
+            or split is None
+            or (joined.op_type, split.op_type) != ("Concat", "Split")
+        ):
             continue  # something of it is kept fp32, and casts lie between
         signal, gate = joined.input[1], split.output[1]
         gated = next(node for node in decoder.nodes if gate in node.input)
@@ -97,14 +115,16 @@ def fused_convolutions(decoder: Graph) -> Graph:
 
 
 def _convolution(kernel: int, *, bias: bool) -> onnx.FunctionProto:
-    """CausalConvWithState as all layers use it, in standard operators: x [B, H, S], taps [H, 1, 1 + kernel] of which the first is 0, bias
-    [H], past [B, H, kernel] → y [B, H, S], present [B, H, kernel].
+    """CausalConvWithState as all layers use it, in standard operators: x [B, H, S], taps [H, 1, 1 + kernel] of which
+    the first is 0, bias [H], past [B, H, kernel] → y [B, H, S], present [B, H, kernel].
     """
     nodes = [helper.make_node("Concat", ["past", "x"], ["full"], axis=2)]
 
     def constant(*values: int) -> str:
         name = f"c{len(nodes)}"
-        nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64))))
+        nodes.append(
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64)))
+        )
         return name
 
     def add(op_type: str, *inputs: str) -> str:
@@ -131,8 +151,9 @@ def _convolution(kernel: int, *, bias: bool) -> onnx.FunctionProto:
 
 
 def fused_biases(vision: Graph) -> Graph:
-    """Biases are added where a norm or an activation reads the values anyway. CUDA's Gemm writes its bias to every row of its output first,
-    and reads it there; the CPU's does not. Products whose bias or norm is kept fp32 are left as they are.
+    """Biases are added where a norm or an activation reads the values anyway. CUDA's Gemm writes its bias to every row
+    of its output first, and reads it there; the CPU's does not. Products whose bias or norm is kept fp32 are left as
+    they are.
     """
     made_by = {name: node for node in vision.nodes for name in node.output}
     used = Counter(name for node in vision.nodes for name in reads(node))
@@ -159,8 +180,14 @@ def fused_biases(vision: Graph) -> Graph:
             given = [without_bias(gemm), skip, *node.input[1:], gemm.input[2]]
             made = [node.output[0], "", "", total.output[0]]  # the total under its name, by which layers are compared
             nodes[total.name] = []
-            nodes[node.name] = [helper.make_node("SkipLayerNormalization", given, made, node.name, domain=CONTRIB, epsilon=epsilon)]
-        elif node.op_type == "Gelu" and any(a.s == b"tanh" for a in node.attribute) and (gemm := product(node.input[0])) is not None:
+            nodes[node.name] = [
+                helper.make_node("SkipLayerNormalization", given, made, node.name, domain=CONTRIB, epsilon=epsilon)
+            ]
+        elif (
+            node.op_type == "Gelu"
+            and any(a.s == b"tanh" for a in node.attribute)
+            and (gemm := product(node.input[0])) is not None
+        ):
             given = [without_bias(gemm), gemm.input[2]]
             nodes[node.name] = [helper.make_node("FastGelu", given, list(node.output), node.name, domain=CONTRIB)]
     return vision.replaced(nodes, {})
@@ -196,8 +223,8 @@ def over_its_files(graph: Graph, original: Graph) -> Graph:
 
 
 def in_standard_operators(vision: Graph) -> Graph:
-    """The encoder without operators of onnxruntime's own and without branches, for unpadded views of one size: what TensorRT can take
-    as a whole but for the gathering of tokens. Attention is softmax(q kᵀ / sqrt(d)) v.
+    """The encoder without operators of onnxruntime's own and without branches, for unpadded views of one size: what
+    TensorRT can take as a whole but for the gathering of tokens. Attention is softmax(q kᵀ / sqrt(d)) v.
 
     Raises:
         QuantizeError: attention is not as export builds it.
@@ -208,14 +235,18 @@ def in_standard_operators(vision: Graph) -> Graph:
         if node.op_type == "If":
             inner = _branch(node)
             if [n.op_type for n in inner] != ["MultiHeadAttention"]:
-                raise QuantizeError(f"{vision.name}: {node.name} is not attention as lfm-edge export builds it; export the bundle again")
+                raise QuantizeError(
+                    f"{vision.name}: {node.name} is not attention as lfm-edge export builds it; export the bundle again"
+                )
             heads = next(a.i for a in inner[0].attribute if a.name == "num_heads")
             nodes[node.name], made = _attention(node.name, list(inner[0].input[:3]), node.output[0], heads, vision)
             tensors |= made
         elif node.op_type in ("FastGelu", "SkipLayerNormalization"):
             nodes[node.name] = _apart(node)
     if not tensors:
-        raise QuantizeError(f"{vision.name} has no attention of onnxruntime's own: it is in standard operators as it is")
+        raise QuantizeError(
+            f"{vision.name} has no attention of onnxruntime's own: it is in standard operators as it is"
+        )
     return vision.replaced(nodes, tensors)
 
 
@@ -231,7 +262,8 @@ def _attention(
     weight = vision.tensors.get(f"{name.removesuffix('.attention')}.qkv.weight")
     if weight is None:
         raise QuantizeError(
-            f"{vision.name}: {name} is kept fp32, since fp16 does not hold its values or --keep names it; TensorRT's graph is of one type: "
+            f"{vision.name}: {name} is kept fp32, since fp16 does not hold its values or --keep names it; "
+            "TensorRT's graph is of one type: "
             "stay with fp16"
         )
     width = weight.shape[1] // 3
@@ -243,8 +275,12 @@ def _attention(
     }
     nodes = []
     for value, order, short in zip(inputs, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), ("q", "k", "v"), strict=True):
-        nodes.append(helper.make_node("Reshape", [value, "attention.heads"], [f"{name}.{short}.split"], f"{name}.{short}.split"))
-        nodes.append(helper.make_node("Transpose", [f"{name}.{short}.split"], [f"{name}.{short}"], f"{name}.{short}", perm=order))
+        nodes.append(
+            helper.make_node("Reshape", [value, "attention.heads"], [f"{name}.{short}.split"], f"{name}.{short}.split")
+        )
+        nodes.append(
+            helper.make_node("Transpose", [f"{name}.{short}.split"], [f"{name}.{short}"], f"{name}.{short}", perm=order)
+        )
     nodes += [
         # Scaled before the product, whose fp16 sums could overflow.
         helper.make_node("Mul", [f"{name}.q", "attention.scale"], [f"{name}.scaled"], f"{name}.scaled"),

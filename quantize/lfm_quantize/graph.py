@@ -1,7 +1,7 @@
 """An ONNX graph taken apart: nodes as a list, constants as arrays mapped from the data file.
 
-Quantizing needs three things of a graph: parts of it to run alone, its matrix products by name, and to be written again with
-some nodes replaced. All three are plain list work on names, so nodes stay protobufs.
+Quantizing needs three things of a graph: parts of it to run alone, its matrix products by name, and to be written again
+with some nodes replaced. All three are plain list work on names, so nodes stay protobufs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
 _HANDED = "handed over"
-FLOAT, FLOAT16, INT64, UINT4 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64, onnx.TensorProto.UINT4
+FLOAT, FLOAT16, INT64, UINT4 = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.UINT4,
+)
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, DecodeError)
 """What reading a damaged graph or array raises."""
 CONTRIB = "com.microsoft"
 INLINE_BYTES = 1 << 12
 """Smaller constants stay inside the protobuf."""
 LARGE_BYTES = 1 << 20
-"""From here on a constant starts at a multiple of 64 KiB in the data file (a page, on any device); below, of 64 bytes."""
+"""From here on a constant starts at a multiple of 64 KiB in the data file (a page, on any device); below, of 64 bytes.
+"""
 
 
 class QuantizeError(EdgeError, ValueError):
@@ -47,7 +53,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A constant: elements of `dtype` in `shape`; `data` may be of another float type (read as `dtype`) or hold packed 4-bit pairs."""
+    """A constant: elements of `dtype` in `shape`; `data` may be of another float type (read as `dtype`) or hold packed
+    4-bit pairs.
+    """
 
     data: Array
     dtype: int
@@ -59,12 +67,20 @@ class Tensor:
     @staticmethod
     def of(data: Array, dtype: int | None = None, shape: Sequence[int] | None = None) -> Tensor:
         """A constant from an array; name `dtype` and `shape` where the array's own do not say it."""
-        return Tensor(data, dtype or helper.np_dtype_to_tensor_dtype(data.dtype), tuple(shape if shape is not None else data.shape))
+        return Tensor(
+            data,
+            dtype or helper.np_dtype_to_tensor_dtype(data.dtype),
+            tuple(shape if shape is not None else data.shape),
+        )
 
     @property
     def array(self) -> Array:
         """The elements in their own type."""
-        return self.data if self.dtype == UINT4 else self.data.astype(helper.tensor_dtype_to_np_dtype(self.dtype), copy=False)
+        return (
+            self.data
+            if self.dtype == UINT4
+            else self.data.astype(helper.tensor_dtype_to_np_dtype(self.dtype), copy=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,8 @@ class Graph:
 
     @staticmethod
     def open(path: Path, *, widen: bool = True) -> Graph:
-        """Read a graph; weights stay in the file until they are used. With `widen`, an fp16 graph becomes the fp32 one it is made of.
+        """Read a graph; weights stay in the file until they are used. With `widen`, an fp16 graph becomes the fp32 one
+        it is made of.
 
         Raises:
             QuantizeError: not a graph, or its data file does not hold what it names.
@@ -111,20 +128,34 @@ class Graph:
             tensors = {t.name: _read(t, path.parent) for t in model.graph.initializer}
             opset = {o.domain or "ai.onnx": o.version for o in model.opset_import}["ai.onnx"]
         except DAMAGE as e:
-            raise QuantizeError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again") from e
+            raise QuantizeError(
+                f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again"
+            ) from e
         graph = Graph(
-            model.graph.name, list(model.graph.node), tensors, {v.name: v for v in model.graph.input}, list(model.graph.output), opset,
-            model.ir_version, functions=list(model.functions),
-        )  # fmt: skip
+            model.graph.name,
+            list(model.graph.node),
+            tensors,
+            {v.name: v for v in model.graph.input},
+            list(model.graph.output),
+            opset,
+            model.ir_version,
+            functions=list(model.functions),
+        )
         if widen:
             _widen(graph)
         return graph
 
     def linears(self) -> dict[str, Linear]:
-        """Matrix products with a constant, by node name, in order. The position table is interpolated, not multiplied: left out."""
+        """Matrix products with a constant, by node name, in order. The position table is interpolated, not multiplied:
+        left out.
+        """
         found = {}
         for node in self.nodes:
-            if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in self.tensors or node.name == "vision.positions":
+            if (
+                node.op_type not in ("MatMul", "Gemm")
+                or node.input[1] not in self.tensors
+                or node.name == "vision.positions"
+            ):
                 continue
             by_output = any(a.name == "transB" and a.i for a in node.attribute)
             shape = self.tensors[node.input[1]].shape
@@ -151,14 +182,23 @@ class Graph:
             needed |= reads(node)
         made = {name for node in nodes for name in node.output}
         inputs = {name: info for name, info in self.inputs.items() if name in needed}
-        inputs |= {name: helper.make_tensor_value_info(name, FLOAT, None) for name in sorted(cut & needed) if name not in inputs}
+        inputs |= {
+            name: helper.make_tensor_value_info(name, FLOAT, None)
+            for name in sorted(cut & needed)
+            if name not in inputs
+        }
         dangling = needed - made - inputs.keys() - self.tensors.keys()
         assert not dangling, dangling
         known = {v.name: v for v in self.outputs}
         return replace(
-            self, nodes=nodes[::-1], inputs=inputs, tensors={n: t for n, t in self.tensors.items() if n in needed},
-            outputs=[known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs],  # onnxruntime infers the type
-        )  # fmt: skip
+            self,
+            nodes=nodes[::-1],
+            inputs=inputs,
+            tensors={n: t for n, t in self.tensors.items() if n in needed},
+            outputs=[
+                known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs
+            ],  # onnxruntime infers the type
+        )
 
     def replaced(self, nodes: Mapping[str, Sequence[onnx.NodeProto]], tensors: Mapping[str, Tensor]) -> Graph:
         """A copy with the named nodes replaced by others, constants added or replaced, and unused ones dropped."""
@@ -168,36 +208,53 @@ class Graph:
         return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used})
 
     def release(self) -> None:
-        """Give back the memory of weights that were read: pages of the file, which count as ours while they are mapped."""
+        """Give back the memory of weights that were read: pages of the file count as ours while they are mapped."""
         for tensor in self.tensors.values():
             if isinstance(tensor.data, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
                 tensor.data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
 
     def edges(self) -> dict[str, Any]:
         """Inputs and outputs for the manifest."""
+
         def describe(info: onnx.ValueInfoProto) -> dict[str, Any]:
             kind = info.type.tensor_type
             shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
             return {"dtype": onnx.TensorProto.DataType.Name(kind.elem_type), "shape": shape}
 
-        return {"inputs": {n: describe(i) for n, i in self.inputs.items()}, "outputs": {o.name: describe(o) for o in self.outputs}}
+        return {
+            "inputs": {n: describe(i) for n, i in self.inputs.items()},
+            "outputs": {o.name: describe(o) for o in self.outputs},
+        }
 
     def data_files(self, name: str) -> set[str]:
         """Names of the data files that `save` under `name` uses."""
-        return {t.place.file if t.place else f"{name}_data" for t in self.tensors.values() if t.place or t.data.nbytes >= INLINE_BYTES}
+        return {
+            t.place.file if t.place else f"{name}_data"
+            for t in self.tensors.values()
+            if t.place or t.data.nbytes >= INLINE_BYTES
+        }
 
     def session(self, threads: int) -> ort.InferenceSession:
-        """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not packed."""
+        """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not
+        packed.
+        """
         options = Execution(threads).options()
-        # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits crawls.
+        # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing
+        # MatMulNBits crawls.
         quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
         options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
         folders = {t.source.parent for t in self.tensors.values() if t.source}
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(next(iter(folders), "")))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(next(iter(folders), ""))
+        )
 
         def place(_: str, tensor: Tensor) -> Place:
             as_stored = tensor.source and tensor.data.dtype == helper.tensor_dtype_to_np_dtype(tensor.dtype)
-            return Place(tensor.source.name, tensor.offset, tensor.data.nbytes) if tensor.source and as_stored else Place(_HANDED, 0, 0)
+            return (
+                Place(tensor.source.name, tensor.offset, tensor.data.nbytes)
+                if tensor.source and as_stored
+                else Place(_HANDED, 0, 0)
+            )
 
         model, external = self._proto(place)
         handed = [t.name for t in model.graph.initializer if t.name in external and t.external_data[0].value == _HANDED]
@@ -212,18 +269,28 @@ class Graph:
         protos = []
         for name, tensor in self.tensors.items():
             if tensor.place is None and tensor.data.nbytes < INLINE_BYTES:
-                protos.append(helper.make_tensor(name, tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.array).tobytes(), raw=True))
+                protos.append(
+                    helper.make_tensor(
+                        name, tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.array).tobytes(), raw=True
+                    )
+                )
                 continue
             large.append(name)
             at = place(name, tensor)
-            proto = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL)
+            proto = onnx.TensorProto(
+                name=name, data_type=tensor.dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL
+            )
             for key, value in (("location", at.file), ("offset", str(at.offset)), ("length", str(at.size))):
                 proto.external_data.add(key=key, value=value)
             protos.append(proto)
         graph = helper.make_graph(self.nodes, self.name, list(self.inputs.values()), self.outputs, protos)
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="lfm-edge", functions=list(self.functions)
+            graph,
+            opset_imports=opsets,
+            ir_version=self.ir_version,
+            producer_name="lfm-edge",
+            functions=list(self.functions),
         )
         helper.set_model_props(model, dict(self.metadata))
         return model, large
@@ -260,7 +327,9 @@ def _read(proto: onnx.TensorProto, folder: Path) -> Tensor:
     kind = np.dtype(np.uint8) if packed else helper.tensor_dtype_to_np_dtype(proto.data_type)
     shape = ((int(np.prod(proto.dims)) + 1) // 2,) if packed else tuple(proto.dims)
     data = np.memmap(folder / where["location"], kind, "r", int(where.get("offset", 0)), shape)
-    return Tensor(data, proto.data_type, tuple(proto.dims), source=folder / where["location"], offset=int(where.get("offset", 0)))
+    return Tensor(
+        data, proto.data_type, tuple(proto.dims), source=folder / where["location"], offset=int(where.get("offset", 0))
+    )
 
 
 def _widen(graph: Graph) -> None:

@@ -1,7 +1,9 @@
-"""An fp32 graph as an fp16 one, for GPUs: weights, states and hidden values in fp16; logits, features and embeddings out in fp32.
+"""An fp32 graph as an fp16 one, for GPUs: weights, states and hidden values in fp16; logits, features and embeddings
+out in fp32.
 
-Position arithmetic (interpolation weights, rotary angles) starts from integers and stays fp32 until it meets hidden values. Nodes
-whose values leave fp16's range stay fp32 as a whole. Of a graph with 4-bit weights, all the rest becomes fp16.
+Position arithmetic (interpolation weights, rotary angles) starts from integers and stays fp32 until it meets hidden
+values. Nodes whose values leave fp16's range stay fp32 as a whole. Of a graph with 4-bit weights, all the rest becomes
+fp16.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
         read = reads(node)
         floats = [name for name in read if name in kinds]
         hidden = any(kinds[name] == FLOAT16 or name in starts for name in floats)
-        hidden = hidden or (node.op_type == "Gather" and node.input[0] in constants)  # of token embeddings, or of a convolution's taps
+        hidden = hidden or (
+            node.op_type == "Gather" and node.input[0] in constants
+        )  # of token embeddings, or of a convolution's taps
         kind = FLOAT16 if hidden and node.name not in stay else FLOAT
         new = onnx.NodeProto()
         new.CopyFrom(node)
@@ -82,7 +86,11 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
         outputs.append(_typed(info, FLOAT16) if state else info)
         if kinds[info.name] != (FLOAT16 if state else FLOAT):
             _rename_output(nodes, info.name, f"{info.name}.inner")
-            nodes.append(helper.make_node("Cast", [f"{info.name}.inner"], [info.name], f"{info.name}.cast", to=FLOAT16 if state else FLOAT))
+            nodes.append(
+                helper.make_node(
+                    "Cast", [f"{info.name}.inner"], [info.name], f"{info.name}.cast", to=FLOAT16 if state else FLOAT
+                )
+            )
     made = replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs)
     return made.part([info.name for info in outputs])  # without the casts of what is read as it is stored
 

@@ -1,5 +1,6 @@
-"""Keys and values remembered in 8 bits instead of 32, each channel of each head with a scale of its own: a quarter of the memory a long
-prompt takes. A second decoder graph over the weights of the first; onnxruntime's attention reads and writes the integers.
+"""Keys and values remembered in 8 bits instead of 32, each channel of each head with a scale of its own: a quarter of
+the memory a long prompt takes. A second decoder graph over the weights of the first; onnxruntime's attention reads and
+writes the integers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Float = NDArray[np.float32]
 
 
 def largest_states(graph: Graph, feeds: Sequence[Feeds], threads: int) -> dict[str, Float]:
-    """Past input of an attention layer → largest magnitude of each channel [kv heads, head dim] over all samples, rotated as it is kept."""
+    """Past input of an attention layer → largest magnitude of each channel [kv heads, head dim] over all samples,
+    rotated as it is kept.
+    """
     presents = {present_name(name): name for name in graph.inputs if name.startswith("past_key_values.")}
     found: dict[str, Float] = {}
 
@@ -71,14 +74,19 @@ def int8_kv(graph: Graph, largest: Mapping[str, Float]) -> Graph:
         nodes[node.name] = [new]
     if 2 * len(nodes) != len(largest):
         raise QuantizeError(f"{graph.name} has attention that is not GroupQueryAttention; export the bundle again")
-    kept = {name: replace(t, place=Place(t.source.name, t.offset, t.data.nbytes)) for name, t in graph.tensors.items() if t.source}
+    kept = {
+        name: replace(t, place=Place(t.source.name, t.offset, t.data.nbytes))
+        for name, t in graph.tensors.items()
+        if t.source
+    }
     new_graph = replace(graph, tensors={**graph.tensors, **kept}).replaced(nodes, scales)
     digest = hashlib.sha256(b"".join(scales[name].array.tobytes() for name in sorted(scales))).hexdigest()
     return replace(
-        new_graph, metadata={KV_SCALES: digest},
+        new_graph,
+        metadata={KV_SCALES: digest},
         inputs={name: _as_int8(info) if name in largest else info for name, info in graph.inputs.items()},
         outputs=[_as_int8(info) if info.name in map(present_name, largest) else info for info in graph.outputs],
-    )  # fmt: skip
+    )
 
 
 def _as_int8(info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:

@@ -37,9 +37,15 @@ class Change:
 
 
 def quantize_block(
-    graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], kinds: Sequence[NDArray[np.bool_]], recipe: Recipe,
-    threads: int, head: tuple[bool, Rounded | None] | None,
-) -> Change:  # fmt: skip
+    graph: Graph,
+    block: Block,
+    feeds: Sequence[Feeds],
+    states: Sequence[Values],
+    kinds: Sequence[NDArray[np.bool_]],
+    recipe: Recipe,
+    threads: int,
+    head: tuple[bool, Rounded | None] | None,
+) -> Change:
     """Decide a block's integers from what its products are fed in the samples (none: from the weights alone).
 
     Args:
@@ -77,7 +83,9 @@ def quantize_block(
         precision, weight = wanted[name], weights[name]
         if precision.bits == 32:
             if not np.array_equal(weight, before[0][name]):
-                change.tensors[linear.weight] = Tensor.of(weight if linear.by_output else np.ascontiguousarray(weight.T))
+                change.tensors[linear.weight] = Tensor.of(
+                    weight if linear.by_output else np.ascontiguousarray(weight.T)
+                )
             continue
         moments = None
         if name in seen and seen[name].with_moments:
@@ -85,22 +93,38 @@ def quantize_block(
             moments = seen[name].moment() / np.outer(s, s)
         tied, table = head if head and name == "head" else (False, None)
         rounded = table if tied and table else METHODS[precision.method](weight, precision, moments)
-        nodes, tensors = quantized_nodes(linear, rounded, negative=fits[name].negative if name in fits else 1.0, tied=tied)
+        nodes, tensors = quantized_nodes(
+            linear, rounded, negative=fits[name].negative if name in fits else 1.0, tied=tied
+        )
         change.nodes[name] = nodes
         change.tensors |= tensors
-        change.layers.append({
-            "name": name, "bits": precision.bits, "block": precision.block, "method": rounded.precision.method, "smoothed": name in factors,
-            "bits_per_weight": round(precision.bits_per_weight, 3), "weights": int(weight.size),
-            "weight_error": None if moments is None else float(f"{output_error(weight, rounded.weight(), moments):.4g}"),
-        })  # fmt: skip
+        change.layers.append(
+            {
+                "name": name,
+                "bits": precision.bits,
+                "block": precision.block,
+                "method": rounded.precision.method,
+                "smoothed": name in factors,
+                "bits_per_weight": round(precision.bits_per_weight, 3),
+                "weights": int(weight.size),
+                "weight_error": None
+                if moments is None
+                else float(f"{output_error(weight, rounded.weight(), moments):.4g}"),
+            }
+        )
     return change
 
 
 def observe(
-    graph: Graph, block: Block, feeds: Sequence[Feeds], states: Sequence[Values], kinds: Sequence[NDArray[np.bool_]],
-    with_moments: dict[str, bool], threads: int,
-) -> dict[str, Observed]:  # fmt: skip
-    """What the named products are fed; with the second moments where `with_moments` says so. Nothing without samples."""
+    graph: Graph,
+    block: Block,
+    feeds: Sequence[Feeds],
+    states: Sequence[Values],
+    kinds: Sequence[NDArray[np.bool_]],
+    with_moments: dict[str, bool],
+    threads: int,
+) -> dict[str, Observed]:
+    """What the named products are fed; with second moments where `with_moments` says so. Nothing without samples."""
     if not feeds or not with_moments:
         return {}
     linears = graph.linears()

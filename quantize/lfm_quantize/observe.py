@@ -1,4 +1,4 @@
-"""What passes through a block's matrix products on the calibration data, gathered sample by sample in bounded memory."""
+"""What passes through a block's matrix products on the calibration data, sample by sample in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ ROWS = 384
 
 @dataclass
 class Observed:
-    """The inputs of one matrix product. Image and text tokens apart: a prompt is mostly image tokens, an answer is text."""
+    """The inputs of one matrix product. Image and text tokens apart: a prompt is mostly image tokens, an answer is
+    text.
+    """
 
     k: int
     with_moments: bool

@@ -35,6 +35,8 @@ def error_plot(quality: Quality) -> str:
                 out.append(f'<rect x="{_LABEL}" y="{y + 7 * i + 1}" width="{length:.1f}" height="6" fill="{colour}"/>')
         shown = max(v for v in (layer.image, layer.text, 0.0) if v is not None)
         out.append(f'<text x="{_LABEL + _WIDTH * shown / top + 6:.1f}" y="{y + 11}" fill="#4a5568">{shown:.2%}</text>')
-    out.append(f'<text x="10" y="{height - 10}" fill="#4a5568">{quality.images} images, {quality.questions} questions; '
-               f"KL {quality.kl:.2g} nats, cosine mean {quality.cosine_mean:.5f}</text></svg>")  # fmt: skip
+    out.append(
+        f'<text x="10" y="{height - 10}" fill="#4a5568">{quality.images} images, {quality.questions} questions; '
+        f"KL {quality.kl:.2g} nats, cosine mean {quality.cosine_mean:.5f}</text></svg>"
+    )
     return "\n".join(out) + "\n"

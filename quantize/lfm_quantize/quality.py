@@ -1,4 +1,6 @@
-"""The quality gate: what a variant costs in cosines, distributions and answers, against the fp32 one, on images calibration never saw."""
+"""The quality gate: what a variant costs in cosines, distributions and answers, against the fp32 one, on images
+calibration never saw.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,15 @@ from lfm_quantize.observe import KINDS
 from lfm_quantize.samples import Question, Sample, prepare
 
 DEFAULT_FLOORS: Mapping[str, float] = {
-    "fp16": 0.001, "int8": 0.01, "int8-static": 0.01, "int4": 0.1, "int8-kv8": 0.01, "int4-kv8": 0.1,
-    "int4-fp16": 0.1, "fp16-trt": 0.001,
-}  # fmt: skip
+    "fp16": 0.001,
+    "int8": 0.01,
+    "int8-static": 0.01,
+    "int4": 0.1,
+    "int8-kv8": 0.01,
+    "int4-kv8": 0.1,
+    "int4-fp16": 0.1,
+    "fp16-trt": 0.001,
+}
 """Highest KL divergence allowed."""
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""
@@ -47,7 +55,9 @@ class GateError(EdgeError, ValueError):
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far the hidden state after a layer is from the other variant's: |difference| / |state|, and what this layer added to it."""
+    """How far the hidden state after a layer is from the other variant's: |difference| / |state|, and what this layer
+    added to it.
+    """
 
     name: str
     image: float | None  # over image tokens (patches, in the encoder)
@@ -70,7 +80,9 @@ class Quality:
     kl: float  # nats, mean over the answer tokens of `against`, which both are led through
     same_top1: float  # share of those tokens
     same_answers: float  # share of questions whose greedy answers are identical
-    accuracy: dict[str, dict[str, float]]  # task → {"questions", variant names: share of exact answers}; where answers are known
+    accuracy: dict[
+        str, dict[str, float]
+    ]  # task → {"questions", variant names: share of exact answers}; where answers are known
     bytes: int
     against_bytes: int
     bits_per_weight: float
@@ -102,14 +114,17 @@ class Quality:
         lines = [
             f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, "
             f"{self.answer_tokens} answer tokens",
-            f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean {self.cosine_mean:.5f}",
+            f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean "
+            f"{self.cosine_mean:.5f}",
             f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
         for task, found in sorted(self.accuracy.items()):
             a, b = found[self.against], found[self.variant]
             lost, asked = 100 * (a - b), found["questions"]
-            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost:+.2f} points ({asked:.0f} questions)")
+            lines.append(
+                f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost:+.2f} points ({asked:.0f} questions)"
+            )
         if len(self.accuracy) > 1:
             lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
         lines.append(
@@ -120,7 +135,12 @@ class Quality:
 
 
 def measure(
-    folder: Path, variant: str, against: str, questions: Sequence[Question], threads: int, progress: Progress = lambda *_: None
+    folder: Path,
+    variant: str,
+    against: str,
+    questions: Sequence[Question],
+    threads: int,
+    progress: Progress = lambda *_: None,
 ) -> Quality:
     """Compare two variants of a bundle. The graphs run as they are, through onnxruntime, as the runtime runs them.
 
@@ -160,26 +180,46 @@ def measure(
             done += 1
             progress(f"judges {variant}", done, len(questions))
         del decoder
-    layers = layer_errors(bundle, variant, against, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES], threads)
+    layers = layer_errors(
+        bundle, variant, against, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES], threads
+    )
     accuracy = {
-        task: {"questions": len(r), against: float(np.mean([a for a, _ in r])), variant: float(np.mean([b for _, b in r]))}
+        task: {
+            "questions": len(r),
+            against: float(np.mean([a for a, _ in r])),
+            variant: float(np.mean([b for _, b in r])),
+        }
         for task, r in right.items()
     }
     all_cosines, all_kl = np.concatenate(token_cosines), np.concatenate(divergence)
     size = _bytes(bundle, variant)
     return Quality(
-        variant=variant, against=against, questions=len(questions), images=len({q.image for q in questions}), answer_tokens=len(all_kl),
-        cosine_min=float(all_cosines.min()), cosine_p1=float(np.percentile(all_cosines, 1)), cosine_mean=float(all_cosines.mean()),
-        kl=float(all_kl.mean()), same_top1=float(np.concatenate(same_token).mean()), same_answers=same_answer / len(questions),
-        accuracy=accuracy, bytes=size, against_bytes=_bytes(bundle, against), bits_per_weight=8 * size / _weights(bundle),
-        layers=layers, seconds=time.perf_counter() - started,
-    )  # fmt: skip
+        variant=variant,
+        against=against,
+        questions=len(questions),
+        images=len({q.image for q in questions}),
+        answer_tokens=len(all_kl),
+        cosine_min=float(all_cosines.min()),
+        cosine_p1=float(np.percentile(all_cosines, 1)),
+        cosine_mean=float(all_cosines.mean()),
+        kl=float(all_kl.mean()),
+        same_top1=float(np.concatenate(same_token).mean()),
+        same_answers=same_answer / len(questions),
+        accuracy=accuracy,
+        bytes=size,
+        against_bytes=_bytes(bundle, against),
+        bits_per_weight=8 * size / _weights(bundle),
+        layers=layers,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _reference(
     bundle: Bundle, against: str, samples: Sequence[Sample], image_id: int, threads: int
 ) -> tuple[list[Float], list[list[int]], list[Float]]:
-    """Features, greedy answers and the logits behind them. Weights stay where the file is mapped: this variant is the large one."""
+    """Features, greedy answers and the logits behind them. Weights stay where the file is mapped: this variant is the
+    large one.
+    """
     features = _features(bundle, against, samples, threads, packed=False)
     decoder = open_decoder(bundle, against, threads, packed=False)
     embeds = (decoder.embed_prompt(s.ids, f, image_id) for s, f in zip(samples, features, strict=True))
@@ -187,8 +227,12 @@ def _reference(
     return features, [ids for ids, _ in pairs], [logits for _, logits in pairs]
 
 
-def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence[Question], threads: int) -> list[LayerError]:
-    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge did not make."""
+def layer_errors(
+    bundle: Bundle, variant: str, against: str, questions: Sequence[Question], threads: int
+) -> list[LayerError]:
+    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge did
+    not make.
+    """
     found: list[LayerError] = []
     samples = [prepare(bundle, q, split=False) for q in questions]
     ours = [Graph.open(bundle.graphs(against)[1][stem]) for stem in (VISION_ENCODER.stem, DECODER.stem)]
@@ -205,7 +249,10 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
         ]
         del decoder
         states[name] = [vision, _states(bundle, name, ours[1], embeds, threads)]
-    kinds = ([np.ones(len(view.patches), np.bool_) for view in views], [np.array(sample.ids) == image_id for sample in samples])
+    kinds = (
+        [np.ones(len(view.patches), np.bool_) for view in views],
+        [np.array(sample.ids) == image_id for sample in samples],
+    )
     for which, graph in enumerate(ours):
         # Image tokens come into the decoder with the error of the encoder.
         before: dict[str, float] = {"image": found[-1].image or 0.0} if found else {}
@@ -218,8 +265,12 @@ def layer_errors(bundle: Bundle, variant: str, against: str, questions: Sequence
     return found
 
 
-def _states(bundle: Bundle, variant: str, like: Graph, samples: Sequence[Feeds] | Sequence[Float], threads: int) -> list[Values]:
-    """The hidden states between all blocks of a variant's graph for each sample: the encoder's inputs, or prompt embeddings."""
+def _states(
+    bundle: Bundle, variant: str, like: Graph, samples: Sequence[Feeds] | Sequence[Float], threads: int
+) -> list[Values]:
+    """The hidden states between all blocks of a variant's graph for each sample: the encoder's inputs, or prompt
+    embeddings.
+    """
     graph = Graph.open(bundle.graphs(variant)[1][like.name], widen=False)
     if like.name == DECODER.stem:
         graph, like = all_positions(graph), all_positions(like)
@@ -240,7 +291,9 @@ def _judged(graph: Graph) -> list[Block]:
 
 
 def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArray[np.bool_]]]) -> dict[str, float]:
-    """|y - x| / |x| over all samples, by kind of token; the values `names` are added up first (a residual may be in two parts)."""
+    """|y - x| / |x| over all samples, by kind of token; the values `names` are added up first (a residual may be in two
+    parts).
+    """
     sums = {kind: [0.0, 0.0] for kind in KINDS}
     for a, b, is_image in pairs:
         x, y = (np.sum([v[n].reshape(-1, v[n].shape[-1]) for n in names], axis=0) for v in (a, b))
@@ -254,7 +307,9 @@ def _relative(names: Sequence[str], pairs: Iterable[tuple[Values, Values, NDArra
 def _features(bundle: Bundle, variant: str, samples: Sequence[Sample], threads: int, *, packed: bool) -> list[Float]:
     """Of each sample's image; an image that several questions are about is encoded once."""
     first = {sample.question.image: sample for sample in samples}
-    found = dict(zip(first, features_of(bundle, variant, [s.views for s in first.values()], threads, packed=packed), strict=True))
+    found = dict(
+        zip(first, features_of(bundle, variant, [s.views for s in first.values()], threads, packed=packed), strict=True)
+    )
     return [found[sample.question.image] for sample in samples]
 
 
@@ -266,10 +321,16 @@ def check_floor(quality: Quality, floor: float) -> None:
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
-        parts = ("vision.", "projector") if quality.variant == "int8-static" else ("vision.", "projector", "text.layers.")
-        worst = sorted((layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added)[:3]
+        parts = (
+            ("vision.", "projector") if quality.variant == "int8-static" else ("vision.", "projector", "text.layers.")
+        )
+        worst = sorted(
+            (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
+        )[:3]
         keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst)
-        raise GateError(f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}")
+        raise GateError(
+            f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"
+        )
 
 
 def kl_divergence(logits: Float, other: Float) -> Float:
@@ -287,7 +348,9 @@ def _log_softmax(logits: Float) -> NDArray[np.float64]:
 
 def cosines(a: Float, b: Float) -> Float:
     """Of each row."""
-    result: Float = (a * b).sum(1, dtype=np.float64) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).astype(np.float64)
+    result: Float = (a * b).sum(1, dtype=np.float64) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).astype(
+        np.float64
+    )
     return result
 
 
@@ -315,7 +378,9 @@ def _weights(bundle: Bundle) -> int:
     tables = [t for g in graphs if g.name == "embed_tokens" for t in g.tensors.values() if len(t.shape) == 2]
     head = [linear for linear in linears if linear.name == "head"]
     table = sum(int(np.prod(t.shape)) for t in tables)
-    return sum(linear.k * linear.n for linear in linears if linear.name != "head") + max(table, sum(h.k * h.n for h in head))
+    return sum(linear.k * linear.n for linear in linears if linear.name != "head") + max(
+        table, sum(h.k * h.n for h in head)
+    )
 
 
 def _five_digits(value: Any) -> Any:

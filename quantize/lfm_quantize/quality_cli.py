@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export and quantize")
     parser.add_argument("--variant", required=True, metavar="NAME", help="what to judge")
     parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with (default fp32)")
-    parser.add_argument("--images", type=Path, metavar="IMAGES",
-                        help="folder, text file of paths, or JSONL {image, question, answer, task}; default: demo/eval")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder, text file of paths, or JSONL {image, question, answer, task}; default: demo/eval",
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions for the images, one a line")
     parser.add_argument("--layers", action="store_true", help="print the error after each layer, too")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the error after each layer")

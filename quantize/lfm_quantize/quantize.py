@@ -43,7 +43,7 @@ from lfm_quantize.variant import (
     save_graphs,
     variant_files,
     write_manifest,
-)  # fmt: skip
+)
 from lfm_quantize.work import Work
 
 CALIBRATION_TOKENS = 24
@@ -84,7 +84,9 @@ class Settings:
         if self.variant.endswith(("int8-static", KV8)) and not self.calibration:
             raise QuantizeError(f"{self.variant} needs --calibration: its ranges are those of the images")
         if self.keeps_weights() and self.keep:
-            raise QuantizeError(f"--keep has no effect on {self.variant}, whose weights are another variant's; leave it out")
+            raise QuantizeError(
+                f"--keep has no effect on {self.variant}, whose weights are another variant's; leave it out"
+            )
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
         if self.method == "gptq" and not self.calibration:
@@ -93,8 +95,12 @@ class Settings:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
         if self.floor is not None and not (self.calibration and self.floor > 0):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
-        if self.max_size is not None and not (self.calibration and self.variant == "int4" and not self.recipe and not self.method):
-            raise QuantizeError("--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method")
+        if self.max_size is not None and not (
+            self.calibration and self.variant == "int4" and not self.recipe and not self.method
+        ):
+            raise QuantizeError(
+                "--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method"
+            )
         if self.max_size is not None and not self.max_size > 0:
             raise QuantizeError(f"--max-size {self.max_size:g} is impossible; allowed: megabytes above 0")
 
@@ -133,7 +139,9 @@ class Run:
         return image_positions(self.samples, self.bundle.prompts.image_id)
 
 
-def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Warn = print) -> Quality | None:
+def quantize(
+    folder: Path, settings: Settings, progress: Progress = lambda *_: None, warn: Warn = print
+) -> Quality | None:
     """Write one variant into a bundle, calibrated on images, and judge it on others.
 
     Args:
@@ -181,14 +189,22 @@ def quantize(folder: Path, settings: Settings, progress: Progress = lambda *_: N
         else:
             graphs, record = _with_static_ranges(run)
         record |= {
-            "from": start, "onnxruntime": ort.__version__, "lfm_edge": __version__,
-            "calibration": {"images": len({q.image for q in calibrate}), "questions": len(calibrate), "skipped": skipped},
-        }  # fmt: skip
+            "from": start,
+            "onnxruntime": ort.__version__,
+            "lfm_edge": __version__,
+            "calibration": {
+                "images": len({q.image for q in calibrate}),
+                "questions": len(calibrate),
+                "skipped": skipped,
+            },
+        }
 
         with replacing(folder) as new:
             now = read_manifest(folder)  # another variant may have been added meanwhile
             if now is None or now.get("source") != manifest.get("source"):
-                raise QuantizeError(f"{folder} was exported anew from other weights while {settings.variant} was made; start again")
+                raise QuantizeError(
+                    f"{folder} was exported anew from other weights while {settings.variant} was made; start again"
+                )
             carry_over(folder, new, [n for n in now["files"] if n not in outdated_files(settings.variant)])
             save_graphs(new, settings.variant, graphs, source)
             if recipe:
@@ -252,11 +268,15 @@ def _key(
 ) -> dict[str, Any]:
     """Everything the blocks depend on: a run that was killed goes on only with the same."""
     return {
-        "source": [entry for name, entry in manifest["files"].items() if name in variant_files(start) or "/" not in name],
-        "versions": [ort.__version__, __version__], "recipe": recipe.to_list() if recipe else list(settings.keep),
-        "questions": [str(q) for q in calibrate], "images": [file_hash(image) for image in sorted({q.image for q in calibrate})],
+        "source": [
+            entry for name, entry in manifest["files"].items() if name in variant_files(start) or "/" not in name
+        ],
+        "versions": [ort.__version__, __version__],
+        "recipe": recipe.to_list() if recipe else list(settings.keep),
+        "questions": [str(q) for q in calibrate],
+        "images": [file_hash(image) for image in sorted({q.image for q in calibrate})],
         "search": [settings.max_size, settings.floor] if settings.searches() else None,
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- int8 and int4
@@ -285,9 +305,10 @@ def _as_integers(run: Run, recipe: Recipe) -> tuple[Graphs, dict[str, Any]]:
         nodes, tensors = embedding_nodes(look_up(embed), table)
         embed = embed.replaced({look_up(embed).name: nodes}, tensors)
     graphs: Graphs = {
-        VISION_ENCODER.stem: source.vision.replaced(vision.nodes, vision.tensors), EMBED_TOKENS.stem: embed,
+        VISION_ENCODER.stem: source.vision.replaced(vision.nodes, vision.tensors),
+        EMBED_TOKENS.stem: embed,
         DECODER.stem: source.decoder.replaced(decoder.nodes, decoder.tensors),
-    }  # fmt: skip
+    }
     return graphs, {"recipe": recipe.to_list(), "layers": [*vision.layers, *decoder.layers]}
 
 
@@ -296,7 +317,9 @@ def _quantize_vision(run: Run, recipe: Recipe) -> tuple[Change, list[Float]]:
     graph, samples = run.source.vision, run.samples
     first = {sample.question.image: sample for sample in reversed(samples)}  # several questions may be about one image
     whole = {image: i for i, image in enumerate(first)}
-    views = [sample.views[0] for sample in first.values()] + [view for sample in first.values() for view in sample.extra]
+    views = [sample.views[0] for sample in first.values()] + [
+        view for sample in first.values() for view in sample.extra
+    ]
     feeds: list[Feeds] = [view.feeds() for view in views]
     kinds = [np.ones(len(view.patches), np.bool_) for view in views]
     change, end = _through_blocks(run, recipe, graph, feeds, kinds, None)
@@ -313,9 +336,16 @@ def _quantize_decoder(run: Run, recipe: Recipe, features: list[Float], table: Ro
 
 
 def _through_blocks(
-    run: Run, recipe: Recipe, graph: Graph, feeds: list[Feeds], kinds: list[NDArray[np.bool_]], head: tuple[bool, Rounded | None] | None
+    run: Run,
+    recipe: Recipe,
+    graph: Graph,
+    feeds: list[Feeds],
+    kinds: list[NDArray[np.bool_]],
+    head: tuple[bool, Rounded | None] | None,
 ) -> tuple[Change, list[Values]]:
-    """Quantize block after block, each on the inputs that the quantized blocks before it produce; also what the last one gives."""
+    """Quantize block after block, each on the inputs that the quantized blocks before it produce; also what the last
+    one gives.
+    """
     blocks, threads = blocks_of(graph), run.settings.threads
     states: list[Values] = [{} for _ in feeds]
     total = Change()
@@ -337,7 +367,9 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
     precision = recipe.precision("head")
     if precision.bits == 32:
         return None
-    if precision.method == "gptq":  # both a look-up and a product read it: each row is to be near itself, whatever meets it
+    if (
+        precision.method == "gptq"
+    ):  # both a look-up and a product read it: each row is to be near itself, whatever meets it
         precision = replace(precision, method="clipped")
     return METHODS[precision.method](source.table, precision, None)
 
@@ -348,7 +380,9 @@ def _round_table(source: Source, recipe: Recipe) -> Rounded | None:
 def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
     """fp16, but for nodes whose values would overflow on the calibration images, or that the user keeps."""
     source, threads = run.source, run.settings.threads
-    features = features_of(run.bundle, run.start, [s.views for s in run.samples], threads, packed=False) if run.samples else []
+    features = (
+        features_of(run.bundle, run.start, [s.views for s in run.samples], threads, packed=False) if run.samples else []
+    )
     inputs = {
         VISION_ENCODER.stem: [sample.views[0].feeds() for sample in run.samples],
         DECODER.stem: prompt_feeds(source.decoder, run.samples, run.image_positions(), source.table, features),
@@ -358,9 +392,10 @@ def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
     for stem, graph in originals.items():
         stay.update(overflowing(graph, inputs.get(stem, []), threads))
     graphs: Graphs = {
-        VISION_ENCODER.stem: fused_biases(half(source.vision, stay)), EMBED_TOKENS.stem: half(source.embed, stay),
+        VISION_ENCODER.stem: fused_biases(half(source.vision, stay)),
+        EMBED_TOKENS.stem: half(source.embed, stay),
         DECODER.stem: for_gpu(half(source.decoder, stay)),
-    }  # fmt: skip
+    }
     return graphs, {"kept_fp32": sorted(stay)}
 
 
@@ -371,7 +406,11 @@ def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
     feeds = [view.feeds() for sample in run.samples for view in (*sample.views, *sample.extra)]
     keep = matching(run.settings.keep, run.source.vision.linears())
     rest = run.bundle.graphs("int8" if "int8" in run.bundle.variants else run.start)[1]
-    others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in rest.items() if stem != VISION_ENCODER.stem}
+    others = {
+        stem: path.relative_to(run.bundle.folder).as_posix()
+        for stem, path in rest.items()
+        if stem != VISION_ENCODER.stem
+    }
     return {VISION_ENCODER.stem: static_int8(run.source.vision, feeds, keep), **others}, {"kept_fp32": keep}
 
 
@@ -383,12 +422,16 @@ def _with_int8_kv(run: Run) -> tuple[Graphs, dict[str, Any]]:
     feeds = prompt_feeds(decoder, run.samples, run.image_positions(), run.source.table, features)
     largest = largest_states(decoder, feeds, run.settings.threads)  # of the start: scales are the same for every base
     paths = run.bundle.graphs(base)[1]
-    others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in paths.items() if stem != DECODER.stem}
+    others = {
+        stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in paths.items() if stem != DECODER.stem
+    }
     return {DECODER.stem: int8_kv(Graph.open(paths[DECODER.stem], widen=False), largest), **others}, {"base": base}
 
 
 def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
-    """What GPUs want beside fp16: int4's weights with fp16 activations, or fp16's encoder in standard operators for TensorRT."""
+    """What GPUs want beside fp16: int4's weights with fp16 activations, or fp16's encoder in standard operators for
+    TensorRT.
+    """
     variant = run.settings.variant
     files = {stem: path for base in BASES[variant] for stem, path in run.bundle.graphs(base)[1].items()}
     if variant == "fp16-trt":
@@ -397,8 +440,12 @@ def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
     else:
         int4 = run.bundle.graphs("int4")[1]
         original = Graph.open(int4[DECODER.stem], widen=False)
-        kept = set((read_manifest(run.bundle.folder) or {}).get("quantization", {}).get("fp16", {}).get("kept_fp32", []))
-        stay = [node.name for node in original.nodes if kept.intersection((node.name, node.name.removesuffix(".matmul")))]
+        kept = set(
+            (read_manifest(run.bundle.folder) or {}).get("quantization", {}).get("fp16", {}).get("kept_fp32", [])
+        )
+        stay = [
+            node.name for node in original.nodes if kept.intersection((node.name, node.name.removesuffix(".matmul")))
+        ]
         made = {DECODER.stem: over_its_files(for_gpu(half(original, stay)), original)}
         files[EMBED_TOKENS.stem] = int4[EMBED_TOKENS.stem]
     others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in files.items() if stem not in made}

@@ -1,9 +1,10 @@
-"""A recipe: which matrix product is kept at which precision. TOML, readable, written into the manifest and accepted back.
+"""A recipe: which matrix product is kept at which precision. TOML, readable, written into the manifest and accepted
+back.
 
-    [[layer]]
-    pattern = "vision.*"            # of the product's name; the first rule that matches decides
-    bits = 8
-    method = "rtn"
+[[layer]]
+pattern = "vision.*"            # of the product's name; the first rule that matches decides
+bits = 8
+method = "rtn"
 """
 
 from __future__ import annotations
@@ -82,13 +83,15 @@ class Recipe:
             raise QuantizeError(f"{path} cannot be read as a recipe ({e}); it is TOML with [[layer]] tables") from e
         layers = raw.get("layer")
         if set(raw) != {"layer"} or not isinstance(layers, list) or not layers:
-            raise QuantizeError(f"{path} is not a recipe; it is made of [[layer]] tables with pattern, bits, block, method")
+            raise QuantizeError(
+                f"{path} is not a recipe; it is made of [[layer]] tables with pattern, bits, block, method"
+            )
         return Recipe(tuple(_rule(entry, f"{path}, layer {i}") for i, entry in enumerate(layers, 1)))
 
     @staticmethod
     def default(variant: str, method: str) -> Recipe:
-        """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder, with a scale for 128 inputs where GPTQ
-        makes up for what coarse scales lose (8 % more tokens a second than with 64), else for 64.
+        """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder, with a scale for 128
+        inputs where GPTQ makes up for what coarse scales lose (8 % more tokens a second than with 64), else for 64.
         """
         eight = Precision(8, 0, method)
         if variant == "int8":
@@ -106,7 +109,9 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise QuantizeError(f"pattern {pattern!r} matches no layer of this model; layers are named like {names[-2]}")
+            raise QuantizeError(
+                f"pattern {pattern!r} matches no layer of this model; layers are named like {names[-2]}"
+            )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

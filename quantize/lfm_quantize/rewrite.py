@@ -1,8 +1,8 @@
 """One matrix product → its quantized form; one embedding table → its quantized form. Nodes in, nodes out.
 
-8 bits: each row of the input is divided by its own range, so that onnxruntime's dynamic quantization, which takes one range for
-the whole tensor, quantizes every token with a range of its own; then multiplied back. 4 bits: MatMulNBits, which quantizes inputs
-block by block of a row. Both exist on every onnxruntime from 1.20.
+8 bits: each row of the input is divided by its own range, so that onnxruntime's dynamic quantization, which takes one
+range for the whole tensor, quantizes every token with a range of its own; then multiplied back. 4 bits: MatMulNBits,
+which quantizes inputs block by block of a row. Both exist on every onnxruntime from 1.20.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from lfm_quantize.graph import CONTRIB, FLOAT, UINT4, Array, Graph, Linear, Tens
 from lfm_quantize.rounding import Rounded, fits_half
 
 TABLE = "table"
-"""Name of the embedding table's constants, in the embedding graph and in the head tied to it: their bytes are stored once."""
+"""Name of the embedding table's constants, in the embedding graph and in the head tied to it: their bytes are stored
+once.
+"""
 ACCURACY_LEVEL = 4  # of MatMulNBits: int8 inputs
 _TINY = np.array(1e-20, np.float32)  # a row of zeros is divided by this
 
@@ -30,8 +32,8 @@ def quantized_nodes(
     Args:
         linear: the product.
         rounded: its weights.
-        negative: for 8 bits, the share of the inputs' range that lies below zero, against that above: 1 for inputs of both signs,
-            1/8 after Gelu, whose least output is -0.17. The 255 steps are spent where the inputs are.
+        negative: for 8 bits, the share of the inputs' range that lies below zero, against that above: 1 for inputs of
+            both signs, 1/8 after Gelu, whose least output is -0.17. The 255 steps are spent where the inputs are.
         tied: the weight is the embedding table, and its constants are TABLE's.
     """
     x, y, name = linear.node.input[0], linear.node.output[0], TABLE if tied else linear.name
@@ -45,14 +47,17 @@ def quantized_nodes(
     return nodes, tensors
 
 
-def _eight_bits(name: str, x: str, y: str, rounded: Rounded, negative: float, tied: bool) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
+def _eight_bits(
+    name: str, x: str, y: str, rounded: Rounded, negative: float, tied: bool
+) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
     weight = f"{name}.transposed" if tied else f"{name}.weight_int8"
     nodes = []
     tensors = {
         f"{name}.scales": Tensor.of(np.ascontiguousarray(rounded.scales[:, 0])),
-        "quantize.last_axis": Tensor.of(np.array([-1], np.int64)), "quantize.tiny": Tensor.of(_TINY),
+        "quantize.last_axis": Tensor.of(np.array([-1], np.int64)),
+        "quantize.tiny": Tensor.of(_TINY),
         f"quantize.minus_{1 / negative:g}": Tensor.of(np.array(-1 / negative, np.float32)),
-    }  # fmt: skip
+    }
     if tied:  # onnxruntime makes the transposed copy once, when it loads the graph
         tensors[f"{name}.weight_int8"] = Tensor.of(rounded.codes)
         nodes.append(helper.make_node("Transpose", [f"{name}.weight_int8"], [weight], weight, perm=[1, 0]))
@@ -61,11 +66,17 @@ def _eight_bits(name: str, x: str, y: str, rounded: Rounded, negative: float, ti
     nodes += [
         helper.make_node("ReduceMax", [x, "quantize.last_axis"], [f"{name}.max"], f"{name}.max", keepdims=1),
         helper.make_node("ReduceMin", [x, "quantize.last_axis"], [f"{name}.min"], f"{name}.min", keepdims=1),
-        helper.make_node("Mul", [f"{name}.min", f"quantize.minus_{1 / negative:g}"], [f"{name}.below"], f"{name}.below"),
+        helper.make_node(
+            "Mul", [f"{name}.min", f"quantize.minus_{1 / negative:g}"], [f"{name}.below"], f"{name}.below"
+        ),
         helper.make_node("Max", [f"{name}.max", f"{name}.below", "quantize.tiny"], [f"{name}.range"], f"{name}.range"),
         helper.make_node("Div", [x, f"{name}.range"], [f"{name}.unit"], f"{name}.unit"),
         helper.make_node(
-            "DynamicQuantizeMatMul", [f"{name}.unit", weight, f"{name}.scales"], [f"{name}.matmul"], f"{name}.matmul", domain=CONTRIB
+            "DynamicQuantizeMatMul",
+            [f"{name}.unit", weight, f"{name}.scales"],
+            [f"{name}.matmul"],
+            f"{name}.matmul",
+            domain=CONTRIB,
         ),
         helper.make_node("Mul", [f"{name}.matmul", f"{name}.range"], [y], f"{name}.scaled"),
     ]
@@ -83,9 +94,20 @@ def _four_bits(name: str, x: str, y: str, rounded: Rounded) -> tuple[list[onnx.N
         even = np.pad(rounded.zero_points, ((0, 0), (0, blocks % 2)), constant_values=8)
         tensors[f"{name}.zero_points"] = Tensor.of(pack(even).reshape(-1))
         inputs.append(f"{name}.zero_points")
-    nodes.append(helper.make_node(
-        "MatMulNBits", inputs, [y], f"{name}.matmul", domain=CONTRIB, K=k, N=n, bits=4, block_size=block, accuracy_level=ACCURACY_LEVEL,
-    ))  # fmt: skip
+    nodes.append(
+        helper.make_node(
+            "MatMulNBits",
+            inputs,
+            [y],
+            f"{name}.matmul",
+            domain=CONTRIB,
+            K=k,
+            N=n,
+            bits=4,
+            block_size=block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+    )
     return nodes, tensors
 
 
@@ -99,7 +121,9 @@ def _scales(name: str, scales: Array) -> tuple[list[onnx.NodeProto], dict[str, T
 
 
 def embedding_nodes(node: onnx.NodeProto, rounded: Rounded) -> tuple[list[onnx.NodeProto], dict[str, Tensor]]:
-    """The token look-up in a quantized table: what replaces the Gather. Stored bytes are those of the head's form of the table."""
+    """The token look-up in a quantized table: what replaces the Gather. Stored bytes are those of the head's form of
+    the table.
+    """
     ids, y, name = node.input[1], node.output[0], node.name
     n, k = rounded.codes.shape
     if rounded.precision.bits == 8:
@@ -112,22 +136,34 @@ def embedding_nodes(node: onnx.NodeProto, rounded: Rounded) -> tuple[list[onnx.N
         return nodes, {f"{TABLE}.weight_int8": Tensor.of(rounded.codes), f"{TABLE}.scales": Tensor.of(rounded.scales)}
     nodes, tensors = _scales(TABLE, rounded.scales)
     blocks = rounded.scales.shape[1]
-    nodes.append(helper.make_node("Reshape", [f"{TABLE}.scales", f"{name}.shape"], [f"{name}.scales"], f"{name}.scales"))
+    nodes.append(
+        helper.make_node("Reshape", [f"{TABLE}.scales", f"{name}.shape"], [f"{name}.scales"], f"{name}.scales")
+    )
     zeros = (np.full((n, blocks), 8, np.uint8) if rounded.zero_points is None else rounded.zero_points).reshape(-1)
     tensors |= {
         f"{name}.shape": Tensor.of(np.array([n, blocks], np.int64)),
         f"{TABLE}.weight_q4": Tensor.of(pack(rounded.codes), UINT4, (n, k)),
         f"{name}.zero_points": Tensor.of(pack(np.append(zeros, 8) if zeros.size % 2 else zeros), UINT4, (n, blocks)),
-    }  # fmt: skip
-    nodes.append(helper.make_node(
-        "GatherBlockQuantized", [f"{TABLE}.weight_q4", ids, f"{name}.scales", f"{name}.zero_points"], [y], name, domain=CONTRIB,
-        gather_axis=0, quantize_axis=1, block_size=rounded.precision.block,
-    ))  # fmt: skip
+    }
+    nodes.append(
+        helper.make_node(
+            "GatherBlockQuantized",
+            [f"{TABLE}.weight_q4", ids, f"{name}.scales", f"{name}.zero_points"],
+            [y],
+            name,
+            domain=CONTRIB,
+            gather_axis=0,
+            quantize_axis=1,
+            block_size=rounded.precision.block,
+        )
+    )
     return nodes, tensors
 
 
 def stored_as_half(graph: Graph, name: str) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, Tensor]]:
-    """A float constant that is no product's weight, as fp16 in the file: replacements for the node that reads it, and the constant."""
+    """A float constant that is no product's weight, as fp16 in the file: replacements for the node that reads it, and
+    the constant.
+    """
     (reader,) = [node for node in graph.nodes if name in node.input]
     changed = onnx.NodeProto()
     changed.CopyFrom(reader)

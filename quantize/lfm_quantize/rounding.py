@@ -1,5 +1,5 @@
-"""Weights to integers. Each method is one function: a weight matrix, how many bits and inputs a scale, and what was observed of
-the inputs. METHODS names them; nothing else has to know a new one.
+"""Weights to integers. Each method is one function: a weight matrix, how many bits and inputs a scale, and what was
+observed of the inputs. METHODS names them; nothing else has to know a new one.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); the scale search is that of AWQ's clipping, Lin et al. 2023
 (arXiv 2306.00978), weighted by the inputs' second moments.
@@ -21,7 +21,9 @@ Codes = NDArray[Any]
 
 @dataclass(frozen=True)
 class Precision:
-    """How a weight matrix is kept. 32 bits: as it is; 8: one scale an output; 4: one scale for every `block` inputs of an output."""
+    """How a weight matrix is kept. 32 bits: as it is; 8: one scale an output; 4: one scale for every `block` inputs of
+    an output.
+    """
 
     bits: int
     block: int = 0
@@ -84,11 +86,14 @@ def gptq(weight: Float, precision: Precision, moments: Float | None) -> Rounded:
     n, k = weight.shape
     moments = moments.astype(np.float32, copy=True)
     power = np.diag(moments).copy()
-    dead = power <= 0  # inputs that were always zero here, and may not be elsewhere: rounded to nearest, after all others
+    dead = (
+        power <= 0
+    )  # inputs that were always zero here, and may not be elsewhere: rounded to nearest, after all others
     typical = np.mean(power[~dead]) if not dead.all() else np.float32(1)
     moments[np.diag_indices(k)] += np.where(dead, np.float32(1e-3), np.float32(_DAMPING)) * typical
     order = np.argsort(-np.diag(moments), kind="stable")
-    # H⁻¹ = UᵀU: row i of U tells how an error in input i spreads over those after it. With H = RRᵀ, R upper, U is R⁻¹: no inverse of H.
+    # H⁻¹ = UᵀU: row i of U tells how an error in input i spreads over those after it. With H = RRᵀ, R upper, U is R⁻¹:
+    # no inverse of H.
     backward = order[::-1]
     upper = np.linalg.cholesky(moments[np.ix_(backward, backward)].astype(np.float64))[::-1, ::-1]
     del moments
@@ -136,6 +141,7 @@ def _upper_inverse(r: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def output_error(weight: Float, rounded: Float, moments: Float) -> float:
     """Relative power of the error at the output: tr(Δ M Δᵀ) / tr(W M Wᵀ)."""
+
     def power(w: Float) -> float:
         return float(np.einsum("nk,nk->", w @ moments, w, dtype=np.float64))
 

@@ -24,9 +24,15 @@ FEW_IMAGES = 8
 MOST_ANSWER_TOKENS = 64
 """Room kept for an answer, known or greedy."""
 BUILT_IN = (
-    "What is in this image?", "Describe the image in detail.", "What text can be read here?", "How many objects are there?",
-    "What colours do you see?", "Where is the main object?", "Is there a person in the picture?", "What is happening here?",
-)  # fmt: skip
+    "What is in this image?",
+    "Describe the image in detail.",
+    "What text can be read here?",
+    "How many objects are there?",
+    "What colours do you see?",
+    "Where is the main object?",
+    "Is there a person in the picture?",
+    "What is happening here?",
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class View:
     def feeds(self) -> dict[str, NDArray[Any]]:
         """The vision encoder's inputs."""
         return {
-            "pixel_values": self.patches[None], "pixel_attention_mask": np.ones((1, len(self.patches)), np.int64),
+            "pixel_values": self.patches[None],
+            "pixel_attention_mask": np.ones((1, len(self.patches)), np.int64),
             "spatial_shapes": np.array([[self.rows, self.columns]], np.int64),
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -76,8 +83,8 @@ def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Ques
 
     Args:
         images: a folder (searched with its subfolders) or a text file of paths, one a line.
-        prompts: questions, one a line, dealt out to the images in turn; or JSONL {image, question, answer, task}, whose images lie
-            beside the file or in `images`. Without prompts, a few built-in questions.
+        prompts: questions, one a line, dealt out to the images in turn; or JSONL {image, question, answer, task}, whose
+            images lie beside the file or in `images`. Without prompts, a few built-in questions.
 
     Raises:
         QuantizeError: nothing usable, or a file that is not what it should be.
@@ -97,7 +104,9 @@ def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Ques
     questions = [q for q in questions if usable[q.image]]
     if not questions:
         where = images or prompts
-        raise QuantizeError(f"{where} has no usable image ({skipped} could not be opened); name a folder with JPEG or PNG files")
+        raise QuantizeError(
+            f"{where} has no usable image ({skipped} could not be opened); name a folder with JPEG or PNG files"
+        )
     return questions, skipped
 
 
@@ -129,11 +138,17 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
 def _read_question(line: str, folders: Sequence[Path], where: str) -> Question:
     try:
         entry = json.loads(line)
-        image = next((f / entry["image"] for f in folders if (f / entry["image"]).exists()), folders[0] / entry["image"])
+        image = next(
+            (f / entry["image"] for f in folders if (f / entry["image"]).exists()), folders[0] / entry["image"]
+        )
         answer = entry.get("answer")
-        return Question(image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all")))
+        return Question(
+            image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all"))
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise QuantizeError(f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}') from e
+        raise QuantizeError(
+            f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
+        ) from e
 
 
 def _opens(path: Path) -> bool:
@@ -145,7 +160,9 @@ def _opens(path: Path) -> bool:
 
 
 def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
-    """The question as the runtime would put it. Without `split`, the image is one view, and a tile of a large one goes to `extra`."""
+    """The question as the runtime would put it. Without `split`, the image is one view, and a tile of a large one goes
+    to `extra`.
+    """
     image = open_image(question.image)
     settings = bundle.images if split else replace(bundle.images, do_image_splitting=False)
     plan = plan_image(image.width, image.height, settings)
@@ -164,7 +181,10 @@ def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
 
 
 def _views(image: Image.Image, plan: Any, settings: Any) -> list[View]:
-    return [View(patches, v.rows, v.columns) for patches, v in zip(cut_views(image, plan, settings), plan.views, strict=True)]
+    return [
+        View(patches, v.rows, v.columns)
+        for patches, v in zip(cut_views(image, plan, settings), plan.views, strict=True)
+    ]
 
 
 def split_off(questions: Sequence[Question], share: float, seed: int) -> tuple[list[Question], list[Question]]:

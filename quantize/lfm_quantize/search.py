@@ -1,8 +1,10 @@
-"""Mixed precision by measurement: how much each layer's rounding changes the answers, and which precision buys most for its bytes.
+"""Mixed precision by measurement: how much each layer's rounding changes the answers, and which precision buys most for
+its bytes.
 
-Each product is rounded alone, at one reference precision, inside the fp32 model, and the effect is followed to the end: the KL
-divergence of the answers for the decoder, the loss of cosine of the image features for the encoder. The effect at other precisions
-scales with the error at the product's own output, which is cheap to know. Effects of several layers add up, nearly.
+Each product is rounded alone, at one reference precision, inside the fp32 model, and the effect is followed to the end:
+the KL divergence of the answers for the decoder, the loss of cosine of the image features for the encoder. The effect
+at other precisions scales with the error at the product's own output, which is cheap to know. Effects of several layers
+add up, nearly.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def survey(
         return prompt_feeds(graph, samples, kinds, table, [values["image_features"] for values in images])
 
     def divergence(exact: Sequence[Values], changed: Sequence[Values]) -> float:
-        parts = [kl_divergence(a["logits"][0, s], b["logits"][0, s]) for a, b, s in zip(exact, changed, answers, strict=True)]
+        parts = [
+            kl_divergence(a["logits"][0, s], b["logits"][0, s]) for a, b, s in zip(exact, changed, answers, strict=True)
+        ]
         return float(np.concatenate(parts).mean())
 
     exact_feeds = feeds(source.table, features)
@@ -96,7 +100,13 @@ def survey(
     for name, effects in [*losses.items(), *divergences.items()]:
         linear, vision = linears[name], name in losses
         choices = [
-            Choice(name, p, _bytes(linear.n, linear.k, p), effect * per_cosine if vision else effect, effect if vision else 0.0)
+            Choice(
+                name,
+                p,
+                _bytes(linear.n, linear.k, p),
+                effect * per_cosine if vision else effect,
+                effect if vision else 0.0,
+            )
             for p, effect in effects.items()
         ]
         fp32 = [Choice(name, Precision(32), 4 * linear.n * linear.k, 0.0, 0.0)]
@@ -105,7 +115,12 @@ def survey(
 
 
 def _effects(
-    graph: Graph, feeds: list[Feeds], kinds: list[NDArray[np.bool_]], distance: Distance, threads: int, progress: Progress
+    graph: Graph,
+    feeds: list[Feeds],
+    kinds: list[NDArray[np.bool_]],
+    distance: Distance,
+    threads: int,
+    progress: Progress,
 ) -> tuple[list[Values], dict[str, Effects], list[Values]]:
     """(what the exact graph gives, product → precision → effect at the end, the outputs with the largest effect)."""
     blocks = blocks_of(graph)
@@ -153,9 +168,15 @@ def _effects(
 
 
 def _table_effects(
-    source: Source, graph: Graph, whole: Block, feeds: Callable[[Float, Sequence[Values]], list[Feeds]], features: Sequence[Values],
-    logits: Sequence[Values], divergence: Distance, threads: int,
-) -> Effects:  # fmt: skip
+    source: Source,
+    graph: Graph,
+    whole: Block,
+    feeds: Callable[[Float, Sequence[Values]], list[Feeds]],
+    features: Sequence[Values],
+    logits: Sequence[Values],
+    divergence: Distance,
+    threads: int,
+) -> Effects:
     """The embedding table, rounded where it is looked up and, where the head is tied to it, in the head."""
     effects = {}
     head = graph.linears()["head"]
@@ -183,10 +204,12 @@ def _bytes(n: int, k: int, precision: Precision) -> int:
 
 
 def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float | None) -> Recipe:
-    """The recipe that costs least quality within a size; or, without a size, the smallest that is expected to keep the floor.
+    """The recipe that costs least quality within a size; or, without a size, the smallest that is expected to keep the
+    floor.
 
-    Starts from the largest choice everywhere and goes, product by product, where the least quality is lost for the bytes saved.
-    Where even the largest choices are not expected to keep the floor, they are the recipe, and the gate will tell.
+    Starts from the largest choice everywhere and goes, product by product, where the least quality is lost for the
+    bytes saved. Where even the largest choices are not expected to keep the floor, they are the recipe, and the gate
+    will tell.
 
     Raises:
         QuantizeError: no choice is small enough.
@@ -204,7 +227,9 @@ def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float |
         if not steps:
             if max_bytes is None:
                 break
-            raise QuantizeError(f"--max-size cannot be met: the layers alone take {size / 1e6:.1f} MB at 4 bits; allow more")
+            raise QuantizeError(
+                f"--max-size cannot be met: the layers alone take {size / 1e6:.1f} MB at 4 bits; allow more"
+            )
         _, which = min(steps)
         old, new = ladders[which][at[which]], ladders[which][at[which] + 1]
         if max_bytes is None and loss + new.loss(floor) - old.loss(floor) > CAUTION:
@@ -213,7 +238,11 @@ def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float |
         size += new.bytes - old.bytes
         loss += new.loss(floor) - old.loss(floor)
     picked = [ladder[i] for ladder, i in zip(ladders, at, strict=True)]
-    return Recipe(tuple(Rule(c.name, replace(c.precision, method="gptq") if c.precision.bits < 32 else c.precision) for c in picked))
+    return Recipe(
+        tuple(
+            Rule(c.name, replace(c.precision, method="gptq") if c.precision.bits < 32 else c.precision) for c in picked
+        )
+    )
 
 
 def _hull(choices: Sequence[Choice], floor: float) -> list[Choice]:

@@ -1,8 +1,9 @@
 """Moves large input channels of a matrix product into its weights, where the layer before can undo it exactly.
 
-x · W = (x / s) · (s W): dividing x by s costs nothing when it can be done once in the weights of what makes x, a norm or another
-projection. Sources: SmoothQuant, Xiao et al. 2022 (arXiv 2211.10438), for inputs rounded to 8 bits; AWQ, Lin et al. 2023
-(arXiv 2306.00978), for weights rounded to 4. One search serves both: the candidate whose simulated output is nearest wins.
+x · W = (x / s) · (s W): dividing x by s costs nothing when it can be done once in the weights of what makes x, a norm
+or another projection. Sources: SmoothQuant, Xiao et al. 2022 (arXiv 2211.10438), for inputs rounded to 8 bits; AWQ, Lin
+et al. 2023 (arXiv 2306.00978), for weights rounded to 4. One search serves both: the candidate whose simulated output
+is nearest wins.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ OUTPUTS_TRIED = 768
 
 @dataclass(frozen=True)
 class InputSource:
-    """Where the inputs of a matrix product can be scaled: constants of a norm, or output channels of an earlier product."""
+    """Where the inputs of a matrix product can be scaled: constants of a norm, or output channels of an earlier
+    product.
+    """
 
     vectors: tuple[str, ...] = ()
     linear: str = ""
@@ -45,18 +48,33 @@ class InputSource:
     def per_channel(self, factors: Float) -> Float:
         """One factor for each of the source's channels."""
         queries, shared = self.heads
-        return factors if queries == shared else np.ascontiguousarray(factors.reshape(shared, queries // shared, -1)[:, 0].reshape(-1))
+        return (
+            factors
+            if queries == shared
+            else np.ascontiguousarray(factors.reshape(shared, queries // shared, -1)[:, 0].reshape(-1))
+        )
 
 
 def sources(graph: Graph) -> dict[str, InputSource]:
     """For each matrix product whose inputs can be scaled: where."""
     linears, found = graph.linears(), {}
     for name, linear in linears.items():
-        place, _, part = name.partition(".self_attn." if ".self_attn." in name else ".mlp." if ".mlp." in name else
-                                        ".conv." if ".conv." in name else ".feed_forward.")  # fmt: skip
+        place, _, part = name.partition(
+            ".self_attn."
+            if ".self_attn." in name
+            else ".mlp."
+            if ".mlp." in name
+            else ".conv."
+            if ".conv." in name
+            else ".feed_forward."
+        )
         before = {
-            "qkv": "layer_norm1", "fc1": "layer_norm2", "qkv_proj": "operator_norm", "in_proj": "operator_norm", "w1_w3": "ffn_norm",
-        }.get(part)  # fmt: skip
+            "qkv": "layer_norm1",
+            "fc1": "layer_norm2",
+            "qkv_proj": "operator_norm",
+            "in_proj": "operator_norm",
+            "w1_w3": "ffn_norm",
+        }.get(part)
         if name == "projector.linear_1":
             place, before = "projector", "layer_norm"
         if before:
@@ -64,7 +82,9 @@ def sources(graph: Graph) -> dict[str, InputSource]:
             if vectors:
                 found[name] = InputSource(vectors=vectors)
         elif part == "w2":
-            found[name] = InputSource(linear=f"{place}.feed_forward.w1_w3", first=linear.k)  # the half that is not gated
+            found[name] = InputSource(
+                linear=f"{place}.feed_forward.w1_w3", first=linear.k
+            )  # the half that is not gated
         elif part == "out_proj" and ".conv." in name:
             found[name] = InputSource(linear=f"{place}.conv.in_proj", first=linear.k)  # C, of B, C and the signal
         elif part == "out_proj":
@@ -101,7 +121,9 @@ def _centred(s: Float) -> Float:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a product's inputs are prepared: divided by `factors` [k] (in the source), `negative` of the 8-bit range below zero."""
+    """How a product's inputs are prepared: divided by `factors` [k] (in the source), `negative` of the 8-bit range
+    below zero.
+    """
 
     factors: Float
     negative: float = 1.0
@@ -144,7 +166,9 @@ def find_fit(weight: Float, seen: Observed, source: InputSource | None, precisio
 
 
 def fake_rows(x: Float, negative: float = 1.0) -> Float:
-    """Rounded to 8 bits as the int8 graph does to its inputs: each row divided by its range, then one step size for what is left."""
+    """Rounded to 8 bits as the int8 graph does to its inputs: each row divided by its range, then one step size for
+    what is left.
+    """
     span = np.maximum(np.maximum(x.max(1, keepdims=True), x.min(1, keepdims=True) / -np.float32(negative)), 1e-20)
     unit = x / span
     step = max(float(unit.max()) - min(float(unit.min()), 0.0), 1e-20) / 255
@@ -152,8 +176,13 @@ def fake_rows(x: Float, negative: float = 1.0) -> Float:
     return rounded
 
 
-def folded(weights: dict[str, Float], vectors: dict[str, Float], factors: Mapping[str, Float], where: Mapping[str, InputSource],
-           biases: Mapping[str, str | None]) -> None:  # fmt: skip
+def folded(
+    weights: dict[str, Float],
+    vectors: dict[str, Float],
+    factors: Mapping[str, Float],
+    where: Mapping[str, InputSource],
+    biases: Mapping[str, str | None],
+) -> None:
     """Apply factors in place: to the weights [n, k] of each product and to what makes its inputs.
 
     Args:

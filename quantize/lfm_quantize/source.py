@@ -30,13 +30,18 @@ class Source:
         """(variant, its graphs): fp32, or fp16 where there is no fp32."""
         variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
         if variant is None:
-            raise QuantizeError(f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export")
+            raise QuantizeError(
+                f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export"
+            )
         files = bundle.graphs(variant)[1]
         vision, embed, decoder = (Graph.open(files[g.stem]) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
         gather = look_up(embed)
         table: Float = embed.tensors[gather.input[0]].array
         if "head" not in decoder.linears():
-            how = "quantize needs those that export builds without --portable; for fixed ranges see scripts/shape_static.py --int8"
+            how = (
+                "quantize needs those that export builds without --portable; for fixed ranges see "
+                "scripts/shape_static.py --int8"
+            )
             raise QuantizeError(f"{files[DECODER.stem]} is a portable graph; {how}")
         head = decoder.tensors[decoder.linears()["head"].weight].array
         decoder = decoder.part([o.name for o in decoder.outputs if o.name not in (TOP_LOGITS, TOP_IDS, NEXT_MASK)])

@@ -1,4 +1,4 @@
-"""The vision encoder with activation ranges fixed in the graph (QDQ), for engines that cannot choose them at run time."""
+"""The vision encoder with activation ranges fixed in the graph (QDQ): some engines cannot choose them at run time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
 
 
 def static_int8(graph: Graph, feeds: Sequence[Feeds], keep: Sequence[str]) -> Graph:
-    """Weights int8 per output channel, activations int8 with one symmetric range a tensor, from onnxruntime's own quantizer.
+    """Weights int8 per output channel, activations int8 with one symmetric range a tensor, from onnxruntime's own
+    quantizer.
 
     Args:
         graph: the fp32 vision encoder.
@@ -50,12 +51,22 @@ def static_int8(graph: Graph, feeds: Sequence[Feeds], keep: Sequence[str]) -> Gr
         graph = _without_branches(graph)
         graph.save(source)
         model = onnx.load(str(source))
-        for linear in graph.linears().values():  # behind attention, which is not ONNX's own, the quantizer cannot tell types
+        for (
+            linear
+        ) in graph.linears().values():  # behind attention, which is not ONNX's own, the quantizer cannot tell types
             for name in (linear.node.input[0], linear.node.output[0]):
                 model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
         quantize_static(
-            model, str(target), _Reader(feeds), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=[*EXCLUDED, *keep],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True}, use_external_data_format=False,
-        )  # fmt: skip
+            model,
+            str(target),
+            _Reader(feeds),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[*EXCLUDED, *keep],
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            use_external_data_format=False,
+        )
         return Graph.open(target)

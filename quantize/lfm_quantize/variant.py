@@ -31,7 +31,7 @@ def variant_files(variant: str) -> set[str]:
 
 
 def outdated_files(variant: str) -> set[str]:
-    """Files that are no longer true when a variant is written: its own, and those of the variants that use its weights."""
+    """Files no longer true when a variant is written: its own, and those of the variants that use its weights."""
     return variant_files(variant).union(*map(variant_files, dependents(variant)))
 
 
@@ -55,9 +55,11 @@ def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> N
         if stem == DECODER.stem and source.tied:
             same = {n: n for n in places if n.startswith(TABLE)} | {source.head: look_up(source.embed).input[0]}
             graph.tensors = {
-                n: replace(t, place=places[same[n]]) if n in same and same[n] in places and places[same[n]].size == t.array.nbytes else t
+                n: replace(t, place=places[same[n]])
+                if n in same and same[n] in places and places[same[n]].size == t.array.nbytes
+                else t
                 for n, t in graph.tensors.items()
-            }  # fmt: skip
+            }
         written = graph.save(folder / graph_file(stem, variant))
         places = written if stem == EMBED_TOKENS.stem else places
 
@@ -69,7 +71,9 @@ def write_manifest(
     manifest = json.loads(json.dumps(old))
     written = {name for name in variant_files(variant) if name != MANIFEST and (folder / name).exists()}
     manifest["files"] = {n: e for n, e in old["files"].items() if n not in outdated_files(variant)}
-    manifest["files"] |= {n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)}
+    manifest["files"] |= {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)
+    }
     for key in ("variants", "quantization", "quality", "golden"):
         for dependent in dependents(variant):
             manifest.get(key, {}).pop(dependent, None)
@@ -99,7 +103,9 @@ def add_quality(folder: Path, quality: Quality) -> None:
 
 
 def keep_quality(folder: Path, quality: Quality) -> str | None:
-    """Write the numbers into a bundle's manifest; returns why they could not be, for a folder that is not ours or cannot be written."""
+    """Write the numbers into a bundle's manifest; returns why they could not be, for a folder that is not ours or
+    cannot be written.
+    """
     folder = folder.resolve()
     manifest = read_manifest(folder)
     if manifest is None:
@@ -117,16 +123,25 @@ def keep_quality(folder: Path, quality: Quality) -> str | None:
 
 def check_size(folder: Path, variant: str, megabytes: float) -> None:
     """Raise QuantizeError when a variant's graphs are larger than was asked for."""
-    size = sum((folder / name).stat().st_size for name in variant_files(variant) if name.startswith("onnx/") and (folder / name).exists())
+    size = sum(
+        (folder / name).stat().st_size
+        for name in variant_files(variant)
+        if name.startswith("onnx/") and (folder / name).exists()
+    )
     if size > megabytes * 1e6:
         raise QuantizeError(
-            f"the files came out at {size / 1e6:.2f} MB, --max-size is {megabytes:g}; the bundle is as before: ask for less"
+            f"the files came out at {size / 1e6:.2f} MB, --max-size is {megabytes:g}; the bundle is as before: ask "
+            "for less"
         )
 
 
 def check_space(folder: Path, bundle: Bundle, start: str) -> None:
     """Raise QuantizeError without room for the work folder and the new files: a third of the weights each, roughly."""
-    weights = sum(int(e["bytes"]) for n, e in bundle.files.items() if n.startswith("onnx/") and n in variant_files(start))
+    weights = sum(
+        int(e["bytes"]) for n, e in bundle.files.items() if n.startswith("onnx/") and n in variant_files(start)
+    )
     free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
     if free < wanted:
-        raise QuantizeError(f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room")
+        raise QuantizeError(
+            f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room"
+        )

@@ -1,4 +1,6 @@
-"""The finished blocks of a run, kept beside the bundle until it is done, so that a killed run goes on after the last of them."""
+"""The finished blocks of a run, kept beside the bundle until it is done, so that a killed run goes on after the last of
+them.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ class Work:
             return None
         try:
             raw = json.loads((place / "change.json").read_text())
-            nodes = {name: [onnx.NodeProto.FromString(base64.b64decode(n)) for n in found] for name, found in raw["nodes"].items()}
+            nodes = {
+                name: [onnx.NodeProto.FromString(base64.b64decode(n)) for n in found]
+                for name, found in raw["nodes"].items()
+            }
             tensors = {
                 name: Tensor(np.load(place / f"{i}.npy", mmap_mode="r"), entry["dtype"], tuple(entry["shape"]))
                 for i, (name, entry) in enumerate(raw["tensors"].items())
@@ -93,9 +98,13 @@ class Work:
             data = np.load(place / f"{i}.npy", mmap_mode="r") if tensor.data.size else tensor.data
             change.tensors[name] = Tensor(data, tensor.dtype, tensor.shape)
         raw = {
-            "nodes": {name: [base64.b64encode(n.SerializeToString()).decode() for n in found] for name, found in change.nodes.items()},
-            "tensors": {name: {"dtype": t.dtype, "shape": t.shape} for name, t in change.tensors.items()}, "layers": change.layers,
-        }  # fmt: skip
+            "nodes": {
+                name: [base64.b64encode(n.SerializeToString()).decode() for n in found]
+                for name, found in change.nodes.items()
+            },
+            "tensors": {name: {"dtype": t.dtype, "shape": t.shape} for name, t in change.tensors.items()},
+            "layers": change.layers,
+        }
         partial = place / "change.json.partial"
         partial.write_text(json.dumps(raw))
         partial.replace(place / "change.json")

@@ -1,8 +1,8 @@
 """Answers questions about images on small machines: numpy, onnxruntime, pillow and psutil, nothing else.
 
-    model = Model.load("bundle")
-    for piece in model.answer(["photo.jpg"], "What is in this image?"):
-        print(piece, end="")
+model = Model.load("bundle")
+for piece in model.answer(["photo.jpg"], "What is in this image?"):
+    print(piece, end="")
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# onnxruntime's wheels since 1.29 send telemetry unless this is set before its import, which any module below may cause. A user's
-# own setting stands.
+# onnxruntime's wheels since 1.29 send telemetry unless this is set before its import, which any module below may cause.
+# A user's own setting stands.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
@@ -26,15 +26,34 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "IMAGE", "Answer", "BundleError", "Conversation", "EdgeError", "GraphContractError", "ImageError", "Message", "Model", "PromptError",
-    "Report", "Session", "SettingError", "ToolCall", "__version__",
-]  # fmt: skip
+    "IMAGE",
+    "Answer",
+    "BundleError",
+    "Conversation",
+    "EdgeError",
+    "GraphContractError",
+    "ImageError",
+    "Message",
+    "Model",
+    "PromptError",
+    "Report",
+    "Session",
+    "SettingError",
+    "ToolCall",
+    "__version__",
+]
 
 # Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
 _LATER = {
-    "Answer": "model", "Model": "model", "Report": "report", "Session": "conversation",
-    "IMAGE": "text.prompt", "Conversation": "text.prompt", "Message": "text.prompt", "ToolCall": "text.prompt",
-}  # fmt: skip
+    "Answer": "model",
+    "Model": "model",
+    "Report": "report",
+    "Session": "conversation",
+    "IMAGE": "text.prompt",
+    "Conversation": "text.prompt",
+    "Message": "text.prompt",
+    "ToolCall": "text.prompt",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -32,9 +32,15 @@ class _Row:
 
 
 def answer_all(
-    model: Model, questions: Iterable[tuple[Sequence[ImageLike], str]], *, rows: int = 4, system: str = "", **generation: Any
+    model: Model,
+    questions: Iterable[tuple[Sequence[ImageLike], str]],
+    *,
+    rows: int = 4,
+    system: str = "",
+    **generation: Any,
 ) -> Iterator[tuple[int, Report | EdgeError]]:
-    """Answer (images, question) pairs, `rows` of them decoded together; a place that becomes free is given to the next at once.
+    """Answer (images, question) pairs, `rows` of them decoded together; a place that becomes free is given to the next
+    at once.
 
     Args:
         model: with a decoder whose attention shares its past (every bundle of ours), not low_memory.
@@ -44,8 +50,8 @@ def answer_all(
         **generation: as for `Model.answer`; a seed is the same for all.
 
     Yields:
-        (position in `questions`, its report with the text), as each is finished; instead of a report the error of a question that
-        could not be asked.
+        (position in `questions`, its report with the text), as each is finished; instead of a report the error of a
+        question that could not be asked.
 
     Raises:
         SettingError: impossible rows, or a model that cannot.
@@ -53,18 +59,28 @@ def answer_all(
     if rows < 1:
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
     if model.graphs.low_memory:
-        raise SettingError("answering several at once needs encoder and decoder in memory, low_memory allows one; load without it")
+        raise SettingError(
+            "answering several at once needs encoder and decoder in memory, low_memory allows one; load without it"
+        )
     if model.graphs.execution.on_gpu:
-        raise SettingError("answering several at once computes on the CPU; load the model with another profile: --profile generic")
+        raise SettingError(
+            "answering several at once computes on the CPU; load the model with another profile: --profile generic"
+        )
     model.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):
         if not (model.decoder.sessions and model.decoder.shares_kv):
-            raise SettingError(f"{model.decoder.path} has no attention with a shared past; export the bundle with lfm-edge")
+            raise SettingError(
+                f"{model.decoder.path} has no attention with a shared past; export the bundle with lfm-edge"
+            )
         yield from _answer_all(model, enumerate(questions), rows, system, generation)
 
 
 def _answer_all(
-    model: Model, questions: Iterator[tuple[int, tuple[Sequence[ImageLike], str]]], rows: int, system: str, generation: dict[str, Any]
+    model: Model,
+    questions: Iterator[tuple[int, tuple[Sequence[ImageLike], str]]],
+    rows: int,
+    system: str,
+    generation: dict[str, Any],
 ) -> Iterator[tuple[int, Report | EdgeError]]:
     state = BatchState(model.decoder, rows, _ROOM)
     places: list[_Row | None] = [None] * rows

@@ -1,7 +1,7 @@
 """A bundle folder opened: which file is which graph of which variant, checked against the manifest.
 
-Two kinds of folder: one of ours, with manifest.json; or one with only the hub's files, where graphs are found by name. No
-onnxruntime here: a bundle can be looked at on a machine that could not run it.
+Two kinds of folder: one of ours, with manifest.json; or one with only the hub's files, where graphs are found by name.
+No onnxruntime here: a bundle can be looked at on a machine that could not run it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, SCHEMA_VERSION, VARIANT_SUFFIX, VISION_ENCODER, Graph
+from lfm_runtime.formats.contract import (
+    DECODER,
+    EMBED_TOKENS,
+    GRAPHS,
+    MAX_CONTEXT,
+    SCHEMA_VERSION,
+    VARIANT_SUFFIX,
+    VISION_ENCODER,
+    Graph,
+)
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images import ImageSettings
@@ -29,7 +38,8 @@ SIGNATURE = f"{SUMS}.sig"
 BESIDE_MANIFEST = frozenset({MANIFEST, SUMS, SIGNATURE})
 """The files of a bundle that its manifest cannot name."""
 HASHED_AT_LOAD = 32 << 20
-"""Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi."""
+"""Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ class Bundle:
             BundleError: not a bundle, damaged, or of a newer schema.
         """
         if folder.is_file() and folder.suffix in (".tar", ".zst"):
-            raise BundleError(f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}")
+            raise BundleError(
+                f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
+            )
         if folder.is_file():
             raise BundleError(f"{folder} is a file; a bundle is a folder, and comes before the images")
         if not folder.is_dir():
@@ -63,25 +75,38 @@ class Bundle:
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
-            context = min(int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT)
+            context = min(
+                int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT
+            )
         if manifest is None:
             variants, files, versions = _hub_variants(folder), {}, {}
         else:
             files = manifest["files"]
-            variants = {n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()}
+            variants = {
+                n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()
+            }
             versions = {folder / n: graph["min_onnxruntime"] for n, graph in manifest.get("graphs", {}).items()}
             context = manifest["model"]["context_length"]
             _check_files(folder, files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
         prompt = PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder)
         return Bundle(
-            folder, variants, files, versions, context, end_tokens(folder, prompt), prompt,
-            ImageSettings.from_folder(folder), GenerationSettings.from_config(generation),
-        )  # fmt: skip
+            folder,
+            variants,
+            files,
+            versions,
+            context,
+            end_tokens(folder, prompt),
+            prompt,
+            ImageSettings.from_folder(folder),
+            GenerationSettings.from_config(generation),
+        )
 
     @cached_property
     def prompts(self) -> PromptBuilder:
-        """Renders conversations; made once, which takes 20 ms for 65,536 tokens. Raises BundleError for a damaged prompt.json."""
+        """Renders conversations; made once, which takes 20 ms for 65,536 tokens. Raises BundleError for a damaged
+        prompt.json.
+        """
         with damage_is(BundleError, self.folder / "prompt.json", "export the bundle again"):
             return PromptBuilder(self.prompt)
 
@@ -93,23 +118,36 @@ class Bundle:
         """
         name = variant or next(iter(self.variants))
         if name not in self.variants:
-            how = f"lfm-edge export CHECKPOINT -o {self.folder}" if name == "fp32" else f"lfm-edge quantize {self.folder} --variant {name}"
-            raise BundleError(f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}")
+            how = (
+                f"lfm-edge export CHECKPOINT -o {self.folder}"
+                if name == "fp32"
+                else f"lfm-edge quantize {self.folder} --variant {name}"
+            )
+            raise BundleError(
+                f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}"
+            )
         graphs = self.variants[name]
         for graph in GRAPHS:
             if graph.stem not in graphs or not graphs[graph.stem].exists():
                 raise BundleError(
-                    f"{self.folder}: variant {name} has no {graph.stem}; create it with: lfm-edge export --graphs {graph.stem}"
+                    f"{self.folder}: variant {name} has no {graph.stem}; create it with: lfm-edge export --graphs "
+                    f"{graph.stem}"
                 )
         return name, graphs
 
     def fingerprint(self, graph: Path) -> list[str]:
-        """Tells a graph and its weights, whose files they may be, from others: hashes where the manifest has them, else sizes and times."""
+        """Tells a graph and its weights, whose files they may be, from others: hashes where the manifest has them, else
+        sizes and times.
+        """
         found = []
         for path in (graph, *(graph.with_name(name) for name in sorted(external_files(graph)))):
             if path.exists():
                 name, status = path.relative_to(self.folder).as_posix(), path.stat()
-                found.append(self.files[name]["sha256"] if name in self.files else f"{name} {status.st_size} {status.st_mtime_ns}")
+                found.append(
+                    self.files[name]["sha256"]
+                    if name in self.files
+                    else f"{name} {status.st_size} {status.st_mtime_ns}"
+                )
         return found
 
     def verify(self) -> None:
@@ -123,8 +161,8 @@ class Bundle:
 
 
 def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
-    """The ids that end an answer: of generation_config.json, else config.json's text_config, else its top level, else the id of
-    tokenizer_config.json's eos_token.
+    """The ids that end an answer: of generation_config.json, else config.json's text_config, else its top level, else
+    the id of tokenizer_config.json's eos_token.
 
     Raises:
         BundleError: none is said anywhere, or one is no id of the tokenizer.
@@ -141,11 +179,15 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
         ids = found if isinstance(found, list) else [found]
         size = len(prompt.vocabulary.tokens)
         if not all(type(i) is int and 0 <= i < size for i in ids):
-            raise BundleError(f"{folder}: {place} has eos_token_id {str(found)[:60]}; a token's id, below {size}, is needed")
+            raise BundleError(
+                f"{folder}: {place} has eos_token_id {str(found)[:60]}; a token's id, below {size}, is needed"
+            )
         return tuple(ids)
     name = token_text(read_json_object(folder / "tokenizer_config.json", BundleError, required=False).get("eos_token"))
     if name is None or name not in prompt.vocabulary.tokens:
-        raise BundleError(f"{folder}: nothing says which token ends an answer; write eos_token_id into generation_config.json")
+        raise BundleError(
+            f"{folder}: nothing says which token ends an answer; write eos_token_id into generation_config.json"
+        )
     return (prompt.vocabulary.tokens.index(name),)
 
 
@@ -181,7 +223,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     types += [pair for entry in manifest["files"].values() for pair in ((entry["bytes"], int), (entry["sha256"], str))]
     for value, wanted in types:
         if not isinstance(value, wanted):
-            raise BundleError(f"{path} has {value!r} where a {wanted.__name__} belongs; copy or export the bundle again")
+            raise BundleError(
+                f"{path} has {value!r} where a {wanted.__name__} belongs; copy or export the bundle again"
+            )
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -225,7 +269,8 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
             variants[variant] = found
     if not variants:
         raise BundleError(
-            f"{folder} is not a bundle: no manifest.json, and no set of vision_encoder, embed_tokens and decoder_model_merged "
+            f"{folder} is not a bundle: no manifest.json, and no set of vision_encoder, embed_tokens and "
+            "decoder_model_merged "
             "graphs; make a bundle with: lfm-edge export"
         )
     return variants

@@ -16,9 +16,9 @@ from lfm_runtime.text.prompt import Message
 class Session:
     """Questions and answers about images, in turns. `fork` gives a second conversation with the same past.
 
-        session = Session(model)
-        print(session.ask("What is this?", ["photo.jpg"]).text())
-        print(session.ask("What colour is it?").text())
+    session = Session(model)
+    print(session.ask("What is this?", ["photo.jpg"]).text())
+    print(session.ask("What colour is it?").text())
     """
 
     def __init__(self, model: Model, *, system: str = "") -> None:
@@ -29,11 +29,16 @@ class Session:
         self._answering = False
 
     def ask(
-        self, question: str, images: Sequence[ImageLike | PlannedImage] = (), *, max_megapixels: float = MAX_MEGAPIXELS,
-        progress: Progress | None = None, **generation: Any,
-    ) -> Answer:  # fmt: skip
-        """The next turn, about new images and all before; parameters as for `Model.answer`. What was said of an answer that is closed
-        early is part of the conversation; a turn that fails is not.
+        self,
+        question: str,
+        images: Sequence[ImageLike | PlannedImage] = (),
+        *,
+        max_megapixels: float = MAX_MEGAPIXELS,
+        progress: Progress | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """The next turn, about new images and all before; parameters as for `Model.answer`. What was said of an answer
+        that is closed early is part of the conversation; a turn that fails is not.
 
         Raises:
             SettingError: the answer before is not finished.

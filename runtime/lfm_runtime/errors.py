@@ -1,4 +1,4 @@
-"""What can go wrong, said so that the person at the keyboard can act on it. The command line prints these in one line."""
+"""What can go wrong, said so that the person at the keyboard can act on it. Commands print these in one line."""
 
 from __future__ import annotations
 

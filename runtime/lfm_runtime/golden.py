@@ -1,8 +1,9 @@
 """Golden cases: what a bundle said where it was made, to be compared with what it says on a device.
 
-Texts and their ids, an image and its patches, image features, the logits of a short answer. Texts must be the same everywhere, patches
-nearly. Features and logits depend on the processor's kernels: products of float32 are summed in another order, and int8 activations round
-the other way where two kernels differ in the last bit. So a few hundred values are kept and compared by TOLERANCE.
+Texts and their ids, an image and its patches, image features, the logits of a short answer. Texts must be the same
+everywhere, patches nearly. Features and logits depend on the processor's kernels: products of float32 are summed in
+another order, and int8 activations round the other way where two kernels differ in the last bit. So a few hundred
+values are kept and compared by TOLERANCE.
 """
 
 from __future__ import annotations
@@ -36,19 +37,27 @@ QUESTION = "What is in this image?"
 SIZE = (256, 192)
 STEPS = 8
 TOLERANCE = {"fp32": (0.001, 0.001), "fp16": (0.01, 0.02), "int8": (0.02, 0.1), "int4": (0.02, 0.1)}
-"""Variant → (features, logits): root mean square of the difference against that of the values, logits taken around their mean. Right
-kernels (VNNI, AVX2, SSE, weights packed or not) were 0.010 apart at most in features and 0.042 in logits, fp32's 2e-6; int8 products
-that overflow were 0.052 off in features: docs/performance.md.
+"""Variant → (features, logits): root mean square of the difference against that of the values, logits taken around
+their mean. Right kernels (VNNI, AVX2, SSE, weights packed or not) were 0.010 apart at most in features and 0.042 in
+logits, fp32's 2e-6; int8 products that overflow were 0.052 off in features: docs/performance.md.
 """
 _PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
 _TOP, _SPREAD, _SAMPLES = 16, 16, 64
 _OUT_OF_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "Unable to allocate", "Failed to allocate")
 _SMALL = 256 << 20  # bytes of weights that are run in this process
 TEXTS = (
-    "What is in this image?", "  two spaces,\ttab\nand lines\r\n", "naïve café – “quotes” … €5 ½", "Ünïcödé ÅÄÖ ß ﬁ",
-    "日本語のテキスト、中文字符", "Привет, мир! Ελληνικά",
-    "emoji 👩‍👩‍👧 🏳️‍🌈 👍🏽", "don't we'll I'm 12345 3.14159 1e-9", "def f(x):\n    return x**2  # comment", "\u0000\u200b\ufeff odd", "",
-)  # fmt: skip
+    "What is in this image?",
+    "  two spaces,\ttab\nand lines\r\n",
+    "naïve café – “quotes” … €5 ½",
+    "Ünïcödé ÅÄÖ ß ﬁ",
+    "日本語のテキスト、中文字符",
+    "Привет, мир! Ελληνικά",
+    "emoji 👩‍👩‍👧 🏳️‍🌈 👍🏽",
+    "don't we'll I'm 12345 3.14159 1e-9",
+    "def f(x):\n    return x**2  # comment",
+    "\u0000\u200b\ufeff odd",
+    "",
+)
 
 
 def golden_image() -> Image.Image:
@@ -60,7 +69,7 @@ def golden_image() -> Image.Image:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a bundle is here from what it was where it was made. Roots of mean squares against those of the values."""
+    """How far a bundle is here from what it was where it was made: roots of mean squares, relative to the values'."""
 
     texts: tuple[str, ...]  # that give other ids
     prompt: bool  # the golden prompt has other ids
@@ -75,9 +84,13 @@ class Deviation:
         found = [f"{text!r} becomes other tokens" for text in self.texts]
         found += ["the golden prompt becomes other tokens"] if self.prompt else []
         if not self.pixels <= _PIXELS:
-            found.append(f"the golden image's patches differ by up to {self.pixels:.3f} (allowed {_PIXELS:.3f}): another Pillow?")
+            found.append(
+                f"the golden image's patches differ by up to {self.pixels:.3f} (allowed {_PIXELS:.3f}): another Pillow?"
+            )
         if not self.features <= features:
-            found.append(f"image features differ by {self.features:.4f} of their size (allowed for {variant}: {features:g})")
+            found.append(
+                f"image features differ by {self.features:.4f} of their size (allowed for {variant}: {features:g})"
+            )
         if not self.logits <= logits:
             found.append(f"logits differ by {self.logits:.4f} of their size (allowed for {variant}: {logits:g})")
         if self.tokens:
@@ -97,19 +110,33 @@ def record(model: Model) -> dict[str, Any]:
     answer = _answer(model, features, None)
     for what, values in (("image features", features), ("logits", np.stack(answer))):
         if not np.isfinite(values).all():
-            raise BundleError(f"{model.bundle.folder}: the {what} of {model.variant} are no numbers (NaN or infinity): check its weights")
+            raise BundleError(
+                f"{model.bundle.folder}: the {what} of {model.variant} are no numbers (NaN or infinity): check its "
+                "weights"
+            )
     for logits in answer:
         order = np.argsort(-logits, kind="stable")
         at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
         tokens.append(int(order[0]))
-        steps.append({
-            "at": at.tolist(), "logits": _short(logits[at]), "mean": float(logits.mean()), "std": float(logits.std()),
-            "ahead": float(logits[order[0]] - logits[order[1]]),
-        })  # fmt: skip
+        steps.append(
+            {
+                "at": at.tolist(),
+                "logits": _short(logits[at]),
+                "mean": float(logits.mean()),
+                "std": float(logits.std()),
+                "ahead": float(logits[order[0]] - logits[order[1]]),
+            }
+        )
     return {
-        "onnxruntime": ort.__version__, "cpu_features": list(cpu_features()), "prompt": ids, "texts": [_ids(model, text) for text in TEXTS],
-        "patches": _short(_spaced(patches)), "features": _short(_spaced(features)), "tokens": tokens, "steps": steps,
-    }  # fmt: skip
+        "onnxruntime": ort.__version__,
+        "cpu_features": list(cpu_features()),
+        "prompt": ids,
+        "texts": [_ids(model, text) for text in TEXTS],
+        "patches": _short(_spaced(patches)),
+        "features": _short(_spaced(features)),
+        "tokens": tokens,
+        "steps": steps,
+    }
 
 
 def compare(model: Model, golden: Mapping[str, Any]) -> Deviation:
@@ -126,12 +153,16 @@ def compare(model: Model, golden: Mapping[str, Any]) -> Deviation:
         off = _rms(_spaced(features) - wanted) / _rms(wanted)
         found, kept, lost = [], [], False
         _, limit = tolerance(model.variant)
-        for logits, step, token in zip(_answer(model, features, golden["tokens"]), golden["steps"], golden["tokens"], strict=True):
+        for logits, step, token in zip(
+            _answer(model, features, golden["tokens"]), golden["steps"], golden["tokens"], strict=True
+        ):
             at = np.array(step["at"])
             found.append((logits[at] - np.array(step["logits"])) / step["std"])
             kept.append((np.array(step["logits"]) - step["mean"]) / step["std"])
             lost = lost or (int(logits.argmax()) != token and step["ahead"] > 4 * limit * step["std"])
-        return Deviation(texts, ids != golden["prompt"], pixels, off, _rms(np.concatenate(found)) / _rms(np.concatenate(kept)), lost)
+        return Deviation(
+            texts, ids != golden["prompt"], pixels, off, _rms(np.concatenate(found)) / _rms(np.concatenate(kept)), lost
+        )
 
 
 def golden_of(bundle: Bundle, variant: str) -> dict[str, Any] | None:
@@ -142,8 +173,8 @@ def golden_of(bundle: Bundle, variant: str) -> dict[str, Any] | None:
 
 
 def add_golden(folder: Path, variant: str) -> str | None:
-    """Record a variant of a bundle's folder that nobody else writes, in its manifest. Weights stay mapped, and large ones are run in a
-    process of their own, so that the caller's memory does not grow.
+    """Record a variant of a bundle's folder that nobody else writes, in its manifest. Weights stay mapped, and large
+    ones are run in a process of their own, so that the caller's memory does not grow.
 
     Returns:
         Why this machine's memory did not suffice for it; None where it was recorded.
@@ -158,7 +189,11 @@ def add_golden(folder: Path, variant: str) -> str | None:
             kept = record(_lean(folder, variant))
         else:
             words = module("lfm_runtime.golden", str(folder), variant)
-            kept = json.loads(subprocess.run(words, env=child_environment(), capture_output=True, text=True, check=True).stdout)  # noqa: S603
+            kept = json.loads(
+                subprocess.run(  # noqa: S603
+                    words, env=child_environment(), capture_output=True, text=True, check=True
+                ).stdout
+            )
     except subprocess.CalledProcessError as e:
         said = (e.stderr.strip().splitlines() or [f"exit code {e.returncode}"])[-1]
         return _not_recorded(variant, said, e, out_of_memory=e.returncode < 0)  # killed

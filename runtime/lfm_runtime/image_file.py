@@ -1,7 +1,7 @@
 """Image files → Pillow images whose pixels are not decoded yet.
 
-Files are strangers': only formats that are decoded in this process, nothing that starts a program (Pillow calls Ghostscript for PostScript
-under any name); pipes are read once, up to a limit.
+Files are strangers': only formats that are decoded in this process, nothing that starts a program (Pillow calls
+Ghostscript for PostScript under any name); pipes are read once, up to a limit.
 """
 
 from __future__ import annotations
@@ -27,11 +27,39 @@ MAX_SECONDS = 60.0
 """Of an image that comes through a pipe."""
 _AT_HAND = ("JPEG", "PNG", "GIF", "BMP", "PPM")  # what Pillow loads at its start
 _FORMATS = (
-    *_AT_HAND, "WEBP", "TIFF", "AVIF", "MPO", "JPEG2000", "DIB", "ICO", "ICNS", "TGA", "PCX", "SGI", "QOI", "DDS", "XBM", "XPM",
-)  # fmt: skip
-_FTYP = {b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
-         b"avif": "AVIF", b"avis": "AVIF"}  # fmt: skip
-_ADDED = {"HEIC": ("pillow_heif", "pillow-heif"), "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin"), "AVIF": ("pillow_avif", "'pillow>=11.3'")}
+    *_AT_HAND,
+    "WEBP",
+    "TIFF",
+    "AVIF",
+    "MPO",
+    "JPEG2000",
+    "DIB",
+    "ICO",
+    "ICNS",
+    "TGA",
+    "PCX",
+    "SGI",
+    "QOI",
+    "DDS",
+    "XBM",
+    "XPM",
+)
+_FTYP = {
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"heim": "HEIC",
+    b"heis": "HEIC",
+    b"hevc": "HEIC",
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+}
+_ADDED = {
+    "HEIC": ("pillow_heif", "pillow-heif"),
+    "JPEG XL": ("pillow_jxl", "pillow-jxl-plugin"),
+    "AVIF": ("pillow_avif", "'pillow>=11.3'"),
+}
 """Kind → (module that teaches it to Pillow, what to install)."""
 
 
@@ -39,7 +67,8 @@ def open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
     """An image of a path or of a file's bytes.
 
     Raises:
-        ImageError: a pipe that gives too much or nothing, a terminal, a kind that needs a package which is not installed.
+        ImageError: a pipe that gives too much or nothing, a terminal, a kind that needs a package which is not
+            installed.
         OSError: no such file, or not an image, as Pillow says it.
     """
     if not isinstance(source, bytes) and is_stream(source):
@@ -84,7 +113,9 @@ def read_stream(source: str | os.PathLike[str]) -> Piped:
     """
     inherited = re.fullmatch(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d+)", os.fspath(source))
     # A descriptor that is open already is at its end when its writers have gone; a FIFO of a name may still get one.
-    descriptor = os.dup(int(inherited[1] or 0)) if inherited else os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    descriptor = (
+        os.dup(int(inherited[1] or 0)) if inherited else os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    )
     may_come = not inherited and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     try:
         if os.isatty(descriptor):
@@ -94,7 +125,9 @@ def read_stream(source: str | os.PathLike[str]) -> Piped:
         while True:
             left = ends - time.monotonic()
             if left <= 0:
-                raise ImageError(f"{source} gave {_mb(parts)} and no end within {MAX_SECONDS:g} s; is somebody writing to it?")
+                raise ImageError(
+                    f"{source} gave {_mb(parts)} and no end within {MAX_SECONDS:g} s; is somebody writing to it?"
+                )
             ready, _, _ = select.select([descriptor], [], [], left)
             part = _read(descriptor) if ready else None
             if part:
@@ -152,7 +185,9 @@ def _with_package(file: Any, kind: str) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) once its orientation is applied, from the header alone. Pillow 13 reports a TIFF's upright size already."""
+    """(width, height) once its orientation is applied, from the header alone. Pillow 13 reports a TIFF's upright size
+    already.
+    """
     if image.getexif().get(ORIENTATION, 1) not in (5, 6, 7, 8):
         return image.size
     tags = getattr(image, "tag_v2", None)
@@ -162,15 +197,17 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def grey_levels(image: Image.Image) -> tuple[int, bool]:
-    """(the lightest value of more than 8 bits, whether white is 0) of a grey image: what TIFF says and Pillow leaves to the reader."""
+    """(the lightest value of more than 8 bits, whether white is 0) of a grey image: what TIFF says and Pillow leaves to
+    the reader.
+    """
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
     return (1 << bits[0]) - 1 if isinstance(bits, tuple) and 8 < bits[0] < 16 else 65535, tags.get(_PHOTOMETRIC) == 0
 
 
 def transparent_sample(image: Image.Image) -> int | tuple[int, ...] | None:
-    """A PNG's one transparent grey or colour, as the decoded pixels have it: Pillow scales pixels of 1 to 4 bits and cuts colours of 16,
-    and leaves tRNS as it is in the file. None where there is none. Before the pixels are loaded.
+    """A PNG's one transparent grey or colour, as the decoded pixels have it: Pillow scales pixels of 1 to 4 bits and
+    cuts colours of 16, and leaves tRNS as it is in the file. None where there is none. Before the pixels are loaded.
     """
     value = image.info.get("transparency")
     tile = getattr(image, "tile", None)

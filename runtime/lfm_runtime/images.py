@@ -1,7 +1,7 @@
 """Images: open, plan the views (tiles and thumbnail), resize, cut into patches. numpy and Pillow in, numpy out.
 
-Follows the reference image processor (transformers, Lfm2VlImageProcessorFast) decision for decision; the plan is separate
-from the pixels, so that tokens and cost are known before anything is computed.
+Follows the reference image processor (transformers, Lfm2VlImageProcessorFast) decision for decision; the plan is
+separate from the pixels, so that tokens and cost are known before anything is computed.
 """
 
 from __future__ import annotations
@@ -55,14 +55,21 @@ class ImageSettings:
     def __post_init__(self) -> None:
         """Refuse values no image could be planned with, or only in hours."""
         for name, least, most in (
-            ("encoder_patch_size", 1, 256), ("downsample_factor", 1, 16), ("tile_size", 1, 1 << 13), ("max_image_tokens", 1, 1 << 14),
-            ("min_image_tokens", 1, 1 << 14), ("max_tiles", 1, 100), ("min_tiles", 1, 100),
-        ):  # fmt: skip
+            ("encoder_patch_size", 1, 256),
+            ("downsample_factor", 1, 16),
+            ("tile_size", 1, 1 << 13),
+            ("max_image_tokens", 1, 1 << 14),
+            ("min_image_tokens", 1, 1 << 14),
+            ("max_tiles", 1, 100),
+            ("min_tiles", 1, 100),
+        ):
             value = getattr(self, name)
             if not least <= value <= most:
                 raise SettingError(f"{name} {value} is impossible; allowed: {least} to {most}")
         if self.min_image_tokens > self.max_image_tokens:
-            raise SettingError(f"min_image_tokens {self.min_image_tokens} is above max_image_tokens {self.max_image_tokens}")
+            raise SettingError(
+                f"min_image_tokens {self.min_image_tokens} is above max_image_tokens {self.max_image_tokens}"
+            )
         if self.min_tiles > self.max_tiles:
             raise SettingError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
         if self.tile_size % self.cell:
@@ -74,7 +81,9 @@ class ImageSettings:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and 0 in values):
-                raise SettingError(f"{name} {list(values)} is impossible; three numbers are needed, of image_std none 0")
+                raise SettingError(
+                    f"{name} {list(values)} is impossible; three numbers are needed, of image_std none 0"
+                )
 
     @property
     def cell(self) -> int:
@@ -83,27 +92,33 @@ class ImageSettings:
 
     @staticmethod
     def from_folder(folder: Path) -> ImageSettings:
-        """Settings of a checkpoint: those inside processor_config.json's image_processor; else preprocessor_config.json's. What the one
-        leaves out is looked for at the top of processor_config.json and of config.json, where the 2025 releases had it; else it is the
-        reference processor's default.
+        """Settings of a checkpoint: those inside processor_config.json's image_processor; else
+        preprocessor_config.json's. What the one leaves out is looked for at the top of processor_config.json and of
+        config.json, where the 2025 releases had it; else it is the reference processor's default.
 
         Raises:
             SettingError: a file cannot be read, or a value is of another kind or impossible; names both.
         """
+
         def read(name: str) -> dict[str, Any]:
-            return read_json_object(folder / name, SettingError, required=False, advice="copy it from the checkpoint again")
+            return read_json_object(
+                folder / name, SettingError, required=False, advice="copy it from the checkpoint again"
+            )
 
         processor = read("processor_config.json")
         nested = processor.get("image_processor")
         if nested is not None and not isinstance(nested, dict):
-            raise SettingError(f"{folder / 'processor_config.json'}: image_processor is {repr(nested)[:60]}, not an object")
+            raise SettingError(
+                f"{folder / 'processor_config.json'}: image_processor is {repr(nested)[:60]}, not an object"
+            )
         last = "processor_config.json's image_processor" if nested is not None else "preprocessor_config.json"
         found: dict[str, Any] = {}
         # Least specific first, so that later places override.
         for place, raw in (
-            ("config.json", read("config.json")), ("processor_config.json", processor),
+            ("config.json", read("config.json")),
+            ("processor_config.json", processor),
             (last, nested if nested is not None else read("preprocessor_config.json")),
-        ):  # fmt: skip
+        ):
             found.update(_known_settings(raw, f"{folder}: {place}"))
             try:
                 ImageSettings(**found)
@@ -113,7 +128,9 @@ class ImageSettings:
 
 
 def _known_settings(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What a file says, by kind; raises SettingError for steps of the reference processor that can be turned off there and not here."""
+    """What a file says, by kind; raises SettingError for steps of the reference processor that can be turned off there
+    and not here.
+    """
     for name in ("do_normalize", "do_rescale"):
         if raw.get(name) not in (True, None):
             raise SettingError(f"{place}: image setting {name} {raw[name]!r} is not supported; only True")
@@ -153,7 +170,9 @@ def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSetting
         SettingError: unknown or impossible; or tile settings while splitting is off.
     """
     changed = {name: value for name, value in changes.items() if value is not None}
-    if "max_image_tokens" in changed and "min_image_tokens" not in changed:  # lowering the maximum alone is what people ask for
+    if (
+        "max_image_tokens" in changed and "min_image_tokens" not in changed
+    ):  # lowering the maximum alone is what people ask for
         changed["min_image_tokens"] = min(base.min_image_tokens, changed["max_image_tokens"])
     try:
         settings = replace(base, **changed)
@@ -161,7 +180,9 @@ def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSetting
         raise SettingError(f"image settings: {str(e).split('__init__() ')[-1]}") from e
     useless = [name for name in ("min_tiles", "max_tiles", "use_thumbnail", "tile_size") if name in changed]
     if not settings.do_image_splitting and useless:
-        raise SettingError(f"{', '.join(useless)} has no effect while do_image_splitting is off; leave it out or turn splitting on")
+        raise SettingError(
+            f"{', '.join(useless)} has no effect while do_image_splitting is off; leave it out or turn splitting on"
+        )
     return settings
 
 
@@ -224,7 +245,7 @@ def _view(width: int, height: int, settings: ImageSettings) -> View:
 
 
 def _whole_size(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
-    """(width, height) in multiples of a cell, within the token limits, near the aspect ratio. round() is half to even."""
+    """(width, height) in multiples of a cell, within the token limits, near the aspect ratio. round(): half to even."""
     cell = settings.cell
     fewest, most = settings.min_image_tokens * cell * cell, settings.max_image_tokens * cell * cell
     h, w = max(cell, round(height / cell) * cell), max(cell, round(width / cell) * cell)
@@ -259,11 +280,15 @@ def _tile_grid(width: int, height: int, settings: ImageSettings) -> tuple[int, i
 def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with fewest <= product <= most, by product.
 
-    Among equal products the order is that of the reference, which sorts a set: the set is built the same way here, so that
-    its order, and with it the tie-break, is the same.
+    Among equal products the order is that of the reference, which sorts a set: the set is built the same way here, so
+    that its order, and with it the tie-break, is the same.
     """
     found = {
-        (w, h) for n in range(fewest, most + 1) for w in range(1, n + 1) for h in range(1, n + 1) if fewest <= w * h <= most
+        (w, h)
+        for n in range(fewest, most + 1)
+        for w in range(1, n + 1)
+        for h in range(1, n + 1)
+        if fewest <= w * h <= most
     }
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
 
@@ -287,7 +312,9 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
 
 
 def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
-    """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that cannot be decoded."""
+    """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that
+    cannot be decoded.
+    """
     with _opened(source, max_megapixels) as image:
         return upright_size(image)
 
@@ -295,7 +322,11 @@ def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
 @contextmanager
 def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
-    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", f"image ({type(source).__name__})")
+    name = (
+        str(source)
+        if isinstance(source, (str, os.PathLike))
+        else getattr(source, "name", f"image ({type(source).__name__})")
+    )
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
             image = _read(source)
@@ -309,7 +340,9 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
         raise ImageError(f"{name} is a folder; name an image file") from e
     except PermissionError as e:
         raise ImageError(f"{name} cannot be read; check its permissions") from e
-    except Exception as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
+    except (
+        Exception
+    ) as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
         raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
 
 
@@ -317,8 +350,14 @@ def _read(source: ImageLike) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (1, 3, 4)):
-            raise ImageError(f"array of {source.dtype} {source.shape}: give uint8 [height, width] or [height, width, 1, 3 or 4]")
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or (source.ndim == 3 and source.shape[2] not in (1, 3, 4))
+        ):
+            raise ImageError(
+                f"array of {source.dtype} {source.shape}: give uint8 [height, width] or [height, width, 1, 3 or 4]"
+            )
         if not source.size:
             raise ImageError(f"array of shape {source.shape} has no pixels")
         return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
@@ -330,7 +369,9 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
         raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
     megapixels = image.width * image.height / 1e6
     if not megapixels <= max_megapixels:  # nan is no limit
-        raise ImageError(f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels")
+        raise ImageError(
+            f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
+        )
 
 
 def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
@@ -340,7 +381,9 @@ def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits")
+            raise ImageError(
+                f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits"
+            )
         lightest, white_is_0 = grey
         scaled = (np.minimum(values / lightest, 1) * 255 + 0.5).astype(np.uint8)
         if white_is_0:
@@ -386,7 +429,7 @@ def cut_views(image: Image.Image, plan: ImagePlan, settings: ImageSettings) -> I
 
 
 def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Columns first, then rows, rounded to 8 bits between, as torch does. Pillow 13 alone would go the other way round."""
+    """Columns first, then rows, rounded to 8 bits between, as torch does. Pillow 13 would go the other way."""
     for step in ((size[0], image.height), size):
         if image.size != step:
             image = image.resize(step, resample)
@@ -397,7 +440,9 @@ def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
     """uint8 [height, width, 3] → normalised float32 [patches, patch²·3]."""
     size = settings.encoder_patch_size
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
-    patches = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
+    patches = (
+        pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
+    )
     mean = np.asarray(settings.image_mean, np.float32) * np.float32(255)
     scale = np.float32(1) / (np.asarray(settings.image_std, np.float32) * np.float32(255))
     normalised: Patches = (patches.astype(np.float32) - mean) * scale

@@ -25,7 +25,17 @@ from lfm_runtime.decode.speculation import PromptLookup
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.sessions import Graphs
 from lfm_runtime.errors import PromptError, SettingError
-from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike, ImagePlan, ImageSettings, View, cut_views, image_settings, open_image, plan_image
+from lfm_runtime.images import (
+    MAX_MEGAPIXELS,
+    ImageLike,
+    ImagePlan,
+    ImageSettings,
+    View,
+    cut_views,
+    image_settings,
+    open_image,
+    plan_image,
+)
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.setup.profile import generation_changes, image_changes, on_cpu, profile_for
@@ -87,7 +97,9 @@ class Answer:
 class Model:
     """A loaded bundle. `load` is the way in; one answer at a time per Model."""
 
-    def __init__(self, bundle: Bundle, graphs: Graphs, profile: Profile, images: ImageSettings, cache: Cache | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, graphs: Graphs, profile: Profile, images: ImageSettings, cache: Cache | None = None
+    ) -> None:
         self.bundle = bundle
         self.graphs = graphs
         self.images = images
@@ -95,24 +107,34 @@ class Model:
         self.prompts = bundle.prompts
         self.decoder = graphs.decoder
         self.profile = profile
-        self.generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=self.decoder.verifies))
+        self.generation = bundle.generation.with_changes(
+            generation_changes(profile, bundle.generation, verifies=self.decoder.verifies)
+        )
         self.context_length = min(bundle.context_length, profile.context or bundle.context_length)
         self.load_ms = 0.0
 
     @staticmethod
     def load(
-        folder: str | Path | Bundle, *, profile: str | Path | Profile = "", verify: bool = False, cache_mib: int = 0,
-        cache_folder: str | Path | None = None, **settings: Any,
-    ) -> Model:  # fmt: skip
+        folder: str | Path | Bundle,
+        *,
+        profile: str | Path | Profile = "",
+        verify: bool = False,
+        cache_mib: int = 0,
+        cache_folder: str | Path | None = None,
+        **settings: Any,
+    ) -> Model:
         """Load a bundle, or a folder with a hub repository's ONNX files.
 
         Args:
             folder: the bundle, opened or not.
-            profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one for this machine.
+            profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one
+                for this machine.
             verify: hash large files as well, not only small ones.
-            cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts there.
+            cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts
+                there.
             cache_folder: keep them on disk too, for other processes.
-            **settings: any setting of a profile (variant, prefill, threads, low_memory, max_image_tokens …), which overrides it.
+            **settings: any setting of a profile (variant, prefill, threads, low_memory, max_image_tokens …), which
+                overrides it.
 
         Raises:
             BundleError, GraphContractError: the folder cannot be used; the message says what to do.
@@ -129,7 +151,9 @@ class Model:
             graphs = Graphs(bundle, profile, verify=verify)
             cache = None
             if cache_mib or cache_folder:
-                cache = Cache(graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None)
+                cache = Cache(
+                    graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None
+                )
             return Model(bundle, graphs, profile, images, cache)
 
         model, failure = planned(chosen), ""
@@ -158,9 +182,16 @@ class Model:
         return self.graphs.execution.threads
 
     def answer(
-        self, images: Sequence[ImageLike], question: str, *, system: str = "", special: bool = True,
-        max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
-    ) -> Answer:  # fmt: skip
+        self,
+        images: Sequence[ImageLike],
+        question: str,
+        *,
+        system: str = "",
+        special: bool = True,
+        max_megapixels: float = MAX_MEGAPIXELS,
+        progress: Progress | None = None,
+        **generation: Any,
+    ) -> Answer:
         """Answer a question about images (or about none). Bad input raises here; the work starts with the iteration.
 
         Args:
@@ -181,30 +212,49 @@ class Model:
         return self.converse(chat, images, max_megapixels=max_megapixels, progress=progress, **generation)
 
     def converse(
-        self, chat: Conversation | Sequence[Message], images: Sequence[ImageLike | PlannedImage], *, context: Context | None = None,
-        max_megapixels: float = MAX_MEGAPIXELS, progress: Progress | None = None, **generation: Any,
-    ) -> Answer:  # fmt: skip
-        """As `answer`, for several turns, with images at any place in them, and tools. What `context` has taken in of them is not computed
-        again (see Session).
+        self,
+        chat: Conversation | Sequence[Message],
+        images: Sequence[ImageLike | PlannedImage],
+        *,
+        context: Context | None = None,
+        max_megapixels: float = MAX_MEGAPIXELS,
+        progress: Progress | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """As `answer`, for several turns, with images at any place in them, and tools. What `context` has taken in of
+        them is not computed again (see Session).
         """
         job = self.plan(chat, images, max_megapixels=max_megapixels, **generation)
         return Answer(self._explained(self._answer(job, context, progress)), job.reply.report)
 
     def plan(
-        self, chat: Conversation | Sequence[Message], images: Sequence[ImageLike | PlannedImage], *,
-        max_megapixels: float = MAX_MEGAPIXELS, **generation: Any,
-    ) -> Job:  # fmt: skip
-        """Everything about an answer that bad input could spoil; nothing is computed yet. Parameters and errors as for `answer`."""
+        self,
+        chat: Conversation | Sequence[Message],
+        images: Sequence[ImageLike | PlannedImage],
+        *,
+        max_megapixels: float = MAX_MEGAPIXELS,
+        **generation: Any,
+    ) -> Job:
+        """Everything about an answer that bad input could spoil; nothing is computed yet. Parameters and errors as for
+        `answer`.
+        """
         started = time.perf_counter()
         report = Report()
         report.timing_ms["load"] = self.load_ms
         settings = self.generation.with_changes(generation)
         if settings.speculate and self.graphs.execution.on_gpu:
-            raise SettingError("speculate is for the CPU: on a GPU the states that a wrong guess wants back stay there; leave it out")
+            raise SettingError(
+                "speculate is for the CPU: on a GPU the states that a wrong guess wants back stay there; leave it out"
+            )
         if settings.speculate and not self.decoder.verifies:
-            raise SettingError("speculate needs a decoder that gives out what convolutions read; take a variant for CPUs, or export again")
+            raise SettingError(
+                "speculate needs a decoder that gives out what convolutions read; take a variant for CPUs, or "
+                "export again"
+            )
         with report.stage("image"):
-            planned = [i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
+            planned = [
+                i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images
+            ]
         with report.stage("prompt"):
             prompt = self.prompts.render(chat, [p.plan for p in planned])
         self._check_context(prompt)
@@ -234,8 +284,9 @@ class Model:
         job.finish()
 
     def _tokens(self, job: Job, context: Context, sampler: Sampler, token: int) -> Generator[int]:
-        """One token after the other, from the first on, for as long as anyone asks. Guesses are taken in beside the token before them, in
-        one step; every token is drawn from its own distribution all the same, so they change the time and nothing else.
+        """One token after the other, from the first on, for as long as anyone asks. Guesses are taken in beside the
+        token before them, in one step; every token is drawn from its own distribution all the same, so they change the
+        time and nothing else.
         """
         lookup = PromptLookup(job.prompt.ids, job.settings.speculate) if job.settings.speculate else None
         report = job.reply.report
@@ -267,8 +318,8 @@ class Model:
     def read(
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False
     ) -> NDArray[np.float32]:
-        """Take a job's prompt in, what `context` or the cache know of it excepted; returns the logits [vocabulary] after it. `returning`:
-        somebody may come back to where an image ends, in this context or through the cache.
+        """Take a job's prompt in, what `context` or the cache know of it excepted; returns the logits [vocabulary]
+        after it. `returning`: somebody may come back to where an image ends, in this context or through the cache.
         """
         prompt, planned, report = job.prompt, job.planned, job.reply.report
         with report.stage("preprocess"):
@@ -293,11 +344,13 @@ class Model:
     def encode(
         self, planned: Sequence[PlannedImage], report: Report | None = None, progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        """Image features [image tokens, H] of all views of all images in order, without padding: each view runs alone, on a GPU together
-        with others of its size.
+        """Image features [image tokens, H] of all views of all images in order, without padding: each view runs alone,
+        on a GPU together with others of its size.
         """
         report = report or Report()
-        features: list[NDArray[np.float32] | None] = [self.cache.features(image.key) if self.cache else None for image in planned]
+        features: list[NDArray[np.float32] | None] = [
+            self.cache.features(image.key) if self.cache else None for image in planned
+        ]
         todo = [i for i, found in enumerate(features) if found is None]
         total = sum(len(planned[i].plan.views) for i in todo)
         done = iter(range(total + 1))
@@ -328,11 +381,14 @@ class Model:
             with report.stage("preprocess"):
                 patches = np.stack([next(cut) for _ in views])
             with report.stage("vision"):
-                (found,) = vision.run(["image_features"], {
-                    "pixel_values": patches,
-                    "pixel_attention_mask": np.ones(patches.shape[:2], mask_type),
-                    "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
-                })  # fmt: skip
+                (found,) = vision.run(
+                    ["image_features"],
+                    {
+                        "pixel_values": patches,
+                        "pixel_attention_mask": np.ones(patches.shape[:2], mask_type),
+                        "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
+                    },
+                )
             yield np.asarray(found, np.float32).reshape(sum(view.tokens for view in views), -1)
 
     def _explained(self, pieces: Iterator[str]) -> Iterator[str]:
@@ -343,7 +399,8 @@ class Model:
         limit = self.context_length
         if len(prompt.ids) >= limit:
             raise PromptError(
-                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the context holds {limit} "
+                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the "
+                f"context holds {limit} "
                 "with the answer; shorten the text, or lower --max-image-tokens or --max-tiles"
             )
 

@@ -25,7 +25,9 @@ def module(name: str, *words: str) -> list[str]:
 
 def run_command(words: Sequence[str], *, first: str = "") -> subprocess.CompletedProcess[str]:
     """`lfm-edge WORDS`, to its end. `first`: Python that the process does before it."""
-    program = python(f"{first}\nimport sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))", *words)
+    program = python(
+        f"{first}\nimport sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))", *words
+    )
     return subprocess.run(program, env=child_environment(), capture_output=True, text=True, check=False)  # noqa: S603
 
 

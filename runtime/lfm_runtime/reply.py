@@ -13,7 +13,9 @@ from lfm_runtime.text.tokenizer import TextStream, Tokenizer
 class Reply:
     """Takes tokens until `finished`; the text goes into the report as well."""
 
-    def __init__(self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, room: int, report: Report) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, room: int, report: Report
+    ) -> None:
         """`room`: tokens the context still takes in."""
         self.report = report
         self.first_token: float | None = None
@@ -66,10 +68,7 @@ class StopStrings:
         if ends:
             self.found, self._held = True, ""
             return text[: min(ends)]
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -31,7 +31,9 @@ class Report:
     guessed_tokens: int = 0  # with speculation
     right_guesses: int = 0
     timing_ms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
-    throughput: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s")))
+    throughput: dict[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s"))
+    )
     memory_mib: dict[str, float | None] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
     """(stage, start, end) of every stretch of work and (WRITTEN, …) of every token; time.perf_counter() values."""
@@ -48,8 +50,8 @@ class Report:
     def finish(self, started: float, first_token: float | None, ended: float) -> None:
         """Derive what follows from the stages. Times are time.perf_counter() values.
 
-        `ttft` runs from the question to the first token, the model being loaded. `decode_per_token` is the mean over the
-        tokens after the first: embedding, decoder, sampling and detokenising.
+        `ttft` runs from the question to the first token, the model being loaded. `decode_per_token` is the mean over
+        the tokens after the first: embedding, decoder, sampling and detokenising.
         """
         ms = self.timing_ms
         ms["total"] = (ended - started) * 1e3
@@ -75,7 +77,9 @@ class Report:
 
         ms, memory = self.timing_ms, self.memory_mib
         digits = {"decode_per_token": 2}
-        columns = [(name.replace("decode_per_token", "per token"), show(ms[name], digits.get(name, 0))) for name in STAGES]
+        columns = [
+            (name.replace("decode_per_token", "per token"), show(ms[name], digits.get(name, 0))) for name in STAGES
+        ]
         widths = [max(len(a), len(b)) for a, b in columns]
         head = "  ".join(a.rjust(w) for (a, _), w in zip(columns, widths, strict=True))
         body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))
@@ -83,13 +87,17 @@ class Report:
         prompt += f"; {self.cached_tokens} known" if self.cached_tokens else ""
         ended = self.finish_reason
         ended += f"; {self.right_guesses} of {self.guessed_tokens} guesses right" if self.guessed_tokens else ""
-        return "\n".join([
-            f"ms    {head}", f"      {body}",
-            f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({ended}); "
-            f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode {show(self.throughput['decode_tok_s'])} tok/s",
-            f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "
-            f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"ms    {head}",
+                f"      {body}",
+                f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({ended}); "
+                f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode "
+                f"{show(self.throughput['decode_tok_s'])} tok/s",
+                f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "
+                f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",
+            ]
+        )
 
 
 def memory_mib() -> dict[str, float | None]:

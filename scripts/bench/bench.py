@@ -1,11 +1,13 @@
-"""Every figure of docs/performance.md in one run: encode, prefill, decode, first token, memory, start; each beside a baseline.
+"""Every figure of docs/performance.md in one run: encode, prefill, decode, first token, memory, start; each beside a
+baseline.
 
     python scripts/bench/bench.py BUNDLE --variant int4 --prefill int8 [--threads 2] [--repeat 7] [--json FILE]
 
-BUNDLE is usually the random 450M checkpoint of make_random_checkpoint.py, quantized and prepared. A is the variant as `run` uses it, B the
-baseline (`--baseline`, by default the bundle's first variant); they are measured A B A B … after one warm-up of each, which is reported.
-Medians with minimum and maximum. What A answers is hashed beside what the unoptimized path answers: a fast path that says something else
-is marked. Nothing else should run on the machine: the load average is printed, and what the machine itself can do.
+BUNDLE is usually the random 450M checkpoint of make_random_checkpoint.py, quantized and prepared. A is the variant as
+`run` uses it, B the baseline (`--baseline`, by default the bundle's first variant); they are measured A B A B … after
+one warm-up of each, which is reported. Medians with minimum and maximum. What A answers is hashed beside what the
+unoptimized path answers: a fast path that says something else is marked. Nothing else should run on the machine: the
+load average is printed, and what the machine itself can do.
 """
 
 from __future__ import annotations
@@ -38,19 +40,27 @@ from lfm_runtime.report import Report
 from PIL import Image
 
 QUESTION = "What is in this image, and where is the cup?"
-PROMPT_TOKENS = 21  # ten words and what the chat template puts around them, in the real vocabulary; a random one spells all that out
+# ten words and what the chat template puts around them, in the real vocabulary; a random one spells all that out
+PROMPT_TOKENS = 21
 PHOTO = Path(__file__).resolve().parents[2] / "demo" / "photos" / "coffee.jpg"
 START = "import sys, json; from lfm_runtime import Model; m = Model.load(sys.argv[1], **json.loads(sys.argv[2]))"
-ANSWER = "; a = m.answer([sys.argv[3]], sys.argv[4], **json.loads(sys.argv[5])); a.text(); print(json.dumps(a.report.as_dict()))"
+ANSWER = (
+    "; a = m.answer([sys.argv[3]], sys.argv[4], **json.loads(sys.argv[5])); a.text(); "
+    "print(json.dumps(a.report.as_dict()))"
+)
 GREEDY = {"temperature": 0, "repetition_penalty": 1}
 LABEL = """Invoice 2026-1183. Sold to: Harbour Lane Bakery, 14 Quay Street, Bremen. 12 sacks wheat flour type 550 at 18.40 euro, 3 sacks rye
 flour type 1150 at 16.90 euro, 40 boxes baking paper 40 by 60 cm at 2.15 euro. Delivery on Tuesday 14 April before six in the morning, by the
 yard entrance. Payment within 30 days. Goods remain ours until they are paid for."""
 COPYING = {  # what a reader of documents is asked, and what it would say: quoting, rewriting, none of both
     "Write the text again, with the delivery on Thursday 16 April.": LABEL.replace("Tuesday 14", "Thursday 16"),
-    "Give the items as JSON.": """[{"item": "wheat flour type 550", "unit": "sacks", "count": 12, "price": 18.40}, {"item": "rye flour type 1150",
+    (
+        "Give the items as JSON."
+    ): """[{"item": "wheat flour type 550", "unit": "sacks", "count": 12, "price": 18.40}, {"item": "rye flour type 1150",
 "unit": "sacks", "count": 3, "price": 16.90}, {"item": "baking paper 40 by 60 cm", "unit": "boxes", "count": 40, "price": 2.15}]""",
-    "Who bought, and when must be paid?": """Harbour Lane Bakery, 14 Quay Street, Bremen is the buyer. The invoice says "Payment within 30 days",
+    (
+        "Who bought, and when must be paid?"
+    ): """Harbour Lane Bakery, 14 Quay Street, Bremen is the buyer. The invoice says "Payment within 30 days",
 and "Goods remain ours until they are paid for".""",
     "Describe the document.": """It is a bill from a mill to a bakery for several kinds of flour and some paper, with an early morning delivery
 through the back of the building and a month to pay.""",
@@ -101,9 +111,10 @@ def bare_encode(model: Model, image: Image.Image) -> Callable[[], float]:
     (view,) = planned.plan.views
     (patches,) = cut_views(planned.image, planned.plan, model.images)
     feeds = {
-        "pixel_values": patches[None], "pixel_attention_mask": np.ones((1, len(patches)), np.int64),
+        "pixel_values": patches[None],
+        "pixel_attention_mask": np.ones((1, len(patches)), np.int64),
         "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
-    }  # fmt: skip
+    }
     session = model.graphs.vision()
     return lambda: timed_ms(lambda: session.run(None, feeds))
 
@@ -150,7 +161,9 @@ def batch_rate(model: Model, rows: int, tokens: int) -> Callable[[], float]:
 
 
 def copying_rate(model: Model, guesses: int) -> Callable[[], float]:
-    """tok/s of an answer that copies its prompt word by word. Random weights would not: what is said is scripted, what it costs is not."""
+    """tok/s of an answer that copies its prompt word by word. Random weights would not: what is said is scripted, what
+    it costs is not.
+    """
     text = "What is in this image, and where is the cup? "
 
     class Copying(Sampler):
@@ -290,9 +303,22 @@ def second_question(model: Model, image: Image.Image) -> Callable[[], float]:
 
 def process(bundle: str, image: Path, tokens: int, **settings) -> dict:
     """A greedy answer in a fresh process: its memory in MiB, and a hash of what it said."""
-    words = [sys.executable, "-c", START + ANSWER, bundle, json.dumps(settings), str(image), QUESTION, json.dumps({**GREEDY, "max_new_tokens": tokens})]
+    words = [
+        sys.executable,
+        "-c",
+        START + ANSWER,
+        bundle,
+        json.dumps(settings),
+        str(image),
+        QUESTION,
+        json.dumps({**GREEDY, "max_new_tokens": tokens}),
+    ]
     report = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    return {**report["memory_mib"], "ttft_ms": report["timing_ms"]["ttft"], "text": hashlib.sha256(report["text"].encode()).hexdigest()[:12]}
+    return {
+        **report["memory_mib"],
+        "ttft_ms": report["timing_ms"]["ttft"],
+        "text": hashlib.sha256(report["text"].encode()).hexdigest()[:12],
+    }
 
 
 def start_ms(bundle: str, **settings) -> Callable[[], float]:
@@ -328,9 +354,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    common = {"profile": "generic", "threads": options.threads, "prefill": "none"}  # what is measured is what is said here
+    common = {
+        "profile": "generic",
+        "threads": options.threads,
+        "prefill": "none",
+    }  # what is measured is what is said here
     ours = Model.load(options.bundle, variant=options.variant, **common)
-    split = Model.load(options.bundle, variant=options.variant, **{**common, "prefill": options.prefill}) if options.prefill else None
+    split = (
+        Model.load(options.bundle, variant=options.variant, **{**common, "prefill": options.prefill})
+        if options.prefill
+        else None
+    )
     base = Model.load(options.bundle, variant=options.baseline or next(iter(ours.bundle.variants)), **common)
     best = split or ours
     tile = ours.images.tile_size
@@ -343,36 +377,71 @@ def main() -> None:
         rows[name] = {"unit": unit, **paired(repeat, **measures)}
         parts = [
             f"{who} {v['median']:,.{digits}f} ({v['min']:,.{digits}f}…{v['max']:,.{digits}f})"
-            for who, v in rows[name].items() if isinstance(v, dict)
-        ]  # fmt: skip
+            for who, v in rows[name].items()
+            if isinstance(v, dict)
+        ]
         ratio = f"  ratio {rows[name]['ratio']:.3f}" if "ratio" in rows[name] else ""
         print(f"{name:34s} {unit:5s}  {'   '.join(parts)}{ratio}", flush=True)
 
-    about = {"processor": platform.processor() or platform.machine(), "python": platform.python_version(), "numpy": np.__version__,
-             "onnxruntime": onnxruntime.__version__, "threads": options.threads, "load_average": load, **machine(options.threads)}  # fmt: skip
+    about = {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "threads": options.threads,
+        "load_average": load,
+        **machine(options.threads),
+    }
     print(f"{options.bundle}: {ours.variant}{f', prefill {options.prefill}' if split else ''} beside {base.variant}")
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items()))
 
-    row(f"vision encode, {tile}×{tile}", "ms", **{ours.variant: encode(ours, square), base.variant: encode(base, square)})
+    row(
+        f"vision encode, {tile}×{tile}",
+        "ms",
+        **{ours.variant: encode(ours, square), base.variant: encode(base, square)},
+    )
     row("  the runtime around the graph", "ms", runtime=encode(ours, square), bare=bare_encode(ours, square))
     row(f"  {3 * tile // 4}×{tile // 2} against it", "ms", small=encode(ours, small), whole=encode(ours, square))
-    row("prefill, 275 tokens", "tok/s", **{ours.variant: prefill_rate(ours, 275), base.variant: prefill_rate(base, 275)})
+    row(
+        "prefill, 275 tokens", "tok/s", **{ours.variant: prefill_rate(ours, 275), base.variant: prefill_rate(base, 275)}
+    )
     if split:
         row(f"  through {options.prefill}", "tok/s", split=prefill_rate(split, 275), one=prefill_rate(ours, 275))
     for context in (0, 512, 1500):
-        row(f"decode after {context} tokens", "tok/s", 1,
-            **{ours.variant: decode_rate(ours, context, 32), base.variant: decode_rate(base, context, 12)})  # fmt: skip
+        row(
+            f"decode after {context} tokens",
+            "tok/s",
+            1,
+            **{ours.variant: decode_rate(ours, context, 32), base.variant: decode_rate(base, context, 12)},
+        )
     for rows_at_once in (2, 4, 8):
-        row(f"  {rows_at_once} answers at once", "tok/s", 1, together=batch_rate(ours, rows_at_once, 32), one=batch_rate(ours, 1, 32))
+        row(
+            f"  {rows_at_once} answers at once",
+            "tok/s",
+            1,
+            together=batch_rate(ours, rows_at_once, 32),
+            one=batch_rate(ours, 1, 32),
+        )
     for guesses in (2, 4, 8):
-        row(f"  {guesses} guesses a step, all right", "tok/s", 1, guessing=copying_rate(ours, guesses), without=copying_rate(ours, 0))
+        row(
+            f"  {guesses} guesses a step, all right",
+            "tok/s",
+            1,
+            guessing=copying_rate(ours, guesses),
+            without=copying_rate(ours, 0),
+        )
     for guesses in (2, 4, 8):
         guessing, without = documents(ours, guesses), documents(ours, 0)
         for name in guessing:
             if guesses == 4 or name == "all four":
                 row(f"  {guesses} guesses, {name}", "tok/s", 1, guessing=guessing[name], without=without[name])
     row("  Python of each token", "ms", 3, loop=python_ms(ours))
-    row("first token, image and question", "ms", ours=first_token(best, square), **{base.variant: first_token(base, square)})
+    row(
+        "first token, image and question",
+        "ms",
+        ours=first_token(best, square),
+        **{base.variant: first_token(base, square)},
+    )
     row("  second question, same image", "ms", cached=second_question(best, square), anew=first_token(best, square))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -388,10 +457,17 @@ def main() -> None:
             found = process(options.bundle, image, 16, **{**settings, **more})
             plain = plain or found["text"]
             rows[f"memory, {name}"] = found
-            print(f"{f'peak of a whole answer, {name}':34s} MiB    {found['peak']:.0f}, at the end {found['rss_anon']:.0f} anonymous and "
-                  f"{found['rss_file']:.0f} mapped; {'the same text' if found['text'] == plain else 'ANOTHER TEXT'}")  # fmt: skip
-    row("start to loaded and ended", "ms", prepared=start_ms(options.bundle, **settings),
-        unprepared=start_ms(options.bundle, prepared=False, **settings))  # fmt: skip
+            print(
+                f"{f'peak of a whole answer, {name}':34s} MiB    {found['peak']:.0f}, at the end "
+                f"{found['rss_anon']:.0f} anonymous and "
+                f"{found['rss_file']:.0f} mapped; {'the same text' if found['text'] == plain else 'ANOTHER TEXT'}"
+            )
+    row(
+        "start to loaded and ended",
+        "ms",
+        prepared=start_ms(options.bundle, **settings),
+        unprepared=start_ms(options.bundle, prepared=False, **settings),
+    )
     if options.json:
         options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
 

@@ -1,11 +1,11 @@
 """Time and memory on a GPU against transformers on the same GPU, in turns.
 
-    pip install -e '.[export,quantize]' 'onnxruntime-gpu[cuda,cudnn]' torch transformers     # onnxruntime-gpu instead of onnxruntime
-    python scripts/bench/bench_gpu.py --size 450m --size 1.6b -o gpu.json
+    pip install -e '.[export,quantize]' 'onnxruntime-gpu[cuda,cudnn]' torch transformers     # onnxruntime-gpu instead
+    of onnxruntime python scripts/bench/bench_gpu.py --size 450m --size 1.6b -o gpu.json
 
-Random weights of full size. Both sides stay loaded in processes of their own, warmed up, and measure A B A B …; medians and the ratio of
-neighbours are printed, all samples are in the JSON. transformers runs in bfloat16 with SDPA, its decoding also compiled where that works.
---device cpu runs the same with fp32, to see that it works.
+Random weights of full size. Both sides stay loaded in processes of their own, warmed up, and measure A B A B …; medians
+and the ratio of neighbours are printed, all samples are in the JSON. transformers runs in bfloat16 with SDPA, its
+decoding also compiled where that works. --device cpu runs the same with fp32, to see that it works.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> int:
     parser.add_argument("--size", action="append", default=[], choices=("450m", "1.6b"))
     parser.add_argument("--checkpoint", type=Path, help="measure this one instead")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--variant", action="append", default=[], help="of ours: fp16 (default), int4-fp16, fp16-trt; fp32 on the CPU")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="of ours: fp16 (default), int4-fp16, fp16-trt; fp32 on the CPU"
+    )
     parser.add_argument("--batch", type=int, action="append", default=[], help="views at once (default 1, 8, 32)")
     parser.add_argument("--tokens", type=int, default=128, help="decoded a measurement")
     parser.add_argument("--repeat", type=int, default=9)
@@ -69,7 +71,18 @@ def main() -> int:
 
 def make_checkpoint(size: str, folder: Path) -> Path:
     """Random weights."""
-    subprocess.run([sys.executable, str(ROOT / "scripts/bench/make_random_checkpoint.py"), "--size", size, "--tokenizer", "demo", str(folder)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "scripts/bench/make_random_checkpoint.py"),
+            "--size",
+            size,
+            "--tokenizer",
+            "demo",
+            str(folder),
+        ],
+        check=True,
+    )
     return folder
 
 
@@ -79,7 +92,11 @@ def make_bundle(checkpoint: Path, bundle: Path, variants: list[str]) -> Path:
     from lfm_quantize.quantize import Settings, quantize
 
     export(checkpoint, bundle)
-    made = ["fp16"] * (variants != ["fp32"]) + ["int4", "int4-fp16"] * ("int4-fp16" in variants) + ["fp16-trt"] * ("fp16-trt" in variants)
+    made = (
+        ["fp16"] * (variants != ["fp32"])
+        + ["int4", "int4-fp16"] * ("int4-fp16" in variants)
+        + ["fp16-trt"] * ("fp16-trt" in variants)
+    )
     for variant in made:
         quantize(bundle, Settings(variant, threads=os.cpu_count() or 1), warn=lambda _: None)
     return bundle
@@ -87,11 +104,17 @@ def make_bundle(checkpoint: Path, bundle: Path, variants: list[str]) -> Path:
 
 def compare(checkpoint: Path, bundle: Path, variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """All measures of one model."""
-    shared = ["--device", options.device, "--tokens", str(options.tokens), *(w for b in options.batch for w in ("--batch", str(b)))]
+    shared = [
+        "--device",
+        options.device,
+        "--tokens",
+        str(options.tokens),
+        *(w for b in options.batch for w in ("--batch", str(b))),
+    ]
     sides = {
         "ours": Side(["--side", "ours", "--bundle", str(bundle), "--variant", variant, *shared]),
         "transformers": Side(["--side", "theirs", "--checkpoint", str(checkpoint), *shared]),
-    }  # fmt: skip
+    }
     found: dict[str, Any] = {name: side.ready for name, side in sides.items()}
     print(f"\n{bundle.name} {variant}: {json.dumps(found)}\n{'':33} {'ours':>10} {'transformers':>12} {'ratio':>8}")
     for measure in sides["ours"].ready["measures"]:
@@ -116,7 +139,9 @@ class Side:
     """A process that measures when asked."""
 
     def __init__(self, words: list[str]) -> None:
-        self._process = subprocess.Popen([sys.executable, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.ready = self._line()
 
     def ask(self, measure: str) -> float:
@@ -192,10 +217,16 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measure
     from lfm_runtime.decode.sampling import GenerationSettings, Sampler
     from lfm_runtime.engine.gpu import VIEWS_AT_ONCE
 
-    profile = ("x86-cuda-tensorrt" if options.variant[0] == "fp16-trt" else "x86-cuda") if options.device == "cuda" else "generic"
+    profile = (
+        ("x86-cuda-tensorrt" if options.variant[0] == "fp16-trt" else "x86-cuda")
+        if options.device == "cuda"
+        else "generic"
+    )
     model = Model.load(options.bundle, profile=profile, variant=options.variant[0])
     vision, decoder = model.graphs.vision(), model.decoder
-    batches = [b for b in options.batch if options.variant[0] != "fp16-trt" or b <= VIEWS_AT_ONCE]  # beyond, TensorRT makes another engine
+    batches = [
+        b for b in options.batch if options.variant[0] != "fp16-trt" or b <= VIEWS_AT_ONCE
+    ]  # beyond, TensorRT makes another engine
     ids = [10 + i % 300 for i in range(PROMPT)]
     prompt, greedy = decoder.embed(ids), GenerationSettings(temperature=0, repetition_penalty=1.0)
 
@@ -234,7 +265,9 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measure
 
     def ttft() -> float:
         def first() -> int:
-            (features,) = vision.run(["image_features"], {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids})
+            (features,) = vision.run(
+                ["image_features"], {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}
+            )
             embeds = prompt.copy()
             embeds[0, 8 : 8 + IMAGE_TOKENS] = features
             return int(decoder.start(512).step(embeds).argmax())
@@ -243,7 +276,9 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measure
 
     measures: dict[str, Measure] = {f"vision, {b} at once, 1/s": encode(b) for b in batches}
     measures |= {f"{ENCODER}, {b} at once, 1/s": encode_there(b) for b in batches}
-    measures |= {"prefill, tok/s": prefill} | {f"decode at {c}, tok/s": decode(c) for c in CONTEXTS} | {"first token, ms": ttft}
+    measures |= (
+        {"prefill, tok/s": prefill} | {f"decode at {c}, tok/s": decode(c) for c in CONTEXTS} | {"first token, ms": ttft}
+    )
     return {"onnxruntime": ort.__version__, "providers": model.graphs.execution.providers}, measures
 
 
@@ -325,7 +360,9 @@ def theirs(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measu
             facts["not_compiled"] = " ".join(str(e).split())[:200]
         facts["matmul_tflops"] = round(achievable(torch), 1)
         facts["vision_tflop"] = vision_flop(model) / 1e12
-    measures |= {f"decode at {c}, tok/s": decode(c, step) for c in CONTEXTS} | {"first token, ms": lambda: timed(first) * 1e3}
+    measures |= {f"decode at {c}, tok/s": decode(c, step) for c in CONTEXTS} | {
+        "first token, ms": lambda: timed(first) * 1e3
+    }
     return facts, measures
 
 
@@ -340,9 +377,13 @@ def achievable(torch: Any) -> float:
 
 
 def vision_flop(model: Any) -> float:
-    """Of one 512×512 view: two for each weight and patch (a quarter of them reach the projector), and attention's products."""
+    """Of one 512×512 view: two for each weight and patch (a quarter of them reach the projector), and attention's
+    products.
+    """
     config, patches = model.config.vision_config, SIDE * SIDE
-    weights = sum(p.numel() for n, p in model.model.vision_tower.named_parameters() if p.ndim == 2 and "position" not in n)
+    weights = sum(
+        p.numel() for n, p in model.model.vision_tower.named_parameters() if p.ndim == 2 and "position" not in n
+    )
     projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters() if p.ndim == 2)
     attention = 2 * 2 * patches**2 * config.hidden_size * config.num_hidden_layers
     return float(2 * weights * patches + 2 * projector * patches / 4 + attention)

@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows, off = [], 0
-    print(f"{'bundle':12s} {'variant':9s} {'how':22s} {'image':10s} {'tokens':>6s} {'predicted':>9s} {'measured':>8s}  ratio   anonymous at the end: predicted, measured")
+    print(
+        f"{'bundle':12s} {'variant':9s} {'how':22s} {'image':10s} {'tokens':>6s} {'predicted':>9s} "
+        f"{'measured':>8s}  ratio   anonymous at the end: predicted, measured"
+    )
     with tempfile.TemporaryDirectory() as folder:
         images = {}
         for size in SIZES:
@@ -51,22 +54,75 @@ def main() -> int:
                 images[size] = Path(folder) / f"{size[0]}x{size[1]}.jpg"
                 Image.open(PHOTO).convert("RGB").resize(size).save(images[size])
         for bundle in options.bundles:
-            variants = options.variants.split(",") if options.variants else [v for v in Bundle.open(Path(bundle)).variants if v in ("fp32", "int8", "int4", "int4-kv8")]
-            for variant, low, prepared, size in itertools.product(variants, (False, True), (True, False), [SIZES[i] for i in options.sizes] if options.sizes else SIZES):
+            variants = (
+                options.variants.split(",")
+                if options.variants
+                else [v for v in Bundle.open(Path(bundle)).variants if v in ("fp32", "int8", "int4", "int4-kv8")]
+            )
+            for variant, low, prepared, size in itertools.product(
+                variants, (False, True), (True, False), [SIZES[i] for i in options.sizes] if options.sizes else SIZES
+            ):
                 settings = {"variant": variant, "low_memory": low, "prepared": prepared, "threads": 2}
-                words = [sys.executable, "-c", PLAN, bundle, json.dumps(settings), json.dumps([size] if size else []), QUESTION]
-                anonymous, mapped, tokens = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-                (Path(folder) / "p.toml").write_text(f"extends = 'generic'\nprepared = {str(prepared).lower()}\nlow_memory = {str(low).lower()}\nthreads = 2\n")
-                words = [sys.executable, "-c", "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())", "run", bundle, *([str(images[size])] if size else []), "-p", QUESTION, "--json", "--profile", str(Path(folder) / "p.toml"),
-                         "--variant", variant, "--max-new-tokens", "32", "--temperature", "0", "--force"]
-                memory = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["memory_mib"]
+                words = [
+                    sys.executable,
+                    "-c",
+                    PLAN,
+                    bundle,
+                    json.dumps(settings),
+                    json.dumps([size] if size else []),
+                    QUESTION,
+                ]
+                anonymous, mapped, tokens = json.loads(
+                    subprocess.run(words, check=True, capture_output=True, text=True).stdout
+                )
+                (Path(folder) / "p.toml").write_text(
+                    f"extends = 'generic'\nprepared = {str(prepared).lower()}\nlow_memory = "
+                    f"{str(low).lower()}\nthreads = 2\n"
+                )
+                words = [
+                    sys.executable,
+                    "-c",
+                    "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())",
+                    "run",
+                    bundle,
+                    *([str(images[size])] if size else []),
+                    "-p",
+                    QUESTION,
+                    "--json",
+                    "--profile",
+                    str(Path(folder) / "p.toml"),
+                    "--variant",
+                    variant,
+                    "--max-new-tokens",
+                    "32",
+                    "--temperature",
+                    "0",
+                    "--force",
+                ]
+                memory = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)[
+                    "memory_mib"
+                ]
                 ratio = (anonymous + mapped) / memory["peak"]
                 off += not 0.95 <= ratio <= 1.10
                 how = ", ".join(name for name, on in (("low memory", low), ("prepared", prepared)) if on) or "–"
                 name = f"{size[0]}×{size[1]}" if size else "–"
-                print(f"{Path(bundle).name:12s} {variant:9s} {how:22s} {name:10s} {tokens:6d} {anonymous + mapped:9.0f} {memory['peak']:8.0f}  {ratio:.3f}{'' if 0.95 <= ratio <= 1.1 else ' OFF'}"
-                      f"   {anonymous:.0f}, {memory['rss_anon']:.0f}", flush=True)
-                rows.append({"bundle": Path(bundle).name, **settings, "size": size, "anonymous": anonymous, "mapped": mapped, "measured": memory})
+                print(
+                    f"{Path(bundle).name:12s} {variant:9s} {how:22s} {name:10s} {tokens:6d} "
+                    f"{anonymous + mapped:9.0f} {memory['peak']:8.0f}  "
+                    f"{ratio:.3f}{'' if 0.95 <= ratio <= 1.1 else ' OFF'}"
+                    f"   {anonymous:.0f}, {memory['rss_anon']:.0f}",
+                    flush=True,
+                )
+                rows.append(
+                    {
+                        "bundle": Path(bundle).name,
+                        **settings,
+                        "size": size,
+                        "anonymous": anonymous,
+                        "mapped": mapped,
+                        "measured": memory,
+                    }
+                )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"{len(rows)} runs, {off} off")

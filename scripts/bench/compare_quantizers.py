@@ -2,8 +2,9 @@
 
     python scripts/bench/compare_quantizers.py demo/bundle --questions 2000
 
-Every method rounds the same products (the decoder's layers; head, embeddings and encoder stay fp32) and is judged on the same fresh
-questions by the same code as `lfm-edge quality`. Bits a weight count scales and zero points as they are stored. HQQ needs torch.
+Every method rounds the same products (the decoder's layers; head, embeddings and encoder stay fp32) and is judged on
+the same fresh questions by the same code as `lfm-edge quality`. Bits a weight count scales and zero points as they are
+stored. HQQ needs torch.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ def ours(bundle: Path, block: int, method: str, calibration: Path) -> None:
     recipe = bundle / ".." / "recipe.toml"
     recipe.write_text(f'[[layer]]\npattern = "text.*"\nbits = 4\nblock = {block}\nmethod = "{method}"\n')
     prompts = calibration / f"{calibration.name}.jsonl"
-    quantize(bundle, Settings("int4", calibration, prompts if prompts.exists() else None, recipe=recipe, floor=100.0), warn=lambda _: None)
+    quantize(
+        bundle,
+        Settings("int4", calibration, prompts if prompts.exists() else None, recipe=recipe, floor=100.0),
+        warn=lambda _: None,
+    )
 
 
 def onnxruntimes(bundle: Path, config) -> None:
@@ -54,7 +59,13 @@ def onnxruntimes(bundle: Path, config) -> None:
             kept = [a for a in node.attribute if a.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 4)])
-    onnx.save(quantizer.model.model, str(bundle / MADE), save_as_external_data=True, location=f"{Path(MADE).name}_data", size_threshold=4096)
+    onnx.save(
+        quantizer.model.model,
+        str(bundle / MADE),
+        save_as_external_data=True,
+        location=f"{Path(MADE).name}_data",
+        size_threshold=4096,
+    )
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["variants"]["int4"] = {**manifest["variants"]["fp32"], "decoder_model_merged": MADE}
     for name in (MADE, f"{MADE}_data"):
@@ -80,15 +91,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
-    parser.add_argument("--images", type=Path, help="JSONL of questions to judge with; default: fresh ones of the demo's kind")
+    parser.add_argument(
+        "--images", type=Path, help="JSONL of questions to judge with; default: fresh ones of the demo's kind"
+    )
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.INFO)  # onnxruntime's quantizer tells of every node
     methods = {
-        "onnxruntime RTN, block 32": lambda b: onnxruntimes(b, nbits.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)),
-        "onnxruntime RTN, block 64": lambda b: onnxruntimes(b, nbits.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, accuracy_level=4)),
-        "onnxruntime RTN, block 128": lambda b: onnxruntimes(b, nbits.DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4)),
+        "onnxruntime RTN, block 32": lambda b: onnxruntimes(
+            b, nbits.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
+        ),
+        "onnxruntime RTN, block 64": lambda b: onnxruntimes(
+            b, nbits.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, accuracy_level=4)
+        ),
+        "onnxruntime RTN, block 128": lambda b: onnxruntimes(
+            b, nbits.DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4)
+        ),
         "onnxruntime k_quant, block 32": lambda b: onnxruntimes(b, nbits.KQuantWeightOnlyQuantConfig()),
         "onnxruntime HQQ, block 64": lambda b: onnxruntimes(b, nbits.HQQWeightOnlyQuantConfig(block_size=64, bits=4)),
         "lfm-edge rtn, block 64": lambda b: ours(b, 64, "rtn", options.calibration),
@@ -113,8 +132,20 @@ def main() -> None:
             make(bundle)
             found = measure(bundle, "int4", "fp32", questions, options.threads)
             lost = found.accuracy_lost()
-            print(f"{name:32s} {bits_per_weight(bundle):13.3f} {found.kl:10.5f} {found.same_top1:19.2%}   {lost if lost is None else f'{lost:+.2f}':>21}", flush=True)
-            results.append({"method": name, "bits_per_weight": bits_per_weight(bundle), "kl": found.kl, "same_top1": found.same_top1, "accuracy_lost": lost})
+            print(
+                f"{name:32s} {bits_per_weight(bundle):13.3f} {found.kl:10.5f} {found.same_top1:19.2%}   "
+                f"{lost if lost is None else f'{lost:+.2f}':>21}",
+                flush=True,
+            )
+            results.append(
+                {
+                    "method": name,
+                    "bits_per_weight": bits_per_weight(bundle),
+                    "kl": found.kl,
+                    "same_top1": found.same_top1,
+                    "accuracy_lost": lost,
+                }
+            )
             shutil.rmtree(bundle)
     print(json.dumps({"questions": len(questions), "results": results}))
 

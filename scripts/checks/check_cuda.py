@@ -1,13 +1,14 @@
-"""What onnxruntime's CUDA provider makes of a bundle, where there is no GPU: it runs on a CUDA that computes nothing and remembers
-everything (cuda_recorder.cpp).
+"""What onnxruntime's CUDA provider makes of a bundle, where there is no GPU: it runs on a CUDA that computes nothing
+and remembers everything (cuda_recorder.cpp).
 
-    python scripts/checks/check_cuda.py BUNDLE --variant fp16 --variant int4-fp16      # needs g++; makes an environment in build/cuda-…
-    python scripts/checks/check_cuda.py BUNDLE --kernels                                # also the name of every kernel of a step and a view
-    python scripts/checks/check_cuda.py BUNDLE --onnxruntime 1.23.2 --python python3.10   # another release, for CUDA 12
+    python scripts/checks/check_cuda.py BUNDLE --variant fp16 --variant int4-fp16      # needs g++; makes an environment
+    in build/cuda-… python scripts/checks/check_cuda.py BUNDLE --kernels                                # also the name
+    of every kernel of a step and a view python scripts/checks/check_cuda.py BUNDLE --onnxruntime 1.23.2 --python
+    python3.10   # another release, for CUDA 12
 
-The provider is the real one, of the wheel for machines with a GPU: which operators it takes, with which kernels, what it copies, where it
-waits, what it captures and allocates is counted, and the host's own time is taken. Nothing is said of values or of a GPU's time, since no
-kernel is run. A JSON object for each variant.
+The provider is the real one, of the wheel for machines with a GPU: which operators it takes, with which kernels, what
+it copies, where it waits, what it captures and allocates is counted, and the host's own time is taken. Nothing is said
+of values or of a GPU's time, since no kernel is run. A JSON object for each variant.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=81920, help="MiB that the GPU has")
     parser.add_argument("--reported", type=int, help="MiB that nvidia-smi says are free (default all)")
     parser.add_argument("--strict-placement", action="store_true")
-    parser.add_argument("--capture", action="store_true", help="capture steps also with releases where the runtime does not")
+    parser.add_argument(
+        "--capture", action="store_true", help="capture steps also with releases where the runtime does not"
+    )
     parser.add_argument("--kernels", action="store_true", help="names of a step's kernels, and of a view's")
     parser.add_argument("--onnxruntime", default="1.31.1")
     parser.add_argument("--python", default=sys.executable, help="of the environment")
@@ -82,7 +85,9 @@ def prepare(home: Path, release: str, python: str) -> dict[str, str]:
     pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not (home / "made").exists():
         subprocess.run([python, "-m", "venv", str(home)], check=True)
-        subprocess.run([*pip, f"onnxruntime-gpu=={release}", "pillow", "psutil", "tomli; python_version < '3.11'"], check=True)
+        subprocess.run(
+            [*pip, f"onnxruntime-gpu=={release}", "pillow", "psutil", "tomli; python_version < '3.11'"], check=True
+        )
     packages = next(home.glob("lib/python*/site-packages"))
     provider = packages / "onnxruntime/capi/libonnxruntime_providers_cuda.so"
     needed = re.findall(r"\(NEEDED\).*\[(lib(?:cu|nv)\w+\.so\.\d+)\]", _said_by("readelf", "-d", provider))
@@ -95,31 +100,62 @@ def prepare(home: Path, release: str, python: str) -> dict[str, str]:
     if not libraries.exists():
         build(provider, includes, libraries, {*needed, "libcudnn.so.9"})
     return {
-        **os.environ, "LD_LIBRARY_PATH": str(libraries), "PATH": f"{libraries}:{os.environ['PATH']}", "LFM_EDGE_PROFILE": "x86-cuda",
+        **os.environ,
+        "LD_LIBRARY_PATH": str(libraries),
+        "PATH": f"{libraries}:{os.environ['PATH']}",
+        "LFM_EDGE_PROFILE": "x86-cuda",
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
-    }  # fmt: skip
+    }
 
 
 def build(provider: Path, includes: list[Path], libraries: Path, names: set[str]) -> None:
-    """One library under all their names. Functions that the recorder lacks return 0; each has the version that the provider asks for."""
+    """One library under all their names. Functions that the recorder lacks return 0; each has the version that the
+    provider asks for.
+    """
     work = Path(tempfile.mkdtemp(dir=libraries.parent))
     recorder, rest, script, made = (work / name for name in ("recorder.o", "rest.c", "versions", "librecorder.so"))
-    subprocess.run(["g++", "-O1", "-fPIC", *(f"-I{i}" for i in includes), "-c", str(RECORDER), "-o", str(recorder)], check=True)
-    wanted = [(name, version or "recorder") for name, version in re.findall(r" U (cu\w+|__cuda\w+)(?:@(libcu\S+))?", _said_by("nm", "-D", provider))]
-    if not any(name.startswith("cudnn") for name, _ in wanted):  # since 1.31 they are looked up by name when they are first needed
-        wanted += [(name.decode(), "recorder") for name in sorted(set(re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())))]
+    subprocess.run(
+        ["g++", "-O1", "-fPIC", *(f"-I{i}" for i in includes), "-c", str(RECORDER), "-o", str(recorder)], check=True
+    )
+    wanted = [
+        (name, version or "recorder")
+        for name, version in re.findall(r" U (cu\w+|__cuda\w+)(?:@(libcu\S+))?", _said_by("nm", "-D", provider))
+    ]
+    if not any(
+        name.startswith("cudnn") for name, _ in wanted
+    ):  # since 1.31 they are looked up by name when they are first needed
+        wanted += [
+            (name.decode(), "recorder")
+            for name in sorted(set(re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())))
+        ]
     there = set(re.findall(r" T (\w+)", _said_by("nm", recorder)))
-    rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name, _ in wanted if name not in there), encoding="utf-8")
+    rest.write_text(
+        "".join(f"int {name}(void) {{ return 0; }}\n" for name, _ in wanted if name not in there), encoding="utf-8"
+    )
     of_version: dict[str, list[str]] = {"recorder": ["recorder_*"]}
     for name, version in wanted:
         of_version.setdefault(version, []).append(name)
     script.write_text("".join(f"{v} {{ global: {'; '.join(n)}; }};\n" for v, n in of_version.items()), encoding="utf-8")
-    link = ["g++", "-shared", "-fPIC", f"-Wl,--version-script={script}", "-Wl,-soname,librecorder.so", str(recorder), "-x", "c", str(rest)]
+    link = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        f"-Wl,--version-script={script}",
+        "-Wl,-soname,librecorder.so",
+        str(recorder),
+        "-x",
+        "c",
+        str(rest),
+    ]
     subprocess.run([*link, "-o", str(made)], check=True)
     for name in names:
         (work / name).symlink_to(made.name)
     smi = work / "nvidia-smi"  # as it answers the queries of gpu.py and gpu_wheel.py
-    smi.write_text('#!/bin/sh\ncase "$*" in *compute_cap*) echo 9.0 ;; *memory.free*) echo "$RECORDED_MIB, $RECORDED_MIB" ;; esac\n', encoding="utf-8")
+    smi.write_text(
+        '#!/bin/sh\ncase "$*" in *compute_cap*) echo 9.0 ;; *memory.free*) echo "$RECORDED_MIB, $RECORDED_MIB" ;; '
+        "esac\n",
+        encoding="utf-8",
+    )
     smi.chmod(0o755)
     with contextlib.suppress(OSError):  # another run has made them
         work.rename(libraries)
@@ -167,7 +203,9 @@ class Recorder:
 
 
 def counted(lines: list[str]) -> dict[str, Any]:
-    """Of what happened: work that was started on the device piece by piece and as graphs, bytes that crossed, waits, allocations."""
+    """Of what happened: work that was started on the device piece by piece and as graphs, bytes that crossed, waits,
+    allocations.
+    """
 
     def numbers(pattern: str) -> list[int]:
         return [int(found[1]) for line in lines if (found := re.match(pattern, line))]
@@ -180,8 +218,12 @@ def counted(lines: list[str]) -> dict[str, Any]:
         "to_host": numbers(r"\w+ copy to-host\S* (\d+)"),
         "waits": lines.count("wait"),
         "mallocs": sum(line.startswith("malloc") for line in lines),
-        "stale": numbers(r"stale (\d+)"),  # bytes of the host that a graph reads at every replay, and that are others by then
-        "prohibited": [line.split()[1] for line in lines if line.startswith("prohibited")],  # while a graph was captured
+        "stale": numbers(
+            r"stale (\d+)"
+        ),  # bytes of the host that a graph reads at every replay, and that are others by then
+        "prohibited": [
+            line.split()[1] for line in lines if line.startswith("prohibited")
+        ],  # while a graph was captured
     }
 
 
@@ -204,7 +246,9 @@ def inside(options: argparse.Namespace) -> int:
     for name in ("step 1 in larger buffers", "1 view") if options.kernels else ():
         print(f"\n{name}:")
         happened = lines.get(name, [])
-        how = "capture " if any(line.startswith("captured") for line in happened) else "run "  # before a capture a step is run as well
+        how = (
+            "capture " if any(line.startswith("captured") for line in happened) else "run "
+        )  # before a capture a step is run as well
         work = (line.removeprefix(how) for line in happened if line.startswith(how))
         for what, count in Counter(re.sub(r"kernel \S+x\d+ \d+x\S+ ", "kernel ", w) for w in work).most_common():
             print(f"{count:5} {what[:150]}")
@@ -228,14 +272,26 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     machine = profile.detect()
     profile.detect = lambda: replace(machine, gpu="a recorder", cuda=True)
     found["onnxruntime"] = ort.__version__
-    settings = {"max_image_tokens": 64, "do_image_splitting": False, "strict_placement": options.strict_placement or None}
+    settings = {
+        "max_image_tokens": 64,
+        "do_image_splitting": False,
+        "strict_placement": options.strict_placement or None,
+    }
     loaded: list[Model] = []
-    happened = counted(recorder.during(lambda: loaded.append(Model.load(options.bundle, variant=options.variant[0], **settings))))
+    happened = counted(
+        recorder.during(lambda: loaded.append(Model.load(options.bundle, variant=options.variant[0], **settings)))
+    )
     found["load"] = {name: happened[name] for name in ("captured", "prohibited", "stale")}
     (model,) = loaded
     graphs, decoder = model.graphs, model.decoder
-    sessions = {DECODER: decoder.sessions.decoder, EMBED_TOKENS: decoder.sessions.embed, VISION_ENCODER: graphs.vision()}
-    found["left_to_cpu"] = {graph.stem: left_to_cpu(session, graphs.paths[graph.stem]) for graph, session in sessions.items()}
+    sessions = {
+        DECODER: decoder.sessions.decoder,
+        EMBED_TOKENS: decoder.sessions.embed,
+        VISION_ENCODER: graphs.vision(),
+    }
+    found["left_to_cpu"] = {
+        graph.stem: left_to_cpu(session, graphs.paths[graph.stem]) for graph, session in sessions.items()
+    }
 
     with graphs.failures_are_ours():
         found["host_ms"] = check_decoder(decoder, recorder, lines) | check_encoder(model, recorder, lines)
@@ -257,7 +313,10 @@ def check_decoder(decoder: Any, recorder: Recorder, lines: dict[str, list[str]])
     larger = decoder.start(1100, state.snapshot())
     for i in range(STEPS):
         lines[f"step {i + 1} in larger buffers"] = recorder.during(lambda: larger.step_token(5))
-    return {"prompt": recorder.median_ms(lambda: decoder.start(1000).step(prompt)), "step": recorder.median_ms(lambda: larger.step_token(5), 99)}
+    return {
+        "prompt": recorder.median_ms(lambda: decoder.start(1000).step(prompt)),
+        "step": recorder.median_ms(lambda: larger.step_token(5), 99),
+    }
 
 
 def check_encoder(model: Any, recorder: Recorder, lines: dict[str, list[str]]) -> dict[str, float]:

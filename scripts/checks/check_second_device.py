@@ -1,14 +1,14 @@
-"""The decode loop for GPUs on a device that really has memory of its own, where there is no GPU: onnxruntime's WebGPU provider on
-SwiftShader, a Vulkan driver that computes on the CPU and comes with Chromium.
+"""The decode loop for GPUs on a device that really has memory of its own, where there is no GPU: onnxruntime's WebGPU
+provider on SwiftShader, a Vulkan driver that computes on the CPU and comes with Chromium.
 
-    sudo apt install chromium                              # with libvulkan
-    python scripts/checks/check_second_device.py BUNDLE            # with fp32 weights; makes an environment in build/webgpu
+    sudo apt install chromium                              # with libvulkan python scripts/checks/check_second_device.py
+    BUNDLE            # with fp32 weights; makes an environment in build/webgpu
 
-It says nothing about speed, nor about CUDA's kernels. What it shows: nothing of the loop relies on memory that both sides can reach, and
-what is copied, bound and swapped comes out as on the CPU, in steps that are not captured. Two things differ from CUDA and are made up for:
-this driver has no fp16, so the graph is fp32; and its attention is wrong for steps of several tokens after others (0.6 off in a graph of that
-one node), so a prompt goes in token by token. On WebGPU whole numbers of 64 bits are left to the CPU, which is what finds inputs that are
-bound once and read again.
+It says nothing about speed, nor about CUDA's kernels. What it shows: nothing of the loop relies on memory that both
+sides can reach, and what is copied, bound and swapped comes out as on the CPU, in steps that are not captured. Two
+things differ from CUDA and are made up for: this driver has no fp16, so the graph is fp32; and its attention is wrong
+for steps of several tokens after others (0.6 off in a graph of that one node), so a prompt goes in token by token. On
+WebGPU whole numbers of 64 bits are left to the CPU, which is what finds inputs that are bound once and read again.
 """
 
 from __future__ import annotations
@@ -54,15 +54,23 @@ def main() -> int:
         print(f"check_second_device: {e}", file=sys.stderr)
         return 2
     environment = {
-        **os.environ, "VK_DRIVER_FILES": driver, "VK_ICD_FILENAMES": driver, "XDG_RUNTIME_DIR": str(HOME), "LFM_EDGE_PROFILE": "generic",
+        **os.environ,
+        "VK_DRIVER_FILES": driver,
+        "VK_ICD_FILENAMES": driver,
+        "XDG_RUNTIME_DIR": str(HOME),
+        "LFM_EDGE_PROFILE": "generic",
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(Path(driver).parent), os.environ.get("LD_LIBRARY_PATH")])),
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("runtime", "profiles")),
-    }  # fmt: skip
-    return subprocess.run([str(python), __file__, str(options.bundle), "--inside"], env=environment, check=False).returncode
+    }
+    return subprocess.run(
+        [str(python), __file__, str(options.bundle), "--inside"], env=environment, check=False
+    ).returncode
 
 
 def prepare(bundle: Path) -> None:
-    """Graphs for `inside`, which has no onnx: the decoder as quantize makes it for GPUs, in fp32, and Identity, which copies."""
+    """Graphs for `inside`, which has no onnx: the decoder as quantize makes it for GPUs, in fp32, and Identity, which
+    copies.
+    """
     import onnx
     from lfm_quantize.gpu import for_gpu
     from lfm_quantize.graph import Graph
@@ -75,11 +83,16 @@ def prepare(bundle: Path) -> None:
     for name, kind in (("float32", onnx.TensorProto.FLOAT), ("int64", onnx.TensorProto.INT64)):
         edges = [helper.make_tensor_value_info(edge, kind, None) for edge in "xy"]
         copy = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", edges[:1], edges[1:])
-        onnx.save(helper.make_model(copy, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), HOME / f"copy_{name}.onnx")
+        onnx.save(
+            helper.make_model(copy, opset_imports=[helper.make_opsetid("", 19)], ir_version=9),
+            HOME / f"copy_{name}.onnx",
+        )
 
 
 class WebGpuMemory:
-    """See lfm_runtime.decode.device_state.Memory. This onnxruntime's Python cannot allocate there; a session's outputs can lie there."""
+    """See lfm_runtime.decode.device_state.Memory. This onnxruntime's Python cannot allocate there; a session's outputs
+    can lie there.
+    """
 
     def __init__(self) -> None:
         import onnxruntime as ort
@@ -139,7 +152,12 @@ def inside(bundle: Path) -> int:
     from lfm_runtime.text.prompt import Message
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
-    job = model.plan([Message.user("What is in this image?", 1)], [ROOT / "demo/photos/coffee.jpg"], max_new_tokens=TOKENS, temperature=0)
+    job = model.plan(
+        [Message.user("What is in this image?", 1)],
+        [ROOT / "demo/photos/coffee.jpg"],
+        max_new_tokens=TOKENS,
+        temperature=0,
+    )
     embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.planned), model.prompts.image_id)
     sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
@@ -168,10 +186,21 @@ def inside(bundle: Path) -> int:
     larger = model.decoder.start(1024, here.snapshot()), other.start(1024, there.snapshot())
     compare(larger[0].step_token(7), larger[1].step_token(7).whole())
     same = all(a == b for a, b in texts) and texts[0] == texts[1]
-    print(json.dumps({
-        "onnxruntime": ort.__version__, "prompt_tokens": embeds.shape[1], "tokens": 2 * TOKENS, "text": texts[0][1], "same_text": same,
-        "largest_difference": round(worst, 7), "largest_logit": round(size, 3), "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
-    }, indent=2))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "onnxruntime": ort.__version__,
+                "prompt_tokens": embeds.shape[1],
+                "tokens": 2 * TOKENS,
+                "text": texts[0][1],
+                "same_text": same,
+                "largest_difference": round(worst, 7),
+                "largest_logit": round(size, 3),
+                "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
+            },
+            indent=2,
+        )
+    )
     return 0 if same and worst < 1e-4 * size else 1
 
 

@@ -22,8 +22,11 @@ from lfm_runtime.errors import EdgeError, ImageError
 from profiles.trees import write
 
 SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
-TREE = {"sys/class/thermal/thermal_zone0/temp": "41000\n", "sys/class/thermal/thermal_zone0/type": "cpu\n",
-        "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n"}  # fmt: skip
+TREE = {
+    "sys/class/thermal/thermal_zone0/temp": "41000\n",
+    "sys/class/thermal/thermal_zone0/type": "cpu\n",
+    "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +43,16 @@ def images(tmp_path) -> dict[str, Path]:
 @pytest.fixture
 def processes(monkeypatch):
     """A function: audits measure so many processes, however busy the machine is with other tests."""
-    return lambda count: monkeypatch.setattr(audit_module, "_schedule", lambda work: [("warm", s) for _ in range(count) for s in work.subjects])
+    return lambda count: monkeypatch.setattr(
+        audit_module, "_schedule", lambda work: [("warm", s) for _ in range(count) for s in work.subjects]
+    )
 
 
 def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
     profile = with_flags(read("generic"), {"prepared": False, "threads": 1, **more.pop("flags", {})})
-    return Workload(Bundle.open(bundle), profile, [Subject("fp32", profile)], images, **{"new_tokens": 8, "budget_s": 600.0, **more})
+    return Workload(
+        Bundle.open(bundle), profile, [Subject("fp32", profile)], images, **{"new_tokens": 8, "budget_s": 600.0, **more}
+    )
 
 
 def done(workload: Workload, sensors: Sensors, progress=lambda _: None) -> dict:
@@ -56,9 +63,25 @@ def done(workload: Workload, sensors: Sensors, progress=lambda _: None) -> dict:
 def written(demo_bundle, tmp_path_factory) -> Path:
     """An audit as the command makes it, of three sizes of image."""
     path = tmp_path_factory.mktemp("audit") / "audit.json"
-    words = ["audit", str(demo_bundle), "-o", str(path), "--profile", "generic", "--new-tokens", "12", "--quiet", "--csv", str(path.with_suffix(".csv"))]
+    words = [
+        "audit",
+        str(demo_bundle),
+        "-o",
+        str(path),
+        "--profile",
+        "generic",
+        "--new-tokens",
+        "12",
+        "--quiet",
+        "--csv",
+        str(path.with_suffix(".csv")),
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit_module, "_schedule", lambda work: [(kind, s) for kind in ("warm", "cold", "first_ever", "warm", "warm") for s in work.subjects])
+        patch.setattr(
+            audit_module,
+            "_schedule",
+            lambda work: [(kind, s) for kind in ("warm", "cold", "first_ever", "warm", "warm") for s in work.subjects],
+        )
         assert main(words) in (0, 3)  # other tests run beside this one
     return path
 
@@ -68,7 +91,12 @@ def test_schema(written) -> None:
     schema, result = json.loads(SCHEMA.read_text()), json.loads(written.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(result, schema)
-    for path in (("machine",), ("verdict",), ("variants", "fp32", "memory"), ("variants", "fp32", "images", "small", "stages")):
+    for path in (
+        ("machine",),
+        ("verdict",),
+        ("variants", "fp32", "memory"),
+        ("variants", "fp32", "images", "small", "stages"),
+    ):
         place = broken = json.loads(written.read_text())
         for key in path:
             place = place[key]
@@ -93,7 +121,9 @@ def test_a_changed_field_is_another_schema() -> None:
                 yield from fields(inner, path)
 
     schema = json.loads(SCHEMA.read_text())
-    names = sorted([*fields(schema), *(f"{name}{field}" for name, of in schema["$defs"].items() for field in fields(of))])
+    names = sorted(
+        [*fields(schema), *(f"{name}{field}" for name, of in schema["$defs"].items() for field in fields(of))]
+    )
     known = {1: "051ba130ca5b6945"}
     assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == known[audit_module.SCHEMA]
 
@@ -108,9 +138,15 @@ def test_what_it_says(written, demo_bundle) -> None:
         for stage in image["stages"].values():
             assert stage["n"] == total["n"]
         for n, ms in enumerate(total["samples"]):
-            assert sum(stage["samples"][n] for stage in image["stages"].values()) == pytest.approx(ms, abs=0.01), "nothing is left out"
-        shares = [other / ms for other, ms in zip(image["stages"]["other_ms"]["samples"], total["samples"], strict=True)]
-        assert min(shares) <= 0.03, "stages add up to the total; where other tests take the processor between two of them, not in every answer"
+            assert sum(stage["samples"][n] for stage in image["stages"].values()) == pytest.approx(ms, abs=0.01), (
+                "nothing is left out"
+            )
+        shares = [
+            other / ms for other, ms in zip(image["stages"]["other_ms"]["samples"], total["samples"], strict=True)
+        ]
+        assert min(shares) <= 0.03, (
+            "stages add up to the total; where other tests take the processor between two of them, not in every answer"
+        )
         assert len(image["text_sha256"]) == 1
         assert image["inter_token_ms"]["n"] == total["n"] * 11
         assert image["ttft_ms"]["median"] < total["median"]
@@ -118,7 +154,10 @@ def test_what_it_says(written, demo_bundle) -> None:
     assert memory["peak_mib"]["median"] >= memory["anonymous_mib"]["median"] + memory["mapped_mib"]["median"] - 1
     assert memory["timeline"] and "load" in memory["per_stage"]
     assert fp32["starts"]["warm"]["ready_ms"]["median"] >= fp32["starts"]["warm"]["import_ms"]["median"]
-    assert fp32["starts"]["cold"] and fp32["starts"]["first_ever"]["import_ms"]["median"] > fp32["starts"]["warm"]["import_ms"]["median"]
+    assert (
+        fp32["starts"]["cold"]
+        and fp32["starts"]["first_ever"]["import_ms"]["median"] > fp32["starts"]["warm"]["import_ms"]["median"]
+    )
     assert fp32["prepare_ms"] > 0, "generic uses what prepare writes"
     assert not list(demo_bundle.parent.glob(".lfm-edge-audit-*"))
     header, *rows = written.with_suffix(".csv").read_text().splitlines()
@@ -127,7 +166,22 @@ def test_what_it_says(written, demo_bundle) -> None:
 
 def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
     image = make_images(written.parent)["512x512"]
-    assert main(["profile", "plan", str(demo_bundle), str(image), "--profile", "generic", "-p", audit_module.QUESTION, "--json"]) == 0
+    assert (
+        main(
+            [
+                "profile",
+                "plan",
+                str(demo_bundle),
+                str(image),
+                "--profile",
+                "generic",
+                "-p",
+                audit_module.QUESTION,
+                "--json",
+            ]
+        )
+        == 0
+    )
     times = json.loads(capsys.readouterr().out)["times_ms"]
     known = json.loads(written.read_text())["variants"]["fp32"]["images"]["512x512"]
     assert times["vision"] == pytest.approx(known["stages"]["vision_ms"]["median"], rel=0.5)
@@ -144,7 +198,11 @@ def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch, proc
     real = subprocess.Popen
     log = tmp_path / "time.txt"
     processes(1)
-    monkeypatch.setattr(trial_module.subprocess, "Popen", lambda words, **more: real(["/usr/bin/time", "-v", "-o", str(log), *words], **more))
+    monkeypatch.setattr(
+        trial_module.subprocess,
+        "Popen",
+        lambda words, **more: real(["/usr/bin/time", "-v", "-o", str(log), *words], **more),
+    )
     result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
     peak = result["variants"]["fp32"]["memory"]["peak_mib"]
     said = next(int(line.split()[-1]) for line in log.read_text().splitlines() if "Maximum resident" in line) / 1024
@@ -193,13 +251,23 @@ def test_exchanged_model(bundle_copy, images, tmp_path, processes) -> None:
         shutil.copy(weights, tmp_path / "same")
         (tmp_path / "same").replace(weights)
 
-    assert "files were changed" in reasons(done(work(bundle_copy, images), Sensors(write(tmp_path / "tree", TREE)), exchange))
+    assert "files were changed" in reasons(
+        done(work(bundle_copy, images), Sensors(write(tmp_path / "tree", TREE)), exchange)
+    )
 
 
-@pytest.mark.parametrize(("change", "word"), [
-    (lambda answer, n: replace(answer, text_sha256=str(n)), "output changed"),
-    (lambda answer, _: replace(answer, ended=answer.started, spans=[(s, answer.started, answer.started) for s, *_ in answer.spans]), "the clock stood still"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda answer, n: replace(answer, text_sha256=str(n)), "output changed"),
+        (
+            lambda answer, _: replace(
+                answer, ended=answer.started, spans=[(s, answer.started, answer.started) for s, *_ in answer.spans]
+            ),
+            "the clock stood still",
+        ),
+    ],
+)
 def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, change, word, processes) -> None:
     processes(3)
     calls = iter(range(100))
@@ -219,9 +287,18 @@ def test_frequency_that_falls_and_swap() -> None:
 
     def machine(**more) -> dict:
         speeds = more.pop("speeds", [2400.0] * 30)
-        return {"variants": {}, "machine": {
-            "throttle_bits_before": None, "throttle_bits_after": None, "throttled_while_measured": False, "swapped_mib": 0.0,
-            "background_share": figure([0.0]), "samples": [{"frequency_mhz": s} for s in speeds], **more}}  # fmt: skip
+        return {
+            "variants": {},
+            "machine": {
+                "throttle_bits_before": None,
+                "throttle_bits_after": None,
+                "throttled_while_measured": False,
+                "swapped_mib": 0.0,
+                "background_share": figure([0.0]),
+                "samples": [{"frequency_mhz": s} for s in speeds],
+                **more,
+            },
+        }
 
     def said(result: dict, elapsed=(60.0, 60.0)) -> str:
         return reasons({"verdict": verdict(result, changed_files=False, elapsed=elapsed)})
@@ -235,6 +312,7 @@ def test_frequency_that_falls_and_swap() -> None:
 
 def test_interrupted(demo_bundle, images, tmp_path, processes) -> None:
     processes(4)
+
     def stop(text: str) -> None:
         if "2 processes measured" in text:
             raise KeyboardInterrupt
@@ -263,7 +341,17 @@ def test_meter(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     thread = threading.Thread(target=log)
     thread.start()
     try:
-        words = ["audit", str(demo_bundle), "--profile", "generic", "--quiet", "--new-tokens", "8", "-o", str(tmp_path / "a.json")]
+        words = [
+            "audit",
+            str(demo_bundle),
+            "--profile",
+            "generic",
+            "--quiet",
+            "--new-tokens",
+            "8",
+            "-o",
+            str(tmp_path / "a.json"),
+        ]
         assert main([*words, "--meter", str(path)]) in (0, 3)
     finally:
         stop.set()
@@ -276,7 +364,10 @@ def test_meter(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     path.write_text("time_s,power_w\n1,5\n2,5\n")
     assert main([*words, "--meter", str(path)]) in (0, 3)
     late = json.loads((tmp_path / "a.json").read_text())
-    assert "has no sample of the time of this audit" in late["machine"]["missing"]["meter"] and late["machine"]["mean_w"] is None
+    assert (
+        "has no sample of the time of this audit" in late["machine"]["missing"]["meter"]
+        and late["machine"]["mean_w"] is None
+    )
 
 
 def test_low_memory(demo_bundle, images, tmp_path, processes, monkeypatch) -> None:
@@ -308,10 +399,15 @@ def test_a_late_failure_keeps_what_was_measured(demo_bundle, images, tmp_path, m
 def test_one_token(demo_bundle, images, tmp_path, processes) -> None:
     """No rate where there is nothing between tokens: not zero, but not measured."""
     processes(1)
-    result = done(work(demo_bundle, images, new_tokens=1, soak_minutes=0.02, limits={"decode_tok_s": 1.0}), Sensors(write(tmp_path / "t", TREE)))
+    result = done(
+        work(demo_bundle, images, new_tokens=1, soak_minutes=0.02, limits={"decode_tok_s": 1.0}),
+        Sensors(write(tmp_path / "t", TREE)),
+    )
     image = result["variants"]["fp32"]["images"]["small"]
     assert image["decode_tok_s"] is None and image["inter_token_ms"] is None
-    assert result["limits"] == [{"name": "decode_tok_s", "limit": 1.0, "variant": None, "image": None, "measured": None, "holds": False}]
+    assert result["limits"] == [
+        {"name": "decode_tok_s", "limit": 1.0, "variant": None, "image": None, "measured": None, "holds": False}
+    ]
     assert result["soak"]["minutes"][0]["inter_token_ms"] is None
 
 
@@ -324,9 +420,23 @@ def test_terminated(demo_bundle, tmp_path) -> None:
 
     code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-c", code, "audit", str(demo_bundle), "--profile", "generic", "--new-tokens", "8", "-o", str(tmp_path / "a.json")]
+    words = [
+        sys.executable,
+        "-c",
+        code,
+        "audit",
+        str(demo_bundle),
+        "--profile",
+        "generic",
+        "--new-tokens",
+        "8",
+        "-o",
+        str(tmp_path / "a.json"),
+    ]
     for signal_, kept in ((signal.SIGTERM, True), (signal.SIGKILL, False)):
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
             for line in process.stderr:
                 if "2 processes measured" in line:
                     break
@@ -360,8 +470,13 @@ def test_limits(written, demo_bundle, capsys, processes) -> None:
 def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
     result = json.loads(written.read_text())
     for valid, holds, code in ((True, True, 0), (True, False, 1), (False, True, 3), (False, False, 3)):
-        changed = {**result, "verdict": {"valid": valid, "reasons": []}, "limits": [
-            {"name": "ttft_ms", "limit": 1.0, "variant": "fp32", "image": None, "measured": 2.0, "holds": holds}]}  # fmt: skip
+        changed = {
+            **result,
+            "verdict": {"valid": valid, "reasons": []},
+            "limits": [
+                {"name": "ttft_ms", "limit": 1.0, "variant": "fp32", "image": None, "measured": 2.0, "holds": holds}
+            ],
+        }
         monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
         assert main(["audit", str(demo_bundle), "--quiet"]) == code
 
@@ -378,7 +493,11 @@ def test_images_found(tmp_path, images) -> None:
     (folder / "cut.png").write_bytes(images["small"].read_bytes()[:2000])
     found, skipped = find_images(folder)
     assert list(found) == ["a.png"]
-    assert [entry["name"] for entry in skipped] == ["b.jpg", "cut.png", "notes.txt"] and "not a readable image" in skipped[0]["reason"]
+    assert [entry["name"] for entry in skipped] == [
+        "b.jpg",
+        "cut.png",
+        "notes.txt",
+    ] and "not a readable image" in skipped[0]["reason"]
     (folder / "a.png").unlink()
     with pytest.raises(ImageError, match="holds no image that can be read"):
         find_images(folder)
@@ -386,20 +505,23 @@ def test_images_found(tmp_path, images) -> None:
         find_images(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--budget", "soon"], "--budget soon is no time"),
-    (["--budget", "0.001s", "--quiet"], "is too short: one process took"),
-    (["--limit", "speed=3"], "there is no 'speed'"),
-    (["--limit", "ttft_ms=fast"], "'fast' is no number"),
-    (["--limit", "ttft_ms=-5"], "is impossible"),
-    (["--variants", "int2"], "has no variant 'int2'"),
-    (["--variants", "fp32,fp32"], "names one twice"),
-    (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
-    (["--new-tokens", "0"], "new-tokens 0 is impossible"),
-    (["--soak", "-1"], "soak -1"),
-    (["-o", "nowhere/audit.json"], "is not a folder"),
-    (["--images", "nowhere"], "nowhere is not a folder of images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "soon"], "--budget soon is no time"),
+        (["--budget", "0.001s", "--quiet"], "is too short: one process took"),
+        (["--limit", "speed=3"], "there is no 'speed'"),
+        (["--limit", "ttft_ms=fast"], "'fast' is no number"),
+        (["--limit", "ttft_ms=-5"], "is impossible"),
+        (["--variants", "int2"], "has no variant 'int2'"),
+        (["--variants", "fp32,fp32"], "names one twice"),
+        (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
+        (["--new-tokens", "0"], "new-tokens 0 is impossible"),
+        (["--soak", "-1"], "soak -1"),
+        (["-o", "nowhere/audit.json"], "is not a folder"),
+        (["--images", "nowhere"], "nowhere is not a folder of images"),
+    ],
+)
 def test_refusals(demo_bundle, capsys, words, message) -> None:
     assert main(["audit", str(demo_bundle), "--profile", "generic", *words]) == 2
     assert message in capsys.readouterr().err

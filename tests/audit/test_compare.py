@@ -1,4 +1,6 @@
-"""Two audits beside each other: worse, better, within noise, too few samples; and files that are no audits. On a recorded one."""
+"""Two audits beside each other: worse, better, within noise, too few samples; and files that are no audits. On a
+recorded one.
+"""
 
 import json
 from pathlib import Path
@@ -66,20 +68,26 @@ def test_differences(written) -> None:
     after["profile"]["settings"]["threads"] = 7
     after["variants"]["int4"]["images"]["small"]["text_sha256"] = ["x"]
     assert differences(before, after) == [
-        "settings: threads", f"onnxruntime: {before['software']['onnxruntime']} → 1.20.0", "what int4 says about small"]
+        "settings: threads",
+        f"onnxruntime: {before['software']['onnxruntime']} → 1.20.0",
+        "what int4 says about small",
+    ]
     before["variants"], after["variants"] = {"int8": before["variants"]["int8"]}, {"int4": after["variants"]["int4"]}
     assert changes(before, after)[0].variant == "int8 → int4"
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda text: text[: len(text) // 2], "is not valid JSON"),
-    (lambda text: text.replace('"schema": 1', '"schema": 99'), "is an audit of schema 99"),
-    (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
-    (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
-    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
-    (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
-    (lambda _: "[1]", "holds no JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is not valid JSON"),
+        (lambda text: text.replace('"schema": 1', '"schema": 99'), "is an audit of schema 99"),
+        (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
+        (lambda text: text.replace('"variants"', '"varieties"'), "wrong or missing value"),
+        (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
+        (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
+        (lambda _: "[1]", "holds no JSON object"),
+    ],
+)
 def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
     path = tmp_path / "bad.json"
     path.write_text(damage(written.read_text()))

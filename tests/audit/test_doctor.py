@@ -41,12 +41,30 @@ def test_this_machine(demo_bundle, capsys) -> None:
     assert "problems: 0" in page
     assert main(["doctor", str(demo_bundle), "--profile", "generic", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {f["name"] for f in said["findings"]} >= {"python", "packages", "onnxruntime", "gpu", "telemetry", "processor", "memory", "swap", "disk",
-                                                     "governor", "throttling", "temperature", "power", "profile", "bundle", "prepared"}  # fmt: skip
+    assert {f["name"] for f in said["findings"]} >= {
+        "python",
+        "packages",
+        "onnxruntime",
+        "gpu",
+        "telemetry",
+        "processor",
+        "memory",
+        "swap",
+        "disk",
+        "governor",
+        "throttling",
+        "temperature",
+        "power",
+        "profile",
+        "bundle",
+        "prepared",
+    }
     assert said["problem"] == 0
     assert all(f["fix"] for f in said["findings"] if f["state"] != "ok")
     assert all(not f["fix"] for f in said["findings"] if f["state"] == "ok")
-    assert len(said["findings"]) == len([line for line in page.splitlines() if line[:1] not in (" ", "") and not line.startswith("problems")])
+    assert len(said["findings"]) == len(
+        [line for line in page.splitlines() if line[:1] not in (" ", "") and not line.startswith("problems")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,21 +77,63 @@ def test_this_machine(demo_bundle, capsys) -> None:
         ("pi5-4gb", doctor._memory, "memory", "ok", "4045 MiB", {}),
         ("pi4-1gb", doctor._swap, "swap", "warning", "none", {}),
         ("pi5-4gb", doctor._swap, "swap", "ok", "none", {}),
-        ("pi4-1gb", doctor._swap, "swap", "warning", "/var/swap, 50 MiB used", {"proc/swaps": "Filename Type Size Used Priority\n/var/swap file 102396 51200 -2\n"}),
-        ("pi4-1gb", doctor._swap, "swap", "ok", "/dev/zram0, 50 MiB used", {"proc/swaps": "Filename Type Size Used Priority\n/dev/zram0 partition 102396 51200 100\n"}),
+        (
+            "pi4-1gb",
+            doctor._swap,
+            "swap",
+            "warning",
+            "/var/swap, 50 MiB used",
+            {"proc/swaps": "Filename Type Size Used Priority\n/var/swap file 102396 51200 -2\n"},
+        ),
+        (
+            "pi4-1gb",
+            doctor._swap,
+            "swap",
+            "ok",
+            "/dev/zram0, 50 MiB used",
+            {"proc/swaps": "Filename Type Size Used Priority\n/dev/zram0 partition 102396 51200 100\n"},
+        ),
         ("pi5-4gb", doctor._clocks, "governor", "ok", "ondemand", {}),
-        ("pi5-4gb", doctor._clocks, "governor", "warning", "powersave", {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"}),
+        (
+            "pi5-4gb",
+            doctor._clocks,
+            "governor",
+            "warning",
+            "powersave",
+            {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"},
+        ),
         ("pi5-4gb", doctor._throttling, "throttling", "ok", "now: no; since it started: no", {}),
-        ("pi5-4gb", doctor._throttling, "throttling", "problem", "now: under-voltage, throttled; since it started: under-voltage, throttled",
-         {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50005\n"}),
-        ("pi5-4gb", doctor._throttling, "throttling", "warning", "now: no; since it started: soft temperature limit",
-         {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x80000\n"}),
+        (
+            "pi5-4gb",
+            doctor._throttling,
+            "throttling",
+            "problem",
+            "now: under-voltage, throttled; since it started: under-voltage, throttled",
+            {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50005\n"},
+        ),
+        (
+            "pi5-4gb",
+            doctor._throttling,
+            "throttling",
+            "warning",
+            "now: no; since it started: soft temperature limit",
+            {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x80000\n"},
+        ),
         ("x86-avx2", doctor._throttling, "throttling", "ok", "only a Raspberry Pi", {}),
-        ("pi5-4gb", doctor._sensors, "temperature", "warning", "84 °C",
-         {"sys/class/thermal/thermal_zone0/temp": "84000\n", "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n"}),
+        (
+            "pi5-4gb",
+            doctor._sensors,
+            "temperature",
+            "warning",
+            "84 °C",
+            {
+                "sys/class/thermal/thermal_zone0/temp": "84000\n",
+                "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+            },
+        ),
         ("pi5-4gb", doctor._profile, "profile", "ok", "pi5 fits this machine", {}),
     ],
-)  # fmt: skip
+)
 def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
     there = found(of(name, tmp_path, **files), check)[finding]
     assert (there.state, said in there.said) == (state, True), there
@@ -82,7 +142,10 @@ def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
 
 def test_fixes_tell_heat_from_power(tmp_path) -> None:
     bits = "sys/devices/platform/soc/soc:firmware/get_throttled"
-    assert "power supply" in found(of("pi5-4gb", tmp_path / "a", **{bits: "0x10000"}), doctor._throttling)["throttling"].fix
+    assert (
+        "power supply"
+        in found(of("pi5-4gb", tmp_path / "a", **{bits: "0x10000"}), doctor._throttling)["throttling"].fix
+    )
     assert "fan" in found(of("pi5-4gb", tmp_path / "b", **{bits: "0x80000"}), doctor._throttling)["throttling"].fix
 
 
@@ -95,8 +158,12 @@ def test_a_32_bit_system(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("code", "said", "fix"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "dies when imported (SIGILL)", "onnxruntime!=1.21.0"),
-        ("raise ImportError(\"libstdc++.so.6: version `GLIBCXX_3.4.29' not found\")", "GLIBCXX_3.4.29", "JetPack 6"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+            "dies when imported (SIGILL)",
+            "onnxruntime!=1.21.0",
+        ),
+        ('raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.29\' not found")', "GLIBCXX_3.4.29", "JetPack 6"),
         ("raise ImportError('libcublasLt.so.12: cannot open shared object file')", "libcublasLt", "CUDA's or cuDNN's"),
         ("raise ImportError('numpy.core.multiarray failed to import')", "multiarray", "pip install --upgrade numpy"),
         ("raise RuntimeError('odd')", "odd", "--force-reinstall"),
@@ -127,7 +194,11 @@ def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     assert found(machine, doctor._prepared)["prepared"].state == "warning"
     assert main(["prepare", str(bundle_copy)]) == 0
     assert found(machine, doctor._prepared)["prepared"].state == "ok"
-    data = next(p for p in bundle_copy.with_name("bundle.prepared").rglob("*") if p.suffix not in (".json", ".onnx") and p.is_file())
+    data = next(
+        p
+        for p in bundle_copy.with_name("bundle.prepared").rglob("*")
+        if p.suffix not in (".json", ".onnx") and p.is_file()
+    )
     data.write_bytes(data.read_bytes()[:-1])
     assert "is cut off" in found(machine, doctor._prepared)["prepared"].said
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
@@ -136,7 +207,9 @@ def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     assert [(f.name, f.state) for f in findings] == [("bundle", "problem")]
     assert "schema 99" in findings[0].said
     assert main(["doctor", str(bundle_copy)]) == 1
-    assert [f.state for f in examine(replace(machine, bundle=tmp_path / "nowhere")) if f.name == "bundle"] == ["problem"]
+    assert [f.state for f in examine(replace(machine, bundle=tmp_path / "nowhere")) if f.name == "bundle"] == [
+        "problem"
+    ]
 
 
 def test_telemetry(monkeypatch, tmp_path) -> None:
@@ -173,7 +246,9 @@ def fat_binary(*architectures: str) -> bytes:
 def test_kernels_are_read(tmp_path) -> None:
     library = tmp_path / "lib.so"
     by_chance = struct.pack("<I", 0xBA55ED50) + b"\xff" * 60
-    library.write_bytes(b"\x7fELF" + by_chance + fat_binary("sm_87", "compute_90") + b"\0" * 99 + fat_binary("sm_87") + by_chance[:6])
+    library.write_bytes(
+        b"\x7fELF" + by_chance + fat_binary("sm_87", "compute_90") + b"\0" * 99 + fat_binary("sm_87") + by_chance[:6]
+    )
     assert kernel_architectures(library) == {"sm_87": 2, "compute_90": 1}
     library.write_bytes(b"\0")
     assert kernel_architectures(library) == {}
@@ -183,7 +258,16 @@ def test_kernels_are_read(tmp_path) -> None:
 def test_kernels_of_a_real_library(tmp_path) -> None:
     (tmp_path / "k.cu").write_text("__global__ void f(float* x) { x[threadIdx.x] *= 2; }\n")
     codes = ["arch=compute_87,code=sm_87", "arch=compute_90,code=[sm_90,compute_90]"]
-    words = ["nvcc", "-shared", "-Xcompiler", "-fPIC", *[w for code in codes for w in ("-gencode", code)], str(tmp_path / "k.cu"), "-o", str(tmp_path / "k.so")]
+    words = [
+        "nvcc",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        *[w for code in codes for w in ("-gencode", code)],
+        str(tmp_path / "k.cu"),
+        "-o",
+        str(tmp_path / "k.so"),
+    ]
     if subprocess.run(words, capture_output=True, check=False).returncode:
         pytest.skip("this nvcc cannot build for these chips")
     assert kernel_architectures(tmp_path / "k.so").keys() == {"sm_87", "sm_90", "compute_90"}
@@ -194,10 +278,15 @@ def test_kernels_of_a_real_library(tmp_path) -> None:
     [
         ({"sm_89", "sm_90", "sm_120", "sm_121"}, 87, True, False),  # PyPI's aarch64 wheel on an Orin
         ({"sm_80", "sm_86"}, 87, True, False),  # a Jetson runs no code of desktop chips
-        ({"sm_80"}, 86, False, True), ({"sm_86"}, 80, False, False), ({"sm_87"}, 87, True, True), ({"compute_80"}, 87, True, True),
-        ({"compute_90"}, 87, True, False), ({"sm_80"}, 90, False, False), (set(), 90, False, False),
+        ({"sm_80"}, 86, False, True),
+        ({"sm_86"}, 80, False, False),
+        ({"sm_87"}, 87, True, True),
+        ({"compute_80"}, 87, True, True),
+        ({"compute_90"}, 87, True, False),
+        ({"sm_80"}, 90, False, False),
+        (set(), 90, False, False),
     ],
-)  # fmt: skip
+)
 def test_which_chips_run_them(built, chip, integrated, runs) -> None:
     assert has_kernels(built, chip, integrated=integrated) is runs
 

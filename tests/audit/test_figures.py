@@ -32,14 +32,18 @@ def test_against_numpy(samples) -> None:
 
 
 def test_interval_by_hand() -> None:
-    """Ranks of the 95 % interval as in Conover's and the usual tables: n = 6: 1 and 6; 10: 2 and 9; 15: 4 and 12; 20: 6 and 15; 25: 8 and 18."""
+    """Ranks of the 95 % interval as in Conover's and the usual tables: n = 6: 1 and 6; 10: 2 and 9; 15: 4 and 12; 20: 6
+    and 15; 25: 8 and 18.
+    """
     for n, ranks in ((6, (1, 6)), (10, (2, 9)), (15, (4, 12)), (20, (6, 15)), (25, (8, 18))):
         assert interval(list(range(1, n + 1))) == ranks
     assert interval([1, 2, 3, 4, 5]) == (None, None)
 
 
 def test_interval_covers() -> None:
-    """Of a skewed distribution, whose median is known, at least 95 % of intervals hold it, up to the chance of 2,000 trials."""
+    """Of a skewed distribution, whose median is known, at least 95 % of intervals hold it, up to the chance of 2,000
+    trials.
+    """
     rng = random.Random(0)
     held = 0
     for _ in range(2000):
@@ -49,7 +53,11 @@ def test_interval_covers() -> None:
 
 
 def test_separable() -> None:
-    a, b, c = figure([10, 11, 10, 11, 10, 11, 10]), figure([12, 13, 12, 13, 12, 13, 12]), figure([10, 13, 12, 11, 10, 13, 12])
+    a, b, c = (
+        figure([10, 11, 10, 11, 10, 11, 10]),
+        figure([12, 13, 12, 13, 12, 13, 12]),
+        figure([10, 13, 12, 11, 10, 13, 12]),
+    )
     assert separable(a, b) and separable(b, a)
     assert not separable(a, c)
     assert not separable(figure([1, 1, 1]), figure([9, 9, 9])), "three samples do not tell"
@@ -78,15 +86,21 @@ def test_energy() -> None:
     assert meter.joules([state(0)], 3, 6) is None, "the meter had stopped"
 
 
-@given(st.lists(st.tuples(st.floats(0.01, 3), st.floats(0, 10)), min_size=2, max_size=20), st.floats(0, 5), st.floats(0, 5))
+@given(
+    st.lists(st.tuples(st.floats(0.01, 3), st.floats(0, 10)), min_size=2, max_size=20), st.floats(0, 5), st.floats(0, 5)
+)
 def test_integral_adds_up(steps, a, b) -> None:
     times = list(np.cumsum([step for step, _ in steps]))
     values = [value for _, value in steps]
     low, middle, high = sorted((a, b, statistics.fmean((a, b))))
-    assert integral(times, values, low, high) == pytest.approx(integral(times, values, low, middle) + integral(times, values, middle, high), abs=1e-6)
+    assert integral(times, values, low, high) == pytest.approx(
+        integral(times, values, low, middle) + integral(times, values, middle, high), abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("text", ["", "time_s,power_w\n1,2\n", "time_s,power_w\n2,1\n1,1\n", "t,w\n1,1\n2,2\n", "time_s,power_w\n1,x\n2,2\n"])
+@pytest.mark.parametrize(
+    "text", ["", "time_s,power_w\n1,2\n", "time_s,power_w\n2,1\n1,1\n", "t,w\n1,1\n2,2\n", "time_s,power_w\n1,x\n2,2\n"]
+)
 def test_meters_that_are_none(tmp_path, text) -> None:
     path = tmp_path / "meter.csv"
     path.write_text(text)

@@ -1,4 +1,6 @@
-"""Pages made of a recorded audit and tuning: what they say, that they need nothing from outside, and that a browser shows them."""
+"""Pages made of a recorded audit and tuning: what they say, that they need nothing from outside, and that a browser
+shows them.
+"""
 
 import copy
 import html.parser
@@ -18,7 +20,9 @@ from lfm_audit.report.source import all_series, named_audits
 from lfm_audit.report.tables import Row, Table, changes_table
 
 RECORDED = Path(__file__).with_name("audit.json")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 @pytest.fixture
@@ -43,11 +47,23 @@ def changed(result: dict, factor: float = 1.3) -> dict:
     machine = other["machine"]
     for n, sample in enumerate(machine["samples"]):
         sample.update(temperature_c=50.0 + n / 10, frequency_mhz=2400.0, power_w=5.0, throttled=n % 7 == 0)
-    machine.update(temperature_max_c=70.0, throttle_bits_before=0, throttle_bits_after=0x20002, mean_w=5.0, peak_w=6.0, idle_w=2.0)
+    machine.update(
+        temperature_max_c=70.0, throttle_bits_before=0, throttle_bits_after=0x20002, mean_w=5.0, peak_w=6.0, idle_w=2.0
+    )
     other["verdict"] = {"valid": False, "reasons": ["throttled: <b>bits</b> & more"]}
-    other["limits"] = [{"name": "ttft_ms", "limit": 10.0, "variant": "int4", "image": "small", "measured": 60.0, "holds": False}]
-    other["soak"] = {"variant": "int4", "steady": True, "ttft_change": 0.1, "inter_token_change": 0.05,
-                     "minutes": [{"minute": n, "answers": 9, "ttft_ms": 60.0 + n, "inter_token_ms": 0.5, "temperature_c": 60.0} for n in range(4)]}  # fmt: skip
+    other["limits"] = [
+        {"name": "ttft_ms", "limit": 10.0, "variant": "int4", "image": "small", "measured": 60.0, "holds": False}
+    ]
+    other["soak"] = {
+        "variant": "int4",
+        "steady": True,
+        "ttft_change": 0.1,
+        "inter_token_change": 0.05,
+        "minutes": [
+            {"minute": n, "answers": 9, "ttft_ms": 60.0 + n, "inter_token_ms": 0.5, "temperature_c": 60.0}
+            for n in range(4)
+        ],
+    }
     return other
 
 
@@ -62,7 +78,11 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs) -> None:
         self._stack.append(tag)
         self.svgs += tag == "svg"
-        self.loads += [value for name, value in attrs if name in ("src", "srcset", "action") or (name in ("href", "xlink:href") and not value.startswith("#"))]
+        self.loads += [
+            value
+            for name, value in attrs
+            if name in ("src", "srcset", "action") or (name in ("href", "xlink:href") and not value.startswith("#"))
+        ]
         assert tag not in ("script", "link", "iframe", "img")
 
     def handle_data(self, data) -> None:
@@ -106,7 +126,9 @@ def test_two_audits(audit, tmp_path) -> None:
 
 def test_changes(audit, tmp_path) -> None:
     """Worse and better by the audits' own intervals; the same audit twice is within noise."""
-    audits = named_audits([write(tmp_path, "a", audit), write(tmp_path, "b", changed(audit, 3.0)), write(tmp_path, "c", audit)])
+    audits = named_audits(
+        [write(tmp_path, "a", audit), write(tmp_path, "b", changed(audit, 3.0)), write(tmp_path, "c", audit)]
+    )
     rows = [row.cells for row in changes_table(audits).rows]
     ttft = [cells for cells in rows if cells[2] == "ttft_ms"]
     assert {cells[6] for cells in ttft if cells[0] == "b"} == {"worse"}
@@ -128,18 +150,58 @@ def test_markdown(audit, tmp_path) -> None:
     text = (tmp_path / "pr.md").read_text()
     assert "### What it costs" in text and "**broken**" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, "all rows of a table are as long"
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, (
+            "all rows of a table are as long"
+        )
     assert Table(["a"], [Row(["x|y\nz"])]).markdown().endswith("| x\\|y z |")
 
 
 TUNING = {
-    "tool": "lfm-edge tune", "objective": "latency", "floor_kl": 0.1, "reference": "fp32", "rounds": 3, "profile": "generic", "key": {},
+    "tool": "lfm-edge tune",
+    "objective": "latency",
+    "floor_kl": 0.1,
+    "reference": "fp32",
+    "rounds": 3,
+    "profile": "generic",
+    "key": {},
     "points": [
-        {"settings": {"variant": variant, "prefill": "none", "threads": 2, "low_memory": low, "arena": True, "max_image_tokens": 256, "tiles": 1},
-         "latency_ms": {"1": ms, "2": ms * 1.02}, "ttft_ms": {"1": ms * 0.8}, "peak_mib": mib, "anonymous_mib": mib / 2, "energy_j": {}, "kl": kl, "failed": None}
-        for variant, low, ms, mib, kl in (("int4", False, 1000.0, 500.0, 0.01), ("int4", True, 1500.0, 350.0, 0.01), ("fp32", False, 2500.0, 1900.0, 0.0))
-    ] + [{"settings": {}, "latency_ms": {}, "ttft_ms": {}, "peak_mib": 0.0, "anonymous_mib": 0.0, "energy_j": {}, "kl": None, "failed": "no memory"}],
-}  # fmt: skip
+        {
+            "settings": {
+                "variant": variant,
+                "prefill": "none",
+                "threads": 2,
+                "low_memory": low,
+                "arena": True,
+                "max_image_tokens": 256,
+                "tiles": 1,
+            },
+            "latency_ms": {"1": ms, "2": ms * 1.02},
+            "ttft_ms": {"1": ms * 0.8},
+            "peak_mib": mib,
+            "anonymous_mib": mib / 2,
+            "energy_j": {},
+            "kl": kl,
+            "failed": None,
+        }
+        for variant, low, ms, mib, kl in (
+            ("int4", False, 1000.0, 500.0, 0.01),
+            ("int4", True, 1500.0, 350.0, 0.01),
+            ("fp32", False, 2500.0, 1900.0, 0.0),
+        )
+    ]
+    + [
+        {
+            "settings": {},
+            "latency_ms": {},
+            "ttft_ms": {},
+            "peak_mib": 0.0,
+            "anonymous_mib": 0.0,
+            "energy_j": {},
+            "kl": None,
+            "failed": "no memory",
+        }
+    ],
+}
 TUNING["front"] = [point["settings"] for point in TUNING["points"][:3]]
 TUNING["chosen"] = TUNING["front"][0]
 
@@ -154,18 +216,26 @@ def test_tuning(tmp_path) -> None:
     assert "| int4 |" in (tmp_path / "t.md").read_text()
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["GOOD", "-o", "x.pdf"], "a report is .html or .md"),
-    (["GOOD", "-o", "nowhere/x.html"], "is not a folder"),
-    (["nowhere.json"], "nowhere.json is missing"),
-    (["CUT"], "is not valid JSON"),
-    (["HALF"], "wrong or missing value"),
-    (["TUNING", "GOOD"], "is a tuning"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["GOOD", "-o", "x.pdf"], "a report is .html or .md"),
+        (["GOOD", "-o", "nowhere/x.html"], "is not a folder"),
+        (["nowhere.json"], "nowhere.json is missing"),
+        (["CUT"], "is not valid JSON"),
+        (["HALF"], "wrong or missing value"),
+        (["TUNING", "GOOD"], "is a tuning"),
+    ],
+)
 def test_refusals(audit, tmp_path, capsys, words, message) -> None:
     half = copy.deepcopy(audit)
     del half["machine"]["samples"]
-    places = {"GOOD": write(tmp_path, "good", audit), "HALF": write(tmp_path, "half", half), "TUNING": write(tmp_path, "tuning", TUNING), "CUT": tmp_path / "cut.json"}
+    places = {
+        "GOOD": write(tmp_path, "good", audit),
+        "HALF": write(tmp_path, "half", half),
+        "TUNING": write(tmp_path, "tuning", TUNING),
+        "CUT": tmp_path / "cut.json",
+    }
     places["CUT"].write_text(json.dumps(audit)[:500])
     assert main(["report", *(str(places.get(word, word)) for word in words)]) == 2
     assert message in capsys.readouterr().err
@@ -173,7 +243,9 @@ def test_refusals(audit, tmp_path, capsys, words, message) -> None:
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian: apt install chromium)")
 def test_in_a_browser(audit, tmp_path) -> None:
-    """Chromium lays it out without network: everything is inside the page's width, plots have a size, and print has pages."""
+    """Chromium lays it out without network: everything is inside the page's width, plots have a size, and print has
+    pages.
+    """
     path = tmp_path / "page.html"
     page = audit_page(named_audits([write(tmp_path, "before", audit), write(tmp_path, "after", changed(audit))]))
     probe = """<script>const out = {width: document.documentElement.scrollWidth, view: innerWidth,
@@ -181,12 +253,22 @@ def test_in_a_browser(audit, tmp_path) -> None:
       headings: [...document.querySelectorAll('h2')].map(h => h.textContent), first: document.querySelector('.verdict').getBoundingClientRect().top};
       document.title = 'PROBE' + JSON.stringify(out);</script>"""
     path.write_text(page.replace("</body>", probe + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,900", f"--user-data-dir={tmp_path / 'profile'}"]
-    dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1100,900",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    dom = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     found = json.loads(re.search(r"<title>PROBE(.*?)</title>", dom)[1].replace("&amp;", "&"))
     assert found["width"] <= found["view"]
     assert len(found["svgs"]) >= 6 and all(width > 500 and height > 60 for width, height in found["svgs"])
     assert found["headings"][0] == "What it costs" and found["first"] < 200
     pdf = tmp_path / "page.pdf"
-    subprocess.run([CHROMIUM, *flags, f"--print-to-pdf={pdf}", path.as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run(
+        [CHROMIUM, *flags, f"--print-to-pdf={pdf}", path.as_uri()], capture_output=True, timeout=120, check=True
+    )
     assert len(re.findall(rb"/Type\s*/Page[^s]", pdf.read_bytes())) >= 2

@@ -1,4 +1,6 @@
-"""Golden values and the checks of an installed bundle: what is right passes, each thing that is wrong is found and named."""
+"""Golden values and the checks of an installed bundle: what is right passes, each thing that is wrong is found and
+named.
+"""
 
 import json
 import os
@@ -41,7 +43,10 @@ def test_recorded_at_export(demo_bundle, demo_model) -> None:
     assert (found.texts, found.prompt, found.tokens) == ((), False, False)
     assert max(found.features, found.logits) < 1e-4
     assert demo_model.prompts.tokenizer.decode(kept["tokens"]).startswith(
-        demo_model.answer([golden.golden_image()], golden.QUESTION, temperature=0, repetition_penalty=1, max_new_tokens=4).text()), "what it says is what the model answers"  # fmt: skip
+        demo_model.answer(
+            [golden.golden_image()], golden.QUESTION, temperature=0, repetition_penalty=1, max_new_tokens=4
+        ).text()
+    ), "what it says is what the model answers"
 
 
 def test_image_is_the_same_everywhere() -> None:
@@ -49,7 +54,10 @@ def test_image_is_the_same_everywhere() -> None:
 
     pixels = np.asarray(golden.golden_image())
     assert pixels.shape == (192, 256, 3)
-    assert hashlib.sha256(pixels.tobytes()).hexdigest() == "4a442c7613dc0ae3c54e1bba336c2a46023b841f6f503e768661c3b67adc975a"
+    assert (
+        hashlib.sha256(pixels.tobytes()).hexdigest()
+        == "4a442c7613dc0ae3c54e1bba336c2a46023b841f6f503e768661c3b67adc975a"
+    )
     assert pixels[10, 20].tolist() == [20 * 3 + 10 * 2, 20 * 10 // 64 + 40, 35]
 
 
@@ -72,10 +80,17 @@ def damaged(kept: dict, where: str) -> dict:
     return kept
 
 
-@pytest.mark.parametrize(("where", "message"), [
-    ("texts", "becomes other tokens"), ("prompt", "golden prompt becomes"), ("patches", "patches differ by up to 0.1"), ("features", "image features differ by 0.0"),
-    ("logits", "logits differ by"), ("tokens", "another token wins"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("texts", "becomes other tokens"),
+        ("prompt", "golden prompt becomes"),
+        ("patches", "patches differ by up to 0.1"),
+        ("features", "image features differ by 0.0"),
+        ("logits", "logits differ by"),
+        ("tokens", "another token wins"),
+    ],
+)
 def test_differences_are_found(demo_bundle, demo_model, where, message) -> None:
     kept = manifest(demo_bundle)["golden"]["fp32"]
     problems = golden.compare(demo_model, damaged(kept, where)).problems("fp32")
@@ -83,7 +98,9 @@ def test_differences_are_found(demo_bundle, demo_model, where, message) -> None:
 
 
 def test_wrong_weights_are_found(bundle_copy) -> None:
-    """A bit of one weight's exponent, in the middle of the encoder: hashes tell, and golden values do where nobody hashes."""
+    """A bit of one weight's exponent, in the middle of the encoder: hashes tell, and golden values do where nobody
+    hashes.
+    """
     weights = bundle_copy / "onnx" / "vision_encoder.onnx_data"
     data = np.fromfile(weights, np.float32)
     biggest = int(np.argmax(np.abs(data[: len(data) // 2])))
@@ -121,7 +138,9 @@ def test_large_weights_are_run_apart(bundle_copy, monkeypatch) -> None:
     with pytest.raises(BundleError, match="could not be recorded"):
         golden.add_golden(bundle_copy, "fp32")
     monkeypatch.setattr(golden, "module", lambda *_: ["/bin/sh", "-c", "kill -9 $$"])
-    assert "could not be recorded" in golden.add_golden(bundle_copy, "fp32")  # killed: this machine's memory, not the bundle
+    assert "could not be recorded" in golden.add_golden(
+        bundle_copy, "fp32"
+    )  # killed: this machine's memory, not the bundle
 
 
 def test_all_checks(demo_bundle, capsys) -> None:
@@ -130,7 +149,16 @@ def test_all_checks(demo_bundle, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     outcomes = {entry["name"]: entry["outcome"] for entry in found["checks"]}
     assert set(outcomes) == {c.name for c in CHECKS}
-    for name in ("files and hashes", "golden values", "graphs load", "answers", "steady memory", "cancelled answers", "full disk", "read-only bundle"):
+    for name in (
+        "files and hashes",
+        "golden values",
+        "graphs load",
+        "answers",
+        "steady memory",
+        "cancelled answers",
+        "full disk",
+        "read-only bundle",
+    ):
         assert outcomes[name] == "ok", found
     assert outcomes["budgets"] == "skipped" and found["failed"] == []
 
@@ -142,7 +170,11 @@ def test_a_failure_does_not_hide_others(demo_bundle, monkeypatch, capsys) -> Non
     def crashes(_: Installed) -> str:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(selftest, "CHECKS", (selftest.Check("one", "cpu", broken), selftest.Check("two", "cpu", crashes), check("answers")))
+    monkeypatch.setattr(
+        selftest,
+        "CHECKS",
+        (selftest.Check("one", "cpu", broken), selftest.Check("two", "cpu", crashes), check("answers")),
+    )
     assert main(["selftest", str(demo_bundle), "--profile", "generic"]) == 1
     out = capsys.readouterr().out
     assert "FAILED   one" in out and "mend it" in out
@@ -181,8 +213,10 @@ def test_memory_that_grows_is_found(demo_bundle) -> None:
     assert "FAILED 10 answers that were cancelled took" in cancelled
 
 
-@pytest.mark.parametrize(("budget", "message"), [("ttft_ms = 1", "ttft_ms 1: "), ("decode_tok_s = 1000000", "decode_tok_s 1e\\+06"),
-                                                 ("peak_rss_mib = 4000", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("ttft_ms = 1", "ttft_ms 1: "), ("decode_tok_s = 1000000", "decode_tok_s 1e\\+06"), ("peak_rss_mib = 4000", None)],
+)
 def test_budgets(demo_bundle, tmp_path, budget, message) -> None:
     profile = tmp_path / "tight.toml"
     profile.write_text(f'extends = "generic"\n[budget]\n{budget}\n')
@@ -227,13 +261,28 @@ def test_boards(installed, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(selftest.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(selftest, "detect", lambda: detect(tree, system="Linux", machine="aarch64"))
     assert "asimd" in check("arm").run(installed)
-    monkeypatch.setattr(selftest, "Sensors", lambda: Sensors(write(tmp_path / "hot", {**DEVICES["pi4-2gb"][0], "sys/devices/platform/soc/soc:firmware/get_throttled": "4\n"})))
+    monkeypatch.setattr(
+        selftest,
+        "Sensors",
+        lambda: Sensors(
+            write(
+                tmp_path / "hot",
+                {**DEVICES["pi4-2gb"][0], "sys/devices/platform/soc/soc:firmware/get_throttled": "4\n"},
+            )
+        ),
+    )
     with pytest.raises(CheckError, match="throttled now"):
         check("sensors").run(installed)
 
 
-@pytest.mark.parametrize(("words", "message"), [(["nowhere"], "nowhere is not a folder"), (["BUNDLE", "--profile", "zzz"], "there is no profile 'zzz'"),
-                                                (["BUNDLE", "--variant", "int4"], "has no variant 'int4'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder"),
+        (["BUNDLE", "--profile", "zzz"], "there is no profile 'zzz'"),
+        (["BUNDLE", "--variant", "int4"], "has no variant 'int4'"),
+    ],
+)
 def test_refusals(demo_bundle, capsys, words, message) -> None:
     assert main(["selftest", *(str(demo_bundle) if word == "BUNDLE" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
@@ -241,8 +290,25 @@ def test_refusals(demo_bundle, capsys, words, message) -> None:
 
 def test_as_pytest(demo_bundle) -> None:
     """device_tests/ are the same checks."""
-    words = [sys.executable, "-m", "pytest", "-q", "-rs", "device_tests", "-p", "no:cacheprovider", "-k", "files or golden or arm or sensors"]
-    done = subprocess.run([*words, "--bundle", str(demo_bundle), "--profile", "generic"], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "device_tests",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "files or golden or arm or sensors",
+    ]
+    done = subprocess.run(
+        [*words, "--bundle", str(demo_bundle), "--profile", "generic"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout or "3 passed" in done.stdout or "4 passed" in done.stdout
     without = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

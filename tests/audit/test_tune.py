@@ -47,12 +47,25 @@ class Scripted:
 
 
 def outcome(ms: float, mib: float, kl: float) -> Outcome:
-    answers = [AnswerTimes(0, repeat, [("written", ms * 0.8, ms * 0.8)], 0.0, ms, 10, 5, 32, 1, "") for repeat in (0, 1)]
+    answers = [
+        AnswerTimes(0, repeat, [("written", ms * 0.8, ms * 0.8)], 0.0, ms, 10, 5, 32, 1, "") for repeat in (0, 1)
+    ]
     memory = {"peak": mib, "rss": mib, "rss_anon": mib / 2}
     return Outcome(0.0, "int4", None, 1, False, 1, 1, 1, {}, 1, answers, memory, memory, 0.1, kl)
 
 
-def search(bundle_folder: Path, photo: Path, monkeypatch, cost, *, objective="latency", floor=0.1, minutes=0.2, flags=None, noise=0.03):
+def search(
+    bundle_folder: Path,
+    photo: Path,
+    monkeypatch,
+    cost,
+    *,
+    objective="latency",
+    floor=0.1,
+    minutes=0.2,
+    flags=None,
+    noise=0.03,
+):
     bundle = Bundle.open(bundle_folder)
     profile = with_flags(read("generic"), flags or {})
     axes = axes_of(bundle, profile, [photo])
@@ -66,7 +79,9 @@ def search(bundle_folder: Path, photo: Path, monkeypatch, cost, *, objective="la
 
 
 def cost(profile) -> tuple[float, float, float]:
-    """Best in latency within the floor: int4 read by int8, 2 threads, 4 tiles; least memory: int4, low_memory, no tiles."""
+    """Best in latency within the floor: int4 read by int8, 2 threads, 4 tiles; least memory: int4, low_memory, no
+    tiles.
+    """
     variant = profile.variant[0]
     ms = {"fp32": 900.0, "int8": 500.0, "int4": 450.0}[variant] * {1: 1.7, 2: 1.0, 4: 1.3}[profile.threads]
     tiles = profile.max_tiles if profile.do_image_splitting else 1
@@ -83,7 +98,13 @@ def cost(profile) -> tuple[float, float, float]:
 def test_finds_the_fastest_that_is_good_enough(demo_bundle, photo, monkeypatch) -> None:
     found, _ = search(demo_bundle, photo, monkeypatch, cost)
     best = dict(found.chosen())
-    assert (best["variant"], best["prefill"], best["threads"], best["tiles"], best["low_memory"]) == ("int4", "int8", 2, 4, False)
+    assert (best["variant"], best["prefill"], best["threads"], best["tiles"], best["low_memory"]) == (
+        "int4",
+        "int8",
+        2,
+        4,
+        False,
+    )
     assert found.good_enough(found.chosen())
     assert len(found.points[found.chosen()].latency_ms) >= 8
     slower = tuple(sorted({**best, "threads": 1}.items()))
@@ -147,7 +168,9 @@ def test_resumed_with_other_flags(demo_bundle, photo, monkeypatch) -> None:
     """Points that a flag excludes now are left out, and none of them is written."""
     found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.03)
     axes = {**found.axes, "threads": [1]}
-    again = Tuning(found.bundle, with_flags(found.profile, {"threads": 1}), found.images, QUESTION, "latency", 0.1, axes)
+    again = Tuning(
+        found.bundle, with_flags(found.profile, {"threads": 1}), found.images, QUESTION, "latency", 0.1, axes
+    )
     assert again.resume(photo.with_suffix(".json"))
     assert again.points and all(dict(p)["threads"] == 1 for p in again.points)
     assert dict(again.chosen())["threads"] == 1
@@ -192,7 +215,14 @@ def test_everything_fails(demo_bundle, photo, monkeypatch) -> None:
         tune(found, BIG, minutes=0.1, kept=photo.with_suffix(".json"), sensors=Sensors(photo.parent))
 
 
-@pytest.mark.parametrize("damage", [lambda d: d.pop("rounds"), lambda d: d.update(points=[{"settings": 3}]), lambda d: d["points"][0].update(latency_ms=5)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("rounds"),
+        lambda d: d.update(points=[{"settings": 3}]),
+        lambda d: d["points"][0].update(latency_ms=5),
+    ],
+)
 def test_damaged_measurements(demo_bundle, photo, monkeypatch, damage) -> None:
     found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
     kept = photo.with_suffix(".json")
@@ -229,14 +259,20 @@ def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
     assert [a.repeat for a in found.answers] == [0, 1]
     assert len({a.text_sha256 for a in found.answers}) == 1
     for times in found.answers:
-        assert (times.prompt_tokens, times.views, times.new_tokens) == (answer.report.prompt_tokens, answer.report.tiles, 12)
+        assert (times.prompt_tokens, times.views, times.new_tokens) == (
+            answer.report.prompt_tokens,
+            answer.report.tiles,
+            12,
+        )
         assert len(times.of("vision")) == times.views and len(times.token_times) == 12
         assert all(times.started <= s <= e <= times.ended for _, s, e in times.spans)
         parts = sum(sum(times.of(stage)) for stage in ("image", "preprocess", "vision", "embed", "prefill"))
         decode = times.token_times[-1] - times.token_times[0]
         assert parts + decode <= times.total_ms
     assert found.ready_ms >= found.python_ms + found.import_ms + found.open_ms
-    assert set(found.graphs_ms) == {f"{stem}.onnx" for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")}
+    assert set(found.graphs_ms) == {
+        f"{stem}.onnx" for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    }
     assert found.kl is None
 
 
@@ -254,10 +290,13 @@ def test_divergence(demo_bundle, photo, tmp_path) -> None:
     assert not set(ids[:-1]) & set(eos)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"bundle": Path("nowhere")}, "nowhere is not a folder"),
-    ({"profile": with_flags(read("generic"), {"variant": ("int4",)})}, "has no variant 'int4'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bundle": Path("nowhere")}, "nowhere is not a folder"),
+        ({"profile": with_flags(read("generic"), {"variant": ("int4",)})}, "has no variant 'int4'"),
+    ],
+)
 def test_trials_that_cannot_be(demo_bundle, photo, change, message) -> None:
     with pytest.raises(TrialError, match=message):
         start(replace(Trial(demo_bundle, read("generic"), [photo]), **change))
@@ -274,7 +313,19 @@ def test_trial_killed(demo_bundle, photo) -> None:
 def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
     """For real: a profile is written that run takes."""
     written = tmp_path / "mine.toml"
-    words = ["tune", str(demo_bundle), str(photo), "-o", str(written), "--threads", "1", "--variant", "fp32", "-p", QUESTION]
+    words = [
+        "tune",
+        str(demo_bundle),
+        str(photo),
+        "-o",
+        str(written),
+        "--threads",
+        "1",
+        "--variant",
+        "fp32",
+        "-p",
+        QUESTION,
+    ]
     assert main([*words, "--minutes", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "* fp32" in out and "written" in out
@@ -282,16 +333,22 @@ def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
     assert read(str(written)).threads == 1
     assert json.loads(written.with_suffix(".json").read_text())["points"]
     capsys.readouterr()
-    assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", str(written), "--max-new-tokens", "4"]) == 0
+    assert (
+        main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", str(written), "--max-new-tokens", "4"])
+        == 0
+    )
     assert "profile mine" in capsys.readouterr().err
     assert main([*words, "--minutes", "0"]) == 0, "chooses from what was measured before"
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["tune", "BUNDLE", "PHOTO", "--minutes", "-1"], "minutes -1 is impossible"),
-    (["tune", "BUNDLE", "PHOTO", "-o", "x.json"], "x.json cannot be written as a profile"),
-    (["tune", "BUNDLE", "nowhere.png"], "nowhere.png does not exist"),
-    ])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tune", "BUNDLE", "PHOTO", "--minutes", "-1"], "minutes -1 is impossible"),
+        (["tune", "BUNDLE", "PHOTO", "-o", "x.json"], "x.json cannot be written as a profile"),
+        (["tune", "BUNDLE", "nowhere.png"], "nowhere.png does not exist"),
+    ],
+)
 def test_command_refuses(demo_bundle, photo, capsys, words, message) -> None:
     places = {"BUNDLE": str(demo_bundle), "PHOTO": str(photo)}
     assert main([places.get(word, word) for word in words]) == 2

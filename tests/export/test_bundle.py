@@ -28,11 +28,17 @@ DEMO = ROOT / "demo" / "checkpoint"
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_manifest_is_true(demo_bundle) -> None:
-    """Every file is listed with its own hash and size; every graph's edges are what onnxruntime sees; no machine path is in it."""
+    """Every file is listed with its own hash and size; every graph's edges are what onnxruntime sees; no machine path
+    is in it.
+    """
     import onnxruntime as ort
 
     text = (demo_bundle / "manifest.json").read_text()
@@ -44,7 +50,9 @@ def test_manifest_is_true(demo_bundle) -> None:
     assert manifest["source"]["name"] == "checkpoint"
     for name, described in manifest["graphs"].items():
         session = ort.InferenceSession(demo_bundle / name)
-        assert {i.name: i.shape for i in session.get_inputs()} == {n: e["shape"] for n, e in described["inputs"].items()}
+        assert {i.name: i.shape for i in session.get_inputs()} == {
+            n: e["shape"] for n, e in described["inputs"].items()
+        }
         assert {o.name for o in session.get_outputs()} == set(described["outputs"])
         assert all((demo_bundle / data).exists() for data in described["data"])
 
@@ -79,13 +87,18 @@ def test_fp16_beside_fp32(demo_bundle, tmp_path) -> None:
     before = tree(bundle)
     export(DEMO, bundle, dtype="fp16")
     after = tree(bundle)
-    assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {k: v for k, v in before.items() if k != "manifest.json"}
+    assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {
+        k: v for k, v in before.items() if k != "manifest.json"
+    }
     assert list(json.loads((bundle / "manifest.json").read_text())["variants"]) == ["fp32", "fp16"]
     small = sum(p.stat().st_size for p in (bundle / "onnx").glob("*_fp16.onnx_data"))
     full = sum(p.stat().st_size for p in (bundle / "onnx").glob("*.onnx_data")) - small
     assert 0.45 < small / full < 0.55
     image = ROOT / "demo" / "eval" / "images" / "0000.png"
-    texts = [Model.load(bundle, variant=v, threads=1).answer([image], "What is in this image?").text() for v in ("fp32", "fp16")]
+    texts = [
+        Model.load(bundle, variant=v, threads=1).answer([image], "What is in this image?").text()
+        for v in ("fp32", "fp16")
+    ]
     assert texts[0] == texts[1]
     full, half = (Model.load(bundle, variant=v, threads=1) for v in ("fp32", "fp16"))
     a, b = (m.encode([m.open(image)]) for m in (full, half))
@@ -149,7 +162,9 @@ def test_write_that_fails_midway(tmp_path) -> None:
     bundle = tmp_path / "bundle"
     export(DEMO, bundle)
     before = tree(bundle)
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(DEMO), str(bundle)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(DEMO), str(bundle)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -162,7 +177,9 @@ def test_full_disk(tmp_path, capsys) -> None:
     """A real full disk: 8 MB of tmpfs for a 22 MB bundle."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this machine does not allow mounting")
     try:
         assert main(["export", str(DEMO), "-o", str(small / "bundle"), "--quiet"]) == 2
@@ -222,14 +239,22 @@ def fail_inside(bundle: Path) -> None:
 
 def write_manifest(folder: Path, **more) -> None:
     """The smallest manifest that counts as ours."""
-    value = {"schema": 1, "tool": {"name": "lfm-edge"}, "model": {"context_length": 1}, "variants": {"fp32": {}}, **more}
+    value = {
+        "schema": 1,
+        "tool": {"name": "lfm-edge"},
+        "model": {"context_length": 1},
+        "variants": {"fp32": {}},
+        **more,
+    }
     value["files"] = {"x": {"bytes": 1, "sha256": ""}}
     (folder / "manifest.json").write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize("case", ["web app", "list", "extra file", "newer"])
 def test_folders_that_must_survive(tmp_path, case) -> None:
-    """A manifest.json alone makes no bundle; a stranger's file in a bundle is not thrown away; a newer bundle is not replaced."""
+    """A manifest.json alone makes no bundle; a stranger's file in a bundle is not thrown away; a newer bundle is not
+    replaced.
+    """
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     if case == "web app":
@@ -277,7 +302,9 @@ def test_relative_outputs(tmp_path, monkeypatch) -> None:
 
 def test_two_exports_at_once(tmp_path) -> None:
     """fp32 and fp16 into one bundle from two threads: neither variant is lost."""
-    threads = [threading.Thread(target=export, args=(DEMO, tmp_path / "bundle"), kwargs={"dtype": d}) for d in ("fp32", "fp16")]
+    threads = [
+        threading.Thread(target=export, args=(DEMO, tmp_path / "bundle"), kwargs={"dtype": d}) for d in ("fp32", "fp16")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -79,20 +79,35 @@ BREAK = {
     "unknown model_type": (lambda f: edit(f, "config.json", model_type="lfm3_vl"), "model_type is 'lfm3_vl'"),
     "no text_config": (lambda f: edit(f, "config.json", text_config=None), "text_config is missing"),
     "strange activation": (lambda f: edit(f, "config.json", projector_hidden_act="relu"), "projector_hidden_act"),
-    "a value of the wrong type": (lambda f: edit(f, "config.json", downsample_factor="two"), 'downsample_factor is "two"; a whole number'),
+    "a value of the wrong type": (
+        lambda f: edit(f, "config.json", downsample_factor="two"),
+        'downsample_factor is "two"; a whole number',
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "another tokenizer": (lambda f: edit(f, "tokenizer.json", normalizer={"type": "NFKC"}), "normalizer NFKC"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
     "template that fails": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"), "chat template"),
-    "template that drops the text": (lambda f: (f / "chat_template.jinja").write_text("{{ messages|length }}"), "does not appear as it was given"),
+    "template that drops the text": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ messages|length }}"),
+        "does not appear as it was given",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
-    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 100), "truncated"),
+    "truncated weights": (
+        lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 100),
+        "truncated",
+    ),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated or damaged"),
-    "header is not JSON": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"notjson!"), "not JSON"),
+    "header is not JSON": (
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"notjson!"),
+        "not JSON",
+    ),
     "missing tensor": (lambda f: break_tensor(f, W1, None), "feed_forward.w1.weight is missing"),
-    "wrong shape": (lambda f: break_tensor(f, W1, torch.zeros(8, 8)), "has shape [8, 8], config.json asks for [96, 64]"),
+    "wrong shape": (
+        lambda f: break_tensor(f, W1, torch.zeros(8, 8)),
+        "has shape [8, 8], config.json asks for [96, 64]",
+    ),
     "wrong dtype": (lambda f: break_tensor(f, W1, torch.zeros(96, 64, dtype=torch.int8)), "quantized by another tool"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BREAK, ids=lambda name: name.replace(" ", "_"))
@@ -154,10 +169,14 @@ def make_adapter(folder, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"w1": 3}},
-     {"target_modules": r".*language_model.*\.(k_proj|w3)"}],
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"w1": 3}},
+        {"target_modules": r".*language_model.*\.(k_proj|w3)"},
+    ],
     ids=["plain", "rslora", "patterns", "regex"],
-)  # fmt: skip
+)
 def test_adapter_equals_peft(tmp_path, options) -> None:
     """Logits and features of the export with --adapter against peft's own merge."""
     import onnxruntime as ort
@@ -165,16 +184,22 @@ def test_adapter_equals_peft(tmp_path, options) -> None:
     merged = make_adapter(tmp_path, **options)
     export(tmp_path / "checkpoint", tmp_path / "bundle", adapter=tmp_path / "adapter")
     vision, embed, decoder = (
-        ort.InferenceSession(tmp_path / "bundle" / "onnx" / f"{s}.onnx") for s in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+        ort.InferenceSession(tmp_path / "bundle" / "onnx" / f"{s}.onnx")
+        for s in ("vision_encoder", "embed_tokens", "decoder_model_merged")
     )
     pixels, grids, mask = reference.random_views([(8, 6)])
     (features,) = vision.run(None, {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids})
     np.testing.assert_allclose(features, reference.image_features(merged, pixels, grids, mask), atol=1e-4)
     ids = torch.arange(20, 50)[None]
     (embeds,) = embed.run(None, {"input_ids": ids.numpy()})
-    zeros = {i.name: np.zeros([n if isinstance(n, int) else (1 if a == 0 else 0) for a, n in enumerate(i.shape)], np.float32)
-             for i in decoder.get_inputs() if i.name.startswith("past_")}  # fmt: skip
-    logits = decoder.run(["logits"], {"inputs_embeds": embeds, "attention_mask": np.ones((1, 30), np.int64), **zeros})[0]
+    zeros = {
+        i.name: np.zeros([n if isinstance(n, int) else (1 if a == 0 else 0) for a, n in enumerate(i.shape)], np.float32)
+        for i in decoder.get_inputs()
+        if i.name.startswith("past_")
+    }
+    logits = decoder.run(["logits"], {"inputs_embeds": embeds, "attention_mask": np.ones((1, 30), np.int64), **zeros})[
+        0
+    ]
     with torch.no_grad():
         np.testing.assert_allclose(logits[0, -1], merged(input_ids=ids).logits[0, -1].numpy(), atol=1e-4)
 
@@ -188,9 +213,14 @@ def test_adapter_changes_something(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_adapters_that_cannot_be_merged(tmp_path, change, says) -> None:
     make_adapter(tmp_path)
     edit(tmp_path / "adapter", "adapter_config.json", **change)
@@ -213,7 +243,9 @@ def test_adapter_of_another_model(tmp_path) -> None:
 
 
 def test_without_image_settings(tmp_path, caplog) -> None:
-    """It is exported as Hugging Face cuts images by default, which is said; settings that cannot be are refused before the work."""
+    """It is exported as Hugging Face cuts images by default, which is said; settings that cannot be are refused before
+    the work.
+    """
     folder = Path(shutil.copytree(reference.DEMO, tmp_path / "checkpoint"))
     (folder / "preprocessor_config.json").unlink()
     export(folder, tmp_path / "bundle")

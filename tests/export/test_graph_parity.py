@@ -1,4 +1,6 @@
-"""Exported graphs against transformers: every config spelling, both projectors, batches of different grids, cached decoding."""
+"""Exported graphs against transformers: every config spelling, both projectors, batches of different grids, cached
+decoding.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,16 @@ CASES = {
     "auto-adjusted FF": {"text": {"block_auto_adjust_ff_dim": True, "intermediate_size": 300, "block_multiple_of": 32}},
     "biased convolution": {"text": {"conv_bias": True}},
     "kernel 4": {"text": {"conv_L_cache": 4}},
-    "vision head present, 9 wide heads": {"vision": {"vision_use_head": True, "hidden_size": 36, "intermediate_size": 43}},
+    "vision head present, 9 wide heads": {
+        "vision": {"vision_use_head": True, "hidden_size": 36, "intermediate_size": 43}
+    },
     "small table": {"vision": {"num_patches": 64}},
     "no projector bias": {"top": {"projector_bias": False}},
     "no projector norm": {"top": {"projector_use_layernorm": False}},
     "untied head": {"text": {"tie_word_embeddings": False}, "top": {"tie_word_embeddings": False}},
     "untied head, as transformers 5 writes it": {
-        "text": {"tie_word_embeddings": False}, "top": {"tie_word_embeddings": False},
+        "text": {"tie_word_embeddings": False},
+        "top": {"tie_word_embeddings": False},
         "edit": lambda config: config["text_config"].update(tie_word_embeddings=True),
     },
     "bfloat16 in three shards": {"dtype": torch.bfloat16, "shards": 3},
@@ -74,8 +79,14 @@ def build(case: dict, folder):
     if "projector_use_layernorm" in case.get("top", {}) and not reference.TRANSFORMERS_5:
         model.model.multi_modal_projector.layer_norm = torch.nn.Identity()  # what transformers 5 leaves out
         edit = lambda config: config.update(projector_use_layernorm=False)  # noqa: E731
-    reference.save_tiny(model, folder / "checkpoint", dtype=case.get("dtype", torch.float32), shards=case.get("shards", 1),
-                        edit_config=edit, rename=case.get("rename"))  # fmt: skip
+    reference.save_tiny(
+        model,
+        folder / "checkpoint",
+        dtype=case.get("dtype", torch.float32),
+        shards=case.get("shards", 1),
+        edit_config=edit,
+        rename=case.get("rename"),
+    )
     export(folder / "checkpoint", folder / "bundle")
     return model, {
         stem: ort.InferenceSession(folder / "bundle" / "onnx" / f"{stem}.onnx")
@@ -101,7 +112,11 @@ def test_vision_features(pair) -> None:
     alone = []
     for i, (rows, columns) in enumerate(GRIDS):
         n = rows * columns
-        one = {"pixel_values": pixels[i : i + 1, :n], "pixel_attention_mask": mask[i : i + 1, :n], "spatial_shapes": grids[i : i + 1]}
+        one = {
+            "pixel_values": pixels[i : i + 1, :n],
+            "pixel_attention_mask": mask[i : i + 1, :n],
+            "spatial_shapes": grids[i : i + 1],
+        }
         alone.append(sessions["vision_encoder"].run(None, one)[0])
     for got in (padded, np.concatenate(alone)):
         assert got.shape == wanted.shape
@@ -125,7 +140,10 @@ def test_logits_and_cached_decoding(pair) -> None:
 def test_demo_model_parity(demo_bundle) -> None:
     """The trained demo model: features and logits of image prompts."""
     model = reference.demo_model()
-    vision, embed, decoder = (ort.InferenceSession(demo_bundle / "onnx" / f"{s}.onnx") for s in ("vision_encoder", "embed_tokens", "decoder_model_merged"))
+    vision, embed, decoder = (
+        ort.InferenceSession(demo_bundle / "onnx" / f"{s}.onnx")
+        for s in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    )
     pixels, grids, mask = reference.random_views([(8, 8), (16, 16), (10, 14)])
     wanted = reference.image_features(model, pixels, grids, mask)
     (got,) = vision.run(None, {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids})

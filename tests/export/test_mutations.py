@@ -1,6 +1,8 @@
-"""Files of a release with one thing wrong: export says so, or the bundle answers as transformers does. Nothing else may happen.
+"""Files of a release with one thing wrong: export says so, or the bundle answers as transformers does. Nothing else may
+happen.
 
-A key is dropped, nulled, retyped, or moved to where another release writes it; a tensor is dropped, doubled, renamed, turned, made NaN.
+A key is dropped, nulled, retyped, or moved to where another release writes it; a tensor is dropped, doubled, renamed,
+turned, made NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ torch = pytest.importorskip("torch")
 reference = pytest.importorskip("reference")
 pytest.importorskip("onnx_ir")
 if not reference.TRANSFORMERS_5:
-    pytest.skip("transformers 4.57 knows neither TokenizersBackend nor projector_use_layernorm", allow_module_level=True)
+    pytest.skip(
+        "transformers 4.57 knows neither TokenizersBackend nor projector_use_layernorm", allow_module_level=True
+    )
 
 import make_random_checkpoint  # noqa: E402
 from lfm_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
@@ -35,12 +39,37 @@ from transformers import AutoProcessor, AutoTokenizer, Lfm2VlForConditionalGener
 VOCABULARY = 896
 QUESTION = "What is in this image?"
 SMALL, LARGE = (96, 64), (1100, 900)
-JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
 VALUES = ("x", 3, 1.5, True, False, [], {}, -1, 0, 10**9, None, "", [1, 2], {"a": 1}, 1e-9)
-TILING = ("max_image_tokens", "min_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "tile_size", "use_thumbnail",
-          "max_pixels_tolerance", "downsample_factor", "encoder_patch_size")  # fmt: skip
+TILING = (
+    "max_image_tokens",
+    "min_image_tokens",
+    "do_image_splitting",
+    "min_tiles",
+    "max_tiles",
+    "tile_size",
+    "use_thumbnail",
+    "max_pixels_tolerance",
+    "downsample_factor",
+    "encoder_patch_size",
+)
 PIXELS = ("image_mean", "image_std", "resample", "do_normalize", "do_rescale", "rescale_factor")
-IMAGE_KEYS = ("max_image_tokens", "min_image_tokens", "do_image_splitting", "max_tiles", "tile_size", "use_thumbnail", "resample", "image_mean")
+IMAGE_KEYS = (
+    "max_image_tokens",
+    "min_image_tokens",
+    "do_image_splitting",
+    "max_tiles",
+    "tile_size",
+    "use_thumbnail",
+    "resample",
+    "image_mean",
+)
 
 
 @functools.cache
@@ -96,13 +125,20 @@ def move_key(folder: Path, rng: random.Random) -> str:
     config, generation = files["config.json"], files["generation_config.json"]
     text = config["text_config"]
     moves = [
-        (generation, "eos_token_id", text), (generation, "eos_token_id", config), (text, "eos_token_id", config),
-        (text, "rope_theta", text.setdefault("rope_parameters", {})), (text["rope_parameters"], "rope_theta", text),
-        (config, "image_token_index", config), (text, "tie_word_embeddings", config),
-    ]  # fmt: skip
+        (generation, "eos_token_id", text),
+        (generation, "eos_token_id", config),
+        (text, "eos_token_id", config),
+        (text, "rope_theta", text.setdefault("rope_parameters", {})),
+        (text["rope_parameters"], "rope_theta", text),
+        (config, "image_token_index", config),
+        (text, "tie_word_embeddings", config),
+    ]
     processor = files["processor_config.json"].get("image_processor")
     for key in IMAGE_KEYS:
-        moves += [(files["preprocessor_config.json"], key, files["processor_config.json"]), (processor or {}, key, files["processor_config.json"])]
+        moves += [
+            (files["preprocessor_config.json"], key, files["processor_config.json"]),
+            (processor or {}, key, files["processor_config.json"]),
+        ]
     source, key, target = rng.choice([(s, k, t) for s, k, t in moves if k in s])
     new = {"image_token_index": "image_token_id"}.get(key, key)
     target[new] = source.pop(key)
@@ -141,7 +177,10 @@ def change_tensor(folder: Path, rng: random.Random) -> str:
         if f"{place}.weight" in tensors:
             del tensors[f"{place}.weight"], tensors[f"{place}.bias"]
         else:
-            tensors[f"{place}.weight"], tensors[f"{place}.bias"] = torch.linspace(0.5, 1.5, 192), torch.linspace(-0.5, 0.5, 192)
+            tensors[f"{place}.weight"], tensors[f"{place}.bias"] = (
+                torch.linspace(0.5, 1.5, 192),
+                torch.linspace(-0.5, 0.5, 192),
+            )
     else:
         wanted = rng.choice(("_orig_mod.", "base_model.model.", "module."))
         tensors = {wanted + n: t for n, t in tensors.items()}
@@ -153,7 +192,9 @@ def change_text(folder: Path, rng: random.Random) -> str:
     """A file that is no JSON object, or no JSON; a tokenizer.json with a part exchanged."""
     if rng.random() < 0.4:
         name = rng.choice((*JSON_FILES, "tokenizer.json", "chat_template.jinja"))
-        content = rng.choice(("", "{", "[]", "null", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "\udcff"))
+        content = rng.choice(
+            ("", "{", "[]", "null", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "\udcff")
+        )
         (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
         return f"{name} is {content[:20]!r}"
     raw = json.loads((folder / "tokenizer.json").read_text())
@@ -205,7 +246,9 @@ def once(folder: Path, names: list[str], make):
 
 
 def reference_model(folder: Path):
-    """(model, end tokens); raises where transformers has no answer: weights that it would make up, or numbers that are none."""
+    """(model, end tokens); raises where transformers has no answer: weights that it would make up, or numbers that are
+    none.
+    """
     model, info = Lfm2VlForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError("newly initialised")
@@ -225,15 +268,28 @@ def reference_inputs(folder: Path):
     found = []
     for size in (SMALL, LARGE):
         content = [{"type": "image", "image": picture(size)}, {"type": "text", "text": QUESTION}]
-        found.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
-                                                   return_dict=True, return_tensors="pt"))  # fmt: skip
+        found.append(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
     return found
 
 
 def remote_processor(folder: Path) -> Lfm2VlProcessor:
-    """As the 2025 releases' own code made it: tiling by processor_config.json, else config.json; pixels by preprocessor_config.json."""
-    config, tiling, pixels = (json.loads((folder / f"{name}config.json").read_text()) for name in ("", "processor_", "preprocessor_"))
-    known = {key: value for key, value in {**config, **tiling}.items() if key in TILING} | {key: pixels[key] for key in PIXELS if key in pixels}
+    """As the 2025 releases' own code made it: tiling by processor_config.json, else config.json; pixels by
+    preprocessor_config.json.
+    """
+    config, tiling, pixels = (
+        json.loads((folder / f"{name}config.json").read_text()) for name in ("", "processor_", "preprocessor_")
+    )
+    known = {key: value for key, value in {**config, **tiling}.items() if key in TILING} | {
+        key: pixels[key] for key in PIXELS if key in pixels
+    }
     images = reference.image_processor_class()(**known)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Lfm2VlProcessor(images, tokenizer, chat_template=(folder / "chat_template.jinja").read_text())
@@ -254,7 +310,9 @@ def differences(folder: Path, bundle: Path) -> list[str]:
             planned = model.open(picture(size))
             ids = model.prompts.render([Message.user(QUESTION, 1)], [planned.plan]).ids
             if ids != wanted["input_ids"][0].tolist():
-                found.append(f"ids of {size}: {ids[:8]}… {len(ids)} instead of {wanted['input_ids'][0].tolist()[:8]}… {wanted['input_ids'].shape[1]}")
+                found.append(
+                    f"ids of {size}: {ids[:8]}… {len(ids)} instead of {wanted['input_ids'][0].tolist()[:8]}… {wanted['input_ids'].shape[1]}"
+                )
     given = once(folder, ["config.json", "generation_config.json", "model.safetensors"], reference_model)
     if isinstance(given, Exception):
         return found

@@ -1,5 +1,5 @@
-"""Portable graphs: a second way to the same contract. Against the built graphs and transformers; in onnx's reference evaluator and in
-OpenVINO, which know standard operators alone; in the runtime, as any bundle.
+"""Portable graphs: a second way to the same contract. Against the built graphs and transformers; in onnx's reference
+evaluator and in OpenVINO, which know standard operators alone; in the runtime, as any bundle.
 """
 
 from __future__ import annotations
@@ -48,12 +48,19 @@ def sessions_of(bundle: Path) -> dict[str, ort.InferenceSession]:
     return {stem: ort.InferenceSession(bundle / "onnx" / f"{stem}.onnx") for stem in STEMS}
 
 
-SPELLED = ("plain", "early hub spelling", "transformers 5 spelling", "untied head, as transformers 5 writes it", "bfloat16 in three shards")
+SPELLED = (
+    "plain",
+    "early hub spelling",
+    "transformers 5 spelling",
+    "untied head, as transformers 5 writes it",
+    "bfloat16 in three shards",
+)
 """Checkpoints that are written differently; the others differ in shape, and tracing each takes ten seconds: LONG=1."""
 
 
 @pytest.fixture(
-    scope="module", params=[name if name in SPELLED else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    scope="module",
+    params=[name if name in SPELLED else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
     ids=lambda name: name.replace(" ", "_"),
 )
 def trio(request, tmp_path_factory):
@@ -86,7 +93,9 @@ def test_logits(trio) -> None:
     for length in (1, 2, 3, 48):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor(ids[:, :length])).logits.numpy()[0, -1]
-        a, b = (decode(sessions["decoder_model_merged"], embeds[0][:, :length], [length]) for sessions in (built, portable))
+        a, b = (
+            decode(sessions["decoder_model_merged"], embeds[0][:, :length], [length]) for sessions in (built, portable)
+        )
         np.testing.assert_allclose(b, a, atol=1e-4)
         np.testing.assert_allclose(b, wanted, atol=1e-4)
     for chunks in ([40] + [1] * 8, [1, 2, 3, 4, 38]):
@@ -104,9 +113,12 @@ def test_padding_on_the_left(trio) -> None:
     mask = np.ones((2, 9), np.int64)
     mask[1, :4] = 0
     past = {
-        i.name: np.zeros([n if isinstance(n, int) else (2 if axis == 0 else 0) for axis, n in enumerate(i.shape)], np.float32)
-        for i in decoder.get_inputs() if i.name.startswith("past_")
-    }  # fmt: skip
+        i.name: np.zeros(
+            [n if isinstance(n, int) else (2 if axis == 0 else 0) for axis, n in enumerate(i.shape)], np.float32
+        )
+        for i in decoder.get_inputs()
+        if i.name.startswith("past_")
+    }
     (logits,) = decoder.run(["logits"], {"inputs_embeds": embeds, "attention_mask": mask, **past})
     whole, alone = decode(decoder, embeds[:1], [9]), decode(decoder, embeds[1:, 4:], [5])
     np.testing.assert_allclose(logits[0, -1], whole, atol=1e-4)
@@ -172,17 +184,26 @@ def test_openvino_answers_the_same(portable, demo_bundle) -> None:
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=[[Image.open(image).convert("RGB")]], text=[prompt], return_tensors="pt")
     vision = {name: inputs[name].numpy() for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
-    features = graphs["vision_encoder"].run({**vision, "pixel_values": vision["pixel_values"].astype(np.float32),
-                                             "pixel_attention_mask": vision["pixel_attention_mask"].astype(np.int64),
-                                             "spatial_shapes": vision["spatial_shapes"].astype(np.int64)})["image_features"]  # fmt: skip
+    features = graphs["vision_encoder"].run(
+        {
+            **vision,
+            "pixel_values": vision["pixel_values"].astype(np.float32),
+            "pixel_attention_mask": vision["pixel_attention_mask"].astype(np.int64),
+            "spatial_shapes": vision["spatial_shapes"].astype(np.int64),
+        }
+    )["image_features"]
     ids = inputs["input_ids"].numpy()
     embeds = graphs["embed_tokens"].run({"input_ids": ids})["inputs_embeds"].copy()
     embeds[ids == processor.tokenizer.image_token_id] = features
     decoder = graphs["decoder_model_merged"]
     past = {
-        name: np.zeros([int(n.get_length()) if n.is_static else (1 if axis == 0 else 0) for axis, n in enumerate(shape)], np.float32)
-        for name, shape in decoder.inputs if name.startswith("past_")
-    }  # fmt: skip
+        name: np.zeros(
+            [int(n.get_length()) if n.is_static else (1 if axis == 0 else 0) for axis, n in enumerate(shape)],
+            np.float32,
+        )
+        for name, shape in decoder.inputs
+        if name.startswith("past_")
+    }
     said, length = [], 0
     while len(said) < 16:
         length += embeds.shape[1]
@@ -211,8 +232,14 @@ def test_onnx_reference_evaluator(tmp_path) -> None:
     path = tmp_path / "bundle/onnx/decoder_model_merged.onnx"
     names = [i.name for i in ort.InferenceSession(path).get_inputs()]
     shapes = {i.name: i.shape for i in ort.InferenceSession(path).get_inputs()}
-    past = {n: np.zeros([s if isinstance(s, int) else (1 if a == 0 else 0) for a, s in enumerate(shapes[n])], np.float32) for n in names if n.startswith("past_")}
-    logits, *_ = ReferenceEvaluator(str(path)).run(None, {"inputs_embeds": embeds, "attention_mask": np.ones((1, 7), np.int64), **past})
+    past = {
+        n: np.zeros([s if isinstance(s, int) else (1 if a == 0 else 0) for a, s in enumerate(shapes[n])], np.float32)
+        for n in names
+        if n.startswith("past_")
+    }
+    logits, *_ = ReferenceEvaluator(str(path)).run(
+        None, {"inputs_embeds": embeds, "attention_mask": np.ones((1, 7), np.int64), **past}
+    )
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor(ids)).logits.numpy()[0, -1]
     np.testing.assert_allclose(logits[0, -1], wanted, atol=1e-4)
@@ -224,7 +251,9 @@ def test_an_adapter_is_merged(tmp_path) -> None:
     model = reference.tiny_model()
     reference.save_tiny(model, tmp_path / "checkpoint")
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "w1", "in_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "w1", "in_proj"], init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     for name, more in (("built", {}), ("portable", {"portable": True})):
         export(tmp_path / "checkpoint", tmp_path / name, adapter=tmp_path / "adapter", **more)
@@ -261,7 +290,10 @@ def test_what_is_missing_is_named(missing, monkeypatch, tmp_path, capsys) -> Non
 
     monkeypatch.setattr(export_module, "version", version)
     assert main(["export", str(reference.DEMO), "-o", str(tmp_path / "b"), "--portable"]) == 2
-    assert f"needs the Python package {missing}; install it with: pip install 'lfm-edge[optimum]'" in capsys.readouterr().err
+    assert (
+        f"needs the Python package {missing}; install it with: pip install 'lfm-edge[optimum]'"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(export_module, "version", lambda name: "5.1.0" if name == "transformers" else real(name))
     with pytest.raises(CheckpointError, match=r"traces transformers 4.57, here is 5.1.0"):
         export(reference.DEMO, tmp_path / "b", portable=True)
@@ -272,7 +304,9 @@ def test_tools_that_cannot_be_imported(tmp_path) -> None:
     (tmp_path / "optimum" / "exporters" / "onnx").mkdir(parents=True)
     (tmp_path / "optimum" / "exporters" / "onnx" / "__init__.py").write_text("raise RuntimeError('odd operator')\n")
     (tmp_path / "optimum" / "__init__.py").write_text("")
-    (tmp_path / "optimum" / "exporters" / "__init__.py").write_text("try:\n    raise RuntimeError('odd operator')\nexcept RuntimeError as e:\n    raise ImportError('no') from e\n")
+    (tmp_path / "optimum" / "exporters" / "__init__.py").write_text(
+        "try:\n    raise RuntimeError('odd operator')\nexcept RuntimeError as e:\n    raise ImportError('no') from e\n"
+    )
     words = ["export", str(reference.DEMO), "-o", str(tmp_path / "b"), "--portable"]
     code = f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; from lfm_runtime.commands.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -289,14 +323,18 @@ def test_a_trace_that_fails_names_its_module(monkeypatch, tmp_path) -> None:
         raise RuntimeError("unsupported operator aten::odd")
 
     monkeypatch.setattr(portable, "export_models", fails)
-    with pytest.raises(CheckpointError, match=r"vision_encoder could not be traced \(RuntimeError: unsupported operator aten::odd\)"):
+    with pytest.raises(
+        CheckpointError, match=r"vision_encoder could not be traced \(RuntimeError: unsupported operator aten::odd\)"
+    ):
         export(reference.DEMO, tmp_path / "b", portable=True)
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["transformers 5 spelling", "no projector norm"])
 def test_optimums_own_export(name, tmp_path, monkeypatch) -> None:
-    """The same configurations and submodels through Optimum's own function; checkpoints that transformers 4.57 would load wrong."""
+    """The same configurations and submodels through Optimum's own function; checkpoints that transformers 4.57 would
+    load wrong.
+    """
     monkeypatch.setattr(export_module, "add_golden", lambda *_: None)
     _, built = build(CASES[name], tmp_path)
     export_with_optimum(str(tmp_path / "checkpoint"), tmp_path / "out")
@@ -317,7 +355,10 @@ def test_optimums_own_command_line(portable, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "max diff" not in done.stderr, "Optimum's validation would warn"
     for stem in STEMS:
-        a, b = (onnx.load(place, load_external_data=False) for place in (tmp_path / "out" / f"{stem}.onnx", portable / "onnx" / f"{stem}.onnx"))
+        a, b = (
+            onnx.load(place, load_external_data=False)
+            for place in (tmp_path / "out" / f"{stem}.onnx", portable / "onnx" / f"{stem}.onnx")
+        )
         assert [i.name for i in a.graph.input] == [i.name for i in b.graph.input]
     assert (tmp_path / "out" / "config.json").exists()
     words[-2] = str(tmp_path)

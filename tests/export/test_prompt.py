@@ -20,7 +20,16 @@ pytest.importorskip("jinja2")
 from lfm_export.prompt import CONVERSATIONS, NEEDED, check_chat, compile_prompt, render_template
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.images import ImageSettings, plan_image
-from lfm_runtime.text.prompt import IMAGE, ChatFormat, Conversation, Message, PromptBuilder, PromptSpec, ToolCall, compile_on_device
+from lfm_runtime.text.prompt import (
+    IMAGE,
+    ChatFormat,
+    Conversation,
+    Message,
+    PromptBuilder,
+    PromptSpec,
+    ToolCall,
+    compile_on_device,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -36,7 +45,8 @@ TEMPLATES = {
 '}}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
-    "system first, dropped when empty": PARTS + """
+    "system first, dropped when empty": PARTS
+    + """
 {{- bos_token -}}
 {%- set ns = namespace(system_prompt="") -%}
 {%- if messages[0]["role"] == "system" -%}
@@ -46,7 +56,8 @@ TEMPLATES = {
 {%- if ns.system_prompt -%}{{- "<|im_start|>system\n" + ns.system_prompt + "<|im_end|>\n" -}}{%- endif -%}
 {%- for m in messages -%}{{- "<|im_start|>" + m["role"] + "\n" + parts(m["content"]) + "<|im_end|>\n" -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n" -}}{%- endif -%}""",
-    "thinking dropped, generation marked": PARTS + """
+    "thinking dropped, generation marked": PARTS
+    + """
 {{- bos_token -}}
 {%- set keep = keep_past_thinking | default(false) -%}
 {%- set ns = namespace(last=-1) -%}
@@ -64,18 +75,27 @@ TEMPLATES = {
   {%- else -%}{{- parts(m.content) + "<|im_end|>\n" -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n" -}}{%- endif -%}""",
-    "default system prompt": PARTS + """
+    "default system prompt": PARTS
+    + """
 {{- bos_token -}}
 {%- if messages[0].role != "system" -%}{{- "<|im_start|>system\nYou are a helpful multimodal assistant.<|im_end|>\n" -}}{%- endif -%}
 {%- for m in messages -%}{{- "<|im_start|>" + m.role + "\n" + parts(m.content) + "<|im_end|>\n" -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n" -}}{%- endif -%}""",
-    "another shape": PARTS + """
+    "another shape": PARTS
+    + """
 {%- for m in messages -%}{{- "[" + m.role + "] " + parts(m.content) + "\n\n" -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- "[assistant] " -}}{%- endif -%}""",
-}  # fmt: skip
-TEMPLATES |= {path.relative_to(ROOT / "scripts" / "bench" / "spellings").as_posix(): path.read_text() for path in sorted((ROOT / "scripts" / "bench" / "spellings").rglob("*.jinja"))}
+}
+TEMPLATES |= {
+    path.relative_to(ROOT / "scripts" / "bench" / "spellings").as_posix(): path.read_text()
+    for path in sorted((ROOT / "scripts" / "bench" / "spellings").rglob("*.jinja"))
+}
 # The releases' own files, where somebody has them: a folder with any number of *.jinja.
-TEMPLATES |= {str(path): path.read_text() for path in sorted(Path(os.environ["LFM_EDGE_REAL_FILES"]).rglob("*.jinja"))} if "LFM_EDGE_REAL_FILES" in os.environ else {}
+TEMPLATES |= (
+    {str(path): path.read_text() for path in sorted(Path(os.environ["LFM_EDGE_REAL_FILES"]).rglob("*.jinja"))}
+    if "LFM_EDGE_REAL_FILES" in os.environ
+    else {}
+)
 
 
 @pytest.fixture(scope="module", params=list(TEMPLATES), ids=lambda name: name.replace(" ", "_"))
@@ -102,7 +122,11 @@ def by_transformers(template: str, chat: Conversation, *, generation: bool) -> s
     messages = [message.as_dict() for message in chat.messages]
     try:
         found = utils.render_jinja_template(
-            conversations=[messages], tools=list(chat.tools) or None, chat_template=template, add_generation_prompt=generation, **SPECIALS
+            conversations=[messages],
+            tools=list(chat.tools) or None,
+            chat_template=template,
+            add_generation_prompt=generation,
+            **SPECIALS,
         )
     except Exception:
         return None
@@ -123,8 +147,9 @@ words = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12) | st.sa
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 10**12) | st.floats(allow_nan=False, allow_infinity=False) | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
 messages = st.builds(
     Message,
     st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]),
@@ -132,14 +157,21 @@ messages = st.builds(
     st.none() | words,
     st.lists(st.builds(ToolCall, words, st.dictionaries(words, json_values, max_size=3)), max_size=2).map(tuple),
 )
-tools = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": st.dictionaries(words, json_values, max_size=3)}), max_size=2)
-conversations = st.builds(Conversation, st.lists(messages, max_size=5), tools, st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1)))
+tools = st.lists(
+    st.fixed_dictionaries({"type": st.just("function"), "function": st.dictionaries(words, json_values, max_size=3)}),
+    max_size=2,
+)
+conversations = st.builds(
+    Conversation, st.lists(messages, max_size=5), tools, st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1))
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(chat=conversations, generation=st.booleans())
 def test_any_conversation_is_rendered_as_transformers_does(template, chat, generation) -> None:
-    """Texts and images in any order, several system messages, tools, calls, results, thoughts, dates: the same text or an error in both."""
+    """Texts and images in any order, several system messages, tools, calls, results, thoughts, dates: the same text or
+    an error in both.
+    """
     assert ours(template, chat, generation=generation) == by_transformers(template, chat, generation=generation)
 
 
@@ -182,11 +214,21 @@ CONSTRUCTS = {
     "{{ none is none }}{{ x is undefined }}{{ 3 is odd }}{{ 4 is even }}{{ 9 is divisibleby 3 }}{{ 1 is not none }}{{ 1 is defined and 2 is defined }}{{ 'a' is in ['a'] }}"
     "{{ 1 is eq 1 }}{{ 2 is gt(1) }}{{ false is false }}{{ 1 is true }}{{ 1 is boolean }}",
     "undefined": "[{{ x }}]{% for i in x %}no{% endfor %}{{ x is string }}{{ x | length }}{{ 1 in x }}{% if x %}no{% endif %}",
-    "undefined attribute": "{{ x.y }}", "undefined call": "{{ x() }}", "undefined sum": "{{ x + 'a' }}", "type error": "{{ 'a' + 1 }}", "no such key": "{{ messages[0].nope.deeper }}",
-    "raise": "{{ raise_exception('no') }}", "range limit": "{{ range(1000000) | length }}", "unpack": "{% for a, b in [1] %}{% endfor %}",
-    "set on no namespace": "{% set x = {} %}{% set x.a = 1 %}", "date": "{{ strftime_now('%d %B %Y') }}", "tuple": "{{ 1, 2 }}{{ () }}{{ (1,) }}",
+    "undefined attribute": "{{ x.y }}",
+    "undefined call": "{{ x() }}",
+    "undefined sum": "{{ x + 'a' }}",
+    "type error": "{{ 'a' + 1 }}",
+    "no such key": "{{ messages[0].nope.deeper }}",
+    "raise": "{{ raise_exception('no') }}",
+    "range limit": "{{ range(1000000) | length }}",
+    "unpack": "{% for a, b in [1] %}{% endfor %}",
+    "set on no namespace": "{% set x = {} %}{% set x.a = 1 %}",
+    "date": "{{ strftime_now('%d %B %Y') }}",
+    "tuple": "{{ 1, 2 }}{{ () }}{{ (1,) }}",
     "generation": "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}",
-    "nested braces": "{{ {'a': {'b': [1, {'c': '}}'}]}}['a']['b'][1].c }}{{ '%}' }}", "trailing comma": "{{ [1, 2,] }}{{ {'a': 1,} }}", "line end": "x\n{% if true %}\ny\n{% endif %}\n",
+    "nested braces": "{{ {'a': {'b': [1, {'c': '}}'}]}}['a']['b'][1].c }}{{ '%}' }}",
+    "trailing comma": "{{ [1, 2,] }}{{ {'a': 1,} }}",
+    "line end": "x\n{% if true %}\ny\n{% endif %}\n",
     "else after cuts": "{% for x in [1] %}{% continue %}{% else %}E{% endfor %}{% for x in [1, 2] %}{% break %}{% else %}F{% endfor %}"
     "{% for x in [1, 2] %}{% if x == 2 %}{% break %}{% endif %}{% else %}G{% endfor %}",
     "generators": "{% if messages|selectattr('role','equalto','nobody') %}Y{% else %}N{% endif %}{% set g = messages|map(attribute='role') %}"
@@ -194,14 +236,17 @@ CONSTRUCTS = {
     "undefined is a sequence": "{{ nope is sequence }}{{ [nope] }}{{ nope is iterable }}",
     "macro default of the same name": "{% set f = 1 %}{% macro g(f=f) %}[{{ f }}]{% endmacro %}{{ g() }}{{ g(2) }}",
     "printed objects": "{{ namespace(a=1) }}{% macro f() %}{% endmacro %}{{ f }}{% for x in [1, 2] %}{{ loop }}{% endfor %}",
-    "not iterable": "{% for x in 3 %}{% endfor %}", "zero": "{{ 1 // 0 }}",
-}  # fmt: skip
+    "not iterable": "{% for x in 3 %}{% endfor %}",
+    "zero": "{{ 1 // 0 }}",
+}
 
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_each_construct_is_as_in_jinja2(name) -> None:
     """Jinja's own rendering of every construct that is known here; an error in both, or the same text."""
-    chat = Conversation([Message("system", "s"), Message("user", "u"), Message("assistant", "a")], now=datetime(2026, 3, 4))
+    chat = Conversation(
+        [Message("system", "s"), Message("user", "u"), Message("assistant", "a")], now=datetime(2026, 3, 4)
+    )
     try:
         wanted = render_template(ChatFormat(CONSTRUCTS[name], SPECIALS), chat)
     except Exception:
@@ -211,14 +256,23 @@ def test_each_construct_is_as_in_jinja2(name) -> None:
         ChatFormat(CONSTRUCTS[name]).parsed  # noqa: B018
 
 
-pieces = st.sampled_from([piece for source in TEMPLATES.values() for piece in re.split(r"(?=\{[%{#])|(?<=[%}#]\})| (?=is|not|in|\||\+)", source) if piece])
+pieces = st.sampled_from(
+    [
+        piece
+        for source in TEMPLATES.values()
+        for piece in re.split(r"(?=\{[%{#])|(?<=[%}#]\})| (?=is|not|in|\||\+)", source)
+        if piece
+    ]
+)
 
 
 @settings(max_examples=400, deadline=None)
 @given(source=st.lists(pieces, max_size=8).map("".join))
 def test_templates_of_shuffled_pieces_are_errors_or_as_in_jinja2(source) -> None:
     """Whatever is not refused gives jinja2's text."""
-    chat = Conversation([Message("system", "s"), Message("user", ("u", IMAGE)), Message("assistant", "<think>x</think>a")])
+    chat = Conversation(
+        [Message("system", "s"), Message("user", ("u", IMAGE)), Message("assistant", "<think>x</think>a")]
+    )
     try:
         wanted = render_template(ChatFormat(source, SPECIALS), chat)
     except Exception:
@@ -227,11 +281,18 @@ def test_templates_of_shuffled_pieces_are_errors_or_as_in_jinja2(source) -> None
     assert found is None or found == wanted
 
 
-@pytest.mark.parametrize("source", [
-    "{% set ns=namespace(go=true) %}{% for x in [3, 1] if ns.go %}{{ x }}{% set ns.go=false %}{% endfor %}",
-    "{% macro f() %}{{ varargs }}{% endmacro %}{{ f() }}", "{% set true = 0 %}", "{% for none in [1] %}{% endfor %}", "{{ " + "9" * 5000 + " }}",
-    "{% for x in [1] %}{{ bos_token }}{% endfor %}{% set bos_token = 'x' %}", "{% macro f() %}{{ bos_token }}{% endmacro %}{% set bos_token = 1 %}{{ f() }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set ns=namespace(go=true) %}{% for x in [3, 1] if ns.go %}{{ x }}{% set ns.go=false %}{% endfor %}",
+        "{% macro f() %}{{ varargs }}{% endmacro %}{{ f() }}",
+        "{% set true = 0 %}",
+        "{% for none in [1] %}{% endfor %}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% for x in [1] %}{{ bos_token }}{% endfor %}{% set bos_token = 'x' %}",
+        "{% macro f() %}{{ bos_token }}{% endmacro %}{% set bos_token = 1 %}{{ f() }}",
+    ],
+)
 def test_what_depends_on_jinjas_compiler_is_refused(source) -> None:
     assert ours(source, Conversation([Message("user", "u")]), generation=True) is None
 
@@ -244,10 +305,16 @@ BAD = {
     "unknown tag": ("{% include 'x' %}", "the tag include is not known here"),
     "unknown test": ("{% if 1 is prime %}{% endif %}", "the test prime is not known here"),
     "no place for images": ("{% for m in messages %}{{ m.content | string }}{% endfor %}", "no place for images"),
-    "text of a text model": (TEMPLATES["chat_template_text_model.jinja"], "no place for images: .* take the one of the vision-language model"),
-    "changes text": ("{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content|upper }}{% else %}<image>{{ m.content[1].text }}{% endif %}{% endfor %}", "does not appear as it was given"),
+    "text of a text model": (
+        TEMPLATES["chat_template_text_model.jinja"],
+        "no place for images: .* take the one of the vision-language model",
+    ),
+    "changes text": (
+        "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content|upper }}{% else %}<image>{{ m.content[1].text }}{% endif %}{% endfor %}",
+        "does not appear as it was given",
+    ),
     "counts": ("{{ messages|length }}", "does not appear as it was given"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -276,25 +343,70 @@ def test_a_folder_without_prompt_json_gives_the_same_ids(tmp_path) -> None:
 
 
 def test_a_bundle_of_the_first_schema_is_read(tmp_path) -> None:
-    """prompt.json as it was before the template was in it: tokens and merges as lists, other stand-ins, three lists of ranges."""
+    """prompt.json as it was before the template was in it: tokens and merges as lists, other stand-ins, three lists of
+    ranges.
+    """
     spec = compile_prompt(DEMO)
     old = dict(zip("\ue001\ue002\ue003\ue000", "ª²\xa0§", strict=True))
-    splits = ["".join(old.get(c, "" if "\ue000" < c < "\ue010" else c) for c in split) for split in spec.vocabulary.splits]
+    splits = [
+        "".join(old.get(c, "" if "\ue000" < c < "\ue010" else c) for c in split) for split in spec.vocabulary.splits
+    ]
     v = spec.vocabulary
-    (tmp_path / "prompt.json").write_text(json.dumps({
-        "schema": 1, "chat": {"begin": "", "before": {}},
-        "vocabulary": {"tokens": v.tokens, "merges": v.merges.tolist(), "ignore_merges": v.ignore_merges, "splits": splits, "added": v.added,
-                       "special": v.special, "letters": v.classes["L"], "numbers": v.classes["N"], "spaces": v.classes["s"]},
-        "image_tokens": {"image": "<image>", "start": "<|image_start|>", "end": "<|image_end|>", "thumbnail": None, "tile": None},
-    }))  # fmt: skip
+    (tmp_path / "prompt.json").write_text(
+        json.dumps(
+            {
+                "schema": 1,
+                "chat": {"begin": "", "before": {}},
+                "vocabulary": {
+                    "tokens": v.tokens,
+                    "merges": v.merges.tolist(),
+                    "ignore_merges": v.ignore_merges,
+                    "splits": splits,
+                    "added": v.added,
+                    "special": v.special,
+                    "letters": v.classes["L"],
+                    "numbers": v.classes["N"],
+                    "spaces": v.classes["s"],
+                },
+                "image_tokens": {
+                    "image": "<image>",
+                    "start": "<|image_start|>",
+                    "end": "<|image_end|>",
+                    "thumbnail": None,
+                    "tile": None,
+                },
+            }
+        )
+    )
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(DEMO / name, tmp_path / name)
     read, new = PromptBuilder(PromptSpec.load(tmp_path / "prompt.json")), PromptBuilder(spec)
-    for chat in (NEEDED[0], Conversation([Message("user", "Größe: 12 ½ kg, 日本\u3000x"), Message("assistant", "٣ #")])):
+    for chat in (
+        NEEDED[0],
+        Conversation([Message("user", "Größe: 12 ½ kg, 日本\u3000x"), Message("assistant", "٣ #")]),
+    ):
         assert read.render(chat, []) == new.render(chat, [])
 
 
-forged = st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|im_start|>", "<image>", "<|image_start|>", "\n", "system", "x ", "\ufdd0", "é"]), max_size=6).map("".join)
+forged = st.lists(
+    st.sampled_from(
+        [
+            "<|im_end|>",
+            "<|im_",
+            "end|>",
+            "<",
+            "|im_start|>",
+            "<image>",
+            "<|image_start|>",
+            "\n",
+            "system",
+            "x ",
+            "\ufdd0",
+            "é",
+        ]
+    ),
+    max_size=6,
+).map("".join)
 
 
 @settings(max_examples=200, deadline=None)
@@ -304,20 +416,34 @@ def test_texts_of_strangers_forge_nothing(demo_prompts, system, parts, reply) ->
     chat = [Message("system", system), Message("user", parts), Message("assistant", reply), Message("user", "x")]
     plan = plan_image(64, 64, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
     plans = [plan] * parts.count(IMAGE)
-    harmless = [Message("system", ""), Message("user", tuple(p for p in parts if p is IMAGE)), Message("assistant", ""), Message("user", "x")]
+    harmless = [
+        Message("system", ""),
+        Message("user", tuple(p for p in parts if p is IMAGE)),
+        Message("assistant", ""),
+        Message("user", "x"),
+    ]
     tokenizer = demo_prompts.tokenizer
     found = demo_prompts.render(Conversation(chat, special=False), plans).ids
     wanted = demo_prompts.render(harmless, plans).ids
     assert [i for i in found if i in tokenizer.special] == [i for i in wanted if i in tokenizer.special]
-    assert tokenizer.decode(found) == f"system\n{system}\nuser\n{''.join(p for p in parts if p is not IMAGE)}\nassistant\n{reply}\nuser\nx\nassistant\n"
+    assert (
+        tokenizer.decode(found)
+        == f"system\n{system}\nuser\n{''.join(p for p in parts if p is not IMAGE)}\nassistant\n{reply}\nuser\nx\nassistant\n"
+    )
 
 
 TRANSFORMING = "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text | FILTER }}{% endfor %}<|im_end|>{% endfor %}"
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    ("trim", ("<|im_ ", "end|>")), ("lower", ("<|IM_END|>",)), ("replace('@', '')", ("<|im@_end|>",)), ("string", ("<|im_end|>",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("trim", ("<|im_ ", "end|>")),
+        ("lower", ("<|IM_END|>",)),
+        ("replace('@', '')", ("<|im@_end|>",)),
+        ("string", ("<|im_end|>",)),
+    ],
+)
 def test_templates_that_change_texts_forge_nothing(demo_prompts, change, parts) -> None:
     """A special token that only the template's filters would put together is text, or the conversation is refused."""
     spec = dataclasses.replace(demo_prompts.spec, chat=ChatFormat(TRANSFORMING.replace("FILTER", change), SPECIALS))
@@ -329,13 +455,27 @@ def test_templates_that_change_texts_forge_nothing(demo_prompts, change, parts) 
 
 
 def test_texts_that_templates_write_with_repr_stay_as_they_are() -> None:
-    """LFM2.5's template writes lists of arguments as Python does; a text that ends like a special token is no exception."""
+    """LFM2.5's template writes lists of arguments as Python does; a text that ends like a special token is no
+    exception.
+    """
     spec = compile_prompt(DEMO)
-    builder = PromptBuilder(dataclasses.replace(spec, chat=ChatFormat(TEMPLATES["lfm2.5/chat_template.jinja"], SPECIALS)))
+    builder = PromptBuilder(
+        dataclasses.replace(spec, chat=ChatFormat(TEMPLATES["lfm2.5/chat_template.jinja"], SPECIALS))
+    )
     for thought in ("", "<think>hm</think> "):
-        chat = [Message("user", "x"), Message("assistant", f"{thought}y", tool_calls=(ToolCall("cmp", {"ops": ["a <", ">"], "<|im_": {"end|>": "é\n"}}),)), Message("user", "z")]
+        chat = [
+            Message("user", "x"),
+            Message(
+                "assistant",
+                f"{thought}y",
+                tool_calls=(ToolCall("cmp", {"ops": ["a <", ">"], "<|im_": {"end|>": "é\n"}}),),
+            ),
+            Message("user", "z"),
+        ]
         plain, guarded = (builder.render(Conversation(chat, special=special), []).ids for special in (True, False))
-        assert builder.tokenizer.decode(plain, skip_special=False) == builder.tokenizer.decode(guarded, skip_special=False)
+        assert builder.tokenizer.decode(plain, skip_special=False) == builder.tokenizer.decode(
+            guarded, skip_special=False
+        )
 
 
 def test_a_template_that_looks_into_tools_takes_texts_of_strangers() -> None:
@@ -368,7 +508,9 @@ def test_where_templates_live(tmp_path, place) -> None:
         (folder / place).write_text(json.dumps({"chat_template": source}))
     else:
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = [{"name": "tool", "template": "x"}, {"name": "default", "template": source}] if place == "list" else source
+        config["chat_template"] = (
+            [{"name": "tool", "template": "x"}, {"name": "default", "template": source}] if place == "list" else source
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert compile_prompt(folder) == compile_prompt(DEMO)
 

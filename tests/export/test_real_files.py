@@ -1,4 +1,6 @@
-"""What the family's releases, fine-tunes and conversions look like: each goes in with the right values, or is named for what it is."""
+"""What the family's releases, fine-tunes and conversions look like: each goes in with the right values, or is named for
+what it is.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def tensors(folder: Path, **changes: object) -> None:
 def logits_of(bundle: Path, ids: list[int]) -> np.ndarray:
     import onnxruntime as ort
 
-    embed, decoder = (ort.InferenceSession(bundle / "onnx" / f"{stem}.onnx") for stem in ("embed_tokens", "decoder_model_merged"))
+    embed, decoder = (
+        ort.InferenceSession(bundle / "onnx" / f"{stem}.onnx") for stem in ("embed_tokens", "decoder_model_merged")
+    )
     return reference.decode(decoder, embed.run(None, {"input_ids": np.array([ids])})[0], [len(ids)])
 
 
@@ -74,7 +78,11 @@ def features_of(bundle: Path, pixels, grids, mask) -> np.ndarray:
 # ------------------------------------------------------------------------------------- flags and tensors that disagree
 
 
-@pytest.mark.parametrize("said", [(MISSING, MISSING), (True, True), (MISSING, True), (True, MISSING), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize(
+    "said",
+    [(MISSING, MISSING), (True, True), (MISSING, True), (True, MISSING), (False, True), (True, False), (False, False)],
+    ids=str,
+)
 def test_a_head_of_its_own_is_used_whatever_config_says(tmp_path, said, caplog) -> None:
     """lm_head.weight differs from the embedding table: tied, logits would be off by several."""
     model = reference.tiny_model(text={"tie_word_embeddings": False}, tie_word_embeddings=False)
@@ -107,7 +115,9 @@ def test_a_projector_layernorm_is_applied_where_there_is_one(tmp_path, norm, sai
     projector = model.model.multi_modal_projector
     folder = reference.save_tiny(model, tmp_path / "c")
     if not norm:
-        names = [name for name in load_file(folder / "model.safetensors") if ".multi_modal_projector.layer_norm." in name]
+        names = [
+            name for name in load_file(folder / "model.safetensors") if ".multi_modal_projector.layer_norm." in name
+        ]
         tensors(folder, **dict.fromkeys(names))
         projector.layer_norm = torch.nn.Identity()  # as 4.57 cannot be told
     edit(folder, "config.json", "projector_use_layernorm", to=said)
@@ -120,7 +130,9 @@ def test_a_projector_layernorm_is_applied_where_there_is_one(tmp_path, norm, sai
 
 
 def test_biases_and_widths_are_the_tensors(tmp_path, caplog) -> None:
-    """conv_bias, projector_bias and block_auto_adjust_ff_dim the other way round: the same weights, with a line for each."""
+    """conv_bias, projector_bias and block_auto_adjust_ff_dim the other way round: the same weights, with a line for
+    each.
+    """
     folder = reference.save_tiny(reference.tiny_model(text={"conv_bias": True}), tmp_path / "c")
     export(folder, tmp_path / "right")
     edit(folder, "config.json", "text_config", "conv_bias", to=False)
@@ -134,7 +146,7 @@ def test_biases_and_widths_are_the_tensors(tmp_path, caplog) -> None:
     assert np.array_equal(logits_of(tmp_path / "right", ids), logits_of(tmp_path / "left", ids))
 
 
-# ------------------------------------------------------------------------------------------------ what is named for what it is
+# ----------------------------------------------------------------------------------------- what is named for what it is
 
 Q = "model.language_model.layers.1.self_attn.q_proj.weight"
 CONV = "model.language_model.layers.0.conv.conv.weight"
@@ -152,7 +164,9 @@ def nan(value: float):
 
 def renamed(prefix: str):
     def change(folder: Path) -> None:
-        save_file({prefix + n: t for n, t in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors")
+        save_file(
+            {prefix + n: t for n, t in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors"
+        )
 
     return change
 
@@ -184,51 +198,152 @@ WRONG = {
     "NaN": (nan(math.nan), [Q, "NaN or infinity"]),
     "infinity": (nan(-math.inf), [Q, "NaN or infinity"]),
     "fewer layers": (cut_layers, ["text_config.num_hidden_layers is 2", "has 4 layers"]),
-    "fewer vision layers": (lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=1), ["vision_config.num_hidden_layers is 1", "has 2 layers"]),
-    "half a layer": (lambda f: edit(f, "config.json", "text_config", "num_hidden_layers", to=1.5), ["num_hidden_layers is 1.5", "whole number"]),
-    "true layers": (lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=True), ["num_hidden_layers is true", "whole number"]),
-    "a list of sizes": (lambda f: edit(f, "config.json", "text_config", "hidden_size", to=[64]), ["text_config.hidden_size is [64]"]),
-    "layers that are not counted": (lambda f: edit(f, "config.json", "text_config", "layer_types", to=["conv"]), ["num_hidden_layers is 4", "1 layers"]),
-    "norm of nothing": (lambda f: edit(f, "config.json", "text_config", "norm_eps", to=0), ["norm_eps is 0", "above 0"]),
-    "penalty": (lambda f: edit(f, "generation_config.json", "repetition_penalty", to={}), ["repetition_penalty is {}", "a number"]),
-    "end token": (lambda f: edit(f, "generation_config.json", "eos_token_id", to={}), ["generation_config.json has eos_token_id {}"]),
-    "end token beyond": (lambda f: edit(f, "generation_config.json", "eos_token_id", to=[7, 10**6]), ["eos_token_id [7, 1000000]"]),
+    "fewer vision layers": (
+        lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=1),
+        ["vision_config.num_hidden_layers is 1", "has 2 layers"],
+    ),
+    "half a layer": (
+        lambda f: edit(f, "config.json", "text_config", "num_hidden_layers", to=1.5),
+        ["num_hidden_layers is 1.5", "whole number"],
+    ),
+    "true layers": (
+        lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=True),
+        ["num_hidden_layers is true", "whole number"],
+    ),
+    "a list of sizes": (
+        lambda f: edit(f, "config.json", "text_config", "hidden_size", to=[64]),
+        ["text_config.hidden_size is [64]"],
+    ),
+    "layers that are not counted": (
+        lambda f: edit(f, "config.json", "text_config", "layer_types", to=["conv"]),
+        ["num_hidden_layers is 4", "1 layers"],
+    ),
+    "norm of nothing": (
+        lambda f: edit(f, "config.json", "text_config", "norm_eps", to=0),
+        ["norm_eps is 0", "above 0"],
+    ),
+    "penalty": (
+        lambda f: edit(f, "generation_config.json", "repetition_penalty", to={}),
+        ["repetition_penalty is {}", "a number"],
+    ),
+    "end token": (
+        lambda f: edit(f, "generation_config.json", "eos_token_id", to={}),
+        ["generation_config.json has eos_token_id {}"],
+    ),
+    "end token beyond": (
+        lambda f: edit(f, "generation_config.json", "eos_token_id", to=[7, 10**6]),
+        ["eos_token_id [7, 1000000]"],
+    ),
     "image_std": (lambda f: edit(f, "preprocessor_config.json", "image_std", to=[0, 0, 0]), ["image_std [0, 0, 0]"]),
     "image_mean": (lambda f: edit(f, "preprocessor_config.json", "image_mean", to="x"), ["image_mean is 'x'"]),
-    "tolerance": (lambda f: edit(f, "preprocessor_config.json", "max_pixels_tolerance", to=[]), ["max_pixels_tolerance is []"]),
-    "a thousand tiles": (lambda f: edit(f, "preprocessor_config.json", "max_tiles", to=10**9), ["max_tiles 1000000000"]),
-    "other patches": (lambda f: edit(f, "preprocessor_config.json", "encoder_patch_size", to=32), ["encoder_patch_size 32", "for 16"]),
-    "channels": (lambda f: edit(f, "config.json", "vision_config", "num_channels", to=10**9), ["num_channels 1000000000"]),
-    "bitsandbytes": (lambda f: edit(f, "config.json", "quantization_config", to={"quant_method": "bitsandbytes"}), ["quantized by bitsandbytes", "original"]),
+    "tolerance": (
+        lambda f: edit(f, "preprocessor_config.json", "max_pixels_tolerance", to=[]),
+        ["max_pixels_tolerance is []"],
+    ),
+    "a thousand tiles": (
+        lambda f: edit(f, "preprocessor_config.json", "max_tiles", to=10**9),
+        ["max_tiles 1000000000"],
+    ),
+    "other patches": (
+        lambda f: edit(f, "preprocessor_config.json", "encoder_patch_size", to=32),
+        ["encoder_patch_size 32", "for 16"],
+    ),
+    "channels": (
+        lambda f: edit(f, "config.json", "vision_config", "num_channels", to=10**9),
+        ["num_channels 1000000000"],
+    ),
+    "bitsandbytes": (
+        lambda f: edit(f, "config.json", "quantization_config", to={"quant_method": "bitsandbytes"}),
+        ["quantized by bitsandbytes", "original"],
+    ),
     "fp8": (lambda f: edit(f, "config.json", "quantization_config", to={"quant_method": "fp8"}), ["quantized by fp8"]),
     "MLX": (lambda f: edit(f, "config.json", "quantization", to={"group_size": 64, "bits": 4}), ["quantized by MLX"]),
-    "MLX by its tensors": (lambda f: tensors(f, **{Q.replace("weight", "scales"): torch.ones(64, 1)}), ["quantized by MLX"]),
-    "GPTQ by its tensors": (lambda f: tensors(f, **{Q.replace("weight", "qweight"): torch.ones(8, 64, dtype=torch.int32)}), ["quantized by GPTQ or AWQ"]),
-    "bitsandbytes by its tensors": (lambda f: tensors(f, **{f"{Q}.absmax": torch.ones(8)}), ["quantized by bitsandbytes"]),
+    "MLX by its tensors": (
+        lambda f: tensors(f, **{Q.replace("weight", "scales"): torch.ones(64, 1)}),
+        ["quantized by MLX"],
+    ),
+    "GPTQ by its tensors": (
+        lambda f: tensors(f, **{Q.replace("weight", "qweight"): torch.ones(8, 64, dtype=torch.int32)}),
+        ["quantized by GPTQ or AWQ"],
+    ),
+    "bitsandbytes by its tensors": (
+        lambda f: tensors(f, **{f"{Q}.absmax": torch.ones(8)}),
+        ["quantized by bitsandbytes"],
+    ),
     "fp8 by its tensors": (lambda f: tensors(f, **{f"{Q}_scale": torch.ones(1)}), ["quantized by fp8"]),
-    "MLX in bfloat16": (lambda f: tensors(f, **{CONV: load_file(f / "model.safetensors")[CONV].transpose(1, 2).contiguous()}), ["as MLX has them"]),
+    "MLX in bfloat16": (
+        lambda f: tensors(f, **{CONV: load_file(f / "model.safetensors")[CONV].transpose(1, 2).contiguous()}),
+        ["as MLX has them"],
+    ),
     "torch.compile": (renamed("_orig_mod."), ["torch.compile", "_orig_mod.save_pretrained"]),
     "PEFT, not merged": (renamed("base_model.model."), ["PEFT", "merge_and_unload"]),
     "DataParallel": (renamed("module."), ["DataParallel"]),
-    "a stranger": (lambda f: tensors(f, **{"model.extra.weight": torch.ones(3)}), ["tensor model.extra.weight has no place"]),
-    "another spelling beside": (lambda f: tensors(f, **{Q.replace("model.language_model.", "language_model."): torch.ones(64, 64)}), ["has no place"]),
+    "a stranger": (
+        lambda f: tensors(f, **{"model.extra.weight": torch.ones(3)}),
+        ["tensor model.extra.weight has no place"],
+    ),
+    "another spelling beside": (
+        lambda f: tensors(f, **{Q.replace("model.language_model.", "language_model."): torch.ones(64, 64)}),
+        ["has no place"],
+    ),
     "one name twice": (as_shards, [Q, "stands in model-00001-of-00002.safetensors and in"]),
-    "no head": (lambda f: [edit(f, "config.json", "tie_word_embeddings", to=False), edit(f, "config.json", "text_config", "tie_word_embeddings", to=False)],
-                ["tie_word_embeddings false", "no lm_head.weight"]),
-    "LFS pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), ["model.safetensors is a Git LFS pointer", "git lfs pull"]),
-    "LFS pointer of a tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), ["tokenizer.json is a Git LFS pointer"]),
+    "no head": (
+        lambda f: [
+            edit(f, "config.json", "tie_word_embeddings", to=False),
+            edit(f, "config.json", "text_config", "tie_word_embeddings", to=False),
+        ],
+        ["tie_word_embeddings false", "no lm_head.weight"],
+    ),
+    "LFS pointer": (
+        lambda f: (f / "model.safetensors").write_text(POINTER),
+        ["model.safetensors is a Git LFS pointer", "git lfs pull"],
+    ),
+    "LFS pointer of a tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text(POINTER),
+        ["tokenizer.json is a Git LFS pointer"],
+    ),
     "bin": (only("pytorch_model.bin"), ["has pytorch_model.bin, no model.safetensors", "save_pretrained"]),
     "GGUF": (only("model-Q4_0.gguf"), ["model-Q4_0.gguf", "llama.cpp"]),
-    "no image token": (lambda f: edit(f, "config.json", "image_token_id", to=395), ["image token is 395, the tokenizer's <image> is 396"]),
-    "a million layers": (lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=10**9), ["num_hidden_layers is 1000000000", "at most 1000"]),
+    "no image token": (
+        lambda f: edit(f, "config.json", "image_token_id", to=395),
+        ["image token is 395, the tokenizer's <image> is 396"],
+    ),
+    "a million layers": (
+        lambda f: edit(f, "config.json", "vision_config", "num_hidden_layers", to=10**9),
+        ["num_hidden_layers is 1000000000", "at most 1000"],
+    ),
     "an endless norm": (lambda f: edit(f, "config.json", "text_config", "norm_eps", to=10**400), ["norm_eps is 1000"]),
-    "an endless multiplier": (lambda f: [edit(f, "config.json", "text_config", "block_ffn_dim_multiplier", to=1e308)], ["block_ffn_dim_multiplier is 1e+308"]),
-    "an endless factor": (lambda f: edit(f, "preprocessor_config.json", "rescale_factor", to=10**400), ["rescale_factor"]),
-    "an endless penalty": (lambda f: edit(f, "generation_config.json", "repetition_penalty", to=10**400), ["repetition_penalty"]),
-    "one id for two tokens": (lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 7, "content": "<x>", "special": True}]), ["id 7 for"]),
-    "an id beyond memory": (lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 10**12, "content": "<x>", "special": True}]), ["a token whose id"]),
-    "rope": (lambda f: edit(f, "config.json", "text_config", "rope_parameters", to={"rope_type": "default", "partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
-}  # fmt: skip
+    "an endless multiplier": (
+        lambda f: [edit(f, "config.json", "text_config", "block_ffn_dim_multiplier", to=1e308)],
+        ["block_ffn_dim_multiplier is 1e+308"],
+    ),
+    "an endless factor": (
+        lambda f: edit(f, "preprocessor_config.json", "rescale_factor", to=10**400),
+        ["rescale_factor"],
+    ),
+    "an endless penalty": (
+        lambda f: edit(f, "generation_config.json", "repetition_penalty", to=10**400),
+        ["repetition_penalty"],
+    ),
+    "one id for two tokens": (
+        lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 7, "content": "<x>", "special": True}]),
+        ["id 7 for"],
+    ),
+    "an id beyond memory": (
+        lambda f: edit(f, "tokenizer.json", "added_tokens", to=[{"id": 10**12, "content": "<x>", "special": True}]),
+        ["a token whose id"],
+    ),
+    "rope": (
+        lambda f: edit(
+            f,
+            "config.json",
+            "text_config",
+            "rope_parameters",
+            to={"rope_type": "default", "partial_rotary_factor": 0.5},
+        ),
+        ["partial_rotary_factor"],
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -253,17 +368,27 @@ def test_what_is_wrong_is_named(tiny, tmp_path, case, capsys) -> None:
 def test_left_overs_are_left(tiny, tmp_path) -> None:
     """A pooling head of SigLIP2, and buffers that older releases saved."""
     folder = Path(shutil.copytree(tiny, tmp_path / "c"))
-    tensors(folder, **{
-        "model.vision_tower.vision_model.head.attention.in_proj_weight": torch.ones(3, 3), "model.vision_tower.head.probe": torch.ones(1),
-        "model.language_model.rotary_emb.inv_freq": torch.ones(8), "model.vision_tower.vision_model.embeddings.position_ids": torch.ones(4),
-    })  # fmt: skip
+    tensors(
+        folder,
+        **{
+            "model.vision_tower.vision_model.head.attention.in_proj_weight": torch.ones(3, 3),
+            "model.vision_tower.head.probe": torch.ones(1),
+            "model.language_model.rotary_emb.inv_freq": torch.ones(8),
+            "model.vision_tower.vision_model.embeddings.position_ids": torch.ones(4),
+        },
+    )
     export(folder, tmp_path / "b")
 
 
 def test_no_number_is_no_answer(tiny, tmp_path) -> None:
-    """Weights that are numbers and give none: the export fails, JSON holds no NaN, greedy decoding raises as sampling does."""
+    """Weights that are numbers and give none: the export fails, JSON holds no NaN, greedy decoding raises as sampling
+    does.
+    """
     folder = Path(shutil.copytree(tiny, tmp_path / "c"))
-    tensors(folder, **{name: t * 1e30 for name, t in load_file(folder / "model.safetensors").items() if "feed_forward" in name})
+    tensors(
+        folder,
+        **{name: t * 1e30 for name, t in load_file(folder / "model.safetensors").items() if "feed_forward" in name},
+    )
     with pytest.raises(BundleError, match="no numbers"):
         export(folder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -337,8 +462,16 @@ ADAPTERS = {
 def plain_adapter(folder: Path, names: list[str], **config: object) -> Path:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
-    save_file({f"base_model.model.{name}.lora_{part}.weight": torch.randn((4, 64) if part == "A" else (64, 4), generator=generator)
-               for name in names for part in "AB"}, folder / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {
+            f"base_model.model.{name}.lora_{part}.weight": torch.randn(
+                (4, 64) if part == "A" else (64, 4), generator=generator
+            )
+            for name in names
+            for part in "AB"
+        },
+        folder / "adapter_model.safetensors",
+    )
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}))
     return folder
 
@@ -353,15 +486,28 @@ def test_adapters_that_are_more_than_a_sum(tiny, tmp_path, case) -> None:
 
 def test_adapter_values_of_another_kind(tiny, tmp_path) -> None:
     place = "text.layers.1.self_attn.q_proj.weight"
-    for i, (change, says) in enumerate([({"lora_alpha": True}, "lora_alpha is True"), ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-                                        ({"use_rslora": "false"}, "use_rslora 'false'"), ({"alpha_pattern": {"*q_proj": 3}}, "no regular expression")]):  # fmt: skip
+    for i, (change, says) in enumerate(
+        [
+            ({"lora_alpha": True}, "lora_alpha is True"),
+            ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+            ({"use_rslora": "false"}, "use_rslora 'false'"),
+            ({"alpha_pattern": {"*q_proj": 3}}, "no regular expression"),
+        ]
+    ):
         with pytest.raises(CheckpointError, match=says):
-            Checkpoint(tiny, plain_adapter(tmp_path / str(i), [Q.removesuffix(".weight")], **change)).read(place, 64, 64)
+            Checkpoint(tiny, plain_adapter(tmp_path / str(i), [Q.removesuffix(".weight")], **change)).read(
+                place, 64, 64
+            )
     adapter = plain_adapter(tmp_path / "default", [Q.removesuffix(".weight")])
     with_8 = Checkpoint(tiny, adapter).read(place, 64, 64)
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')  # lora_alpha is 8 where nothing is said
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4}'
+    )  # lora_alpha is 8 where nothing is said
     assert np.array_equal(Checkpoint(tiny, adapter).read(place, 64, 64), with_8)
-    save_file({f"base_model.model.{Q.removesuffix('weight')}lora_{part}.weight": torch.ones(()) for part in "AB"}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{Q.removesuffix('weight')}lora_{part}.weight": torch.ones(()) for part in "AB"},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(CheckpointError, match="a rank and a width"):
         Checkpoint(tiny, adapter).read(place, 64, 64)
 
@@ -370,7 +516,10 @@ def test_what_peft_writes_today_is_merged(tiny, tmp_path) -> None:
     """All of LoraConfig's keys, as the installed peft writes them."""
     peft = pytest.importorskip("peft")
     adapter = plain_adapter(tmp_path / "a", [Q.removesuffix(".weight")])
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in peft.LoraConfig(r=4, lora_alpha=8).to_dict().items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft.LoraConfig(r=4, lora_alpha=8).to_dict().items()
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert Checkpoint(tiny, adapter).adapter.touches(Q)
 
@@ -398,8 +547,13 @@ def test_an_adapter_of_the_head_unties_it(tiny, tmp_path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "c"))
     tensors(folder, **{"lm_head.weight": load_file(folder / "model.safetensors")[TABLE].clone()})
     adapter = plain_adapter(tmp_path / "a", ["lm_head"])
-    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64), "base_model.model.lm_head.lora_B.weight": torch.ones(896, 4)},
-              adapter / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {
+            "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64),
+            "base_model.model.lm_head.lora_B.weight": torch.ones(896, 4),
+        },
+        adapter / "adapter_model.safetensors",
+    )
     assert Checkpoint(folder).config.text.tied_head is True
     assert Checkpoint(folder, adapter).config.text.tied_head is False
 
@@ -426,8 +580,12 @@ ENDS = [
 @pytest.mark.parametrize(("said", "wanted"), ENDS, ids=lambda v: str(v)[:60])
 def test_which_token_ends_an_answer(tiny, tmp_path, said, wanted) -> None:
     """generation_config.json, text_config, config.json's top, the tokenizer's eos_token; never a constant."""
-    places = {"generation_config.json": ("generation_config.json", "eos_token_id"), "text": ("config.json", "text_config", "eos_token_id"),
-              "config.json": ("config.json", "eos_token_id"), "tokenizer": ("tokenizer_config.json", "eos_token")}  # fmt: skip
+    places = {
+        "generation_config.json": ("generation_config.json", "eos_token_id"),
+        "text": ("config.json", "text_config", "eos_token_id"),
+        "config.json": ("config.json", "eos_token_id"),
+        "tokenizer": ("tokenizer_config.json", "eos_token"),
+    }
     folder = Path(shutil.copytree(tiny, tmp_path / "c"))
     for name, place in places.items():
         edit(folder, *place, to=said.get(name, MISSING))
@@ -446,7 +604,10 @@ SAMPLING = [
     ({"max_new_tokens": 64}, GenerationSettings(max_new_tokens=64)),
     ({"repetition_penalty": 1.2, "temperature": None}, GenerationSettings(repetition_penalty=1.2)),
     # the 3B's own file
-    ({"do_sample": True, "temperature": 0.2, "top_k": 50, "repetition_penalty": 1.0}, GenerationSettings(0.2, 0.0, 50, 1.0, 1.0)),
+    (
+        {"do_sample": True, "temperature": 0.2, "top_k": 50, "repetition_penalty": 1.0},
+        GenerationSettings(0.2, 0.0, 50, 1.0, 1.0),
+    ),
     ({"temperature": 0.7, "top_p": 0.9}, GenerationSettings(0.7, 0.0, 50, 0.9, 1.0)),
     ({"do_sample": True}, GenerationSettings(1.0, 0.0, 50, 1.0, 1.0)),
     ({"do_sample": False}, GenerationSettings(0.0, 0.0, 50, 1.0, 1.0)),
@@ -462,8 +623,20 @@ def test_sampling_is_the_files_where_it_says_anything(raw, wanted) -> None:
     assert GenerationSettings.from_config(raw) == wanted
 
 
-@pytest.mark.parametrize("raw", [{"temperature": "hot"}, {"top_k": 1.5}, {"top_k": True}, {"do_sample": 1}, {"repetition_penalty": {}}, {"max_new_tokens": -1},
-                                 {"top_p": 0}, {"min_p": float("nan")}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"do_sample": 1},
+        {"repetition_penalty": {}},
+        {"max_new_tokens": -1},
+        {"top_p": 0},
+        {"min_p": float("nan")},
+    ],
+    ids=str,
+)
 def test_impossible_sampling_is_named(raw) -> None:
     with pytest.raises(SettingError, match=next(iter(raw))):
         GenerationSettings.from_config(raw)
@@ -473,14 +646,26 @@ def reference_settings(folder: Path) -> ImageSettings:
     """What transformers' own processor of this family comes to."""
     found = reference.image_processor_class().from_pretrained(folder)
     return ImageSettings(
-        found.min_image_tokens, found.max_image_tokens, bool(found.do_image_splitting), found.min_tiles, found.max_tiles, bool(found.use_thumbnail),
-        found.tile_size, found.downsample_factor, found.encoder_patch_size, found.max_pixels_tolerance, int(found.resample),
-        tuple(found.image_mean), tuple(found.image_std),
-    )  # fmt: skip
+        found.min_image_tokens,
+        found.max_image_tokens,
+        bool(found.do_image_splitting),
+        found.min_tiles,
+        found.max_tiles,
+        bool(found.use_thumbnail),
+        found.tile_size,
+        found.downsample_factor,
+        found.encoder_patch_size,
+        found.max_pixels_tolerance,
+        int(found.resample),
+        tuple(found.image_mean),
+        tuple(found.image_std),
+    )
 
 
 def real_folders() -> dict[str, dict[str, Path]]:
-    """Name → files of a release, fine-tune or conversion: ours in the same form, and the real ones where LFM_EDGE_REAL_FILES names them."""
+    """Name → files of a release, fine-tune or conversion: ours in the same form, and the real ones where
+    LFM_EDGE_REAL_FILES names them.
+    """
     found = {name: {file.name: file for file in (SPELLINGS / name).iterdir()} for name in ("lfm2.5", "3b")}
     if real := os.environ.get("LFM_EDGE_REAL_FILES"):
         spellings = Path(real) / "spellings"
@@ -488,7 +673,10 @@ def real_folders() -> dict[str, dict[str, Path]]:
         found["real mlx3b"] = {"preprocessor_config.json": spellings / "preprocessor_mlx3b.json"}
         found["real tiny"] = {"preprocessor_config.json": spellings / "preprocessor_tiny.json"}
         found["real websight"] = {"processor_config.json": spellings / "processor_websight.json"}
-        found["real devkit"] = {"processor_config.json": spellings / "processor_devkit.json", "preprocessor_config.json": spellings / "preprocessor_mlx3b.json"}
+        found["real devkit"] = {
+            "processor_config.json": spellings / "processor_devkit.json",
+            "preprocessor_config.json": spellings / "preprocessor_mlx3b.json",
+        }
     return found
 
 
@@ -502,14 +690,19 @@ def test_image_settings_as_the_reference_processor_reads_them(name, tmp_path) ->
 
 
 RELEASES_2025 = {
-    "450M": ({"max_pixels_tolerance": 2.0, "use_thumbnail": False}, {"max_pixels_tolerance": 2.0, "use_thumbnail": False}),
+    "450M": (
+        {"max_pixels_tolerance": 2.0, "use_thumbnail": False},
+        {"max_pixels_tolerance": 2.0, "use_thumbnail": False},
+    ),
     "1.6B": ({"max_pixels_tolerance": 1.5, "use_thumbnail": True}, {"max_pixels_tolerance": 1.5}),
 }
 
 
 @pytest.mark.parametrize("size", RELEASES_2025)
 def test_image_settings_of_the_2025_releases(size, tmp_path) -> None:
-    """Their own code read them at the top of processor_config.json; transformers' processor, which does not, cuts them otherwise."""
+    """Their own code read them at the top of processor_config.json; transformers' processor, which does not, cuts them
+    otherwise.
+    """
     said, wanted = RELEASES_2025[size]
     for file in ("preprocessor_config.json", "processor_config.json"):
         shutil.copyfile(SPELLINGS / "2025" / file, tmp_path / file)
@@ -518,7 +711,7 @@ def test_image_settings_of_the_2025_releases(size, tmp_path) -> None:
     assert ImageSettings.from_folder(tmp_path) == ImageSettings(**wanted)
 
 
-# --------------------------------------------------------------------------------------------- the whole path, with the real tokenizer
+# ------------------------------------------------------------------------------ the whole path, with the real tokenizer
 
 
 @pytest.fixture(scope="module", params=make_random_checkpoint.LIKE)
@@ -547,24 +740,37 @@ def test_ids_and_texts_are_transformers(release) -> None:
         if not chat.messages or any(message.images for message in chat.messages) or (chat.tools and like != "2025"):
             continue
         try:
-            wanted = tokenizer.apply_chat_template([m.as_dict() for m in chat.messages], tools=list(chat.tools) or None, add_generation_prompt=True,
-                                                   tokenize=True, return_dict=True)["input_ids"]  # fmt: skip
+            wanted = tokenizer.apply_chat_template(
+                [m.as_dict() for m in chat.messages],
+                tools=list(chat.tools) or None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"]
         except Exception:
             with pytest.raises(EdgeError):
                 model.prompts.render(chat, [])
             continue
         assert model.prompts.render(chat, []).ids == wanted
     today = Conversation([Message("user", "Zeit?")], CONVERSATIONS[-1].tools, datetime.now())
-    wanted = tokenizer.apply_chat_template([{"role": "user", "content": "Zeit?"}], tools=list(today.tools), add_generation_prompt=True, tokenize=False)
+    wanted = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Zeit?"}], tools=list(today.tools), add_generation_prompt=True, tokenize=False
+    )
     assert model.prompts.spec.chat.render(today) == wanted
     if like == "lfm2.5" and not reference.TRANSFORMERS_5:
         return  # 4.57 knows no projector_use_layernorm
     torch_model = Lfm2VlForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     ids = model.prompts.render(NEEDED[0], []).ids
     with torch.no_grad():
-        out = torch_model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
+        out = torch_model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.0,
+        )
     answer = model.answer([], "Hi", temperature=0, repetition_penalty=1.0, max_new_tokens=12)
-    assert answer.text() == tokenizer.decode(out[0, len(ids):], skip_special_tokens=True)
+    assert answer.text() == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
 
 def test_the_ids_are_the_releases(release) -> None:
@@ -587,9 +793,28 @@ def test_the_commands_on_a_release(release, tmp_path, photo, capsys) -> None:
     calibration.mkdir()
     for i in range(4):
         shutil.copyfile(photo, calibration / f"{i}.jpg")
-    assert main(["quantize", str(folder), "--variant", "int8", "--calibration", str(calibration), "--quiet"]) in (0, 3)  # 3: below the floor, random weights
+    assert main(["quantize", str(folder), "--variant", "int8", "--calibration", str(calibration), "--quiet"]) in (
+        0,
+        3,
+    )  # 3: below the floor, random weights
     assert main(["prepare", str(folder), "--variant", "fp32"]) == 0
     capsys.readouterr()
-    assert main(["run", str(folder), str(photo), "-p", "What is in this image?", "--max-new-tokens", "4", "--json", "--variant", "fp32"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(folder),
+                str(photo),
+                "-p",
+                "What is in this image?",
+                "--max-new-tokens",
+                "4",
+                "--json",
+                "--variant",
+                "fp32",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["new_tokens"] >= 1
     assert main(["verify", str(folder)]) == 0

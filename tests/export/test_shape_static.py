@@ -1,4 +1,6 @@
-"""Portable graphs with every shape fixed: in OpenVINO they say what the dynamic ones say in onnxruntime; int8 with fixed ranges is close."""
+"""Portable graphs with every shape fixed: in OpenVINO they say what the dynamic ones say in onnxruntime; int8 with
+fixed ranges is close.
+"""
 
 from __future__ import annotations
 
@@ -57,24 +59,36 @@ def test_vision(static, portable) -> None:
     )
     (got,) = ort.InferenceSession(static / "vision_encoder.onnx").run(None, {"pixel_values": pixels})
     np.testing.assert_allclose(got, wanted, atol=1e-4)
-    np.testing.assert_allclose(OpenVino(static / "vision_encoder.onnx").run({"pixel_values": pixels})["image_features"], wanted, atol=1e-3)
+    np.testing.assert_allclose(
+        OpenVino(static / "vision_encoder.onnx").run({"pixel_values": pixels})["image_features"], wanted, atol=1e-3
+    )
 
 
 def test_a_prompt_and_what_follows(static, portable) -> None:
-    """A prompt of 17 tokens in a step of 24, then ten tokens one by one, in OpenVINO: the logits of onnxruntime with open shapes."""
+    """A prompt of 17 tokens in a step of 24, then ten tokens one by one, in OpenVINO: the logits of onnxruntime with
+    open shapes.
+    """
     rng = np.random.default_rng(0)
     embeds = rng.standard_normal((1, 27, 256)).astype(np.float32) * 0.3
     session = ort.InferenceSession(portable / "onnx" / "decoder_model_merged.onnx")
     graphs = {name: OpenVino(static / f"decoder_{name}.onnx") for name in ("prefill", "decode")}
     mask = np.zeros((1, CONTEXT), np.int64)
 
-    def step(graph: OpenVino, part: np.ndarray, new: int, past: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def step(
+        graph: OpenVino, part: np.ndarray, new: int, past: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         mask[:] = np.concatenate([mask[:, new:], np.ones((1, new), np.int64)], 1)
         found = graph.run({"inputs_embeds": part, "attention_mask": mask, **past})
         kept = {name: found[present_name(name)] for name in past}
-        return found["logits"][0, -1], {n: v.copy() if n.startswith("past_conv") else v[:, :, 1:].copy() for n, v in kept.items()}
+        return found["logits"][0, -1], {
+            n: v.copy() if n.startswith("past_conv") else v[:, :, 1:].copy() for n, v in kept.items()
+        }
 
-    past = {name: np.zeros([int(n.get_length()) for n in shape], np.float32) for name, shape in graphs["prefill"].inputs if name.startswith("past_")}
+    past = {
+        name: np.zeros([int(n.get_length()) for n in shape], np.float32)
+        for name, shape in graphs["prefill"].inputs
+        if name.startswith("past_")
+    }
     prompt = np.zeros((1, PREFILL, 256), np.float32)
     prompt[:, -17:] = embeds[:, :17]
     logits, past = step(graphs["prefill"], prompt, 17, past)
@@ -96,7 +110,10 @@ def test_int8(portable, tmp_path) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
     assert {node.domain for node in model.graph.node} == {""}
     pixels = shape_static.patches(Image.open(ROOT / "demo/eval/images/0005.png"), 16, 16)
-    wanted, got = (ort.InferenceSession(tmp_path / n / "vision_encoder.onnx").run(None, {"pixel_values": pixels})[0] for n in ("fp32", "int8"))
+    wanted, got = (
+        ort.InferenceSession(tmp_path / n / "vision_encoder.onnx").run(None, {"pixel_values": pixels})[0]
+        for n in ("fp32", "int8")
+    )
     assert np.median(cosine(got, wanted)) >= 0.99
     sizes = [(tmp_path / n / "vision_encoder.onnx_data").stat().st_size for n in ("fp32", "int8")]
     assert sizes[1] < 0.4 * sizes[0]
@@ -112,7 +129,12 @@ def test_patches_as_the_runtime_cuts_them() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "prefill", "context", "said"),
-    [("8", 4, 8, "--grid 8 is impossible"), ("7x8", 4, 8, "multiples of 2"), ("0x8", 4, 8, "impossible"), ("8x8", 8, 8, "1 <= prefill < context")],
+    [
+        ("8", 4, 8, "--grid 8 is impossible"),
+        ("7x8", 4, 8, "multiples of 2"),
+        ("0x8", 4, 8, "impossible"),
+        ("8x8", 8, 8, "1 <= prefill < context"),
+    ],
 )
 def test_sizes_that_cannot_be(portable, tmp_path, grid, prefill, context, said) -> None:
     with pytest.raises(EdgeError, match=said):
@@ -127,7 +149,9 @@ def test_bundles_that_are_not_portable(demo_bundle, portable, tmp_path) -> None:
 
 
 def test_nothing_is_written_of_what_cannot_be(portable, tmp_path) -> None:
-    """An image that is none, an output that is a file or the bundle itself, a graph that is cut off: an error in a line, no file."""
+    """An image that is none, an output that is a file or the bundle itself, a graph that is cut off: an error in a
+    line, no file.
+    """
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(b"\x89PNG no")

@@ -27,7 +27,9 @@ def test_systemd_understands_every_line(unit) -> None:
 
 
 def test_it_may_do_little(unit) -> None:
-    done = subprocess.run(["systemd-analyze", "security", "--offline=true", str(unit)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", str(unit)], capture_output=True, text=True, check=False
+    )
     level = re.search(r"Overall exposure level for .*: ([\d.]+)", done.stdout)
     if level is None:
         pytest.skip("this systemd cannot judge a unit offline")

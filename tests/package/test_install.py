@@ -15,15 +15,20 @@ from sticks import another, sums
 
 QUESTION = ["-p", "What is in this image?", "--temperature", "0", "--max-new-tokens", "4"]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the stick is for x86 Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the stick is for x86 Linux"
+)
 
 
 def install(stick: Path, prefix: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
     return subprocess.run(
-        ["sh", str(stick / "install.sh"), "--prefix", str(prefix), *words], capture_output=True, text=True, check=False,
+        ["sh", str(stick / "install.sh"), "--prefix", str(prefix), *words],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **environment},
-    )  # fmt: skip
+    )
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> str:
@@ -42,7 +47,11 @@ def answer(prefix: Path, photo: Path) -> str:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, float]]:
-    return {str(p.relative_to(folder)): (p.lstat().st_ino, p.lstat().st_mtime) for p in folder.rglob("*") if "__pycache__" not in p.parts and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): (p.lstat().st_ino, p.lstat().st_mtime)
+        for p in folder.rglob("*")
+        if "__pycache__" not in p.parts and p.name != ".lock"
+    }
 
 
 def test_a_life(stick, tmp_path, photo, demo_model) -> None:
@@ -78,7 +87,9 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
 
     another(stick, name="third")
     assert install(stick, prefix).returncode == 0
-    assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], "the current one and the one before"
+    assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], (
+        "the current one and the one before"
+    )
 
     (prefix / str((prefix / "current").readlink()) / "bundle" / "manifest.json").write_text("{}")
     done = install(stick, prefix)
@@ -151,7 +162,9 @@ def test_no_python(stick, tmp_path) -> None:
     assert "there is no Python 3." in failed(install(stick, tmp_path / "edge", PATH=path))
 
 
-@pytest.mark.parametrize("broken", ["cut", "missing", "flipped", "nothing", "garbage", "malformed", "unlisted", "two pips"])
+@pytest.mark.parametrize(
+    "broken", ["cut", "missing", "flipped", "nothing", "garbage", "malformed", "unlisted", "two pips"]
+)
 def test_a_half_copied_stick(stick, tmp_path, broken) -> None:
     wheel = next((stick / "wheels").glob("numpy*"))
     if broken == "cut":
@@ -165,9 +178,12 @@ def test_a_half_copied_stick(stick, tmp_path, broken) -> None:
     else:
         listed = (stick / "SHA256SUMS").read_text().splitlines()
         texts = {
-            "nothing": [], "garbage": ["garbage"], "malformed": [line[1:] if "stick.conf" in line else line for line in listed],
-            "unlisted": [line for line in listed if "stick.conf" not in line], "two pips": [*listed, listed[-1].replace("wheels/", "wheels/pip-1.whl")],
-        }  # fmt: skip
+            "nothing": [],
+            "garbage": ["garbage"],
+            "malformed": [line[1:] if "stick.conf" in line else line for line in listed],
+            "unlisted": [line for line in listed if "stick.conf" not in line],
+            "two pips": [*listed, listed[-1].replace("wheels/", "wheels/pip-1.whl")],
+        }
         (stick / "SHA256SUMS").write_text("".join(f"{line}\n" for line in texts[broken]))
     said = failed(install(stick, tmp_path / "edge"))
     assert "copy it again" in said
@@ -193,18 +209,31 @@ def test_what_lies_about_is_not_imported(stick, tmp_path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
     for place in (stick, tmp_path):
         done = subprocess.run(
-            ["sh", str(stick / "install.sh"), "--prefix", str(tmp_path / "edge")], capture_output=True, text=True, check=False, cwd=place,
+            ["sh", str(stick / "install.sh"), "--prefix", str(tmp_path / "edge")],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=place,
             env={**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         assert "imported" not in done.stdout + done.stderr
-    done = subprocess.run([str(tmp_path / "edge" / "bin" / "lfm-edge"), "doctor"], capture_output=True, text=True, check=False, cwd=tmp_path, env=kept)
+    done = subprocess.run(
+        [str(tmp_path / "edge" / "bin" / "lfm-edge"), "doctor"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=kept,
+    )
     assert "problems: 0" in done.stdout, done.stdout
 
 
 @pytest.mark.slow  # forty seconds
 def test_a_model_that_fails_its_selftest_is_not_switched_to(stick, tmp_path) -> None:
-    """A version that computes something else here is not made the current one; one that is over its budget is, with a warning."""
+    """A version that computes something else here is not made the current one; one that is over its budget is, with a
+    warning.
+    """
     import json
 
     from lfm_package.pack import Extras, pack
@@ -249,7 +278,11 @@ def test_signatures(stick, tmp_path) -> None:
     assert "does not exist; it names who may sign" in failed(install(stick, prefix, "--signers", str(tmp_path / "no")))
     for key, said in (("stranger", "is signed by nobody of"), ("ours", "")):
         (stick / "SHA256SUMS.sig").unlink(missing_ok=True)
-        subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-f", str(tmp_path / key), "-n", "lfm-edge", str(stick / "SHA256SUMS")], check=True, capture_output=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-Y", "sign", "-f", str(tmp_path / key), "-n", "lfm-edge", str(stick / "SHA256SUMS")],
+            check=True,
+            capture_output=True,
+        )
         done = install(stick, prefix, "--signers", str(signers))
         assert said in failed(done) if said else done.returncode == 0, done.stderr
     assert "signed by us" in done.stdout
@@ -286,17 +319,23 @@ def test_words(stick, tmp_path) -> None:
     assert "--rollback" in done.stdout
     assert "--bogus is unknown" in failed(install(stick, tmp_path / "edge", "--bogus"))
     assert "--signers needs a value" in failed(install(stick, tmp_path / "edge", "--signers"))
-    done = subprocess.run(["sh", str(stick / "install.sh")], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+    done = subprocess.run(
+        ["sh", str(stick / "install.sh")], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}
+    )
     assert "HOME is not set" in failed(done)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_disk(stick, tmp_path) -> None:
-    """Said before anything is written; and where the disk fills up all the same, the old version works on and the next run succeeds."""
+    """Said before anything is written; and where the disk fills up all the same, the old version works on and the next
+    run succeeds.
+    """
     prefix = tmp_path / "edge"
     prefix.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", str(prefix)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", str(prefix)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this machine does not allow mounting")
     try:
         assert install(stick, prefix).returncode == 0
@@ -325,7 +364,9 @@ def test_from_an_empty_root(demo_bundle, tmp_path, photo) -> None:
     from lfm_package.targets import Platform
 
     root, stick = tmp_path / "root", tmp_path / "stick"
-    subprocess.run(["debootstrap", "--variant=minbase", "--include=python3", "trixie", str(root)], check=True, capture_output=True)
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", "--include=python3", "trixie", str(root)], check=True, capture_output=True
+    )
     image(demo_bundle, ["fp32"], Platform.of("x86_64", "3.13"), stick)
     shutil.copy(photo, stick / "photo.jpg")
     script = """
@@ -334,6 +375,11 @@ def test_from_an_empty_root(demo_bundle, tmp_path, photo) -> None:
             sh /stick/install.sh >&2
             cd /root/.local/share/lfm-edge && bin/lfm-edge run current/bundle /stick/photo.jpg -p "What is this?" --max-new-tokens 4'
     """
-    done = subprocess.run(["unshare", "-m", "-n", "sh", "-euc", script, str(root), str(stick)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["unshare", "-m", "-n", "sh", "-euc", script, str(root), str(stick)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -1,4 +1,6 @@
-"""Packing: the same bytes from the same inputs, nothing but the variant; unpacking: everything or nothing, whatever the archive holds."""
+"""Packing: the same bytes from the same inputs, nothing but the variant; unpacking: everything or nothing, whatever the
+archive holds.
+"""
 
 import hashlib
 import io
@@ -33,14 +35,25 @@ def test_there_and_back(demo_bundle, packed, tmp_path) -> None:
     assert verify(tmp_path / "there") == []
     there = Bundle.open(tmp_path / "there")
     assert list(there.variants) == ["fp32"]
-    for name in ("config.json", "prompt.json", "README.md", "onnx/vision_encoder.onnx", "onnx/decoder_model_merged.onnx_data"):
+    for name in (
+        "config.json",
+        "prompt.json",
+        "README.md",
+        "onnx/vision_encoder.onnx",
+        "onnx/decoder_model_merged.onnx_data",
+    ):
         if (demo_bundle / name).exists():
             assert (tmp_path / "there" / name).read_bytes() == (demo_bundle / name).read_bytes()
-    said = [Model.load(place, profile="generic").answer([], "Hello", temperature=0, max_new_tokens=8).text() for place in (demo_bundle, tmp_path / "there")]
+    said = [
+        Model.load(place, profile="generic").answer([], "Hello", temperature=0, max_new_tokens=8).text()
+        for place in (demo_bundle, tmp_path / "there")
+    ]
     assert said[0] == said[1]
     profile = tmp_path / "there" / "profile.toml"
     assert read(str(profile)).prefill == read("pi5").prefill
-    assert main(["run", str(tmp_path / "there"), "-p", "Hello", "--max-new-tokens", "2", "--profile", str(profile)]) == 0
+    assert (
+        main(["run", str(tmp_path / "there"), "-p", "Hello", "--max-new-tokens", "2", "--profile", str(profile)]) == 0
+    )
 
 
 def test_one_variant_alone(demo_bundle, tmp_path) -> None:
@@ -114,15 +127,18 @@ def test_command(demo_bundle, tmp_path, capsys) -> None:
     assert main(["verify", str(tmp_path / "x")]) == 0
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--variant", "int4", "-o", "x.tar"], "has no variant 'int4'"),
-    (["--variant", "fp32", "-o", "x.zip"], "is neither .tar nor .tar.zst"),
-    (["--variant", "fp32", "-o", "nowhere/x.tar"], "is not a folder"),
-    (["--variant", "fp32", "-o", "x.tar", "--split", "7"], "--split 7 is impossible"),
-    (["--variant", "fp32", "-o", "x.tar", "--split", "much"], "--split much is impossible"),
-    (["--variant", "fp32", "--prefill", "fp32", "-o", "x.tar"], "--prefill fp32 has no effect"),
-    (["--variant", "fp32", "--profile", "zzz", "-o", "x.tar"], "there is no profile 'zzz'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--variant", "int4", "-o", "x.tar"], "has no variant 'int4'"),
+        (["--variant", "fp32", "-o", "x.zip"], "is neither .tar nor .tar.zst"),
+        (["--variant", "fp32", "-o", "nowhere/x.tar"], "is not a folder"),
+        (["--variant", "fp32", "-o", "x.tar", "--split", "7"], "--split 7 is impossible"),
+        (["--variant", "fp32", "-o", "x.tar", "--split", "much"], "--split much is impossible"),
+        (["--variant", "fp32", "--prefill", "fp32", "-o", "x.tar"], "--prefill fp32 has no effect"),
+        (["--variant", "fp32", "--profile", "zzz", "-o", "x.tar"], "there is no profile 'zzz'"),
+    ],
+)
 def test_refusals(demo_bundle, tmp_path, monkeypatch, capsys, words, message) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["bundle", str(demo_bundle), *words]) == 2
@@ -150,7 +166,7 @@ def test_no_zstd(demo_bundle, tmp_path) -> None:
         pack(demo_bundle, ["fp32"], tmp_path / "x.tar.zst")
 
 
-# ------------------------------------------------------------------------------------------------------ not to be trusted
+# ---------------------------------------------------------------------------------------------------- not to be trusted
 
 
 def entry(name: str, data: bytes = b"x", **more) -> tuple[tarfile.TarInfo, bytes]:
@@ -172,21 +188,24 @@ def tampered(packed: Path, added: list[tuple[tarfile.TarInfo, bytes]], without: 
     return out
 
 
-@pytest.mark.parametrize(("added", "message"), [
-    ([entry("../evil")], "outside of its folder"),
-    ([entry("cam/../../evil")], "outside of its folder"),
-    ([entry("/tmp/evil")], "outside of its folder"),
-    ([entry("evil")], "outside of its folder"),
-    ([entry("cam\\..\\evil")], "outside of its folder"),
-    ([entry("other/file")], "no manifest.json in one folder"),
-    ([entry("cam/link", b"", type=tarfile.SYMTYPE, linkname="/etc")], "is a link, a device or sparse"),
-    ([entry("cam/hard", b"", type=tarfile.LNKTYPE, linkname="cam/config.json")], "is a link, a device or sparse"),
-    ([entry("cam/null", b"", type=tarfile.CHRTYPE)], "is a link, a device or sparse"),
-    ([entry("cam/pipe", b"", type=tarfile.FIFOTYPE)], "is a link, a device or sparse"),
-    ([entry("cam/config.json")], "twice"),
-    ([entry("cam/./config.json")], "twice"),
-    ([entry("cam/extra")], "its manifest.json says nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ([entry("../evil")], "outside of its folder"),
+        ([entry("cam/../../evil")], "outside of its folder"),
+        ([entry("/tmp/evil")], "outside of its folder"),
+        ([entry("evil")], "outside of its folder"),
+        ([entry("cam\\..\\evil")], "outside of its folder"),
+        ([entry("other/file")], "no manifest.json in one folder"),
+        ([entry("cam/link", b"", type=tarfile.SYMTYPE, linkname="/etc")], "is a link, a device or sparse"),
+        ([entry("cam/hard", b"", type=tarfile.LNKTYPE, linkname="cam/config.json")], "is a link, a device or sparse"),
+        ([entry("cam/null", b"", type=tarfile.CHRTYPE)], "is a link, a device or sparse"),
+        ([entry("cam/pipe", b"", type=tarfile.FIFOTYPE)], "is a link, a device or sparse"),
+        ([entry("cam/config.json")], "twice"),
+        ([entry("cam/./config.json")], "twice"),
+        ([entry("cam/extra")], "its manifest.json says nothing"),
+    ],
+)
 def test_tampered(packed, tmp_path, added, message) -> None:
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     bad = tampered(packed, added)
@@ -313,6 +332,8 @@ def test_a_whole_one_beside_parts_of_another(demo_bundle, tmp_path) -> None:
 
 def test_the_profile_says_what_is_packed(demo_bundle, tmp_path) -> None:
     """pi5 prefers other variants; the one that was packed is meant."""
-    assert main(["bundle", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
+    assert (
+        main(["bundle", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
+    )
     unpack(tmp_path / "x.tar", tmp_path / "there")
     assert read(str(tmp_path / "there" / "profile.toml")).variant == ("fp32",)

@@ -17,7 +17,9 @@ def keys(tmp_path_factory) -> Path:
     """A key `ours`, one of a stranger, and who may sign."""
     folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "stranger"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)], check=True
+        )
     public = (folder / "ours.pub").read_text().split()
     (folder / "signers").write_text(f'release@example.com namespaces="lfm-edge" {public[0]} {public[1]}\n')
     (folder / "for-mail").write_text(f'release@example.com namespaces="mail" {public[0]} {public[1]}\n')
@@ -26,15 +28,21 @@ def keys(tmp_path_factory) -> Path:
 
 def test_signed_and_checked(demo_bundle, keys, tmp_path, capsys) -> None:
     for name in ("a", "b"):
-        pack(demo_bundle, ["fp32"], tmp_path / name / "cam.tar", Extras(sign_with=keys / "ours")) if (tmp_path / name).mkdir() is None else None
-    assert (tmp_path / "a" / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes(), "ed25519 signs the same bytes alike"
+        pack(demo_bundle, ["fp32"], tmp_path / name / "cam.tar", Extras(sign_with=keys / "ours")) if (
+            tmp_path / name
+        ).mkdir() is None else None
+    assert (tmp_path / "a" / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes(), (
+        "ed25519 signs the same bytes alike"
+    )
     signed = tmp_path / "there"
     unpack(tmp_path / "a" / "cam.tar", signed, signers=keys / "signers")
     assert verify(signed, signers=keys / "signers") == []
     assert verify(signed) == [], "who asks for no signature needs no ssh-keygen"
     assert check_signature(signed / "SHA256SUMS", keys / "signers") == "release@example.com"
     assert main(["verify", str(signed), "--signers", str(keys / "signers")]) == 0
-    assert main(["unpack", str(tmp_path / "a" / "cam.tar"), "-o", str(signed), "--signers", str(keys / "signers")]) == 0, "a signed bundle is replaced"
+    assert (
+        main(["unpack", str(tmp_path / "a" / "cam.tar"), "-o", str(signed), "--signers", str(keys / "signers")]) == 0
+    ), "a signed bundle is replaced"
     capsys.readouterr()
     assert main(["verify", str(signed), "--signers", str(keys / "for-mail")]) == 2
     assert "lfm-edge: " in capsys.readouterr().err

@@ -35,8 +35,15 @@ def test_everything_is_there_and_summed(stick_once) -> None:
     assert {"install.sh", "stick.conf", "cam.tar", "cam.cdx.json", "SHA256SUMS", "wheels/requirements.txt"} <= names
     summed = dict(reversed(line.split("  ")) for line in (stick_once / "SHA256SUMS").read_text().splitlines())
     assert summed.keys() == names - {"SHA256SUMS"}
-    assert all(hashlib.sha256((stick_once / name).read_bytes()).hexdigest() == digest for name, digest in summed.items())
-    assert {c["name"] for c in json.loads((stick_once / "cam.cdx.json").read_text())["components"]} >= {"numpy", "onnxruntime", "pillow", "psutil"}
+    assert all(
+        hashlib.sha256((stick_once / name).read_bytes()).hexdigest() == digest for name, digest in summed.items()
+    )
+    assert {c["name"] for c in json.loads((stick_once / "cam.cdx.json").read_text())["components"]} >= {
+        "numpy",
+        "onnxruntime",
+        "pillow",
+        "psutil",
+    }
     assert subprocess.run(["sh", "-n", str(stick_once / "install.sh")], check=False).returncode == 0
 
 
@@ -48,7 +55,10 @@ def test_as_one_file(demo_bundle, no_fetching, tmp_path) -> None:
     assert (tmp_path / "a" / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes()
     subprocess.run(["tar", "xf", str(tmp_path / "a" / "cam.tar"), "-C", str(tmp_path)], check=True)
     module.image(demo_bundle, ["fp32"], PI5, tmp_path / "folder" / "cam")
-    files = [sorted(p.relative_to(place).as_posix() for p in place.rglob("*")) for place in (tmp_path / "cam", tmp_path / "folder" / "cam")]
+    files = [
+        sorted(p.relative_to(place).as_posix() for p in place.rglob("*"))
+        for place in (tmp_path / "cam", tmp_path / "folder" / "cam")
+    ]
     assert files[0] == files[1]
     assert (tmp_path / "cam" / "install.sh").stat().st_mode & 0o111
     unpack(tmp_path / "cam" / "cam.tar", tmp_path / "there")

@@ -1,4 +1,6 @@
-"""What a bundle can have wrong: bytes, files, links, weights elsewhere; and the reader of ONNX's protocol buffers against the onnx package."""
+"""What a bundle can have wrong: bytes, files, links, weights elsewhere; and the reader of ONNX's protocol buffers
+against the onnx package.
+"""
 
 import json
 import os
@@ -88,7 +90,9 @@ def test_weights_elsewhere(bundle_copy, place) -> None:
     entry.value = place
     onnx.save(model, bundle_copy / name)
     rehashed(bundle_copy, name)
-    assert verify(bundle_copy) == [f"{name} takes weights from {place}, which is not a file of the bundle; do not use it"]
+    assert verify(bundle_copy) == [
+        f"{name} takes weights from {place}, which is not a file of the bundle; do not use it"
+    ]
 
 
 def test_graphs_that_do_not_load(bundle_copy) -> None:
@@ -144,15 +148,28 @@ def test_in_every_place(tmp_path) -> None:
 
     constant = helper.make_node("Constant", [], ["c"], value=tensor("in-branch"))
     inner = helper.make_graph([constant], "inner", [], [], [tensor("inner-weights")])
-    branch = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)], "branch", [], [])
-    graph = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)], "g", [], [], [tensor("weights")])
+    branch = helper.make_graph(
+        [helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)], "branch", [], []
+    )
+    graph = helper.make_graph(
+        [helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)], "g", [], [], [tensor("weights")]
+    )
     sparse = graph.sparse_initializer.add()
     sparse.values.CopyFrom(tensor("sparse-values"))
     sparse.indices.CopyFrom(tensor("sparse-indices"))
-    function = helper.make_function("d", "f", [], [], [helper.make_node("Constant", [], ["c"], value=tensor("in-function"))], [])
+    function = helper.make_function(
+        "d", "f", [], [], [helper.make_node("Constant", [], ["c"], value=tensor("in-function"))], []
+    )
     model = helper.make_model(graph, functions=[function])
     onnx.save(model, tmp_path / "m.onnx")
-    assert external_files(tmp_path / "m.onnx") == {"in-branch", "inner-weights", "weights", "sparse-values", "sparse-indices", "in-function"}
+    assert external_files(tmp_path / "m.onnx") == {
+        "in-branch",
+        "inner-weights",
+        "weights",
+        "sparse-values",
+        "sparse-indices",
+        "in-function",
+    }
 
 
 @given(st.binary(max_size=300))

@@ -16,45 +16,90 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
 from packaging import markers, tags
 
-OURS = Wheel("lfm_edge-0.1.0-py3-none-any.whl", "0" * 64, (
-    "numpy>=1.26", "onnxruntime!=1.21.0,>=1.20", "pillow>=10.1", "psutil>=5.9", "tomli>=2; python_version < '3.11'",
-    "onnx>=1.17; extra == 'quantize'",
-), ">=3.10", "Apache-2.0")  # fmt: skip
+OURS = Wheel(
+    "lfm_edge-0.1.0-py3-none-any.whl",
+    "0" * 64,
+    (
+        "numpy>=1.26",
+        "onnxruntime!=1.21.0,>=1.20",
+        "pillow>=10.1",
+        "psutil>=5.9",
+        "tomli>=2; python_version < '3.11'",
+        "onnx>=1.17; extra == 'quantize'",
+    ),
+    ">=3.10",
+    "Apache-2.0",
+)
 PI5 = Platform.of("pi5")
 
 
 @pytest.mark.parametrize(
     ("target", "python"),
-    [("pi5", "3.13"), *(pytest.param(*other, marks=pytest.mark.slow) for other in (
-        ("pi5", "3.11"), ("jetson-jp6", "3.10"), ("jetson-jp7", "3.12"), ("x86_64", "3.12"), ("aarch64", "3.14")))],
+    [
+        ("pi5", "3.13"),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                ("pi5", "3.11"),
+                ("jetson-jp6", "3.10"),
+                ("jetson-jp7", "3.12"),
+                ("x86_64", "3.12"),
+                ("aarch64", "3.14"),
+            )
+        ),
+    ],
 )
 def test_the_same_as_another_resolver(target, python, tmp_path) -> None:
     """Metadata only, from the index: the same releases as uv finds for that Python, processor and C library."""
     platform = Platform.of(target, python)
     (tmp_path / "in.txt").write_text("\n".join(text for text in OURS.requires if "extra" not in text))
     glibc = min(platform.system.glibc, 40)  # the newest that uv has a name for
-    words = ["pip", "compile", "-q", "--python-version", python, "--python-platform", f"{platform.target.machine}-manylinux_2_{glibc}"]
+    words = [
+        "pip",
+        "compile",
+        "-q",
+        "--python-version",
+        python,
+        "--python-platform",
+        f"{platform.target.machine}-manylinux_2_{glibc}",
+    ]
     words += ["--only-binary", ":all:", "--no-header", "--no-annotate", str(tmp_path / "in.txt")]
-    uv = subprocess.Popen([sys.executable, "-m", "uv", *words], stdout=subprocess.PIPE, text=True)  # beside pip: both wait for the index
+    uv = subprocess.Popen(
+        [sys.executable, "-m", "uv", *words], stdout=subprocess.PIPE, text=True
+    )  # beside pip: both wait for the index
     found = {wheel.name: str(wheel.version) for wheel in resolve(platform, OURS)}
     found.pop("pip")
     said, _ = uv.communicate()
     assert uv.returncode == 0
     assert found == dict(line.split("==") for line in said.split())
-    assert found["onnxruntime"] == "1.23.2" if python == "3.10" else tuple(map(int, found["onnxruntime"].split("."))) >= (1, 31)
+    assert (
+        found["onnxruntime"] == "1.23.2"
+        if python == "3.10"
+        else tuple(map(int, found["onnxruntime"].split("."))) >= (1, 31)
+    )
 
 
 def test_every_board_is_resolved_the_same() -> None:
-    """The Raspberry Pis differ in nothing that wheels know of; so what holds for one of the list above holds for all targets."""
-    assert {(t.machine, t.systems) for t in TARGETS.values()} == {(TARGETS[n].machine, TARGETS[n].systems) for n in ("pi5", "jetson-jp6", "jetson-jp7", "aarch64", "x86_64")}
+    """The Raspberry Pis differ in nothing that wheels know of; so what holds for one of the list above holds for all
+    targets.
+    """
+    assert {(t.machine, t.systems) for t in TARGETS.values()} == {
+        (TARGETS[n].machine, TARGETS[n].systems) for n in ("pi5", "jetson-jp6", "jetson-jp7", "aarch64", "x86_64")
+    }
 
 
 def test_the_tags_are_those_packaging_says_of_this_machine() -> None:
     libc, version = platform_module.libc_ver()
     if libc != "glibc" or platform_module.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("compared on x86 Linux")
-    here = Platform(Target("here", "x86_64", ()), System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1])))
-    wanted = {str(tag) for tag in tags.sys_tags() if "linux_x86_64" not in tag.platform.split("-") and not tag.platform.startswith("linux")}
+    here = Platform(
+        Target("here", "x86_64", ()), System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1]))
+    )
+    wanted = {
+        str(tag)
+        for tag in tags.sys_tags()
+        if "linux_x86_64" not in tag.platform.split("-") and not tag.platform.startswith("linux")
+    }
     assert {str(tag) for tag in here.tags} == wanted
 
 
@@ -79,39 +124,93 @@ def wheel(name: str, *, requires=(), python="") -> Wheel:
         ([wheel("a-1-py3-none-any.whl", requires=["b>=2"])], "needs b>=2"),
         ([wheel("a-1-py3-none-any.whl", requires=["b>=2"]), wheel("b-1-py3-none-any.whl")], "needs b>=2"),
         ([wheel("a-1-py3-none-any.whl", requires=["b; platform_machine == 'aarch64'"])], "needs b"),
-        ([OURS, *(wheel(f"{n}-99-py3-none-any.whl") for n in ("numpy", "pillow", "psutil")), wheel("onnxruntime-1.21.0-cp313-cp313-manylinux_2_28_aarch64.whl")],
-         "needs onnxruntime!=1.21.0"),
+        (
+            [
+                OURS,
+                *(wheel(f"{n}-99-py3-none-any.whl") for n in ("numpy", "pillow", "psutil")),
+                wheel("onnxruntime-1.21.0-cp313-cp313-manylinux_2_28_aarch64.whl"),
+            ],
+            "needs onnxruntime!=1.21.0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_run_there_is_refused(wheels, said) -> None:
     with pytest.raises(WheelhouseError, match=re.escape(said)):
         check(PI5, wheels)
 
 
 def test_what_holds_elsewhere_alone_is_not_asked_for() -> None:
-    check(PI5, [wheel("a-1-py3-none-any.whl", requires=["tomli; python_version < '3.11'", "b; sys_platform == 'win32'", "c; extra == 'x'"])])
+    check(
+        PI5,
+        [
+            wheel(
+                "a-1-py3-none-any.whl",
+                requires=["tomli; python_version < '3.11'", "b; sys_platform == 'win32'", "c; extra == 'x'"],
+            )
+        ],
+    )
 
 
 def test_glibc_of_the_oldest_tag_that_a_wheel_has() -> None:
-    names = ["a-1-cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl", "b-1-cp36-abi3-manylinux2014_aarch64.manylinux_2_17_aarch64.whl"]
+    names = [
+        "a-1-cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl",
+        "b-1-cp36-abi3-manylinux2014_aarch64.manylinux_2_17_aarch64.whl",
+    ]
     assert glibc_needed([wheel(name) for name in names]) == 27
     assert glibc_needed([wheel("c-1-py3-none-any.whl")]) == 0
 
 
 def test_a_real_one(tmp_path) -> None:
-    """For a Raspberry Pi 5, of the index's real wheels: small enough, pinned, and what pip takes with hashes and without an index."""
+    """For a Raspberry Pi 5, of the index's real wheels: small enough, pinned, and what pip takes with hashes and
+    without an index.
+    """
     folder = tmp_path / "wheels"
     assert main(["wheelhouse", "--target", "pi5", "-o", str(folder)]) == 0
     found = read_wheelhouse(folder)
     assert sum(wheel.size for wheel in found) <= 60e6
-    assert {wheel.name for wheel in found} == {"lfm-edge", "numpy", "onnxruntime", "pillow", "psutil", "pip", "flatbuffers", "packaging", "protobuf"}
+    assert {wheel.name for wheel in found} == {
+        "lfm-edge",
+        "numpy",
+        "onnxruntime",
+        "pillow",
+        "psutil",
+        "pip",
+        "flatbuffers",
+        "packaging",
+        "protobuf",
+    }
     pins = (folder / "requirements.txt").read_text()
     for wheel in found:
         data = (folder / wheel.file).read_bytes()
-        assert (f"{wheel.name}=={wheel.version} --hash=sha256:{hashlib.sha256(data).hexdigest()}" in pins) == (wheel.name != "pip")
-    words = ["pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--find-links", str(folder), "--require-hashes", "-r", str(folder / "requirements.txt")]
-    words += ["--target", str(tmp_path / "x"), "--only-binary=:all:", "--ignore-requires-python", "--python-version", "3.13", "--platform", "manylinux_2_28_aarch64",
-              "--platform", "manylinux_2_17_aarch64", "--platform", "manylinux2014_aarch64"]  # fmt: skip
+        assert (f"{wheel.name}=={wheel.version} --hash=sha256:{hashlib.sha256(data).hexdigest()}" in pins) == (
+            wheel.name != "pip"
+        )
+    words = [
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-index",
+        "--find-links",
+        str(folder),
+        "--require-hashes",
+        "-r",
+        str(folder / "requirements.txt"),
+    ]
+    words += [
+        "--target",
+        str(tmp_path / "x"),
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        "--python-version",
+        "3.13",
+        "--platform",
+        "manylinux_2_28_aarch64",
+        "--platform",
+        "manylinux_2_17_aarch64",
+        "--platform",
+        "manylinux2014_aarch64",
+    ]
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(folder / next(wheel.file for wheel in found if wheel.name == "lfm-edge")) as archive:

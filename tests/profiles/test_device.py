@@ -21,7 +21,9 @@ CUDA = ["CUDAExecutionProvider", *CPU]
 
 
 def device(folder: Path, name: str):
-    return detect(write(folder, DEVICES[name][0]), system="Linux", machine=machine_of(name), pointer_bits=64, page_size=4096)
+    return detect(
+        write(folder, DEVICES[name][0]), system="Linux", machine=machine_of(name), pointer_bits=64, page_size=4096
+    )
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -83,19 +85,49 @@ V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/docker/abc\n0::/\n", "pro
     ("files", "limit", "free"),
     [
         ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": "536870912\n"}, 512, None),
-        ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": "max\n", "sys/fs/cgroup/user.slice/memory.max": "1073741824\n",
-          "sys/fs/cgroup/user.slice/memory.current": "322122547\n", "sys/fs/cgroup/user.slice/memory.stat": "anon 5\ninactive_file 104857600\n"}, 1024, 816),
-        # a parent of 400 MiB with 250 taken around a limit of 350 with 10 taken: nearer to its end than the group itself
-        ({**V2, "sys/fs/cgroup/user.slice/a.service/memory.max": str(350 << 20), "sys/fs/cgroup/user.slice/a.service/memory.current": str(10 << 20),
-          "sys/fs/cgroup/user.slice/memory.max": str(400 << 20), "sys/fs/cgroup/user.slice/memory.current": str(254 << 20)}, 350, 146),
-        ({**V2, "sys/fs/cgroup/memory.max": "268435456\n"}, 256, None),  # in a container the group is mounted at the top
-        ({**V1, "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "536870912\n",
-          "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes": "134217728\n"}, 512, 384),
+        (
+            {
+                **V2,
+                "sys/fs/cgroup/user.slice/a.service/memory.max": "max\n",
+                "sys/fs/cgroup/user.slice/memory.max": "1073741824\n",
+                "sys/fs/cgroup/user.slice/memory.current": "322122547\n",
+                "sys/fs/cgroup/user.slice/memory.stat": "anon 5\ninactive_file 104857600\n",
+            },
+            1024,
+            816,
+        ),
+        # a parent of 400 MiB with 250 taken around a limit of 350 with 10 taken: nearer to its end than the group
+        # itself
+        (
+            {
+                **V2,
+                "sys/fs/cgroup/user.slice/a.service/memory.max": str(350 << 20),
+                "sys/fs/cgroup/user.slice/a.service/memory.current": str(10 << 20),
+                "sys/fs/cgroup/user.slice/memory.max": str(400 << 20),
+                "sys/fs/cgroup/user.slice/memory.current": str(254 << 20),
+            },
+            350,
+            146,
+        ),
+        (
+            {**V2, "sys/fs/cgroup/memory.max": "268435456\n"},
+            256,
+            None,
+        ),  # in a container the group is mounted at the top
+        (
+            {
+                **V1,
+                "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "536870912\n",
+                "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes": "134217728\n",
+            },
+            512,
+            384,
+        ),
         ({**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None, None),
         ({**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "rubbish\n"}, None, None),
         ({**V2, "sys/fs/cgroup/memory.max": "17179869184\n"}, 16384, None),  # above what the machine has
     ],
-)  # fmt: skip
+)
 def test_control_groups(files, limit, free, tmp_path) -> None:
     found = detect(write(tmp_path, files), system="Linux", machine="x86_64")
     assert (found.limit_mib, found.limit_free_mib) == (limit, free)
@@ -107,15 +139,45 @@ def test_control_groups(files, limit, free, tmp_path) -> None:
     [
         ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "50000 100000\n"}, 0.5, 1),
         ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n"}, None, None),
-        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n", "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n"}, 1.5, 2),
-        ({"sys/fs/cgroup/user.slice/a.service/cpu.max": "800000 100000\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0, 2),
+        (
+            {
+                "sys/fs/cgroup/user.slice/a.service/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n",
+            },
+            1.5,
+            2,
+        ),
+        (
+            {
+                "sys/fs/cgroup/user.slice/a.service/cpu.max": "800000 100000\n",
+                "sys/fs/cgroup/cpu.max": "200000 100000\n",
+            },
+            2.0,
+            2,
+        ),
         ({"sys/fs/cgroup/cpu.max": "rubbish\n"}, None, None),
-        ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n0::/\n", "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "100000\n",
-          "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us": "100000\n"}, 1.0, 1),
-        ({"proc/self/cgroup": "4:cpu:/a/b\n", "sys/fs/cgroup/cpu/a/b/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/a/b/cpu.cfs_period_us": "100000\n",
-          "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "25000\n", "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "50000\n"}, 0.5, 1),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n0::/\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "100000\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us": "100000\n",
+            },
+            1.0,
+            1,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/a/b\n",
+                "sys/fs/cgroup/cpu/a/b/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/a/b/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "25000\n",
+                "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "50000\n",
+            },
+            0.5,
+            1,
+        ),
     ],
-)  # fmt: skip
+)
 def test_cpu_quotas_limit_threads(files, quota, threads, tmp_path) -> None:
     """Of the group and of every group around it, versions 2 and 1."""
     tree = write(tmp_path, {**V2, **files})
@@ -131,7 +193,9 @@ def test_a_small_container_on_a_pi_gets_the_small_profile(tmp_path) -> None:
 
 def test_nothing_can_be_read(tmp_path) -> None:
     """An empty tree, one of empty files, one of rubbish, one of folders in the files' places."""
-    names = sorted({name for files, _, _ in DEVICES.values() for name in files} | V2.keys() | {"sys/fs/cgroup/memory.max"})
+    names = sorted(
+        {name for files, _, _ in DEVICES.values() for name in files} | V2.keys() | {"sys/fs/cgroup/memory.max"}
+    )
     trees = [tmp_path / str(i) for i in range(4)]
     write(trees[1], dict.fromkeys(names, ""))
     write(trees[2], dict.fromkeys(names, "\0\xff:::\n: : :\n-1 kB\n"))
@@ -185,9 +249,15 @@ def test_address_space_limit() -> None:
     import subprocess
     import sys
 
-    code = "from lfm_profiles import detect; d = detect(); print(d.limit_mib, d.limit_by, d.limit_free_mib < d.limit_mib)"
+    code = (
+        "from lfm_profiles import detect; d = detect(); print(d.limit_mib, d.limit_by, d.limit_free_mib < d.limit_mib)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
-    )  # fmt: skip
+    )
     assert done.stdout.split() == ["2048", "ulimit", "-v", "True"]

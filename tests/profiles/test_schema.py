@@ -14,9 +14,25 @@ from lfm_runtime.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
-    "generic-x86", "x86-avx2", "x86-avx512-vnni", "generic-arm64", "pi-zero2w", "pi3", "pi4", "pi5", "jetson-nano", "jetson-orin-cpu",
-    "jetson-orin-cuda", "jetson-agx-orin-cuda", "apple-silicon", "x86-cuda", "fast", "balanced", "small", "quality",
-}  # fmt: skip
+    "generic-x86",
+    "x86-avx2",
+    "x86-avx512-vnni",
+    "generic-arm64",
+    "pi-zero2w",
+    "pi3",
+    "pi4",
+    "pi5",
+    "jetson-nano",
+    "jetson-orin-cpu",
+    "jetson-orin-cuda",
+    "jetson-agx-orin-cuda",
+    "apple-silicon",
+    "x86-cuda",
+    "fast",
+    "balanced",
+    "small",
+    "quality",
+}
 
 
 def profile(folder: Path, text: str, name: str = "mine") -> str:
@@ -42,7 +58,11 @@ def test_shipped_profiles(capsys) -> None:
 
 def test_inheritance(tmp_path) -> None:
     """Settings and budgets come from the parent, rules when to take it do not."""
-    profile(tmp_path, 'threads = 3\nmax_tiles = 4\n[match]\nboard = ["x"]\n[budget]\nttft_ms = 900\npeak_rss_mib = 500\n', "parent")
+    profile(
+        tmp_path,
+        'threads = 3\nmax_tiles = 4\n[match]\nboard = ["x"]\n[budget]\nttft_ms = 900\npeak_rss_mib = 500\n',
+        "parent",
+    )
     path = profile(tmp_path, 'extends = "parent"\ndescription = "Mine"\nmax_tiles = 2\n[budget]\nttft_ms = 500\n')
     found = read(path)
     assert (found.name, found.description, found.threads, found.max_tiles) == ("mine", "Mine", 3, 2)
@@ -78,8 +98,14 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ('providers = ["CUDAExecutionProvider"]\n', "CPUExecutionProvider last"),
         ("affinity = [0, 0]\n", "affinity = [0, 0] is impossible; allowed: none, cores, a list of processor numbers"),
         ("spinning = 0\n", "allowed: true, false, 1 to 1000000 (µs)"),
-        ("max_image_tokens = 64\nmin_image_tokens = 128\n", "line 2: min_image_tokens = 128 is above max_image_tokens = 64"),
-        ("do_image_splitting = false\nmax_tiles = 3\n", "line 2: max_tiles has no effect beside do_image_splitting = false"),
+        (
+            "max_image_tokens = 64\nmin_image_tokens = 128\n",
+            "line 2: min_image_tokens = 128 is above max_image_tokens = 64",
+        ),
+        (
+            "do_image_splitting = false\nmax_tiles = 3\n",
+            "line 2: max_tiles has no effect beside do_image_splitting = false",
+        ),
         ('low_memory = true\nprefill = "int8"\n', "line 2: prefill has no effect beside low_memory"),
         ("[budget]\nttft = 3\n", "line 2: unknown key 'ttft'; allowed: peak_rss_mib, ttft_ms"),
         ("[match]\nmin_ram_mib = -5\n", "line 2: min_ram_mib = -5 is impossible; allowed: 1 and above (MiB)"),
@@ -116,7 +142,9 @@ def test_cycles_and_missing_files(tmp_path) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
 )
 
 
@@ -136,10 +164,15 @@ def test_flags_are_taken_or_refused_whole(flags) -> None:
 def test_every_setting_is_documented() -> None:
     """The tables of profiles/README.md are the schema's own words."""
     text = (ROOT / "profiles" / "README.md").read_text()
-    tables = {"": SETTINGS, "match.": {f.name: f for f in Match.__dataclass_fields__.values()},
-              "budget.": {f.name: f for f in Budget.__dataclass_fields__.values()}}  # fmt: skip
+    tables = {
+        "": SETTINGS,
+        "match.": {f.name: f for f in Match.__dataclass_fields__.values()},
+        "budget.": {f.name: f for f in Budget.__dataclass_fields__.values()},
+    }
     for prefix, known in tables.items():
         for name, field in known.items():
             m = field.metadata
             assert f"| `{prefix}{name}` | {m['allowed']} | {m['unit']} | {m['meaning']} |" in text
-    assert set(re.findall(r"^\| `([a-z_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {f"{p}{n}" for p, known in tables.items() for n in known}
+    assert set(re.findall(r"^\| `([a-z_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {
+        f"{p}{n}" for p, known in tables.items() for n in known
+    }

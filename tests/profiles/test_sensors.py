@@ -8,9 +8,12 @@ from profiles.trees import write
 
 
 def pi5(folder: Path, **more: str) -> Path:
-    files = {"sys/class/thermal/thermal_zone0/temp": "48312\n", "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
-             "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "2400000\n",
-             "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n"}  # fmt: skip
+    files = {
+        "sys/class/thermal/thermal_zone0/temp": "48312\n",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "2400000\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+    }
     return write(folder, {**files, **more})
 
 
@@ -42,11 +45,21 @@ def test_throttle_bits_of_the_kernel(tmp_path) -> None:
 
 def test_jetson(tmp_path) -> None:
     hwmon = "sys/class/hwmon/hwmon3/"
-    sensors = Sensors(pi5(tmp_path, **{
-        f"{hwmon}name": "ina3221\n", f"{hwmon}in1_label": "VDD_IN\n", f"{hwmon}in1_input": "5048\n", f"{hwmon}curr1_input": "1320\n",
-        f"{hwmon}in2_label": "VDD_CPU_GPU_CV\n", f"{hwmon}in2_input": "5040\n", f"{hwmon}curr2_input": "300\n",
-        "sys/class/hwmon/hwmon0/name": "tmp451\n",
-    }))  # fmt: skip
+    sensors = Sensors(
+        pi5(
+            tmp_path,
+            **{
+                f"{hwmon}name": "ina3221\n",
+                f"{hwmon}in1_label": "VDD_IN\n",
+                f"{hwmon}in1_input": "5048\n",
+                f"{hwmon}curr1_input": "1320\n",
+                f"{hwmon}in2_label": "VDD_CPU_GPU_CV\n",
+                f"{hwmon}in2_input": "5040\n",
+                f"{hwmon}curr2_input": "300\n",
+                "sys/class/hwmon/hwmon0/name": "tmp451\n",
+            },
+        )
+    )
     assert sensors.read().power_w == pytest.approx(5.048 * 1.320)
     assert sensors.power_from == "INA3221, VDD_IN"
     (tmp_path / hwmon / "curr1_input").write_text("garbage\n")
@@ -65,26 +78,44 @@ def test_agx_orin(tmp_path) -> None:
 
 def test_rapl(tmp_path) -> None:
     package = "sys/class/powercap/intel-rapl:0/"
-    sensors = Sensors(write(tmp_path, {f"{package}name": "package-0\n", f"{package}energy_uj": "262143000000\n",
-                                       f"{package}max_energy_range_uj": "262143328850\n"}))  # fmt: skip
+    sensors = Sensors(
+        write(
+            tmp_path,
+            {
+                f"{package}name": "package-0\n",
+                f"{package}energy_uj": "262143000000\n",
+                f"{package}max_energy_range_uj": "262143328850\n",
+            },
+        )
+    )
     assert (sensors.read().energy_uj, sensors.read().energy_range_uj) == (262143000000, 262143328850)
 
 
 def test_nothing_there(tmp_path) -> None:
     sensors = Sensors(tmp_path)
     found = sensors.read()
-    assert (found.temperature_c, found.frequency_mhz, found.governor, found.throttle_bits, found.power_w, found.energy_uj) == ({}, {}, None, None, None, None)
+    assert (
+        found.temperature_c,
+        found.frequency_mhz,
+        found.governor,
+        found.throttle_bits,
+        found.power_w,
+        found.energy_uj,
+    ) == ({}, {}, None, None, None, None)
     assert set(sensors.missing) == {"temperature", "frequency", "throttle", "power"}
     assert all(len(reason) > 10 for reason in sensors.missing.values())
 
 
-@pytest.mark.parametrize(("file", "text", "sensor"), [
-    ("sys/class/thermal/thermal_zone0/temp", "999000\n", "temperature"),
-    ("sys/class/thermal/thermal_zone0/temp", "-127000\n", "temperature"),
-    ("sys/class/thermal/thermal_zone0/temp", "warm\n", "temperature"),
-    ("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "0\n", "frequency"),
-    ("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "<unsupported>\n", "frequency"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "text", "sensor"),
+    [
+        ("sys/class/thermal/thermal_zone0/temp", "999000\n", "temperature"),
+        ("sys/class/thermal/thermal_zone0/temp", "-127000\n", "temperature"),
+        ("sys/class/thermal/thermal_zone0/temp", "warm\n", "temperature"),
+        ("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "0\n", "frequency"),
+        ("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "<unsupported>\n", "frequency"),
+    ],
+)
 def test_rubbish_is_nothing(tmp_path, file, text, sensor) -> None:
     sensors = Sensors(pi5(tmp_path, **{file: text}))
     found = sensors.read()
@@ -93,7 +124,11 @@ def test_rubbish_is_nothing(tmp_path, file, text, sensor) -> None:
 
 
 def test_one_zone_of_two_is_broken(tmp_path) -> None:
-    sensors = Sensors(pi5(tmp_path, **{"sys/class/thermal/thermal_zone1/temp": "x\n", "sys/class/thermal/thermal_zone1/type": "gpu\n"}))
+    sensors = Sensors(
+        pi5(
+            tmp_path, **{"sys/class/thermal/thermal_zone1/temp": "x\n", "sys/class/thermal/thermal_zone1/type": "gpu\n"}
+        )
+    )
     assert sensors.read().temperature_c == {"cpu-thermal": 48.312}
     assert "temperature" not in sensors.missing
 

@@ -19,7 +19,10 @@ def questions():
     """(to calibrate with, to judge with): pictures that are not in both."""
     from lfm_quantize.samples import read_questions
 
-    return (read_questions(None, CALIBRATION / "calibration.jsonl")[0], read_questions(None, ROOT / "demo" / "eval" / "eval.jsonl")[0])
+    return (
+        read_questions(None, CALIBRATION / "calibration.jsonl")[0],
+        read_questions(None, ROOT / "demo" / "eval" / "eval.jsonl")[0],
+    )
 
 
 def _first_images(folder: Path, count: int) -> Path:

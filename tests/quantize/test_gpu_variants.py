@@ -56,7 +56,9 @@ def test_int4_with_fp16_activations(bundle) -> None:
     """Nothing of the decoder is fp32 but its edges and positions; what it says is near int4's own."""
     path = Bundle.open(bundle).graphs("int4-fp16")[1][DECODER.stem]
     model = onnx.load(str(path), load_external_data=False)
-    assert {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT} == {"rotary.inverse_frequencies.fp32"}
+    assert {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT} == {
+        "rotary.inverse_frequencies.fp32"
+    }
     casts = [n.name for n in model.graph.node if n.op_type == "Cast" and n.name.endswith(".scales")]
     assert not casts  # scales are read as they are stored
     a, b = (Model.load(bundle, variant=v, threads=1) for v in ("int4", "int4-fp16"))
@@ -83,7 +85,10 @@ def test_convolutions_in_one_operator(text, tmp_path) -> None:
     onnx.save(model, str(tmp_path / "function.onnx"))
     embeds = np.random.default_rng(0).standard_normal((1, 40, 64)).astype(np.float32)
     for chunks in ([40], [33] + [1] * 7, [1, 2, 3, 34]):
-        wanted, *got = (reference.decode(ort.InferenceSession(str(p)), embeds, chunks) for p in (plain, path, tmp_path / "function.onnx"))
+        wanted, *got = (
+            reference.decode(ort.InferenceSession(str(p)), embeds, chunks)
+            for p in (plain, path, tmp_path / "function.onnx")
+        )
         for logits in got:
             np.testing.assert_allclose(logits, wanted, atol=0.01 * np.abs(wanted).max())
 
@@ -95,7 +100,10 @@ def test_convolutions_kept_in_fp32(demo_bundle, tmp_path, keep, left) -> None:
     quantize(folder, Settings("fp16", keep=(keep,)), warn=lambda _: None)
     nodes = onnx.load(str(Bundle.open(folder).graphs("fp16")[1][DECODER.stem]), load_external_data=False).graph.node
     assert [node.op_type for node in nodes].count("CausalConvWithState") == left
-    assert Model.load(folder, variant="fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text() is not None
+    assert (
+        Model.load(folder, variant="fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text()
+        is not None
+    )
 
 
 def test_biases_are_added_where_values_are_read(demo_bundle) -> None:
@@ -105,7 +113,11 @@ def test_biases_are_added_where_values_are_read(demo_bundle) -> None:
     kinds = Counter(node.op_type for node in made.nodes)
     assert (kinds["SkipLayerNormalization"], kinds["FastGelu"]) == (9, 4)  # of four layers, and the last norm
     rng = np.random.default_rng(0)
-    feeds = {"pixel_values": rng.uniform(-1, 1, (2, 24, 768)).astype(np.float32), "pixel_attention_mask": np.ones((2, 24), np.int64), "spatial_shapes": np.array([[4, 6], [6, 4]])}
+    feeds = {
+        "pixel_values": rng.uniform(-1, 1, (2, 24, 768)).astype(np.float32),
+        "pixel_attention_mask": np.ones((2, 24), np.int64),
+        "spatial_shapes": np.array([[4, 6], [6, 4]]),
+    }
     a, b = (graph.session(1).run(["image_features"], feeds)[0] for graph in (plain, made))
     np.testing.assert_allclose(a, b, atol=0.01 * np.abs(a).max())
     assert fused_biases(made).nodes == made.nodes
@@ -162,7 +174,9 @@ def test_standard_operators_only_once(bundle) -> None:
 def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path) -> None:
     """Nodes that fp16 does not hold: int4-fp16 keeps them as well, and TensorRT's graph of one type is refused."""
     folder = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    quantize(folder, Settings("fp16", keep=("text.layers.3.*", "vision.encoder.layers.0.self_attn.qkv")), warn=lambda _: None)
+    quantize(
+        folder, Settings("fp16", keep=("text.layers.3.*", "vision.encoder.layers.0.self_attn.qkv")), warn=lambda _: None
+    )
     quantize(folder, Settings("int4"), warn=lambda _: None)
     quantize(folder, Settings("int4-fp16"), warn=lambda _: None)
     model = onnx.load(str(Bundle.open(folder).graphs("int4-fp16")[1][DECODER.stem]), load_external_data=False)
@@ -171,6 +185,9 @@ def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path)
     assert any(name.startswith("text.layers.3.ffn_norm") for name in fp32), fp32
     product = next(n for n in model.graph.node if n.name == "text.layers.3.feed_forward.w2.matmul")
     assert product.input[0].endswith(".fp32") or product.input[0] not in kinds
-    assert Model.load(folder, variant="int4-fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text() is not None
+    assert (
+        Model.load(folder, variant="int4-fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text()
+        is not None
+    )
     with pytest.raises(QuantizeError, match="is kept fp32, since fp16 does not hold its values or --keep names it"):
         quantize(folder, Settings("fp16-trt"), warn=lambda _: None)

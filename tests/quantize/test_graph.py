@@ -80,13 +80,26 @@ def unlike(tmp_path_factory) -> Path:
 def test_another_architecture(unlike, tmp_path, variant, images) -> None:
     """It loads, answers, and is near fp32, with and without images."""
     bundle = Path(shutil.copytree(unlike, tmp_path / "bundle"))
-    quantize(bundle, Settings(variant, images, floor=5.0 if images else None, method=None if variant == "fp16" or images is None else "gptq"))
-    exact, model = (Model.load(bundle, variant=v, threads=1, max_image_tokens=64, do_image_splitting=False) for v in ("fp32", variant))
+    quantize(
+        bundle,
+        Settings(
+            variant,
+            images,
+            floor=5.0 if images else None,
+            method=None if variant == "fp16" or images is None else "gptq",
+        ),
+    )
+    exact, model = (
+        Model.load(bundle, variant=v, threads=1, max_image_tokens=64, do_image_splitting=False)
+        for v in ("fp32", variant)
+    )
     a, b = (m.encode([m.open(ROOT / "demo/photos/coffee.jpg")]) for m in (exact, model))
     assert cosines(a, b).min() > 0.99
     ids = [5, 300, 20, 41]
     a, b = (np.array(m.decoder.start(8).step(m.decoder.embed(ids))) for m in (exact, model))
-    assert cosines(a[None], b[None]).min() > (0.9 if variant == "int4" else 0.999)  # random weights, 64 wide: 4 bits tell
+    assert cosines(a[None], b[None]).min() > (
+        0.9 if variant == "int4" else 0.999
+    )  # random weights, 64 wide: 4 bits tell
 
 
 @pytest.mark.parametrize("stem", ["vision_encoder", "decoder_model_merged"])
@@ -99,9 +112,13 @@ def test_factors_change_nothing(graphs, unlike, view, which, stem) -> None:
     feeds = view.feeds() if stem == "vision_encoder" else decoder_feeds(graph, embeds)
     where, linears = sources(graph), graph.linears()
     if which == "demo":
-        assert len(where) == len(linears) - len([n for n in linears if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))])
+        assert len(where) == len(linears) - len(
+            [n for n in linears if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))]
+        )
     rng = np.random.default_rng(2)
-    factors = {name: source.tie(np.exp(rng.normal(0, 1, linears[name].k)).astype(np.float32)) for name, source in where.items()}
+    factors = {
+        name: source.tie(np.exp(rng.normal(0, 1, linears[name].k)).astype(np.float32)) for name, source in where.items()
+    }
     weights = {name: graph.weight(linear).copy() for name, linear in linears.items()}
     biases = {name: linear.bias for name, linear in linears.items()}
     names = {v for s in where.values() for v in s.vectors} | {b for b in biases.values() if b}
@@ -109,13 +126,21 @@ def test_factors_change_nothing(graphs, unlike, view, which, stem) -> None:
     folded(weights, vectors, factors, where, biases)
     from lfm_quantize.graph import Tensor
 
-    changed = {linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T)) for n, w in weights.items()}
+    changed = {
+        linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T))
+        for n, w in weights.items()
+    }
     changed |= {name: Tensor.of(v) for name, v in vectors.items()}
     output = graph.outputs[0].name
     wanted = whole(graph, feeds, output)
-    np.testing.assert_allclose(whole(graph.replaced({}, changed), feeds, output), wanted, atol=2e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        whole(graph.replaced({}, changed), feeds, output), wanted, atol=2e-4 * np.abs(wanted).max()
+    )
     weights[next(iter(where))] *= 1.1  # and the test can fail
-    changed = {linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T)) for n, w in weights.items()}
+    changed = {
+        linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T))
+        for n, w in weights.items()
+    }
     assert np.abs(whole(graph.replaced({}, changed), feeds, output) - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
@@ -135,7 +160,9 @@ def test_half_is_the_exporters_half(graphs, view, embeds, tmp_path) -> None:
         (for_gpu(made) if stem == DECODER.stem else made).save(tmp_path / f"{stem}.onnx")
         ours, theirs = (ort.InferenceSession(str(p)) for p in (tmp_path / f"{stem}.onnx", path))
         for edges in ("get_inputs", "get_outputs"):
-            wanted = {(e.name, e.type) for e in getattr(theirs, edges)() if not e.name.startswith("conv_window.")}  # not for GPUs
+            wanted = {
+                (e.name, e.type) for e in getattr(theirs, edges)() if not e.name.startswith("conv_window.")
+            }  # not for GPUs
             assert {(e.name, e.type) for e in getattr(ours, edges)()} == wanted
         feeds = view.feeds() if stem == "vision_encoder" else {"input_ids": np.arange(40)[None]}
         if stem.startswith("decoder"):
@@ -144,7 +171,11 @@ def test_half_is_the_exporters_half(graphs, view, embeds, tmp_path) -> None:
         assert cosines(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).min() > 0.99999
     # An fp16 file read as fp32 is the fp32 graph again, but for the weights' rounding: this checkpoint has none.
     widened = Graph.open(Bundle.open(tmp_path / "bundle").variants["fp16"]["vision_encoder"])
-    np.testing.assert_allclose(whole(widened, view.feeds(), "image_features"), whole(graphs["vision_encoder"], view.feeds(), "image_features"), atol=1e-3)
+    np.testing.assert_allclose(
+        whole(widened, view.feeds(), "image_features"),
+        whole(graphs["vision_encoder"], view.feeds(), "image_features"),
+        atol=1e-3,
+    )
 
 
 def test_what_overflows_stays_fp32(graphs, view, tmp_path) -> None:
@@ -160,10 +191,14 @@ def test_what_overflows_stays_fp32(graphs, view, tmp_path) -> None:
     reader = graph.linears()["vision.encoder.layers.1.self_attn.out_proj"]
     back = graph.weight(reader).copy()
     back[:, 400 - 384] /= 3e5  # … read back as it was
-    large = graph.replaced({}, {
-        linear.weight: Tensor.of(np.ascontiguousarray(weight.T)), linear.bias: Tensor.of(bias),
-        reader.weight: Tensor.of(np.ascontiguousarray(back.T)),
-    })  # fmt: skip
+    large = graph.replaced(
+        {},
+        {
+            linear.weight: Tensor.of(np.ascontiguousarray(weight.T)),
+            linear.bias: Tensor.of(bias),
+            reader.weight: Tensor.of(np.ascontiguousarray(back.T)),
+        },
+    )
     wanted = whole(graph, view.feeds(), "image_features")
     np.testing.assert_allclose(whole(large, view.feeds(), "image_features"), wanted, atol=1e-3)
     stay = overflowing(large, [view.feeds()], 1)
@@ -189,7 +224,9 @@ def test_damaged_graph(demo_bundle, tmp_path) -> None:
 
 
 def test_int8_products_do_not_overflow(tmp_path) -> None:
-    """Largest weights meet largest inputs: on x86 without VNNI a pair of them leaves 16 bits, unless the runtime asks for exactness."""
+    """Largest weights meet largest inputs: on x86 without VNNI a pair of them leaves 16 bits, unless the runtime asks
+    for exactness.
+    """
     from lfm_quantize.rewrite import quantized_nodes
     from lfm_quantize.rounding import Precision, rtn
     from lfm_runtime.engine.sessions import Execution, open_session

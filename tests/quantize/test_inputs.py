@@ -1,4 +1,6 @@
-"""What the user hands in: images, prompts, recipes, settings. Good input is read as meant; bad input is said in one line."""
+"""What the user hands in: images, prompts, recipes, settings. Good input is read as meant; bad input is said in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -33,21 +35,33 @@ def images(tmp_path) -> Path:
 
 def test_a_folder_of_images(images) -> None:
     questions, skipped = read_questions(images, None)
-    assert [(q.image.name, q.text, q.answer) for q in questions] == [("a.jpg", BUILT_IN[0], None), ("b.JPG", BUILT_IN[2], None)]
+    assert [(q.image.name, q.text, q.answer) for q in questions] == [
+        ("a.jpg", BUILT_IN[0], None),
+        ("b.JPG", BUILT_IN[2], None),
+    ]
     assert skipped == 1  # broken.png; notes.txt is not taken for an image
 
 
 def test_prompts_one_a_line(images, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("What is it?\n\nWhere?\n")
     questions, _ = read_questions(images, tmp_path / "prompts.txt")
-    assert [q.text for q in questions] == ["What is it?", "What is it?"]  # dealt out in turn, the broken image's among them
+    assert [q.text for q in questions] == [
+        "What is it?",
+        "What is it?",
+    ]  # dealt out in turn, the broken image's among them
 
 
 def test_jsonl_and_lists(images, tmp_path) -> None:
-    lines = [{"image": "a.jpg", "question": "What?", "answer": "coffee", "task": "name"}, {"image": "more/b.JPG", "question": "And?"}]
+    lines = [
+        {"image": "a.jpg", "question": "What?", "answer": "coffee", "task": "name"},
+        {"image": "more/b.JPG", "question": "And?"},
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     questions, skipped = read_questions(images, tmp_path / "q.jsonl")
-    assert [(q.image, q.answer, q.task) for q in questions] == [(images / "a.jpg", "coffee", "name"), (images / "more" / "b.JPG", None, "all")]
+    assert [(q.image, q.answer, q.task) for q in questions] == [
+        (images / "a.jpg", "coffee", "name"),
+        (images / "more" / "b.JPG", None, "all"),
+    ]
     assert not skipped
     (images / "list.txt").write_text("a.jpg\nmore/b.JPG\nmissing.png\n")
     questions, skipped = read_questions(images / "list.txt", None)
@@ -59,14 +73,29 @@ BAD = {
     "no folder": (lambda d: read_questions(d / "nowhere", None), "does not exist"),
     "no images": (lambda d: read_questions(d, None), "has no usable image"),
     "only broken ones": (lambda d: ((d / "x.png").write_bytes(b"x"), read_questions(d, None)), "1 could not be opened"),
-    "an image for a folder": (lambda d: read_questions(PHOTOS / "coffee.jpg", None), "neither a folder nor a text file"),
+    "an image for a folder": (
+        lambda d: read_questions(PHOTOS / "coffee.jpg", None),
+        "neither a folder nor a text file",
+    ),
     "empty prompts": (lambda d: ((d / "p").write_text(""), read_questions(PHOTOS, d / "p")), "is empty"),
     "binary prompts": (lambda d: read_questions(PHOTOS, PHOTOS / "coffee.jpg"), "cannot be read as text"),
     "missing prompts": (lambda d: read_questions(PHOTOS, d / "p"), "cannot be read"),
-    "broken JSONL": (lambda d: ((d / "p").write_text('{"image": "coffee.jpg", "question": "?"}\n{"image"'), read_questions(PHOTOS, d / "p")), "line 2"),
-    "JSONL without question": (lambda d: ((d / "p").write_text('{"image": "coffee.jpg"}'), read_questions(PHOTOS, d / "p")), "line 1"),
-    "JSONL with a list": (lambda d: ((d / "p").write_text('{"image": ["a"], "question": "?"}'), read_questions(PHOTOS, d / "p")), "line 1"),
-}  # fmt: skip
+    "broken JSONL": (
+        lambda d: (
+            (d / "p").write_text('{"image": "coffee.jpg", "question": "?"}\n{"image"'),
+            read_questions(PHOTOS, d / "p"),
+        ),
+        "line 2",
+    ),
+    "JSONL without question": (
+        lambda d: ((d / "p").write_text('{"image": "coffee.jpg"}'), read_questions(PHOTOS, d / "p")),
+        "line 1",
+    ),
+    "JSONL with a list": (
+        lambda d: ((d / "p").write_text('{"image": ["a"], "question": "?"}'), read_questions(PHOTOS, d / "p")),
+        "line 1",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -91,9 +120,10 @@ def test_images_are_on_one_side_only(images) -> None:
 
 
 precisions = st.one_of(
-    st.just(Precision(32)), st.builds(Precision, st.just(8), st.just(0), st.sampled_from(sorted(METHODS))),
+    st.just(Precision(32)),
+    st.builds(Precision, st.just(8), st.just(0), st.sampled_from(sorted(METHODS))),
     st.builds(Precision, st.just(4), st.sampled_from(BLOCKS), st.sampled_from(sorted(METHODS)), st.booleans()),
-)  # fmt: skip
+)
 
 
 @given(st.lists(st.builds(Rule, st.text("abc.*_0", min_size=1, max_size=12), precisions), min_size=1, max_size=6))
@@ -148,7 +178,10 @@ def test_bad_recipe(text, says, tmp_path) -> None:
         ({"variant": "int8-static"}, "int8-static needs --calibration"),
         ({"variant": "int4", "prompts": Path("p")}, "--prompts has no effect without --calibration"),
         ({"variant": "int4", "floor": 0.1}, "--floor needs --calibration"),
-        ({"variant": "int4", "floor": -1, "calibration": Path("c")}, "--floor needs --calibration and a KL divergence above 0"),
+        (
+            {"variant": "int4", "floor": -1, "calibration": Path("c")},
+            "--floor needs --calibration and a KL divergence above 0",
+        ),
         ({"variant": "int8", "max_size": 5, "calibration": Path("c")}, "--max-size searches precisions"),
         ({"variant": "int4", "recipe": Path("r"), "method": "rtn"}, "--method has no effect beside --recipe"),
     ],
@@ -163,16 +196,25 @@ def test_bad_settings(settings, says) -> None:
 
 
 def ladder(name: str, *steps: tuple[int, float]) -> list[Choice]:
-    return [Choice(name, Precision(8 if i == 0 else 4, 0 if i == 0 else 32), size, kl, 0.0) for i, (size, kl) in enumerate(steps)]
+    return [
+        Choice(name, Precision(8 if i == 0 else 4, 0 if i == 0 else 32), size, kl, 0.0)
+        for i, (size, kl) in enumerate(steps)
+    ]
 
 
 def test_search_spends_bytes_where_they_buy_most() -> None:
     """Against trying every combination."""
-    choices = [ladder("a", (100, 0.0), (60, 0.02), (50, 0.08)), ladder("b", (100, 0.0), (60, 0.001), (50, 0.002)), ladder("c", (10, 0.0), (6, 0.5))]
+    choices = [
+        ladder("a", (100, 0.0), (60, 0.02), (50, 0.08)),
+        ladder("b", (100, 0.0), (60, 0.001), (50, 0.002)),
+        ladder("c", (10, 0.0), (6, 0.5)),
+    ]
     for budget in (210, 165, 160, 120):
         found = choose(choices, 0.1, budget)
         picked = [next(c for c in rungs if c.precision.bits == found.precision(c.name).bits) for rungs in choices]
-        best = min(sum(c.kl for c in combo) for combo in itertools.product(*choices) if sum(c.bytes for c in combo) <= budget)
+        best = min(
+            sum(c.kl for c in combo) for combo in itertools.product(*choices) if sum(c.bytes for c in combo) <= budget
+        )
         if budget != 120:  # a greedy walk along the hull is exact where it meets the budget, near it elsewhere
             assert sum(c.kl for c in picked) <= best + 0.02
     with pytest.raises(QuantizeError, match="--max-size cannot be met"):
@@ -180,6 +222,10 @@ def test_search_spends_bytes_where_they_buy_most() -> None:
 
 
 def test_search_for_a_floor_is_the_smallest_that_keeps_it() -> None:
-    choices = [ladder("a", (100, 0.0), (50, 0.03)), ladder("b", (100, 0.0), (50, 0.03)), ladder("c", (100, 0.0), (50, 0.2))]
+    choices = [
+        ladder("a", (100, 0.0), (50, 0.03)),
+        ladder("b", (100, 0.0), (50, 0.03)),
+        ladder("c", (100, 0.0), (50, 0.2)),
+    ]
     bits = [choose(choices, floor, None).precision(n).bits for floor in (0.01, 0.05, 0.1, 1.0) for n in "abc"]
     assert bits == [8, 8, 8, 4, 8, 8, 4, 4, 8, 4, 4, 4]

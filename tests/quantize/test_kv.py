@@ -48,7 +48,9 @@ def test_quality_and_size(bundle, questions) -> None:
 
 
 def test_state_is_a_quarter_and_near(bundle) -> None:
-    """Each key and value against the one in 32 bits: half a step of its channel's scale, and what earlier layers' rounding adds."""
+    """Each key and value against the one in 32 bits: half a step of its channel's scale, and what earlier layers'
+    rounding adds.
+    """
     models = [Model.load(bundle, variant=v, threads=2) for v in ("int8", "int8-kv8")]
     ids = [int(i) for i in np.random.default_rng(0).integers(120, 400, 60)]
     snapshots = []
@@ -126,7 +128,9 @@ def test_prepared(bundle, tmp_path, capsys) -> None:
     wanted = Model.load(copy, variant="int4-kv8", threads=1).answer([], QUESTION, temperature=0).text()
     assert main(["prepare", str(copy), "--variant", "int4-kv8"]) == 0
     assert (folder_of(copy) / "decoder_model_merged_q4_kv8").is_dir()
-    model = Model.load(copy, variant="int4-kv8", prefill="int8-kv8", threads=1)  # one decoder prepared, one not: scales still known
+    model = Model.load(
+        copy, variant="int4-kv8", prefill="int8-kv8", threads=1
+    )  # one decoder prepared, one not: scales still known
     assert Model.load(copy, variant="int4-kv8", threads=1).answer([], QUESTION, temperature=0).text() == wanted
     assert model.answer([], QUESTION, temperature=0).text()
 
@@ -140,7 +144,12 @@ def test_a_new_base_takes_it_away(bundle, few, tmp_path) -> None:
     found = Bundle.open(copy)
     assert set(found.variants) == {"fp32", "fp16", "int8", "int4", "int8-kv8"}
     assert not list(copy.glob("onnx/*q4_kv8*"))
-    assert Model.load(copy, variant="int8-kv8", threads=1, verify=True).answer([], "x", temperature=0, max_new_tokens=2).text() is not None
+    assert (
+        Model.load(copy, variant="int8-kv8", threads=1, verify=True)
+        .answer([], "x", temperature=0, max_new_tokens=2)
+        .text()
+        is not None
+    )
 
 
 def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
@@ -161,4 +170,7 @@ def test_attention_of_another_kind(demo_bundle) -> None:
     graph = Graph.open(demo_bundle / "onnx" / "decoder_model_merged.onnx")
     nodes = [n for n in graph.nodes if n.op_type != "GroupQueryAttention"]
     with pytest.raises(stage.QuantizeError, match="export the bundle again"):
-        int8_kv(Graph(graph.name, nodes, graph.tensors, graph.inputs, graph.outputs), {"past_key_values.2.key": np.ones((2, 4), np.float32)})
+        int8_kv(
+            Graph(graph.name, nodes, graph.tensors, graph.inputs, graph.outputs),
+            {"past_key_values.2.key": np.ones((2, 4), np.float32)},
+        )

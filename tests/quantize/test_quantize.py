@@ -55,8 +55,8 @@ def check_floors(quality, variant: str, noise: float = 0.0) -> None:
 
 @pytest.mark.parametrize("variant", FLOORS)
 def test_floors(quantized, questions, variant) -> None:
-    """On half of the stored questions, none of whose pictures calibration saw. Of 240, one is 0.4 points, and which one flips depends on
-    the processor that calibrated; 2,000 decide (below).
+    """On half of the stored questions, none of whose pictures calibration saw. Of 240, one is 0.4 points, and which one
+    flips depends on the processor that calibrated; 2,000 decide (below).
     """
     check_floors(measure(quantized, variant, "fp32", questions[1][::2], 2), variant, noise=0.9)
 
@@ -74,11 +74,15 @@ def test_floors_on_2000_fresh_questions(quantized, variant, tmp_path) -> None:
 
 
 def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
-    """Every variant loads with all hashes checked and answers; fp32 is untouched; the manifest tells how each was made and how good it is."""
+    """Every variant loads with all hashes checked and answers; fp32 is untouched; the manifest tells how each was made
+    and how good it is.
+    """
     manifest = read_manifest(quantized)
     assert list(manifest["variants"]) == ["fp32", "fp16", "int8", "int4"]
     before = tree(demo_bundle)
-    assert {n: h for n, h in tree(quantized).items() if n in before and n != "manifest.json"} == {n: h for n, h in before.items() if n != "manifest.json"}
+    assert {n: h for n, h in tree(quantized).items() if n in before and n != "manifest.json"} == {
+        n: h for n, h in before.items() if n != "manifest.json"
+    }
     for variant in ("int8", "int4", "fp16"):
         model = Model.load(quantized, variant=variant, threads=1, verify=True)
         assert model.answer([ROOT / "demo/eval/images/0000.png"], "What is in this image?", temperature=0).text()
@@ -134,7 +138,10 @@ def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
         made, constants = quantized_nodes(linear, rtn(graph.weight(linear), Precision(8), None))
         inputs = [linear.node.input[0], f"{name}.weight_int8", f"{name}.scales"]
         out = f"{name}.product" if linear.adds_bias else linear.node.output[0]
-        nodes[name] = [helper.make_node("DynamicQuantizeMatMul", inputs, [out], domain="com.microsoft"), *(n for n in made if n.op_type == "Add")]
+        nodes[name] = [
+            helper.make_node("DynamicQuantizeMatMul", inputs, [out], domain="com.microsoft"),
+            *(n for n in made if n.op_type == "Add"),
+        ]
         tensors |= constants
     views = [prepare(bundle, q, split=False).views[0] for q in questions[1][:8]]
     exact, coarse = graph.session(1), graph.replaced(nodes, tensors).session(1)
@@ -153,7 +160,9 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
     before = tree(bundle)
     blocks: list[str] = []
     real = stage.quantize_block
-    monkeypatch.setattr(stage, "quantize_block", lambda graph, block, *rest: (blocks.append(block.name), real(graph, block, *rest))[1])
+    monkeypatch.setattr(
+        stage, "quantize_block", lambda graph, block, *rest: (blocks.append(block.name), real(graph, block, *rest))[1]
+    )
 
     def kill(what: str, done: int, _: int) -> None:
         if what == "quantizes decoder_model_merged" and done == 3:
@@ -176,7 +185,9 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         quantize(bundle, settings, kill)
     blocks.clear()
-    quantize(bundle, Settings("int4", few / "images", few / "calibration.jsonl", method="gptq", keep=("head",)))  # another recipe: from the start
+    quantize(
+        bundle, Settings("int4", few / "images", few / "calibration.jsonl", method="gptq", keep=("head",))
+    )  # another recipe: from the start
     assert len(blocks) == 13
 
 
@@ -199,7 +210,17 @@ def test_two_runs_at_once(demo_bundle, few, tmp_path) -> None:
 def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     """Exit 3, the reason and the layers to keep in one line, and the variant that was there still there."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    arguments = ["quantize", str(bundle), "--variant", "int4", "--calibration", str(few / "images"), "--prompts", str(few / "calibration.jsonl"), "--quiet"]
+    arguments = [
+        "quantize",
+        str(bundle),
+        "--variant",
+        "int4",
+        "--calibration",
+        str(few / "images"),
+        "--prompts",
+        str(few / "calibration.jsonl"),
+        "--quiet",
+    ]
     assert main([*arguments, "--method", "rtn"]) == 0
     before = tree(bundle)
     assert main([*arguments, "--method", "rtn", "--floor", "1e-9"]) == 3
@@ -210,7 +231,11 @@ def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     assert tree(bundle) == before
     suggested = err.split("--keep '")[1].split("'")[0]
     assert main([*arguments, "--keep", suggested]) == 0
-    kept = [layer["name"] for layer in read_manifest(bundle)["quantization"]["int4"]["layers"] if layer["name"].startswith(suggested.rstrip("*"))]
+    kept = [
+        layer["name"]
+        for layer in read_manifest(bundle)["quantization"]["int4"]["layers"]
+        if layer["name"].startswith(suggested.rstrip("*"))
+    ]
     assert not kept
 
 
@@ -224,7 +249,9 @@ def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 5, 100)).astype(np.float32) * 4
-    wanted = torch.nn.functional.kl_div(torch.log_softmax(torch.tensor(b), 1), torch.log_softmax(torch.tensor(a), 1), log_target=True, reduction="none").sum(1)
+    wanted = torch.nn.functional.kl_div(
+        torch.log_softmax(torch.tensor(b), 1), torch.log_softmax(torch.tensor(a), 1), log_target=True, reduction="none"
+    ).sum(1)
     np.testing.assert_allclose(kl_divergence(a, b), wanted, rtol=1e-4)
 
 
@@ -268,7 +295,17 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
 def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     """The files are no larger than asked and not much smaller; the recipe found makes the same files again."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    arguments = ["quantize", str(bundle), "--variant", "int4", "--calibration", str(few / "images"), "--prompts", str(few / "calibration.jsonl"), "--quiet"]
+    arguments = [
+        "quantize",
+        str(bundle),
+        "--variant",
+        "int4",
+        "--calibration",
+        str(few / "images"),
+        "--prompts",
+        str(few / "calibration.jsonl"),
+        "--quiet",
+    ]
     assert main([*arguments, "--max-size", "3.9"]) == 0
     files = {n: h for n, h in tree(bundle).items() if "_q4" in n}
     size = sum((bundle / n).stat().st_size for n in files)
@@ -343,7 +380,7 @@ BREAK = {
     "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
     "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),
     "truncated graph": (lambda b: (b / "onnx/vision_encoder.onnx").write_bytes(b"x"), "has 1 bytes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BREAK, ids=lambda name: name.replace(" ", "_"))
@@ -378,7 +415,9 @@ def test_bad_wishes(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
-    monkeypatch.setattr(variant_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    monkeypatch.setattr(
+        variant_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
+    )
     assert main(["quantize", str(bundle), "--variant", "int4"]) == 2
     assert "has 1 MiB free" in capsys.readouterr().err
     assert tree(bundle) == before
@@ -410,7 +449,9 @@ def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> N
     for path in sorted((few / "images").iterdir())[:3]:
         shutil.copy(path, tmp_path / "images")
     (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    assert main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
+    assert (
+        main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
+    )
     captured = capsys.readouterr()
     assert "1 of 4 images could not be opened" in captured.err
     assert "only 3 usable images" in captured.err
@@ -433,5 +474,7 @@ def test_memory_at_full_size(full_size, peak_mib, tmp_path, size, limit_mib) -> 
     export(full_size(size), tmp_path / "bundle")
     (tmp_path / "images").mkdir()
     for i in range(12):
-        Image.open(ROOT / "demo/photos/coffee.jpg").crop((0, 0, 400 + 16 * i, 380)).save(tmp_path / "images" / f"{i}.jpg")
+        Image.open(ROOT / "demo/photos/coffee.jpg").crop((0, 0, 400 + 16 * i, 380)).save(
+            tmp_path / "images" / f"{i}.jpg"
+        )
     assert peak_mib(QUANTIZE, tmp_path / "bundle", tmp_path / "images") <= limit_mib

@@ -1,4 +1,6 @@
-"""Rounding methods and the nodes they end in: against onnxruntime's own quantizer, onnx's reference evaluator and plain arithmetic."""
+"""Rounding methods and the nodes they end in: against onnxruntime's own quantizer, onnx's reference evaluator and plain
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,18 @@ def correlated_inputs(rows: int, k: int, seed: int = 1) -> np.ndarray:
     return (rng.standard_normal((rows, k // 8)) @ basis + 0.1 * rng.standard_normal((rows, k))).astype(np.float32)
 
 
-@given(n=st.integers(1, 9), k=st.integers(1, 200), seed=st.integers(0, 1000), which=st.sampled_from(PRECISIONS), scale=st.floats(1e-6, 1e4))
+@given(
+    n=st.integers(1, 9),
+    k=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+    which=st.sampled_from(PRECISIONS),
+    scale=st.floats(1e-6, 1e4),
+)
 @settings(max_examples=150, deadline=None)
 def test_round_to_nearest(n, k, seed, which, scale) -> None:
-    """Codes stay in their range, and no weight is further from itself than half a step (fp16 scales: and their rounding)."""
+    """Codes stay in their range, and no weight is further from itself than half a step (fp16 scales: and their
+    rounding).
+    """
     weight = weights(n, k, seed) * np.float32(scale)
     found = rtn(weight, which, None)
     assert found.codes.shape == (n, k)
@@ -60,16 +70,23 @@ def test_rtn_is_onnxruntimes(block) -> None:
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(n, k)
     theirs = (codes.astype(np.float32) - 8) * np.repeat(scales.reshape(n, -1), block, 1)
     ours = rtn(weight, Precision(4, block), None).weight()
-    assert np.mean(np.abs(ours - theirs) > 1e-3 * np.abs(weight).max()) < 0.01  # a code at a tie may fall to the other side
+    assert (
+        np.mean(np.abs(ours - theirs) > 1e-3 * np.abs(weight).max()) < 0.01
+    )  # a code at a tie may fall to the other side
     assert np.square(ours - weight).sum() < 1.01 * np.square(theirs - weight).sum()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_methods_are_better_in_order(precision) -> None:
-    """On correlated inputs: the output error of gptq is well below that of clipped scales, and that not above round to nearest."""
+    """On correlated inputs: the output error of gptq is well below that of clipped scales, and that not above round to
+    nearest.
+    """
     weight, x = weights(64, 256), correlated_inputs(2000, 256)
     moments = x.T @ x / np.float32(len(x))
-    error = {name: output_error(weight, method(weight, precision, moments).weight(), moments) for name, method in METHODS.items()}
+    error = {
+        name: output_error(weight, method(weight, precision, moments).weight(), moments)
+        for name, method in METHODS.items()
+    }
     assert error["gptq"] < 0.6 * error["clipped"]
     assert error["clipped"] <= error["rtn"] * 1.05
     direct = np.square(x @ (gptq(weight, precision, moments).weight() - weight).T).sum() / np.square(x @ weight.T).sum()
@@ -83,7 +100,9 @@ def test_gptq_with_dead_inputs_and_odd_width() -> None:
     moments = x.T @ x / np.float32(len(x))
     found = gptq(weight, Precision(4, 32), moments)
     assert np.isfinite(found.weight()).all()
-    assert output_error(weight, found.weight(), moments) < output_error(weight, rtn(weight, Precision(4, 32), None).weight(), moments)
+    assert output_error(weight, found.weight(), moments) < output_error(
+        weight, rtn(weight, Precision(4, 32), None).weight(), moments
+    )
     assert np.array_equal(gptq(weight, Precision(4, 32), None).codes, clipped(weight, Precision(4, 32), None).codes)
 
 
@@ -96,8 +115,13 @@ def product(weight: np.ndarray, bias: bool = True) -> tuple[Graph, Linear]:
     inputs = ["x", "w", "b"] if bias else ["x", "w"]
     node = helper.make_node("Gemm" if bias else "MatMul", inputs, ["y"], "layer")
     tensors = {"w": Tensor.of(np.ascontiguousarray(weight.T)), "b": Tensor.of(np.linspace(-1, 1, n, dtype=np.float32))}
-    graph = Graph("one", [node], tensors, {"x": helper.make_tensor_value_info("x", FLOAT, ["rows", k])},
-                  [helper.make_tensor_value_info("y", FLOAT, ["rows", n])])  # fmt: skip
+    graph = Graph(
+        "one",
+        [node],
+        tensors,
+        {"x": helper.make_tensor_value_info("x", FLOAT, ["rows", k])},
+        [helper.make_tensor_value_info("y", FLOAT, ["rows", n])],
+    )
     return graph.part(["y"]), graph.linears()["layer"]
 
 
@@ -138,9 +162,11 @@ def test_fused_int8_equals_its_unfused_twin(tmp_path) -> None:
     inner, codes, scales = contrib.input
     twin = [
         helper.make_node("DynamicQuantizeLinear", [inner], ["q", "step", "zero"]),
-        helper.make_node("MatMulInteger", ["q", codes, "zero"], ["sums"]), helper.make_node("Cast", ["sums"], ["values"], to=FLOAT),
-        helper.make_node("Mul", ["values", "step"], ["once"]), helper.make_node("Mul", ["once", scales], [contrib.output[0]]),
-    ]  # fmt: skip
+        helper.make_node("MatMulInteger", ["q", codes, "zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["values"], to=FLOAT),
+        helper.make_node("Mul", ["values", "step"], ["once"]),
+        helper.make_node("Mul", ["once", scales], [contrib.output[0]]),
+    ]
     unfused = fused.replaced({contrib.name: twin}, {})
     unfused.save(tmp_path / "unfused.onnx")
     (wanted,) = ReferenceEvaluator(onnx.load(tmp_path / "unfused.onnx")).run(None, {"x": x})
@@ -149,7 +175,9 @@ def test_fused_int8_equals_its_unfused_twin(tmp_path) -> None:
 
 
 def test_every_token_has_its_own_range() -> None:
-    """One huge token does not spoil the others; with one range for the whole tensor (dynamic quantization as it comes) it does."""
+    """One huge token does not spoil the others; with one range for the whole tensor (dynamic quantization as it comes)
+    it does.
+    """
     weight = weights(32, 128)
     x = np.random.default_rng(4).standard_normal((20, 128)).astype(np.float32)
     x[7] *= 3000
@@ -157,7 +185,9 @@ def test_every_token_has_its_own_range() -> None:
     graph, linear = product(weight, bias=False)
     rounded = rtn(weight, Precision(8), None)
     nodes, tensors = quantized_nodes(linear, rounded)
-    per_tensor = helper.make_node("DynamicQuantizeMatMul", ["x", "layer.weight_int8", "layer.scales"], ["y"], domain="com.microsoft")
+    per_tensor = helper.make_node(
+        "DynamicQuantizeMatMul", ["x", "layer.weight_int8", "layer.scales"], ["y"], domain="com.microsoft"
+    )
 
     def cosines(replacement) -> np.ndarray:
         got = run(graph.replaced({"layer": replacement}, tensors), x)
@@ -187,14 +217,21 @@ def test_range_below_zero() -> None:
     assert errors[0.125] < 0.5 * errors[1.0]
 
 
-@pytest.mark.parametrize("precision", [Precision(8), Precision(4, 32), Precision(4, 32, zero_points=True), Precision(4, 64)], ids=str)
+@pytest.mark.parametrize(
+    "precision", [Precision(8), Precision(4, 32), Precision(4, 32, zero_points=True), Precision(4, 64)], ids=str
+)
 def test_table_looked_up_and_multiplied(precision) -> None:
     """The two forms of the embedding table are the same numbers from the same bytes."""
     table = weights(33, 192)  # 33 rows of 3 blocks: an odd number of zero points
     rounded = clipped(table, precision, None)
     gather = helper.make_node("Gather", ["table", "ids"], ["y"], "look_up")
-    embed = Graph("embed", [gather], {"table": Tensor.of(table)}, {"ids": helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, "n"])},
-                  [helper.make_tensor_value_info("y", FLOAT, [1, "n", 192])])  # fmt: skip
+    embed = Graph(
+        "embed",
+        [gather],
+        {"table": Tensor.of(table)},
+        {"ids": helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, "n"])},
+        [helper.make_tensor_value_info("y", FLOAT, [1, "n", 192])],
+    )
     nodes, tensors = embedding_nodes(gather, rounded)
     ids = np.array([[0, 32, 5, 5]])
     (got,) = embed.replaced({"look_up": nodes}, tensors).session(1).run(None, {"ids": ids})

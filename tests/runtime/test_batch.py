@@ -15,7 +15,9 @@ PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:6]
 
 
 def test_rows_equal_single_states(demo_model) -> None:
-    """Three sequences of different lengths, one joining late, one leaving, then moved: each row's logits against its own state's."""
+    """Three sequences of different lengths, one joining late, one leaving, then moved: each row's logits against its
+    own state's.
+    """
     decoder, rng = demo_model.decoder, np.random.default_rng(0)
     prompts = [[int(i) for i in rng.integers(120, 400, n)] for n in (30, 3, 17)]
     singles = [decoder.start(64) for _ in prompts]
@@ -58,10 +60,16 @@ def test_same_texts_in_any_number_of_rows(demo_model, rows) -> None:
 
 def test_longer_than_the_first_buffers(demo_model, photo) -> None:
     """A tiled photo among small pictures: the buffers grow while others are being answered."""
-    questions = [([PICTURES[0]], "What is in this image?"), ([photo], "What is in this image?"), ([PICTURES[1]], "How many shapes?")]
+    questions = [
+        ([PICTURES[0]], "What is in this image?"),
+        ([photo], "What is in this image?"),
+        ([PICTURES[1]], "How many shapes?"),
+    ]
     settings = {"temperature": 0, "max_new_tokens": 200}
     found = dict(answer_all(demo_model, questions, rows=2, **settings))
-    assert [found[i].text for i in range(3)] == [demo_model.answer(images, text, **settings).text() for images, text in questions]
+    assert [found[i].text for i in range(3)] == [
+        demo_model.answer(images, text, **settings).text() for images, text in questions
+    ]
 
 
 def test_sampling_with_a_seed(demo_model) -> None:
@@ -72,7 +80,11 @@ def test_sampling_with_a_seed(demo_model) -> None:
 
 
 def test_one_bad_image_does_not_stop_the_rest(demo_model) -> None:
-    questions = [([PICTURES[0]], "How many shapes?"), ([ROOT / "README.md"], "How many shapes?"), ([PICTURES[1]], "How many shapes?")]
+    questions = [
+        ([PICTURES[0]], "How many shapes?"),
+        ([ROOT / "README.md"], "How many shapes?"),
+        ([PICTURES[1]], "How many shapes?"),
+    ]
     found = dict(answer_all(demo_model, questions, rows=2))
     assert isinstance(found[1], EdgeError)
     assert found[0].text

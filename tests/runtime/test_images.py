@@ -17,28 +17,58 @@ from lfm_runtime.text.prompt import ImageTokens
 from PIL import Image, ImageOps
 
 NAMED_SIZES = [
-    (1024, 977), (256, 384), (1000, 3000), (512, 512), (724, 724), (725, 724), (736, 720), (720, 736), (1, 1), (2, 3), (16, 16),
-    (31, 33), (256, 256), (255, 257), (1, 900), (900, 1), (40, 3000), (3000, 40), (4000, 3000), (3000, 4000), (2048, 256),
-    (640, 480), (1920, 1080), (1080, 1920), (512, 1024), (1024, 512), (528, 992), (1536, 1536),
-]  # fmt: skip
+    (1024, 977),
+    (256, 384),
+    (1000, 3000),
+    (512, 512),
+    (724, 724),
+    (725, 724),
+    (736, 720),
+    (720, 736),
+    (1, 1),
+    (2, 3),
+    (16, 16),
+    (31, 33),
+    (256, 256),
+    (255, 257),
+    (1, 900),
+    (900, 1),
+    (40, 3000),
+    (3000, 40),
+    (4000, 3000),
+    (3000, 4000),
+    (2048, 256),
+    (640, 480),
+    (1920, 1080),
+    (1080, 1920),
+    (512, 1024),
+    (1024, 512),
+    (528, 992),
+    (1536, 1536),
+]
 
 
 def sizes() -> list[tuple[int, int]]:
     rng = random.Random(0)
     near = [(round(524288 / h) + d, h) for h in range(400, 1400, 40) for d in (-17, -1, 0, 16)]  # the tiling threshold
     return [
-        *NAMED_SIZES, *near,
+        *NAMED_SIZES,
+        *near,
         *((rng.randint(1, 1500), rng.randint(1, 1500)) for _ in range(130)),
         *((rng.randint(1, 40), rng.randint(300, 2500)) for _ in range(25)),
         *((rng.randint(300, 2500), rng.randint(1, 40)) for _ in range(25)),
-    ]  # fmt: skip
+    ]
 
 
 def reference_outputs(image: Image.Image, **changes):
     reference = pytest.importorskip("reference")
-    processor = reference_outputs.cache.setdefault("p", None) or reference.image_processor_class()(return_row_col_info=True)
+    processor = reference_outputs.cache.setdefault("p", None) or reference.image_processor_class()(
+        return_row_col_info=True
+    )
     reference_outputs.cache["p"] = processor
-    return processor([[image]], return_tensors="pt", input_data_format=None if min(image.size) > 4 else "channels_first", **changes)
+    return processor(
+        [[image]], return_tensors="pt", input_data_format=None if min(image.size) > 4 else "channels_first", **changes
+    )
 
 
 reference_outputs.cache = {}
@@ -52,7 +82,10 @@ def compare(image: Image.Image, **changes) -> None:
     assert (plan.rows, plan.columns) == (int(np.ravel(wanted["image_rows"])[0]), int(np.ravel(wanted["image_cols"])[0]))
     views = list(cut_views(image, plan, chosen))
     assert len(views) == len(plan.views)
-    differences = [np.abs(np.asarray(wanted["pixel_values"][i])[: len(view)] - view).ravel() * 127.5 for i, view in enumerate(views)]
+    differences = [
+        np.abs(np.asarray(wanted["pixel_values"][i])[: len(view)] - view).ravel() * 127.5
+        for i, view in enumerate(views)
+    ]
     together = np.concatenate(differences)
     assert together.max() <= 2.001, f"{image.size}: {together.max()}"
     assert together.mean() <= 0.1, f"{image.size}: {together.mean()}"
@@ -71,12 +104,19 @@ def test_pixels_like_the_reference(photo, part) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"resample": 3}, {"use_thumbnail": False}, {"do_image_splitting": False}, {"max_image_tokens": 64, "min_image_tokens": 16},
-        {"max_tiles": 4}, {"min_tiles": 3, "max_tiles": 6}, {"max_pixels_tolerance": 1.5}, {"tile_size": 256, "max_image_tokens": 64},
-        {"min_tiles": 1, "max_tiles": 1}, {"min_tiles": 1},
+        {"resample": 3},
+        {"use_thumbnail": False},
+        {"do_image_splitting": False},
+        {"max_image_tokens": 64, "min_image_tokens": 16},
+        {"max_tiles": 4},
+        {"min_tiles": 3, "max_tiles": 6},
+        {"max_pixels_tolerance": 1.5},
+        {"tile_size": 256, "max_image_tokens": 64},
+        {"min_tiles": 1, "max_tiles": 1},
+        {"min_tiles": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_like_the_reference(photo, changes) -> None:
     source = Image.open(photo).convert("RGB")
     for size in [(1024, 977), (256, 384), (1000, 3000), (90, 700), (1500, 400)]:
@@ -92,14 +132,22 @@ def test_the_text_like_the_reference() -> None:
         pytest.skip("transformers 5 has no such method; the greedy texts of tests/export compare whole prompts there")
     processor = Lfm2VlProcessor.__new__(Lfm2VlProcessor)
     processor.image_processor = reference.image_processor_class()()
-    processor.image_token, processor.image_start_token, processor.image_end_token = "<image>", "<|image_start|>", "<|image_end|>"
+    processor.image_token, processor.image_start_token, processor.image_end_token = (
+        "<image>",
+        "<|image_start|>",
+        "<|image_end|>",
+    )
     processor.image_thumbnail_token = "<|img_thumbnail|>"
     for width, height in sizes():
         plan = plan_image(width, height, ImageSettings())
         wanted = processor.expand_text_with_placeholders(
-            ["a<image>b"], [[None]], image_rows=[plan.rows], image_cols=[plan.columns],
-            image_sizes=[[plan.whole_size[1], plan.whole_size[0]]], use_image_special_tokens=True,
-        )  # fmt: skip
+            ["a<image>b"],
+            [[None]],
+            image_rows=[plan.rows],
+            image_cols=[plan.columns],
+            image_sizes=[[plan.whole_size[1], plan.whole_size[0]]],
+            use_image_special_tokens=True,
+        )
         assert "a" + ImageTokens().expand(plan) + "b" == wanted[0]
 
 
@@ -107,17 +155,31 @@ def test_known_figures() -> None:
     """256×384 is 96 tokens; 1000×3000 is 1,011 with its thumbnail; nothing exceeds 2,816."""
     assert plan_image(256, 384, ImageSettings()).tokens == 96
     assert plan_image(1000, 3000, ImageSettings()).tokens == 1011
-    assert max(plan_image(w, h, ImageSettings()).tokens for w, h in itertools.product((100, 700, 1500, 4000), repeat=2)) <= 2816
+    assert (
+        max(plan_image(w, h, ImageSettings()).tokens for w, h in itertools.product((100, 700, 1500, 4000), repeat=2))
+        <= 2816
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    width=st.integers(1, 5000), height=st.integers(1, 5000), fewest=st.integers(1, 128), more=st.integers(0, 256),
-    tiles=st.integers(1, 12), splitting=st.booleans(), thumbnail=st.booleans(),
-)  # fmt: skip
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    fewest=st.integers(1, 128),
+    more=st.integers(0, 256),
+    tiles=st.integers(1, 12),
+    splitting=st.booleans(),
+    thumbnail=st.booleans(),
+)
 def test_plan_properties(width, height, fewest, more, tiles, splitting, thumbnail) -> None:
-    chosen = ImageSettings(min_image_tokens=fewest, max_image_tokens=fewest + more, min_tiles=1, max_tiles=tiles,
-                           do_image_splitting=splitting, use_thumbnail=thumbnail)  # fmt: skip
+    chosen = ImageSettings(
+        min_image_tokens=fewest,
+        max_image_tokens=fewest + more,
+        min_tiles=1,
+        max_tiles=tiles,
+        do_image_splitting=splitting,
+        use_thumbnail=thumbnail,
+    )
     plan = plan_image(width, height, chosen)
     assert plan.tokens == sum(v.tokens for v in plan.views) >= 1
     assert all(v.rows % 2 == v.columns % 2 == 0 and v.tokens == v.rows * v.columns // 4 for v in plan.views)
@@ -151,8 +213,15 @@ def test_exif_orientation(photo, orientation) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = save(source, "PNG", exif=exif)
-    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # fmt: skip
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
     wanted = source.transpose(undo[orientation]) if orientation > 1 else source
     assert np.array_equal(np.asarray(open_image(data)), np.asarray(wanted))
 
@@ -195,13 +264,19 @@ def test_kinds_of_source(photo, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("no/such/file.png", "does not exist"), (".", "is a folder"), (b"", "not a readable image"), (b"GIF89a", "not a readable image"),
-        (b"hello world" * 100, "not a readable image"), (np.zeros((4, 4), np.float32), "uint8"), (np.zeros((0, 4, 3), np.uint8), "no pixels"),
-        (np.zeros((2, 2, 2, 3), np.uint8), "uint8"), (Image.new("RGB", (0, 5)), "no pixels"),
+        ("no/such/file.png", "does not exist"),
+        (".", "is a folder"),
+        (b"", "not a readable image"),
+        (b"GIF89a", "not a readable image"),
+        (b"hello world" * 100, "not a readable image"),
+        (np.zeros((4, 4), np.float32), "uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((2, 2, 2, 3), np.uint8), "uint8"),
+        (Image.new("RGB", (0, 5)), "no pixels"),
         (Image.new("F", (4, 4), 0.5), "convert it"),
     ],
     ids=lambda value: str(value)[:20],
-)  # fmt: skip
+)
 def test_bad_sources(source, says) -> None:
     with pytest.raises(ImageError, match=says):
         open_image(source)
@@ -218,7 +293,9 @@ def test_truncated(photo) -> None:
 @given(data=st.data())
 def test_damaged_bytes_never_escape(photo, data) -> None:
     """Flipped bytes give an image or an ImageError, nothing else."""
-    small = save(Image.open(photo).resize((40, 30)), data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])))
+    small = save(
+        Image.open(photo).resize((40, 30)), data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    )
     damaged = bytearray(small)
     for at in data.draw(st.lists(st.integers(0, len(small) - 1), min_size=1, max_size=8)):
         damaged[at] ^= data.draw(st.integers(1, 255))
@@ -239,7 +316,13 @@ def test_decompression_bomb() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"min_image_tokens": 0}, {"min_image_tokens": 65, "max_image_tokens": 64}, {"max_tiles": 0}, {"tile_size": 100}, {"resample": 9}],
+    [
+        {"min_image_tokens": 0},
+        {"min_image_tokens": 65, "max_image_tokens": 64},
+        {"max_tiles": 0},
+        {"tile_size": 100},
+        {"resample": 9},
+    ],
     ids=str,
 )
 def test_impossible_settings(changes) -> None:
@@ -254,11 +337,20 @@ def test_settings_from_files(tmp_path) -> None:
     assert ImageSettings.from_folder(tmp_path) == ImageSettings(max_image_tokens=128, use_thumbnail=False)
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_image_tokens": 200, "resample": 3}}')
     assert ImageSettings.from_folder(tmp_path).max_image_tokens == 200
-    (tmp_path / "preprocessor_config.json").write_text('{"max_image_tokens": 256, "do_image_splitting": false, "junk": 1}')
-    assert ImageSettings.from_folder(tmp_path).max_image_tokens == 200  # what is inside processor_config.json stands for the whole file
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"max_image_tokens": 256, "do_image_splitting": false, "junk": 1}'
+    )
+    assert (
+        ImageSettings.from_folder(tmp_path).max_image_tokens == 200
+    )  # what is inside processor_config.json stands for the whole file
     (tmp_path / "processor_config.json").write_text('{"max_image_tokens": 200, "resample": 3, "use_thumbnail": null}')
     found = ImageSettings.from_folder(tmp_path)
-    assert (found.max_image_tokens, found.resample, found.do_image_splitting, found.use_thumbnail) == (256, 3, False, False)
+    assert (found.max_image_tokens, found.resample, found.do_image_splitting, found.use_thumbnail) == (
+        256,
+        3,
+        False,
+        False,
+    )
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(SettingError, match="not valid JSON"):
         ImageSettings.from_folder(tmp_path)

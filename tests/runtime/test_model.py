@@ -1,4 +1,6 @@
-"""The Python API and the command line on the demo bundle: answers, reports, streaming, other people's folders, bad input."""
+"""The Python API and the command line on the demo bundle: answers, reports, streaming, other people's folders, bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm_runtime import BundleError, EdgeError, GraphContractError, ImageError, Message, Model, PromptError, Session, SettingError
+from lfm_runtime import (
+    BundleError,
+    EdgeError,
+    GraphContractError,
+    ImageError,
+    Message,
+    Model,
+    PromptError,
+    Session,
+    SettingError,
+)
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.decoder import ConcatenatedState, SharedState
 from lfm_runtime.reply import StopStrings
@@ -72,7 +84,9 @@ def test_photo_is_tiled(demo_model, photo) -> None:
 
 def test_several_images_and_none(demo_model, drawing) -> None:
     one = demo_model.answer([drawing], "How many shapes?", temperature=0)
-    two = demo_model.answer([drawing, np.asarray(Image.open(drawing).convert("RGB"))], "How many shapes?", temperature=0)
+    two = demo_model.answer(
+        [drawing, np.asarray(Image.open(drawing).convert("RGB"))], "How many shapes?", temperature=0
+    )
     none = demo_model.answer([], "How many shapes?", temperature=0, max_new_tokens=5)
     for answer in (one, two, none):
         answer.text()
@@ -136,7 +150,10 @@ def test_threads_of_one_process(demo_bundle, drawing) -> None:
     models = [Model.load(demo_bundle, threads=1) for _ in range(2)]
     wanted = models[0].answer([drawing], "What is in this image?").text()
     found: list[str] = []
-    workers = [threading.Thread(target=lambda m=m: found.append(m.answer([drawing], "What is in this image?").text())) for m in models]
+    workers = [
+        threading.Thread(target=lambda m=m: found.append(m.answer([drawing], "What is in this image?").text()))
+        for m in models
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -160,22 +177,32 @@ def test_both_forms_of_state_agree(demo_model) -> None:
 @pytest.mark.parametrize(
     ("pieces", "stops", "wanted"),
     [
-        (["abc", "def"], ("cd",), "ab"), (["a", "b", "c"], ("x",), "abc"), (["aab", "b"], ("abb",), "a"), (["xy", "x"], ("xyz",), "xyx"),
-        (["one END two"], ("END", "one E"), ""), (["a"], (), "a"),
+        (["abc", "def"], ("cd",), "ab"),
+        (["a", "b", "c"], ("x",), "abc"),
+        (["aab", "b"], ("abb",), "a"),
+        (["xy", "x"], ("xyz",), "xyx"),
+        (["one END two"], ("END", "one E"), ""),
+        (["a"], (), "a"),
     ],
-)  # fmt: skip
+)
 def test_stop_strings(pieces, stops, wanted) -> None:
     held = StopStrings(stops)
     assert "".join(held.pass_on(p) for p in pieces) + held.rest() == wanted
 
 
-# ------------------------------------------------------------------------------------------------ other people's folders
+# ----------------------------------------------------------------------------------------------- other people's folders
 
 
 @pytest.mark.parametrize("names", ["hub", "older"])
 def test_hub_folder(demo_bundle, demo_model, drawing, tmp_path, names) -> None:
-    """Only the hub's files: no manifest, no prompt.json; also with the names older repositories use, beside config.json."""
-    rename = {"vision_encoder.onnx": "embed_images.onnx", "decoder_model_merged.onnx": "decoder.onnx"} if names == "older" else {}
+    """Only the hub's files: no manifest, no prompt.json; also with the names older repositories use, beside
+    config.json.
+    """
+    rename = (
+        {"vision_encoder.onnx": "embed_images.onnx", "decoder_model_merged.onnx": "decoder.onnx"}
+        if names == "older"
+        else {}
+    )
     target = tmp_path / "onnx" if names == "hub" else tmp_path
     target.mkdir(exist_ok=True)
     for path in (demo_bundle / "onnx").iterdir():
@@ -206,8 +233,10 @@ def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:
 
     config = AutoConfig.from_pretrained(demo_bundle)
     processor = reference.demo_processor()
-    vision, embed, decoder = (ort.InferenceSession(str(demo_bundle / "onnx" / f"{stem}.onnx"))
-                              for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged"))  # fmt: skip
+    vision, embed, decoder = (
+        ort.InferenceSession(str(demo_bundle / "onnx" / f"{stem}.onnx"))
+        for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    )
     text = config.text_config
     cache = {}
     for i, kind in enumerate(text.layer_types):
@@ -223,10 +252,14 @@ def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=[[Image.open(drawing).convert("RGB")]], text=[prompt], return_tensors="pt")
     ids = inputs["input_ids"].numpy()
-    features = vision.run(["image_features"], {
-        "pixel_values": inputs["pixel_values"].numpy(), "pixel_attention_mask": inputs["pixel_attention_mask"].numpy().astype(np.int64),
-        "spatial_shapes": inputs["spatial_shapes"].numpy(),
-    })[0]  # fmt: skip
+    features = vision.run(
+        ["image_features"],
+        {
+            "pixel_values": inputs["pixel_values"].numpy(),
+            "pixel_attention_mask": inputs["pixel_attention_mask"].numpy().astype(np.int64),
+            "spatial_shapes": inputs["spatial_shapes"].numpy(),
+        },
+    )[0]
     mask = np.ones_like(ids)
     embeds = embed.run(None, {"input_ids": ids})[0]
     embeds[ids == config.image_token_id] = features
@@ -240,7 +273,10 @@ def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:
         cache = dict(zip(cache, present, strict=False))  # by position, as the card does
         mask = np.concatenate([mask, np.ones_like(token)], -1)
         embeds = embed.run(None, {"input_ids": token})[0]
-    assert processor.tokenizer.decode(said, skip_special_tokens=True) == demo_model.answer([drawing], question, temperature=0).text()
+    assert (
+        processor.tokenizer.decode(said, skip_special_tokens=True)
+        == demo_model.answer([drawing], question, temperature=0).text()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -261,10 +297,25 @@ def test_run_prints_text_then_table(demo_bundle, drawing, capsys) -> None:
 
 
 def test_run_json(demo_bundle, drawing, capsys) -> None:
-    code, out, err = run(capsys, "run", demo_bundle, drawing, "-p", "How many shapes?", "--json", "--threads", 1, "--temperature", 0)
+    code, out, err = run(
+        capsys, "run", demo_bundle, drawing, "-p", "How many shapes?", "--json", "--threads", 1, "--temperature", 0
+    )
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert set(report) == {"text", "finish_reason", "prompt_tokens", "cached_tokens", "image_tokens", "tiles", "new_tokens", "guessed_tokens", "right_guesses", "timing_ms", "throughput", "memory_mib"}
+    assert set(report) == {
+        "text",
+        "finish_reason",
+        "prompt_tokens",
+        "cached_tokens",
+        "image_tokens",
+        "tiles",
+        "new_tokens",
+        "guessed_tokens",
+        "right_guesses",
+        "timing_ms",
+        "throughput",
+        "memory_mib",
+    }
     assert set(report["throughput"]) == {"prefill_tok_s", "decode_tok_s"}
     assert set(report["memory_mib"]) == {"rss", "rss_anon", "rss_file", "peak"}
 
@@ -273,7 +324,9 @@ def test_flags_arrive(demo_bundle, photo, capsys) -> None:
     """Each image flag changes the plan as it should."""
 
     def tiles(*flags) -> tuple[int, int]:
-        _, out, _ = run(capsys, "run", demo_bundle, photo, "-p", "x", "--json", "--max-new-tokens", 1, "--threads", 1, *flags)
+        _, out, _ = run(
+            capsys, "run", demo_bundle, photo, "-p", "x", "--json", "--max-new-tokens", 1, "--threads", 1, *flags
+        )
         report = json.loads(out)
         return report["tiles"], report["image_tokens"]
 
@@ -302,18 +355,27 @@ BAD = {
     "not an image": (["run", "{bundle}", "{bundle}/manifest.json", "-p", "x"], "not a readable image"),
     "variant": (["run", "{bundle}", "-p", "x", "--variant", "int4"], "no variant 'int4'; it has fp32"),
     "useless image flag": (["run", "{bundle}", "-p", "x", "--max-tiles", "3"], "no effect without an image"),
-    "useless tile flag": (["run", "{bundle}", "{image}", "-p", "x", "--no-do-image-splitting", "--max-tiles", "3"], "no effect while"),
-    "useless seed": (["run", "{bundle}", "{image}", "-p", "x", "--temperature", "0", "--seed", "1"], "no effect at temperature 0"),
+    "useless tile flag": (
+        ["run", "{bundle}", "{image}", "-p", "x", "--no-do-image-splitting", "--max-tiles", "3"],
+        "no effect while",
+    ),
+    "useless seed": (
+        ["run", "{bundle}", "{image}", "-p", "x", "--temperature", "0", "--seed", "1"],
+        "no effect at temperature 0",
+    ),
     "impossible": (["run", "{bundle}", "{image}", "-p", "x", "--min-p", "7"], "min_p 7.0 is impossible"),
     "impossible tiles": (["run", "{bundle}", "{image}", "-p", "x", "--max-tiles", "0"], "max_tiles 0"),
     "threads": (["run", "{bundle}", "{image}", "-p", "x", "--threads", "-1"], "threads -1"),
     "image in text": (["run", "{bundle}", "{image}", "-p", "<image>"], "2 places for 1 images"),
     "image in text alone": (["run", "{bundle}", "-p", "<image>"], "1 places for 0 images"),
     "long prompt": (["run", "{bundle}", "{image}", "-p", "word " * 5000], "context holds"),
-    "negative seed": (["run", "{bundle}", "{image}", "-p", "x", "--temperature", "1", "--seed", "-1"], "seed -1 is impossible"),
+    "negative seed": (
+        ["run", "{bundle}", "{image}", "-p", "x", "--temperature", "1", "--seed", "-1"],
+        "seed -1 is impossible",
+    ),
     "useless limit": (["run", "{bundle}", "-p", "x", "--max-megapixels", "5"], "no effect without an image"),
     "bomb": (["run", "{bundle}", "{image}", "-p", "x", "--max-megapixels", "0.001"], "megapixels"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "_"))
@@ -363,11 +425,16 @@ def damage(bundle: Path, what: str) -> None:
 
 
 MANIFEST_DAMAGE = {
-    "variants list": lambda m: m.update(variants={"fp32": ["x"]}), "file int": lambda m: m["variants"]["fp32"].update(embed_tokens=7),
-    "no context": lambda m: m["model"].pop("context_length"), "context text": lambda m: m["model"].update(context_length="many"),
-    "entry int": lambda m: m["files"].update(x=7), "entry empty": lambda m: m["files"].update(x={}), "schema text": lambda m: m.update(schema="one"),
-    "no files": lambda m: m.pop("files"), "absolute": lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}}),
-}  # fmt: skip
+    "variants list": lambda m: m.update(variants={"fp32": ["x"]}),
+    "file int": lambda m: m["variants"]["fp32"].update(embed_tokens=7),
+    "no context": lambda m: m["model"].pop("context_length"),
+    "context text": lambda m: m["model"].update(context_length="many"),
+    "entry int": lambda m: m["files"].update(x=7),
+    "entry empty": lambda m: m["files"].update(x={}),
+    "schema text": lambda m: m.update(schema="one"),
+    "no files": lambda m: m.pop("files"),
+    "absolute": lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}}),
+}
 
 
 @pytest.mark.parametrize("case", MANIFEST_DAMAGE)
@@ -385,9 +452,15 @@ def test_damaged_manifest(case, bundle_copy, capsys) -> None:
 OTHER_DAMAGE = {
     "generation_config.json": ['{"eos_token_id": "x"}', "[]", '{"temperature": "hot"}'],
     "config.json": ["[]", '{"text_config": 7}'],
-    "preprocessor_config.json": ["[]", '{"encoder_patch_size": 0}', '{"tile_size": "big"}', '{"do_normalize": false}', '{"rescale_factor": 1}'],
+    "preprocessor_config.json": [
+        "[]",
+        '{"encoder_patch_size": 0}',
+        '{"tile_size": "big"}',
+        '{"do_normalize": false}',
+        '{"rescale_factor": 1}',
+    ],
     "prompt.json": ["{}", "[]", '{"schema": 1, "vocabulary": [], "chat": {}, "image_tokens": {}}'],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "content"), [(n, c) for n, cs in OTHER_DAMAGE.items() for c in cs])
@@ -430,9 +503,18 @@ def test_flags_before_images(demo_bundle, drawing, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("what", "says"),
-    [("graph", "bytes, the manifest says"), ("graph byte", "SHA-256"), ("data", "bytes, the manifest says"), ("data byte", "SHA-256"),
-     ("missing", "is missing"), ("newer", "update lfm-edge"), ("manifest", "damaged"), ("outside", "outside the bundle"), ("prompt", "prompt.json")],
-)  # fmt: skip
+    [
+        ("graph", "bytes, the manifest says"),
+        ("graph byte", "SHA-256"),
+        ("data", "bytes, the manifest says"),
+        ("data byte", "SHA-256"),
+        ("missing", "is missing"),
+        ("newer", "update lfm-edge"),
+        ("manifest", "damaged"),
+        ("outside", "outside the bundle"),
+        ("prompt", "prompt.json"),
+    ],
+)
 def test_damaged_bundle(what, says, bundle_copy) -> None:
     damage(bundle_copy, what)
     with pytest.raises(BundleError, match=says):
@@ -474,17 +556,34 @@ def test_errors_are_standard_errors() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the promise
 
-FORBIDDEN = {"torch", "transformers", "onnx", "onnx_ir", "tokenizers", "jinja2", "lfm_export", "lfm_quantize", "requests", "huggingface_hub"}
+FORBIDDEN = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "tokenizers",
+    "jinja2",
+    "lfm_export",
+    "lfm_quantize",
+    "requests",
+    "huggingface_hub",
+}
 
 
 def loaded_by(code: str) -> set[str]:
-    out = subprocess.run([sys.executable, "-c", code + "\nimport sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"],
-                         capture_output=True, text=True, check=True).stdout  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-c", code + "\nimport sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return set(out.splitlines()[-1].split())
 
 
 def test_runtime_stays_light() -> None:
-    assert not FORBIDDEN & loaded_by("import lfm_runtime, lfm_runtime.commands.cli, lfm_runtime.commands.run, lfm_runtime.commands.chat, lfm_profiles")
+    assert not FORBIDDEN & loaded_by(
+        "import lfm_runtime, lfm_runtime.commands.cli, lfm_runtime.commands.run, lfm_runtime.commands.chat, lfm_profiles"
+    )
 
 
 def test_command_line_stays_light(demo_bundle, drawing) -> None:

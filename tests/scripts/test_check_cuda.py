@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
-    pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="onnxruntime-gpu's wheel is for x86-64 Linux"),
+    pytest.mark.skipif(
+        (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="onnxruntime-gpu's wheel is for x86-64 Linux"
+    ),
     pytest.mark.skipif(not shutil.which("g++"), reason="no g++"),
 ]
 TOP = [64 * 4, 64 * 8]  # bytes of logits and ids
@@ -44,8 +46,8 @@ def test_nothing_is_left_to_the_cpu(found) -> None:
 
 
 def test_steps_are_captured_at_load(found) -> None:
-    """Both turns and the look-up of embeddings: no answer waits for it. Nothing CUDA prohibits happens meanwhile, and no graph reads memory
-    of the host that others write to, or the exit code would be 1.
+    """Both turns and the look-up of embeddings: no answer waits for it. Nothing CUDA prohibits happens meanwhile, and
+    no graph reads memory of the host that others write to, or the exit code would be 1.
     """
     look_up, *steps = found["load"]["captured"]
     assert len(steps) == 2
@@ -72,7 +74,9 @@ def test_larger_buffers_are_captured_once(found) -> None:
 
 
 def test_prompts_and_views_cross_once(found) -> None:
-    """Embeddings [275, 256] and the mask in, one row of logits out; pixels in, features out, and what sizes the host must know."""
+    """Embeddings [275, 256] and the mask in, one row of logits out; pixels in, features out, and what sizes the host
+    must know.
+    """
     assert found["prompt"]["to_device"] == [275 * 256 * 4, 275 * 8]
     assert len(found["prompt"]["to_host"]) == 1
     for count in (1, 8):
@@ -90,8 +94,12 @@ def test_graphs_for_the_cpu(gpu_bundle) -> None:
     """Attention in fp32 is left to the CPU, by name, and nothing is captured; strictly it is an error."""
     found, said, code = check(gpu_bundle, "fp32")
     assert code == 0
-    assert found["left_to_cpu"]["decoder_model_merged"] == [f"text.layers.{i}.self_attn (GroupQueryAttention)" for i in (1, 3, 5)]
-    assert "left to the CPU, at the cost of copies at every token: text.layers.1.self_attn (GroupQueryAttention)" in said
+    assert found["left_to_cpu"]["decoder_model_merged"] == [
+        f"text.layers.{i}.self_attn (GroupQueryAttention)" for i in (1, 3, 5)
+    ]
+    assert (
+        "left to the CPU, at the cost of copies at every token: text.layers.1.self_attn (GroupQueryAttention)" in said
+    )
     assert found["load"]["captured"] == []
     assert len(found["step 2"]["to_host"]) > 10
     found, said, code = check(gpu_bundle, "fp32", "--strict-placement")
@@ -110,13 +118,17 @@ def test_out_of_memory(gpu_bundle, memory, where) -> None:
     assert found["device_mib"] <= memory
     assert "onnxruntime" not in said
     found, _, _ = check(gpu_bundle, "fp16", "--memory", "500")
-    assert found["error"].startswith("the GPU has 500 of 500 MiB free, 11 MiB of weights and about 600 to work in are needed")
+    assert found["error"].startswith(
+        "the GPU has 500 of 500 MiB free, 11 MiB of weights and about 600 to work in are needed"
+    )
 
 
 @pytest.mark.slow  # 250 MB each
 @pytest.mark.parametrize(("release", "goes_wrong"), [("1.29.0", True), ("1.30.0", False)])
 def test_captured_steps_since_when(gpu_bundle, release, goes_wrong) -> None:
-    """Until 1.29 a captured step reads memory of the host that others have written to by the time of its replay; see CUDA_GRAPHS_SINCE."""
+    """Until 1.29 a captured step reads memory of the host that others have written to by the time of its replay; see
+    CUDA_GRAPHS_SINCE.
+    """
     found, _, code = check(gpu_bundle, "fp16", "--onnxruntime", release, "--capture")
     assert len(found["load"]["captured"]) == 3
     assert bool(found["answer"]["stale"]) is goes_wrong

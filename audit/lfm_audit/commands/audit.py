@@ -26,20 +26,29 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Measure times, memory, temperature and energy of a bundle here, each start in a process of its own, and judge whether the "
+        "Measure times, memory, temperature and energy of a bundle here, each start in a process of its own, and "
+        "judge whether the "
         "measurement is to be trusted. Exit code 0; 1 a limit is broken; 3 the run is not valid."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write everything measured as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also append a flat row for each variant and image")
-    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="ask about these (default: made ones of three sizes)")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="ask about these (default: made ones of three sizes)"
+    )
     parser.add_argument("--variants", metavar="A,B", help="measure these in turns (default: the profile's)")
     parser.add_argument("-p", "--prompt", default="", metavar="QUESTION")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of every answer (default 32)")
     parser.add_argument("--budget", default="3m", metavar="TIME", help="measure for so long: 90s, 3m, 1h (default 3m)")
-    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="then answer without a pause, until nothing changes")
-    parser.add_argument("--limit", action="append", default=[], metavar="NAME=N", help="fail above it: ttft_ms=500; repeatable")
+    parser.add_argument(
+        "--soak", type=float, default=0.0, metavar="MINUTES", help="then answer without a pause, until nothing changes"
+    )
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=N", help="fail above it: ttft_ms=500; repeatable"
+    )
     parser.add_argument("--meter", type=Path, metavar="CSV", help="of a power meter: time_s (Unix time), power_w")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_setting_arguments(parser)
@@ -75,7 +84,10 @@ def run(options: argparse.Namespace) -> int:
     print(table(result))
     if options.output:
         write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        print(f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o {options.output.with_suffix('.html')}")
+        print(
+            f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o "
+            f"{options.output.with_suffix('.html')}"
+        )
     if options.csv:
         header, rows = rows_for_csv(result)
         there = options.csv.exists() and options.csv.stat().st_size
@@ -116,9 +128,18 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
         for step in subject.steps:
             print(f"lfm-edge: {subject.variant}: to fit the memory: {step}", file=sys.stderr)
     return Workload(
-        bundle, profile, subjects, images, skipped, question, options.new_tokens, _seconds(options.budget), options.soak,
-        _limits(options.limit, profile), options.meter,
-    )  # fmt: skip
+        bundle,
+        profile,
+        subjects,
+        images,
+        skipped,
+        question,
+        options.new_tokens,
+        _seconds(options.budget),
+        options.soak,
+        _limits(options.limit, profile),
+        options.meter,
+    )
 
 
 def _subject(bundle: Bundle, variant: str, profile: Profile, images: list[Path], question: str) -> Subject:

@@ -13,7 +13,8 @@ WORSE, INVALID = 1, 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Compare two audits. Exit code 0; 1 a figure is worse by more than --fail-over, beyond noise; 3 an audit is not valid, or has too "
+        "Compare two audits. Exit code 0; 1 a figure is worse by more than --fail-over, beyond noise; 3 an audit "
+        "is not valid, or has too "
         "few samples."
     )
     parser.add_argument("before", type=Path, metavar="A.json")
@@ -45,11 +46,15 @@ def run(options: argparse.Namespace) -> int:
     for change in found:
         bad = change.worse_by() > allowed and change.beyond_noise
         worse += bad
-        unknown += change.worse_by() > allowed and change.too_few and change.name != "cold_ready_ms"  # of which there are six at most
+        unknown += (
+            change.worse_by() > allowed and change.too_few and change.name != "cold_ready_ms"
+        )  # of which there are six at most
         word = "WORSE" if bad else change.word()
         ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
         name = " ".join(part for part in (change.variant, change.image, change.name) if part)
-        print(f"{name:32s} {change.before['median']:10,.1f} {change.after['median']:10,.1f} {ratio:>8s}  {word}".rstrip())
+        print(
+            f"{name:32s} {change.before['median']:10,.1f} {change.after['median']:10,.1f} {ratio:>8s}  {word}".rstrip()
+        )
     print(f"\n{worse} of {len(found)} figures are worse by more than {allowed:.1%}")
     if unknown:
         print(f"{unknown} more may be, and have too few samples to tell (six are needed): raise the audits' --budget")

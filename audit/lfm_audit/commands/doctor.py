@@ -8,9 +8,15 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.description = "Look at what matters on this machine, and say what to do about it. Exit code 0; 1 there is a problem."
-    parser.add_argument("bundle", type=Path, nargs="?", help="also whether this bundle fits, and is prepared for, this machine")
-    parser.add_argument("--profile", default="", metavar="NAME", help="how it is run: a name of lfm-edge profile list, or a .toml file")
+    parser.description = (
+        "Look at what matters on this machine, and say what to do about it. Exit code 0; 1 there is a problem."
+    )
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", help="also whether this bundle fits, and is prepared for, this machine"
+    )
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how it is run: a name of lfm-edge profile list, or a .toml file"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

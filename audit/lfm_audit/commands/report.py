@@ -9,11 +9,20 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Make a page of audits (several are shown side by side, the first is what the others are compared with), or of what lfm-edge tune "
+        "Make a page of audits (several are shown side by side, the first is what the others are compared with), "
+        "or of what lfm-edge tune "
         "measured."
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="written by lfm-edge audit or lfm-edge tune")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=".html (opens offline) or .md; default: beside the first, .html")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE.json", help="written by lfm-edge audit or lfm-edge tune"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".html (opens offline) or .md; default: beside the first, .html",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

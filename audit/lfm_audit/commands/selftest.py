@@ -14,10 +14,13 @@ _WORKS = 3  # install.sh takes it for a warning
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Check an installed bundle on this device. Exit code 0; 1 a check failed; 3 it works, but over a budget, or the board is throttled."
+        "Check an installed bundle on this device. Exit code 0; 1 a check failed; 3 it works, but over a budget, "
+        "or the board is throttled."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
+    )
     parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights (default: the profile's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 

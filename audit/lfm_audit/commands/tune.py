@@ -14,17 +14,33 @@ from lfm_runtime.errors import SettingError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Measure which settings suit BUNDLE and images like IMAGE on this machine, and write them as a profile. What a flag sets is not "
+        "Measure which settings suit BUNDLE and images like IMAGE on this machine, and write them as a profile. "
+        "What a flag sets is not "
         "tried. Run again with the same -o it goes on from what was measured."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images like those it will be asked about")
-    parser.add_argument("--profile", default="", metavar="NAME", help="begin with it: a name of lfm-edge profile list, or a .toml file")
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="images like those it will be asked about"
+    )
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="begin with it: a name of lfm-edge profile list, or a .toml file"
+    )
     parser.add_argument("-p", "--prompt", default="Describe this image.", metavar="QUESTION")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="measure for so long (default 10)")
-    parser.add_argument("--objective", choices=("latency", "memory", "energy"), default="latency", help="choose by it (default latency)")
-    parser.add_argument("--floor", type=float, metavar="KL", help="highest KL divergence to the best variant, nats (default 0.1)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("tuned.toml"), metavar="FILE", help="write it here (default tuned.toml)")
+    parser.add_argument(
+        "--objective", choices=("latency", "memory", "energy"), default="latency", help="choose by it (default latency)"
+    )
+    parser.add_argument(
+        "--floor", type=float, metavar="KL", help="highest KL divergence to the best variant, nats (default 0.1)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("tuned.toml"),
+        metavar="FILE",
+        help="write it here (default tuned.toml)",
+    )
     add_setting_arguments(parser)
 
 
@@ -42,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_audit.tune import FLOOR, Tuning, axes_of, tune
 
     if not 0 <= options.minutes <= 1e5:
-        raise SettingError(f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above")
+        raise SettingError(
+            f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above"
+        )
     output: Path = options.output
     if output.suffix != ".toml":
         raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
@@ -52,11 +70,18 @@ def run(options: argparse.Namespace) -> int:
     bundle, device = Bundle.open(options.bundle), detect()
     profile = profile_for(bundle, options.profile, **setting_flags(options))
     if CUDA in profile.providers:
-        raise SettingError(f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic")
+        raise SettingError(
+            f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic"
+        )
     tuning = Tuning(
-        bundle, profile, options.images, options.prompt, options.objective, FLOOR if options.floor is None else options.floor,
+        bundle,
+        profile,
+        options.images,
+        options.prompt,
+        options.objective,
+        FLOOR if options.floor is None else options.floor,
         axes_of(bundle, profile, options.images),
-    )  # fmt: skip
+    )
     kept = output.with_suffix(".json")
     if tuning.resume(kept):
         print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)

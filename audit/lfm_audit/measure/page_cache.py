@@ -1,4 +1,6 @@
-"""Files out of the page cache or into it, without being root: a start from disk, or one that is not, can then be measured."""
+"""Files out of the page cache or into it, without being root: a start from disk, or one that is not, can then be
+measured.
+"""
 
 from __future__ import annotations
 

@@ -23,15 +23,19 @@ class Power:
     meter: Sequence[tuple[float, float]] = ()
 
     def joules(self, states: Sequence[StateSample], begin: float, end: float) -> float | None:
-        """Between two time.perf_counter() moments: a counter's difference, or power integrated by trapezoids. None where nothing measured
-        it, or the meter was not running.
+        """Between two time.perf_counter() moments: a counter's difference, or power integrated by trapezoids. None
+        where nothing measured it, or the meter was not running.
         """
         if self.meter:
             late = states[0].unix_s - states[0].at
             times = [at - late for at, _ in self.meter]
             inside = times[0] <= begin and end <= times[-1]
             return integral(times, [watt for _, watt in self.meter], begin, end) if inside else None
-        counters = [(s.at, s.reading.energy_uj, s.reading.energy_range_uj or 0) for s in states if s.reading.energy_uj is not None]
+        counters = [
+            (s.at, s.reading.energy_uj, s.reading.energy_range_uj or 0)
+            for s in states
+            if s.reading.energy_uj is not None
+        ]
         if len(counters) > 1:
             joules = [0.0]
             for (_, before, _), (_, after, wraps_at) in itertools.pairwise(counters):
@@ -48,7 +52,9 @@ class Power:
 
     def mean_w_of(self, stretches: Sequence[Sequence[StateSample]]) -> float | None:
         """Of several stretches of time, each counted by its length."""
-        pairs = [(self.joules(states, states[0].at, states[-1].at), states[-1].at - states[0].at) for states in stretches]
+        pairs = [
+            (self.joules(states, states[0].at, states[-1].at), states[-1].at - states[0].at) for states in stretches
+        ]
         known = [(joules, seconds) for joules, seconds in pairs if joules is not None]
         seconds = sum(s for _, s in known)
         return sum(joules for joules, _ in known) / seconds if seconds > 0 else None
@@ -80,7 +86,9 @@ def read_meter(path: Path) -> list[tuple[float, float]]:
     except OSError as e:
         raise SettingError(f"{path} cannot be read: {e.strerror}") from e
     except (KeyError, TypeError, ValueError) as e:
-        raise SettingError(f"{path} is not a meter's CSV with the columns time_s (Unix time) and power_w ({type(e).__name__}: {e})") from e
+        raise SettingError(
+            f"{path} is not a meter's CSV with the columns time_s (Unix time) and power_w ({type(e).__name__}: {e})"
+        ) from e
     if len(rows) < 2 or sorted(rows) != rows:
         raise SettingError(f"{path} needs two samples at least, in the order of time")
     return rows

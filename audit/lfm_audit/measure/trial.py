@@ -1,7 +1,8 @@
 """One start of a model in a process of its own, with answers of a fixed length: what tuning and audits measure.
 
-A process of its own, because the peak of memory, the first use of everything and the load itself cannot be had twice in one. The parent
-keeps out of its way: the child times itself, and what is seen from outside (watch.py) runs in the parent.
+A process of its own, because the peak of memory, the first use of everything and the load itself cannot be had twice in
+one. The parent keeps out of its way: the child times itself, and what is seen from outside (watch.py) runs in the
+parent.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Trial:
     question: str = "Describe this image."
     new_tokens: int = 32
     repeats: int = 2
-    soak_s: float = 0.0  # instead of repeats: answers about the first image, until nothing changes any more or this time is over
+    soak_s: float = (
+        0.0  # instead of repeats: answers about the first image, until nothing changes any more or this time is over
+    )
     reference: Path | None = None  # a folder: answers' distributions are written there, or compared with what is there
 
 
@@ -105,7 +108,9 @@ class Outcome:
     warnings: Sequence[str] = ()
 
 
-def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: Callable[[int], None] | None = None) -> Outcome:
+def start(
+    trial: Trial, *, environment: Mapping[str, str] | None = None, watch: Callable[[int], None] | None = None
+) -> Outcome:
     """Do one trial. `watch` is told the process's number once it runs.
 
     Raises:
@@ -114,7 +119,11 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
     words = module("lfm_audit.measure.trial")
     spawned = time.perf_counter()
     with subprocess.Popen(  # noqa: S603
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=child_environment(**(environment or {})),
     ) as process:
         try:
@@ -137,7 +146,10 @@ def start(trial: Trial, *, environment: Mapping[str, str] | None = None, watch: 
         found = json.loads(lines[-1])
         if "error" in found:
             raise TrialError(found["error"])
-        answers = [AnswerTimes(**{**answer, "spans": [tuple(span) for span in answer["spans"]]}) for answer in found.pop("answers")]
+        answers = [
+            AnswerTimes(**{**answer, "spans": [tuple(span) for span in answer["spans"]]})
+            for answer in found.pop("answers")
+        ]
         warnings = [line.strip() for line in complaints.splitlines() if line.startswith("lfm-edge: ")]
         return Outcome(**found, answers=answers, warnings=warnings)
 
@@ -168,41 +180,66 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
     whole = Bundle.open(Path(request["bundle"]))
     bundle = replace(whole, eos=())  # a fixed number of tokens
     opened = time.perf_counter()
-    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in request["profile"]["settings"].items()}
+    settings: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in request["profile"]["settings"].items()
+    }
     profile = replace(Profile(request["profile"]["name"]), origin=request["profile"]["origin"], **settings)
     model = Model.load(bundle, profile=profile)
     ready = time.perf_counter()
     spawned = request["spawned"]
     loaded = _memory()
     answers = [
-        _answered(model, request, at, repeat, spawned) for repeat in range(request["repeats"]) for at in range(len(request["images"]))
+        _answered(model, request, at, repeat, spawned)
+        for repeat in range(request["repeats"])
+        for at in range(len(request["images"]))
     ]
     steady = False
     if request["soak_s"]:
-        steady = _soak(lambda: answers.append(_answered(model, request, 0, len(answers), spawned)), answers, request["soak_s"])
+        steady = _soak(
+            lambda: answers.append(_answered(model, request, 0, len(answers), spawned)), answers, request["soak_s"]
+        )
     memory = _memory()  # before distributions are compared, which takes memory of its own
     used = time.process_time()
     return {
-        "spawned": spawned, "variant": model.variant, "prefill": model.graphs.prefill, "threads": model.threads,
-        "prepared": model.graphs.is_prepared, "python_ms": (entered - spawned) * 1e3, "import_ms": (imported - entered) * 1e3,
-        "open_ms": (opened - imported) * 1e3, "graphs_ms": model.graphs.load_ms, "ready_ms": (ready - spawned) * 1e3, "answers": answers,
-        "loaded_mib": loaded, "memory_mib": memory, "cpu_s": used, "steady": steady,
+        "spawned": spawned,
+        "variant": model.variant,
+        "prefill": model.graphs.prefill,
+        "threads": model.threads,
+        "prepared": model.graphs.is_prepared,
+        "python_ms": (entered - spawned) * 1e3,
+        "import_ms": (imported - entered) * 1e3,
+        "open_ms": (opened - imported) * 1e3,
+        "graphs_ms": model.graphs.load_ms,
+        "ready_ms": (ready - spawned) * 1e3,
+        "answers": answers,
+        "loaded_mib": loaded,
+        "memory_mib": memory,
+        "cpu_s": used,
+        "steady": steady,
         "kl": _divergence(model, request, Path(request["reference"]), whole.eos) if request["reference"] else None,
-    }  # fmt: skip
+    }
 
 
 def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawned: float) -> dict[str, Any]:
     started = time.perf_counter()
-    answer = model.answer([request["images"][at]], request["question"], temperature=0, max_new_tokens=request["new_tokens"])
+    answer = model.answer(
+        [request["images"][at]], request["question"], temperature=0, max_new_tokens=request["new_tokens"]
+    )
     text = answer.text()
     report = answer.report
     ended = report.spans[-1][2]  # the last token's text; counting the process's memory after it is not the answer's
     return {
-        "image": at, "repeat": repeat, "spans": [(n, (s - spawned) * 1e3, (e - spawned) * 1e3) for n, s, e in report.spans],
-        "started": (started - spawned) * 1e3, "ended": (ended - spawned) * 1e3, "prompt_tokens": report.prompt_tokens,
-        "image_tokens": report.image_tokens, "new_tokens": report.new_tokens, "views": report.tiles,
+        "image": at,
+        "repeat": repeat,
+        "spans": [(n, (s - spawned) * 1e3, (e - spawned) * 1e3) for n, s, e in report.spans],
+        "started": (started - spawned) * 1e3,
+        "ended": (ended - spawned) * 1e3,
+        "prompt_tokens": report.prompt_tokens,
+        "image_tokens": report.image_tokens,
+        "new_tokens": report.new_tokens,
+        "views": report.tiles,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }  # fmt: skip
+    }
 
 
 def _soak(answer: Callable[[], None], answers: Sequence[Mapping[str, Any]], seconds: float) -> bool:
@@ -220,7 +257,11 @@ def _soak(answer: Callable[[], None], answers: Sequence[Mapping[str, Any]], seco
         minutes.setdefault(minute, []).append(answers[-1]["ended"] - answers[-1]["started"])
         whole = [statistics.median(minutes[m]) for m in sorted(minutes)[:-1]][-_ALIKE_MINUTES:]
         alike = len(whole) == _ALIKE_MINUTES and max(whole) <= min(whole) * _ALIKE
-        if alike and minute >= _SHORTEST_SOAK_MINUTES and max(warmest[-_ALIKE_MINUTES:]) - min(warmest[-_ALIKE_MINUTES:]) <= _ALIKE_C:
+        if (
+            alike
+            and minute >= _SHORTEST_SOAK_MINUTES
+            and max(warmest[-_ALIKE_MINUTES:]) - min(warmest[-_ALIKE_MINUTES:]) <= _ALIKE_C
+        ):
             return True
     return False
 
@@ -248,8 +289,9 @@ def _memory() -> dict[str, float | None]:
 
 
 def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequence[int]) -> float:
-    """The mean KL divergence, in nats a token, of this model's next-token distributions to those stored in `folder`, along the answers
-    stored with them, up to where they end. Where there are none yet, this model's own are stored, and 0 is returned.
+    """The mean KL divergence, in nats a token, of this model's next-token distributions to those stored in `folder`,
+    along the answers stored with them, up to where they end. Where there are none yet, this model's own are stored, and
+    0 is returned.
     """
     import numpy as np
     from lfm_runtime.decode.context import Context
@@ -258,7 +300,9 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
     found = []
     for at, image in enumerate(request["images"]):
         path = folder / f"{at}.npz"
-        job = model.plan([Message.user(request["question"], 1)], [image], temperature=0, max_new_tokens=request["new_tokens"])
+        job = model.plan(
+            [Message.user(request["question"], 1)], [image], temperature=0, max_new_tokens=request["new_tokens"]
+        )
         context = Context(model.decoder)
         logits = _log_softmax(model.read(job, context))
         known = np.load(path) if path.exists() else None
@@ -273,7 +317,9 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
                 logits = _log_softmax(context.feed(model.decoder.embed(ids[-1:]), np.array(ids[-1:])))
         if known:
             theirs = known["log_probabilities"].astype(np.float64)
-            found.append(max(0.0, float(np.mean(np.sum(np.exp(theirs) * (theirs - np.stack(rows)), axis=1)))))  # stored in float32
+            found.append(
+                max(0.0, float(np.mean(np.sum(np.exp(theirs) * (theirs - np.stack(rows)), axis=1))))
+            )  # stored in float32
         else:
             np.savez(path, ids=np.array(ids), log_probabilities=np.stack(rows).astype(np.float32))
             found.append(0.0)

@@ -1,8 +1,9 @@
-"""What is seen of a process from outside while it works: its memory twenty times a second, the machine's state twice a second, and what it
-has of a GPU as often as the driver's program can be asked.
+"""What is seen of a process from outside while it works: its memory twenty times a second, the machine's state twice a
+second, and what it has of a GPU as often as the driver's program can be asked.
 
-Runs in the process that waits, so that the one measured loses no more than the processor's time for these looks: a quarter of a percent
-of one core (docs/performance.md), which is why files stay open and counters are read at the two ends alone.
+Runs in the process that waits, so that the one measured loses no more than the processor's time for these looks: a
+quarter of a percent of one core (docs/performance.md), which is why files stay open and counters are read at the two
+ends alone.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def machine_state(sensors: Sensors) -> StateSample:
 
 
 def sees_the_machine() -> bool:
-    """Whether what other programs do can be seen: not where /proc is mounted with processes alone (systemd's ProcSubset=pid)."""
+    """Whether what other programs do can be seen: not where /proc is mounted with processes alone (systemd's
+    ProcSubset=pid).
+    """
     try:
         psutil.cpu_times()
         psutil.virtual_memory()
@@ -77,7 +80,13 @@ def counters() -> Counters:
     except OSError:
         return Counters(time.perf_counter(), 0.0, 0.0)
     # Guest time is in user time already; time stolen by the host is time that somebody else had.
-    busy = times.user + times.system + getattr(times, "nice", 0.0) + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+    busy = (
+        times.user
+        + times.system
+        + getattr(times, "nice", 0.0)
+        + getattr(times, "irq", 0.0)
+        + getattr(times, "softirq", 0.0)
+    )
     swap = _pages_swapped() * os.sysconf("SC_PAGE_SIZE") / MIB if hasattr(os, "sysconf") else 0.0
     return Counters(time.perf_counter(), busy + getattr(times, "steal", 0.0), swap)
 

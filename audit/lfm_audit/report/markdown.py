@@ -17,8 +17,10 @@ def audit_markdown(audits: Sequence[Audit]) -> str:
         parts.append(f"**{audit.name}**: {verdict_line(audit.result)} ({audit.where}, {audit.when})")
         parts += [f"- {reason}" for reason in audit.result["verdict"]["reasons"]]
     tables = [
-        ("What it costs", headline_table(all_series(audits))), ("Limits", limits_table(audits)), ("What changed", changes_table(audits)),
-    ]  # fmt: skip
+        ("What it costs", headline_table(all_series(audits))),
+        ("Limits", limits_table(audits)),
+        ("What changed", changes_table(audits)),
+    ]
     lines = ["\n".join(parts), *(f"### {title}\n\n{table.markdown()}" for title, table in tables if table)]
     return "\n\n".join(lines) + "\n"
 

@@ -32,35 +32,68 @@ def audit_page(audits: Sequence[Audit]) -> str:
         ("What it costs", [headline_table(series)], ""),
         ("Limits", [limits_table(audits)], ""),
         ("What changed", [changes_table(audits)], "Within noise: the medians' 95 % intervals overlap."),
-        ("Where the time of an answer goes", [plots.waterfall(series)], "Medians; the first answer of each process is left out."),
-        ("Until it can be asked", [plots.starts(series)], "Warm: files in the page cache. Cold: the bundle's are not. First-ever: neither "
-         "are the libraries, and nothing is prepared."),
-        ("Memory", [plots.memory(series)], "One process: load, then every image twice. Mapped files can be evicted and read again; "
-         "anonymous memory cannot."),
+        (
+            "Where the time of an answer goes",
+            [plots.waterfall(series)],
+            "Medians; the first answer of each process is left out.",
+        ),
+        (
+            "Until it can be asked",
+            [plots.starts(series)],
+            "Warm: files in the page cache. Cold: the bundle's are not. First-ever: neither "
+            "are the libraries, and nothing is prepared.",
+        ),
+        (
+            "Memory",
+            [plots.memory(series)],
+            "One process: load, then every image twice. Mapped files can be evicted and read again; "
+            "anonymous memory cannot.",
+        ),
         ("Evenness", [plots.over_time(audits, series)], "Each point is an answer; red: throttled."),
         ("The machine meanwhile", [plots.machine(audits), machine_table(audits)], ""),
         ("Soak", [plots.soak(audits)], ""),
-        ("Quality beside cost", [plots.quality(series)], "As measured when the variant was quantized, on images calibration did not see."),
-        ("Every figure", [figures_table(series)], "MAD: median absolute deviation. 95 %: the median's confidence interval."),
+        (
+            "Quality beside cost",
+            [plots.quality(series)],
+            "As measured when the variant was quantized, on images calibration did not see.",
+        ),
+        (
+            "Every figure",
+            [figures_table(series)],
+            "MAD: median absolute deviation. 95 %: the median's confidence interval.",
+        ),
         ("Settings", [settings_table(audits)], ""),
-    ]  # fmt: skip
+    ]
     notes = [
         f"{audit.name}: {note}"
         for audit in audits
         for note in (
             *(f"left out: {image['name']}: {image['reason']}" for image in audit.result["workload"]["skipped_images"]),
-            *(f"{v}: to fit the memory: {step}" for v, found in audit.result["variants"].items() for step in found["steps_down"]),
+            *(
+                f"{v}: to fit the memory: {step}"
+                for v, found in audit.result["variants"].items()
+                for step in found["steps_down"]
+            ),
             *(f"{v}: {warning}" for v, found in audit.result["variants"].items() for warning in found["warnings"]),
             *(f"no {sensor}: {why}" for sensor, why in audit.result["machine"]["missing"].items()),
         )
     ]
     verdicts = [
-        {"name": audit.name, "valid": audit.result["verdict"]["valid"], "reasons": audit.result["verdict"]["reasons"],
-         "broken": sum(not limit["holds"] for limit in audit.result["limits"]), "limits": len(audit.result["limits"]),
-         "line": verdict_line(audit.result).partition(": ")[2], "where": audit.where, "when": audit.when}
+        {
+            "name": audit.name,
+            "valid": audit.result["verdict"]["valid"],
+            "reasons": audit.result["verdict"]["reasons"],
+            "broken": sum(not limit["holds"] for limit in audit.result["limits"]),
+            "limits": len(audit.result["limits"]),
+            "line": verdict_line(audit.result).partition(": ")[2],
+            "where": audit.where,
+            "when": audit.when,
+        }
         for audit in audits
-    ]  # fmt: skip
-    title = f"{audits[0].result['bundle']['name']} on {audits[0].where}" if len(audits) == 1 else f"{len(audits)} audits"
+    ]
+    title = (
+        f"{audits[0].result['bundle']['name']} on {audits[0].where}" if len(audits) == 1 else f"{len(audits)} audits"
+    )
     return _render(title, verdicts, sections, notes)
 
 
@@ -69,24 +102,39 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
     chosen, front, settings = tuning_tables(tuning)
     measured = [p for p in tuning["points"] if p["latency_ms"]]
     sections: list[Section] = [
-        ("Chosen", [settings], f"Best by {tuning['objective']} with a KL divergence of at most {tuning['floor_kl']:g} to "
-         f"{tuning['reference']} with the checkpoint's own image settings."),
-        ("All points", [plots.pareto(tuning, chosen)] if measured else [], f"{len(measured)} points, {tuning['rounds']} rounds; numbers "
-         "are rows of the front."),
+        (
+            "Chosen",
+            [settings],
+            f"Best by {tuning['objective']} with a KL divergence of at most {tuning['floor_kl']:g} to "
+            f"{tuning['reference']} with the checkpoint's own image settings.",
+        ),
+        (
+            "All points",
+            [plots.pareto(tuning, chosen)] if measured else [],
+            f"{len(measured)} points, {tuning['rounds']} rounds; numbers are rows of the front.",
+        ),
         ("The front", [front], "Points that no other beats in latency, memory and quality."),
-    ]  # fmt: skip
+    ]
     notes = sorted({p["failed"] for p in tuning["points"] if p["failed"]})
     return _render(f"Tuned for {tuning['objective']}", [], sections, notes)
 
 
-def _render(title: str, verdicts: Sequence[Mapping[str, Any]], sections: Sequence[Section], notes: Sequence[str]) -> str:
+def _render(
+    title: str, verdicts: Sequence[Mapping[str, Any]], sections: Sequence[Section], notes: Sequence[str]
+) -> str:
     templates = jinja2.PackageLoader("lfm_audit.report", "")
     environment = jinja2.Environment(
         loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     shown = [
-        {"title": name, "note": note, "parts": [{"table": part} if isinstance(part, Table) else {"svg": part} for part in parts if part]}
+        {
+            "title": name,
+            "note": note,
+            "parts": [{"table": part} if isinstance(part, Table) else {"svg": part} for part in parts if part],
+        }
         for name, parts, note in sections
     ]
     shown = [section for section in shown if section["parts"]]
-    return environment.get_template("page.html.jinja").render(title=title, verdicts=verdicts, sections=shown, notes=notes)
+    return environment.get_template("page.html.jinja").render(
+        title=title, verdicts=verdicts, sections=shown, notes=notes
+    )

@@ -1,5 +1,5 @@
-"""Plots as SVG, for a page: matplotlib draws them. Colours are Okabe and Ito's, which colour-blind readers can tell apart; in print,
-hatches and markers do.
+"""Plots as SVG, for a page: matplotlib draws them. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; in print, hatches and markers do.
 """
 
 from __future__ import annotations
@@ -17,22 +17,51 @@ from matplotlib.ticker import MaxNLocator
 from lfm_audit.report.source import Audit, Series, images_of
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
-    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000"
-)  # fmt: skip
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#f0e442",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
+    "#000000",
+)
 STAGES = {
-    "image_ms": ("decode image", YELLOW, ".."), "prompt_ms": ("prompt", "#777777", "--"), "preprocess_ms": ("preprocess", ORANGE, ""),
-    "load_ms": ("load graphs", RED, "++"), "vision_ms": ("vision", BLUE, "//"),
-    "embed_ms": ("embed", BLACK, ""), "prefill_ms": ("prefill", SKY, "\\\\"), "decode_ms": ("decode", GREEN, ""),
-    "detokenize_ms": ("detokenize", PURPLE, ""), "other_ms": ("other", "#bbbbbb", "xx"),
-}  # fmt: skip
-_LINES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (BLACK, "x", "--"))
+    "image_ms": ("decode image", YELLOW, ".."),
+    "prompt_ms": ("prompt", "#777777", "--"),
+    "preprocess_ms": ("preprocess", ORANGE, ""),
+    "load_ms": ("load graphs", RED, "++"),
+    "vision_ms": ("vision", BLUE, "//"),
+    "embed_ms": ("embed", BLACK, ""),
+    "prefill_ms": ("prefill", SKY, "\\\\"),
+    "decode_ms": ("decode", GREEN, ""),
+    "detokenize_ms": ("detokenize", PURPLE, ""),
+    "other_ms": ("other", "#bbbbbb", "xx"),
+}
+_LINES = (
+    (BLUE, "o", "-"),
+    (RED, "s", "--"),
+    (GREEN, "^", "-."),
+    (PURPLE, "D", ":"),
+    (ORANGE, "v", "-"),
+    (BLACK, "x", "--"),
+)
 _WIDTH = 8.6
 _Given = ParamSpec("_Given")
 _STYLE: Any = {
-    "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "svg.fonttype": "none", "hatch.linewidth": 0.5, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "svg.hashsalt": "lfm-edge", "text.parse_math": False,
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "hatch.linewidth": 0.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "svg.hashsalt": "lfm-edge",
+    "text.parse_math": False,
+}
 
 
 def _styled(draw: Callable[_Given, str]) -> Callable[_Given, str]:
@@ -60,7 +89,9 @@ def waterfall(series: Sequence[Series]) -> str:
                 _part(axis, row, left, ms, (label, colour, hatch))
                 left += ms
             first = found["ttft_ms"]["median"]
-            axis.plot([first, first], [row - 0.42, row + 0.42], color=BLACK, linewidth=1.6, label="" if row else "first token")
+            axis.plot(
+                [first, first], [row - 0.42, row + 0.42], color=BLACK, linewidth=1.6, label="" if row else "first token"
+            )
             axis.text(left, row, f" {left:,.0f} ms", va="center", fontsize=8)
         axis.set_yticks(range(len(there)), [one.label for one in there])
         axis.invert_yaxis()
@@ -78,13 +109,25 @@ def waterfall(series: Sequence[Series]) -> str:
 @_styled
 def starts(series: Sequence[Series]) -> str:
     """From the start of a process until it can be asked."""
-    rows = [(f"{one.label}, {kind.replace('_', '-')}", start) for one in series for kind, start in one.result["starts"].items() if start]
+    rows = [
+        (f"{one.label}, {kind.replace('_', '-')}", start)
+        for one in series
+        for kind, start in one.result["starts"].items()
+        if start
+    ]
     figure, (axis,) = _panels(1, 0.6 + 0.3 * len(rows))
     for row, (_, start) in enumerate(rows):
         left, ready = 0.0, start["ready_ms"]["median"]
-        parts = [("Python", "python_ms", "#bbbbbb", ""), ("imports", "import_ms", ORANGE, ".."), ("bundle", "open_ms", SKY, "\\\\")]
+        parts = [
+            ("Python", "python_ms", "#bbbbbb", ""),
+            ("imports", "import_ms", ORANGE, ".."),
+            ("bundle", "open_ms", SKY, "\\\\"),
+        ]
         sizes = [(label, start[key]["median"], colour, hatch) for label, key, colour, hatch in parts]
-        for label, ms, colour, hatch in [*sizes, ("graphs", max(0.0, ready - sum(ms for _, ms, *_ in sizes)), BLUE, "//")]:
+        for label, ms, colour, hatch in [
+            *sizes,
+            ("graphs", max(0.0, ready - sum(ms for _, ms, *_ in sizes)), BLUE, "//"),
+        ]:
             _part(axis, row, left, ms, (label, colour, hatch))
             left += ms
         axis.text(left, row, f" {ready:,.0f} ms", va="center", fontsize=8)
@@ -105,7 +148,9 @@ def over_time(audits: Sequence[Audit], series: Sequence[Series]) -> str:
         for n, one in enumerate(one for one in series if one.audit is audit):
             colour, marker, _ = _LINES[n % len(_LINES)]
             answers = [p for image in one.result["images"].values() for p in image["over_time"] if p["inter_token_ms"]]
-            times, ms = zip(*sorted((p["at_s"], p["inter_token_ms"]) for p in answers), strict=True) if answers else ((), ())
+            times, ms = (
+                zip(*sorted((p["at_s"], p["inter_token_ms"]) for p in answers), strict=True) if answers else ((), ())
+            )
             axis.plot(times, ms, marker=marker, markersize=3, linewidth=0.6, color=colour, label=one.label)
         _mark_throttling(axis, audit.result["machine"]["samples"])
         axis.set_ylabel("ms a token")
@@ -121,12 +166,16 @@ def over_time(audits: Sequence[Audit], series: Sequence[Series]) -> str:
 def memory(series: Sequence[Series]) -> str:
     """Anonymous and mapped memory of one process, from its start."""
     figure, axes = _panels(len(series), 1.6)
-    top = max((m["anonymous_mib"] + m["mapped_mib"] for one in series for m in one.result["memory"]["timeline"]), default=1.0)
+    top = max(
+        (m["anonymous_mib"] + m["mapped_mib"] for one in series for m in one.result["memory"]["timeline"]), default=1.0
+    )
     for axis, one in zip(axes, series, strict=True):
         found = one.result["memory"]
         times = [m["at_ms"] / 1e3 for m in found["timeline"]]
         anonymous, mapped = ([m[key] for m in found["timeline"]] for key in ("anonymous_mib", "mapped_mib"))
-        bands = axis.stackplot(times, anonymous, mapped, colors=[RED, SKY], labels=["anonymous", "mapped files (can be evicted)"])
+        bands = axis.stackplot(
+            times, anonymous, mapped, colors=[RED, SKY], labels=["anonymous", "mapped files (can be evicted)"]
+        )
         bands[1].set_hatch("//")
         bands[1].set_edgecolor("white")
         if found["peak_mib"]:
@@ -143,8 +192,11 @@ def memory(series: Sequence[Series]) -> str:
 @_styled
 def machine(audits: Sequence[Audit]) -> str:
     """Temperature, frequency and power, those that were measured; "" where none was."""
-    kinds = [(key, unit) for key, unit in (("temperature_c", "°C"), ("frequency_mhz", "MHz"), ("power_w", "W"))
-             if any(s[key] is not None for audit in audits for s in audit.result["machine"]["samples"])]  # fmt: skip
+    kinds = [
+        (key, unit)
+        for key, unit in (("temperature_c", "°C"), ("frequency_mhz", "MHz"), ("power_w", "W"))
+        if any(s[key] is not None for audit in audits for s in audit.result["machine"]["samples"])
+    ]
     if not kinds:
         return ""
     figure, axes = _panels(len(kinds), 1.4)
@@ -152,7 +204,14 @@ def machine(audits: Sequence[Audit]) -> str:
         for n, audit in enumerate(audits):
             colour, _, dashes = _LINES[n % len(_LINES)]
             points = [(s["at_s"], s[key]) for s in audit.result["machine"]["samples"] if s[key] is not None]
-            axis.plot([t for t, _ in points], [v for _, v in points], color=colour, linestyle=dashes, label=audit.name, linewidth=1.2)
+            axis.plot(
+                [t for t, _ in points],
+                [v for _, v in points],
+                color=colour,
+                linestyle=dashes,
+                label=audit.name,
+                linewidth=1.2,
+            )
             _mark_throttling(axis, audit.result["machine"]["samples"])
         axis.set_ylabel(unit)
         axis.yaxis.set_major_locator(MaxNLocator(4))
@@ -173,11 +232,17 @@ def quality(series: Sequence[Series]) -> str:
     for axis, label in zip(axes, ("ms to the first token", "MiB at the peak"), strict=True):
         for n, one in enumerate(there):
             colour, marker, _ = _LINES[n % len(_LINES)]
-            of = one.result["memory"]["peak_mib"] if label.startswith("MiB") else one.result["images"].get(image, {}).get("ttft_ms")
+            of = (
+                one.result["memory"]["peak_mib"]
+                if label.startswith("MiB")
+                else one.result["images"].get(image, {}).get("ttft_ms")
+            )
             if of:
                 at = of["median"]
                 axis.scatter([at], [one.result["quality"]["kl"]], color=colour, marker=marker, s=36, label=one.label)
-                axis.annotate(one.label, (at, one.result["quality"]["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+                axis.annotate(
+                    one.label, (at, one.result["quality"]["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8
+                )
         axis.set_xlabel(label)
         axis.margins(0.25)
         axis.set_xlim(left=0)
@@ -220,7 +285,9 @@ def pareto(tuning: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     for point in fronts:
         samples = point["latency_ms"].values()
         axis.plot([min(samples), max(samples)], [point["peak_mib"]] * 2, color="#888888", linewidth=0.7)
-    axis.scatter([chosen["ms"]], [chosen["peak_mib"]], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen")
+    axis.scatter(
+        [chosen["ms"]], [chosen["peak_mib"]], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen"
+    )
     for number, settings in enumerate(tuning["front"], 1):  # the table's rows
         point = next(p for p in fronts if p["settings"] == settings)
         at = point["ms"], point["peak_mib"]
@@ -236,7 +303,17 @@ def pareto(tuning: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _part(axis: Any, row: int, left: float, ms: float, look: tuple[str, str, str]) -> None:
     """A piece of a bar; named in the first row alone."""
     label, colour, hatch = look
-    axis.barh(row, ms, left=left, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label="" if row else label)
+    axis.barh(
+        row,
+        ms,
+        left=left,
+        height=0.62,
+        color=colour,
+        hatch=hatch,
+        edgecolor="white",
+        linewidth=0.4,
+        label="" if row else label,
+    )
 
 
 def _mark_throttling(axis: Any, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -55,7 +55,9 @@ def named_audits(paths: Sequence[Path]) -> list[Audit]:
         AuditError: one is not an audit that can be read.
     """
     stems = [path.stem for path in paths]
-    names = [path.stem if stems.count(path.stem) == 1 else f"{path.absolute().parent.name}/{path.stem}" for path in paths]
+    names = [
+        path.stem if stems.count(path.stem) == 1 else f"{path.absolute().parent.name}/{path.stem}" for path in paths
+    ]
     names = [name if names.count(name) == 1 else f"{name} ({n + 1})" for n, name in enumerate(names)]
     audits = [Audit(name, read_audit(path)) for name, path in zip(names, paths, strict=True)]
     for audit, path in zip(audits, paths, strict=True):
@@ -67,7 +69,14 @@ def named_audits(paths: Sequence[Path]) -> list[Audit]:
 def _look_through(audit: Audit) -> None:
     """Raise what is raised where something that a page shows is not there."""
     result = audit.result
-    _ = audit.when, audit.where, result["machine"]["samples"], result["machine"]["missing"], result["limits"], result["soak"]
+    _ = (
+        audit.when,
+        audit.where,
+        result["machine"]["samples"],
+        result["machine"]["missing"],
+        result["limits"],
+        result["soak"],
+    )
     for series in all_series([audit]):
         _ = series.result["memory"]["timeline"], series.result["quality"], series.result["threads"]
         for image in series.result["images"].values():
@@ -79,7 +88,13 @@ def all_series(audits: Sequence[Audit]) -> list[Series]:
     found = []
     for audit in audits:
         for variant in audit.result["variants"]:
-            label = variant if len(audits) == 1 else audit.name if len(audit.result["variants"]) == 1 else f"{audit.name}, {variant}"
+            label = (
+                variant
+                if len(audits) == 1
+                else audit.name
+                if len(audit.result["variants"]) == 1
+                else f"{audit.name}, {variant}"
+            )
             found.append(Series(label, audit, variant))
     return found
 

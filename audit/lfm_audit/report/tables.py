@@ -47,24 +47,64 @@ def headline_table(series: Sequence[Series]) -> Table:
         found = one.result
         memory, quality = found["memory"], found["quality"]
         for n, (name, image) in enumerate(found["images"].items()):
-            kept = [_of(memory["peak_mib"], 0), _of(memory["anonymous_mib"], 0), _of(found["starts"]["warm"]["ready_ms"], 0),
-                    f"{quality['kl']:.2g}" if quality else NONE] if n == 0 else [""] * 4  # fmt: skip
-            rows.append(Row([
-                one.label if n == 0 else "", name, _spread(image["ttft_ms"]), _of(image["stages"]["vision_ms"], 0),
-                _spread(image["total_ms"]), _of(image["decode_tok_s"], 1), _of(image["energy_per_answer_j"], 2), *kept,
-            ]))  # fmt: skip
-    head = ["", "image", "first token, ms", "vision, ms", "answer, ms", "tok/s", "J", "peak, MiB", "anonymous", "start, ms", "KL to fp32"]
+            kept = (
+                [
+                    _of(memory["peak_mib"], 0),
+                    _of(memory["anonymous_mib"], 0),
+                    _of(found["starts"]["warm"]["ready_ms"], 0),
+                    f"{quality['kl']:.2g}" if quality else NONE,
+                ]
+                if n == 0
+                else [""] * 4
+            )
+            rows.append(
+                Row(
+                    [
+                        one.label if n == 0 else "",
+                        name,
+                        _spread(image["ttft_ms"]),
+                        _of(image["stages"]["vision_ms"], 0),
+                        _spread(image["total_ms"]),
+                        _of(image["decode_tok_s"], 1),
+                        _of(image["energy_per_answer_j"], 2),
+                        *kept,
+                    ]
+                )
+            )
+    head = [
+        "",
+        "image",
+        "first token, ms",
+        "vision, ms",
+        "answer, ms",
+        "tok/s",
+        "J",
+        "peak, MiB",
+        "anonymous",
+        "start, ms",
+        "KL to fp32",
+    ]
     return Table(head, rows, (1,))
 
 
 def limits_table(audits: Sequence[Audit]) -> Table:
     """Kept or broken."""
     rows = [
-        Row([audit.name, limit["name"], f"{limit['limit']:g}", limit["variant"] or NONE, limit["image"] or NONE,
-             NONE if limit["measured"] is None else f"{limit['measured']:,.4g}", "holds" if limit["holds"] else "broken"],
-            bad=not limit["holds"])
-        for audit in audits for limit in audit.result["limits"]
-    ]  # fmt: skip
+        Row(
+            [
+                audit.name,
+                limit["name"],
+                f"{limit['limit']:g}",
+                limit["variant"] or NONE,
+                limit["image"] or NONE,
+                NONE if limit["measured"] is None else f"{limit['measured']:,.4g}",
+                "holds" if limit["holds"] else "broken",
+            ],
+            bad=not limit["holds"],
+        )
+        for audit in audits
+        for limit in audit.result["limits"]
+    ]
     return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows)
 
 
@@ -105,13 +145,36 @@ def machine_table(audits: Sequence[Audit]) -> Table:
     rows = []
     for audit in audits:
         m = audit.result["machine"]
-        rows.append(Row([
-            audit.name, m["governor"] or NONE, _number(m["temperature_max_c"], 0), _hex(m["throttle_bits_before"]),
-            _hex(m["throttle_bits_after"]), _number(m["available_min_mib"], 0), f"{m['background_share']['median']:.1%}",
-            _number(m["swapped_mib"], 0), _number(m["idle_w"], 2), _number(m["mean_w"], 2), _number(m["peak_w"], 2),
-        ]))  # fmt: skip
-    head = ["audit", "governor", "°C at most", "throttle bits before", "after", "MiB free, least", "others' share", "MiB swapped",
-            "W idle", "mean", "peak"]  # fmt: skip
+        rows.append(
+            Row(
+                [
+                    audit.name,
+                    m["governor"] or NONE,
+                    _number(m["temperature_max_c"], 0),
+                    _hex(m["throttle_bits_before"]),
+                    _hex(m["throttle_bits_after"]),
+                    _number(m["available_min_mib"], 0),
+                    f"{m['background_share']['median']:.1%}",
+                    _number(m["swapped_mib"], 0),
+                    _number(m["idle_w"], 2),
+                    _number(m["mean_w"], 2),
+                    _number(m["peak_w"], 2),
+                ]
+            )
+        )
+    head = [
+        "audit",
+        "governor",
+        "°C at most",
+        "throttle bits before",
+        "after",
+        "MiB free, least",
+        "others' share",
+        "MiB swapped",
+        "W idle",
+        "mean",
+        "peak",
+    ]
     return Table(head, rows, (1,))
 
 
@@ -120,14 +183,31 @@ def figures_table(series: Sequence[Series]) -> Table:
     rows = []
     for one in series:
         found = one.result
-        named: list[tuple[str, Any]] = [(f"{kind} start: {key}", start[key]) for kind, start in found["starts"].items() if start
-                                        for key in ("ready_ms", "python_ms", "import_ms", "open_ms")]  # fmt: skip
+        named: list[tuple[str, Any]] = [
+            (f"{kind} start: {key}", start[key])
+            for kind, start in found["starts"].items()
+            if start
+            for key in ("ready_ms", "python_ms", "import_ms", "open_ms")
+        ]
         named += [(f"warm start: {name}", of) for name, of in found["starts"]["warm"]["graphs_ms"].items()]
-        named += [(key, found["memory"][key]) for key in ("peak_mib", "anonymous_mib", "mapped_mib", "pss_mib", "swap_mib")]
+        named += [
+            (key, found["memory"][key]) for key in ("peak_mib", "anonymous_mib", "mapped_mib", "pss_mib", "swap_mib")
+        ]
         for image, of in found["images"].items():
-            keys = ("first_ttft_ms", "ttft_ms", "total_ms", "vision_per_view_ms", "inter_token_ms", "prefill_tok_s", "decode_tok_s",
-                    "energy_per_answer_j", "energy_per_token_j")  # fmt: skip
-            named += [(f"{image}: {key}", of[key]) for key in keys] + [(f"{image}: {key}", of["stages"][key]) for key in of["stages"]]
+            keys = (
+                "first_ttft_ms",
+                "ttft_ms",
+                "total_ms",
+                "vision_per_view_ms",
+                "inter_token_ms",
+                "prefill_tok_s",
+                "decode_tok_s",
+                "energy_per_answer_j",
+                "energy_per_token_j",
+            )
+            named += [(f"{image}: {key}", of[key]) for key in keys] + [
+                (f"{image}: {key}", of["stages"][key]) for key in of["stages"]
+            ]
         rows += [Row([one.label, name, *_statistics(of)]) for name, of in named if of]
     return Table(["", "figure", "n", "median", "MAD", "mean", "p90", "p95", "min", "max", "95 %"], rows, (1,))
 
@@ -135,23 +215,45 @@ def figures_table(series: Sequence[Series]) -> Table:
 def _statistics(of: Mapping[str, Any]) -> list[str]:
     digits = 0 if of["median"] >= 1000 else 1 if of["median"] >= 10 else 3
     between = NONE if of["low"] is None else f"{of['low']:,.{digits}f} … {of['high']:,.{digits}f}"
-    return [str(of["n"]), *(_number(of[key], digits) for key in ("median", "mad", "mean", "p90", "p95", "min", "max")), between]
+    return [
+        str(of["n"]),
+        *(_number(of[key], digits) for key in ("median", "mad", "mean", "p90", "p95", "min", "max")),
+        between,
+    ]
 
 
 def settings_table(audits: Sequence[Audit]) -> Table:
     """Machine, software, profile; a column an audit."""
     rows: list[tuple[str, list[Any]]] = [
         ("machine", [audit.where for audit in audits]),
-        ("cores", [" + ".join(f"{c['count']} × {c['name'] or 'core'}" for c in audit.result["device"]["cores"]) for audit in audits]),
+        (
+            "cores",
+            [
+                " + ".join(f"{c['count']} × {c['name'] or 'core'}" for c in audit.result["device"]["cores"])
+                for audit in audits
+            ],
+        ),
         ("memory, MiB", [audit.result["device"]["ram_total_mib"] for audit in audits]),
         ("profile", [audit.result["profile"]["name"] for audit in audits]),
     ]
-    for found in ([audit.result["profile"]["settings"] for audit in audits], [audit.result["software"] for audit in audits]):
+    for found in (
+        [audit.result["profile"]["settings"] for audit in audits],
+        [audit.result["software"] for audit in audits],
+    ):
         rows += [(name, [of.get(name) for of in found]) for name in found[0]]
-    rows += [(f"image {name}", [_pixels(audit.result["workload"]["images"].get(name)) for audit in audits])
-             for name in audits[0].result["workload"]["images"]]  # fmt: skip
-    rows += [("question", [audit.result["workload"]["question"] for audit in audits]), ("measured", [audit.when for audit in audits])]
-    shown = [Row([name, *(_value(value) for value in values)]) for name, values in rows if any(v not in (None, [], "") for v in values)]
+    rows += [
+        (f"image {name}", [_pixels(audit.result["workload"]["images"].get(name)) for audit in audits])
+        for name in audits[0].result["workload"]["images"]
+    ]
+    rows += [
+        ("question", [audit.result["workload"]["question"] for audit in audits]),
+        ("measured", [audit.when for audit in audits]),
+    ]
+    shown = [
+        Row([name, *(_value(value) for value in values)])
+        for name, values in rows
+        if any(v not in (None, [], "") for v in values)
+    ]
     return Table(["", *(audit.name for audit in audits)], shown, tuple(range(1, len(audits) + 1)))
 
 
@@ -162,14 +264,34 @@ def tuning_tables(tuning: Mapping[str, Any]) -> tuple[Mapping[str, Any], Table, 
     chosen = by_settings[_key(tuning["chosen"])]
     names = list(tuning["front"][0])
     rows = [
-        Row([str(number), *(_value(p["settings"][name]) for name in names), f"{p['ms']:,.0f}", f"{min(p['latency_ms'].values()):,.0f}",
-             f"{max(p['latency_ms'].values()):,.0f}", f"{p['peak_mib']:,.0f}", f"{p['anonymous_mib']:,.0f}", f"{p['kl'] or 0:.4f}",
-             str(len(p["latency_ms"]))])
+        Row(
+            [
+                str(number),
+                *(_value(p["settings"][name]) for name in names),
+                f"{p['ms']:,.0f}",
+                f"{min(p['latency_ms'].values()):,.0f}",
+                f"{max(p['latency_ms'].values()):,.0f}",
+                f"{p['peak_mib']:,.0f}",
+                f"{p['anonymous_mib']:,.0f}",
+                f"{p['kl'] or 0:.4f}",
+                str(len(p["latency_ms"])),
+            ]
+        )
         for number, p in enumerate(front, 1)
-    ]  # fmt: skip
-    cost = {"answer, ms": f"{chosen['ms']:,.0f}", "peak, MiB": f"{chosen['peak_mib']:,.0f}", "KL": f"{chosen['kl'] or 0:.4f}"}
-    settings = [Row([name, value]) for name, value in {**{n: _value(v) for n, v in chosen["settings"].items()}, **cost}.items()]
-    return chosen, Table(["", *names, "ms", "min", "max", "MiB", "anonymous", "KL", "n"], rows), Table(["", ""], settings)
+    ]
+    cost = {
+        "answer, ms": f"{chosen['ms']:,.0f}",
+        "peak, MiB": f"{chosen['peak_mib']:,.0f}",
+        "KL": f"{chosen['kl'] or 0:.4f}",
+    }
+    settings = [
+        Row([name, value]) for name, value in {**{n: _value(v) for n, v in chosen["settings"].items()}, **cost}.items()
+    ]
+    return (
+        chosen,
+        Table(["", *names, "ms", "min", "max", "MiB", "anonymous", "KL", "n"], rows),
+        Table(["", ""], settings),
+    )
 
 
 def _key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -201,4 +323,10 @@ def _value(value: Any) -> str:
         return NONE
     if isinstance(value, bool):
         return "on" if value else "off"
-    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

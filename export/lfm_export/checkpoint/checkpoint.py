@@ -27,9 +27,18 @@ _TEXT = ("model.language_model.", "language_model.model.", "language_model.")
 _SAMPLE = 1 << 20
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 _HUB_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "LICENSE",
+)
 
 
 def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
@@ -42,7 +51,8 @@ def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
 class Checkpoint:
     """Weights are asked for as `vision.…`, `projector.…`, `text.…` or `head`, with the shape the config implies.
 
-    What the tensors say decides over flags of config.json; `notes` has a line for every flag that they decided otherwise.
+    What the tensors say decides over flags of config.json; `notes` has a line for every flag that they decided
+    otherwise.
     """
 
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
@@ -72,7 +82,9 @@ class Checkpoint:
         for prefix in prefixes:
             if prefix + probe in self.store:
                 return prefix
-        raise CheckpointError(f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint")
+        raise CheckpointError(
+            f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint"
+        )
 
     def _as_the_tensors_say(self, config: Config) -> Config:
         """The config with the flags that tensors know better, each with a note where they differ."""
@@ -83,25 +95,45 @@ class Checkpoint:
 
         def decided(key: str, said: Any, found: Any, because: str) -> Any:
             if said != found:
-                self.notes.append(f"config.json says {key} {json.dumps(said)}, the checkpoint {because}: {json.dumps(found)} is taken")
+                self.notes.append(
+                    f"config.json says {key} {json.dumps(said)}, the checkpoint {because}: {json.dumps(found)} is taken"
+                )
             return found
 
-        norm = decided("projector_use_layernorm", projector.layernorm, there("projector.layer_norm.weight"),
-                       f"has {'a' if there('projector.layer_norm.weight') else 'no'} projector LayerNorm")  # fmt: skip
-        bias = decided("projector_bias", projector.bias, there("projector.linear_1.bias"),
-                       f"has {'a' if there('projector.linear_1.bias') else 'no'} bias there")  # fmt: skip
-        convolution = next((f"text.layers.{i}.conv.in_proj.bias" for i, kind in enumerate(text.layers) if kind == "conv"), "")
+        norm = decided(
+            "projector_use_layernorm",
+            projector.layernorm,
+            there("projector.layer_norm.weight"),
+            f"has {'a' if there('projector.layer_norm.weight') else 'no'} projector LayerNorm",
+        )
+        bias = decided(
+            "projector_bias",
+            projector.bias,
+            there("projector.linear_1.bias"),
+            f"has {'a' if there('projector.linear_1.bias') else 'no'} bias there",
+        )
+        convolution = next(
+            (f"text.layers.{i}.conv.in_proj.bias" for i, kind in enumerate(text.layers) if kind == "conv"), ""
+        )
         conv_bias = text.conv_bias
         if convolution:
-            conv_bias = decided("conv_bias", conv_bias, there(convolution), f"has {'a' if there(convolution) else 'no'} bias there")
+            conv_bias = decided(
+                "conv_bias", conv_bias, there(convolution), f"has {'a' if there(convolution) else 'no'} bias there"
+            )
         width = text.feed_forward
         entry = self.store.entries.get(self.tensor_name("text.layers.0.feed_forward.w1.weight"))
         if entry is not None and entry.shape == (text.other_feed_forward, text.hidden):
-            width = decided("the feed-forward width", width, entry.shape[0], "has another, as if block_auto_adjust_ff_dim were otherwise")
+            width = decided(
+                "the feed-forward width",
+                width,
+                entry.shape[0],
+                "has another, as if block_auto_adjust_ff_dim were otherwise",
+            )
         return replace(
-            config, projector=replace(projector, layernorm=norm, bias=bias),
+            config,
+            projector=replace(projector, layernorm=norm, bias=bias),
             text=replace(text, conv_bias=conv_bias, feed_forward=width, tied_head=self._is_tied(text, decided)),
-        )  # fmt: skip
+        )
 
     def _is_tied(self, text: TextConfig, decided: Callable[..., Any]) -> bool:
         """Whether the head is the embedding table."""
@@ -109,7 +141,8 @@ class Checkpoint:
         if head not in self.store:
             if text.tied_head is False:
                 raise CheckpointError(
-                    f"{self.folder}: config.json says tie_word_embeddings false, and the checkpoint has no {head}; correct one of them"
+                    f"{self.folder}: config.json says tie_word_embeddings false, and the checkpoint has no {head}; "
+                    "correct one of them"
                 )
             return True
         if self.adapter and self.adapter.touches(head):
@@ -117,13 +150,20 @@ class Checkpoint:
         shape = (text.vocabulary, text.hidden)
         if self.store.entries[head].shape != shape or self.store.entries[table].shape != shape:
             return False  # said with the shapes
-        same = all(np.array_equal(a, b) for a, b in zip(self.store.chunks(head, shape), self.store.chunks(table, shape), strict=True))
+        same = all(
+            np.array_equal(a, b)
+            for a, b in zip(self.store.chunks(head, shape), self.store.chunks(table, shape), strict=True)
+        )
         if same:
             return True
-        return bool(decided("tie_word_embeddings", bool(text.tied_head), False, f"has a {head} that is not the embedding table"))
+        return bool(
+            decided("tie_word_embeddings", bool(text.tied_head), False, f"has a {head} that is not the embedding table")
+        )
 
     def fingerprint(self) -> str:
-        """Tells these weights from others: a hash over every file's header and the ends of its data, not over gigabytes."""
+        """Tells these weights from others: a hash over every file's header and the ends of its data, not over
+        gigabytes.
+        """
         files = [*self.files, *([self.adapter.folder / ADAPTER_WEIGHTS] if self.adapter else [])]
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in files:

@@ -1,5 +1,5 @@
-"""config.json in all its spellings → one frozen description of the architecture. Unknown keys are upstream's business; a known key with
-a value of another kind is an error that names it.
+"""config.json in all its spellings → one frozen description of the architecture. Unknown keys are upstream's business;
+a known key with a value of another kind is an error that names it.
 
 Flags are what the file says: `Checkpoint` compares them with the tensors, which decide.
 """
@@ -78,11 +78,13 @@ class Config:
 
 
 class Section:
-    """An object of config.json. Values are asked for by kind; the first spelling that is present and not null counts."""
+    """An object of config.json. Values are asked for by kind; the first spelling present and not null counts."""
 
     def __init__(self, path: Path, name: str, raw: Any) -> None:
         if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: {name or 'it'} is {_shown(raw)}, not an object; is this a complete LFM2-VL checkpoint?")
+            raise CheckpointError(
+                f"{path}: {name or 'it'} is {_shown(raw)}, not an object; is this a complete LFM2-VL checkpoint?"
+            )
         self.path, self.name, self.raw = path, name, raw
 
     def inner(self, name: str) -> Section:
@@ -100,7 +102,9 @@ class Section:
         if value is None and default is not None:
             return default
         if value is None:
-            raise CheckpointError(f"{self.path}: {self._prefix}{name} is missing; is this a complete LFM2-VL checkpoint?")
+            raise CheckpointError(
+                f"{self.path}: {self._prefix}{name} is missing; is this a complete LFM2-VL checkpoint?"
+            )
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self.wrong(name, value, f"a whole number of {least} or more{f', at most {most},' * (most < 1 << 31)}")
         return value
@@ -146,7 +150,8 @@ def load_config(folder: Path) -> Config:
     """Read `folder/config.json`.
 
     Raises:
-        CheckpointError: missing file, another architecture, a value of another kind, or a part we cannot export; names key and value.
+        CheckpointError: missing file, another architecture, a value of another kind, or a part we cannot export; names
+            key and value.
     """
     path = folder / "config.json"
     top = Section(path, "", read_json_object(path, CheckpointError))
@@ -165,22 +170,28 @@ def load_config(folder: Path) -> Config:
             raise CheckpointError(f"{path}: {part} is missing; is this a complete LFM2-VL checkpoint?")
     image = top.integer("image_token_id", "image_token_index", default=-1, least=0)
     config = Config(
-        _vision(top.inner("vision_config")), _projector(top), _text(top, top.inner("text_config")), None if image < 0 else image
-    )  # fmt: skip
+        _vision(top.inner("vision_config")),
+        _projector(top),
+        _text(top, top.inner("text_config")),
+        None if image < 0 else image,
+    )
     _check(config, path)
     return config
 
 
 def quantized(folder: Path, by: str) -> CheckpointError:
     """An error for weights that another tool has quantized."""
-    return CheckpointError(f"{folder}: its weights were quantized by {by}; export the original checkpoint, and quantize the bundle")
+    return CheckpointError(
+        f"{folder}: its weights were quantized by {by}; export the original checkpoint, and quantize the bundle"
+    )
 
 
 def _check(config: Config, path: Path) -> None:
     text, vision = config.text, config.vision
     if text.heads % text.kv_heads or text.head_dim % 2 or vision.hidden % vision.heads:
         raise CheckpointError(
-            f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and {vision.heads} vision heads in "
+            f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and "
+            f"{vision.heads} vision heads in "
             f"{vision.hidden}, do not divide"
         )
 
@@ -205,7 +216,13 @@ def _text(top: Section, text: Section) -> TextConfig:
         rope_theta=_rope_theta(text),
         max_positions=text.integer("max_position_embeddings", default=128_000),
         # Where the two places disagree transformers 4 reads the inner one, transformers 5 the outer one.
-        tied_head=True if outer is inner is None else inner if outer in (None, inner) else outer if inner is None else None,
+        tied_head=True
+        if outer is inner is None
+        else inner
+        if outer in (None, inner)
+        else outer
+        if inner is None
+        else None,
     )
 
 
@@ -221,7 +238,10 @@ def _layers(text: Section) -> tuple[LayerKind, ...]:
     if not isinstance(layers, list) or any(layer not in ("conv", "full_attention") for layer in layers):
         raise text.wrong("layer_types", layers, "a list of conv and full_attention")
     if len(layers) != count:
-        raise CheckpointError(f"{text.path}: text_config.num_hidden_layers is {count}, layer_types names {len(layers)} layers; correct one")
+        raise CheckpointError(
+            f"{text.path}: text_config.num_hidden_layers is {count}, layer_types names {len(layers)} layers; "
+            "correct one"
+        )
     return tuple(layers)
 
 
@@ -231,7 +251,9 @@ def _rope_theta(text: Section) -> float:
         kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
         others = rope.raw.keys() - {"rope_type", "type", "rope_theta", "theta", "original_max_position_embeddings"}
         if kind != "default" or any(rope.raw[key] not in (None, 1, 1.0) for key in others):
-            raise CheckpointError(f"{text.path}: {rope.name} {_shown(rope.raw)} cannot be exported; only rope_type default")
+            raise CheckpointError(
+                f"{text.path}: {rope.name} {_shown(rope.raw)} cannot be exported; only rope_type default"
+            )
     inner = text.inner("rope_parameters").number("theta", "rope_theta", default=0.0)
     return inner or text.number("theta", "rope_theta", default=1_000_000.0)
 

@@ -1,4 +1,6 @@
-"""Every tensor of a checkpoint, by its place in the architecture: all are used, known to be left over, or named in an error."""
+"""Every tensor of a checkpoint, by its place in the architecture: all are used, known to be left over, or named in an
+error.
+"""
 
 from __future__ import annotations
 
@@ -94,23 +96,29 @@ def check_origin(folder: Path, entries: Mapping[str, Entry]) -> None:
     """
     names = entries.keys()
     traces = (
-        ("MLX", lambda n: n.endswith(".scales")), ("GPTQ or AWQ", lambda n: n.endswith((".qweight", ".qzeros", ".g_idx"))),
+        ("MLX", lambda n: n.endswith(".scales")),
+        ("GPTQ or AWQ", lambda n: n.endswith((".qweight", ".qzeros", ".g_idx"))),
         ("bitsandbytes", lambda n: n.endswith((".absmax", ".SCB")) or ".quant_state." in n or ".quant_map" in n),
         ("fp8", lambda n: n.endswith((".weight_scale", ".weight_scale_inv", ".input_scale"))),
-        ("another tool", lambda n: entries[n].dtype in ("I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2") and n.endswith("weight")),
-    )  # fmt: skip
+        (
+            "another tool",
+            lambda n: entries[n].dtype in ("I8", "U8", "I32", "U32", "F8_E4M3", "F8_E5M2") and n.endswith("weight"),
+        ),
+    )
     for tool, is_trace in traces:
         if any(map(is_trace, names)):
             raise quantized(folder, tool)
     first = next(iter(names), "")
     if first.startswith("_orig_mod.") or "._orig_mod." in first:
         raise CheckpointError(
-            f"{folder}: tensor names begin with _orig_mod., as torch.compile has them; save the model that was compiled: "
+            f"{folder}: tensor names begin with _orig_mod., as torch.compile has them; save the model that was "
+            "compiled: "
             "model._orig_mod.save_pretrained(…)"
         )
     if first.startswith("module."):
         raise CheckpointError(
-            f"{folder}: tensor names begin with module., as DataParallel has them; save the model inside: model.module.save_pretrained(…)"
+            f"{folder}: tensor names begin with module., as DataParallel has them; save the model inside: "
+            "model.module.save_pretrained(…)"
         )
     if first.startswith("base_model.model."):
         raise CheckpointError(
@@ -129,30 +137,40 @@ def check_tensors(folder: Path, entries: Mapping[str, Entry], name_of: Mapping[s
         name = name_of[place]
         found = entries.get(name)
         if found is None:
-            raise CheckpointError(f"{folder}: tensor {name} is missing from the checkpoint; download it again, or correct config.json")
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing from the checkpoint; download it again, or correct config.json"
+            )
         if found.shape != shape:
             if place.endswith("conv.conv.weight") and found.shape == (shape[0], shape[2], shape[1]):
                 raise CheckpointError(
-                    f"{folder}: convolutions are {list(found.shape)} instead of {list(shape)}, as MLX has them; export the original"
+                    f"{folder}: convolutions are {list(found.shape)} instead of {list(shape)}, as MLX has them; "
+                    "export the original"
                 )
             raise CheckpointError(
-                f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}; correct config.json"
+                f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}; "
+                "correct config.json"
             )
     unknown = sorted(entries.keys() - set(name_of.values()) - {name for name in entries if LEFT_OVER.fullmatch(name)})
     if not unknown:
         return
     layers = {"text": len(config.text.layers), "vision": config.vision.layers}
     for part, key in (("text", "text_config"), ("vision", "vision_config")):
-        prefix = name_of["text.embed_tokens.weight"].removesuffix("embed_tokens.weight") if part == "text" else (
-            name_of["vision.post_layernorm.weight"].removesuffix("post_layernorm.weight") + "encoder."
-        )  # fmt: skip
-        numbers = [int(number) for name in unknown for number in re.findall(f"^{re.escape(prefix)}layers\\.(\\d+)\\.", name)]
+        prefix = (
+            name_of["text.embed_tokens.weight"].removesuffix("embed_tokens.weight")
+            if part == "text"
+            else (name_of["vision.post_layernorm.weight"].removesuffix("post_layernorm.weight") + "encoder.")
+        )
+        numbers = [
+            int(number) for name in unknown for number in re.findall(f"^{re.escape(prefix)}layers\\.(\\d+)\\.", name)
+        ]
         if numbers and max(numbers) >= layers[part]:
             raise CheckpointError(
-                f"{folder}: {key}.num_hidden_layers is {layers[part]}, the checkpoint has {max(numbers) + 1} layers; correct config.json"
+                f"{folder}: {key}.num_hidden_layers is {layers[part]}, the checkpoint has {max(numbers) + 1} "
+                "layers; correct config.json"
             )
     others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise CheckpointError(
-        f"{entries[unknown[0]].file}: tensor {unknown[0]}{others} has no place in the architecture that config.json describes; "
+        f"{entries[unknown[0]].file}: tensor {unknown[0]}{others} has no place in the architecture that "
+        "config.json describes; "
         "is config.json of the same checkpoint?"
     )

@@ -1,6 +1,7 @@
 """A PEFT LoRA adapter merged into the weights as they stream by: W + scale · B A (Hu et al. 2021).
 
-Expresses what changes linear weights and nothing else; DoRA, embeddings, trained biases and saved modules are refused by name.
+Expresses what changes linear weights and nothing else; DoRA, embeddings, trained biases and saved modules are refused
+by name.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ from lfm_export.checkpoint.config import CheckpointError
 from lfm_export.checkpoint.tensors import Floats, TensorStore
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_HARMLESS = frozenset((
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights", "bias",
-))  # fmt: skip
-"""Keys of adapter_config.json that a merge of A and B takes into account, or that training alone reads. Any other that is set changes what
-the adapter does, or is of a release that is not known here.
+_HARMLESS = frozenset(
+    (
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+        "init_lora_weights",
+        "bias",
+    )
+)
+"""Keys of adapter_config.json that a merge of A and B takes into account, or that training alone reads. Any other that
+is set changes what the adapter does, or is of a release that is not known here.
 """
 _PLAIN_STARTS = (True, False, "true", "false", "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base weights as they are."""
@@ -49,7 +71,9 @@ class Adapter:
             CheckpointError: a file is missing, or the adapter does something a weight merge cannot express.
         """
         if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER_WEIGHTS).exists():
-            raise CheckpointError(f"{folder} has adapter_model.bin alone; load it with peft and save it again: save_pretrained")
+            raise CheckpointError(
+                f"{folder} has adapter_model.bin alone; load it with peft and save it again: save_pretrained"
+            )
         config = read_json_object(folder / "adapter_config.json", CheckpointError)
         _check_config(folder, config)
         store = TensorStore([folder / ADAPTER_WEIGHTS])
@@ -57,10 +81,14 @@ class Adapter:
         for name in store.entries:
             match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight", name)
             if not match:
-                raise CheckpointError(f"{folder}: adapter tensor {name} cannot be merged; merge the adapter with peft first")
+                raise CheckpointError(
+                    f"{folder}: adapter tensor {name} cannot be merged; merge the adapter with peft first"
+                )
             modules[_canonical(match[1])] = _PREFIX + match[1]
         if not modules:
-            raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} holds no tensor; was the adapter saved before it was trained?")
+            raise CheckpointError(
+                f"{folder}: {ADAPTER_WEIGHTS} holds no tensor; was the adapter saved before it was trained?"
+            )
         return Adapter(folder, store, config, modules)
 
     def check_targets(self, base: TensorStore) -> None:
@@ -75,7 +103,9 @@ class Adapter:
         return _canonical(name.removesuffix(".weight")) in self.modules
 
     def merge(self, name: str, weight: Floats) -> Floats:
-        """`weight` [out, in] (or a depthwise convolution's [H, 1, k]) with the adapter's change added; others unchanged."""
+        """`weight` [out, in] (or a depthwise convolution's [H, 1, k]) with the adapter's change added; others
+        unchanged.
+        """
         module = _canonical(name.removesuffix(".weight"))
         stem = self.modules.get(module)
         if stem is None or not name.endswith(".weight"):
@@ -87,7 +117,10 @@ class Adapter:
             raise CheckpointError(f"{self.folder}: adapter module {module} lacks lora_A or lora_B; save it again")
         shape = self.store.entries[a_name].shape
         if len(shape) != 2 or not shape[0]:
-            raise CheckpointError(f"{self.folder}: {a_name} has shape {list(shape)}, a rank and a width are needed; save the adapter again")
+            raise CheckpointError(
+                f"{self.folder}: {a_name} has shape {list(shape)}, a rank and a width are needed; save the adapter "
+                "again"
+            )
         rank = shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
         b = self.store.read(b_name, (weight.shape[0], rank))
@@ -96,7 +129,9 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         with damage_is(CheckpointError, self.folder / "adapter_config.json", "save the adapter again"):
-            alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))  # peft's default
+            alpha = _by_pattern(
+                self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)
+            )  # peft's default
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
                 raise CheckpointError(f"{self.folder}: lora_alpha is {alpha!r} for {module}; a number is needed")
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
@@ -106,8 +141,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise CheckpointError for an adapter that is more than B A added to weights, or may be."""
     if config.get("peft_type", "LORA") != "LORA":
         kind = str(config["peft_type"])[:60]
-        raise CheckpointError(f"{folder}: adapter is {kind}, not LORA; merge it with peft's merge_and_unload() and export the result")
-    unsupported = [f"{key} {json.dumps(value)[:60]}" for key, value in config.items() if key not in _HARMLESS and value not in _OFF]
+        raise CheckpointError(
+            f"{folder}: adapter is {kind}, not LORA; merge it with peft's merge_and_unload() and export the result"
+        )
+    unsupported = [
+        f"{key} {json.dumps(value)[:60]}" for key, value in config.items() if key not in _HARMLESS and value not in _OFF
+    ]
     start, bias = config.get("init_lora_weights"), config.get("bias")
     if start is not None and start not in _PLAIN_STARTS:
         unsupported.append(f"init_lora_weights {start} (it changes the base weights)")
@@ -117,7 +156,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         unsupported.append(f"bias {bias}")
     if unsupported:
         raise CheckpointError(
-            f"{folder}: adapter uses {', '.join(unsupported)}, which cannot be merged; merge it with peft's merge_and_unload() and export "
+            f"{folder}: adapter uses {', '.join(unsupported)}, which cannot be merged; merge it with peft's "
+            "merge_and_unload() and export "
             "the result"
         )
 
@@ -125,9 +165,13 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's per-module overrides: a key is a regular expression for the end of the module path."""
     try:
-        return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+        return next(
+            (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default
+        )
     except re.error as e:
-        raise CheckpointError(f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is no regular expression ({e})") from e
+        raise CheckpointError(
+            f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is no regular expression ({e})"
+        ) from e
 
 
 def _canonical(module: str) -> str:

@@ -44,7 +44,9 @@ class TensorStore:
         for file in files:
             for name, entry in _header(file).items():
                 if name in self.entries:
-                    raise CheckpointError(f"tensor {name} stands in {self.entries[name].file.name} and in {file}; remove one of them")
+                    raise CheckpointError(
+                        f"tensor {name} stands in {self.entries[name].file.name} and in {file}; remove one of them"
+                    )
                 self.entries[name] = entry
 
     def __contains__(self, name: str) -> bool:
@@ -53,7 +55,9 @@ class TensorStore:
     def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
         """The tensor's place, after checking that it is there, of `shape`, and of a floating type we read."""
         if name not in self.entries:
-            raise CheckpointError(f"tensor {name} is missing from the checkpoint; download it again or check config.json")
+            raise CheckpointError(
+                f"tensor {name} is missing from the checkpoint; download it again or check config.json"
+            )
         found = self.entries[name]
         if found.shape != shape:
             raise CheckpointError(
@@ -85,11 +89,15 @@ class TensorStore:
 
 
 def _finite(values: Floats, name: str, entry: Entry) -> Floats:
-    """`values`; raises CheckpointError where one is NaN or infinite. A sum is three times as fast as isfinite and tells of both."""
+    """`values`; raises CheckpointError where one is NaN or infinite. A sum is three times as fast as isfinite and tells
+    of both.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         total = values.sum()
     if not np.isfinite(total) and not np.isfinite(values).all():
-        raise CheckpointError(f"{entry.file}: tensor {name} holds values that are no numbers (NaN or infinity); training may have failed")
+        raise CheckpointError(
+            f"{entry.file}: tensor {name} holds values that are no numbers (NaN or infinity); training may have failed"
+        )
     return values
 
 
@@ -107,16 +115,26 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; give the folder it lies in: {folder.parent}")
     if not folder.is_dir():
         hub_id = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..")
-        how = f"download it first: hf download {folder} --local-dir {folder.name}" if hub_id else "give that of a Hugging Face checkpoint"
+        how = (
+            f"download it first: hf download {folder} --local-dir {folder.name}"
+            if hub_id
+            else "give that of a Hugging Face checkpoint"
+        )
         raise CheckpointError(f"{folder} is not a folder; {how}")
     if (folder / "config.json").exists():
         return
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} is a PEFT adapter; export the model that it was trained on with --adapter {folder}")
+        raise CheckpointError(
+            f"{folder} is a PEFT adapter; export the model that it was trained on with --adapter {folder}"
+        )
     if (folder / "snapshots").is_dir():  # models--owner--name of the hub's cache
         reference = folder / "refs" / "main"
         revisions = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        wanted = folder / "snapshots" / reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else None
+        wanted = (
+            folder / "snapshots" / reference.read_text(encoding="utf-8", errors="replace").strip()
+            if reference.is_file()
+            else None
+        )
         meant = wanted if wanted in revisions else revisions[-1] if revisions else None
         if meant is not None:
             raise CheckpointError(f"{folder} is a folder of the hub's cache; give one of its snapshots: {meant}")
@@ -136,11 +154,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        found = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.npz") for path in folder.glob(pattern))
+        found = sorted(
+            path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.npz") for path in folder.glob(pattern)
+        )
         if found and found[0].endswith(".gguf"):
-            raise CheckpointError(f"{folder} has {found[0]}, whose weights llama.cpp has changed; export the original checkpoint")
+            raise CheckpointError(
+                f"{folder} has {found[0]}, whose weights llama.cpp has changed; export the original checkpoint"
+            )
         if found:
-            raise CheckpointError(f"{folder} has {found[0]}, no model.safetensors; load it with transformers and save it: save_pretrained")
+            raise CheckpointError(
+                f"{folder} has {found[0]}, no model.safetensors; load it with transformers and save it: save_pretrained"
+            )
         raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
     weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -1,6 +1,8 @@
-"""Graphs of standard ONNX operators alone, traced by Hugging Face Optimum: for engines that do not know onnxruntime's own operators.
+"""Graphs of standard ONNX operators alone, traced by Hugging Face Optimum: for engines that do not know onnxruntime's
+own operators.
 
-A second way to the same contract, made from transformers' layers and not from builder.py, so that each can be tested against the other.
+A second way to the same contract, made from transformers' layers and not from builder.py, so that each can be tested
+against the other.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ def write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) -> 
 
 
 def export_with_optimum(name: str, output: Path) -> None:
-    """As Optimum's own export goes, its check of the graphs included, of a model that is loaded here: transformers 4.57 does not know some
-    spellings of tensor names, nor a projector without norm, and goes on with random weights.
+    """As Optimum's own export goes, its check of the graphs included, of a model that is loaded here: transformers 4.57
+    does not know some spellings of tensor names, nor a projector without norm, and goes on with random weights.
 
     Args:
         name: a checkpoint's folder, or a model of the hub.
@@ -68,23 +70,35 @@ def export_with_optimum(name: str, output: Path) -> None:
     folder = Path(name) if Path(name).is_dir() else _from_hub(name)
     model = load_model(Checkpoint(folder))
     onnx_export_from_model(
-        model, output, opset=OPSET, task="image-text-to-text", custom_onnx_configs=onnx_configs(model.config), fn_get_submodels=submodels
+        model,
+        output,
+        opset=OPSET,
+        task="image-text-to-text",
+        custom_onnx_configs=onnx_configs(model.config),
+        fn_get_submodels=submodels,
     )
     copy_hub_files(folder, output)
 
 
 def submodels(model: Lfm2VlForConditionalGeneration) -> dict[str, nn.Module]:
-    """What is traced, by stem: Optimum's `fn_get_submodels`. Attention is written out: a trace sees nothing of fused kernels."""
+    """What is traced, by stem: Optimum's `fn_get_submodels`. Attention is written out: a trace sees nothing of fused
+    kernels.
+    """
     model.set_attn_implementation("eager")
-    return {VISION_ENCODER.stem: VisionEncoder(model), EMBED_TOKENS.stem: EmbedTokens(model), DECODER.stem: Decoder(model)}
+    return {
+        VISION_ENCODER.stem: VisionEncoder(model),
+        EMBED_TOKENS.stem: EmbedTokens(model),
+        DECODER.stem: Decoder(model),
+    }
 
 
 def onnx_configs(config: Lfm2VlConfig) -> dict[str, OnnxConfig]:
     """Names, dynamic axes and example inputs of each, by stem: Optimum's `custom_onnx_configs`."""
     return {
-        VISION_ENCODER.stem: VisionEncoderConfig(config), EMBED_TOKENS.stem: EmbedTokensConfig(config),
+        VISION_ENCODER.stem: VisionEncoderConfig(config),
+        EMBED_TOKENS.stem: EmbedTokensConfig(config),
         DECODER.stem: DecoderConfig(config),
-    }  # fmt: skip
+    }
 
 
 class _Config(OnnxConfig):  # type: ignore[misc]
@@ -119,9 +133,10 @@ class VisionEncoderConfig(_Config):
     def inputs(self) -> Axes:
         """Of the contract."""
         return {
-            "pixel_values": {0: "views", 1: "patches"}, "pixel_attention_mask": {0: "views", 1: "patches"},
+            "pixel_values": {0: "views", 1: "patches"},
+            "pixel_attention_mask": {0: "views", 1: "patches"},
             "spatial_shapes": {0: "views"},
-        }  # fmt: skip
+        }
 
     @property
     def outputs(self) -> Axes:
@@ -187,7 +202,9 @@ class DecoderConfig(_Config):
         """Of the contract."""
         axes: Axes = OrderedDict({"logits": {0: "batch"}})
         for name in past_names(self._config.text_config.layer_types):
-            axes[present_name(name)] = {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past_and_tokens"}
+            axes[present_name(name)] = (
+                {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past_and_tokens"}
+            )
         return axes
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
@@ -198,12 +215,16 @@ class DecoderConfig(_Config):
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kinds = list(text.layer_types)
         return {
-            "inputs_embeds": random(batch, tokens, text.hidden_size), "attention_mask": mask,
+            "inputs_embeds": random(batch, tokens, text.hidden_size),
+            "attention_mask": mask,
             "past_conv": [random(batch, text.hidden_size, text.conv_L_cache) for kind in kinds if kind == "conv"],
             "past_attention": [
-                random(batch, text.num_key_value_heads, past, head_dim) for kind in kinds if kind != "conv" for _ in ("key", "value")
+                random(batch, text.num_key_value_heads, past, head_dim)
+                for kind in kinds
+                if kind != "conv"
+                for _ in ("key", "value")
             ],
-        }  # fmt: skip
+        }
 
     def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:
         """Lists of the example → the graph's inputs."""
@@ -221,13 +242,15 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as e:  # no network, no such model, no rights; a name that cannot be
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise CheckpointError(f"{name} is neither a folder nor a model that the hub gives ({cause}); name a checkpoint's folder") from e
+        raise CheckpointError(
+            f"{name} is neither a folder nor a model that the hub gives ({cause}); name a checkpoint's folder"
+        ) from e
 
 
 @contextmanager
 def _named(stem: str) -> Iterator[None]:
-    """A failing trace says which module it was. Tracers raise of every kind: what they raise is a fact about this module's code, but for a
-    disk or memory that is full.
+    """A failing trace says which module it was. Tracers raise of every kind: what they raise is a fact about this
+    module's code, but for a disk or memory that is full.
     """
     try:
         yield
@@ -263,4 +286,3 @@ def _with_data_file(traced: Path, place: Path) -> Path:
         node.metadata_props.clear()
     ir.save(model, place, external_data=f"{place.name}_data")
     return place
-

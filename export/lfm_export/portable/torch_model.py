@@ -1,4 +1,6 @@
-"""A checkpoint as transformers' own model: any spelling of config and tensor names, adapters merged. Needs torch and transformers."""
+"""A checkpoint as transformers' own model: any spelling of config and tensor names, adapters merged. Needs torch and
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ from transformers import Lfm2Config, Lfm2VlConfig, Lfm2VlForConditionalGeneratio
 from lfm_export.checkpoint.checkpoint import Checkpoint
 from lfm_export.checkpoint.config import Config
 
-_PLACES = {"model.vision_tower.vision_model.": "vision.", "model.multi_modal_projector.": "projector.", "model.language_model.": "text."}
+_PLACES = {
+    "model.vision_tower.vision_model.": "vision.",
+    "model.multi_modal_projector.": "projector.",
+    "model.language_model.": "text.",
+}
 
 
 def load_model(checkpoint: Checkpoint) -> Lfm2VlForConditionalGeneration:
@@ -47,19 +53,41 @@ def _place(name: str) -> str:
 def _config(config: Config) -> Lfm2VlConfig:
     text, vision, projector = config.text, config.vision, config.projector
     text_config: dict[str, Any] = Lfm2Config(
-        vocab_size=text.vocabulary, hidden_size=text.hidden, intermediate_size=text.feed_forward, block_auto_adjust_ff_dim=False,
-        num_hidden_layers=len(text.layers), num_attention_heads=text.heads, num_key_value_heads=text.kv_heads, head_dim=text.head_dim,
-        layer_types=list(text.layers), max_position_embeddings=text.max_positions, conv_L_cache=text.kernel, conv_bias=text.conv_bias,
-        norm_eps=text.norm_eps, rope_theta=text.rope_theta, tie_word_embeddings=bool(text.tied_head), pad_token_id=None,  # type: ignore[arg-type]
-    ).to_dict()  # fmt: skip
+        vocab_size=text.vocabulary,
+        hidden_size=text.hidden,
+        intermediate_size=text.feed_forward,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=len(text.layers),
+        num_attention_heads=text.heads,
+        num_key_value_heads=text.kv_heads,
+        head_dim=text.head_dim,
+        layer_types=list(text.layers),
+        max_position_embeddings=text.max_positions,
+        conv_L_cache=text.kernel,
+        conv_bias=text.conv_bias,
+        norm_eps=text.norm_eps,
+        rope_theta=text.rope_theta,
+        tie_word_embeddings=bool(text.tied_head),
+        pad_token_id=None,  # type: ignore[arg-type]
+    ).to_dict()
     vision_config: dict[str, Any] = Siglip2VisionConfig(
-        hidden_size=vision.hidden, num_hidden_layers=vision.layers, num_attention_heads=vision.heads,
-        intermediate_size=vision.feed_forward, patch_size=vision.patch, num_channels=vision.channels,
-        num_patches=vision.table_side**2, layer_norm_eps=vision.norm_eps, vision_use_head=False,
-    ).to_dict()  # fmt: skip
+        hidden_size=vision.hidden,
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.heads,
+        intermediate_size=vision.feed_forward,
+        patch_size=vision.patch,
+        num_channels=vision.channels,
+        num_patches=vision.table_side**2,
+        layer_norm_eps=vision.norm_eps,
+        vision_use_head=False,
+    ).to_dict()
     return Lfm2VlConfig(
-        vision_config=vision_config, text_config=text_config, image_token_id=config.image_token_id or 0,  # ids are the runtime's business
-
-        downsample_factor=projector.factor, projector_hidden_size=projector.hidden, projector_bias=projector.bias,
-        tie_word_embeddings=bool(text.tied_head), attn_implementation="eager",
-    )  # fmt: skip
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=config.image_token_id or 0,  # ids are the runtime's business
+        downsample_factor=projector.factor,
+        projector_hidden_size=projector.hidden,
+        projector_bias=projector.bias,
+        tie_word_embeddings=bool(text.tied_head),
+        attn_implementation="eager",
+    )

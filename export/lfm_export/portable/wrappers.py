@@ -1,7 +1,8 @@
-"""The three modules that are traced: what the hub's contract cuts out of transformers' model, on transformers' own layers.
+"""The three modules that are traced: what the hub's contract cuts out of transformers' model, on transformers' own
+layers.
 
-Written anew is only what a trace would freeze: loops over views with Python numbers, and caches that are filled in place. Sizes of
-example inputs all differ, so that no two axes are taken for one.
+Written anew is only what a trace would freeze: loops over views with Python numbers, and caches that are filled in
+place. Sizes of example inputs all differ, so that no two axes are taken for one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from transformers import Lfm2VlForConditionalGeneration
 
 
 class VisionEncoder(nn.Module):
-    """Patches of views of any grids → image tokens. Cut here: it runs once an image, and its output is all the decoder needs of it."""
+    """Patches of views of any grids → image tokens. Cut here: it runs once an image, and its output is all the decoder
+    needs of it.
+    """
 
     def __init__(self, model: Lfm2VlForConditionalGeneration) -> None:
         super().__init__()
@@ -33,9 +36,9 @@ class VisionEncoder(nn.Module):
         return {"image_features": projector.linear_2(projector.act(projector.linear_1(projector.layer_norm(tokens))))}
 
     def _positions(self, patches: int, rows: Tensor, columns: Tensor) -> Tensor:
-        """transformers resizes the position table view by view, with interpolate(antialias=True), which is no ONNX operator. The same
-        as two small matrices: entry j of the table has the triangle weight max(0, 1 - |j + 0.5 - (p + 0.5)·s| / max(s, 1)) in position p,
-        s = side / length, normalised.
+        """transformers resizes the position table view by view, with interpolate(antialias=True), which is no ONNX
+        operator. The same as two small matrices: entry j of the table has the triangle weight max(0, 1 - |j + 0.5 - (p
+        + 0.5)·s| / max(s, 1)) in position p, s = side / length, normalised.
         """
         embeddings = self.vision.embeddings
         side = embeddings.position_embedding_size
@@ -63,7 +66,9 @@ def _triangle(position: Tensor, length: Tensor, side: int) -> Tensor:
     """[n, p] positions on axes of [n, 1] cells → weights of the table's entries [n, p, side]."""
     scale = side / length.to(torch.float32)
     center = (position.to(torch.float32) + 0.5) * scale
-    distance = (torch.arange(side).to(torch.float32) + 0.5 - center[:, :, None]).abs() / scale.clamp(min=1.0)[:, :, None]
+    distance = (torch.arange(side).to(torch.float32) + 0.5 - center[:, :, None]).abs() / scale.clamp(min=1.0)[
+        :, :, None
+    ]
     weights = torch.relu(1.0 - distance)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -82,7 +87,9 @@ class EmbedTokens(nn.Module):
 
 
 class Decoder(nn.Module):
-    """S new embeddings after P past ones → logits of the last position. State comes in as inputs and goes out as outputs."""
+    """S new embeddings after P past ones → logits of the last position. State comes in as inputs and goes out as
+    outputs.
+    """
 
     def __init__(self, model: Lfm2VlForConditionalGeneration) -> None:
         super().__init__()
@@ -93,7 +100,9 @@ class Decoder(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, past_conv: list[Tensor], past_attention: list[Tensor]
     ) -> dict[str, Tensor]:
-        """[B, S, H], [B, P + S], and in layer order each convolution's [B, H, kernel], each attention's key and value [B, heads, P, D]."""
+        """[B, S, H], [B, P + S], and in layer order each convolution's [B, H, kernel], each attention's key and value
+        [B, heads, P, D].
+        """
         tokens, total = inputs_embeds.shape[1], attention_mask.shape[1]
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
         rotary = self.text.pos_emb(inputs_embeds, positions)
@@ -131,8 +140,8 @@ class _Past:
 
 
 def _short_conv(conv: Any, x: Tensor, past: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers' gated convolution over its past and the new inputs: (output [B, S, H], state [B, H, kernel]). `real` [B, 1, S]: padding
-    is zero to it.
+    """transformers' gated convolution over its past and the new inputs: (output [B, S, H], state [B, H, kernel]).
+    `real` [B, 1, S]: padding is zero to it.
     """
     b, c, signal = conv.in_proj(x).transpose(1, 2).chunk(3, 1)
     full = torch.cat([past, b * signal * real], 2)  # [B, H, kernel + S]; the oldest is never read

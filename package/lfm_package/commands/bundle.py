@@ -15,20 +15,33 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it its SHA-256 and a "
-        "CycloneDX bill of materials. The same inputs give the same bytes. On the device: lfm-edge unpack NAME.tar -o FOLDER."
+        "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it "
+        "its SHA-256 and a "
+        "CycloneDX bill of materials. The same inputs give the same bytes. On the device: lfm-edge unpack NAME.tar "
+        "-o FOLDER."
     )
     parser.add_argument("bundle", type=Path)
     add_packing_arguments(parser)
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.tar", help="or NAME.tar.zst where Python has zstd")
-    parser.add_argument("--wheelhouse", type=Path, metavar="FOLDER", help="whose wheels belong into the bill of materials")
-    parser.add_argument("--split", default="0", metavar="SIZE", help="in parts of at most so much: 4G for FAT; unpack joins them")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="NAME.tar", help="or NAME.tar.zst where Python has zstd"
+    )
+    parser.add_argument(
+        "--wheelhouse", type=Path, metavar="FOLDER", help="whose wheels belong into the bill of materials"
+    )
+    parser.add_argument(
+        "--split", default="0", metavar="SIZE", help="in parts of at most so much: 4G for FAT; unpack joins them"
+    )
 
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     """What is packed, for `bundle` and `image` alike."""
     parser.add_argument("--variant", required=True, choices=tuple(VARIANT_SUFFIX))
-    parser.add_argument("--prefill", choices=tuple(VARIANT_SUFFIX), metavar="VARIANT", help="also the variant whose decoder reads prompts")
+    parser.add_argument(
+        "--prefill",
+        choices=tuple(VARIANT_SUFFIX),
+        metavar="VARIANT",
+        help="also the variant whose decoder reads prompts",
+    )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this key of ssh (ssh-keygen -Y)")
 
@@ -38,7 +51,9 @@ def packed_variants(options: argparse.Namespace) -> list[str]:
     from lfm_runtime.errors import SettingError
 
     if options.prefill == options.variant:
-        raise SettingError(f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out")
+        raise SettingError(
+            f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
+        )
     return [options.variant, *([options.prefill] if options.prefill else [])]
 
 
@@ -64,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
     profile = packed_profile(options)
     wheels = read_wheelhouse(options.wheelhouse) if options.wheelhouse else []
-    for path in pack(options.bundle, packed_variants(options), options.output, Extras(profile, wheels, options.sign, split)):
+    for path in pack(
+        options.bundle, packed_variants(options), options.output, Extras(profile, wheels, options.sign, split)
+    ):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     return 0

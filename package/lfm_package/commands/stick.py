@@ -12,7 +12,8 @@ from lfm_package.commands.wheelhouse import add_target_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Write a stick: wheels for a board, one variant of a bundle, a profile, install.sh. On the board, without network or root: "
+        "Write a stick: wheels for a board, one variant of a bundle, a profile, install.sh. On the board, without "
+        "network or root: "
         "sh STICK/install.sh"
     )
     parser.add_argument("bundle", type=Path)
@@ -28,9 +29,16 @@ def run(options: argparse.Namespace) -> int:
 
     platform = Platform.of(options.target, options.python)
     profile = packed_profile(options)
-    wheels = image(options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign)
-    files = [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
+    wheels = image(
+        options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign
+    )
+    files = (
+        [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
+    )
     size = sum(path.stat().st_size for path in files)
-    print(f"{options.output}: {size / 1e6:.1f} MB, of it {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB wheels, for {platform}")
+    print(
+        f"{options.output}: {size / 1e6:.1f} MB, of it {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB wheels, "
+        f"for {platform}"
+    )
     print(f"on the device: sh {options.output.name.removesuffix('.tar')}/install.sh")
     return 0

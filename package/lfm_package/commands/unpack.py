@@ -9,9 +9,13 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Unpack what lfm-edge bundle packed: all of it, every byte verified, or nothing."
-    parser.add_argument("archive", type=Path, metavar="NAME.tar", help="parts NAME.tar.000, NAME.tar.001 … are read as one")
+    parser.add_argument(
+        "archive", type=Path, metavar="NAME.tar", help="parts NAME.tar.000, NAME.tar.001 … are read as one"
+    )
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers")
+    parser.add_argument(
+        "--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,11 +10,14 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Hash every file, look for files that do not belong, for weights outside the bundle, and whether every graph loads. Exit code 0; "
+        "Hash every file, look for files that do not belong, for weights outside the bundle, and whether every "
+        "graph loads. Exit code 0; "
         "1 something is wrong."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers")
+    parser.add_argument(
+        "--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

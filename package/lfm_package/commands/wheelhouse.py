@@ -9,7 +9,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Fetch what lfm-edge's runtime needs on a board, for its processor, Python and C library. There, without network: "
+        "Fetch what lfm-edge's runtime needs on a board, for its processor, Python and C library. There, without "
+        "network: "
         "pip install --no-index --find-links DIR --require-hashes -r DIR/requirements.txt"
     )
     add_target_arguments(parser)
@@ -20,7 +21,12 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Which machine, for `wheelhouse` and `image` alike."""
     names = "pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64, x86_64"
     parser.add_argument("--target", required=True, metavar="NAME", help=f"the board: {names}")
-    parser.add_argument("--python", default="", metavar="X.Y", help="of that system, where it is not the newest release: 3.11 on bookworm")
+    parser.add_argument(
+        "--python",
+        default="",
+        metavar="X.Y",
+        help="of that system, where it is not the newest release: 3.11 on bookworm",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

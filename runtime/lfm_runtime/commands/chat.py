@@ -38,7 +38,10 @@ def run(options: argparse.Namespace) -> int:
         code = 0
         report = answer.report
         new = report.prompt_tokens - report.cached_tokens
-        print(f"\n  [{new} tokens read, {report.new_tokens} written, first after {report.timing_ms['ttft'] or 0:.0f} ms]", file=sys.stderr)
+        print(
+            f"\n  [{new} tokens read, {report.new_tokens} written, first after {report.timing_ms['ttft'] or 0:.0f} ms]",
+            file=sys.stderr,
+        )
         images = []
     return 0 if sys.stdin.isatty() else code  # a script is told of its last question
 

@@ -1,5 +1,5 @@
-"""The `lfm-edge` command. `run` and `chat` live here; commands of other packages are found by entry points and loaded only
-when asked for, so that this file never imports them.
+"""The `lfm-edge` command. `run` and `chat` live here; commands of other packages are found by entry points and loaded
+only when asked for, so that this file never imports them.
 
 A command is a module with `add_arguments(parser)` and `run(options) -> exit code`.
 """
@@ -30,7 +30,9 @@ _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a problem we can explain (or the error's own), 130 when
+    interrupted.
+    """
     if arguments is None:
         from lfm_runtime.commands.console import ready_streams
 
@@ -39,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {point.name: point for point in entry_points(group=_GROUP)}
     if not words or words[0] not in commands:
         parser = Parser(
-            prog="lfm-edge", description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
+            prog="lfm-edge",
+            description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
             epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
         parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of those below")
         parser.parse_args(words[:1] or ["--help"])
@@ -69,7 +72,9 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, with the option that was meant."""
 
     def without_dashes(self, words: list[str]) -> list[str]:
-        """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the dashes."""
+        """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the
+        dashes.
+        """
         if "--" not in words:
             return words
         at = words.index("--")
@@ -116,19 +121,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The user's parameters, under the same names everywhere."""
     parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
-    parser.add_argument("--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file")
-    parser.add_argument("--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
+    )
+    parser.add_argument(
+        "--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image"
+    )
     parser.add_argument("--verify", action="store_true", help="hash every file before loading")
-    parser.add_argument("--force", action="store_true", help="run as the profile says even where the memory does not suffice")
+    parser.add_argument(
+        "--force", action="store_true", help="run as the profile says even where the memory does not suffice"
+    )
     add_setting_arguments(parser)
-    text = parser.add_argument_group("generation (defaults: the profile's, generation_config.json, else the model card's)")
+    text = parser.add_argument_group(
+        "generation (defaults: the profile's, generation_config.json, else the model card's)"
+    )
     text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     text.add_argument("--min-p", type=float, metavar="P")
     text.add_argument("--top-k", type=int, metavar="K")
     text.add_argument("--top-p", type=float, metavar="P")
     text.add_argument("--repetition-penalty", type=float, metavar="R")
     text.add_argument("--max-new-tokens", type=int, metavar="N")
-    text.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step")
+    text.add_argument(
+        "--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step"
+    )
     text.add_argument("--seed", type=int, metavar="N")
     text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     text.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
@@ -139,12 +154,26 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model (defaults: the profile's)")
     model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights")
     model.add_argument("--threads", type=int, metavar="N", help="of each operator")
-    model.add_argument("--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…")
-    model.add_argument("--spinning", type=_spinning, metavar="US", help="how long threads wait without sleeping: on, off, or microseconds")
-    model.add_argument("--prefill", choices=("none", *VARIANT_SUFFIX), metavar="VARIANT",
-                       help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory")  # fmt: skip
-    model.add_argument("--strict-placement", action=argparse.BooleanOptionalAction,
-                       help="on a GPU: an operator of the decode loop that is left to the CPU is an error")  # fmt: skip
+    model.add_argument(
+        "--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…"
+    )
+    model.add_argument(
+        "--spinning",
+        type=_spinning,
+        metavar="US",
+        help="how long threads wait without sleeping: on, off, or microseconds",
+    )
+    model.add_argument(
+        "--prefill",
+        choices=("none", *VARIANT_SUFFIX),
+        metavar="VARIANT",
+        help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory",
+    )
+    model.add_argument(
+        "--strict-placement",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU: an operator of the decode loop that is left to the CPU is an error",
+    )
     model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
     image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
     image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
@@ -152,7 +181,9 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
     image.add_argument("--min-tiles", type=int, metavar="N")
     image.add_argument("--max-tiles", type=int, metavar="N")
-    image.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles")
+    image.add_argument(
+        "--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles"
+    )
 
 
 def _affinity(text: str) -> str | tuple[int, ...]:
@@ -171,12 +202,21 @@ def _spinning(text: str) -> bool | int:
 
 _MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory", "strict_placement")
 _IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
-_GENERATION_FLAGS = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "speculate")
+_GENERATION_FLAGS = (
+    "temperature",
+    "min_p",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "seed",
+    "speculate",
+)
 
 
 def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
-    """The model the flags describe; `special` as for Model.answer. Before it is loaded, it must fit this machine's memory with these
-    images (see plan.py).
+    """The model the flags describe; `special` as for Model.answer. Before it is loaded, it must fit this machine's
+    memory with these images (see plan.py).
     """
     from pathlib import Path
 

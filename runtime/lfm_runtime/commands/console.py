@@ -11,10 +11,11 @@ from lfm_runtime.formats.files import to_json
 
 
 def ready_streams() -> None:
-    """Make standard input, output and error usable: what they cannot encode is replaced, and a closed one reads and writes nothing.
+    """Make standard input, output and error usable: what they cannot encode is replaced, and a closed one reads and
+    writes nothing.
 
-    Closed descriptors (`<&-`, `>&-`) are taken by the null device first: otherwise the next file that is opened, a bundle's data, would
-    be standard output.
+    Closed descriptors (`<&-`, `>&-`) are taken by the null device first: otherwise the next file that is opened, a
+    bundle's data, would be standard output.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -39,7 +40,9 @@ def print_json(value: Any) -> None:
 
 
 def status_line(*, quiet: bool = False) -> Callable[[str], None]:
-    """A function that says on stderr what is being done: on a terminal each text replaces the one before, and "" clears the line."""
+    """A function that says on stderr what is being done: on a terminal each text replaces the one before, and "" clears
+    the line.
+    """
     if quiet:
         return lambda _: None
     if sys.stderr.isatty():

@@ -13,12 +13,17 @@ from lfm_runtime.formats.contract import DECODER, FOR_GPUS, VARIANT_SUFFIX
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = (
-        "Optimize a variant's graphs for this processor and keep their packed weights in BUNDLE.prepared; run and chat then use them."
+        "Optimize a variant's graphs for this processor and keep their packed weights in BUNDLE.prepared; run "
+        "and chat then use them."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the one that run takes here")
-    parser.add_argument("--prefill", choices=tuple(VARIANT_SUFFIX), metavar="VARIANT",
-                        help="also the decoder of this variant (default: the one that run reads prompts with)")  # fmt: skip
+    parser.add_argument(
+        "--prefill",
+        choices=tuple(VARIANT_SUFFIX),
+        metavar="VARIANT",
+        help="also the decoder of this variant (default: the one that run reads prompts with)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

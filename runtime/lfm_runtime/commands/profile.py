@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Device profiles: how to run on which device."
-    parser.add_argument("action", choices=("list", "show", "validate", "detect", "plan"), help="list the profiles shipped; show what one "
-                        "comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of BUNDLE "
-                        "[IMAGE …]: tokens, memory, disk")  # fmt: skip
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images")
+    parser.add_argument(
+        "action",
+        choices=("list", "show", "validate", "detect", "plan"),
+        help="list the profiles shipped; show what one "
+        "comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of "
+        "BUNDLE "
+        "[IMAGE …]: tokens, memory, disk",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images"
+    )
     parser.add_argument("--profile", default="", metavar="NAME", help="plan: with this profile")
     parser.add_argument("-p", "--prompt", default="", metavar="QUESTION", help="plan: for this question")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
@@ -31,10 +38,13 @@ def run(options: argparse.Namespace) -> int:
     """Do one of them."""
     flags = setting_flags(options)
     for name, given, where in (
-        ("NAME", options.names, ("show", "validate", "plan")), ("--bundle", options.bundle, ("show",)),
-        ("--json", options.json, ("show", "detect", "plan")), ("--profile", options.profile, ("plan",)),
-        ("--prompt", options.prompt, ("plan",)), ("a setting", flags, ("show", "plan")),
-    ):  # fmt: skip
+        ("NAME", options.names, ("show", "validate", "plan")),
+        ("--bundle", options.bundle, ("show",)),
+        ("--json", options.json, ("show", "detect", "plan")),
+        ("--profile", options.profile, ("plan",)),
+        ("--prompt", options.prompt, ("plan",)),
+        ("a setting", flags, ("show", "plan")),
+    ):
         if given and options.action not in where:
             raise SettingError(f"{name} has no effect on profile {options.action}; leave it out")
     {"list": _list, "show": _show, "validate": _validate, "detect": _detect, "plan": _plan}[options.action](options)
@@ -97,7 +107,9 @@ def _validate(options: argparse.Namespace) -> None:
         raise SettingError("validate needs a file: lfm-edge profile validate FILE")
     for name in options.names:
         found = find_profile(name)
-        print(f"{name}: sets {', '.join(sorted(k for k, who in found.origin.items() if who == found.name)) or 'nothing'}")
+        print(
+            f"{name}: sets {', '.join(sorted(k for k, who in found.origin.items() if who == found.name)) or 'nothing'}"
+        )
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -141,27 +153,54 @@ def _plan(options: argparse.Namespace) -> None:
     costs = find_costs(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
     times = plan.times_ms(costs) if costs else None
     if options.json:
-        print_json({
-            "profile": plan.profile.name, "variant": plan.variant, "prefill": plan.prefill, "steps": fitted.steps, "views": plan.views,
-            "image_tokens": plan.image_tokens, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens,
-            "memory_mib": {"peak": plan.memory.peak, "anonymous": plan.memory.anonymous, "mapped": plan.memory.mapped},
-            "disk_mib": plan.disk_mib, "free_mib": fitted.free_mib, "times_ms": times,
-        })  # fmt: skip
+        print_json(
+            {
+                "profile": plan.profile.name,
+                "variant": plan.variant,
+                "prefill": plan.prefill,
+                "steps": fitted.steps,
+                "views": plan.views,
+                "image_tokens": plan.image_tokens,
+                "prompt_tokens": plan.prompt_tokens,
+                "new_tokens": plan.new_tokens,
+                "memory_mib": {
+                    "peak": plan.memory.peak,
+                    "anonymous": plan.memory.anonymous,
+                    "mapped": plan.memory.mapped,
+                },
+                "disk_mib": plan.disk_mib,
+                "free_mib": fitted.free_mib,
+                "times_ms": times,
+            }
+        )
         return
     reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
-    print(f"{'profile':10s} {plan.profile.name}: {plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}")
+    print(
+        f"{'profile':10s} {plan.profile.name}: "
+        f"{plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}"
+    )
     for name, image in zip(options.names[1:], plan.images, strict=True):
-        tiles = f"{image.columns} × {image.rows} tiles{' and a thumbnail' if image.thumbnail else ''}" if image.tiled else "one view"
+        tiles = (
+            f"{image.columns} × {image.rows} tiles{' and a thumbnail' if image.thumbnail else ''}"
+            if image.tiled
+            else "one view"
+        )
         print(f"{'image':10s} {name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens")
-    print(f"{'tokens':10s} {plan.prompt_tokens} prompt ({plan.image_tokens} image), an answer of at most {plan.new_tokens}")
+    print(
+        f"{'tokens':10s} {plan.prompt_tokens} prompt ({plan.image_tokens} image), an answer of at most "
+        f"{plan.new_tokens}"
+    )
     parts = f"{plan.memory.anonymous:.0f} anonymous, {plan.memory.mapped:.0f} mapped files"
     free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
     print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
     print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
     if times and costs:
         unfair = "" if costs.valid else ", which was not valid"
-        print(f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} ms; then "
-              f"{times['per_token']:.1f} ms a token, as the last audit here measured{unfair}")  # fmt: skip
+        print(
+            f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} "
+            "ms; then "
+            f"{times['per_token']:.1f} ms a token, as the last audit here measured{unfair}"
+        )
         budget, rate = plan.profile.budget, 1e3 / times["per_token"]
         if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
             print(f"{'budget':10s} ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}")
@@ -176,18 +215,30 @@ def _plan(options: argparse.Namespace) -> None:
 def device_lines(device: Device) -> list[tuple[str, str]]:
     """What is known of a machine, for people."""
     cores = " + ".join(
-        f"{core.count} × {core.name or device.cpu or 'core'}{f' {core.max_mhz} MHz' if core.max_mhz else ''}" for core in device.cores
+        f"{core.count} × {core.name or device.cpu or 'core'}{f' {core.max_mhz} MHz' if core.max_mhz else ''}"
+        for core in device.cores
     )
     memory = f"{device.ram_total_mib} MiB, {device.ram_available_mib} available" if device.ram_total_mib else None
     limit = f"{device.limit_mib} MiB by {device.limit_by}, {device.limit_free_mib} free" if device.limit_mib else "none"
     caches = ", ".join(f"{name} {size} KiB" for name, size in device.caches.items())
-    userland = f"{device.system} {device.machine}, {device.pointer_bits}-bit Python, pages of {device.page_size // 1024} KiB"
+    userland = (
+        f"{device.system} {device.machine}, {device.pointer_bits}-bit Python, pages of {device.page_size // 1024} KiB"
+    )
     if device.pointer_bits == 32:
         userland += " (there are no wheels of onnxruntime, numpy and pillow for 32-bit Arm: install a 64-bit system)"
     throttled = None if device.throttled is None else ", ".join(device.throttled) or "no"
     facts = [
-        ("board", device.board), ("soc", device.soc), ("cores", cores), ("features", ", ".join(device.features)), ("caches", caches),
-        ("memory", memory), ("limit", limit), ("system", userland), ("gpu", device.gpu), ("jetpack", device.jetpack),
-        ("governor", device.governor), ("throttled", throttled),
-    ]  # fmt: skip
+        ("board", device.board),
+        ("soc", device.soc),
+        ("cores", cores),
+        ("features", ", ".join(device.features)),
+        ("caches", caches),
+        ("memory", memory),
+        ("limit", limit),
+        ("system", userland),
+        ("gpu", device.gpu),
+        ("jetpack", device.jetpack),
+        ("governor", device.governor),
+        ("throttled", throttled),
+    ]
     return [(name, value or "not known") for name, value in facts]

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--no-special", action="store_true", help="take special tokens that QUESTION and TEXT spell out as text")
+    parser.add_argument(
+        "--no-special", action="store_true", help="take special tokens that QUESTION and TEXT spell out as text"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -23,9 +25,13 @@ def run(options: argparse.Namespace) -> int:
     """Answer once."""
     model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
     answer = model.answer(
-        options.images, options.prompt, system=options.system, special=not options.no_special, progress=show_progress,
+        options.images,
+        options.prompt,
+        system=options.system,
+        special=not options.no_special,
+        progress=show_progress,
         **answer_changes(options),
-    )  # fmt: skip
+    )
     for piece in answer:
         if not options.json:
             print(piece, end="", flush=True)

@@ -1,8 +1,9 @@
-"""Snapshots and image features kept for the next prompt that starts alike: in memory within a byte budget, least recently used out
-first, and, where a folder is given, on disk for the next process.
+"""Snapshots and image features kept for the next prompt that starts alike: in memory within a byte budget, least
+recently used out first, and, where a folder is given, on disk for the next process.
 
-On disk an entry is one .npz (zip: every array has a checksum). It is written beside its name and renamed, so that nobody reads half
-of one; one that cannot be read is removed and its work done again; a disk that cannot be written is said once and then left alone.
+On disk an entry is one .npz (zip: every array has a checksum). It is written beside its name and renamed, so that
+nobody reads half of one; one that cannot be read is removed and its work done again; a disk that cannot be written is
+said once and then left alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _ABANDONED_S = 3600
 class Cache:
     """What one model has computed of prompts' beginnings (`model` tells models apart)."""
 
-    def __init__(self, model: str, *, max_bytes: int = 256 << 20, folder: Path | None = None, max_disk_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, model: str, *, max_bytes: int = 256 << 20, folder: Path | None = None, max_disk_bytes: int = 1 << 30
+    ) -> None:
         """Raises SettingError for a budget below 0, or a folder that is a file or cannot be made."""
         if max_bytes < 0 or max_disk_bytes < 0:
             raise SettingError(f"a cache of {min(max_bytes, max_disk_bytes)} bytes is impossible; allowed: 0 and above")
@@ -116,7 +119,9 @@ class Cache:
 
     def _trim_disk(self) -> None:
         """Remove the files longest unused until the rest fits the disk's budget."""
-        files = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self._files("*.npz")), reverse=True)
+        files = sorted(
+            ((path.stat().st_mtime, path.stat().st_size, path) for path in self._files("*.npz")), reverse=True
+        )
         used = 0
         for _, size, path in files:
             used += size

@@ -1,9 +1,9 @@
 """What the decoder has taken in, and how to get there again without doing the work again.
 
-A prompt is known by its *keys*: token ids, and for image tokens a number made from the picture and its plan, so that two prompts
-with different images differ. Three ways back to a known prefix, the longest wins: the state as it is, a mark inside it, a
-snapshot from the cache. Recurrent convolutions cannot be cut to any length as attention can; hence marks and snapshots, which
-hold them, at every point worth returning to.
+A prompt is known by its *keys*: token ids, and for image tokens a number made from the picture and its plan, so that
+two prompts with different images differ. Three ways back to a known prefix, the longest wins: the state as it is, a
+mark inside it, a snapshot from the cache. Recurrent convolutions cannot be cut to any length as attention can; hence
+marks and snapshots, which hold them, at every point worth returning to.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lfm_runtime.decode.sampling import Top
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot, State
 
 MOST_AT_ONCE = 320
-"""Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same time. One view and
-a question are below it.
+"""Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same
+time. One view and a question are below it.
 """
 
 Keys = NDArray[np.int64]
@@ -98,7 +98,9 @@ class Context:
         return logits
 
     def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
-        """As `feed`, but logits [S, vocabulary] after every token; tokens that were guesses can then be taken back by `keep`."""
+        """As `feed`, but logits [S, vocabulary] after every token; tokens that were guesses can then be taken back by
+        `keep`.
+        """
         state, self._state = self._state, None
         assert isinstance(state, SharedState)
         logits = state.step_all(embeds)

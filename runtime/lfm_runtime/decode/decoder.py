@@ -1,7 +1,8 @@
 """The decode loop's engine room: token embeddings in, logits out, state carried from step to step.
 
-Forms of state. Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place), and two sets of
-convolution states swap roles each step; nothing large is allocated or copied per token. The same on a GPU: device_state.py.
+Forms of state. Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place),
+and two sets of convolution states swap roles each step; nothing large is allocated or copied per token. The same on a
+GPU: device_state.py.
 Concatenated: the plain past → present form, for graphs without GroupQueryAttention.
 """
 
@@ -27,8 +28,8 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 
 PREFILL_TOKENS = 8
-"""From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than int4's (measured:
-37 ms against 34 for 8 tokens of a 450M, 24 against 27 for 4).
+"""From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than
+int4's (measured: 37 ms against 34 for 8 tokens of a 450M, 24 against 27 for 4).
 """
 
 
@@ -46,9 +47,17 @@ class Decoder:
     """The decoder and embedding graphs of one model. They are loaded when first used, and again after a release."""
 
     def __init__(
-        self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False, memory: Memory | None = None, longest: int = 0
+        self,
+        load: Callable[[], DecoderSessions],
+        path: Path,
+        *,
+        shrink: bool = False,
+        memory: Memory | None = None,
+        longest: int = 0,
     ) -> None:
-        """`memory`: of the device that the sessions compute on, where it is not this process's; `longest`: tokens it has positions for."""
+        """`memory`: of the device that the sessions compute on, where it is not this process's; `longest`: tokens it
+        has positions for.
+        """
         self.path, self.longest = path, longest
         self._memory = memory
         self._loop: DeviceLoop | None = None
@@ -56,7 +65,9 @@ class Decoder:
         self._sessions: DecoderSessions | None = None
         self._bound: weakref.WeakSet[SharedState] = weakref.WeakSet()
         self.many_options = ort.RunOptions()
-        self.uncaptured = ort.RunOptions()  # for runs whose addresses differ: without it a GPU's provider would replay the first
+        self.uncaptured = (
+            ort.RunOptions()
+        )  # for runs whose addresses differ: without it a GPU's provider would replay the first
         self.uncaptured.add_run_config_entry("gpu_graph_id", "-1")
         if shrink:  # after a step of many tokens its memory goes back to the operating system
             self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -64,7 +75,9 @@ class Decoder:
     @cached_property
     def verifies(self) -> bool:
         """Whether guessed tokens can be taken back."""
-        if self._memory:  # where a step of many tokens takes hardly longer than one, its windows would cross to the host
+        if (
+            self._memory
+        ):  # where a step of many tokens takes hardly longer than one, its windows would cross to the host
             return False
         content = self.path.read_bytes()
         return CONV_WINDOW.encode() in content and b"GroupQueryAttention" in content
@@ -78,32 +91,41 @@ class Decoder:
         return self._sessions
 
     def release(self) -> None:
-        """Give back the graphs' memory. States stay valid, but for those on a device: their buffers are bound to its sessions."""
+        """Give back the graphs' memory. States stay valid, but for those on a device: their buffers are bound to its
+        sessions.
+        """
         for state in self._bound:
             state.unbind()
         self._sessions = self._loop = None
 
     def _probe(self, decoder: ort.InferenceSession) -> None:
         self.inputs = {i.name: i for i in decoder.get_inputs()}
-        self.states = [_state_input(i) for i in decoder.get_inputs() if i.name.startswith(("past_conv.", "past_key_values."))]
+        self.states = [
+            _state_input(i) for i in decoder.get_inputs() if i.name.startswith(("past_conv.", "past_key_values."))
+        ]
         outputs = {o.name: o for o in decoder.get_outputs()}
         if missing := [s.name for s in self.states if present_name(s.name) not in outputs]:
             raise GraphContractError(f"{self.path}: no output carries on {', '.join(missing)}; export the graph again")
         sizes = outputs["logits"].shape[2], self.inputs["inputs_embeds"].shape[2]
         if not all(isinstance(size, int) for size in sizes):
-            raise GraphContractError(f"{self.path}: vocabulary and hidden size {sizes} are not fixed in the graph; export it again")
+            raise GraphContractError(
+                f"{self.path}: vocabulary and hidden size {sizes} are not fixed in the graph; export it again"
+            )
         self.vocabulary, self.hidden = sizes
         self.embeds_type = _NUMPY.get(self.inputs["inputs_embeds"].type, np.float32)
         # Sharing needs an operator that writes into its past; its name is in the protobuf or it is not there.
         fp32_edges = self.embeds_type is np.float32 and outputs["logits"].type == "tensor(float)"
         shares = fp32_edges and b"GroupQueryAttention" in self.path.read_bytes() and "position_ids" not in self.inputs
-        # How many positions' logits a step gives must be known before it: of ours all of a few tokens, the last of many.
+        # How many positions' logits a step gives must be known before it: of ours all of a few tokens, the last of
+        # many.
         self.gives_few = outputs["logits"].shape[1] == POSITIONS
         self.shares_kv = shares and (self.gives_few or outputs["logits"].shape[1] == 1)
 
     def embed(self, ids: list[int]) -> Embeds:
         """Embeddings [1, tokens, H]."""
-        (embeds,) = self.sessions.embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured)
+        (embeds,) = self.sessions.embed.run(
+            ["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured
+        )
         return np.asarray(embeds, np.float32)
 
     def embed_prompt(self, ids: list[int], features: NDArray[np.float32], image_id: int) -> Embeds:
@@ -128,13 +150,17 @@ class Decoder:
 
 def _state_input(graph_input: Any) -> StateInput:
     if graph_input.type not in _NUMPY:
-        raise GraphContractError(f"state input {graph_input.name} is {graph_input.type}; float, float16 and int8 are supported")
+        raise GraphContractError(
+            f"state input {graph_input.name} is {graph_input.type}; float, float16 and int8 are supported"
+        )
     shape = list(graph_input.shape)
     shape[0] = 1
     if not graph_input.name.startswith("past_conv."):
         shape[2] = 0
     if not all(isinstance(n, int) for n in shape):
-        raise GraphContractError(f"state input {graph_input.name} has no fixed shape ({graph_input.shape}); export the graph again")
+        raise GraphContractError(
+            f"state input {graph_input.name} has no fixed shape ({graph_input.shape}); export the graph again"
+        )
     return StateInput(graph_input.name, tuple(shape), _NUMPY[graph_input.type])
 
 
@@ -173,7 +199,9 @@ class SharedState:
         return self.step(self._decoder.embed([token]))
 
     def step_all(self, embeds: Embeds) -> NDArray[np.float32]:
-        """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the last of them."""
+        """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the
+        last of them.
+        """
         return self._run(embeds, windows=True)
 
     def keep(self, tokens: int) -> None:
@@ -206,7 +234,9 @@ class SharedState:
 
     def mark(self) -> Mark:
         """See State."""
-        return Mark(self.length, {s.name: self._buffers[s.name][self._turn].copy() for s in self._decoder.states if s.is_conv})
+        return Mark(
+            self.length, {s.name: self._buffers[s.name][self._turn].copy() for s in self._decoder.states if s.is_conv}
+        )
 
     def rewind(self, mark: Mark) -> None:
         """See State."""
@@ -216,7 +246,9 @@ class SharedState:
 
     def snapshot(self) -> Snapshot:
         """See State."""
-        attention = {s.name: self._buffers[s.name][0][:, :, : self.length].copy() for s in self._decoder.states if not s.is_conv}
+        attention = {
+            s.name: self._buffers[s.name][0][:, :, : self.length].copy() for s in self._decoder.states if not s.is_conv
+        }
         return Snapshot(self.length, {**attention, **self.mark().convs})
 
     def unbind(self) -> None:
@@ -244,7 +276,7 @@ class SharedState:
 
 
 class BatchState:
-    """Several sequences of different lengths in one step: rows of the same buffers, each filled up to its own length."""
+    """Several sequences of different lengths in one step: rows of the same buffers, each as long as it is."""
 
     def __init__(self, decoder: Decoder, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
@@ -253,10 +285,11 @@ class BatchState:
         self._turn = 0
         self._logits = np.empty((rows, 1, decoder.vocabulary), np.float32)
         self._buffers = {
-            s.name: [np.zeros((rows, *s.shape[1:]), s.dtype) for _ in range(2)] if s.is_conv
+            s.name: [np.zeros((rows, *s.shape[1:]), s.dtype) for _ in range(2)]
+            if s.is_conv
             else [np.zeros((rows, s.shape[1], capacity, s.shape[3]), s.dtype)]
             for s in decoder.states
-        }  # fmt: skip
+        }
         self._bindings: list[ort.IOBinding] = []
 
     def put(self, row: int, snapshot: Snapshot) -> None:
@@ -276,13 +309,20 @@ class BatchState:
         other = BatchState(self._decoder, rows, capacity)
         kept = [row for row, length in enumerate(self.lengths) if length]
         for new, row in enumerate(kept):
-            values = {name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()}
+            values = {
+                name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()
+            }
             length = self.lengths[row]
-            other.put(new, Snapshot(length, {n: v if n.startswith("past_conv.") else v[:, :, :length] for n, v in values.items()}))
+            other.put(
+                new,
+                Snapshot(length, {n: v if n.startswith("past_conv.") else v[:, :, :length] for n, v in values.items()}),
+            )
         return other
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """Feed one token to every row, embeds [rows, 1, H]; returns logits [rows, vocabulary], valid until the next step."""
+        """Feed one token to every row, embeds [rows, 1, H]; returns logits [rows, vocabulary], valid until the next
+        step.
+        """
         session = self._decoder.sessions.decoder
         if not self._bindings:
             self._bindings = _bind(session, self._buffers, self._logits)
@@ -298,9 +338,11 @@ class BatchState:
         return logits
 
 
-def _bind(session: ort.InferenceSession, buffers: Mapping[str, list[NDArray[Any]]], logits: NDArray[np.float32]) -> list[ort.IOBinding]:
-    """Two bindings that differ in which convolution buffers are read and which written; attention's are both. They hold on to the
-    arrays' OrtValues.
+def _bind(
+    session: ort.InferenceSession, buffers: Mapping[str, list[NDArray[Any]]], logits: NDArray[np.float32]
+) -> list[ort.IOBinding]:
+    """Two bindings that differ in which convolution buffers are read and which written; attention's are both. They hold
+    on to the arrays' OrtValues.
     """
     bindings = [session.io_binding(), session.io_binding()]
     for binding in bindings:

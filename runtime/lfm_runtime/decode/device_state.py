@@ -1,9 +1,10 @@
-"""The decode loop on a device with memory of its own. Keys, values, convolution states, embeddings, mask and logits stay there: a token
-goes in, the likeliest ids and their logits come out.
+"""The decode loop on a device with memory of its own. Keys, values, convolution states, embeddings, mask and logits
+stay there: a token goes in, the likeliest ids and their logits come out.
 
-Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of them, because two
-sets of convolution states swap roles (see decoder.SharedState). The mask of such a step has the capacity's length, ones first; the graph
-itself gives out the next one. Buffers of an answer that is over serve the next. CUDA graphs belong to the thread that captured
+Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of
+them, because two sets of convolution states swap roles (see decoder.SharedState). The mask of such a step has the
+capacity's length, ones first; the graph itself gives out the next one. Buffers of an answer that is over serve the
+next. CUDA graphs belong to the thread that captured
 them: a model is to be used from one.
 """
 
@@ -29,7 +30,9 @@ Value = Any
 _KEPT = 2
 """Buffers of answers that are over, each as large as a context, that are kept."""
 _SMALLEST = 1024
-"""Tokens of the smallest buffers: one view, a question and an answer. Larger ones double, so that few are ever made and captured."""
+"""Tokens of the smallest buffers: one view, a question and an answer. Larger ones double, so that few are ever made and
+captured.
+"""
 
 
 class Memory(Protocol):
@@ -74,21 +77,27 @@ class Buffers:
         decoder, place = loop.decoder, loop.memory.place
         self.capacity = capacity
         self.states = {
-            s.name: [place(np.zeros(s.shape, s.dtype)) for _ in range(2)] if s.is_conv
+            s.name: [place(np.zeros(s.shape, s.dtype)) for _ in range(2)]
+            if s.is_conv
             else [place(np.zeros((*s.shape[:2], capacity, s.shape[3]), s.dtype))]
             for s in decoder.states
-        }  # fmt: skip
+        }
         self.masks = [place(np.zeros((1, capacity), np.int64)) for _ in range(2)]
         self.logits = place(np.zeros((1, 1, decoder.vocabulary), np.float32))
         count = loop.top_tokens
-        self.top = (place(np.zeros((1, 1, count), np.float32)), place(np.zeros((1, 1, count), np.int64))) if count else None
-        self._steps = [(self._bound(loop, turn, self.masks[turn]), loop.captured()) for turn in range(2)] if loop.is_fixed else []
+        self.top = (
+            (place(np.zeros((1, 1, count), np.float32)), place(np.zeros((1, 1, count), np.int64))) if count else None
+        )
+        self._steps = (
+            [(self._bound(loop, turn, self.masks[turn]), loop.captured()) for turn in range(2)] if loop.is_fixed else []
+        )
 
     def step(self, loop: DeviceLoop, turn: int, length: int) -> tuple[ort.IOBinding, ort.RunOptions]:
         """What a step of one token after `length` others is run with."""
         if self._steps:
             return self._steps[turn]
-        # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length. Held here: a binding does not hold what is bound.
+        # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length. Held here: a binding does not
+        # hold what is bound.
         self._mask = loop.memory.place(np.ones((1, length + 1), np.int64))
         return self._bound(loop, turn, self._mask), loop.decoder.uncaptured
 
@@ -113,12 +122,15 @@ class Buffers:
 
 
 class DeviceLoop:
-    """What all states of a decoder share on its device: the token that is fed, its embedding, and buffers that are free."""
+    """What all states of a decoder share on its device: the token that is fed, its embedding, and buffers that are
+    free.
+    """
 
     def __init__(self, decoder: Decoder, memory: Memory) -> None:
         """Needs the decoder's sessions loaded and probed."""
         self.decoder, self.memory = decoder, memory
-        # Binding an input that an operator on the CPU reads copies it there and then: it must be bound anew whenever it has changed.
+        # Binding an input that an operator on the CPU reads copies it there and then: it must be bound anew whenever it
+        # has changed.
         self.is_fixed = decoder.sessions.all_on_device
         outputs = {o.name: o for o in decoder.sessions.decoder.get_outputs()}
         self.top_tokens = int(outputs[TOP_LOGITS].shape[2]) if {TOP_LOGITS, TOP_IDS} <= outputs.keys() else 0
@@ -130,7 +142,7 @@ class DeviceLoop:
         self._look_up = (self._bound_look_up(), self.captured()) if self.is_fixed else None
 
     def captured(self) -> ort.RunOptions:
-        """For a run with fixed addresses, each with a CUDA graph of its own. Providers without CUDA graphs ignore it."""
+        """For a run with fixed addresses: each has a CUDA graph of its own. Providers without CUDA graphs ignore it."""
         self._captured += 1
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._captured))
@@ -149,8 +161,8 @@ class DeviceLoop:
         return binding
 
     def take(self, capacity: int) -> Buffers:
-        """Buffers for a state, at least so large, which gives them back when it is over. New ones are captured anew, and what was captured
-        of others stays with the session.
+        """Buffers for a state, at least so large, which gives them back when it is over. New ones are captured anew,
+        and what was captured of others stays with the session.
         """
         found = next((b for b in sorted(self._free, key=lambda b: b.capacity) if b.capacity >= capacity), None)
         if found is None:
@@ -182,7 +194,11 @@ class DeviceState:
         """See state.State."""
         decoder, memory, tokens = self._loop.decoder, self._loop.memory, embeds.shape[1]
         positions = 1 if tokens >= MANY_TOKENS or not decoder.gives_few else tokens
-        logits = self._buffers.logits if positions == 1 else memory.place(np.zeros((1, positions, decoder.vocabulary), np.float32))
+        logits = (
+            self._buffers.logits
+            if positions == 1
+            else memory.place(np.zeros((1, positions, decoder.vocabulary), np.float32))
+        )
         binding = decoder.sessions.decoder.io_binding()
         inputs = {"inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + tokens), np.int64)}
         held = {name: memory.place(array) for name, array in inputs.items()}  # until the run is over
@@ -201,7 +217,9 @@ class DeviceState:
         """See state.State."""
         loop, buffers = self._loop, self._buffers
         if loop.is_fixed and self._mask_for != self.length + 1:
-            loop.memory.write(buffers.masks[self._turn], (np.arange(self.capacity) <= self.length).astype(np.int64)[None])
+            loop.memory.write(
+                buffers.masks[self._turn], (np.arange(self.capacity) <= self.length).astype(np.int64)[None]
+            )
         loop.look_up(token)
         binding, options = buffers.step(loop, self._turn, self.length)
         loop.decoder.sessions.decoder.run_with_iobinding(binding, options)
@@ -237,7 +255,9 @@ class DeviceState:
             if state.is_conv:
                 found[state.name] = self._loop.memory.read(self._buffers.states[state.name][self._turn])
             elif attention:
-                found[state.name] = self._loop.memory.read(self._buffers.states[state.name][0])[:, :, : self.length].copy()
+                found[state.name] = self._loop.memory.read(self._buffers.states[state.name][0])[
+                    :, :, : self.length
+                ].copy()
         return found
 
     def _write(self, values: Mapping[str, NDArray[Any]]) -> None:

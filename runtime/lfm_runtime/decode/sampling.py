@@ -51,14 +51,21 @@ class GenerationSettings:
 
     @staticmethod
     def from_config(raw: dict[str, Any]) -> GenerationSettings:
-        """From a parsed generation_config.json. Where it says nothing about sampling, sampling is the model card's; where it says
-        anything, the rest is what transformers takes for it.
+        """From a parsed generation_config.json. Where it says nothing about sampling, sampling is the model card's;
+        where it says anything, the rest is what transformers takes for it.
 
         Raises:
             SettingError: a value of another kind, or an impossible one.
         """
-        kinds = {"temperature": float, "min_p": float, "top_k": int, "top_p": float, "repetition_penalty": float, "max_new_tokens": int,
-                 "do_sample": bool}  # fmt: skip
+        kinds = {
+            "temperature": float,
+            "min_p": float,
+            "top_k": int,
+            "top_p": float,
+            "repetition_penalty": float,
+            "max_new_tokens": int,
+            "do_sample": bool,
+        }
         found = {name: raw[name] for name in kinds if raw.get(name) is not None}
         for name, value in found.items():
             fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
@@ -87,7 +94,9 @@ class GenerationSettings:
             raise SettingError(f"generation settings: {str(e).split('__init__() ')[-1]}") from e
         useless = [name for name in ("min_p", "top_k", "top_p", "seed") if name in changed]
         if settings.temperature == 0 and useless:
-            raise SettingError(f"{', '.join(useless)} has no effect at temperature 0 (greedy); set a temperature or leave it out")
+            raise SettingError(
+                f"{', '.join(useless)} has no effect at temperature 0 (greedy); set a temperature or leave it out"
+            )
         return settings
 
 
@@ -114,7 +123,9 @@ class Sampler:
         self._is_seen[seen] = True
 
     def next(self, logits: Logits | Top) -> int:
-        """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is fetched if need be."""
+        """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is
+        fetched if need be.
+        """
         token = self._next_of(logits) if isinstance(logits, np.ndarray) else self._next_of_top(logits)
         if not self._is_seen[token]:
             self._is_seen[token] = True
@@ -153,7 +164,9 @@ def _likeliest(logits: Logits) -> int:
 
 
 def _no_numbers() -> BundleError:
-    return BundleError("the decoder gave logits that are not numbers; check the bundle with --verify, or export it again")
+    return BundleError(
+        "the decoder gave logits that are not numbers; check the bundle with --verify, or export it again"
+    )
 
 
 def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:
@@ -171,17 +184,23 @@ def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[
 
 
 def _all_above(logits: Logits, limit: np.float32, settings: GenerationSettings) -> bool:
-    """Whether whatever could be drawn from a row, whose likeliest are these, is above a limit. Not where they are no numbers."""
+    """Whether whatever could be drawn from a row, whose likeliest are these, is above a limit. Not where they are no
+    numbers.
+    """
     if settings.temperature == 0:
         return bool(logits.max() > limit)
     if settings.top_p < 1:  # a share of all
         return False
-    scaled = (np.append(logits, limit) - logits.max()) / np.float32(settings.temperature)  # rounded as the row's would be
+    scaled = (np.append(logits, limit) - logits.max()) / np.float32(
+        settings.temperature
+    )  # rounded as the row's would be
     return bool(scaled[-1] < _lowest(scaled[:-1], settings))
 
 
 def _lowest(scaled: Logits, settings: GenerationSettings) -> float:
-    """The filters as one limit on the scaled logits, whose maximum is 0: each keeps what is likely enough, ties included."""
+    """The filters as one limit on the scaled logits, whose maximum is 0: each keeps what is likely enough, ties
+    included.
+    """
     lowest = float(np.log(settings.min_p)) if settings.min_p > 0 else -np.inf
     if settings.top_k == 0 and settings.top_p == 1:
         return lowest

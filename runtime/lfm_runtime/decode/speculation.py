@@ -1,7 +1,8 @@
-"""Guessing the next tokens from what stands in the prompt and the answer so far (prompt lookup: Saxena 2023, "Prompt Lookup Decoding").
+"""Guessing the next tokens from what stands in the prompt and the answer so far (prompt lookup: Saxena 2023, "Prompt
+Lookup Decoding").
 
-Copying is common: a question about a text, a list, a name said before. A guess costs no model; several are checked in one decoder
-step, which reads the weights once.
+Copying is common: a question about a text, a list, a name said before. A guess costs no model; several are checked in
+one decoder step, which reads the weights once.
 """
 
 from __future__ import annotations
@@ -38,5 +39,7 @@ class PromptLookup:
         return []
 
     def learn(self, right: int, of: int) -> None:
-        """How a guess went: twice as many next time, or as many as were right. A text that is not copied soon costs little."""
+        """How a guess went: twice as many next time, or as many as were right. A text that is not copied soon costs
+        little.
+        """
         self._now = min(self._most, 2 * self._now) if right == of else max(1, right)

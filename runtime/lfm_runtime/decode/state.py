@@ -1,4 +1,6 @@
-"""What a decoder remembers of the tokens it has taken in: its interface, marks to go back to, copies to start others from."""
+"""What a decoder remembers of the tokens it has taken in: its interface, marks to go back to, copies to start others
+from.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is remembered of `length` tokens, by state input: convolutions [1, H, kernel], attention [1, kv heads, length, D]."""
+    """All that is remembered of `length` tokens, by state input: convolutions [1, H, kernel], attention [1, kv heads,
+    length, D].
+    """
 
     length: int
     values: Arrays

@@ -1,4 +1,6 @@
-"""A GPU as the place to compute: what its sessions are given, whether its memory suffices, what is left to the CPU all the same."""
+"""A GPU as the place to compute: what its sessions are given, whether its memory suffices, what is left to the CPU all
+the same.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +24,26 @@ _log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 VIEWS_AT_ONCE = 8
-"""Views of one size that are encoded together: enough to fill a GPU, and a bound on the memory they are worked on with."""
+"""Views of one size that are encoded together: enough to fill a GPU, and a bound on the memory they are worked on with.
+"""
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 PLACEMENT_SINCE = "1.24"  # onnxruntime tells which provider has which operator
 CUDA_GRAPHS_SINCE = "1.30"
-"""Before it a captured Concat of unequal parts, of which a short convolution has one, reads sizes and addresses from host memory at every
-replay, and a prompt in between overwrites them (onnxruntime pull request 32121).
+"""Before it a captured Concat of unequal parts, of which a short convolution has one, reads sizes and addresses from
+host memory at every replay, and a prompt in between overwrites them (onnxruntime pull request 32121).
 """
 NORMS_SINCE = "1.27"
-"""Before it SkipSimplifiedLayerNormalization sums squares in fp16: zeros where values are large, without a word, few digits where all are
-small (onnxruntime issue 29034, mended by pull request 28682). Its strict mode sums in fp32.
+"""Before it SkipSimplifiedLayerNormalization sums squares in fp16: zeros where values are large, without a word, few
+digits where all are small (onnxruntime issue 29034, mended by pull request 28682). Its strict mode sums in fp32.
 """
 
 _ATTENTION = "19"
-"""Kernels of attention: flash (1), memory efficient (2), plain (16). Not cuDNN's (8), which would come first on Hopper: it makes a plan for
-every length of a prompt and every size of a view.
+"""Kernels of attention: flash (1), memory efficient (2), plain (16). Not cuDNN's (8), which would come first on Hopper:
+it makes a plan for every length of a prompt and every size of a view.
 """
 _TAIL = "20"
-"""Nodes of an engine, at least. TensorRT lacks Compress, which gathers the tokens at the encoder's end; the few nodes after it would be an
-engine of their own, without ranges.
+"""Nodes of an engine, at least. TensorRT lacks Compress, which gathers the tokens at the encoder's end; the few nodes
+after it would be an engine of their own, without ranges.
 """
 _OVERHEAD_MIB = 600
 """A CUDA context, its libraries' workspaces and what a prompt and a few views are worked on with."""
@@ -55,9 +58,15 @@ class GpuError(SettingError):
 
 
 def provider_options(
-    providers: Sequence[str], graph: Graph, *, cuda_graphs: bool = True, engines: Path | None = None, most_patches: int = 0
+    providers: Sequence[str],
+    graph: Graph,
+    *,
+    cuda_graphs: bool = True,
+    engines: Path | None = None,
+    most_patches: int = 0,
 ) -> list[tuple[str, dict[str, str]]]:
-    """What a session of a graph is given, in order. TensorRT is for the encoder alone: the decoder has operators that it lacks.
+    """What a session of a graph is given, in order. TensorRT is for the encoder alone: the decoder has operators that
+    it lacks.
 
     Args:
         providers: names, as a profile has them.
@@ -99,7 +108,9 @@ def _made(engines: Path) -> bool:
     try:
         engines.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        _log.warning("lfm-edge: TensorRT makes its engine anew at every start, which takes minutes: %s: %s", engines, e.strerror)
+        _log.warning(
+            "lfm-edge: TensorRT makes its engine anew at every start, which takes minutes: %s: %s", engines, e.strerror
+        )
         return False
     return True
 
@@ -108,7 +119,8 @@ def check_tensorrt(vision: Path) -> None:
     """Raise SettingError for an encoder that TensorRT could only take in pieces."""
     if b"MultiHeadAttention" in vision.read_bytes():
         raise SettingError(
-            f"TensorRT does not know the attention of {vision}; make graphs for it (lfm-edge quantize BUNDLE --variant fp16-trt) and take "
+            f"TensorRT does not know the attention of {vision}; make graphs for it (lfm-edge quantize BUNDLE "
+            "--variant fp16-trt) and take "
             "--variant fp16-trt, or a profile without TensorrtExecutionProvider"
         )
 
@@ -117,8 +129,8 @@ def check_tensorrt(vision: Path) -> None:
 
 
 def gpu_memory() -> tuple[int, int] | None:
-    """(MiB free, MiB in all) of the GPU that is used: the first that CUDA_VISIBLE_DEVICES names. A Jetson's is the machine's. None where
-    nothing tells.
+    """(MiB free, MiB in all) of the GPU that is used: the first that CUDA_VISIBLE_DEVICES names. A Jetson's is the
+    machine's. None where nothing tells.
     """
     if Path("/etc/nv_tegra_release").exists():
         memory = psutil.virtual_memory()
@@ -150,7 +162,8 @@ def check_memory(graphs: Iterable[Path]) -> None:
     weights = _weights_mib(graphs)
     if memory and memory[0] < weights + _OVERHEAD_MIB:
         raise GpuError(
-            f"the GPU has {memory[0]} of {memory[1]} MiB free, {weights} MiB of weights and about {_OVERHEAD_MIB} to work in are needed; "
+            f"the GPU has {memory[0]} of {memory[1]} MiB free, {weights} MiB of weights and about {_OVERHEAD_MIB} "
+            "to work in are needed; "
             "end other programs on it, or take a smaller variant (int4-fp16)"
         )
 
@@ -171,7 +184,8 @@ def full(graphs: Iterable[Path], message: str) -> GpuError:
     more = f" when {int(wanted[1]) // MIB + 1} MiB more were wanted" if wanted else ""
     free = f"{memory[0]} of {memory[1]} MiB are free now, " if memory else ""
     return GpuError(
-        f"out of GPU memory{more}: {free}the graphs' weights take {_weights_mib(graphs)} MiB; end other programs on it, or take a smaller "
+        f"out of GPU memory{more}: {free}the graphs' weights take {_weights_mib(graphs)} MiB; end other programs "
+        "on it, or take a smaller "
         "variant (int4-fp16), fewer --max-tiles, or a profile with a smaller context"
     )
 
@@ -184,8 +198,8 @@ def _weights_mib(graphs: Iterable[Path]) -> int:
 
 
 def left_to_cpu(session: Any, path: Path) -> list[str] | None:
-    """Operators of a graph that were given to the CPU though their inputs lie on the device: each is a copy to the host and back at
-    every step. Those that compute with shapes alone belong there. None where this onnxruntime cannot tell.
+    """Operators of a graph that were given to the CPU though their inputs lie on the device: each is a copy to the host
+    and back at every step. Those that compute with shapes alone belong there. None where this onnxruntime cannot tell.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return None
@@ -202,7 +216,9 @@ def check_placement(left: list[str] | None, path: Path, *, strict: bool) -> str 
     """
     if left is None:
         if strict:
-            raise SettingError(f"strict_placement needs onnxruntime {PLACEMENT_SINCE}, this is {ort.__version__}; leave it out")
+            raise SettingError(
+                f"strict_placement needs onnxruntime {PLACEMENT_SINCE}, this is {ort.__version__}; leave it out"
+            )
         return None
     if not left:
         return None
@@ -215,10 +231,15 @@ def check_placement(left: list[str] | None, path: Path, *, strict: bool) -> str 
 
 def unusable(path: Path, provider: str, reason: str = "") -> GpuError:
     """For a session that onnxruntime could not make with the provider it was to have, or made without it."""
-    how = "its driver and libraries (CUDA, cuDNN) must be of the version that onnxruntime was built for: see lfm-edge doctor"
+    how = (
+        "its driver and libraries (CUDA, cuDNN) must be of the version that onnxruntime was built for: see "
+        "lfm-edge doctor"
+    )
     wanted = provider.removesuffix("ExecutionProvider")
     why = f" ({' '.join(reason.split())[:300]})" if reason else ""
-    return GpuError(f"{path} was to run with {wanted}, which could not be started{why}; {how}; --profile generic runs on the CPU")
+    return GpuError(
+        f"{path} was to run with {wanted}, which could not be started{why}; {how}; --profile generic runs on the CPU"
+    )
 
 
 def cannot_be_captured(error: BundleError) -> bool:

@@ -1,8 +1,9 @@
-"""Which GPUs and which CUDA an onnxruntime wheel was built for, read off its CUDA library. Otherwise "no kernel image" comes at the
-first run, and a library of another version is a line on stderr and a model that silently runs on the CPU.
+"""Which GPUs and which CUDA an onnxruntime wheel was built for, read off its CUDA library. Otherwise "no kernel image"
+comes at the first run, and a library of another version is a line on stderr and a model that silently runs on the CPU.
 
-A library keeps its GPU code in fat binaries (CUDA binary utilities, "fatbin"): a header of 16 bytes (magic, version, header size, size of
-what follows), then entries with a header each: kind (1 PTX, 2 machine code), header size at byte 4, size at 8, architecture at 28.
+A library keeps its GPU code in fat binaries (CUDA binary utilities, "fatbin"): a header of 16 bytes (magic, version,
+header size, size of what follows), then entries with a header each: kind (1 PTX, 2 machine code), header size at byte
+4, size at 8, architecture at 28.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from lfm_profiles import Device
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 _NEEDED = re.compile(rb"\0(lib(?:cublasLt|cublas|cudart|cudnn|cufft|curand|nvrtc)\.so\.(\d+))(?=\0)")
 _CUDNN = ("libcudnn.so.9", 9)
-"""Loaded when it is first needed, by sums of whole numbers for one, so that the library does not name it (onnxruntime 1.31)."""
+"""Loaded when it is first needed, by sums of whole numbers for one, so that the library does not name it (onnxruntime
+1.31).
+"""
 _STRINGS = 16 << 20  # names of what a library needs stand at its beginning
 _MAJORS = range(8, 20)  # of CUDA and cuDNN, to tell which is there instead
 _MAGIC = bytes.fromhex("50ed55ba")
@@ -44,12 +47,16 @@ def cuda_library() -> Path | None:
 
 
 def gpu_problem(device: Device) -> str | None:
-    """Why the onnxruntime that is installed cannot compute on this machine's GPU; None where nothing is known to be in the way."""
+    """Why the onnxruntime that is installed cannot compute on this machine's GPU; None where nothing is known to be in
+    the way.
+    """
     if not device.gpu:
         return "there is no NVIDIA GPU with a driver"
     library = cuda_library()
     if library is None:
-        return "the onnxruntime installed is for the CPU alone (install onnxruntime-gpu; on a Jetson NVIDIA's own wheel)"
+        return (
+            "the onnxruntime installed is for the CPU alone (install onnxruntime-gpu; on a Jetson NVIDIA's own wheel)"
+        )
     capability = compute_capability(device)
     if capability is not None and not has_kernels(_names(library), capability, integrated=device.soc is not None):
         built = ", ".join(sorted(kernel_architectures(library))) or "no GPU"
@@ -59,8 +66,8 @@ def gpu_problem(device: Device) -> str | None:
 
 @functools.cache  # libraries that were loaded stay
 def library_problem(library: Path) -> str | None:
-    """Which of the CUDA libraries it needs cannot be loaded, and of which version they are here; None where all can. They are looked
-    for in Python's packages (nvidia-cublas …) and wherever the system looks, and stay loaded.
+    """Which of the CUDA libraries it needs cannot be loaded, and of which version they are here; None where all can.
+    They are looked for in Python's packages (nvidia-cublas …) and wherever the system looks, and stay loaded.
     """
     with library.open("rb") as f:
         needed = [(found[1].decode(), int(found[2])) for found in _NEEDED.finditer(f.read(_STRINGS))]
@@ -74,7 +81,8 @@ def library_problem(library: Path) -> str | None:
     others = [n for n in _MAJORS if n != major and _loads(f"{name.rpartition('.')[0]}.{n}")]
     there = f"version {others[0]} is here" if others else "no other version is here either"
     return (
-        f"the onnxruntime installed was built for CUDA libraries that are not here: {name} ({there}); install that version "
+        f"the onnxruntime installed was built for CUDA libraries that are not here: {name} ({there}); install that "
+        "version "
         "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or an onnxruntime built for yours"
     )
 
@@ -83,7 +91,10 @@ def _preload() -> None:
     """CUDA's libraries that came as Python packages, which the system does not find by itself."""
     import onnxruntime as ort  # reading a wheel needs none
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(AttributeError, OSError):  # it prints what it does not find
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(AttributeError, OSError),
+    ):  # it prints what it does not find
         ort.preload_dlls()  # since onnxruntime 1.21
 
 
@@ -96,7 +107,7 @@ def _loads(name: str) -> bool:
 
 
 def kernel_architectures(library: Path) -> dict[str, int]:
-    """"sm_87" (machine code) or "compute_90" (PTX, which drivers compile for that and later chips) → how many."""
+    """How many kernels there are by architecture: sm_87 (machine code), compute_90 (PTX, compiled for later chips)."""
     found: dict[str, int] = {}
     for name in _names(library):
         found[name] = found.get(name, 0) + 1
@@ -151,8 +162,8 @@ def _asked_capability(gpu: str) -> int | None:
 
 
 def has_kernels(architectures: Iterable[str], capability: int, *, integrated: bool) -> bool:
-    """Whether one of these runs on the chip. Machine code runs on its own chip and, except on a Jetson, on later ones of the same major
-    number; PTX on all later ones (CUDA C++ Programming Guide, "Application Compatibility").
+    """Whether one of these runs on the chip. Machine code runs on its own chip and, except on a Jetson, on later ones
+    of the same major number; PTX on all later ones (CUDA C++ Programming Guide, "Application Compatibility").
     """
     for name in architectures:
         kind, number = name.split("_")

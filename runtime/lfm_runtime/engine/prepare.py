@@ -1,4 +1,4 @@
-"""Writing what prepared.py reads: a graph as onnxruntime optimizes it here, with the weights as its kernels want them."""
+"""Writing what prepared.py reads: a graph as onnxruntime optimizes it here, weights as its kernels want them."""
 
 from __future__ import annotations
 
@@ -30,21 +30,32 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
     """Write the prepared form of one graph and check that it computes the same. Returns its folder.
 
     Raises:
-        BundleError: onnxruntime is too old, the disk too full or read-only, or the results differ; what was there stays.
+        BundleError: onnxruntime is too old, the disk too full or read-only, or the results differ; what was there
+            stays.
     """
     if not onnxruntime_is(_FIRST_VERSION):
-        raise BundleError(f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later")
+        raise BundleError(
+            f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later"
+        )
     place = folder_of(bundle.folder) / source.stem
     wanted = space_needed(source)
     free = shutil.disk_usage(bundle.folder.resolve().parent).free
     if free < wanted:
-        raise BundleError(f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; make room")
+        raise BundleError(
+            f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; "
+            "make room"
+        )
     with replacing(place, check=_check_ours) as new:
         unprepared = open_session(source, Execution(1), save_as=new / source.name)
         if not _same(unprepared, open_session(new / source.name, Execution(1)), _example(graph, unprepared)):
-            raise BundleError(f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left unprepared")
+            raise BundleError(
+                f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left "
+                "unprepared"
+            )
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
-        (new / NOTE).write_text(to_json({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8")
+        (new / NOTE).write_text(
+            to_json({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8"
+        )
     return place
 
 

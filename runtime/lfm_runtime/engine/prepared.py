@@ -1,9 +1,9 @@
-"""Graphs optimized for this processor, with their weights in the layout its kernels want, on disk: they are mapped instead of made
-anew in anonymous memory at every start.
+"""Graphs optimized for this processor, with their weights in the layout its kernels want, on disk: they are mapped
+instead of made anew in anonymous memory at every start.
 
-They lie beside the bundle, `NAME.prepared/KEY/GRAPH/`, KEY made of the onnxruntime version and the processor's features. Each GRAPH
-folder appears whole or not at all, and says in prepared.json what it was made from. One that does not fit is not used, and `find`
-tells why. Threads do not change the layout.
+They lie beside the bundle, `NAME.prepared/KEY/GRAPH/`, KEY made of the onnxruntime version and the processor's
+features. Each GRAPH folder appears whole or not at all, and says in prepared.json what it was made from. One that does
+not fit is not used, and `find` tells why. Threads do not change the layout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""onnxruntime sessions are created here and nowhere else: which graphs of a bundle, from which files, when, and for how long."""
+"""onnxruntime sessions are created here and nowhere else: which graphs of a bundle, from which files, when, and for how
+long.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ from lfm_runtime.engine.gpu import (
     left_to_cpu,
     provider_options,
     unusable,
-)  # fmt: skip
+)
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import find, folder_of
@@ -47,10 +49,14 @@ from lfm_runtime.setup.variants import choose_variants
 _log = logging.getLogger(__name__)
 
 _FATAL_SEVERITY = 4  # errors are raised as well, and said once
-_IN_ITS_SOURCE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? ")
-_PACKED = 1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
-# onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is about memory of a
-# device, raises plain RuntimeErrors.
+_IN_ITS_SOURCE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? "
+)
+_PACKED = (
+    1.2  # what graphs take in memory, against their weights' files: 4-bit scales become fp32, and a prompt is worked on
+)
+# onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is
+# about memory of a device, raises plain RuntimeErrors.
 _FAILURES: tuple[type[Exception], ...] = tuple(
     c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception)
 )
@@ -65,7 +71,8 @@ def failures_are_ours(what: object) -> Iterator[None]:
         if not _is_onnxruntimes(e):
             raise
         raise BundleError(
-            f"{what} does not work with onnxruntime {ort.__version__} ({_reason(e)[:300]}); check it with --verify, or export it again"
+            f"{what} does not work with onnxruntime {ort.__version__} ({_reason(e)[:300]}); check it with "
+            "--verify, or export it again"
         ) from e
 
 
@@ -75,14 +82,18 @@ def _reason(e: BaseException | None) -> str:
 
 
 def _is_onnxruntimes(e: Exception) -> bool:
-    return isinstance(e, _FAILURES) or (type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution")))
+    return isinstance(e, _FAILURES) or (
+        type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution"))
+    )
 
 
 def check_onnxruntime(bundle: Bundle, path: Path) -> None:
     """Raise BundleError where a graph needs a newer onnxruntime, as the manifest says."""
     wanted = bundle.min_onnxruntime.get(path, "0.0")
     if not onnxruntime_is(wanted):
-        raise BundleError(f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant")
+        raise BundleError(
+            f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,13 @@ class Execution:
 
     threads: int  # of each operator
     affinity: tuple[int, ...] = ()  # processors, one for each thread; empty: wherever the system puts them
-    spinning: bool | int = True  # how long threads wait for the next operator without sleeping, µs; True: as onnxruntime does
+    spinning: bool | int = (
+        True  # how long threads wait for the next operator without sleeping, µs; True: as onnxruntime does
+    )
     arena: bool = True
-    packed: bool = True  # make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped
+    packed: bool = (
+        True  # make the copy of the weights that kernels are fast with; else they are used as the file has them, mapped
+    )
     providers: tuple[str, ...] = (CPU,)
     cuda_graphs: bool = False  # steps of the decode loop are captured and replayed
     engines: Path | None = None  # where TensorRT keeps what it made
@@ -114,11 +129,16 @@ class Execution:
         available = ort.get_available_providers()
         if missing := [name for name in profile.providers if name not in available]:
             raise SettingError(
-                f"profile {profile.name} needs {missing[0]}, this onnxruntime {ort.__version__} has {', '.join(available)}; "
+                f"profile {profile.name} needs {missing[0]}, this onnxruntime {ort.__version__} has "
+                f"{', '.join(available)}; "
                 "install an onnxruntime for the GPU, or choose another profile"
             )
-        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        threads = profile.threads or (len(profile.affinity) if isinstance(profile.affinity, tuple) else default_threads())
+        usable = (
+            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        )
+        threads = profile.threads or (
+            len(profile.affinity) if isinstance(profile.affinity, tuple) else default_threads()
+        )
         if threads > len(usable):
             _log.warning("lfm-edge: %d threads on %d processors only wait for each other", threads, len(usable))
         cores: tuple[int, ...] = ()
@@ -130,10 +150,14 @@ class Execution:
                 listed = ", ".join(map(str, usable))
                 raise SettingError(f"affinity: this process may not use processor {strangers[0]}; it may use {listed}")
             if len(cores) < threads:
-                raise SettingError(f"affinity has {len(cores)} processors for {threads} threads; name as many, or lower threads")
+                raise SettingError(
+                    f"affinity has {len(cores)} processors for {threads} threads; name as many, or lower threads"
+                )
         spinning = profile.spinning
         if type(spinning) is int and not onnxruntime_is("1.26"):
-            _log.warning("lfm-edge: onnxruntime %s cannot limit spinning, 1.26 can; threads spin as it does", ort.__version__)
+            _log.warning(
+                "lfm-edge: onnxruntime %s cannot limit spinning, 1.26 can; threads spin as it does", ort.__version__
+            )
             spinning = True
         return Execution(threads, cores[:threads], spinning, profile.arena, providers=profile.providers)
 
@@ -148,14 +172,19 @@ class Execution:
         options.enable_cpu_mem_arena = self.arena
         if not self.packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if self.affinity[1:]:  # onnxruntime counts processors from 1, and the calling thread is the first of its threads
-            options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(core + 1) for core in self.affinity[1:]))
+        if self.affinity[
+            1:
+        ]:  # onnxruntime counts processors from 1, and the calling thread is the first of its threads
+            options.add_session_config_entry(
+                "session.intra_op_thread_affinities", ";".join(str(core + 1) for core in self.affinity[1:])
+            )
         if self.spinning is not True:
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         if type(self.spinning) is int:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(self.spinning))
-        # Where int8 products overflow (a demo encoder falls from 0.999 to 0.96 cosine) another kernel is asked for: right, 19 % slower, and
-        # with a copy of the weights. Where they do not, the same request makes the encoder 1.6 times as slow for nothing.
+        # Where int8 products overflow (a demo encoder falls from 0.999 to 0.96 cosine) another kernel is asked for:
+        # right, 19 % slower, and with a copy of the weights. Where they do not, the same request makes the encoder 1.6
+        # times as slow for nothing.
         if adds_int8_in_16_bits():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self.on_gpu and onnxruntime_is(PLACEMENT_SINCE):
@@ -168,7 +197,9 @@ class Execution:
             try:
                 os.sched_setaffinity(0, self.affinity[:1])
             except OSError as e:
-                _log.warning("lfm-edge: affinity: this process may not move to processor %d: %s", self.affinity[0], e.strerror)
+                _log.warning(
+                    "lfm-edge: affinity: this process may not move to processor %d: %s", self.affinity[0], e.strerror
+                )
 
 
 class Graphs:
@@ -183,28 +214,38 @@ class Graphs:
         """
         self.execution = Execution.of(profile)
         if profile.is_flag("strict_placement") and not self.execution.on_gpu:
-            raise SettingError(f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out")
+            raise SettingError(
+                f"strict_placement has no effect: profile {profile.name} computes on the CPU; leave it out"
+            )
         name, self.prefill = choose_variants(bundle, profile)
         self.variant, self.paths = bundle.graphs(name)
         if self.execution.on_gpu:
             self.execution = replace(
                 self.execution,
-                cuda_graphs="fp16" in self.variant and onnxruntime_is(CUDA_GRAPHS_SINCE),  # attention in fp32 is left to the CPU
+                cuda_graphs="fp16" in self.variant
+                and onnxruntime_is(CUDA_GRAPHS_SINCE),  # attention in fp32 is left to the CPU
                 engines=_engines(bundle, self.paths[VISION_ENCODER.stem]),
                 most_patches=_most_patches(bundle.images, profile),
             )
         self.prefill_path = bundle.graphs(self.prefill)[1][DECODER.stem] if self.prefill else None
         self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
         if self.prefill_path and (short := _missing_memory([*self.paths.values(), self.prefill_path])):
-            _log.warning("lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available", self.prefill, *short)
+            _log.warning(
+                "lfm-edge: prefill %s is left out: with it the graphs take about %d MiB, %d are available",
+                self.prefill,
+                *short,
+            )
             self.prefill = self.prefill_path = None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
             check_onnxruntime(bundle, path)
         self.low_memory = profile.low_memory
         self.decoder = Decoder(
-            self._load_decoder, self.paths[DECODER.stem], shrink=self.low_memory and self.execution.arena,
-            memory=OrtMemory("cuda") if self.execution.on_gpu else None, longest=bundle.context_length,
-        )  # fmt: skip
+            self._load_decoder,
+            self.paths[DECODER.stem],
+            shrink=self.low_memory and self.execution.arena,
+            memory=OrtMemory("cuda") if self.execution.on_gpu else None,
+            longest=bundle.context_length,
+        )
         self._strict_placement = profile.strict_placement
         self._unprepared: set[str] = set()
         self._said_unprepared = False
@@ -230,8 +271,8 @@ class Graphs:
             self._try_a_step()
 
     def _try_a_step(self) -> None:
-        """On a GPU the first tokens in new buffers are captured, one for each turn, which takes time and can fail; better now. Where it
-        does, steps are run uncaptured.
+        """On a GPU the first tokens in new buffers are captured, one for each turn, which takes time and can fail;
+        better now. Where it does, steps are run uncaptured.
         """
         failure = self._failure_of_a_step()
         if failure and self.execution.cuda_graphs and not is_full(failure):
@@ -244,7 +285,9 @@ class Graphs:
             raise self._explained(failure, self.paths[DECODER.stem])
 
     def _failure_of_a_step(self) -> str | None:
-        """As words: the exception holds on to the session, whose weights would be in memory twice once it is loaded again."""
+        """As words: the exception holds on to the session, whose weights would be in memory twice once it is loaded
+        again.
+        """
         try:
             state = self.decoder.start(1)
             for _ in range(2):
@@ -259,7 +302,9 @@ class Graphs:
         return full(self.paths.values(), failure) if is_full(failure) else unusable(path, CUDA, failure)
 
     def vision(self) -> ort.InferenceSession:
-        """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller lets go of it."""
+        """The vision encoder. With low_memory the decoder leaves memory first, and the encoder does when the caller
+        lets go of it.
+        """
         if self.low_memory:
             self.decoder.release()
         return self._vision or self._load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
@@ -280,7 +325,8 @@ class Graphs:
         prefill = self._load(DECODER, self.prefill_path) if self.prefill_path else None
         if prefill and _form_of_states(prefill) != _form_of_states(decoder):
             raise SettingError(
-                f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two variants with {KV8}, "
+                f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take "
+                f"two variants with {KV8}, "
                 "quantized with the same images, two with fp16, or two with neither"
             )
         embed = self._load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem])
@@ -322,7 +368,13 @@ class Graphs:
         """Once: what was prepared for one graph and does not fit, mostly does not for the others."""
         if not self._said_unprepared:
             prefill = f" --prefill {self.prefill}" if self.prefill else ""
-            _log.warning("lfm-edge: %s; run: lfm-edge prepare %s --variant %s%s", note, self._bundle.folder, self.variant, prefill)
+            _log.warning(
+                "lfm-edge: %s; run: lfm-edge prepare %s --variant %s%s",
+                note,
+                self._bundle.folder,
+                self.variant,
+                prefill,
+            )
         self._said_unprepared = True
 
     def _best(self, graph: Graph, path: Path) -> ort.InferenceSession:
@@ -383,7 +435,9 @@ def load_session(path: Path, graph: Graph, execution: Execution) -> ort.Inferenc
 
 
 def _in_utf8(path: Path) -> str:
-    """A path as onnxruntime takes it, in UTF-8 whatever the locale (in the POSIX one Python has read its bytes as something else)."""
+    """A path as onnxruntime takes it, in UTF-8 whatever the locale (in the POSIX one Python has read its bytes as
+    something else).
+    """
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as e:
@@ -405,14 +459,22 @@ def open_session(
     if save_as:
         options.optimized_model_filepath = _in_utf8(save_as)
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{save_as.name}_data")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{save_as.name}_data"
+        )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     providers = provider_options(
-        execution.providers, graph, cuda_graphs=execution.cuda_graphs, engines=execution.engines, most_patches=execution.most_patches
+        execution.providers,
+        graph,
+        cuda_graphs=execution.cuda_graphs,
+        engines=execution.engines,
+        most_patches=execution.most_patches,
     )
     with failures_are_ours(path):
         # Its own falling back prints, and at a run goes on silently.
         session = ort.InferenceSession(_in_utf8(path), options, providers=providers, enable_fallback=0)
-    if providers[0][0] not in session.get_providers():  # onnxruntime goes on with the next one, and says why on stderr at most
+    if (
+        providers[0][0] not in session.get_providers()
+    ):  # onnxruntime goes on with the next one, and says why on stderr at most
         raise unusable(path, providers[0][0])
     return session

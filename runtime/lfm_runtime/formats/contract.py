@@ -1,4 +1,5 @@
-"""The graphs' contract: file stems, input and output names, state shapes. Export writes from it, the runtime checks by it.
+"""The graphs' contract: file stems, input and output names, state shapes. Export writes from it, the runtime checks by
+it.
 
 H hidden, V vocabulary, B batch, S new tokens, P past tokens, n image views, p patches. The names are the hub's.
 """
@@ -20,38 +21,53 @@ MAX_CONTEXT = 32768
 """LFM2-VL's documented context. config.json's 128,000 positions would cost 32 MB of rotary tables in memory."""
 
 MANY_TOKENS = 16
-"""A decoder of ours gives logits for every position of a step of fewer tokens, of the last position alone from here on."""
+"""A decoder of ours gives logits for every position of a step of fewer tokens, of the last position alone from here on.
+"""
 
 POSITIONS = "positions"
 """What the logits' second axis is called in such a decoder."""
 
 CONV_WINDOW = "conv_window."
-"""Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state after any of
-the step's tokens can be cut. The hub's contract does not know them, so their names must not look like states'; whoever does not ask
-for them pays nothing. Decoders for GPUs lack them: there guesses are not checked.
+"""Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state
+after any of the step's tokens can be cut. The hub's contract does not know them, so their names must not look like
+states'; whoever does not ask for them pays nothing. Decoders for GPUs lack them: there guesses are not checked.
 """
 
 TOP_LOGITS, TOP_IDS, NEXT_MASK = "top_logits", "top_ids", "next_attention_mask"
-"""Outputs of a decoder of ours for GPUs, so that nothing of the vocabulary's size or the context's crosses to the host at each token:
-f32 and i64 [B, 1 or S, TOP_TOKENS], the likeliest tokens in order; i64 [B, P + S], the mask given, right-padded, with one token more.
+"""Outputs of a decoder of ours for GPUs, so that nothing of the vocabulary's size or the context's crosses to the host
+at each token: f32 and i64 [B, 1 or S, TOP_TOKENS], the likeliest tokens in order; i64 [B, P + S], the mask given,
+right-padded, with one token more.
 """
 
 TOP_TOKENS = 64
-"""That a step gives out. Where it cannot be told from them what all the logits would tell, all are read: see sampling.Top."""
+"""That a step gives out. Where it cannot be told from them what all the logits would tell, all are read: see
+sampling.Top.
+"""
 
 KV_SCALES = "kv_scales"
-"""In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same scales."""
+"""In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same
+scales.
+"""
 
 VARIANT_SUFFIX = {
-    "fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "int8-static": "_int8_static", "int8-kv8": "_int8_kv8",
-    "int4-kv8": "_q4_kv8", "int4-fp16": "_q4f16", "fp16-trt": "_fp16_trt",
-}  # fmt: skip
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "int4": "_q4",
+    "int8-static": "_int8_static",
+    "int8-kv8": "_int8_kv8",
+    "int4-kv8": "_q4_kv8",
+    "int4-fp16": "_q4f16",
+    "fp16-trt": "_fp16_trt",
+}
 KV8 = "-kv8"
 """Ends the name of a variant that is another with keys and values in 8 bits, over the same weights' files."""
 BASES = {"int8-kv8": ("int8",), "int4-kv8": ("int4",), "int4-fp16": ("int4", "fp16"), "fp16-trt": ("fp16",)}
 """Variants whose graphs are over the files of others: of these."""
 FOR_GPUS = ("int4-fp16", "fp16-trt")
-"""Nothing is prepared of them for a processor, which computes them all the same: int4-fp16 becomes NaN in what onnxruntime 1.31 saves."""
+"""Nothing is prepared of them for a processor, which computes them all the same: int4-fp16 becomes NaN in what
+onnxruntime 1.31 saves.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,9 @@ VISION_ENCODER = Graph(
     ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # f32 [n, p, 768], i64 [n, p], i64 [n, 2] rows × cols
     ("image_features",),  # f32 [image tokens of all views, H]
 )
-EMBED_TOKENS = Graph("embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",))  # i64 [B, S] → f32 [B, S, H]
+EMBED_TOKENS = Graph(
+    "embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",)
+)  # i64 [B, S] → f32 [B, S, H]
 DECODER = Graph(
     "decoder_model_merged",
     ("decoder_model_merged", "decoder", "decoder_model"),

@@ -18,7 +18,8 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, Ind
 def read_json_object(
     path: Path, error: type[EdgeError], *, required: bool = True, advice: str = "copy or export it again"
 ) -> dict[str, Any]:
-    """A JSON object; {} when the file is missing and not required. `advice`: what to do about a file that is missing or damaged.
+    """A JSON object; {} when the file is missing and not required. `advice`: what to do about a file that is missing or
+    damaged.
 
     Raises:
         error: missing, unreadable, not JSON, or JSON of another kind.
@@ -78,7 +79,9 @@ def check_writable(path: Path) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as f:
         try:
             f.write(text)
             f.flush()
@@ -110,4 +113,6 @@ def damage_is(error: type[EdgeError], path: Path, advice: str) -> Iterator[None]
     except EdgeError:
         raise
     except _DAMAGE as e:
-        raise error(f"{path} has a wrong or missing value ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {advice}") from e
+        raise error(
+            f"{path} has a wrong or missing value ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {advice}"
+        ) from e

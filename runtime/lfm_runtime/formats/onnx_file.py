@@ -1,6 +1,7 @@
 """What an ONNX file says of its nodes and of where its weights lie, read without the onnx package: a device has none.
 
-ONNX is protocol buffers: fields of (number, kind, value), where messages nest. What is not asked for is skipped by its length. Field
+ONNX is protocol buffers: fields of (number, kind, value), where messages nest. What is not asked for is skipped by its
+length. Field
 numbers: onnx.proto of ONNX 1.17.
 """
 
@@ -67,7 +68,8 @@ def _read(path: Path) -> list[tuple[bytes, bytes]]:
 
 
 def host_nodes(path: Path) -> set[str]:
-    """Names of the nodes that compute with shapes and constants alone, which belong on the CPU wherever the graph is run.
+    """Names of the nodes that compute with shapes and constants alone, which belong on the CPU wherever the graph is
+    run.
 
     Raises:
         BundleError: see external_files.

@@ -25,8 +25,8 @@ _TOOL = "lfm-edge"
 
 @contextmanager
 def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays. `check` raises for a
-    folder that must not be replaced; by default everything but a bundle.
+    """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays.
+    `check` raises for a folder that must not be replaced; by default everything but a bundle.
 
     Raises:
         BundleError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
@@ -66,8 +66,8 @@ def carry_over(bundle: Path, folder: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def _locked(bundle: Path) -> Iterator[None]:
-    """Wait for writers of the same folder, then keep others waiting. The lock is the folder's own: no lock file is left behind, and
-    the kernel releases it when a process dies.
+    """Wait for writers of the same folder, then keep others waiting. The lock is the folder's own: no lock file is left
+    behind, and the kernel releases it when a process dies.
     """
     descriptor = os.open(bundle.parent, os.O_RDONLY)
     try:
@@ -117,7 +117,8 @@ def _swap(staging: Path, bundle: Path) -> None:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None and rename(_AT_FDCWD, bytes(staging), _AT_FDCWD, bytes(bundle), _RENAME_EXCHANGE) == 0:
         return
-    # Where the kernel or file system cannot exchange (macOS, some network disks): two renames, a moment without a bundle.
+    # Where the kernel or file system cannot exchange (macOS, some network disks): two renames, a moment without a
+    # bundle.
     old = staging.with_name(staging.name + ".old")
     bundle.rename(old)
     try:

@@ -1,4 +1,6 @@
-"""What stages cost on this machine, as audits found out: kept beside what was prepared for it, so that plans can tell milliseconds."""
+"""What stages cost on this machine, as audits found out: kept beside what was prepared for it, so that plans can tell
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,18 @@ def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, 
     key = cost_key(variant, prefill, threads, fingerprint(bundle, variant), low_memory=low_memory)
     found = _read(folder_of(bundle.folder) / _NAME).get(key)
     try:
-        return None if found is None else Costs(
-            tuple((int(n), float(ms)) for n, ms in found["vision"]), tuple((int(n), float(ms)) for n, ms in found["prefill"]),
-            float(found["inter_token_ms"]), float(found["image_ms"]), float(found["load_ms"]), bool(found["valid"]),
-        )  # fmt: skip
+        return (
+            None
+            if found is None
+            else Costs(
+                tuple((int(n), float(ms)) for n, ms in found["vision"]),
+                tuple((int(n), float(ms)) for n, ms in found["prefill"]),
+                float(found["inter_token_ms"]),
+                float(found["image_ms"]),
+                float(found["load_ms"]),
+                bool(found["valid"]),
+            )
+        )
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -1,7 +1,8 @@
-"""What a run will take, before anything is loaded: views, tokens, memory, disk; and how to take less where that is too much.
+"""What a run will take, before anything is loaded: views, tokens, memory, disk; and how to take less where that is too
+much.
 
-Memory is counted from the files' sizes and the model's shapes, with factors measured once (docs/performance.md); what the process has
-already, libraries and tokenizer, is measured when the plan is made.
+Memory is counted from the files' sizes and the model's shapes, with factors measured once (docs/performance.md); what
+the process has already, libraries and tokenizer, is measured when the plan is made.
 """
 
 from __future__ import annotations
@@ -81,18 +82,26 @@ class Shapes:
         """
         manifest = read_manifest(bundle.folder)
         if manifest is None:
-            raise BundleError(f"{bundle.folder} has no manifest.json, from which plans are made; export it with: lfm-edge export")
+            raise BundleError(
+                f"{bundle.folder} has no manifest.json, from which plans are made; export it with: lfm-edge export"
+            )
         config = read_json_object(bundle.folder / "config.json", BundleError)
         with damage_is(BundleError, bundle.folder / "manifest.json", "export the bundle again"):
             model, vision = manifest["model"], config.get("vision_config") or {}
             attention = sum(kind == "full_attention" for kind in model["layers"])
             kv_bytes = 8 * attention * int(model["kv_heads"]) * int(model["head_dim"])
             sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
-            weights = {bundle.folder / name: sum(sizes[f] for f in graph["data"]) for name, graph in manifest["graphs"].items()}
+            weights = {
+                bundle.folder / name: sum(sizes[f] for f in graph["data"]) for name, graph in manifest["graphs"].items()
+            }
             rotary = 4 * int(model["context_length"]) * int(model["head_dim"])
             hidden = int(model["hidden"])
-            wide = int(model.get("feed_forward", _WIDER * hidden))  # bundles before this was written: as in LFM2-VL-450M
-            return Shapes(hidden, wide, int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights)
+            wide = int(
+                model.get("feed_forward", _WIDER * hidden)
+            )  # bundles before this was written: as in LFM2-VL-450M
+            return Shapes(
+                hidden, wide, int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights
+            )
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,14 @@ class Plan:
         prefill = costs.prefill_ms(self.prompt_tokens)
         first = image + costs.load_ms + vision + prefill
         load = {"load": costs.load_ms} if self.profile.low_memory else {}
-        return {"image": image, **load, "vision": vision, "prefill": prefill, "ttft": first, "per_token": costs.inter_token_ms}
+        return {
+            "image": image,
+            **load,
+            "vision": vision,
+            "prefill": prefill,
+            "ttft": first,
+            "per_token": costs.inter_token_ms,
+        }
 
 
 def process_memory() -> Memory:
@@ -133,7 +149,9 @@ def process_memory() -> Memory:
 class Planner:
     """Foresees runs of one bundle about the same images and question."""
 
-    def __init__(self, bundle: Bundle, images: Sequence[Size], question: str, start: Memory, *, special: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, images: Sequence[Size], question: str, start: Memory, *, special: bool = True
+    ) -> None:
         """`start`: what process_memory gave; `special`: whether the question may hold special tokens.
 
         Raises:
@@ -183,7 +201,9 @@ class Planner:
 
         patches = max((view.rows * view.columns for image in plans for view in image.views), default=0)
         encoding = 4 * patches * _VISION_WORK * shapes.vision_hidden / MIB
-        features = 4 * 4 * plan.image_tokens * shapes.hidden / MIB  # a view's, all views', the embeddings they are put into
+        features = (
+            4 * 4 * plan.image_tokens * shapes.hidden / MIB
+        )  # a view's, all views', the embeddings they are put into
         step = -(-plan.prompt_tokens // -(-plan.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
         reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
         if _kind(paths[-1]) == "int8":
@@ -194,11 +214,20 @@ class Planner:
         cutting = max((_cutting(size, image, tile_size) for size, image in zip(sizes, plans, strict=True)), default=0.0)
         answering = Memory(features + reading + kv + held, 0) + _END
         if profile.low_memory:  # the encoder's memory is given back before the decoder is loaded
-            seeing = vision.kept + Memory(max(vision.loading, encoding + features + held + cutting), 0) if plans else Memory(0, 0)
+            seeing = (
+                vision.kept + Memory(max(vision.loading, encoding + features + held + cutting), 0)
+                if plans
+                else Memory(0, 0)
+            )
             stages = [seeing, decoder + Memory(max(d.loading for d in decoders), 0), decoder + answering]
         else:
-            both = decoder + (vision.kept if plans else Memory(vision.kept.anonymous, 0))  # what is mapped is read when it is used
-            loading, seeing = Memory(max(d.loading for d in decoders), 0), Memory(encoding + features + held + cutting, 0)
+            both = decoder + (
+                vision.kept if plans else Memory(vision.kept.anonymous, 0)
+            )  # what is mapped is read when it is used
+            loading, seeing = (
+                Memory(max(d.loading for d in decoders), 0),
+                Memory(encoding + features + held + cutting, 0),
+            )
             stages = [both + loading, both + seeing, both + Memory(encoding, 0) + answering]
         return own + max(stages, key=lambda stage: stage.peak)
 
@@ -220,13 +249,17 @@ class Planner:
 
 # Factors, measured with onnxruntime 1.31 on x86 (scripts/bench/check_plan.py prints what they are worth).
 _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
-"""What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32 on the CPU."""
+"""What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32
+on the CPU.
+"""
 _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
 _SESSIONS = Memory(6.0, 11.0)
 """onnxruntime's own, and its library's pages."""
 _VISION_WORK, _TEXT_WORK, _INT8_WORK = 17.0, 46.0, 4.4
-"""What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size; int8 has some of the feed-forward's too."""
+"""What a patch, or a token of a prompt, is worked on with: float32 vectors of the hidden size; int8 has some of the
+feed-forward's too.
+"""
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
 _IMAGE_COPIES = 0.6
 """Of the decoded image, beside itself, while it is opened and resized."""
@@ -244,7 +277,10 @@ class _Loaded:
 
 def _kind(path: Path) -> str:
     """Of a graph's weights, by its name."""
-    return next((kind for kind, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem), "fp32")
+    return next(
+        (kind for kind, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem),
+        "fp32",
+    )
 
 
 def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:
@@ -267,9 +303,9 @@ class Fitted:
 
 
 def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = False) -> Fitted:
-    """A plan that this machine has the memory for. Stepping down, in this order, until it fits: prompts read by the variant's own
-    decoder, fewer tiles, no tiles, fewer image tokens, one graph at a time, a smaller variant; then whatever of it was not needed is
-    taken back. What the user set by a flag stays. With `force` the first plan stands.
+    """A plan that this machine has the memory for. Stepping down, in this order, until it fits: prompts read by the
+    variant's own decoder, fewer tiles, no tiles, fewer image tokens, one graph at a time, a smaller variant; then
+    whatever of it was not needed is taken back. What the user set by a flag stays. With `force` the first plan stands.
 
     Raises:
         DoesNotFitError: not even the smallest fits; with the numbers.
@@ -283,7 +319,9 @@ def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = Fal
     def fits(plan: Plan) -> bool:
         peak = plan.memory.peak
         return (
-            (free is None or peak - planner.start.peak <= free) and (whole is None or peak <= whole) and (budget is None or peak <= budget)
+            (free is None or peak - planner.start.peak <= free)
+            and (whole is None or peak <= whole)
+            and (budget is None or peak <= budget)
         )
 
     if free is None:
@@ -310,18 +348,27 @@ def fit(planner: Planner, profile: Profile, device: Device, *, force: bool = Fal
                 if fits(with_steps(rest)):
                     taken = rest
             return Fitted(with_steps(taken), tuple(words for words, _ in taken), free)
-    wanted = f"{smallest.memory.peak:.0f} MiB at its smallest ({smallest.memory.anonymous:.0f} anonymous; {smallest.variant})"
-    there = f"{whole} MiB are there ({device.limit_by or 'the machine'}), {free} free beside this process's {planner.start.peak:.0f}"
+    wanted = (
+        f"{smallest.memory.peak:.0f} MiB at its smallest ({smallest.memory.anonymous:.0f} anonymous; "
+        f"{smallest.variant})"
+    )
+    there = (
+        f"{whole} MiB are there ({device.limit_by or 'the machine'}), {free} free beside this process's "
+        f"{planner.start.peak:.0f}"
+    )
     there += f", and the budget of profile {profile.name} is {budget} MiB" if budget else ""
     raise DoesNotFitError(
-        f"{planner.bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use --force"
+        f"{planner.bundle.folder} would take {wanted}; {there}. Close other programs, take a smaller model, or use "
+        "--force"
     )
 
 
 @functools.cache
 def say_memory_is_unknown() -> None:
     """Once a process."""
-    _log.warning("lfm-edge: how much memory is free cannot be known here (/proc/meminfo); whether a run fits is not checked")
+    _log.warning(
+        "lfm-edge: how much memory is free cannot be known here (/proc/meminfo); whether a run fits is not checked"
+    )
 
 
 def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -341,7 +388,9 @@ def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, A
         if free(*TILE_SETTINGS):
             yield "no tiles", {"do_image_splitting": False}
     if plan.images and settings.max_image_tokens > FEW_IMAGE_TOKENS and free("max_image_tokens", "min_image_tokens"):
-        whole = {"do_image_splitting": False} if free("do_image_splitting", *TILE_SETTINGS) else {}  # else more images would count as large
+        whole = (
+            {"do_image_splitting": False} if free("do_image_splitting", *TILE_SETTINGS) else {}
+        )  # else more images would count as large
         yield f"at most {FEW_IMAGE_TOKENS} tokens an image", {"max_image_tokens": FEW_IMAGE_TOKENS, **whole}
     if not profile.low_memory and free("low_memory", "prefill"):
         yield "one graph in memory at a time", {"low_memory": True}
@@ -349,4 +398,3 @@ def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, A
         smaller = [v for v in ("int8", "int4") if v in bundle.variants and planner.size(v) < planner.size(plan.variant)]
         for variant in smaller:
             yield f"{variant} instead of {plan.variant}", {"variant": (variant,)}
-

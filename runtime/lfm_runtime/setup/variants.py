@@ -38,7 +38,9 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
         return None
     if CUDA in profile.providers:
         if asked:
-            raise SettingError(f"prefill {name} has no effect on a GPU, whose decoder reads prompts as well; leave it out")
+            raise SettingError(
+                f"prefill {name} has no effect on a GPU, whose decoder reads prompts as well; leave it out"
+            )
         return None
     if variant in (name, f"{name}{KV8}"):
         if asked:

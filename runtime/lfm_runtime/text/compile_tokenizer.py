@@ -1,5 +1,5 @@
-"""tokenizer.json → Vocabulary. Used by export, which then checks the result against `tokenizers`, and by the runtime for
-folders that come without a prompt.json. Everything the compiled form cannot express is a PromptError that names it.
+"""tokenizer.json → Vocabulary. Used by export, which then checks the result against `tokenizers`, and by the runtime
+for folders that come without a prompt.json. Everything the compiled form cannot express is a PromptError that names it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
     model = spec.get("model") or {}
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _cannot(f"model type {model.get('type')!r}", "byte-level BPE")
-    for key, neutral in (("dropout", None), ("unk_token", None), ("continuing_subword_prefix", None),
-                         ("end_of_word_suffix", None), ("byte_fallback", False)):  # fmt: skip
+    for key, neutral in (
+        ("dropout", None),
+        ("unk_token", None),
+        ("continuing_subword_prefix", None),
+        ("end_of_word_suffix", None),
+        ("byte_fallback", False),
+    ):
         if model.get(key) not in (neutral, None, "", False):
             raise _cannot(f"model.{key} {model[key]!r}", "none")
     if spec.get("normalizer") is not None:
@@ -54,7 +59,10 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
             if entry.get(flag):
                 raise _cannot(f"added token {entry['content']!r} with {flag}", "none")
         if tokens[entry["id"]] not in (None, entry["content"]):
-            raise _cannot(f"id {entry['id']} for {tokens[entry['id']]!r} and for added token {entry['content']!r}", "one token an id")
+            raise _cannot(
+                f"id {entry['id']} for {tokens[entry['id']]!r} and for added token {entry['content']!r}",
+                "one token an id",
+            )
         tokens[entry["id"]] = entry["content"]
     if missing := [c for c in byte_alphabet() if c not in vocab]:
         raise _cannot(f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "all of them")
@@ -66,7 +74,10 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
         merges=_merges(model["merges"], vocab),
         ignore_merges=bool(model.get("ignore_merges", False)),
         splits=splits,
-        added=[[t["content"] for t in added if not t.get("normalized")], [t["content"] for t in added if t.get("normalized")]],
+        added=[
+            [t["content"] for t in added if not t.get("normalized")],
+            [t["content"] for t in added if t.get("normalized")],
+        ],
         special=sorted(t["id"] for t in added if t.get("special")),
         classes=ranges(told_apart),
     )
@@ -106,7 +117,9 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[list[str], set[str]]:
             if step.get("use_regex", True):
                 patterns.append(GPT2_SPLIT)
         else:
-            raise _cannot(f"pre_tokenizer {kind} {({k: v for k, v in step.items() if k != 'type'})}", "Split, Digits, ByteLevel")
+            raise _cannot(
+                f"pre_tokenizer {kind} { ({k: v for k, v in step.items() if k != 'type'}) }", "Split, Digits, ByteLevel"
+            )
     translated = [translate_pattern(pattern) for pattern in patterns]
     if not any(_type(step) == "ByteLevel" for step in _flat(pre, "pretokenizers")):
         raise _cannot("a pre_tokenizer without ByteLevel", "byte-level BPE")
@@ -136,7 +149,8 @@ _KNOWN = r"\p{L}, \p{N}, \p{M} and kinds of letters, \s, groups and sets without
 def translate_pattern(pattern: str) -> str:
     """An Oniguruma pattern over Unicode classes → the same for `re` over stand-in characters.
 
-    Possessive quantifiers and atomic groups, which `re` has from Python 3.11 on, become a look-ahead and a reference to what it took.
+    Possessive quantifiers and atomic groups, which `re` has from Python 3.11 on, become a look-ahead and a reference to
+    what it took.
     """
     levels: list[tuple[str, list[str]]] = [("", [])]  # of open groups: how it opens, and its atoms so far
     kind: str | None = None
@@ -156,14 +170,26 @@ def translate_pattern(pattern: str) -> str:
             atoms, atomic = levels[-1][1], opening == "(?>"
             atoms.append(f"{'(?:' if atomic or opening == '(' else opening}{''.join(inner)})")
         elif kind == "quantifier" and atoms and atoms[-1] != "|" and before != "quantifier":
-            atomic = text[-1] == "+" and len(text) == 2  # an interval's + is no part of it: Oniguruma repeats the whole once more
-            repeated = f"(?:{atoms[-1]}{text[:-1]})+" if text.endswith("}+") else atoms[-1] + text.removesuffix("+" if atomic else "")
+            atomic = (
+                text[-1] == "+" and len(text) == 2
+            )  # an interval's + is no part of it: Oniguruma repeats the whole once more
+            repeated = (
+                f"(?:{atoms[-1]}{text[:-1]})+"
+                if text.endswith("}+")
+                else atoms[-1] + text.removesuffix("+" if atomic else "")
+            )
             atoms[-1] = repeated
-        elif kind == "end":  # the end of every line, to Oniguruma; behind what took all white space, the end of the text
+        elif (
+            kind == "end"
+        ):  # the end of every line, to Oniguruma; behind what took all white space, the end of the text
             if not pattern[: at - 1].endswith(r"\s++"):
                 raise _cannot("'$' in the pre_tokenizer's pattern", r"it behind \s++ alone")
             atoms.append(r"\Z")
-        elif kind in ("name", "set") and any(level[0] == "(?i:" for level in levels) and re.search(r"\\[pP]\{\^?L[ult]\}", text):
+        elif (
+            kind in ("name", "set")
+            and any(level[0] == "(?i:" for level in levels)
+            and re.search(r"\\[pP]\{\^?L[ult]\}", text)
+        ):
             raise _cannot(f"{text} where case is ignored, in the pre_tokenizer's pattern", _KNOWN)
         elif kind in ("name", "set"):
             atoms.append(_characters(text))

@@ -27,12 +27,15 @@ from lfm_runtime.text.compile_tokenizer import compile_tokenizer, unicode_ranges
 from lfm_runtime.text.tokenizer import Tokenizer, Vocabulary
 
 PROMPT_SCHEMA = 2
-"""Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's own files."""
+"""Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's
+own files.
+"""
 CHATML = (
     "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- "
+    "endif -%}"
 )
 """LFM2's first template, for folders that have none."""
 
@@ -84,7 +87,11 @@ class Message:
     @property
     def texts(self) -> tuple[str, ...]:
         """Its texts, in order."""
-        return (self.content,) if isinstance(self.content, str) else tuple(part for part in self.content if isinstance(part, str))
+        return (
+            (self.content,)
+            if isinstance(self.content, str)
+            else tuple(part for part in self.content if isinstance(part, str))
+        )
 
     def as_dict(self, text: Callable[[str], str] = str) -> dict[str, Any]:
         """The turn as transformers' chat templates take it. `text` is applied to every string in it."""
@@ -92,20 +99,25 @@ class Message:
         if isinstance(content, str):
             content = text(content)
         else:
-            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": text(str(part))} for part in content]
+            content = [
+                {"type": "image"} if part is IMAGE else {"type": "text", "text": text(str(part))} for part in content
+            ]
         turn: dict[str, Any] = {"role": self.role, "content": content}
         if self.thinking is not None:
             turn["thinking"] = text(self.thinking)
         if self.tool_calls:
             turn["tool_calls"] = [
-                {"type": "function", "function": {"name": text(call.name), "arguments": _strings(dict(call.arguments), text)}}
+                {
+                    "type": "function",
+                    "function": {"name": text(call.name), "arguments": _strings(dict(call.arguments), text)},
+                }
                 for call in self.tool_calls
             ]
         return turn
 
 
 def _strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string in it changed. Keys too, but for identifiers: templates look into tools by them."""
+    """A JSON value with every string in it changed. Keys too, but for identifiers: templates use them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -138,9 +150,13 @@ class ChatFormat:
     def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
         """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation."""
         return self.parsed.render(
-            messages=[message.as_dict(text) for message in chat.messages], tools=_strings(list(chat.tools), text) or None,
-            documents=None, add_generation_prompt=generation, now=chat.now, **self.specials,
-        )  # fmt: skip
+            messages=[message.as_dict(text) for message in chat.messages],
+            tools=_strings(list(chat.tools), text) or None,
+            documents=None,
+            add_generation_prompt=generation,
+            now=chat.now,
+            **self.specials,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,14 +193,27 @@ class PromptSpec:
     image_tokens: ImageTokens
 
     def save(self, path: Path) -> None:
-        """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms to read."""
+        """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms
+        to read.
+        """
         vocabulary: dict[str, Any] = {f.name: getattr(self.vocabulary, f.name) for f in fields(Vocabulary)}
-        odd = {i: token for i, token in enumerate(self.vocabulary.tokens) if token is not None and (not token or "\n" in token)}
-        vocabulary["tokens"] = "\n".join("" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens))
+        odd = {
+            i: token
+            for i, token in enumerate(self.vocabulary.tokens)
+            if token is not None and (not token or "\n" in token)
+        }
+        vocabulary["tokens"] = "\n".join(
+            "" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens)
+        )
         vocabulary["odd_tokens"] = odd
         vocabulary["merges"] = base64.b64encode(_little_endian(self.vocabulary.merges).tobytes()).decode()
         chat = {"template": self.chat.template, "specials": dict(self.chat.specials)}
-        value = {"schema": PROMPT_SCHEMA, "vocabulary": vocabulary, "chat": chat, "image_tokens": asdict(self.image_tokens)}
+        value = {
+            "schema": PROMPT_SCHEMA,
+            "vocabulary": vocabulary,
+            "chat": chat,
+            "image_tokens": asdict(self.image_tokens),
+        }
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -197,13 +226,19 @@ class PromptSpec:
         raw = read_json_object(path, BundleError)
         with damage_is(BundleError, path, "export the bundle again"):
             if raw["schema"] > PROMPT_SCHEMA:
-                raise BundleError(f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge")
+                raise BundleError(
+                    f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge"
+                )
             vocabulary = raw["vocabulary"]
             if raw["schema"] == 1:
                 config = read_json_object(path.with_name("tokenizer_config.json"), BundleError, required=False)
                 chat = chat_format(path.parent, config)
                 vocabulary["merges"] = array("I", vocabulary["merges"])
-                vocabulary["classes"] = {"L": vocabulary["letters"], "N": vocabulary["numbers"], "s": vocabulary["spaces"]}
+                vocabulary["classes"] = {
+                    "L": vocabulary["letters"],
+                    "N": vocabulary["numbers"],
+                    "s": vocabulary["spaces"],
+                }
                 vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
             else:
                 chat = ChatFormat(str(raw["chat"]["template"]), dict(raw["chat"]["specials"]))
@@ -213,7 +248,11 @@ class PromptSpec:
                 merges = array("I", base64.b64decode(vocabulary["merges"]))
                 vocabulary.update(tokens=tokens, merges=_little_endian(merges))
             vocabulary["classes"] = {name: [int(code) for code in flat] for name, flat in vocabulary["classes"].items()}
-            return PromptSpec(Vocabulary(**_known(Vocabulary, vocabulary)), chat, ImageTokens(**_known(ImageTokens, raw["image_tokens"])))
+            return PromptSpec(
+                Vocabulary(**_known(Vocabulary, vocabulary)),
+                chat,
+                ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
+            )
 
 
 _STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
@@ -233,7 +272,9 @@ def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """Token ids; `image_token` stands once for every row of image features, in order. `image_ends[i]` is where those of image i end."""
+    """Token ids; `image_token` stands once for every row of image features, in order. `image_ends[i]` is where those of
+    image i end.
+    """
 
     ids: list[int]
     image_tokens: int
@@ -248,14 +289,17 @@ class PromptBuilder:
         self.tokenizer = Tokenizer(spec.vocabulary)
         image = self.tokenizer.id_of.get(spec.image_tokens.image)
         if image is None:
-            raise PromptError(f"the tokenizer has no {spec.image_tokens.image} token; is this a vision-language checkpoint?")
+            raise PromptError(
+                f"the tokenizer has no {spec.image_tokens.image} token; is this a vision-language checkpoint?"
+            )
         self.image_id = image
 
     def _guarded(self, chat: Conversation, plain: str, guard: str) -> str:
         """A prompt in which no special token is of the conversation's texts.
 
-        The guard stands behind every character of every text; or, where the template looks into texts (to drop thoughts), only inside what
-        is a special token or may become one. Both must be the plain prompt with guards and nothing else, or have the same special tokens.
+        The guard stands behind every character of every text; or, where the template looks into texts (to drop
+        thoughts), only inside what is a special token or may become one. Both must be the plain prompt with guards and
+        nothing else, or have the same special tokens.
 
         Raises:
             PromptError: the template changes texts in a way that guards do not pass.
@@ -266,7 +310,9 @@ class PromptBuilder:
         found = self.spec.chat.render(chat, text=lambda text: self.tokenizer.guarded(text, guard))
         if found.replace(guard, "") == plain and self._specials(found, guard) == self._specials(everywhere, guard):
             return found
-        raise PromptError("the chat template changes texts, so that special tokens in them cannot be told from its own; allow them")
+        raise PromptError(
+            "the chat template changes texts, so that special tokens in them cannot be told from its own; allow them"
+        )
 
     def _specials(self, text: str, guard: str) -> list[int]:
         return [i for i in self.tokenizer.encode(text, guard=guard) if i in self.tokenizer.special]
@@ -275,8 +321,8 @@ class PromptBuilder:
         """Ids of a conversation (messages alone are one) whose images, in order, have these plans.
 
         Raises:
-            PromptError: the template fails on it, or changes texts so that special=False cannot hold; the number of placeholders and
-                images differ (a question that spells out the placeholder).
+            PromptError: the template fails on it, or changes texts so that special=False cannot hold; the number of
+                placeholders and images differ (a question that spells out the placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
         text = self.spec.chat.render(chat)
@@ -296,14 +342,19 @@ class PromptBuilder:
         ids = self.tokenizer.encode(text, guard=guard)
         wanted, found = sum(plan.tokens for plan in plans), ids.count(self.image_id)
         if wanted != found:
-            raise PromptError(f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of the text")
+            raise PromptError(
+                f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of "
+                "the text"
+            )
         places = [i for i, token in enumerate(ids) if token == self.image_id]
         counts = accumulate(plan.tokens for plan in plans)
         return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
 
 
 def _unused_character(chat: Conversation, rendered: str) -> str:
-    """A character that stands nowhere in a conversation: a Braille pattern, which neither `repr` escapes nor any filter changes."""
+    """A character that stands nowhere in a conversation: a Braille pattern, which neither `repr` escapes nor any filter
+    changes.
+    """
     used = set(rendered)
 
     def note(text: str) -> str:
@@ -340,21 +391,33 @@ def compile_on_device(folder: Path) -> PromptSpec:
 def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
     """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
     named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
-    specials = {name: text for name, value in named.items() if name.endswith("_token") and (text := token_text(value)) is not None}
+    specials = {
+        name: text
+        for name, value in named.items()
+        if name.endswith("_token") and (text := token_text(value)) is not None
+    }
     extra = tokenizer_config.get("extra_special_tokens")
     if isinstance(extra, dict):
         specials.update({name: text for name, value in extra.items() if (text := token_text(value)) is not None})
     template = chat_template(folder, tokenizer_config)
-    return ChatFormat(template, specials) if template is not None else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
+    return (
+        ChatFormat(template, specials)
+        if template is not None
+        else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
+    )
 
 
 def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
     """The image tokens by the names tokenizer_config.json gives them: in extra_special_tokens, else at its top, else in
-    model_specific_special_tokens. One that is named "" or that the vocabulary lacks is left out, and all but the image token itself where
-    the processor's `use_image_special_tokens` is off.
+    model_specific_special_tokens. One that is named "" or that the vocabulary lacks is left out, and all but the image
+    token itself where the processor's `use_image_special_tokens` is off.
     """
     default = ImageTokens()
-    places = [tokenizer_config.get("extra_special_tokens"), tokenizer_config, tokenizer_config.get("model_specific_special_tokens")]
+    places = [
+        tokenizer_config.get("extra_special_tokens"),
+        tokenizer_config,
+        tokenizer_config.get("model_specific_special_tokens"),
+    ]
 
     def name(key: str, fallback: str | None) -> str | None:
         found = (token_text(place.get(key)) for place in places if isinstance(place, dict))
@@ -369,9 +432,12 @@ def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]
             return ImageTokens(image, None, None, None, None)
     tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
     return ImageTokens(
-        image, pick("image_start_token", default.start), pick("image_end_token", default.end),
-        pick("image_thumbnail_token", default.thumbnail), tile,
-    )  # fmt: skip
+        image,
+        pick("image_start_token", default.start),
+        pick("image_end_token", default.end),
+        pick("image_thumbnail_token", default.thumbnail),
+        tile,
+    )
 
 
 def token_text(value: Any) -> str | None:
@@ -381,12 +447,16 @@ def token_text(value: Any) -> str | None:
 
 
 def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default" wins)."""
+    """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default"
+    wins).
+    """
     if (folder / "chat_template.jinja").exists():
         try:
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise PromptError(f"{folder / 'chat_template.jinja'} cannot be read ({e}); copy it from the checkpoint again") from e
+            raise PromptError(
+                f"{folder / 'chat_template.jinja'} cannot be read ({e}); copy it from the checkpoint again"
+            ) from e
     found = read_json_object(folder / "chat_template.json", PromptError, required=False).get("chat_template")
     found = found or tokenizer_config.get("chat_template")
     if isinstance(found, list):

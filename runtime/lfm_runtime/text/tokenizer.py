@@ -20,8 +20,8 @@ import numpy as np
 _CACHE_WORDS = 1 << 15
 _BITS = 24  # of an id, where two are one number
 
-# Stand-ins: a pattern sees one character of a class instead of its thousands. Private-use characters have no case, so that a part of a
-# pattern that ignores case leaves them alone.
+# Stand-ins: a pattern sees one character of a class instead of its thousands. Private-use characters have no case, so
+# that a part of a pattern that ignores case leaves them alone.
 _OTHER = "\ue000"
 _STAND_IN = {name: chr(0xE001 + i) for i, name in enumerate(("L", "N", "s", "Lu", "Ll", "Lt", "Lm", "Lo", "M"))}
 _KEPT = "ſ\u212a"  # letters that match an ASCII letter when case is ignored: they stay themselves
@@ -45,7 +45,9 @@ def byte_alphabet() -> list[str]:
 
 
 class CharacterClasses(dict[int, str]):
-    """str.translate table: non-ASCII characters → their class's stand-in, found in sorted code point ranges when first met."""
+    """str.translate table: non-ASCII characters → their class's stand-in, found in sorted code point ranges when first
+    met.
+    """
 
     def __init__(self, ranges: Mapping[str, Sequence[int]]) -> None:
         """`ranges`: for each class, start, end (inclusive), start, end …; no character is in two."""
@@ -73,7 +75,9 @@ class Vocabulary:
     splits: list[str]  # patterns, applied in order; each match is a piece
     added: list[list[str]]  # added tokens' contents; all of the first list are cut out before any of the second
     special: list[int]  # ids left out of decoded text
-    classes: dict[str, list[int]]  # Unicode class → flat inclusive ranges beyond ASCII, of those that the patterns tell apart
+    classes: dict[
+        str, list[int]
+    ]  # Unicode class → flat inclusive ranges beyond ASCII, of those that the patterns tell apart
 
 
 class Tokenizer:
@@ -104,7 +108,8 @@ class Tokenizer:
         Args:
             text: any string.
             special: False takes special tokens as text, as `tokenizers` does with encode_special_tokens.
-            guard: a character that keeps special tokens from being recognised where it stands in them (see `guarded`), and is left out.
+            guard: a character that keeps special tokens from being recognised where it stands in them (see `guarded`),
+                and is left out.
         """
         if guard:  # it holds for special tokens alone: other added tokens are words, and found in the text without it
             found = [
@@ -122,12 +127,14 @@ class Tokenizer:
         return ids
 
     def guarded(self, text: str, guard: str) -> str:
-        """`text` with the character `guard` inside whatever is, or could with text behind it become, a special token."""
+        """`text` with the character `guard` in whatever is, or with text behind it could become, a special token."""
         return self._special_starts.sub(lambda found: found[0] + guard, text)
 
     @cached_property
     def _special_starts(self) -> re.Pattern[str]:
-        """Finds the first character of every special token, overlapping ones too, and of beginnings of them at the end of a text."""
+        """Finds the first character of every special token, overlapping ones too, and of beginnings of them at the end
+        of a text.
+        """
         contents = [c for i in self.vocabulary.special if (c := self.vocabulary.tokens[i])]
         beginnings = {content[:n] for content in contents for n in range(1, len(content))}
         pattern = rf"(?=(?:{_alternatives(contents)})|(?:{_alternatives(beginnings)})\Z)." if contents else "(?!)"
@@ -135,7 +142,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self.special)).decode("utf-8", "replace")
+        return b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self.special)).decode(
+            "utf-8", "replace"
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for; empty for an id the vocabulary does not use."""
@@ -213,7 +222,9 @@ def _any_of(contents: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _cut_added(text: str, stages: Sequence[re.Pattern[str] | None]) -> Iterator[tuple[str, bool]]:
-    """Pieces of `text` in order, with whether each is an added token; those of the first stage are cut out before the second's."""
+    """Pieces of `text` in order, with whether each is an added token; those of the first stage are cut out before the
+    second's.
+    """
     if not stages:
         if text:
             yield text, False
@@ -227,7 +238,9 @@ def _cut_added(text: str, stages: Sequence[re.Pattern[str] | None]) -> Iterator[
 
 
 def _isolate(pattern: re.Pattern[str], text: str, classes: str) -> Iterator[tuple[str, str]]:
-    """Cut at every match, empty ones too; matches and what lies between them are pieces. `classes` is `text` with stand-ins, as long."""
+    """Cut at every match, empty ones too; matches and what lies between them are pieces. `classes` is `text` with
+    stand-ins, as long.
+    """
     at = 0
     for match in pattern.finditer(classes):
         start, end = match.span()

@@ -31,7 +31,10 @@ def test_misspelt_options(capsys) -> None:
     assert line.endswith("did you mean --max-image-tokens? lfm-edge run --help tells more")
 
 
-@pytest.mark.parametrize(("name", "said"), [("cam.tar", "unpack it first: lfm-edge unpack"), ("photo.png", "is a file; a bundle is a folder")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("cam.tar", "unpack it first: lfm-edge unpack"), ("photo.png", "is a file; a bundle is a folder")],
+)
 def test_files_that_are_no_bundle(tmp_path, capsys, name, said) -> None:
     (tmp_path / name).touch()
     assert main(["run", str(tmp_path / name), "-p", "?"]) == 2

@@ -1,4 +1,6 @@
-"""What stands around the command: closed and narrow streams, pipes for images, names that look like options, kinds of image files."""
+"""What stands around the command: closed and narrow streams, pipes for images, names that look like options, kinds of
+image files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def run(*words: object, shell: str = "", **environment: str) -> subprocess.Compl
     """`lfm-edge run …`, with what the shell does to its streams."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     if shell:
-        return subprocess.run(["bash", "-c", f'"$0" "$@" {shell}', *COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
+        return subprocess.run(
+            ["bash", "-c", f'"$0" "$@" {shell}', *COMMAND, *map(str, words)], capture_output=True, env=env, check=False
+        )
     return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
 
 
@@ -45,7 +49,11 @@ def test_closed_descriptors(demo_bundle, photo, closed) -> None:
     assert found.stderr.count(b"prefill") == (0 if "2>&-" in closed else whole.stderr.count(b"prefill"))
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=str,
+)
 def test_output_that_cannot_encode_the_answer(demo_bundle, environment, tmp_path) -> None:
     """Replaced in text, escaped in JSON. The words come through the report's name: a demo answer is ASCII."""
     named = tmp_path / "Küche"
@@ -119,18 +127,25 @@ def test_special_tokens_of_a_question_are_text(demo_bundle, photo) -> None:
     assert b"places for 1 images" in refused.stderr
     taken = run("run", demo_bundle, photo, "-p", forged, "--no-special", "--max-new-tokens", 2, "--json")
     assert taken.returncode == 0, taken.stderr
-    assert json.loads(taken.stdout)["prompt_tokens"] > json.loads(run("run", demo_bundle, photo, "-p", "x", "--json").stdout)["prompt_tokens"] + 20
+    assert (
+        json.loads(taken.stdout)["prompt_tokens"]
+        > json.loads(run("run", demo_bundle, photo, "-p", "x", "--json").stdout)["prompt_tokens"] + 20
+    )
 
 
 def test_dashes_do_not_feed_an_option(demo_bundle, photo) -> None:
     for option in ("-p", "--stop"):
-        done = run("run", demo_bundle, "-p", "x", option, "--", photo) if option != "-p" else run("run", demo_bundle, option, "--", photo)
+        done = (
+            run("run", demo_bundle, "-p", "x", option, "--", photo)
+            if option != "-p"
+            else run("run", demo_bundle, option, "--", photo)
+        )
         assert done.returncode == 2
         assert b"expected one argument" in done.stderr
     assert b"the limit is nan" in run(*asked(demo_bundle, photo, "--max-megapixels", "nan")).stderr
 
 
-# -------------------------------------------------------------------------------------------------------- kinds of files
+# ------------------------------------------------------------------------------------------------------- kinds of files
 
 
 @pytest.mark.parametrize("name", ["a.eps", "a.png", "a.jpg"])
@@ -147,12 +162,15 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, name) -> None:
     assert not (tmp_path / "called").exists()
 
 
-@pytest.mark.parametrize(("head", "says"), [
-    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images need a package: pip install pillow-heif"),
-    (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC images need a package"),
-    (b"\xff\x0a\0\0", "JPEG XL images need a package: pip install pillow-jxl-plugin"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n....", "JPEG XL images need a package"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images need a package: pip install pillow-heif"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC images need a package"),
+        (b"\xff\x0a\0\0", "JPEG XL images need a package: pip install pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n....", "JPEG XL images need a package"),
+    ],
+)
 def test_kinds_that_need_a_package_are_named(tmp_path, monkeypatch, head, says) -> None:
     for module in ("pillow_heif", "pillow_jxl"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
@@ -199,30 +217,71 @@ def png(depth: int, colour: int, size: tuple[int, int], row: bytes, transparent:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"tRNS", transparent)
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
 
 
 WHITE = [255, 255, 255]
 TRANSPARENT = {
-    "16-bit grey": (png(16, 0, (3, 1), struct.pack(">3H", 0, 0x1234, 0x8000), struct.pack(">H", 0x1234)), [[0] * 3, WHITE, [128] * 3]),
+    "16-bit grey": (
+        png(16, 0, (3, 1), struct.pack(">3H", 0, 0x1234, 0x8000), struct.pack(">H", 0x1234)),
+        [[0] * 3, WHITE, [128] * 3],
+    ),
     "8-bit grey": (png(8, 0, (3, 1), bytes([0, 100, 200]), struct.pack(">H", 100)), [[0] * 3, WHITE, [200] * 3]),
     "4-bit grey": (png(4, 0, (2, 1), b"\x3a", struct.pack(">H", 3)), [WHITE, [170] * 3]),
     "2-bit grey": (png(2, 0, (4, 1), b"\x1b", struct.pack(">H", 1)), [[0] * 3, WHITE, [170] * 3, WHITE]),
     "1-bit grey, black": (png(1, 0, (8, 1), b"\xaa", struct.pack(">H", 0)), [WHITE] * 8),
     "1-bit grey, white": (png(1, 0, (8, 1), b"\xaa", struct.pack(">H", 1)), [WHITE, [0] * 3] * 4),
-    "8-bit colour": (png(8, 2, (2, 1), bytes([10, 20, 30, 40, 50, 60]), struct.pack(">3H", 10, 20, 30)), [WHITE, [40, 50, 60]]),
-    "16-bit colour": (png(16, 2, (2, 1), struct.pack(">6H", 0x1011, 0x2022, 0x3033, 0x4044, 0x5055, 0x6066),
-                          struct.pack(">3H", 0x1011, 0x2022, 0x3033)), [WHITE, [0x40, 0x50, 0x60]]),
-}  # fmt: skip
+    "8-bit colour": (
+        png(8, 2, (2, 1), bytes([10, 20, 30, 40, 50, 60]), struct.pack(">3H", 10, 20, 30)),
+        [WHITE, [40, 50, 60]],
+    ),
+    "16-bit colour": (
+        png(
+            16,
+            2,
+            (2, 1),
+            struct.pack(">6H", 0x1011, 0x2022, 0x3033, 0x4044, 0x5055, 0x6066),
+            struct.pack(">3H", 0x1011, 0x2022, 0x3033),
+        ),
+        [WHITE, [0x40, 0x50, 0x60]],
+    ),
+}
 
 
-@pytest.mark.parametrize(("bits", "photometric", "value", "wanted"), [(12, 1, 4095, 255), (12, 1, 0, 0), (16, 1, 65535, 255), (16, 0, 0, 255), (16, 0, 65535, 0)])
+@pytest.mark.parametrize(
+    ("bits", "photometric", "value", "wanted"),
+    [(12, 1, 4095, 255), (12, 1, 0, 0), (16, 1, 65535, 255), (16, 0, 0, 255), (16, 0, 65535, 0)],
+)
 def test_grey_tiffs_of_more_than_8_bits(bits, photometric, value, wanted) -> None:
     """A TIFF of 2 × 1 pixels by hand: 12 bits are packed, and white may be 0."""
-    data = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) if bits == 12 else struct.pack("<HH", value, value)
-    entries = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1), (279, len(data))]
+    data = (
+        bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255])
+        if bits == 12
+        else struct.pack("<HH", value, value)
+    )
+    entries = [
+        (256, 2),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, len(data)),
+    ]
     data += b"\0" * (len(data) % 2)
-    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 3, 1, v) for tag, v in entries) + b"\0\0\0\0"
+    directory = (
+        struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<HHII", tag, 3, 1, v) for tag, v in entries)
+        + b"\0\0\0\0"
+    )
     image = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
     assert np.asarray(open_image(image)).tolist() == [[[wanted] * 3] * 2]
 
@@ -234,20 +293,43 @@ def test_what_is_transparent_is_white(case) -> None:
 
 
 def test_no_proc_beside_processes(demo_bundle, photo) -> None:
-    """/proc mounted with processes alone (systemd's ProcSubset=pid): memory is not known, which is said once, and all goes on."""
+    """/proc mounted with processes alone (systemd's ProcSubset=pid): memory is not known, which is said once, and all
+    goes on.
+    """
     mount = 'mount -t proc -o subset=pid proc /proc && exec "$0" "$@"'
-    if subprocess.run(["unshare", "-m", "sh", "-c", "mount -t proc -o subset=pid proc /proc"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", "mount -t proc -o subset=pid proc /proc"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounts cannot be made here")
-    alone = subprocess.run(["unshare", "-m", "sh", "-c", mount, sys.executable, "-c", "import onnxruntime"], capture_output=True, check=False)
+    alone = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, sys.executable, "-c", "import onnxruntime"],
+        capture_output=True,
+        check=False,
+    )
     if alone.returncode:
         pytest.skip("this onnxruntime itself ends without /proc/cpuinfo (1.23.2 does)")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for words in (asked(demo_bundle, photo), ("doctor", demo_bundle), ("profile", "detect"), ("profile", "plan", demo_bundle, photo), ("verify", demo_bundle)):
-        done = subprocess.run(["unshare", "-m", "sh", "-c", mount, *COMMAND, *map(str, words)], capture_output=True, env=env, check=False)
+    for words in (
+        asked(demo_bundle, photo),
+        ("doctor", demo_bundle),
+        ("profile", "detect"),
+        ("profile", "plan", demo_bundle, photo),
+        ("verify", demo_bundle),
+    ):
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", mount, *COMMAND, *map(str, words)], capture_output=True, env=env, check=False
+        )
         said = done.stderr.decode()
         assert done.returncode in (0, 1), said  # doctor counts it among the problems
         assert "Traceback" not in said
-        assert said.count("how much memory is free cannot be known") == (words[0] in ("run", "doctor") or words[1] == "plan")
-    done = subprocess.run(["unshare", "-m", "sh", "-c", mount, *COMMAND, "audit", str(demo_bundle)], capture_output=True, env=env, check=False)
+        assert said.count("how much memory is free cannot be known") == (
+            words[0] in ("run", "doctor") or words[1] == "plan"
+        )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, *COMMAND, "audit", str(demo_bundle)],
+        capture_output=True,
+        env=env,
+        check=False,
+    )
     assert done.returncode == 2
     assert b"load cannot be seen" in done.stderr

@@ -34,7 +34,9 @@ def states(model, capacity):
 @pytest.mark.parametrize("boundary", [1, 2, 3, 7, 20, 39])
 @pytest.mark.parametrize("form", [0, 1])
 def test_rewinding_equals_recomputing(demo_model, boundary, form) -> None:
-    """At every boundary, also within the convolutions' kernel of the start: logits after a rewind against a fresh state's."""
+    """At every boundary, also within the convolutions' kernel of the start: logits after a rewind against a fresh
+    state's.
+    """
     ids, other = tokens(40), tokens(9, 1)
     embed = demo_model.decoder.embed
     state, fresh = states(demo_model, 64)[form], states(demo_model, 64)[form]
@@ -68,7 +70,10 @@ def test_keys_tell_images_apart(demo_model) -> None:
     one, two = (demo_model.open(p) for p in PICTURES[:2])
     prompt = demo_model.prompts.render([Message.user("x", 2)], [one.plan, two.plan])
     image = demo_model.prompts.image_id
-    keys = [prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends) for a, b in ((one, two), (one, one), (two, one))]
+    keys = [
+        prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends)
+        for a, b in ((one, two), (one, one), (two, one))
+    ]
     assert len({k.tobytes() for k in keys}) == 3
     assert [int((k < 0).sum()) for k in keys] == [prompt.image_tokens] * 3
     assert {int(k) for k in keys[0] if k < 0} == {one.key, two.key}
@@ -141,7 +146,10 @@ def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
             session.ask("How many shapes?").text()
     assert len(session.messages) == 2
     again = session.ask("How many shapes?")
-    assert again.text() == demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
+    assert (
+        again.text()
+        == demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
+    )
     assert wanted
 
 
@@ -156,7 +164,9 @@ def test_second_question_about_the_same_image(demo_bundle, demo_model) -> None:
     answer = model.answer(PICTURES[:1], QUESTION)
     assert answer.text() == demo_model.answer(PICTURES[:1], QUESTION).text()
     assert answer.report.timing_ms["vision"] is None
-    assert answer.report.cached_tokens == answer.report.image_tokens + 5  # bos, <|im_start|>, user, newline, <|image_start|>
+    assert (
+        answer.report.cached_tokens == answer.report.image_tokens + 5
+    )  # bos, <|im_start|>, user, newline, <|image_start|>
     other = model.answer(PICTURES[1:2], QUESTION)
     assert other.text() == demo_model.answer(PICTURES[1:2], QUESTION).text()
     assert other.report.cached_tokens == 0
@@ -167,10 +177,24 @@ def test_second_question_about_the_same_image(demo_bundle, demo_model) -> None:
 
 
 def test_cache_on_disk_serves_another_process(demo_bundle, demo_model, tmp_path) -> None:
-    words = ["run", str(demo_bundle), str(PICTURES[0]), "-p", QUESTION, "--json", "--cache", str(tmp_path / "cache"), "--threads", "2"]
+    words = [
+        "run",
+        str(demo_bundle),
+        str(PICTURES[0]),
+        "-p",
+        QUESTION,
+        "--json",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--threads",
+        "2",
+    ]
     code = f"import sys; from lfm_runtime.commands.cli import main; sys.exit(main({words!r}))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    reports = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    reports = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     import json
 
     first, second = (json.loads(done.stdout) for done in reports)
@@ -186,7 +210,9 @@ def test_damaged_entry_is_computed_again(demo_bundle, demo_model, tmp_path, dama
         content = bytearray(path.read_bytes())
         if damage == "flip":
             content[len(content) // 2] ^= 0xFF
-        path.write_bytes(damage if isinstance(damage, bytes) else content[: len(content) // 2] if damage == "cut" else content)
+        path.write_bytes(
+            damage if isinstance(damage, bytes) else content[: len(content) // 2] if damage == "cut" else content
+        )
     answer = cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION)
     assert answer.text() == demo_model.answer(PICTURES[:1], QUESTION).text()
     assert answer.report.cached_tokens == 0
@@ -250,7 +276,9 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     session = Session(model)
     assert session.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
     messages = list(session.messages)
-    second = session.ask("How many shapes?", PICTURES[1:2]).text()  # loads the encoder again: the state outlives its decoder
+    second = session.ask(
+        "How many shapes?", PICTURES[1:2]
+    ).text()  # loads the encoder again: the state outlives its decoder
     assert second == demo_model.converse([*messages, Message.user("How many shapes?", 1)], PICTURES[:2]).text()
     gone = weakref.ref(model.graphs.vision())
     assert gone() is None
@@ -283,7 +311,9 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
     assert split.answer(PICTURES[:1], QUESTION).text()
     assert split.graphs.identity() != plain.graphs.identity()
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.engine.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20}))
+        patch.setattr(
+            "lfm_runtime.engine.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20})
+        )
         short = Model.load(bundle, variant="int4", prefill="int8", threads=2)
     assert short.graphs.prefill_path is None
     assert "prefill int8 is left out" in caplog.text
@@ -294,11 +324,14 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--prefill", "int8"], "has no variant 'int8'"), (["--prefill", "fp32"], "no effect"),
-        (["--prefill", "fp32", "--low-memory"], "low_memory"), (["--threads", "-1"], "impossible"), (["--threads", "99999"], "impossible"),
+        (["--prefill", "int8"], "has no variant 'int8'"),
+        (["--prefill", "fp32"], "no effect"),
+        (["--prefill", "fp32", "--low-memory"], "low_memory"),
+        (["--threads", "-1"], "impossible"),
+        (["--threads", "99999"], "impossible"),
         (["--cache", str(ROOT / "README.md")], "cannot be a cache folder"),
     ],
-)  # fmt: skip
+)
 def test_bad_wishes(demo_bundle, flags, says, capsys) -> None:
     assert main(["run", str(demo_bundle), "-p", "x", *flags]) == 2
     err = capsys.readouterr().err

@@ -42,7 +42,9 @@ def ids(count: int, seed: int = 0) -> list[int]:
 
 
 def test_the_loop_of_a_device(pair) -> None:
-    """Prompts in parts, tokens one by one, back to a mark, on from a copy in a larger state: as in this process's memory."""
+    """Prompts in parts, tokens one by one, back to a mark, on from a copy in a larger state: as in this process's
+    memory.
+    """
     plain, other = pair
     a, b = plain.start(512), other.start(512)
     assert isinstance(a, SharedState)
@@ -85,7 +87,14 @@ def test_only_the_token_goes_in(pair, monkeypatch) -> None:
     crossed = []
     for name in ("write", "read", "place"):
         was = getattr(OrtMemory, name)
-        monkeypatch.setattr(OrtMemory, name, lambda self, *a, was=was, name=name: (crossed.append((name, np.size(a[-1]) if name != "read" else a[0].shape())), was(self, *a))[1])
+        monkeypatch.setattr(
+            OrtMemory,
+            name,
+            lambda self, *a, was=was, name=name: (
+                crossed.append((name, np.size(a[-1]) if name != "read" else a[0].shape())),
+                was(self, *a),
+            )[1],
+        )
     state.step_token(6)
     assert crossed == [("write", 1), ("read", [1, 1, TOP_TOKENS]), ("read", [1, 1, TOP_TOKENS])]
 
@@ -109,7 +118,9 @@ def test_buffers_serve_again(pair) -> None:
 
 
 def test_without_fixed_addresses(pair) -> None:
-    """Where an operator is left to the CPU, inputs are bound anew at each step: the same again, and no step is captured."""
+    """Where an operator is left to the CPU, inputs are bound anew at each step: the same again, and no step is
+    captured.
+    """
     plain, fixed = pair
     other = device_decoder(plain, fixed=False)
     a, b = other.start(512), fixed.start(512)
@@ -118,7 +129,9 @@ def test_without_fixed_addresses(pair) -> None:
         state.step(plain.embed(ids(20)))
     for token in ids(6, 5):
         np.testing.assert_array_equal(a.step_token(token).whole(), b.step_token(token).whole())
-    graph_ids = [options.get_run_config_entry("gpu_graph_id") for _, options in (fixed._loop._look_up, *b._buffers._steps)]
+    graph_ids = [
+        options.get_run_config_entry("gpu_graph_id") for _, options in (fixed._loop._look_up, *b._buffers._steps)
+    ]
     assert len(set(graph_ids)) == 3
     assert not set(graph_ids) & {"-1", "0"}
     assert fixed.uncaptured.get_run_config_entry("gpu_graph_id") == "-1"
@@ -137,14 +150,24 @@ def test_a_decoder_without_the_outputs(demo_model) -> None:
 
 
 @pytest.mark.parametrize("variant", ["fp16", "int4-fp16"])
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.5, "min_p": 0.02, "seed": 7}, {"temperature": 2.0, "top_p": 0.7, "min_p": 0, "seed": 1}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"temperature": 1.5, "min_p": 0.02, "seed": 7},
+        {"temperature": 2.0, "top_p": 0.7, "min_p": 0, "seed": 1},
+    ],
+)
 def test_answers_of_a_device(gpu_bundle, photo, variant, how) -> None:
     """The same words, greedy and drawn, with an image, in a conversation, and from a cache."""
     load = {"variant": variant, "threads": 2, "max_image_tokens": 64, "do_image_splitting": False, "cache_mib": 64}
     said = []
     for model in (Model.load(gpu_bundle, **load), on_device(Model.load(gpu_bundle, **load))):
         session = Session(model)
-        texts = [session.ask(q, i, max_new_tokens=12, **how).text() for q, i in ((QUESTION, [photo]), ("What colour is it?", []))]
+        texts = [
+            session.ask(q, i, max_new_tokens=12, **how).text()
+            for q, i in ((QUESTION, [photo]), ("What colour is it?", []))
+        ]
         again = model.answer([photo], QUESTION, max_new_tokens=12, **how)
         said.append([*texts, again.text()])
         assert again.report.cached_tokens > 50
@@ -180,7 +203,10 @@ def test_a_decoder_with_other_edges_copies_its_past(gpu_bundle, tmp_path) -> Non
     graph = model.graph
     for name, values in (("inputs_embeds", graph.input), ("logits", graph.output)):
         next(v for v in values if v.name == name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    cast_in, cast_out = (next(n for n in graph.node if n.op_type == "Cast" and e in (*n.input, *n.output)) for e in ("inputs_embeds", "logits"))
+    cast_in, cast_out = (
+        next(n for n in graph.node if n.op_type == "Cast" and e in (*n.input, *n.output))
+        for e in ("inputs_embeds", "logits")
+    )
     cast_out.attribute[0].i = cast_in.attribute[0].i = onnx.TensorProto.FLOAT16
     top = next(n for n in graph.node if n.op_type == "TopK")
     graph.node.remove(top)
@@ -195,5 +221,3 @@ def test_a_decoder_with_other_edges_copies_its_past(gpu_bundle, tmp_path) -> Non
     embeds = plain.embed(ids(20))
     np.testing.assert_allclose(state.step(embeds), wanted.step(embeds), atol=0.05)
     np.testing.assert_allclose(state.step_token(5), wanted.step_token(5), atol=0.05)
-
-

@@ -8,10 +8,14 @@ from lfm_runtime.decode.sampling import GenerationSettings, Sampler, distributio
 from lfm_runtime.errors import BundleError, SettingError
 
 CASES = [
-    {"temperature": 0.1, "min_p": 0.15}, {"temperature": 1.0, "min_p": 0.0}, {"temperature": 0.7, "min_p": 0.0, "top_k": 5},
-    {"temperature": 1.3, "min_p": 0.0, "top_p": 0.8}, {"temperature": 1.0, "min_p": 0.02, "top_k": 50, "top_p": 0.95},
-    {"temperature": 2.0, "min_p": 0.3, "top_k": 3, "top_p": 0.5}, {"temperature": 0.5, "min_p": 1.0},
-]  # fmt: skip
+    {"temperature": 0.1, "min_p": 0.15},
+    {"temperature": 1.0, "min_p": 0.0},
+    {"temperature": 0.7, "min_p": 0.0, "top_k": 5},
+    {"temperature": 1.3, "min_p": 0.0, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.02, "top_k": 50, "top_p": 0.95},
+    {"temperature": 2.0, "min_p": 0.3, "top_k": 3, "top_p": 0.5},
+    {"temperature": 0.5, "min_p": 1.0},
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,17 +67,29 @@ def test_seed_and_greedy() -> None:
     hot = GenerationSettings(temperature=1, min_p=0, seed=7)
     a, b = (Sampler(hot, 50, []) for _ in range(2))
     assert [a.next(logits.copy()) for _ in range(20)] == [b.next(logits.copy()) for _ in range(20)]
-    assert Sampler(GenerationSettings(temperature=0, repetition_penalty=1), 50, []).next(logits.copy()) == logits.argmax()
+    assert (
+        Sampler(GenerationSettings(temperature=0, repetition_penalty=1), 50, []).next(logits.copy()) == logits.argmax()
+    )
     top = int(logits.argmax())
     assert Sampler(GenerationSettings(temperature=0, repetition_penalty=100), 50, [top]).next(logits.copy()) != top
 
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"min_p": 2}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}, {"max_new_tokens": 0}, {"stop": ("",)},
-     {"nonsense": 1}, {"temperature": 0, "top_k": 3}, {"temperature": 0, "seed": 3}],
+    [
+        {"temperature": -1},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+        {"nonsense": 1},
+        {"temperature": 0, "top_k": 3},
+        {"temperature": 0, "seed": 3},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_settings(bad) -> None:
     with pytest.raises(SettingError):
         GenerationSettings().with_changes(bad)

@@ -48,7 +48,9 @@ def test_fewer_guesses_after_wrong_ones() -> None:
 
 @pytest.mark.parametrize("tokens", [2, 3, 9, MANY_TOKENS - 1])
 def test_keeping_equals_never_having_guessed(demo_model, tokens) -> None:
-    """After every number of right guesses: logits of the step, and of what comes after, against feeding the right ones alone."""
+    """After every number of right guesses: logits of the step, and of what comes after, against feeding the right ones
+    alone.
+    """
     decoder = demo_model.decoder
     ids = [int(i) for i in np.random.default_rng(0).integers(120, 400, 30 + tokens)]
     for right in range(1, tokens + 1):
@@ -62,7 +64,9 @@ def test_keeping_equals_never_having_guessed(demo_model, tokens) -> None:
         np.testing.assert_allclose(logits[:right], wanted, atol=1e-4)
         assert state.length == plain.length == 21 + right
         for token in (5, 130, 200):
-            np.testing.assert_allclose(state.step(decoder.embed([token])), plain.step(decoder.embed([token])), atol=1e-4)
+            np.testing.assert_allclose(
+                state.step(decoder.embed([token])), plain.step(decoder.embed([token])), atol=1e-4
+            )
 
 
 def asked_twice(model: Model, picture: Path, **settings) -> Answer:
@@ -130,7 +134,9 @@ def test_conversation_goes_on_after_guesses(demo_model) -> None:
         cut.text()
         right += cut.report.right_guesses
         third = session.ask("How many shapes?", **settings).text()
-        again = demo_model.converse([*session.messages[:4], Message("user", "How many shapes?")], PICTURES[:1], temperature=0)
+        again = demo_model.converse(
+            [*session.messages[:4], Message("user", "How many shapes?")], PICTURES[:1], temperature=0
+        )
         assert third == again.text()
     assert right > 0
 

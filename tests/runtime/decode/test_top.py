@@ -12,18 +12,23 @@ from lfm_runtime.formats.contract import TOP_TOKENS
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_the_top_says_what_the_row_says(data) -> None:
-    """Any row, any settings: the token drawn from the top, or from the row it fetches, is the one drawn from the row. Few values, so that
-    ties are common.
+    """Any row, any settings: the token drawn from the top, or from the row it fetches, is the one drawn from the row.
+    Few values, so that ties are common.
     """
     vocabulary = data.draw(st.integers(70, 200))
     steps = data.draw(st.sampled_from([0.25, 3.0]))
-    row = np.array(data.draw(st.lists(st.integers(-8, 8), min_size=vocabulary, max_size=vocabulary)), np.float32) * np.float32(steps)
+    row = np.array(
+        data.draw(st.lists(st.integers(-8, 8), min_size=vocabulary, max_size=vocabulary)), np.float32
+    ) * np.float32(steps)
     seen = data.draw(st.lists(st.integers(0, vocabulary - 1), max_size=100))
     choice = GenerationSettings(
-        temperature=data.draw(st.sampled_from([0.0, 0.1, 0.7, 1.5])), min_p=data.draw(st.sampled_from([0.0, 0.15, 0.6])),
-        top_k=data.draw(st.sampled_from([0, 1, 5, 64, 90])), top_p=data.draw(st.sampled_from([1.0, 0.8])),
-        repetition_penalty=data.draw(st.sampled_from([1.0, 1.05, 1.5, 0.8])), seed=3,
-    )  # fmt: skip
+        temperature=data.draw(st.sampled_from([0.0, 0.1, 0.7, 1.5])),
+        min_p=data.draw(st.sampled_from([0.0, 0.15, 0.6])),
+        top_k=data.draw(st.sampled_from([0, 1, 5, 64, 90])),
+        top_p=data.draw(st.sampled_from([1.0, 0.8])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.05, 1.5, 0.8])),
+        seed=3,
+    )
     order = np.argsort(-row, kind="stable")[:TOP_TOKENS]
     a, b = Sampler(choice, vocabulary, seen), Sampler(choice, vocabulary, seen)
     for _ in range(3):
@@ -31,7 +36,9 @@ def test_the_top_says_what_the_row_says(data) -> None:
 
 
 def test_the_top_mostly_suffices() -> None:
-    """With the model card's settings a row is hardly ever fetched; it is when more tokens are likely than the top holds."""
+    """With the model card's settings a row is hardly ever fetched; it is when more tokens are likely than the top
+    holds.
+    """
     rng = np.random.default_rng(0)
     fetched = 0
 
@@ -49,5 +56,3 @@ def test_the_top_mostly_suffices() -> None:
     flat = np.zeros(65536, np.float32)
     sampler.next(Top(flat[:TOP_TOKENS], np.arange(TOP_TOKENS), lambda: whole(flat)))
     assert fetched == 1
-
-

@@ -1,4 +1,6 @@
-"""The way to a GPU, without one: what graphs hold and sessions are given, what is left to the CPU, and what is said when it cannot be."""
+"""The way to a GPU, without one: what graphs hold and sessions are given, what is left to the CPU, and what is said
+when it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,68 @@ GPU_VARIANTS = ("fp16", "int4-fp16", "fp16-trt")
 
 # ------------------------------------------------------------------------------------------------- graphs and placement
 
-# Types of the first float input for which CUDA has kernels: docs/OperatorKernels.md of onnxruntime 1.31. Operators on whole numbers are
-# listed with int64 or int32.
+# Types of the first float input for which CUDA has kernels: docs/OperatorKernels.md of onnxruntime 1.31. Operators on
+# whole numbers are listed with int64 or int32.
 HALF, FULL, WHOLE = "float16", "float32", "int64"
 ANY = {HALF, FULL, WHOLE, "int32", "bool"}
 CUDA_KERNELS = {
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Concat", "Gather", "Slice", "Split", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Cast", "Max", "Min", "Mod", "Neg", "Less", "Equal", "ReduceSum", "ReduceMin", "Where", "Shape"), ANY),
-    **{op: {HALF, FULL} for op in ("MatMul", "Gemm", "Gelu", "LayerNormalization", "SimplifiedLayerNormalization", "Sigmoid", "Softmax", "Relu",
-                                   "TopK", "SkipSimplifiedLayerNormalization", "MultiHeadAttention", "MatMulNBits", "Cos", "Sin",
-                                   "GatherBlockQuantized", "CausalConvWithState", "FastGelu", "SkipLayerNormalization")},
-    "Abs": ANY, "GroupQueryAttention": {HALF}, "Range": {FULL, WHOLE}, "Compress": ANY, "If": {"bool"},
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Concat",
+            "Gather",
+            "Slice",
+            "Split",
+            "Transpose",
+            "Reshape",
+            "Unsqueeze",
+            "Squeeze",
+            "Cast",
+            "Max",
+            "Min",
+            "Mod",
+            "Neg",
+            "Less",
+            "Equal",
+            "ReduceSum",
+            "ReduceMin",
+            "Where",
+            "Shape",
+        ),
+        ANY,
+    ),
+    **{
+        op: {HALF, FULL}
+        for op in (
+            "MatMul",
+            "Gemm",
+            "Gelu",
+            "LayerNormalization",
+            "SimplifiedLayerNormalization",
+            "Sigmoid",
+            "Softmax",
+            "Relu",
+            "TopK",
+            "SkipSimplifiedLayerNormalization",
+            "MultiHeadAttention",
+            "MatMulNBits",
+            "Cos",
+            "Sin",
+            "GatherBlockQuantized",
+            "CausalConvWithState",
+            "FastGelu",
+            "SkipLayerNormalization",
+        )
+    },
+    "Abs": ANY,
+    "GroupQueryAttention": {HALF},
+    "Range": {FULL, WHOLE},
+    "Compress": ANY,
+    "If": {"bool"},
+}
 
 
 def kinds_of(path: Path) -> dict[str, str]:
@@ -68,13 +121,20 @@ def test_cuda_has_a_kernel_for_every_operator(bundle, variant) -> None:
     for stem, path in Bundle.open(bundle).graphs(variant)[1].items():
         kinds = kinds_of(path)
         graph = onnx.load(str(path), load_external_data=False).graph
-        inner = [n for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for n in a.g.node]
+        inner = [
+            n for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for n in a.g.node
+        ]
         assert not [(n.name, n.op_type) for n in [*graph.node, *inner] if n.op_type not in CUDA_KERNELS], stem
         for node in graph.node:
             values = [kinds[name] for name in node.input if name in kinds]
             floats = [kind for kind in values if kind in (HALF, FULL)]
             kind = (floats or values)[0]
-            assert kind in CUDA_KERNELS[node.op_type] or node.name in host_nodes(path), (stem, node.name, node.op_type, kind)
+            assert kind in CUDA_KERNELS[node.op_type] or node.name in host_nodes(path), (
+                stem,
+                node.name,
+                node.op_type,
+                kind,
+            )
 
 
 def test_fp32_attention_and_int8_products_have_none(bundle) -> None:
@@ -83,7 +143,9 @@ def test_fp32_attention_and_int8_products_have_none(bundle) -> None:
 
     path = Bundle.open(bundle).graphs("fp32")[1][DECODER.stem]
     kinds = kinds_of(path)
-    attention = next(n for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type == "GroupQueryAttention")
+    attention = next(
+        n for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type == "GroupQueryAttention"
+    )
     assert kinds[attention.input[0]] not in CUDA_KERNELS["GroupQueryAttention"]
     assert "DynamicQuantizeMatMul" not in CUDA_KERNELS
 
@@ -124,17 +186,30 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
     if not hasattr(session, "get_provider_graph_assignment_info"):
         pytest.skip("this onnxruntime cannot tell")
     left = left_to_cpu(session, path)
-    assert {"head (Gemm)", "gpu.likeliest (TopK)", "text.layers.1.self_attn (GroupQueryAttention)", "ReduceSum (ReduceSum)"} <= set(left)
+    assert {
+        "head (Gemm)",
+        "gpu.likeliest (TopK)",
+        "text.layers.1.self_attn (GroupQueryAttention)",
+        "ReduceSum (ReduceSum)",
+    } <= set(left)
     assert not {"Shape (Shape)", "Squeeze (Squeeze)", "Less (Less)", "Where (Where)", "Neg (Neg)"} & set(left)
     assert not [name for name in left if "(Shape)" in name]
-    with pytest.raises(SettingError, match=r"left to the CPU, at the cost of copies at every token: .* and \d+ more; take a variant for GPUs"):
+    with pytest.raises(
+        SettingError,
+        match=r"left to the CPU, at the cost of copies at every token: .* and \d+ more; take a variant for GPUs",
+    ):
         check_placement(left, path, strict=True)
     assert "left to the CPU" in check_placement(left[:2], path, strict=False)
     assert check_placement([], path, strict=True) is None
     assert left_to_cpu(SimpleNamespace(), path) is None
-    nodes = [SimpleNamespace(name=name, op_type=name.split("_")[0]) for name in ("Gather_token_12", "MatMul_token_3", "head")]
+    nodes = [
+        SimpleNamespace(name=name, op_type=name.split("_")[0]) for name in ("Gather_token_12", "MatMul_token_3", "head")
+    ]
     part = SimpleNamespace(ep_name=CPU, get_nodes=lambda: nodes)
-    assert left_to_cpu(SimpleNamespace(get_provider_graph_assignment_info=lambda: [part]), path) == ["MatMul_token_3 (MatMul)", "head (head)"]
+    assert left_to_cpu(SimpleNamespace(get_provider_graph_assignment_info=lambda: [part]), path) == [
+        "MatMul_token_3 (MatMul)",
+        "head (head)",
+    ]
     assert check_placement(None, path, strict=False) is None
     with pytest.raises(SettingError, match=r"strict_placement needs onnxruntime 1\.24"):
         check_placement(None, path, strict=True)
@@ -142,16 +217,24 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
 
 def test_what_sessions_are_given(tmp_path, caplog) -> None:
     providers = (TENSORRT, CUDA, CPU)
-    vision, embed, decoder = (dict(provider_options(providers, g, engines=tmp_path / "e", most_patches=1024)) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
+    vision, embed, decoder = (
+        dict(provider_options(providers, g, engines=tmp_path / "e", most_patches=1024))
+        for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)
+    )
     assert list(vision) == [TENSORRT, CUDA, CPU]
     assert list(embed) == list(decoder) == [CUDA, CPU]
     assert "enable_cuda_graph" not in vision[CUDA]  # its branches and its gathering of tokens cannot be captured
     assert embed[CUDA]["enable_cuda_graph"] == decoder[CUDA]["enable_cuda_graph"] == "1"
     assert "enable_cuda_graph" not in dict(provider_options(providers, DECODER, cuda_graphs=False))[CUDA]
     assert vision[TENSORRT]["trt_engine_cache_path"] == str(tmp_path / "e")
-    assert vision[TENSORRT]["trt_engine_cache_enable"] == vision[TENSORRT]["trt_timing_cache_enable"] == "True"  # "1" is refused
+    assert (
+        vision[TENSORRT]["trt_engine_cache_enable"] == vision[TENSORRT]["trt_timing_cache_enable"] == "True"
+    )  # "1" is refused
     assert (tmp_path / "e").is_dir()
-    assert vision[TENSORRT]["trt_profile_max_shapes"] == "pixel_values:8x1024x768,pixel_attention_mask:8x1024,spatial_shapes:8x2"
+    assert (
+        vision[TENSORRT]["trt_profile_max_shapes"]
+        == "pixel_values:8x1024x768,pixel_attention_mask:8x1024,spatial_shapes:8x2"
+    )
     assert dict(provider_options((CPU,), DECODER)) == {CPU: {}}
     (tmp_path / "file").touch()
     unkept = dict(provider_options(providers, VISION_ENCODER, engines=tmp_path / "file" / "e", most_patches=4))
@@ -179,7 +262,7 @@ def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
     np.testing.assert_allclose(model.encode([image]), alone, atol=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ what can go wrong
+# ---------------------------------------------------------------------------------------------------- what can go wrong
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +274,11 @@ def bundle(gpu_bundle) -> Path:
 def machine(monkeypatch, tmp_path):
     """A function: pretend a machine with this GPU, wheel (what it was built for) and GPU memory (MiB free and in all)."""
 
-    def make(name: str | None = "L4", built: tuple[str, ...] | None = ("sm_89",), memory: tuple[int, int] | None = (20_000, 24_000)) -> None:
+    def make(
+        name: str | None = "L4",
+        built: tuple[str, ...] | None = ("sm_89",),
+        memory: tuple[int, int] | None = (20_000, 24_000),
+    ) -> None:
         here = replace(detect(), gpu=name, cuda=bool(name))
         monkeypatch.setattr(profile, "detect", lambda *_: here)
         (tmp_path / "library").write_bytes(b"")
@@ -211,8 +298,14 @@ def machine(monkeypatch, tmp_path):
         ({"name": None}, "there is no NVIDIA GPU"),
         ({"built": None}, "is for the CPU alone"),
         ({"built": ("sm_120",)}, "has kernels for sm_120, this chip is sm_89"),
-        ({"memory": (300, 4096)}, "the GPU has 300 of 4096 MiB free, 11 MiB of weights and about 600 to work in are needed"),
-        ({}, "was to run with CUDA, which could not be started"),  # it was tried, and onnxruntime quietly took the CPU instead
+        (
+            {"memory": (300, 4096)},
+            "the GPU has 300 of 4096 MiB free, 11 MiB of weights and about 600 to work in are needed",
+        ),
+        (
+            {},
+            "was to run with CUDA, which could not be started",
+        ),  # it was tried, and onnxruntime quietly took the CPU instead
     ],
 )
 def test_a_gpu_that_cannot_be_used(there, said, bundle, capsys, caplog, machine) -> None:
@@ -222,7 +315,9 @@ def test_a_gpu_that_cannot_be_used(there, said, bundle, capsys, caplog, machine)
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
-    assert main(["run", str(bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    assert (
+        main(["run", str(bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    )
     assert said in caplog.text
     assert caplog.text.count("computing on the CPU") == 1
     assert Model.load(bundle, profile="auto", threads=1).threads == 1  # the user's settings hold on the CPU as well
@@ -230,7 +325,9 @@ def test_a_gpu_that_cannot_be_used(there, said, bundle, capsys, caplog, machine)
 
 def test_a_bundle_without_a_variant_for_gpus(demo_bundle, machine, caplog) -> None:
     machine()
-    with pytest.raises(GpuError, match=r"no variant that a GPU computes as a whole, only .*; make one: lfm-edge quantize"):
+    with pytest.raises(
+        GpuError, match=r"no variant that a GPU computes as a whole, only .*; make one: lfm-edge quantize"
+    ):
         Model.load(demo_bundle, profile="x86-cuda")
     assert Model.load(demo_bundle, profile="auto").profile.providers == (CPU,)
     assert "no variant that a GPU" in caplog.text
@@ -309,7 +406,9 @@ def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
     def open_session(path, execution, *, graph, save_as=None):
         asked.append(execution.cuda_graphs)
         if execution.cuda_graphs:
-            raise sessions.BundleError("x does not work: This session cannot use the graph capture feature") from RuntimeError("why")
+            raise sessions.BundleError(
+                "x does not work: This session cannot use the graph capture feature"
+            ) from RuntimeError("why")
         return ort.InferenceSession(str(path))
 
     monkeypatch.setattr(sessions, "open_session", open_session)
@@ -350,8 +449,15 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
     assert loaded == [True, False]
     assert "steps are run without CUDA graphs: Error in execution: CUDA failure 900" in caplog.text
     assert len(graphs.decoder.start(512).step_token(5).ids) == TOP_TOKENS
-    monkeypatch.setattr(Broken, "step_token", lambda *_: (_ for _ in ()).throw(RuntimeError("Error in execution: CUDNN_STATUS_NOT_SUPPORTED")))
-    with pytest.raises(GpuError, match=r"was to run with CUDA, which could not be started \(Error in execution: CUDNN_STATUS_NOT_SUPPORTED\)"):
+    monkeypatch.setattr(
+        Broken,
+        "step_token",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("Error in execution: CUDNN_STATUS_NOT_SUPPORTED")),
+    )
+    with pytest.raises(
+        GpuError,
+        match=r"was to run with CUDA, which could not be started \(Error in execution: CUDNN_STATUS_NOT_SUPPORTED\)",
+    ):
         sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).load()
 
 
@@ -365,7 +471,10 @@ def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
 
 def test_memory_of_the_gpu(monkeypatch) -> None:
     """nvidia-smi's rows; what it cannot say is nothing."""
-    said = {"--query-gpu=memory.free,memory.total": "7000, 8192\n", "--query-compute-apps=pid,used_memory": "11, 300\n12, 40\n11, 5\n13, [N/A]\n"}
+    said = {
+        "--query-gpu=memory.free,memory.total": "7000, 8192\n",
+        "--query-compute-apps=pid,used_memory": "11, 300\n12, 40\n11, 5\n13, [N/A]\n",
+    }
     monkeypatch.setattr(gpu.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=said[words[1]]))
     assert gpu.gpu_memory() == (7000, 8192)
     assert (gpu.gpu_memory_used(11), gpu.gpu_memory_used(13), gpu.gpu_memory_used(99)) == (305, None, None)
@@ -387,18 +496,23 @@ def test_profiles_for_gpus_say_what_they_do() -> None:
         assert read(name).match == read("balanced").match  # never taken by itself
 
 
-# ------------------------------------------------------------------------------------------- the same everywhere it is asked
+# -------------------------------------------------------------------------------------- the same everywhere it is asked
 
 
 def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, caplog, monkeypatch, photo) -> None:
-    """A bundle that this GPU cannot compute: run plans its memory for the CPU, audit, selftest and plan take the CPU's profile as well."""
+    """A bundle that this GPU cannot compute: run plans its memory for the CPU, audit, selftest and plan take the CPU's
+    profile as well.
+    """
     from lfm_audit.selftest import Installed
     from lfm_runtime.setup import memory as plan
 
     machine()
     planned = []
     was = plan.fit
-    monkeypatch.setattr("lfm_runtime.setup.memory.fit", lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1])
+    monkeypatch.setattr(
+        "lfm_runtime.setup.memory.fit",
+        lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1],
+    )
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "2"]) == 0
     assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
     assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0

@@ -25,7 +25,8 @@ PICTURE = ROOT / "demo" / "eval" / "images" / "0000.png"
 QUESTION = "What is in this image?"
 
 pytestmark = pytest.mark.skipif(
-    tuple(int(n) for n in ort.__version__.split(".")[:2]) < (1, 23), reason="this onnxruntime cannot keep packed weights"
+    tuple(int(n) for n in ort.__version__.split(".")[:2]) < (1, 23),
+    reason="this onnxruntime cannot keep packed weights",
 )
 
 
@@ -65,21 +66,32 @@ def test_same_answer_from_other_files(prepared, demo_model, caplog, monkeypatch)
 
 
 def test_nothing_else_in_the_bundle_changes(prepared, demo_bundle) -> None:
-    assert {p.relative_to(prepared) for p in prepared.rglob("*")} == {p.relative_to(demo_bundle) for p in demo_bundle.rglob("*")}
+    assert {p.relative_to(prepared) for p in prepared.rglob("*")} == {
+        p.relative_to(demo_bundle) for p in demo_bundle.rglob("*")
+    }
     assert not list(prepared.parent.glob(".*"))
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        ("cut", "is cut off"), ("graph", "is damaged"), ("note", "cannot be read"), ("no note", "cannot be read"),
-        ("other version", "of another processor or onnxruntime"), ("older", "is of an older"), ("wrong note", "cannot be read"),
+        ("cut", "is cut off"),
+        ("graph", "is damaged"),
+        ("note", "cannot be read"),
+        ("no note", "cannot be read"),
+        ("other version", "of another processor or onnxruntime"),
+        ("older", "is of an older"),
+        ("wrong note", "cannot be read"),
         ("protobuf", "is not used"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_not_used(prepared, demo_model, caplog, damage, says) -> None:
     place = decoder_place(prepared)
-    data, graph, note = place / "decoder_model_merged.onnx_data", place / "decoder_model_merged.onnx", place / "prepared.json"
+    data, graph, note = (
+        place / "decoder_model_merged.onnx_data",
+        place / "decoder_model_merged.onnx",
+        place / "prepared.json",
+    )
     if damage == "cut":
         os.truncate(data, data.stat().st_size // 2)
     elif damage == "graph":
@@ -88,7 +100,14 @@ def test_what_does_not_fit_is_not_used(prepared, demo_model, caplog, damage, say
         note.write_text("{")
     elif damage == "wrong note":
         note.write_text('{"source": [], "files": 3}')
-        note.write_text(json.dumps({**json.loads(note.read_text()), "source": Bundle.open(prepared).fingerprint(prepared / "onnx" / graph.name)}))
+        note.write_text(
+            json.dumps(
+                {
+                    **json.loads(note.read_text()),
+                    "source": Bundle.open(prepared).fingerprint(prepared / "onnx" / graph.name),
+                }
+            )
+        )
     elif damage == "no note":
         note.unlink()
     elif damage == "older":
@@ -139,7 +158,10 @@ def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(['prepare', sys.argv[1]]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = lambda: subprocess.Popen([sys.executable, "-c", code, str(bundle)], env=environment, stderr=subprocess.DEVNULL)  # noqa: E731
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", code, str(bundle)], env=environment, stderr=subprocess.DEVNULL)
+
     processes = [start() for _ in range(3)]
     place = folder_of(bundle)
     while not any(place.glob(".*.partial-*")) and processes[0].poll() is None:
@@ -155,7 +177,10 @@ def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
 def test_refusals(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     with monkeypatch.context() as patch:
-        patch.setattr("lfm_runtime.engine.prepare.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+        patch.setattr(
+            "lfm_runtime.engine.prepare.shutil.disk_usage",
+            lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20),
+        )
         assert main(["prepare", str(bundle)]) == 2
         assert "1 MiB free" in capsys.readouterr().err
     with monkeypatch.context() as patch:

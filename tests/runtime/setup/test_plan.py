@@ -32,13 +32,22 @@ def bundle(demo_bundle) -> Bundle:
 def as_450m(bundle, monkeypatch) -> Bundle:
     """The demo bundle with the weights and shapes of a 450M, in fp32, int8 and int4."""
     graphs = {stem: bundle.variants["fp32"][stem] for stem in bundle.variants["fp32"]}
-    sizes = {"fp32": (367, 256, 1352), "int8": (94, 64, 343), "int4": (94, 33, 177)}  # MiB: encoder, table, decoder with the table
+    sizes = {
+        "fp32": (367, 256, 1352),
+        "int8": (94, 64, 343),
+        "int4": (94, 33, 177),
+    }  # MiB: encoder, table, decoder with the table
     weights, variants = {}, {}
     for variant, numbers in sizes.items():
         suffix = {"fp32": "", "int8": "_int8", "int4": "_q4"}[variant]
-        files = {stem: path if not suffix else path.with_name(f"{path.stem}{suffix}.onnx") for stem, path in graphs.items()}
+        files = {
+            stem: path if not suffix else path.with_name(f"{path.stem}{suffix}.onnx") for stem, path in graphs.items()
+        }
         variants[variant] = {stem: ExistingPath(path) for stem, path in files.items()}
-        weights |= {files[stem]: n << 20 for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)}
+        weights |= {
+            files[stem]: n << 20
+            for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)
+        }
     monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20, weights)))
     monkeypatch.setattr(planning, "adds_int8_in_16_bits", lambda: False)
     return replace(bundle, variants=variants)
@@ -60,17 +69,25 @@ def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> Non
     answer = demo_model.answer([photo], QUESTION, max_new_tokens=1)
     answer.text()
     report = answer.report
-    assert (plan.views, plan.image_tokens, plan.prompt_tokens) == (report.tiles, report.image_tokens, report.prompt_tokens)
+    assert (plan.views, plan.image_tokens, plan.prompt_tokens) == (
+        report.tiles,
+        report.image_tokens,
+        report.prompt_tokens,
+    )
     assert plan.new_tokens == demo_model.generation.max_new_tokens
-    assert Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"context": 470})).new_tokens == 470 - report.prompt_tokens
+    assert (
+        Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"context": 470})).new_tokens
+        == 470 - report.prompt_tokens
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped memory is told on Linux alone")
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
-    """Two fresh processes: one plans, one runs. Most of a demo model's memory is libraries', of which each version has its own pages, so
-    the range is wider than at full size, where scripts/bench/check_plan.py holds predictions to 0.95 to 1.10.
+    """Two fresh processes: one plans, one runs. Most of a demo model's memory is libraries', of which each version has
+    its own pages, so the range is wider than at full size, where scripts/bench/check_plan.py holds predictions to 0.95
+    to 1.10.
     """
     from PIL import Image
 
@@ -83,9 +100,12 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
     def run(*command: str) -> dict:
         code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())"
         done = subprocess.run(
-            [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code, *command],
+            capture_output=True,
+            text=True,
+            check=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
         return json.loads(done.stdout)
 
     plan = run("profile", "plan", str(demo_bundle), *images, "-p", QUESTION, "--json", *words)
@@ -95,8 +115,12 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
 
 
 def test_orders_of_magnitude_of_a_450m(as_450m) -> None:
-    """By hand: an unprepared int4 450M with one view is its packed weights, 46 vectors a token, 17 a patch, and the libraries."""
-    profile = with_flags(read("generic"), {"variant": ("int4",), "prepared": False, "do_image_splitting": False, "max_image_tokens": 64})
+    """By hand: an unprepared int4 450M with one view is its packed weights, 46 vectors a token, 17 a patch, and the
+    libraries.
+    """
+    profile = with_flags(
+        read("generic"), {"variant": ("int4",), "prepared": False, "do_image_splitting": False, "max_image_tokens": 64}
+    )
     plan = Planner(as_450m, [(256, 256)], QUESTION, START).plan(profile)
     (view,) = plan.images[0].views
     work = 4 * (17 * 768 * view.rows * view.columns + 46 * 1024 * plan.prompt_tokens) / 2**20
@@ -128,7 +152,11 @@ def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
     assert last.prefill is None
     # The user's own settings stay, and what is left open gives way.
     mine = with_flags(read("generic"), {"max_image_tokens": 32, "variant": ("int8",)})
-    kept = fit(Planner(as_450m, [LARGE], QUESTION, START), mine, device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE]))).plan
+    kept = fit(
+        Planner(as_450m, [LARGE], QUESTION, START),
+        mine,
+        device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE])),
+    ).plan
     assert kept.variant == "int8"
     assert kept.profile.max_image_tokens == 32
 
@@ -140,7 +168,9 @@ def test_a_smaller_variant_is_the_last_step(as_450m) -> None:
     assert fitted.steps[-1] == "int4 instead of fp32"
 
 
-@pytest.mark.parametrize(("tree", "fits"), [("pi-zero2w", False), ("pi3b", True), ("pi4-1gb", True), ("pi4-8gb", True), ("pi5-2gb", True)])
+@pytest.mark.parametrize(
+    ("tree", "fits"), [("pi-zero2w", False), ("pi3b", True), ("pi4-1gb", True), ("pi4-8gb", True), ("pi5-2gb", True)]
+)
 def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "profiles"))
     from lfm_profiles import choose
@@ -149,7 +179,10 @@ def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
     board = detect(write(tmp_path, DEVICES[tree][0]), system="Linux", machine="aarch64")
     profile = choose(board).profile
     if not fits:
-        with pytest.raises(DoesNotFitError, match=r"would take \d+ MiB at its smallest .* 416 MiB are there .* budget of profile pi-zero2w is 320 MiB"):
+        with pytest.raises(
+            DoesNotFitError,
+            match=r"would take \d+ MiB at its smallest .* 416 MiB are there .* budget of profile pi-zero2w is 320 MiB",
+        ):
             fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board)
         assert fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board, force=True).steps == ()
         return
@@ -173,7 +206,12 @@ def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> No
 
 def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> None:
     bundle = Bundle.open(demo_bundle)
-    need = Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"low_memory": True})).memory.peak - START.peak
+    need = (
+        Planner(bundle, [(600, 400)], QUESTION, START)
+        .plan(with_flags(read("generic"), {"low_memory": True}))
+        .memory.peak
+        - START.peak
+    )
     monkeypatch.setattr("lfm_profiles.detect", lambda: device(int(need) + 1, 100_000))
     assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]) == 0
     assert "MiB are free: " in capsys.readouterr().err

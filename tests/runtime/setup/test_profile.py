@@ -36,20 +36,34 @@ def sessions(monkeypatch) -> list[dict]:
             except RuntimeError:  # nobody set it
                 return None
 
-        created.append({
-            "graph": Path(path).name, "threads": options.intra_op_num_threads, "arena": options.enable_cpu_mem_arena, "providers": providers,
-            "spinning": entry(".allow_spinning"), "spin_us": entry(".spin_duration_us"), "affinity": entry("_thread_affinities"),
-        })  # fmt: skip
+        created.append(
+            {
+                "graph": Path(path).name,
+                "threads": options.intra_op_num_threads,
+                "arena": options.enable_cpu_mem_arena,
+                "providers": providers,
+                "spinning": entry(".allow_spinning"),
+                "spin_us": entry(".spin_duration_us"),
+                "affinity": entry("_thread_affinities"),
+            }
+        )
         return real(path, options, providers=providers, enable_fallback=enable_fallback)
 
     monkeypatch.setattr("lfm_runtime.engine.sessions.ort.InferenceSession", spy)
     return created
 
 
-@pytest.mark.parametrize(("features", "wanted"), [
-    (("avx2", "x86_64"), "1"), (("AMD64", "avx2"), "1"), (("x86_64", ""), "1"), (("avx2", "avx512_vnni", "x86_64"), None),
-    (("avx2", "avx_vnni", "x86_64"), None), (("aarch64", "asimd"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("features", "wanted"),
+    [
+        (("avx2", "x86_64"), "1"),
+        (("AMD64", "avx2"), "1"),
+        (("x86_64", ""), "1"),
+        (("avx2", "avx512_vnni", "x86_64"), None),
+        (("avx2", "avx_vnni", "x86_64"), None),
+        (("aarch64", "asimd"), None),
+    ],
+)
 def test_exact_int8_products_only_where_they_would_overflow(monkeypatch, features, wanted) -> None:
     """The request for them slows other processors down."""
 
@@ -64,7 +78,10 @@ def test_exact_int8_products_only_where_they_would_overflow(monkeypatch, feature
 def test_one_graph_at_a_time_without_an_arena(demo_bundle, photo) -> None:
     """low_memory gives the arena's memory back after prompts, and there may be none."""
     words = {"variant": "fp32", "threads": 1, "low_memory": True}
-    said = [Model.load(demo_bundle, profile="generic", arena=arena, **words).answer([photo], QUESTION, temperature=0).text() for arena in (True, False)]
+    said = [
+        Model.load(demo_bundle, profile="generic", arena=arena, **words).answer([photo], QUESTION, temperature=0).text()
+        for arena in (True, False)
+    ]
     assert said[0] == said[1] != ""
 
 
@@ -76,14 +93,20 @@ def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) ->
     answer.text()
     assert model.profile.name == name
     assert len(sessions) == 3
-    assert sessions[0]["graph"].startswith("vision_encoder") or not profile.low_memory  # one graph at a time, the encoder first
+    assert (
+        sessions[0]["graph"].startswith("vision_encoder") or not profile.low_memory
+    )  # one graph at a time, the encoder first
     for session in sessions:
-        assert session["threads"] == (1 if session["graph"].startswith("embed") else profile.threads or default_threads())
+        assert session["threads"] == (
+            1 if session["graph"].startswith("embed") else profile.threads or default_threads()
+        )
         assert session["arena"] is profile.arena
         assert [name for name, _ in session["providers"]] == list(profile.providers)
         assert (session["spinning"], session["affinity"]) == (None, None)  # no shipped profile changes them
     base = model.bundle.images
-    assert model.images.max_image_tokens == min(profile.max_image_tokens or base.max_image_tokens, base.max_image_tokens)
+    assert model.images.max_image_tokens == min(
+        profile.max_image_tokens or base.max_image_tokens, base.max_image_tokens
+    )
     assert model.images.do_image_splitting == (profile.do_image_splitting is not False)
     plan = plan_image(900, 600, model.images)
     assert answer.report.tiles == len(plan.views)
@@ -100,7 +123,10 @@ def test_profile_for_hardware_that_is_not_there(name, demo_bundle, capsys) -> No
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has it")
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", name]) == 2
-    assert f"profile {name} needs a GPU: there is no NVIDIA GPU with a driver; choose another profile" in capsys.readouterr().err
+    assert (
+        f"profile {name} needs a GPU: there is no NVIDIA GPU with a driver; choose another profile"
+        in capsys.readouterr().err
+    )
 
 
 EVERYTHING = """
@@ -189,7 +215,9 @@ def test_what_is_said_about_threads(demo_bundle, capsys, caplog) -> None:
         assert says in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(physical_cores()) < 2, reason="needs two cores and Linux")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(physical_cores()) < 2, reason="needs two cores and Linux"
+)
 def test_threads_stay_on_their_processors(demo_bundle) -> None:
     """Asked of the system for every thread: one on each processor, the calling one on the first."""
     code = """if True:
@@ -204,7 +232,11 @@ def test_threads_stay_on_their_processors(demo_bundle) -> None:
         assert os.sched_getaffinity(0) == {second}, os.sched_getaffinity(0)
         assert {first} in pinned, pinned
     """
-    subprocess.run([sys.executable, "-c", code, str(demo_bundle)], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", code, str(demo_bundle)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
 
 
 def test_not_allowed_to_choose_processors(demo_bundle, monkeypatch, caplog) -> None:
@@ -238,7 +270,10 @@ def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
         (["detect", "--threads", "2"], "a setting has no effect on profile detect"),
         (["validate"], "validate needs a file"),
         (["show", "pi4", "pi5"], "show takes one profile"),
-        (["show", "pi4", "--max-tiles", "2"], "max_tiles has no effect while do_image_splitting is off (by the profile pi4)"),
+        (
+            ["show", "pi4", "--max-tiles", "2"],
+            "max_tiles has no effect while do_image_splitting is off (by the profile pi4)",
+        ),
     ],
 )
 def test_bad_wishes(words, says, capsys) -> None:

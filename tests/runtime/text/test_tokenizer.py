@@ -24,7 +24,9 @@ def pair():
     tokenizers = pytest.importorskip("tokenizers")
     from lfm_export.prompt import reference_ranges
 
-    return tokenizers.Tokenizer.from_file(str(DEMO)), Tokenizer(compile_tokenizer(json.loads(DEMO.read_text()), reference_ranges))
+    return tokenizers.Tokenizer.from_file(str(DEMO)), Tokenizer(
+        compile_tokenizer(json.loads(DEMO.read_text()), reference_ranges)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,12 @@ def large_pair(tmp_path_factory):
     reference = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
     texts = [p.read_text(errors="replace") for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
     texts += ["日本語の文章。Кириллица и ещё. ελληνικά עברית العربية हिन्दी 한국어 🙂🙃👩‍👩‍👧"] * 40
-    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=byte_alphabet(), show_progress=False,
-                                  special_tokens=["<|a|>", "<|a|>b", "<image>"])  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        initial_alphabet=byte_alphabet(),
+        show_progress=False,
+        special_tokens=["<|a|>", "<|a|>b", "<image>"],
+    )
     reference.train_from_iterator(texts, trainer)
     return reference, Tokenizer(compile_tokenizer(json.loads(reference.to_str()), reference_ranges))
 
@@ -50,7 +56,34 @@ def random_text(rng: random.Random) -> str:
         lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, sys.maxunicode + 1)])),
         lambda: chr(rng.randrange(128)),
         lambda: chr(rng.randrange(0x80, 0x3000)),
-        lambda: rng.choice(["'s", "'RE", "'ll", " ", "  ", "\n", "\r\n", "\t", "123", "٣", "Ⅷ", "ſ", "\u212a", "\x1c", "\x85", "\u2028", "ﬆ", "e\u0301", "🙂", "<image>", "<|a|>", "<|im_end|>", "abc", "the"]),
+        lambda: rng.choice(
+            [
+                "'s",
+                "'RE",
+                "'ll",
+                " ",
+                "  ",
+                "\n",
+                "\r\n",
+                "\t",
+                "123",
+                "٣",
+                "Ⅷ",
+                "ſ",
+                "\u212a",
+                "\x1c",
+                "\x85",
+                "\u2028",
+                "ﬆ",
+                "e\u0301",
+                "🙂",
+                "<image>",
+                "<|a|>",
+                "<|im_end|>",
+                "abc",
+                "the",
+            ]
+        ),
     )
     return "".join(rng.choice(kinds)() for _ in range(rng.randint(0, 24)))
 
@@ -97,18 +130,35 @@ def test_any_text(pair, large_pair, text) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(text=st.text(max_size=60) | st.text("aZé ßſ\u212a'sStT\n\r\t 12345٣½²\u0301ǅʰ中あ한आी.,!/_-  €😀ÀÉñΩω", max_size=30), pattern=st.sampled_from([
-    GPT2_SPLIT,
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"\p{N}", r"\s+|\S+", r"[A-Z]+[a-z]*|[\p{L}]+", r"[^\s]+",
-    # tiktoken's way of writing: possessive quantifiers, kinds of letters, marks; cl100k, the 3B's, o200k
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"(?>\p{L}{2,3}|\p{N}+?)[a-c]*|\s{2,}", r"\p{N}{2}+|\p{L}{1,2}?|a{,3}b", r"\P{L}\p{^N}|\S+", r"\p{M}+|x",
-    r"\P{Lu}+", r"\P{M}+", r"\p{^Lu}x?", r"(?=\p{Lu})", r"(?=(\p{N}{3})+(?!\p{N}))", r"x*",
-]))  # fmt: skip
+@given(
+    text=st.text(max_size=60)
+    | st.text("aZé ßſ\u212a'sStT\n\r\t 12345٣½²\u0301ǅʰ中あ한आी.,!/_-  €😀ÀÉñΩω", max_size=30),
+    pattern=st.sampled_from(
+        [
+            GPT2_SPLIT,
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            r"\p{N}",
+            r"\s+|\S+",
+            r"[A-Z]+[a-z]*|[\p{L}]+",
+            r"[^\s]+",
+            # tiktoken's way of writing: possessive quantifiers, kinds of letters, marks; cl100k, the 3B's, o200k
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+            r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            r"(?>\p{L}{2,3}|\p{N}+?)[a-c]*|\s{2,}",
+            r"\p{N}{2}+|\p{L}{1,2}?|a{,3}b",
+            r"\P{L}\p{^N}|\S+",
+            r"\p{M}+|x",
+            r"\P{Lu}+",
+            r"\P{M}+",
+            r"\p{^Lu}x?",
+            r"(?=\p{Lu})",
+            r"(?=(\p{N}{3})+(?!\p{N}))",
+            r"x*",
+        ]
+    ),
+)
 def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from lfm_export.prompt import reference_ranges
@@ -116,10 +166,13 @@ def test_patterns_cut_where_oniguruma_cuts(text, pattern) -> None:
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
     wanted = [piece for piece, _ in split.pre_tokenize_str(text)]
     spec = json.loads(DEMO.read_text())
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ]}  # fmt: skip
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
     ours = Tokenizer(compile_tokenizer(spec, reference_ranges))
     assert list(ours._split(text)) == wanted
 
@@ -132,7 +185,9 @@ def test_python_tables_are_close() -> None:
     names = [name for name in CLASSES if name != "L"]
     for name, ours in unicode_ranges(names).items():
         theirs = reference_ranges([name])[name]
-        a, b = ({c for s, e in zip(flat[::2], flat[1::2], strict=True) for c in range(s, e + 1)} for flat in (ours, theirs))
+        a, b = (
+            {c for s, e in zip(flat[::2], flat[1::2], strict=True) for c in range(s, e + 1)} for flat in (ours, theirs)
+        )
         assert len(a ^ b) < 12_000
         assert not {c for c in a ^ b if c < 0x500}
 
@@ -142,9 +197,10 @@ def test_merges_by_hand() -> None:
     alphabet = byte_alphabet()
     vocab = {c: i for i, c in enumerate(alphabet)} | {"bc": 256, "ab": 257}
     spec = {
-        "model": {"type": "BPE", "vocab": vocab, "merges": ["b c", "a b"]}, "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": ["b c", "a b"]},
+        "decoder": {"type": "ByteLevel"},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    }  # fmt: skip
+    }
     ours = Tokenizer(compile_tokenizer(spec, unicode_ranges))
     assert ours.encode("abc") == [vocab["a"], 256]
     assert ours.encode("abab") == [257, 257]
@@ -154,17 +210,23 @@ def test_merges_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"), ({"normalizer": {"type": "NFC"}}, "NFC"),
-        ({"decoder": {"type": "WordPiece"}}, "WordPiece"), ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel"), ({"pre_tokenizer": None}, "without ByteLevel"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+        ({"normalizer": {"type": "NFC"}}, "NFC"),
+        ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel"),
+        ({"pre_tokenizer": None}, "without ByteLevel"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{Sc}+"}, "behavior": "Isolated"}}, r"\\p\{Sc\}"),
-        ({"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Strip"}]}}, r"ByteLevel \+ Strip"),
+        (
+            {"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Strip"}]}},
+            r"ByteLevel \+ Strip",
+        ),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"(x"}, "behavior": "Isolated"}}, "pattern"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"x"}, "behavior": "Removed"}}, "Split"),
         ({"added_tokens": [{"id": 1, "content": "<x>", "lstrip": True}]}, "lstrip"),
     ],
     ids=lambda v: str(v)[:60],
-)  # fmt: skip
+)
 def test_what_cannot_be_compiled(change, says) -> None:
     spec = {**json.loads(DEMO.read_text()), **change}
     with pytest.raises(PromptError, match=says):
@@ -180,7 +242,24 @@ def test_missing_bytes_and_broken_merges() -> None:
     spec["model"]["merges"].append(["zz", "zz"])
     with pytest.raises(PromptError, match="merge"):
         compile_tokenizer(spec, unicode_ranges)
-    for pattern in (r"\bx", r"x$", r"^x", r"(?<n>x)", r"[[:alpha:]]", r"[a&&b]", r"[é]", "é", ".", r"(x", r"x)", r"x{2}?", r"[^\S]", "+", "|*", r"(?i:\p{Lu})"):
+    for pattern in (
+        r"\bx",
+        r"x$",
+        r"^x",
+        r"(?<n>x)",
+        r"[[:alpha:]]",
+        r"[a&&b]",
+        r"[é]",
+        "é",
+        ".",
+        r"(x",
+        r"x)",
+        r"x{2}?",
+        r"[^\S]",
+        "+",
+        "|*",
+        r"(?i:\p{Lu})",
+    ):
         with pytest.raises(PromptError, match="pattern"):
             translate_pattern(pattern)
 
@@ -223,18 +302,33 @@ def real_pair(tmp_path_factory):
 
 
 def test_the_real_tokenizer(real_pair) -> None:
-    """Random texts and texts of real words; what is special, and what is an added token without being special ("python")."""
+    """Random texts and texts of real words; what is special, and what is an added token without being special
+    ("python").
+    """
     rng = random.Random(1)
     for _ in range(5_000):
         same(*real_pair, random_text(rng))
-    for text in ("def python(Mathias): pythonic", "<|im_start|>user\nWas ist das?<|im_end|>\n", "日本語の文章。Кириллица", "x" * 3000, "1234567.89 €"):
+    for text in (
+        "def python(Mathias): pythonic",
+        "<|im_start|>user\nWas ist das?<|im_end|>\n",
+        "日本語の文章。Кириллица",
+        "x" * 3000,
+        "1234567.89 €",
+    ):
         same(*real_pair, text)
     reference, ours = real_pair
-    assert (ours.id_of["<image>"], ours.id_of["<|im_end|>"], ours.id_of["<|image_end|>"], len(ours.vocabulary.tokens)) == (396, 7, 499, 64400)
+    assert (
+        ours.id_of["<image>"],
+        ours.id_of["<|im_end|>"],
+        ours.id_of["<|image_end|>"],
+        len(ours.vocabulary.tokens),
+    ) == (396, 7, 499, 64400)
     assert reference.id_to_token(396) == "<image>"
 
 
-specials = st.sampled_from(["<|im_end|>", "<image>", "<|im_start|>", "<|im_", "end|>", "python", "Mathias", "<", "|>", " ", "\n", "é"])
+specials = st.sampled_from(
+    ["<|im_end|>", "<image>", "<|im_start|>", "<|im_", "end|>", "python", "Mathias", "<", "|>", " ", "\n", "é"]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -249,5 +343,7 @@ def test_special_tokens_as_text(real_pair, text) -> None:
         reference.encode_special_tokens = False
     assert ours.encode(text, special=False) == wanted
     if "\ufdd0" not in text:
-        assert ours.encode("".join(c + "\ufdd0" for c in text), guard="\ufdd0") == wanted  # behind every character, in words as "python" too
+        assert (
+            ours.encode("".join(c + "\ufdd0" for c in text), guard="\ufdd0") == wanted
+        )  # behind every character, in words as "python" too
         assert ours.encode(ours.guarded(text, "\ufdd0"), guard="\ufdd0") == wanted

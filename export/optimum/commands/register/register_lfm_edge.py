@@ -1,7 +1,8 @@
-"""`optimum-cli export lfm2-vl`: found by Optimum because it lies in its namespace (PEP 420), as its own subpackages' commands do.
+"""`optimum-cli export lfm2-vl`: found by Optimum because it lies in its namespace (PEP 420), as its own subpackages'
+commands do.
 
-Not `optimum-cli export onnx`: for a model of several graphs that command asks a fixed list in Optimum itself; submodels from outside are
-taken by Optimum's functions alone.
+Not `optimum-cli export onnx`: for a model of several graphs that command asks a fixed list in Optimum itself; submodels
+from outside are taken by Optimum's functions alone.
 """
 
 from __future__ import annotations

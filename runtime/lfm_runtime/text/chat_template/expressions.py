@@ -13,9 +13,15 @@ Expression = Callable[[Scope], Any]
 
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "in": lambda a, b: a in b, "not in": lambda a, b: a not in b,
-}  # fmt: skip
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda a, b: a in b,
+    "not in": lambda a, b: a not in b,
+}
 _ADD = {"+": operator.add, "-": operator.sub}
 _MULTIPLY = {"*": operator.mul, "/": operator.truediv, "//": operator.floordiv, "%": operator.mod}
 
@@ -31,7 +37,11 @@ class Parser:
 
     @property
     def _token(self) -> Token:
-        return self._stream[self._at] if self._at < len(self._stream) else Token("eof", "", self._stream[-1].line if self._stream else 1)
+        return (
+            self._stream[self._at]
+            if self._at < len(self._stream)
+            else Token("eof", "", self._stream[-1].line if self._stream else 1)
+        )
 
     def _is(self, *values: str) -> bool:
         return self._token.kind in ("name", "operator") and self._token.value in values
@@ -132,7 +142,9 @@ class Parser:
 
         return compare
 
-    def _chain(self, operators: Mapping[str, Callable[[Any, Any], Any]], operand: Callable[[], Expression]) -> Expression:
+    def _chain(
+        self, operators: Mapping[str, Callable[[Any, Any], Any]], operand: Callable[[], Expression]
+    ) -> Expression:
         left = operand()
         while self._is(*operators):
             left = _applied(operators[self._expect()], left, [operand()], {})
@@ -271,7 +283,9 @@ class Parser:
             if self._skip("|"):
                 name = self._expect(kind="name")
                 if name not in FILTERS:
-                    raise syntax(self._token.line, f"the filter {name} is not known here; known are {', '.join(FILTERS)}")
+                    raise syntax(
+                        self._token.line, f"the filter {name} is not known here; known are {', '.join(FILTERS)}"
+                    )
                 given, named = self._arguments() if self._is("(") else ([], {})
                 value = _applied(FILTERS[name], value, given, named)
             elif self._skip("is"):
@@ -288,7 +302,9 @@ class Parser:
             raise syntax(self._token.line, f"the test {name} is not known here; known are {', '.join(TESTS)}")
         given: list[Expression] = []
         named: dict[str, Expression] = {}
-        plain = self._token.kind in ("name", "string", "number") and not self._is("else", "or", "and", "is", "if", "not", "in")
+        plain = self._token.kind in ("name", "string", "number") and not self._is(
+            "else", "or", "and", "is", "if", "not", "in"
+        )
         if self._is("("):
             given, named = self._arguments()
         elif plain or self._is("[", "{"):
@@ -317,5 +333,9 @@ def _getitem(value: Expression, key: Expression) -> Expression:
     return lambda scope: item(value(scope), key(scope))
 
 
-def _applied(function: Callable[..., Any], value: Expression, given: list[Expression], named: dict[str, Expression]) -> Expression:
-    return lambda scope: function(value(scope), *(g(scope) for g in given), **{name: n(scope) for name, n in named.items()})
+def _applied(
+    function: Callable[..., Any], value: Expression, given: list[Expression], named: dict[str, Expression]
+) -> Expression:
+    return lambda scope: function(
+        value(scope), *(g(scope) for g in given), **{name: n(scope) for name, n in named.items()}
+    )

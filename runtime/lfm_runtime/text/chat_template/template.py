@@ -9,7 +9,16 @@ from typing import Any
 from lfm_runtime.errors import PromptError
 from lfm_runtime.text.chat_template.expressions import Expression, Parser
 from lfm_runtime.text.chat_template.tokens import syntax
-from lfm_runtime.text.chat_template.values import Break, Continue, Loop, Macro, Namespace, Scope, TemplateError, known_names
+from lfm_runtime.text.chat_template.values import (
+    Break,
+    Continue,
+    Loop,
+    Macro,
+    Namespace,
+    Scope,
+    TemplateError,
+    known_names,
+)
 
 Statement = Callable[[Scope, list[str]], None]
 
@@ -19,7 +28,9 @@ class Template(Parser):
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
-        self._set_late: set[str] = set()  # at the top, after a loop or macro has read them: what Jinja then reads depends on its compiler
+        self._set_late: set[str] = (
+            set()
+        )  # at the top, after a loop or macro has read them: what Jinja then reads depends on its compiler
         self._namespaces_set = 0
         try:
             self._body = self._statements(())
@@ -29,14 +40,16 @@ class Template(Parser):
             raise self._unknown("a block that closes nothing")
 
     def render(self, *, now: datetime | None = None, **values: Any) -> str:
-        """The text for these values (messages, tools, add_generation_prompt, bos_token …); `now` is what strftime_now tells, by default
-        the time of the call.
+        """The text for these values (messages, tools, add_generation_prompt, bos_token …); `now` is what strftime_now
+        tells, by default the time of the call.
 
         Raises:
             TemplateError: the template refuses them, or fails.
         """
         if late := sorted(self._set_late & values.keys()):
-            raise TemplateError(f"chat template: {late[0]} is set after a loop or macro has read it, which is not known here")
+            raise TemplateError(
+                f"chat template: {late[0]} is set after a loop or macro has read it, which is not known here"
+            )
         out: list[str] = []
         try:
             names = known_names(now or datetime.now())  # noqa: DTZ005  (local time, as transformers has it)
@@ -79,9 +92,14 @@ class Template(Parser):
     def _statement(self) -> Statement:
         word = self._expect(kind="name")
         parse = {
-            "for": self._for, "if": self._if, "set": self._set, "macro": self._macro, "generation": self._generation,
-            "break": self._break, "continue": self._continue,
-        }.get(word)  # fmt: skip
+            "for": self._for,
+            "if": self._if,
+            "set": self._set,
+            "macro": self._macro,
+            "generation": self._generation,
+            "break": self._break,
+            "continue": self._continue,
+        }.get(word)
         if parse is None:
             self._at -= 1
             raise self._unknown(f"the tag {word}")

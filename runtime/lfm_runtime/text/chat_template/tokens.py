@@ -40,7 +40,9 @@ def tokenize(source: str) -> Iterator[Token]:
         text, opening, sign = found.groups()
         if sign == "-":
             text = text.rstrip()
-        elif sign != "+" and opening != "{{":  # lstrip_blocks: white space alone before a block goes, back to the line's start
+        elif (
+            sign != "+" and opening != "{{"
+        ):  # lstrip_blocks: white space alone before a block goes, back to the line's start
             start = text.rfind("\n") + 1
             if (start > 0 or at == 0 or source[at - 1] == "\n") and not text[start:].strip():
                 text = text[:start]
@@ -71,7 +73,9 @@ def _tag(source: str, at: int, closing: re.Pattern[str], line: int) -> tuple[int
             return end.end(), tokens
         found = _WORD.match(source, at)
         if found is None:
-            raise syntax(line, f"{source[at : at + 20]!r} cannot be read" if at < len(source) else "a tag is not closed")
+            raise syntax(
+                line, f"{source[at : at + 20]!r} cannot be read" if at < len(source) else "a tag is not closed"
+            )
         kind, text = str(found.lastgroup), found[0]
         if kind == "operator" and text in _CLOSES:
             open_brackets.append(_CLOSES[text])

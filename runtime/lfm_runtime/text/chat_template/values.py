@@ -1,4 +1,6 @@
-"""What a template computes with: undefined names, namespaces, loops, macros; methods, tests and filters as Jinja has them."""
+"""What a template computes with: undefined names, namespaces, loops, macros; methods, tests and filters as Jinja has
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,43 @@ from lfm_runtime.errors import PromptError
 
 _MAX_RANGE = 100_000  # Jinja's sandbox has the same limit
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset((
-        "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace", "isupper", "join",
-        "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split",
-        "splitlines", "startswith", "strip", "swapcase", "title", "upper",
-    )),
+    str: frozenset(
+        (
+            "capitalize",
+            "count",
+            "endswith",
+            "find",
+            "index",
+            "isalnum",
+            "isalpha",
+            "isdigit",
+            "islower",
+            "isspace",
+            "isupper",
+            "join",
+            "lower",
+            "lstrip",
+            "partition",
+            "removeprefix",
+            "removesuffix",
+            "replace",
+            "rfind",
+            "rpartition",
+            "rsplit",
+            "rstrip",
+            "split",
+            "splitlines",
+            "startswith",
+            "strip",
+            "swapcase",
+            "title",
+            "upper",
+        )
+    ),
     dict: frozenset(("get", "items", "keys", "values")),
     list: frozenset(("count", "index")),
     tuple: frozenset(("count", "index")),
-}  # fmt: skip
+}
 
 
 class TemplateError(PromptError):
@@ -81,11 +111,16 @@ class Loop:
         """One of its attributes."""
         at, count = self._at, len(self._items)
         known = {
-            "index": at + 1, "index0": at, "first": at == 0, "last": at + 1 == count, "length": count,
-            "revindex": count - at, "revindex0": count - at - 1,
+            "index": at + 1,
+            "index0": at,
+            "first": at == 0,
+            "last": at + 1 == count,
+            "length": count,
+            "revindex": count - at,
+            "revindex0": count - at - 1,
             "previtem": self._items[at - 1] if at else Undefined("previtem"),
             "nextitem": self._items[at + 1] if at + 1 < count else Undefined("nextitem"),
-        }  # fmt: skip
+        }
         if name not in known:
             raise TemplateError(f"chat template: loop.{name} is not known here; known are {', '.join(known)}")
         return known[name]
@@ -133,7 +168,9 @@ class Macro:
         inner = Scope(self.scope, {**dict(zip(self.parameters, given, strict=False)), **named})
         missing = [parameter for parameter in self.parameters if parameter not in inner]
         inner.update({parameter: Undefined(parameter) for parameter in missing})
-        for parameter, default in zip(self.parameters[len(self.parameters) - len(self.defaults) :], self.defaults, strict=True):
+        for parameter, default in zip(
+            self.parameters[len(self.parameters) - len(self.defaults) :], self.defaults, strict=True
+        ):
             if parameter in missing:
                 inner[parameter] = default(inner)
         out: list[str] = []
@@ -202,15 +239,22 @@ TESTS: dict[str, Callable[..., bool]] = {
     "true": lambda v: v is True,
     "false": lambda v: v is False,
     "in": lambda v, seq: v in seq,
-    "eq": operator.eq, "equalto": operator.eq, "ne": operator.ne,
-    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+    "eq": operator.eq,
+    "equalto": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
     "odd": lambda v: v % 2 == 1,
     "even": lambda v: v % 2 == 0,
     "divisibleby": lambda v, n: v % n == 0,
-}  # fmt: skip
+}
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -292,5 +336,9 @@ def _raise_exception(message: str) -> None:
 def known_names(now: datetime) -> dict[str, Any]:
     """What every template may call."""
     return {
-        "namespace": Namespace, "range": _range, "dict": dict, "raise_exception": _raise_exception, "strftime_now": now.strftime,
-    }  # fmt: skip
+        "namespace": Namespace,
+        "range": _range,
+        "dict": dict,
+        "raise_exception": _raise_exception,
+        "strftime_now": now.strftime,
+    }
