@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lfm_profiles import Profile, detect, to_toml
+from lfm_profiles import VARIANTS, Profile, detect, to_toml
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import golden
 from lfm_runtime.bundle import Bundle
@@ -129,7 +129,7 @@ def _golden(on: Installed) -> str:
                 f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and "
                 "report it"
             )
-        features, logits = golden.tolerance(variant)
+        features, logits = VARIANTS[variant].tolerance
         found.append(
             f"{variant}: features {deviation.features:.1g} of {features:g} off, logits {deviation.logits:.1g} of "
             f"{logits:g}"
@@ -274,7 +274,7 @@ def _arm(on: Installed) -> str:
     if platform.machine() not in ("aarch64", "arm64"):
         raise Skipped(f"this is {platform.machine()}")
     features = detect().features
-    slow = on.model.variant.startswith("int8") and "asimddp" not in features
+    slow = VARIANTS[on.model.variant].weights == "int8" and "asimddp" not in features
     return ("no dot products (asimddp), so int8 is slow here and int4 the better choice: " if slow else "") + " ".join(
         features
     )

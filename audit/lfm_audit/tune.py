@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from lfm_profiles import Device, Profile, changed, cpu_features, default_threads
+from lfm_profiles import SMALLER, VARIANTS, Device, Profile, changed, cpu_features, default_threads
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError, SettingError
-from lfm_runtime.formats.contract import KV8
 from lfm_runtime.formats.files import damage_is, read_json_object, to_json, write_whole
 from lfm_runtime.images import image_settings, image_size, plan_image
 from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
@@ -117,7 +116,7 @@ class Tuning:
         variant, prefill = choose_variants(self.bundle, self.profile)
         values = {
             "variant": variant,
-            "prefill": (prefill or "none").removesuffix(KV8),
+            "prefill": VARIANTS[prefill].float_keys if prefill else "none",
             "threads": self.profile.threads or default_threads(),
             "low_memory": self.profile.low_memory,
             "arena": self.profile.arena,
@@ -135,7 +134,7 @@ class Tuning:
         """The profile with a point's settings."""
         values = dict(point)
         tiles, variant = values.pop("tiles"), values.pop("variant")
-        values |= {"variant": (variant.removesuffix(KV8),), "kv": "int8" if variant.endswith(KV8) else "float"}
+        values |= {"variant": (VARIANTS[variant].float_keys,), "kv": VARIANTS[variant].keys}
         if len(self.axes["tiles"]) > 1:  # else tiles were not tried: these images need none, or a flag says how many
             values |= {"do_image_splitting": True, "max_tiles": tiles} if tiles > 1 else {"do_image_splitting": False}
         if self.profile.min_image_tokens and self.profile.min_image_tokens > values["max_image_tokens"]:
@@ -378,7 +377,7 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
 
 def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Callable[[str], None]) -> str:
     """Answers of the best variant that fits here, with the checkpoint's own image settings; returns its name."""
-    order = [v for v in ("fp32", "int8", "int4", *tuning.bundle.variants) if v in tuning.bundle.variants]
+    order = [v for v in ("fp32", *SMALLER, *tuning.bundle.variants) if v in tuning.bundle.variants]
     planner = _planner(tuning)
     for variant in dict.fromkeys(order):
         settings = {"variant": variant, "low_memory": True, "prepared": True}
@@ -432,7 +431,7 @@ def _agreeing(values: dict[str, Any], axis: str) -> Point:
     if values["prefill"] != "none":
         if values["low_memory"]:
             values["low_memory" if axis == "prefill" else "prefill"] = False if axis == "prefill" else "none"
-        if values["variant"].removesuffix(KV8) == values["prefill"]:
+        if VARIANTS[values["variant"]].float_keys == values["prefill"]:
             values["prefill"] = "none"
     return tuple(sorted(values.items()))
 
@@ -449,7 +448,7 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tiled = any(plan_image(*image_size(image), checkpoint).tiled for image in images)
     axes: dict[str, list[Any]] = {
-        "variant": [v for v in bundle.variants if "fp16" not in v]
+        "variant": [v for v in bundle.variants if not VARIANTS[v].on_gpu]
         or list(bundle.variants),  # on a CPU fp16 is fp32 with casts
         "prefill": ["none", *(v for v in ("int8",) if v in bundle.variants)],
         "threads": sorted(n for n in {1, 2, 4, 8, 16, default_threads(), usable} if n <= usable),
@@ -462,7 +461,7 @@ def axes_of(bundle: Bundle, profile: Profile, images: Sequence[Path]) -> dict[st
         if setting in axes:
             axes[setting] = [value[0] if setting == "variant" else value]
         elif setting == "kv":
-            axes["variant"] = [v for v in axes["variant"] if v.endswith(KV8) == (value == "int8")] or axes["variant"]
+            axes["variant"] = [v for v in axes["variant"] if VARIANTS[v].keys == value] or axes["variant"]
         elif setting in ("do_image_splitting", "max_tiles"):
             axes["tiles"] = [1] if profile.do_image_splitting is False else [profile.max_tiles or checkpoint.max_tiles]
     return axes

@@ -7,12 +7,17 @@ from lfm_profiles.cores import default_threads, physical_cores
 from lfm_profiles.cpu import adds_int8_in_16_bits, cpu_features
 from lfm_profiles.device import Device, detect
 from lfm_profiles.schema import Profile, ProfileError, changed, read, stepped_down, to_toml, with_flags
+from lfm_profiles.variants import FINEST, SMALLER, VARIANTS, Variant
 
 __all__ = [
+    "FINEST",
+    "SMALLER",
+    "VARIANTS",
     "Choice",
     "Device",
     "Profile",
     "ProfileError",
+    "Variant",
     "adds_int8_in_16_bits",
     "changed",
     "choose",

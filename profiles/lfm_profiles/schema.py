@@ -18,11 +18,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
+from lfm_profiles.variants import VARIANTS
+
 SHIPPED = Path(__file__).parent
 AUTO = "auto"
 """The name of the profile detected, also in `extends`."""
-
-VARIANTS = ("fp32", "fp16", "int8", "int4", "int8-static", "int8-kv8", "int4-kv8", "int4-fp16", "fp16-trt")
 
 
 class ProfileError(ValueError):

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.formats.contract import BASES
+from lfm_profiles import VARIANTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Make a smaller variant of a bundle, calibrated with images and judged on images it was not calibrated with."
     )
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
-    parser.add_argument(
-        "--variant", required=True, metavar="NAME", help="int8, int4, fp16, int8-static, " + ", ".join(BASES)
-    )
+    parser.add_argument("--variant", required=True, metavar="NAME", help=", ".join(v for v in VARIANTS if v != "fp32"))
     parser.add_argument(
         "--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; a few dozen"
     )

@@ -5,13 +5,14 @@ calibration never saw.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from lfm_profiles import FINEST, VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
@@ -23,17 +24,6 @@ from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.observe import KINDS
 from lfm_quantize.samples import Question, Sample, prepare
 
-DEFAULT_FLOORS: Mapping[str, float] = {
-    "fp16": 0.001,
-    "int8": 0.01,
-    "int8-static": 0.01,
-    "int4": 0.1,
-    "int8-kv8": 0.01,
-    "int4-kv8": 0.1,
-    "int4-fp16": 0.1,
-    "fp16-trt": 0.001,
-}
-"""Highest KL divergence allowed."""
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""
 JUDGED_TOKENS = 48
@@ -322,7 +312,7 @@ def check_floor(quality: Quality, floor: float) -> None:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
         parts = (
-            ("vision.", "projector") if quality.variant == "int8-static" else ("vision.", "projector", "text.layers.")
+            ("vision.", "projector") if VARIANTS[quality.variant].static else ("vision.", "projector", "text.layers.")
         )
         worst = sorted(
             (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
@@ -372,7 +362,7 @@ def _bytes(bundle: Bundle, variant: str) -> int:
 
 def _weights(bundle: Bundle) -> int:
     """How many weights the model has, the shared table counted once; counted where they are floats."""
-    variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
+    variant = next((v for v in FINEST if v in bundle.variants), None)
     graphs = [Graph.open(f) for f in set(bundle.graphs(variant)[1].values())]
     linears = [linear for g in graphs for linear in g.linears().values()]
     tables = [t for g in graphs if g.name == "embed_tokens" for t in g.tensors.values() if len(t.shape) == 2]

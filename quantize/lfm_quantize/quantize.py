@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from lfm_profiles import SMALLER, VARIANTS
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, file_hash, read_manifest
-from lfm_runtime.formats.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half, overflowing
 from lfm_quantize.kv import int8_kv, largest_states
 from lfm_quantize.layer import Change, quantize_block
-from lfm_quantize.quality import DEFAULT_FLOORS, Quality, check_floor, measure
+from lfm_quantize.quality import Quality, check_floor, measure
 from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rewrite import embedding_nodes, stored_as_half
 from lfm_quantize.rounding import METHODS, Rounded
@@ -37,7 +38,6 @@ from lfm_quantize.variant import (
     add_quality,
     check_size,
     check_space,
-    dependents,
     outdated_files,
     recipe_file,
     save_graphs,
@@ -52,8 +52,6 @@ MANY_IMAGES = 256
 """Beyond these a sample is used: hidden states of all of them are in memory."""
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
-
-VARIANTS = ("int8", "int4", "fp16", "int8-static", *BASES)
 
 Float = NDArray[np.float32]
 Warn = Callable[[str], None]
@@ -76,12 +74,14 @@ class Settings:
     def check(self) -> None:
         """Raise QuantizeError for what could not be done or would have no effect."""
         if self.variant not in VARIANTS:
-            raise QuantizeError(f"unknown variant {self.variant!r}; allowed: {', '.join(VARIANTS)}")
+            raise QuantizeError(
+                f"unknown variant {self.variant!r}; allowed: {', '.join(v for v in VARIANTS if v != 'fp32')}"
+            )
         if self.method is not None and self.method not in METHODS:
             raise QuantizeError(f"unknown method {self.method!r}; allowed: {', '.join(METHODS)}")
         if not self.rounds() and (self.method or self.recipe):
             raise QuantizeError(f"--method and --recipe have no effect on {self.variant}; leave them out")
-        if self.variant.endswith(("int8-static", KV8)) and not self.calibration:
+        if VARIANTS[self.variant].needs_images and not self.calibration:
             raise QuantizeError(f"{self.variant} needs --calibration: its ranges are those of the images")
         if self.keeps_weights() and self.keep:
             raise QuantizeError(
@@ -106,15 +106,15 @@ class Settings:
 
     def kl_floor(self) -> float:
         """Highest KL divergence allowed: the user's, or the variant's default."""
-        return self.floor or DEFAULT_FLOORS[self.variant]
+        return self.floor or VARIANTS[self.variant].floor
 
     def rounds(self) -> bool:
         """Whether weights become integers, by a recipe."""
-        return self.variant in ("int8", "int4")
+        return self.variant in SMALLER
 
     def keeps_weights(self) -> bool:
         """Whether it is another variant's weights in other graphs."""
-        return self.variant in BASES
+        return bool(VARIANTS[self.variant].bases)
 
     def searches(self) -> bool:
         """Whether the recipe is to be found: int4 within a size or a floor of quality."""
@@ -182,7 +182,7 @@ def quantize(
             graphs, record = _as_integers(run, recipe)
         elif settings.variant == "fp16":
             graphs, record = _as_fp16(run)
-        elif settings.variant.endswith(KV8):
+        elif VARIANTS[settings.variant].keys == "int8":
             graphs, record = _with_int8_kv(run)
         elif settings.keeps_weights():
             graphs, record = _over_other_files(run)
@@ -214,7 +214,7 @@ def quantize(
                 check_size(new, settings.variant, settings.max_size)
             record["seconds"] = round(time.perf_counter() - started, 1)
             write_manifest(new, now, settings.variant, start, graphs, record)
-            for gone in set(dependents(settings.variant)).intersection(now["variants"]):
+            for gone in set(VARIANTS[settings.variant].dependents).intersection(now["variants"]):
                 warn(f"{gone} was made of the {settings.variant} before and is gone; make it again")
             del run, samples, graphs, source  # the fp32 model takes their place
             quality = None
@@ -416,7 +416,7 @@ def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
 
 def _with_int8_kv(run: Run) -> tuple[Graphs, dict[str, Any]]:
     """Another variant's graphs, its decoder with keys and values in 8 bits."""
-    base = run.settings.variant.removesuffix(KV8)
+    base = VARIANTS[run.settings.variant].float_keys
     features = features_of(run.bundle, run.start, [s.views for s in run.samples], run.settings.threads, packed=False)
     decoder = all_positions(run.source.decoder)
     feeds = prompt_feeds(decoder, run.samples, run.image_positions(), run.source.table, features)
@@ -433,7 +433,7 @@ def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
     TensorRT.
     """
     variant = run.settings.variant
-    files = {stem: path for base in BASES[variant] for stem, path in run.bundle.graphs(base)[1].items()}
+    files = {stem: path for base in VARIANTS[variant].bases for stem, path in run.bundle.graphs(base)[1].items()}
     if variant == "fp16-trt":
         original = Graph.open(files[VISION_ENCODER.stem], widen=False)
         made: Graphs = {VISION_ENCODER.stem: over_its_files(in_standard_operators(original), original)}
@@ -449,4 +449,4 @@ def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
         made = {DECODER.stem: over_its_files(for_gpu(half(original, stay)), original)}
         files[EMBED_TOKENS.stem] = int4[EMBED_TOKENS.stem]
     others = {stem: path.relative_to(run.bundle.folder).as_posix() for stem, path in files.items() if stem not in made}
-    return {**others, **made}, {"base": list(BASES[variant])}
+    return {**others, **made}, {"base": list(VARIANTS[variant].bases)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from lfm_profiles import FINEST
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ class Source:
     @staticmethod
     def open(bundle: Bundle) -> tuple[str, Source]:
         """(variant, its graphs): fp32, or fp16 where there is no fp32."""
-        variant = next((v for v in ("fp32", "fp16") if v in bundle.variants), None)
+        variant = next((v for v in FINEST if v in bundle.variants), None)
         if variant is None:
             raise QuantizeError(
                 f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export"

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import BASES, DECODER, EMBED_TOKENS, KV8, VISION_ENCODER, graph_file
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import to_json
 from lfm_runtime.formats.writer import carry_over, replacing
 
@@ -32,12 +33,7 @@ def variant_files(variant: str) -> set[str]:
 
 def outdated_files(variant: str) -> set[str]:
     """Files no longer true when a variant is written: its own, and those of the variants that use its weights."""
-    return variant_files(variant).union(*map(variant_files, dependents(variant)))
-
-
-def dependents(variant: str) -> list[str]:
-    """Variants over a variant's files."""
-    return [name for name, bases in BASES.items() if variant in bases]
+    return variant_files(variant).union(*map(variant_files, VARIANTS[variant].dependents))
 
 
 def recipe_file(variant: str) -> str:
@@ -75,7 +71,7 @@ def write_manifest(
         n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)
     }
     for key in ("variants", "quantization", "quality", "golden"):
-        for dependent in dependents(variant):
+        for dependent in VARIANTS[variant].dependents:
             manifest.get(key, {}).pop(dependent, None)
     manifest["graphs"] = {n: e for n, e in old["graphs"].items() if n not in outdated_files(variant)}
     names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
@@ -85,7 +81,7 @@ def write_manifest(
             described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
             data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
             manifest["graphs"][names[stem]] = {**described, "data": data}
-            if variant.endswith(KV8):
+            if VARIANTS[variant].keys == "int8":
                 manifest["graphs"][names[stem]]["min_onnxruntime"] = FIRST_ONNXRUNTIME
     manifest.setdefault("quantization", {})[variant] = record
     # What was measured of variants that use a file written anew is no longer true.

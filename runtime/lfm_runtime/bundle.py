@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lfm_profiles import FINEST, VARIANTS, Variant
+
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import (
@@ -21,7 +23,6 @@ from lfm_runtime.formats.contract import (
     GRAPHS,
     MAX_CONTEXT,
     SCHEMA_VERSION,
-    VARIANT_SUFFIX,
     VISION_ENCODER,
     Graph,
 )
@@ -120,7 +121,7 @@ class Bundle:
         if name not in self.variants:
             how = (
                 f"lfm-edge export CHECKPOINT -o {self.folder}"
-                if name == "fp32"
+                if name in FINEST
                 else f"lfm-edge quantize {self.folder} --variant {name}"
             )
             raise BundleError(
@@ -258,12 +259,12 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     """Graphs by the names hub repositories use, in onnx/ or beside config.json."""
     places = [place for place in (folder / "onnx", folder) if place.is_dir()]
     variants: dict[str, dict[str, Path]] = {}
-    for variant in VARIANT_SUFFIX:
-        decoder = _find(places, DECODER, VARIANT_SUFFIX[variant])
+    for variant, row in VARIANTS.items():
+        decoder = _find(places, DECODER, row)
         if decoder is None:
             continue
         # Hub repositories often quantize the decoder alone: the others may have their own suffix, the nearest first.
-        rest = {graph.stem: _nearest(places, graph, variant) for graph in (VISION_ENCODER, EMBED_TOKENS)}
+        rest = {graph.stem: _nearest(places, graph, row) for graph in (VISION_ENCODER, EMBED_TOKENS)}
         found = {DECODER.stem: decoder, **{stem: path for stem, path in rest.items() if path is not None}}
         if len(found) == len(GRAPHS):
             variants[variant] = found
@@ -276,12 +277,12 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _nearest(places: list[Path], graph: Graph, variant: str) -> Path | None:
-    others = ("fp16", "fp32", "int8", "int4") if "fp16" in variant else ("int8", "fp16", "fp32", "int4")
-    suffixes = [VARIANT_SUFFIX[variant], *(VARIANT_SUFFIX[v] for v in others)]
-    return next((path for suffix in suffixes if (path := _find(places, graph, suffix)) is not None), None)
+def _nearest(places: list[Path], graph: Graph, variant: Variant) -> Path | None:
+    others = ("fp16", "fp32", "int8", "int4") if variant.activations == "fp16" else ("int8", "fp16", "fp32", "int4")
+    rows = [variant, *(VARIANTS[name] for name in others)]
+    return next((path for row in rows if (path := _find(places, graph, row)) is not None), None)
 
 
-def _find(places: list[Path], graph: Graph, suffix: str) -> Path | None:
-    candidates = (place / f"{name}{suffix}.onnx" for place in places for name in graph.aliases)
-    return next((path for path in candidates if path.exists()), None)
+def _find(places: list[Path], graph: Graph, variant: Variant) -> Path | None:
+    names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
+    return next((place / name for place in places for name in names if (place / name).exists()), None)

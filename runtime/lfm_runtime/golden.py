@@ -3,7 +3,7 @@
 Texts and their ids, an image and its patches, image features, the logits of a short answer. Texts must be the same
 everywhere, patches nearly. Features and logits depend on the processor's kernels: products of float32 are summed in
 another order, and int8 activations round the other way where two kernels differ in the last bit. So a few hundred
-values are kept and compared by TOLERANCE.
+values are kept and compared by the variant's tolerance (lfm_profiles/variants.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from lfm_profiles import cpu_features
+from lfm_profiles import VARIANTS, cpu_features
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -36,11 +36,6 @@ from lfm_runtime.text.prompt import Message
 QUESTION = "What is in this image?"
 SIZE = (256, 192)
 STEPS = 8
-TOLERANCE = {"fp32": (0.001, 0.001), "fp16": (0.01, 0.02), "int8": (0.02, 0.1), "int4": (0.02, 0.1)}
-"""Variant → (features, logits): root mean square of the difference against that of the values, logits taken around
-their mean. Right kernels (VNNI, AVX2, SSE, weights packed or not) were 0.010 apart at most in features and 0.042 in
-logits, fp32's 2e-6; int8 products that overflow were 0.052 off in features: docs/performance.md.
-"""
 _PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
 _TOP, _SPREAD, _SAMPLES = 16, 16, 64
 _OUT_OF_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "Unable to allocate", "Failed to allocate")
@@ -80,7 +75,7 @@ class Deviation:
 
     def problems(self, variant: str) -> list[str]:
         """What is beyond tolerance."""
-        features, logits = tolerance(variant)
+        features, logits = VARIANTS[variant].tolerance
         found = [f"{text!r} becomes other tokens" for text in self.texts]
         found += ["the golden prompt becomes other tokens"] if self.prompt else []
         if not self.pixels <= _PIXELS:
@@ -96,11 +91,6 @@ class Deviation:
         if self.tokens:
             found.append("another token wins where the golden one was clearly ahead")
         return found
-
-
-def tolerance(variant: str) -> tuple[float, float]:
-    """(of features, of logits) of a variant."""
-    return next(limit for name, limit in TOLERANCE.items() if variant.startswith(name))
 
 
 def record(model: Model) -> dict[str, Any]:
@@ -152,7 +142,7 @@ def compare(model: Model, golden: Mapping[str, Any]) -> Deviation:
         wanted = np.array(golden["features"])
         off = _rms(_spaced(features) - wanted) / _rms(wanted)
         found, kept, lost = [], [], False
-        _, limit = tolerance(model.variant)
+        _, limit = VARIANTS[model.variant].tolerance
         for logits, step, token in zip(
             _answer(model, features, golden["tokens"]), golden["steps"], golden["tokens"], strict=True
         ):

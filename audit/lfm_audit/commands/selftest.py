@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lfm_profiles import VARIANTS
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.formats.contract import VARIANT_SUFFIX
 
 _WORKS = 3  # install.sh takes it for a warning
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )
-    parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights (default: the profile's)")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="of the weights (default: the profile's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

@@ -6,8 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from lfm_profiles import Profile
-from lfm_runtime.formats.contract import VARIANT_SUFFIX
+from lfm_profiles import VARIANTS, Profile
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -35,12 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     """What is packed, for `bundle` and `image` alike."""
-    parser.add_argument("--variant", required=True, choices=tuple(VARIANT_SUFFIX))
+    parser.add_argument("--variant", required=True, choices=tuple(VARIANTS))
     parser.add_argument(
-        "--prefill",
-        choices=tuple(VARIANT_SUFFIX),
-        metavar="VARIANT",
-        help="also the variant whose decoder reads prompts",
+        "--prefill", choices=tuple(VARIANTS), metavar="VARIANT", help="also the variant whose decoder reads prompts"
     )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this key of ssh (ssh-keygen -Y)")

@@ -18,9 +18,10 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lfm_profiles import VARIANTS
+
 from lfm_runtime import __version__
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.contract import VARIANT_SUFFIX
 
 if TYPE_CHECKING:
     from lfm_runtime.model import Model
@@ -152,7 +153,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """What a profile sets too; a flag overrides it."""
     model = parser.add_argument_group("model (defaults: the profile's)")
-    model.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="of the weights")
+    model.add_argument("--variant", choices=tuple(VARIANTS), help="of the weights")
     model.add_argument("--threads", type=int, metavar="N", help="of each operator")
     model.add_argument(
         "--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…"
@@ -165,7 +166,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--prefill",
-        choices=("none", *VARIANT_SUFFIX),
+        choices=("none", *VARIANTS),
         metavar="VARIANT",
         help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory",
     )

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.formats.contract import DECODER, FOR_GPUS, VARIANT_SUFFIX
+from lfm_profiles import VARIANTS
+
+from lfm_runtime.formats.contract import DECODER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and chat then use them."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--variant", choices=tuple(VARIANT_SUFFIX), help="default: the one that run takes here")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the one that run takes here")
     parser.add_argument(
         "--prefill",
-        choices=tuple(VARIANT_SUFFIX),
+        choices=tuple(VARIANTS),
         metavar="VARIANT",
         help="also the decoder of this variant (default: the one that run reads prompts with)",
     )
@@ -38,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     chosen, prefill = choose_variants(bundle, profile_for(bundle, variant=options.variant))
     variant, paths = bundle.graphs(chosen)
     prefill = options.prefill or prefill
-    if variant in FOR_GPUS:
+    if VARIANTS[variant].for_gpu:
         print(f"{variant} is for GPUs, which load it as it is: there is nothing to prepare")
         return 0
     wanted = [(graph, paths[graph.stem]) for graph in PREPARED]

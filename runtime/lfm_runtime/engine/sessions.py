@@ -18,7 +18,7 @@ from typing import Any
 
 import onnxruntime as ort
 import psutil
-from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, physical_cores
+from lfm_profiles import VARIANTS, Profile, adds_int8_in_16_bits, default_threads, physical_cores
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.bundle import Bundle
@@ -42,7 +42,7 @@ from lfm_runtime.engine.gpu_wheel import CPU, CUDA
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import find, folder_of
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV8, KV_SCALES, VISION_ENCODER, Graph
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISION_ENCODER, Graph
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.setup.variants import choose_variants
 
@@ -222,7 +222,7 @@ class Graphs:
         if self.execution.on_gpu:
             self.execution = replace(
                 self.execution,
-                cuda_graphs="fp16" in self.variant
+                cuda_graphs=VARIANTS[self.variant].on_gpu
                 and onnxruntime_is(CUDA_GRAPHS_SINCE),  # attention in fp32 is left to the CPU
                 engines=_engines(bundle, self.paths[VISION_ENCODER.stem]),
                 most_patches=_most_patches(bundle.images, profile),
@@ -326,7 +326,7 @@ class Graphs:
         if prefill and _form_of_states(prefill) != _form_of_states(decoder):
             raise SettingError(
                 f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take "
-                f"two variants with {KV8}, "
+                "two variants with -kv8, "
                 "quantized with the same images, two with fp16, or two with neither"
             )
         embed = self._load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem])

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
+
+from lfm_profiles import VARIANTS, Variant
 
 from lfm_runtime.errors import GraphContractError
 
@@ -47,26 +50,6 @@ sampling.Top.
 KV_SCALES = "kv_scales"
 """In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same
 scales.
-"""
-
-VARIANT_SUFFIX = {
-    "fp32": "",
-    "fp16": "_fp16",
-    "int8": "_int8",
-    "int4": "_q4",
-    "int8-static": "_int8_static",
-    "int8-kv8": "_int8_kv8",
-    "int4-kv8": "_q4_kv8",
-    "int4-fp16": "_q4f16",
-    "fp16-trt": "_fp16_trt",
-}
-KV8 = "-kv8"
-"""Ends the name of a variant that is another with keys and values in 8 bits, over the same weights' files."""
-BASES = {"int8-kv8": ("int8",), "int4-kv8": ("int4",), "int4-fp16": ("int4", "fp16"), "fp16-trt": ("fp16",)}
-"""Variants whose graphs are over the files of others: of these."""
-FOR_GPUS = ("int4-fp16", "fp16-trt")
-"""Nothing is prepared of them for a processor, which computes them all the same: int4-fp16 becomes NaN in what
-onnxruntime 1.31 saves.
 """
 
 
@@ -129,4 +112,9 @@ def present_name(past: str) -> str:
 
 def graph_file(stem: str, variant: str) -> str:
     """Where a graph of a variant lies in a bundle."""
-    return f"onnx/{stem}{VARIANT_SUFFIX[variant]}.onnx"
+    return f"onnx/{stem}{VARIANTS[variant].suffix}.onnx"
+
+
+def variant_of(path: PurePath, graph: Graph) -> Variant | None:
+    """The variant whose own file this is: a variant can take a graph of another. None for a name that none has."""
+    return next((v for v in VARIANTS.values() for a in graph.aliases for s in v.suffixes if path.stem == a + s), None)

@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lfm_profiles import Device, Profile, adds_int8_in_16_bits, stepped_down
+from lfm_profiles import SMALLER, VARIANTS, Device, Profile, adds_int8_in_16_bits, stepped_down
 from lfm_profiles.schema import TILE_SETTINGS
+from lfm_profiles.variants import Number
 
 from lfm_runtime.bundle import Bundle, read_manifest
 from lfm_runtime.decode.context import MOST_AT_ONCE
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.formats.contract import DECODER, KV8, VISION_ENCODER
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph, variant_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.images import ImagePlan, image_settings, plan_image
 from lfm_runtime.report import memory_mib
@@ -194,9 +195,9 @@ class Planner:
         shapes, profile, plans, sizes = self.shapes, plan.profile, plan.images, self.images
         own = _SESSIONS + Memory(shapes.rotary_bytes / MIB, 0)
         graphs = self.bundle.graphs(plan.variant)[1]
-        vision = self._loaded(profile, VISION_ENCODER.stem, graphs[VISION_ENCODER.stem])
+        vision = self._loaded(profile, VISION_ENCODER, graphs[VISION_ENCODER.stem])
         paths = [graphs[DECODER.stem], *([self.bundle.graphs(plan.prefill)[1][DECODER.stem]] if plan.prefill else [])]
-        decoders = [self._loaded(profile, DECODER.stem, path) for path in paths]
+        decoders = [self._loaded(profile, DECODER, path) for path in paths]
         decoder = sum((d.kept for d in decoders), Memory(0, 0))
 
         patches = max((view.rows * view.columns for image in plans for view in image.views), default=0)
@@ -206,10 +207,10 @@ class Planner:
         )  # a view's, all views', the embeddings they are put into
         step = -(-plan.prompt_tokens // -(-plan.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
         reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
-        if _kind(paths[-1]) == "int8":
+        if _number(DECODER, paths[-1]) == "int8":
             reading += 4 * step * _INT8_WORK * shapes.feed_forward / MIB
         tokens = plan.prompt_tokens + min(plan.new_tokens, MOST_NEW)
-        kv = tokens * shapes.kv_bytes / (4 if plan.variant.endswith(KV8) else 1) / MIB
+        kv = tokens * shapes.kv_bytes / (4 if VARIANTS[plan.variant].keys == "int8" else 1) / MIB
         held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
         cutting = max((_cutting(size, image, tile_size) for size, image in zip(sizes, plans, strict=True)), default=0.0)
         answering = Memory(features + reading + kv + held, 0) + _END
@@ -231,17 +232,15 @@ class Planner:
             stages = [both + loading, both + seeing, both + Memory(encoding, 0) + answering]
         return own + max(stages, key=lambda stage: stage.peak)
 
-    def _loaded(self, profile: Profile, stem: str, path: Path) -> _Loaded:
+    def _loaded(self, profile: Profile, graph: Graph, path: Path) -> _Loaded:
         weights = self.shapes.weights[path] / MIB
-        kind = _kind(path)
-        if stem == VISION_ENCODER.stem and kind == "int4":  # int4's encoder is int8's
-            kind = "int8"
-        head = self.shapes.vocabulary * self.shapes.hidden * _HEAD_BYTES[kind] / MIB if stem == DECODER.stem else 0.0
+        kind = _number(graph, path)
+        head = self.shapes.vocabulary * self.shapes.hidden * _HEAD_BYTES[kind] / MIB if graph is DECODER else 0.0
         found = find(self.bundle, path).path if profile.prepared else path
         if found != path:
             whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
             return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
-        packed = _COPIED[stem] if kind == "int8" and adds_int8_in_16_bits() else _PACKED[kind]
+        packed = _COPIED[graph.stem] if kind == "int8" and adds_int8_in_16_bits() else _PACKED[kind]
         return _Loaded(Memory(packed * weights, 0), head)
 
 
@@ -275,12 +274,10 @@ class _Loaded:
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
 
 
-def _kind(path: Path) -> str:
-    """Of a graph's weights, by its name."""
-    return next(
-        (kind for kind, suffix in (("fp16", "_fp16"), ("int8", "_int8"), ("int4", "_q4")) if suffix in path.stem),
-        "fp32",
-    )
+def _number(graph: Graph, path: Path) -> Number:
+    """What a graph's weights are, as the row of the variant says whose file it is."""
+    row = variant_of(path, graph) or VARIANTS["fp32"]
+    return row.vision if graph is VISION_ENCODER else row.weights
 
 
 def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:
@@ -395,6 +392,6 @@ def _steps_down(planner: Planner, plan: Plan) -> Iterator[tuple[str, dict[str, A
     if not profile.low_memory and free("low_memory", "prefill"):
         yield "one graph in memory at a time", {"low_memory": True}
     if free("variant"):
-        smaller = [v for v in ("int8", "int4") if v in bundle.variants and planner.size(v) < planner.size(plan.variant)]
+        smaller = [v for v in SMALLER if v in bundle.variants and planner.size(v) < planner.size(plan.variant)]
         for variant in smaller:
             yield f"{variant} instead of {plan.variant}", {"variant": (variant,)}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import onnxruntime as ort
-from lfm_profiles import Choice, Profile, ProfileError, choose, detect, read, with_flags
+from lfm_profiles import VARIANTS, Choice, Profile, ProfileError, choose, detect, read, with_flags
 from lfm_profiles.schema import AUTO, FLAG, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
 from lfm_runtime.bundle import Bundle
@@ -90,7 +90,7 @@ def _check_gpu(bundle: Bundle, profile: Profile) -> None:
             f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits"
         )
     name = choose_variant(bundle, profile)
-    if "fp16" not in name and not profile.is_flag("variant"):
+    if not VARIANTS[name].on_gpu and not profile.is_flag("variant"):
         raise GpuError(
             f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; "
             "make one: "

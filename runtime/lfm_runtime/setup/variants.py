@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from lfm_profiles import Profile
+from lfm_profiles import VARIANTS, Profile
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.errors import SettingError
-from lfm_runtime.formats.contract import KV8
 
 
 def choose_variants(bundle: Bundle, profile: Profile) -> tuple[str, str | None]:
@@ -26,8 +25,9 @@ def choose_variant(bundle: Bundle, profile: Profile) -> str:
         name = profile.variant[0]
     else:
         name = next((v for v in profile.variant if v in bundle.variants), next(iter(bundle.variants)))
-    if profile.kv == "int8" and not name.endswith(KV8) and (f"{name}{KV8}" in bundle.variants or profile.is_flag("kv")):
-        return f"{name}{KV8}"
+    other = VARIANTS[name].int8_keys
+    if profile.kv == "int8" and other and (other in bundle.variants or profile.is_flag("kv")):
+        return other
     return name
 
 
@@ -42,11 +42,11 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
                 f"prefill {name} has no effect on a GPU, whose decoder reads prompts as well; leave it out"
             )
         return None
-    if variant in (name, f"{name}{KV8}"):
+    row, other = VARIANTS[variant], VARIANTS[name]
+    if other.float_keys == row.float_keys:
         if asked:
             raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
         return None
-    if variant.endswith(KV8) and not name.endswith(KV8) and f"{name}{KV8}" in bundle.variants:
-        name = f"{name}{KV8}"
-    alike = all((form in name) == (form in variant) for form in (KV8, "fp16"))
-    return name if asked or (name in bundle.variants and alike) else None
+    if row.keys == "int8" and other.int8_keys in bundle.variants:
+        other = VARIANTS[other.int8_keys or name]
+    return other.name if asked or (other.name in bundle.variants and other.shares_states_with(row)) else None
