@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 from lfm_package.verify import verify
-from lfm_runtime.bundle import Bundle, file_hash
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepared import find, folder_of
+from lfm_runtime.formats.manifest import file_hash
 from sticks import another
 
 ROOT = Path(__file__).resolve().parents[1]

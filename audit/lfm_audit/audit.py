@@ -26,11 +26,12 @@ from lfm_profiles import Device, Profile, changed
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
-from lfm_runtime.bundle import Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.files import linked_copy
+from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.images import image_size
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.setup.costs import fingerprint
@@ -319,11 +320,11 @@ def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
 
 
 def _bundle(work: Workload) -> dict[str, Any]:
-    manifest = read_manifest(work.bundle.folder) or {}
+    source = work.bundle.manifest.source if work.bundle.manifest else None
     return {
         "name": work.bundle.folder.resolve().name,
-        "source": manifest.get("source"),
-        "licence": manifest.get("licence"),
+        "source": asdict(source) if source else None,
+        "licence": source.license if source else None,
         "fingerprint": {s.variant: fingerprint(work.bundle, s.variant) for s in work.subjects},
     }
 

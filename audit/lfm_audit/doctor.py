@@ -313,7 +313,7 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
     bundle = Bundle.open(machine.bundle)
     profile = profile_for(bundle, machine.profile)
     variant = choose_variants(bundle, profile)[0]
-    size = sum(int(entry["bytes"]) for entry in bundle.files.values())
+    size = sum(file.bytes for file in bundle.files.values())
     signed = ", signed" if (machine.bundle / "SHA256SUMS.sig").exists() else ""
     said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {profile.name} takes {variant}"
     if not bundle.files:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lfm_profiles.device import number
 from lfm_profiles.sensors import Sensors
-from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.report import WRITTEN
 
 from lfm_audit.figures import figure
@@ -40,7 +40,7 @@ def variant_result(
     """Everything about one variant. `images`: names in the order of the trials'; `prepare`: ms, or why none."""
     warm = [r for r in runs if r.kind == "warm"]
     outcome = warm[-1].outcome
-    quality = ((read_manifest(bundle.folder) or {}).get("quality") or {}).get(variant)
+    quality = bundle.manifest.quality.get(variant) if bundle.manifest else None
     files = [
         f
         for path in set(bundle.graphs(variant)[1].values())

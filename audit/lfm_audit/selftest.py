@@ -124,7 +124,7 @@ def _golden(on: Installed) -> str:
         deviation = golden.compare(Model.load(on.bundle, profile=on.profile, variant=variant, prefill="none"), kept)
         gc.collect()  # one model at a time
         if problems := deviation.problems(variant):
-            made = f"made with onnxruntime {kept.get('onnxruntime')} on {' '.join(kept.get('cpu_features', []))[:80]}"
+            made = f"made with onnxruntime {kept.onnxruntime} on {' '.join(kept.cpu_features)[:80]}"
             raise CheckError(
                 f"{variant}: {'; '.join(problems)} ({made}). Try prepared = false, then another onnxruntime, and "
                 "report it"

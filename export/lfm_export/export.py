@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from lfm_runtime import __version__
-from lfm_runtime.bundle import MANIFEST, end_tokens, file_hash, read_manifest
+from lfm_runtime.bundle import end_tokens
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
-from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.manifest import TOOL, Edge, File, GraphEntry, Manifest, ModelFacts, Source
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images import ImageSettings
@@ -78,7 +79,7 @@ def export(
         wanted |= {DECODER.stem, EMBED_TOKENS.stem}  # they share the embedding table's bytes
 
     with replacing(bundle) as folder:
-        old = read_manifest(bundle) or {}
+        old = Manifest.read(bundle)
         kept = _kept_files(old, dtype, wanted)
         _check_fits(bundle, old, kept, checkpoint, dtype, set(known) - wanted)
         (folder / "onnx").mkdir()
@@ -86,7 +87,7 @@ def export(
         copy_hub_files(checkpoint_folder, folder)
         prompt.save(folder / "prompt.json")
 
-        described: dict[str, Any] = {name: entry for name, entry in (old.get("graphs") or {}).items() if name in kept}
+        described = {name: entry for name, entry in old.graphs.items() if name in kept} if old else {}
 
         def write(stem: str, build: Callable[[GraphBuilder], Any]) -> Any:
             name = graph_file(stem, dtype)
@@ -115,7 +116,7 @@ def export(
         if DECODER.stem in wanted:
             shared = table if isinstance(table, ir.ExternalTensor) else None
             write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
-        _write_manifest(folder, checkpoint, dtype, old, kept, described, tools, image_token_id)
+        _manifest(folder, checkpoint, dtype, old, kept, described, tools, image_token_id).write(folder)
         return add_golden(folder, dtype)
 
 
@@ -164,23 +165,24 @@ def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> int:
     return found
 
 
-def _kept_files(old: dict[str, Any], dtype: str, wanted: set[str]) -> list[str]:
+def _kept_files(old: Manifest | None, dtype: str, wanted: set[str]) -> list[str]:
     """Files of the old bundle that this export does not write: other variants and other graphs."""
     replaced = {graph_file(stem, dtype) for stem in wanted}
     replaced |= {f"{name}_data" for name in replaced}
-    return [name for name in old.get("files") or {} if name.startswith(("onnx/", "recipes/")) and name not in replaced]
+    files = old.files if old else {}
+    return [name for name in files if name.startswith(("onnx/", "recipes/")) and name not in replaced]
 
 
 def _check_fits(
-    bundle: Path, old: dict[str, Any], kept: list[str], checkpoint: Checkpoint, dtype: str, rest: set[str]
+    bundle: Path, old: Manifest | None, kept: list[str], checkpoint: Checkpoint, dtype: str, rest: set[str]
 ) -> None:
     """What is kept must be of the same weights, and together with what is written make a whole variant."""
-    if kept and (old.get("source") or {}).get("weights") != checkpoint.fingerprint():
+    if kept and old and old.source.weights != checkpoint.fingerprint():
         raise CheckpointError(
             f"{bundle} holds graphs of another checkpoint or adapter; choose another output, or remove it first"
         )
     for stem in sorted(rest):
-        if graph_file(stem, dtype) not in (old.get("files") or {}):
+        if graph_file(stem, dtype) not in (old.files if old else {}):
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
 
 
@@ -217,83 +219,68 @@ def _portable_tools() -> dict[str, str]:
     return found
 
 
-def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> dict[str, Any]:
-    def edges(values: Sequence[ir.Value]) -> dict[str, Any]:
+def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> GraphEntry:
+    def edges(values: Sequence[ir.Value]) -> dict[str, Edge]:
         return {
-            str(v.name): {
-                "dtype": v.dtype.name if v.dtype else None,
-                "shape": [n if isinstance(n, int) else str(n) for n in v.shape or ()],
-            }
+            str(v.name): Edge(
+                v.dtype.name if v.dtype else None, tuple(n if isinstance(n, int) else str(n) for n in v.shape or ())
+            )
             for v in values
         }
 
-    locations = {
-        str(t.location) for v in graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
-    }
-    return {
-        "inputs": edges(graph.inputs),
-        "outputs": edges(graph.outputs),
-        "opset": opset,
-        "ir_version": ir_version,
-        "min_onnxruntime": MIN_ONNXRUNTIME,
-        "data": sorted(f"onnx/{location}" for location in locations),
-    }
+    constants = (value.const_value for value in graph.initializers.values())
+    data = sorted({f"onnx/{t.location}" for t in constants if isinstance(t, ir.ExternalTensor)})
+    return GraphEntry(edges(graph.inputs), edges(graph.outputs), opset, ir_version, MIN_ONNXRUNTIME, tuple(data))
 
 
-def _write_manifest(
+def _manifest(
     folder: Path,
     checkpoint: Checkpoint,
     dtype: str,
-    old: dict[str, Any],
+    old: Manifest | None,
     kept: list[str],
-    described: dict[str, Any],
+    described: dict[str, GraphEntry],
     tools: dict[str, str],
     image_token_id: int,
-) -> None:
+) -> Manifest:
     text = checkpoint.config.text
-    variants = dict(old.get("variants") or {})
-    variants[dtype] = {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     # A kept file keeps its hash: hashing it again would make a damaged one look sound.
-    files = {
-        name: old["files"][name]
-        if name in kept
-        else {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
-        for name in names
-    }
-    manifest = {
-        "schema": SCHEMA_VERSION,
-        "tool": {"name": "lfm-edge", "version": __version__, "onnx_ir": ir.__version__, **tools},
-        "min_onnxruntime": MIN_ONNXRUNTIME,
-        "source": {
-            "name": checkpoint.folder.resolve().name,
-            "revision": _revision(checkpoint.folder),
-            "license": _license(checkpoint.folder),
-            "adapter": checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
-            "weights": checkpoint.fingerprint(),
-        },
-        "model": {
-            "layers": list(text.layers),
-            "hidden": text.hidden,
-            "kv_heads": text.kv_heads,
-            "head_dim": text.head_dim,
-            "conv_kernel": text.kernel,
-            "feed_forward": text.feed_forward,
-            "vocabulary": text.vocabulary,
-            "context_length": context_length(text),
-            "image_token_id": image_token_id,
-        },
-        "variants": variants,
-        "graphs": dict(sorted(described.items())),
-        "files": files,
-        # What quantize wrote about the other variants stays true: they are of the same weights.
-        **{
-            key: {v: entry for v, entry in old[key].items() if v != dtype}
-            for key in ("quantization", "quality", "golden")
-            if old.get(key) and kept
-        },
-    }
-    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+    known = {name: old.files[name] for name in kept} if old else {}
+
+    def others(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """What quantize wrote about the other variants stays true: they are of the same weights."""
+        return {v: entry for v, entry in entries.items() if v != dtype and kept}
+
+    return Manifest(
+        SCHEMA_VERSION,
+        {"name": TOOL, "version": __version__, "onnx_ir": ir.__version__, **tools},
+        MIN_ONNXRUNTIME,
+        Source(
+            checkpoint.folder.resolve().name,
+            _revision(checkpoint.folder),
+            _license(checkpoint.folder),
+            checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
+            checkpoint.fingerprint(),
+        ),
+        ModelFacts(
+            text.layers,
+            text.hidden,
+            text.kv_heads,
+            text.head_dim,
+            text.kernel,
+            text.vocabulary,
+            context_length(text),
+            image_token_id,
+            text.feed_forward,
+        ),
+        {**(old.variants if old else {}), dtype: {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}},
+        dict(sorted(described.items())),
+        {name: known.get(name) or File.of(folder / name) for name in names},
+        others(old.quantization) if old else {},
+        others(old.quality) if old else {},
+        others(old.golden) if old else {},
+    )
 
 
 def _revision(folder: Path) -> str | None:

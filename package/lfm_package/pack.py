@@ -13,22 +13,20 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 from lfm_profiles import Profile, to_toml
-from lfm_runtime.bundle import MANIFEST, SIGNATURE, SUMS, Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest
 
 from lfm_package.sbom import sbom
 from lfm_package.signature import sign
 from lfm_package.wheelhouse import Wheel
 
-PROFILE = "profile.toml"
 _MOST_PARTS = 1000
-_KEPT_BY_VARIANT = ("variants", "quantization", "quality", "golden")
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,17 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     manifest = reduced(folder, variants)
     texts = {PROFILE: to_toml(extras.profile).encode()} if extras.profile else {}
     for name, data in texts.items():
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["files"] = dict(sorted(manifest["files"].items()))
-    texts[MANIFEST] = (to_json(manifest, indent=2) + "\n").encode()
-    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {
+        manifest = manifest.with_files({name: File(len(data), hashlib.sha256(data).hexdigest())})
+    manifest = replace(manifest, files=dict(sorted(manifest.files.items())))
+    texts[MANIFEST] = manifest.to_text().encode()
+    sums = {name: file.sha256 for name, file in manifest.files.items()} | {
         MANIFEST: hashlib.sha256(texts[MANIFEST]).hexdigest()
     }
     texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
     if extras.sign_with:
         texts[SIGNATURE] = _signature(texts[SUMS], extras.sign_with)
     top = output.name.removesuffix(".zst").removesuffix(".tar")
-    _check_space(output, sum(int(kept["bytes"]) for kept in manifest["files"].values()))
+    _check_space(output, sum(file.bytes for file in manifest.files.values()))
     parts = _Parts(output, extras.split)
     try:
         with (
@@ -82,11 +80,11 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
             _compressed(output, parts) as stream,
             tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
         ):
-            for name in sorted({*manifest["files"], *texts}):
+            for name in sorted({*manifest.files, *texts}):
                 if name in texts:
                     tar.addfile(entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
                 else:
-                    _add(tar, folder / name, f"{top}/{name}", manifest["files"][name])
+                    _add(tar, folder / name, f"{top}/{name}", manifest.files[name])
         return parts.finish({f"{output.name}.sha256": parts.sum, f"{top}.cdx.json": sbom(top, manifest, extras.wheels)})
     except OSError as e:
         raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
@@ -94,29 +92,16 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
         parts.discard()
 
 
-def reduced(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
-    """The manifest of these variants alone."""
-    bundle, manifest = Bundle.open(folder), read_manifest(folder)
-    if manifest is None:
-        raise BundleError(f"{folder} has no {MANIFEST}; make a bundle with: lfm-edge export")
+def reduced(folder: Path, variants: Sequence[str]) -> Manifest:
+    """The manifest of these variants alone.
+
+    Raises:
+        BundleError: not a bundle of lfm-edge, or it lacks one of them.
+    """
+    manifest, bundle = Manifest.of(folder), Bundle.open(folder)
     for variant in variants:
         bundle.graphs(variant)
-    graphs = {name for variant in variants for name in manifest["variants"][variant].values()}
-    weights = {name for graph in graphs for name in manifest["graphs"][graph]["data"]}
-    recipes = {f"recipes/{variant}.toml" for variant in variants}
-    kept = {
-        n for n in manifest["files"] if n in graphs | weights | recipes or not n.startswith(("onnx/", "recipes/"))
-    } - {PROFILE}
-    return {
-        **manifest,
-        **{
-            key: {v: manifest[key][v] for v in variants if v in manifest[key]}
-            for key in _KEPT_BY_VARIANT
-            if key in manifest
-        },
-        "graphs": {name: entry for name, entry in manifest["graphs"].items() if name in graphs},
-        "files": {name: entry for name, entry in manifest["files"].items() if name in kept},
-    }
+    return manifest.only(variants)
 
 
 def _signature(sums: bytes, key: Path) -> bytes:
@@ -132,12 +117,12 @@ def entry(name: str, size: int, mode: int = 0o644) -> tarfile.TarInfo:
     return made
 
 
-def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Mapping[str, Any]) -> None:
+def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: File) -> None:
     """A file whose bytes are hashed while they are packed."""
     with path.open("rb") as f:
         reader = _Hashing(f)
-        tar.addfile(entry(name, int(wanted["bytes"])), cast("IO[bytes]", reader))
-    if reader.digest.hexdigest() != wanted["sha256"]:
+        tar.addfile(entry(name, int(wanted.bytes)), cast("IO[bytes]", reader))
+    if reader.digest.hexdigest() != wanted.sha256:
         raise BundleError(f"{path} is damaged (its SHA-256 is not {MANIFEST}'s); copy the bundle again")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 from uuid import NAMESPACE_URL, uuid5
 
 from cyclonedx.factory.license import LicenseFactory
@@ -13,6 +13,7 @@ from cyclonedx.model.bom_ref import BomRef
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
+from lfm_runtime.formats.manifest import Manifest
 from packageurl import PackageURL
 
 from lfm_package.wheelhouse import Wheel
@@ -20,7 +21,7 @@ from lfm_package.wheelhouse import Wheel
 _LONGEST_LICENSE = 100  # older wheels hold the whole text there
 
 
-def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str:
+def sbom(name: str, manifest: Manifest, wheels: Sequence[Wheel]) -> str:
     """CycloneDX 1.6 as JSON. The same inputs give the same text: no time, and a serial number made of the content.
 
     Args:
@@ -28,28 +29,24 @@ def sbom(name: str, manifest: Mapping[str, Any], wheels: Sequence[Wheel]) -> str
         manifest: of the bundle as it is packed.
         wheels: what it runs on; none where that is not decided.
     """
-    files, source = manifest["files"], manifest["source"]
+    files, source = manifest.files, asdict(manifest.source)
     content = uuid5(
-        NAMESPACE_URL,
-        "\n".join(sorted([*(str(entry["sha256"]) for entry in files.values()), *(w.sha256 for w in wheels)])),
+        NAMESPACE_URL, "\n".join(sorted([*(entry.sha256 for entry in files.values()), *(w.sha256 for w in wheels)]))
     )
     model = Component(
         name=name,
         type=ComponentType.MACHINE_LEARNING_MODEL,
-        version=str(manifest["tool"]["version"]),
+        version=manifest.tool["version"],
         bom_ref=BomRef("model"),
         licenses=_licenses(source["license"] or ""),
         properties=[
             Property(name=f"lfm-edge:{key}", value=str(value))
-            for key, value in {**source, "variants": ", ".join(manifest["variants"])}.items()
+            for key, value in {**source, "variants": ", ".join(manifest.variants)}.items()
             if value and key != "license"
         ],
         components=[
             Component(
-                name=file,
-                type=ComponentType.FILE,
-                hashes=[_sha256(str(entry["sha256"]))],
-                bom_ref=BomRef(f"model/{file}"),
+                name=file, type=ComponentType.FILE, hashes=[_sha256(entry.sha256)], bom_ref=BomRef(f"model/{file}")
             )
             for file, entry in sorted(files.items())
         ],

@@ -8,13 +8,13 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lfm_profiles import Profile
-from lfm_runtime.bundle import SIGNATURE, SUMS, Bundle, file_hash
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
 
@@ -77,13 +77,13 @@ def _fill(
     name: str,
     folder: Path,
     variants: Sequence[str],
-    manifest: dict[str, Any],
+    manifest: Manifest,
     platform: Platform,
     extras: Extras,
 ) -> list[Wheel]:
     wheels = wheelhouse(platform, stick / "wheels")
     _check_onnxruntime(folder, manifest, wheels, platform)
-    size = sum(int(file["bytes"]) for file in manifest["files"].values())
+    size = sum(file.bytes for file in manifest.files.values())
     split = _LARGEST_FILE if size > _LARGEST_FILE else 0
     pack(folder, variants, stick / f"{name}.tar", Extras(extras.profile, wheels, extras.sign_with, split))
     (stick / f"{name}.tar.sha256").unlink()  # SHA256SUMS has it
@@ -108,11 +108,11 @@ def _fill(
     return wheels
 
 
-def _check_onnxruntime(folder: Path, manifest: dict[str, Any], wheels: Sequence[Wheel], platform: Platform) -> None:
+def _check_onnxruntime(folder: Path, manifest: Manifest, wheels: Sequence[Wheel], platform: Platform) -> None:
     there = next(wheel.version for wheel in wheels if wheel.name == "onnxruntime")
-    for graph, described in manifest["graphs"].items():
-        if there < Version(described["min_onnxruntime"]):
-            needs = f"{folder}/{graph} needs onnxruntime {described['min_onnxruntime']} or later"
+    for graph, described in manifest.graphs.items():
+        if there < Version(described.min_onnxruntime):
+            needs = f"{folder}/{graph} needs onnxruntime {described.min_onnxruntime} or later"
             raise BundleError(f"{needs}; the newest for {platform} is {there}; take another variant")
 
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST
 from lfm_runtime.formats.writer import replacing
 
 from lfm_package.verify import verify

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import BESIDE_MANIFEST, MANIFEST, SUMS, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.sessions import Execution, check_onnxruntime, load_session
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 
 from lfm_package.signature import check_signature
@@ -34,19 +35,19 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         raise BundleError(f"{folder} is not a folder; name a bundle")
     if problems := _not_plain(folder):
         return problems  # what is not a plain file is not read
-    manifest = read_manifest(folder)
+    manifest = Manifest.read(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
-    if problems := _strangers(folder, set(manifest["files"])):
+    if problems := _strangers(folder, set(manifest.files)):
         return problems
     if signers is not None:
         check_signature(folder / SUMS, signers)
-    problems = [*_hashes(folder, manifest["files"], progress), *_sums(folder, manifest["files"])]
+    problems = [*_hashes(folder, manifest.files, progress), *_sums(folder, manifest.files)]
     if problems:
         return problems
-    for name in sorted(manifest["files"]):
+    for name in sorted(manifest.files):
         if name.endswith(".onnx"):
-            problems += _outside(folder, name, manifest["files"])
+            problems += _outside(folder, name, manifest.files)
     return problems or _unloadable(folder)
 
 
@@ -70,21 +71,21 @@ def _strangers(folder: Path, named: set[str]) -> list[str]:
     ]
 
 
-def _hashes(folder: Path, files: dict[str, dict[str, object]], progress: Progress) -> list[str]:
+def _hashes(folder: Path, files: Mapping[str, File], progress: Progress) -> list[str]:
     found = []
-    total, done = sum(int(str(entry["bytes"])) for entry in files.values()), 0
+    total, done = sum(entry.bytes for entry in files.values()), 0
     for name, wanted in files.items():
         size = (folder / name).stat().st_size
-        if size != wanted["bytes"]:
-            found.append(f"{name} has {size} bytes, {MANIFEST} says {wanted['bytes']}; copy the bundle again")
-        elif file_hash(folder / name) != wanted["sha256"]:
+        if size != wanted.bytes:
+            found.append(f"{name} has {size} bytes, {MANIFEST} says {wanted.bytes}; copy the bundle again")
+        elif file_hash(folder / name) != wanted.sha256:
             found.append(f"{name} is damaged (its SHA-256 is not {MANIFEST}'s); copy the bundle again")
-        done += int(str(wanted["bytes"]))
+        done += wanted.bytes
         progress(done, total)
     return found
 
 
-def _sums(folder: Path, files: dict[str, dict[str, object]]) -> list[str]:
+def _sums(folder: Path, files: Mapping[str, File]) -> list[str]:
     """SHA256SUMS, which names the manifest as well; bundles that were never packed have none."""
     path = folder / SUMS
     if not path.exists():
@@ -96,12 +97,12 @@ def _sums(folder: Path, files: dict[str, dict[str, object]]) -> list[str]:
             said[name] = digest
     except ValueError:
         return [f"{SUMS} is damaged; copy the bundle again"]
-    wanted = {name: str(entry["sha256"]) for name, entry in files.items()} | {MANIFEST: file_hash(folder / MANIFEST)}
+    wanted = {name: entry.sha256 for name, entry in files.items()} | {MANIFEST: file_hash(folder / MANIFEST)}
     names = sorted(name for name in wanted.keys() | said.keys() if wanted.get(name) != said.get(name))
     return [f"{name} is not what {SUMS} says; copy the bundle again" for name in names]
 
 
-def _outside(folder: Path, name: str, files: dict[str, dict[str, object]]) -> list[str]:
+def _outside(folder: Path, name: str, files: Mapping[str, File]) -> list[str]:
     """Weights that a graph looks for elsewhere than in the bundle's own files."""
     try:
         places = external_files(folder / name)

@@ -17,8 +17,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.bundle import file_hash
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet

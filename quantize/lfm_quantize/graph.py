@@ -18,6 +18,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.engine.sessions import Execution, failures_are_ours
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.manifest import Edge
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -213,18 +214,15 @@ class Graph:
             if isinstance(tensor.data, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
                 tensor.data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
 
-    def edges(self) -> dict[str, Any]:
-        """Inputs and outputs for the manifest."""
+    def edges(self) -> tuple[dict[str, Edge], dict[str, Edge]]:
+        """(inputs, outputs) for the manifest."""
 
-        def describe(info: onnx.ValueInfoProto) -> dict[str, Any]:
+        def describe(info: onnx.ValueInfoProto) -> Edge:
             kind = info.type.tensor_type
-            shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
-            return {"dtype": onnx.TensorProto.DataType.Name(kind.elem_type), "shape": shape}
+            shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
+            return Edge(onnx.TensorProto.DataType.Name(kind.elem_type), shape)
 
-        return {
-            "inputs": {n: describe(i) for n, i in self.inputs.items()},
-            "outputs": {o.name: describe(o) for o in self.outputs},
-        }
+        return {n: describe(i) for n, i in self.inputs.items()}, {o.name: describe(o) for o in self.outputs}
 
     def data_files(self, name: str) -> set[str]:
         """Names of the data files that `save` under `name` uses."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 import onnxruntime as ort
 from lfm_profiles import SMALLER, VARIANTS
 from lfm_runtime import __version__
-from lfm_runtime.bundle import Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
+from lfm_runtime.formats.manifest import Manifest, file_hash, outdated_files, recipe_file, variant_files
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from numpy.typing import NDArray
@@ -33,17 +34,7 @@ from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.search import choose, survey
 from lfm_quantize.source import Source, look_up
-from lfm_quantize.variant import (
-    Graphs,
-    add_quality,
-    check_size,
-    check_space,
-    outdated_files,
-    recipe_file,
-    save_graphs,
-    variant_files,
-    write_manifest,
-)
+from lfm_quantize.variant import Graphs, check_size, check_space, save_graphs, with_graphs, with_quality
 from lfm_quantize.work import Work
 
 CALIBRATION_TOKENS = 24
@@ -161,9 +152,7 @@ def quantize(
     settings.check()
     folder = folder.resolve()
     bundle = Bundle.open(folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise QuantizeError(f"{folder} has no manifest.json; quantize starts from a bundle made by: lfm-edge export")
+    manifest = Manifest.of(folder)
     start, source = Source.open(bundle)
     if settings.variant == start:
         raise QuantizeError(f"{folder} has {start} from lfm-edge export and nothing finer to make it from")
@@ -200,12 +189,12 @@ def quantize(
         }
 
         with replacing(folder) as new:
-            now = read_manifest(folder)  # another variant may have been added meanwhile
-            if now is None or now.get("source") != manifest.get("source"):
+            now = Manifest.of(folder)  # another variant may have been added meanwhile
+            if now.source != manifest.source:
                 raise QuantizeError(
                     f"{folder} was exported anew from other weights while {settings.variant} was made; start again"
                 )
-            carry_over(folder, new, [n for n in now["files"] if n not in outdated_files(settings.variant)])
+            carry_over(folder, new, [n for n in now.files if n not in outdated_files(settings.variant)])
             save_graphs(new, settings.variant, graphs, source)
             if recipe:
                 (new / "recipes").mkdir(exist_ok=True)
@@ -213,15 +202,16 @@ def quantize(
             if settings.max_size is not None:
                 check_size(new, settings.variant, settings.max_size)
             record["seconds"] = round(time.perf_counter() - started, 1)
-            write_manifest(new, now, settings.variant, start, graphs, record)
-            for gone in set(VARIANTS[settings.variant].dependents).intersection(now["variants"]):
+            made = with_graphs(now, new, settings.variant, start, graphs, record)
+            made.write(new)
+            for gone in set(VARIANTS[settings.variant].dependents).intersection(now.variants):
                 warn(f"{gone} was made of the {settings.variant} before and is gone; make it again")
             del run, samples, graphs, source  # the fp32 model takes their place
             quality = None
             if judge:
                 quality = measure(new, settings.variant, start, judge, settings.threads, progress)
                 check_floor(quality, settings.kl_floor())
-                add_quality(new, quality)
+                with_quality(made, quality).write(new)
             if warning := add_golden(new, settings.variant):
                 warn(warning)
         work.finished()
@@ -264,12 +254,12 @@ def _questions(settings: Settings, warn: Warn) -> tuple[list[Question], list[Que
 
 
 def _key(
-    settings: Settings, recipe: Recipe | None, manifest: Mapping[str, Any], start: str, calibrate: list[Question]
+    settings: Settings, recipe: Recipe | None, manifest: Manifest, start: str, calibrate: list[Question]
 ) -> dict[str, Any]:
     """Everything the blocks depend on: a run that was killed goes on only with the same."""
     return {
         "source": [
-            entry for name, entry in manifest["files"].items() if name in variant_files(start) or "/" not in name
+            asdict(file) for name, file in manifest.files.items() if name in variant_files(start) or "/" not in name
         ],
         "versions": [ort.__version__, __version__],
         "recipe": recipe.to_list() if recipe else list(settings.keep),
@@ -440,9 +430,7 @@ def _over_other_files(run: Run) -> tuple[Graphs, dict[str, Any]]:
     else:
         int4 = run.bundle.graphs("int4")[1]
         original = Graph.open(int4[DECODER.stem], widen=False)
-        kept = set(
-            (read_manifest(run.bundle.folder) or {}).get("quantization", {}).get("fp16", {}).get("kept_fp32", [])
-        )
+        kept = set(Manifest.of(run.bundle.folder).quantization.get("fp16", {}).get("kept_fp32", []))
         stay = [
             node.name for node in original.nodes if kept.intersection((node.name, node.name.removesuffix(".matmul")))
         ]

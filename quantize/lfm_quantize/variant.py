@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lfm_profiles import VARIANTS
-from lfm_runtime.bundle import MANIFEST, Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
-from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.manifest import MANIFEST, Manifest, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
@@ -23,22 +23,6 @@ from lfm_quantize.source import Source, look_up
 
 Graphs = dict[str, "Graph | str"]
 """Stem → a new graph, or the file of one that is there."""
-
-
-def variant_files(variant: str) -> set[str]:
-    """Files a variant may write."""
-    names = {graph_file(graph.stem, variant) for graph in (VISION_ENCODER, EMBED_TOKENS, DECODER)}
-    return names | {f"{name}_data" for name in names} | {recipe_file(variant), MANIFEST}
-
-
-def outdated_files(variant: str) -> set[str]:
-    """Files no longer true when a variant is written: its own, and those of the variants that use its weights."""
-    return variant_files(variant).union(*map(variant_files, VARIANTS[variant].dependents))
-
-
-def recipe_file(variant: str) -> str:
-    """Where a variant's recipe lies in a bundle, to be read and to be given to --recipe."""
-    return f"recipes/{variant}.toml"
 
 
 def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> None:
@@ -60,42 +44,28 @@ def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> N
         places = written if stem == EMBED_TOKENS.stem else places
 
 
-def write_manifest(
-    folder: Path, old: dict[str, Any], variant: str, start: str, graphs: Graphs, record: dict[str, Any]
-) -> None:
+def with_graphs(
+    old: Manifest, folder: Path, variant: str, start: str, graphs: Graphs, record: Mapping[str, Any]
+) -> Manifest:
     """The old manifest with a variant's files and how they were made, and no word on its quality yet."""
-    manifest = json.loads(json.dumps(old))
-    written = {name for name in variant_files(variant) if name != MANIFEST and (folder / name).exists()}
-    manifest["files"] = {n: e for n, e in old["files"].items() if n not in outdated_files(variant)}
-    manifest["files"] |= {
-        n: {"bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in sorted(written)
-    }
-    for key in ("variants", "quantization", "quality", "golden"):
-        for dependent in VARIANTS[variant].dependents:
-            manifest.get(key, {}).pop(dependent, None)
-    manifest["graphs"] = {n: e for n, e in old["graphs"].items() if n not in outdated_files(variant)}
     names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
-    manifest["variants"][variant] = names
+    described = {}
     for stem, graph in graphs.items():
         if isinstance(graph, Graph):
-            described = {**old["graphs"][graph_file(stem, start)], **graph.edges()}
+            entry = old.graphs[graph_file(stem, start)]
             data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
-            manifest["graphs"][names[stem]] = {**described, "data": data}
-            if VARIANTS[variant].keys == "int8":
-                manifest["graphs"][names[stem]]["min_onnxruntime"] = FIRST_ONNXRUNTIME
-    manifest.setdefault("quantization", {})[variant] = record
-    # What was measured of variants that use a file written anew is no longer true.
-    stale = [v for v, files in manifest["variants"].items() if v == variant or written.intersection(files.values())]
-    for key in ("quality", "golden"):
-        manifest[key] = {v: known for v, known in manifest.get(key, {}).items() if v not in stale}
-    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+            first = FIRST_ONNXRUNTIME if VARIANTS[variant].keys == "int8" else entry.min_onnxruntime
+            inputs, outputs = graph.edges()
+            described[names[stem]] = replace(
+                entry, inputs=inputs, outputs=outputs, data=tuple(data), min_onnxruntime=first
+            )
+    manifest = old.with_variant(variant, names, described, folder)
+    return replace(manifest, quantization={**manifest.quantization, variant: record})
 
 
-def add_quality(folder: Path, quality: Quality) -> None:
-    """Write the numbers into the manifest of a folder that nobody else writes."""
-    manifest = read_manifest(folder) or {}
-    manifest.setdefault("quality", {})[quality.variant] = quality.to_dict()
-    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+def with_quality(manifest: Manifest, quality: Quality) -> Manifest:
+    """With the numbers of a variant."""
+    return replace(manifest, quality={**manifest.quality, quality.variant: quality.to_dict()})
 
 
 def keep_quality(folder: Path, quality: Quality) -> str | None:
@@ -103,15 +73,13 @@ def keep_quality(folder: Path, quality: Quality) -> str | None:
     cannot be written.
     """
     folder = folder.resolve()
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"{folder} has no manifest.json to keep the numbers in"
+    if Manifest.read(folder) is None:
+        return f"{folder} has no {MANIFEST} to keep the numbers in"
     try:
         with replacing(folder) as new:
-            files = (read_manifest(folder) or manifest)["files"]
-            carry_over(folder, new, files)
-            shutil.copyfile(folder / MANIFEST, new / MANIFEST)  # not a link: this one changes
-            add_quality(new, quality)
+            manifest = Manifest.of(folder)
+            carry_over(folder, new, manifest.files)
+            with_quality(manifest, quality).write(new)
     except BundleError as e:
         return f"the numbers are not kept: {e}"
     return None
@@ -133,9 +101,7 @@ def check_size(folder: Path, variant: str, megabytes: float) -> None:
 
 def check_space(folder: Path, bundle: Bundle, start: str) -> None:
     """Raise QuantizeError without room for the work folder and the new files: a third of the weights each, roughly."""
-    weights = sum(
-        int(e["bytes"]) for n, e in bundle.files.items() if n.startswith("onnx/") and n in variant_files(start)
-    )
+    weights = sum(e.bytes for n, e in bundle.files.items() if n.startswith("onnx/") and n in variant_files(start))
     free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
     if free < wanted:
         raise QuantizeError(

@@ -6,38 +6,22 @@ No onnxruntime here: a bundle can be looked at on a machine that could not run i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import (
-    DECODER,
-    EMBED_TOKENS,
-    GRAPHS,
-    MAX_CONTEXT,
-    SCHEMA_VERSION,
-    VISION_ENCODER,
-    Graph,
-)
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, Graph
 from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.formats.manifest import File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder, PromptSpec, compile_on_device, token_text
 
-MANIFEST = "manifest.json"
-SUMS = "SHA256SUMS"
-"""Of a packed bundle: names the manifest as well."""
-SIGNATURE = f"{SUMS}.sig"
-"""Of a signed one, over its SHA256SUMS."""
-BESIDE_MANIFEST = frozenset({MANIFEST, SUMS, SIGNATURE})
-"""The files of a bundle that its manifest cannot name."""
 HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi.
 """
@@ -45,12 +29,11 @@ HASHED_AT_LOAD = 32 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """Where everything lies. `files` is empty for a hub folder: nothing is known to check against."""
+    """Where everything lies. A hub folder has no manifest: nothing is known to check against."""
 
     folder: Path
     variants: Mapping[str, Mapping[str, Path]]  # variant → graph stem → .onnx file
-    files: Mapping[str, Mapping[str, Any]]  # relative path → {"sha256", "bytes"}
-    min_onnxruntime: Mapping[Path, str]  # of graphs, where the manifest says
+    manifest: Manifest | None
     context_length: int
     eos: tuple[int, ...]
     prompt: PromptSpec
@@ -72,7 +55,7 @@ class Bundle:
             raise BundleError(f"{folder} is a file; a bundle is a folder, and comes before the images")
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; make a bundle with: lfm-edge export CHECKPOINT -o {folder}")
-        manifest = read_manifest(folder)
+        manifest = Manifest.read(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
@@ -80,28 +63,37 @@ class Bundle:
                 int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT
             )
         if manifest is None:
-            variants, files, versions = _hub_variants(folder), {}, {}
+            variants: Mapping[str, Mapping[str, Path]] = _hub_variants(folder)
         else:
-            files = manifest["files"]
-            variants = {
-                n: {stem: folder / f for stem, f in graphs.items()} for n, graphs in manifest["variants"].items()
-            }
-            versions = {folder / n: graph["min_onnxruntime"] for n, graph in manifest.get("graphs", {}).items()}
-            context = manifest["model"]["context_length"]
-            _check_files(folder, files)
+            variants = _known_variants(folder, manifest)
+            context = manifest.model.context_length
+            _check_files(folder, manifest.files)
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
         prompt = PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder)
         return Bundle(
             folder,
             variants,
-            files,
-            versions,
+            manifest,
             context,
             end_tokens(folder, prompt),
             prompt,
             ImageSettings.from_folder(folder),
             GenerationSettings.from_config(generation),
         )
+
+    @property
+    def files(self) -> Mapping[str, File]:
+        """What the manifest names; nothing for a hub folder."""
+        return self.manifest.files if self.manifest else {}
+
+    def min_onnxruntime(self, graph: Path) -> str:
+        """The oldest release that runs a graph, as the manifest says."""
+        entry = self.manifest.graphs.get(self.name_of(graph)) if self.manifest else None
+        return entry.min_onnxruntime if entry else "0.0"
+
+    def name_of(self, path: Path) -> str:
+        """What the manifest calls a file."""
+        return path.relative_to(self.folder).as_posix()
 
     @cached_property
     def prompts(self) -> PromptBuilder:
@@ -145,9 +137,7 @@ class Bundle:
             if path.exists():
                 name, status = path.relative_to(self.folder).as_posix(), path.stat()
                 found.append(
-                    self.files[name]["sha256"]
-                    if name in self.files
-                    else f"{name} {status.st_size} {status.st_mtime_ns}"
+                    self.files[name].sha256 if name in self.files else f"{name} {status.st_size} {status.st_mtime_ns}"
                 )
         return found
 
@@ -158,7 +148,7 @@ class Bundle:
             BundleError: naming the first file that differs.
         """
         for name, wanted in self.files.items():
-            _check_hash(self.folder / name, wanted["sha256"])
+            _check_hash(self.folder / name, wanted.sha256)
 
 
 def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
@@ -192,67 +182,34 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
     return (prompt.vocabulary.tokens.index(name),)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, its structure checked; None for a folder without one.
-
-    Raises:
-        BundleError: damaged, not ours, of a newer schema, or naming files outside the folder.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json_object(path, BundleError)
-    with damage_is(BundleError, path, "copy or export the bundle again"):
-        _check_manifest(path, manifest)
-    return manifest
+def _known_variants(folder: Path, manifest: Manifest) -> dict[str, dict[str, Path]]:
+    """Those of the manifest that this release knows."""
+    found = {
+        name: {stem: folder / file for stem, file in graphs.items()}
+        for name, graphs in manifest.variants.items()
+        if name in VARIANTS
+    }
+    if not found:
+        names = ", ".join(manifest.variants)
+        raise BundleError(f"{folder} has only variants that this lfm-edge does not know ({names}); update lfm-edge")
+    return found
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    schema = manifest.get("schema")
-    if not isinstance(schema, int):
-        raise BundleError(f"{path} has no schema number; it is not a manifest of lfm-edge")
-    if schema > SCHEMA_VERSION:
-        raise BundleError(f"{path} has schema {schema}, this lfm-edge reads up to {SCHEMA_VERSION}; update lfm-edge")
-    for key in ("variants", "files", "model"):
-        if not isinstance(manifest.get(key), dict) or not manifest[key]:
-            raise BundleError(f"{path} has no {key}; export the bundle again")
-    for name in [*manifest["files"], *(f for graphs in manifest["variants"].values() for f in graphs.values())]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
-    types: list[tuple[Any, type]] = [(manifest["model"]["context_length"], int)]
-    types += [(graph["min_onnxruntime"], str) for graph in manifest.get("graphs", {}).values()]
-    types += [pair for entry in manifest["files"].values() for pair in ((entry["bytes"], int), (entry["sha256"], str))]
-    for value, wanted in types:
-        if not isinstance(value, wanted):
-            raise BundleError(
-                f"{path} has {value!r} where a {wanted.__name__} belongs; copy or export the bundle again"
-            )
-
-
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_files(folder: Path, files: Mapping[str, File]) -> None:
     for name, wanted in files.items():
         path = folder / name
         if not path.exists():
             raise BundleError(f"{path} is missing; the manifest names it: copy the bundle again or export it again")
         size = path.stat().st_size
-        if size != wanted["bytes"]:
-            raise BundleError(f"{path} has {size} bytes, the manifest says {wanted['bytes']}: copy the bundle again")
+        if size != wanted.bytes:
+            raise BundleError(f"{path} has {size} bytes, the manifest says {wanted.bytes}: copy the bundle again")
         if size <= HASHED_AT_LOAD:
-            _check_hash(path, wanted["sha256"])
+            _check_hash(path, wanted.sha256)
 
 
 def _check_hash(path: Path, wanted: str) -> None:
     if file_hash(path) != wanted:
         raise BundleError(f"{path} is damaged (its SHA-256 is not the manifest's); copy the bundle again")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from lfm_profiles import VARIANTS, cpu_features
 from numpy.typing import NDArray
 from PIL import Image
 
-from lfm_runtime.bundle import MANIFEST, Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.context import Context
 from lfm_runtime.engine.sessions import Graphs
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import damage_is, to_json
+from lfm_runtime.formats.manifest import MANIFEST, Manifest
+from lfm_runtime.formats.typed import as_json, read_as
 from lfm_runtime.images import cut_views, plan_image
 from lfm_runtime.model import Model, PlannedImage
 from lfm_runtime.process import child_environment, module
@@ -39,6 +41,7 @@ STEPS = 8
 _PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
 _TOP, _SPREAD, _SAMPLES = 16, 16, 64
 _OUT_OF_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "Unable to allocate", "Failed to allocate")
+_ADVICE = "export and quantize again"
 _SMALL = 256 << 20  # bytes of weights that are run in this process
 TEXTS = (
     "What is in this image?",
@@ -60,6 +63,39 @@ def golden_image() -> Image.Image:
     y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]]
     planes = [(x * 3 + y * 2) % 256, (x * y // 64 + 40) % 256, np.where((x // 24 + y // 24) % 2, 210, 35)]
     return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Logits of one step: of the likeliest tokens and of some spread over the vocabulary."""
+
+    at: tuple[int, ...]  # token ids
+    logits: tuple[float, ...]
+    mean: float  # of all logits
+    std: float
+    ahead: float  # by how much the likeliest wins
+
+    @staticmethod
+    def of(logits: NDArray[np.float64]) -> Step:
+        """Of a row [vocabulary]."""
+        order = np.argsort(-logits, kind="stable")
+        at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
+        ahead = float(logits[order[0]] - logits[order[1]])
+        return Step(tuple(at.tolist()), _short(logits[at]), float(logits.mean()), float(logits.std()), ahead)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What is kept of one variant."""
+
+    onnxruntime: str
+    cpu_features: tuple[str, ...]
+    prompt: tuple[int, ...]
+    texts: tuple[tuple[int, ...], ...]
+    patches: tuple[float, ...]
+    features: tuple[float, ...]
+    tokens: tuple[int, ...]  # of the greedy answer
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -93,73 +129,58 @@ class Deviation:
         return found
 
 
-def record(model: Model) -> dict[str, Any]:
-    """What is kept of one variant."""
+def record(model: Model) -> Golden:
+    """What is kept of one variant.
+
+    Raises:
+        BundleError: it gives values that are no numbers.
+    """
     patches, features, ids = _seen(model)
-    steps, tokens = [], []
     answer = _answer(model, features, None)
     for what, values in (("image features", features), ("logits", np.stack(answer))):
         if not np.isfinite(values).all():
-            raise BundleError(
-                f"{model.bundle.folder}: the {what} of {model.variant} are no numbers (NaN or infinity): check its "
-                "weights"
-            )
-    for logits in answer:
-        order = np.argsort(-logits, kind="stable")
-        at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
-        tokens.append(int(order[0]))
-        steps.append(
-            {
-                "at": at.tolist(),
-                "logits": _short(logits[at]),
-                "mean": float(logits.mean()),
-                "std": float(logits.std()),
-                "ahead": float(logits[order[0]] - logits[order[1]]),
-            }
-        )
-    return {
-        "onnxruntime": ort.__version__,
-        "cpu_features": list(cpu_features()),
-        "prompt": ids,
-        "texts": [_ids(model, text) for text in TEXTS],
-        "patches": _short(_spaced(patches)),
-        "features": _short(_spaced(features)),
-        "tokens": tokens,
-        "steps": steps,
-    }
+            of = f"{model.bundle.folder}: the {what} of {model.variant}"
+            raise BundleError(f"{of} are no numbers (NaN or infinity): check its weights")
+    steps = tuple(Step.of(logits) for logits in answer)
+    return Golden(
+        ort.__version__,
+        cpu_features(),
+        tuple(ids),
+        tuple(_ids(model, text) for text in TEXTS),
+        _short(_spaced(patches)),
+        _short(_spaced(features)),
+        tuple(int(logits.argmax()) for logits in answer),
+        steps,
+    )
 
 
-def compare(model: Model, golden: Mapping[str, Any]) -> Deviation:
+def compare(model: Model, golden: Golden) -> Deviation:
     """The model here against what was kept.
 
     Raises:
-        BundleError: the golden values are damaged.
+        BundleError: the golden values do not fit the model.
     """
     patches, features, ids = _seen(model)
-    with damage_is(BundleError, model.bundle.folder / MANIFEST, "export and quantize again"):
-        texts = tuple(text for text, wanted in zip(TEXTS, golden["texts"], strict=True) if _ids(model, text) != wanted)
-        pixels = float(np.max(np.abs(_spaced(patches) - np.array(golden["patches"]))))
-        wanted = np.array(golden["features"])
+    with damage_is(BundleError, model.bundle.folder / MANIFEST, _ADVICE):
+        texts = tuple(text for text, wanted in zip(TEXTS, golden.texts, strict=True) if _ids(model, text) != wanted)
+        pixels = float(np.max(np.abs(_spaced(patches) - np.array(golden.patches))))
+        wanted = np.array(golden.features)
         off = _rms(_spaced(features) - wanted) / _rms(wanted)
+        answer = _answer(model, features, golden.tokens)
         found, kept, lost = [], [], False
         _, limit = VARIANTS[model.variant].tolerance
-        for logits, step, token in zip(
-            _answer(model, features, golden["tokens"]), golden["steps"], golden["tokens"], strict=True
-        ):
-            at = np.array(step["at"])
-            found.append((logits[at] - np.array(step["logits"])) / step["std"])
-            kept.append((np.array(step["logits"]) - step["mean"]) / step["std"])
-            lost = lost or (int(logits.argmax()) != token and step["ahead"] > 4 * limit * step["std"])
-        return Deviation(
-            texts, ids != golden["prompt"], pixels, off, _rms(np.concatenate(found)) / _rms(np.concatenate(kept)), lost
-        )
+        for logits, step, token in zip(answer, golden.steps, golden.tokens, strict=True):
+            found.append((logits[np.array(step.at)] - np.array(step.logits)) / step.std)
+            kept.append((np.array(step.logits) - step.mean) / step.std)
+            lost = lost or (int(logits.argmax()) != token and step.ahead > 4 * limit * step.std)
+        logits_off = _rms(np.concatenate(found)) / _rms(np.concatenate(kept))
+        return Deviation(texts, tuple(ids) != golden.prompt, pixels, off, logits_off, lost)
 
 
-def golden_of(bundle: Bundle, variant: str) -> dict[str, Any] | None:
+def golden_of(bundle: Bundle, variant: str) -> Golden | None:
     """What was kept of a variant; None for bundles that were made without."""
-    manifest = read_manifest(bundle.folder) or {}
-    found = (manifest.get("golden") or {}).get(variant)
-    return found if isinstance(found, dict) else None
+    found = bundle.manifest.golden.get(variant) if bundle.manifest else None
+    return None if found is None else read_as(Golden, found, bundle.folder / MANIFEST, BundleError, _ADVICE)
 
 
 def add_golden(folder: Path, variant: str) -> str | None:
@@ -172,11 +193,10 @@ def add_golden(folder: Path, variant: str) -> str | None:
     Raises:
         BundleError: the variant cannot be run, or gives values that are no numbers.
     """
-    manifest = read_manifest(folder) or {}
     weights = sum(path.stat().st_size for path in (folder / "onnx").glob("*_data"))
     try:
         if weights <= _SMALL:
-            kept = record(_lean(folder, variant))
+            kept = as_json(record(_lean(folder, variant)))
         else:
             words = module("lfm_runtime.golden", str(folder), variant)
             kept = json.loads(
@@ -191,8 +211,8 @@ def add_golden(folder: Path, variant: str) -> str | None:
         return _not_recorded(variant, "out of memory", e, out_of_memory=True)
     except EdgeError as e:
         return _not_recorded(variant, str(e), e, out_of_memory=False)
-    manifest.setdefault("golden", {})[variant] = kept
-    (folder / MANIFEST).write_text(to_json(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = Manifest.of(folder)
+    replace(manifest, golden={**manifest.golden, variant: kept}).write(folder)
     return None
 
 
@@ -227,7 +247,7 @@ def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[
     return patches, model.encode([planned]), list(prompt.ids)
 
 
-def _answer(model: Model, features: NDArray[np.float32], tokens: list[int] | None) -> list[NDArray[np.float64]]:
+def _answer(model: Model, features: NDArray[np.float32], tokens: Sequence[int] | None) -> list[NDArray[np.float64]]:
     """Logits of each step of the greedy answer, or along `tokens`."""
     job = model.plan([Message.user(QUESTION, 1)], [_planned(model)], temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
@@ -241,8 +261,8 @@ def _answer(model: Model, features: NDArray[np.float32], tokens: list[int] | Non
     return found
 
 
-def _ids(model: Model, text: str) -> list[int]:
-    return list(model.prompts.tokenizer.encode(text))
+def _ids(model: Model, text: str) -> tuple[int, ...]:
+    return tuple(model.prompts.tokenizer.encode(text))
 
 
 def _spaced(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -250,9 +270,9 @@ def _spaced(values: NDArray[np.float32]) -> NDArray[np.float64]:
     return flat[np.linspace(0, len(flat) - 1, _SAMPLES).astype(np.int64)].astype(np.float64)
 
 
-def _short(values: NDArray[Any]) -> list[float]:
+def _short(values: NDArray[Any]) -> tuple[float, ...]:
     """Six digits are more than kernels agree on."""
-    return [float(f"{value:.6g}") for value in values]
+    return tuple(float(f"{value:.6g}") for value in values)
 
 
 def _rms(values: NDArray[np.float64]) -> float:
@@ -262,7 +282,7 @@ def _rms(values: NDArray[np.float64]) -> float:
 def main() -> int:
     """Print one variant's golden values: for add_golden."""
     try:
-        print(to_json(record(_lean(Path(sys.argv[1]), sys.argv[2]))))
+        print(to_json(as_json(record(_lean(Path(sys.argv[1]), sys.argv[2])))))
     except EdgeError as e:
         print(e, file=sys.stderr)
         return e.exit_code

@@ -26,7 +26,7 @@ from lfm_quantize.graph import Graph
 from lfm_quantize.quality import measure
 from lfm_quantize.quantize import Settings, quantize
 from lfm_quantize.samples import read_questions
-from lfm_runtime.bundle import MANIFEST, file_hash
+from lfm_runtime.formats.manifest import MANIFEST, file_hash
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
 DECODER = "onnx/decoder_model_merged.onnx"

@@ -262,7 +262,8 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     from dataclasses import replace
 
     import onnxruntime as ort
-    from lfm_runtime import Model, profile
+    from lfm_runtime import Model
+    from lfm_runtime.setup import profile
     from lfm_runtime.engine import sessions as runtime_sessions
     from lfm_runtime.engine.gpu import left_to_cpu
     from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER

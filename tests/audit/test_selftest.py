@@ -16,6 +16,7 @@ from lfm_runtime import golden
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.typed import read_as
 from lfm_runtime.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,10 @@ def check(name: str):
     return next(check for check in CHECKS if check.name == name)
 
 
+def as_golden(kept: dict) -> golden.Golden:
+    return read_as(golden.Golden, kept, Path("manifest.json"), BundleError, "make it again")
+
+
 def manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
@@ -38,7 +43,7 @@ def manifest(folder: Path) -> dict:
 def test_recorded_at_export(demo_bundle, demo_model) -> None:
     kept = manifest(demo_bundle)["golden"]["fp32"]
     assert len(kept["steps"]) == len(kept["tokens"]) == golden.STEPS
-    found = golden.compare(demo_model, kept)
+    found = golden.compare(demo_model, as_golden(kept))
     assert found.problems("fp32") == []
     assert (found.texts, found.prompt, found.tokens) == ((), False, False)
     assert max(found.features, found.logits) < 1e-4
@@ -93,7 +98,7 @@ def damaged(kept: dict, where: str) -> dict:
 )
 def test_differences_are_found(demo_bundle, demo_model, where, message) -> None:
     kept = manifest(demo_bundle)["golden"]["fp32"]
-    problems = golden.compare(demo_model, damaged(kept, where)).problems("fp32")
+    problems = golden.compare(demo_model, as_golden(damaged(kept, where))).problems("fp32")
     assert any(message in problem for problem in problems)
 
 

@@ -237,13 +237,19 @@ def fail_inside(bundle: Path) -> None:
         raise CheckpointError("model_type")
 
 
+SIZES = ("hidden", "kv_heads", "head_dim", "conv_kernel", "vocabulary", "image_token_id")
+
+
 def write_manifest(folder: Path, **more) -> None:
     """The smallest manifest that counts as ours."""
     value = {
         "schema": 1,
         "tool": {"name": "lfm-edge"},
-        "model": {"context_length": 1},
+        "min_onnxruntime": "1.20",
+        "source": {"name": "x", "revision": None, "license": None, "adapter": None, "weights": ""},
+        "model": {"layers": ["conv"], "context_length": 1, **dict.fromkeys(SIZES, 1)},
         "variants": {"fp32": {}},
+        "graphs": {},
         **more,
     }
     value["files"] = {"x": {"bytes": 1, "sha256": ""}}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
@@ -28,7 +29,7 @@ def test_valid_complete_and_the_same_again(demo_bundle) -> None:
         assert file["hashes"] == [
             {"alg": "SHA-256", "content": hashlib.sha256((demo_bundle / file["name"]).read_bytes()).hexdigest()}
         ]
-    assert {file["name"] for file in model["components"]} == manifest["files"].keys()
+    assert {file["name"] for file in model["components"]} == manifest.files.keys()
     assert {(c["name"], c["version"]) for c in found["components"]} == {("numpy", "2.4.6"), ("odd", "1.0")}
     numpy = next(c for c in found["components"] if c["name"] == "numpy")
     assert numpy["purl"].startswith("pkg:pypi/numpy@2.4.6")
@@ -38,7 +39,7 @@ def test_valid_complete_and_the_same_again(demo_bundle) -> None:
 
 def test_the_models_licence_is_said(demo_bundle) -> None:
     manifest = reduced(demo_bundle, ["fp32"])
-    manifest["source"] = {**manifest["source"], "license": "lfm1.0"}
+    manifest = replace(manifest, source=replace(manifest.source, license="lfm1.0"))
     assert json.loads(sbom("cam", manifest, []))["metadata"]["component"]["licenses"] == [
         {"license": {"name": "lfm1.0"}}
     ]

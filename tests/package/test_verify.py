@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_package.verify import verify
-from lfm_runtime.bundle import SUMS, file_hash
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.manifest import SUMS, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 
 

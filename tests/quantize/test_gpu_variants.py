@@ -10,13 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from bundles import read_manifest
 from lfm_export.export import export
 from lfm_quantize.gpu import fused_biases, in_standard_operators
 from lfm_quantize.graph import Graph, QuantizeError
 from lfm_quantize.half import half
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
-from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 

@@ -171,7 +171,7 @@ def test_bad_recipe(text, says, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"variant": "int3"}, "unknown variant 'int3'; allowed: int8, int4, fp16, int8-static"),
+        ({"variant": "int3"}, "unknown variant 'int3'; allowed: fp16, int8, int4, int8-static"),
         ({"variant": "int4", "method": "magic"}, "unknown method"),
         ({"variant": "fp16", "method": "rtn"}, "have no effect on fp16"),
         ({"variant": "int4", "method": "gptq"}, "--method gptq needs --calibration"),

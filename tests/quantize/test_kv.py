@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import read_manifest
 from lfm_quantize import quantize as stage
 from lfm_quantize.graph import Graph
 from lfm_quantize.kv import int8_kv
@@ -14,7 +15,7 @@ from lfm_quantize.quality import measure
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model, Session
 from lfm_runtime.batch import answer_all
-from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.decoder import SharedState
 from lfm_runtime.engine.prepared import folder_of

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from bundles import read_manifest
 from lfm_export.export import export
 from lfm_quantize import quantize as stage
 from lfm_quantize import variant as variant_files
@@ -21,8 +22,9 @@ from lfm_quantize.rewrite import quantized_nodes
 from lfm_quantize.rounding import Precision, rtn
 from lfm_quantize.samples import prepare
 from lfm_runtime import Model
-from lfm_runtime.bundle import Bundle, file_hash, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
+from lfm_runtime.formats.manifest import file_hash
 from onnx import helper
 from PIL import Image
 

@@ -11,13 +11,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lfm_runtime.bundle import Bundle, file_hash
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import NOTE, folder_of
 from lfm_runtime.engine.sessions import Execution, open_session
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
 
 PREPARED = (VISION_ENCODER, DECODER)

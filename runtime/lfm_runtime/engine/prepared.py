@@ -15,9 +15,10 @@ from pathlib import Path
 import onnxruntime as ort
 from lfm_profiles import cpu_features
 
-from lfm_runtime.bundle import Bundle, file_hash
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.manifest import file_hash
 
 NOTE = "prepared.json"
 

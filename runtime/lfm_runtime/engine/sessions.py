@@ -89,7 +89,7 @@ def _is_onnxruntimes(e: Exception) -> bool:
 
 def check_onnxruntime(bundle: Bundle, path: Path) -> None:
     """Raise BundleError where a graph needs a newer onnxruntime, as the manifest says."""
-    wanted = bundle.min_onnxruntime.get(path, "0.0")
+    wanted = bundle.min_onnxruntime(path)
     if not onnxruntime_is(wanted):
         raise BundleError(
             f"{path} needs onnxruntime {wanted}, this is {ort.__version__}; update it, or take another variant"

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm_runtime.bundle import BESIDE_MANIFEST, read_manifest
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, Manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_TOOL = "lfm-edge"
 
 
 @contextmanager
@@ -83,10 +82,10 @@ def check_replaceable(bundle: Path) -> None:
         raise BundleError(f"{bundle} is not a folder; choose another output")
     if not bundle.is_dir() or not any(bundle.iterdir()):
         return
-    manifest = read_manifest(bundle)
-    if manifest is None or (manifest.get("tool") or {}).get("name") != _TOOL:
+    manifest = Manifest.read(bundle)
+    if manifest is None or not manifest.is_ours:
         raise BundleError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
-    known = {*BESIDE_MANIFEST, *manifest["files"]}
+    known = {*BESIDE_MANIFEST, *manifest.files}
     for path in bundle.rglob("*"):
         if not path.is_dir() and path.relative_to(bundle).as_posix() not in known:
             raise BundleError(f"{path} is not part of the bundle and would be lost; move it or choose another output")

@@ -18,13 +18,14 @@ from lfm_profiles import SMALLER, VARIANTS, Device, Profile, adds_int8_in_16_bit
 from lfm_profiles.schema import TILE_SETTINGS
 from lfm_profiles.variants import Number
 
-from lfm_runtime.bundle import Bundle, read_manifest
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.context import MOST_AT_ONCE
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph, variant_of
 from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.formats.manifest import MANIFEST
 from lfm_runtime.images import ImagePlan, image_settings, plan_image
 from lfm_runtime.report import memory_mib
 from lfm_runtime.setup.costs import Costs
@@ -81,28 +82,21 @@ class Shapes:
         Raises:
             BundleError: the bundle has no manifest, or one of them is damaged.
         """
-        manifest = read_manifest(bundle.folder)
+        manifest = bundle.manifest
         if manifest is None:
-            raise BundleError(
-                f"{bundle.folder} has no manifest.json, from which plans are made; export it with: lfm-edge export"
-            )
+            do = "export it with: lfm-edge export"
+            raise BundleError(f"{bundle.folder} has no {MANIFEST}, from which plans are made; {do}")
+        model = manifest.model
         config = read_json_object(bundle.folder / "config.json", BundleError)
-        with damage_is(BundleError, bundle.folder / "manifest.json", "export the bundle again"):
-            model, vision = manifest["model"], config.get("vision_config") or {}
-            attention = sum(kind == "full_attention" for kind in model["layers"])
-            kv_bytes = 8 * attention * int(model["kv_heads"]) * int(model["head_dim"])
-            sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
-            weights = {
-                bundle.folder / name: sum(sizes[f] for f in graph["data"]) for name, graph in manifest["graphs"].items()
-            }
-            rotary = 4 * int(model["context_length"]) * int(model["head_dim"])
-            hidden = int(model["hidden"])
-            wide = int(
-                model.get("feed_forward", _WIDER * hidden)
-            )  # bundles before this was written: as in LFM2-VL-450M
-            return Shapes(
-                hidden, wide, int(vision.get("hidden_size", 768)), int(model["vocabulary"]), kv_bytes, rotary, weights
-            )
+        with damage_is(BundleError, bundle.folder / "config.json", "export the bundle again"):
+            vision = int((config.get("vision_config") or {}).get("hidden_size", 768))
+        kv_bytes = 8 * sum(kind == "full_attention" for kind in model.layers) * model.kv_heads * model.head_dim
+        rotary = 4 * model.context_length * model.head_dim
+        # Bundles before this was written: as in LFM2-VL-450M.
+        wide = int(_WIDER * model.hidden) if model.feed_forward is None else model.feed_forward
+        with damage_is(BundleError, bundle.folder / MANIFEST, "export the bundle again"):
+            weights = {bundle.folder / name: manifest.weights_bytes(name) for name in manifest.graphs}
+        return Shapes(model.hidden, wide, vision, model.vocabulary, kv_bytes, rotary, weights)
 
 
 @dataclass(frozen=True)

@@ -234,4 +234,4 @@ def test_bad_input(demo_bundle, tmp_path, capsys) -> None:
     assert main(["profile", "plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
     with pytest.raises(BundleError, match="no manifest"):
-        Shapes.of(replace(Bundle.open(demo_bundle), folder=tmp_path))
+        Shapes.of(replace(Bundle.open(demo_bundle), manifest=None))

@@ -1,0 +1,253 @@
+"""manifest.json: what a bundle holds. Export and quantize write it, all read it; only this file knows its keys."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lfm_profiles import VARIANTS
+
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.contract import GRAPHS, SCHEMA_VERSION, LayerKind, graph_file
+from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.typed import as_json, read_as
+
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+"""Of a packed bundle: names the manifest as well."""
+SIGNATURE = f"{SUMS}.sig"
+"""Of a signed one, over its SHA256SUMS."""
+BESIDE_MANIFEST = frozenset({MANIFEST, SUMS, SIGNATURE})
+"""The files of a bundle that its manifest cannot name."""
+PROFILE = "profile.toml"
+"""A profile that was packed with the bundle."""
+TOOL = "lfm-edge"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle."""
+
+    bytes: int
+    sha256: str  # hex
+
+    @staticmethod
+    def of(path: Path) -> File:
+        """Read whole."""
+        return File(path.stat().st_size, file_hash(path))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An input or output of a graph."""
+
+    dtype: str | None  # FLOAT, INT64 …
+    shape: tuple[int | str, ...]  # a name: free
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """A graph: what it is fed, what it gives, what it needs."""
+
+    inputs: Mapping[str, Edge]
+    outputs: Mapping[str, Edge]
+    opset: int
+    ir_version: int
+    min_onnxruntime: str
+    data: tuple[str, ...]  # files of weights that it reads
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the bundle was made of."""
+
+    name: str
+    revision: str | None  # the hub's commit
+    license: str | None
+    adapter: str | None
+    weights: str  # tells these weights from others
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the model that the graphs alone do not tell."""
+
+    layers: tuple[LayerKind, ...]
+    hidden: int
+    kv_heads: int
+    head_dim: int
+    conv_kernel: int
+    vocabulary: int
+    context_length: int
+    image_token_id: int
+    feed_forward: int | None = None  # bundles of 0.1.0 before 2026-11 do not say
+
+
+def _by_variant() -> Any:
+    return field(default_factory=dict, metadata={"omitted": True})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of it. File names are relative to the bundle, with slashes."""
+
+    schema: int
+    tool: Mapping[str, str]  # name, version, and those of what it used
+    min_onnxruntime: str
+    source: Source
+    model: ModelFacts
+    variants: Mapping[str, Mapping[str, str]]  # variant → graph stem → file
+    graphs: Mapping[str, GraphEntry]  # by file
+    files: Mapping[str, File]  # by name
+    quantization: Mapping[str, Mapping[str, Any]] = _by_variant()  # how a variant was made
+    quality: Mapping[str, Mapping[str, Any]] = _by_variant()  # how near it is to the one it was made of
+    golden: Mapping[str, Mapping[str, Any]] = _by_variant()  # what it said where it was made: golden.py
+
+    @staticmethod
+    def read(folder: Path) -> Manifest | None:
+        """The manifest of a bundle; None for a folder without one.
+
+        Raises:
+            BundleError: damaged, not ours, of a newer schema, or naming files outside the folder.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        raw = read_json_object(path, BundleError)
+        schema = raw.get("schema")
+        if type(schema) is not int or not isinstance(raw.get("variants"), dict):
+            raise BundleError(f"{path} has no schema number or no variants; it is not a manifest of {TOOL}")
+        if schema > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema {schema}, this lfm-edge reads up to {SCHEMA_VERSION}; update lfm-edge"
+            )
+        found = read_as(Manifest, raw, path, BundleError, "copy or export the bundle again")
+        found.check(path)
+        return found
+
+    @staticmethod
+    def of(folder: Path) -> Manifest:
+        """As `read`, for a folder that must have one.
+
+        Raises:
+            BundleError: it has none, or see `read`.
+        """
+        found = Manifest.read(folder)
+        if found is None:
+            raise BundleError(f"{folder} has no {MANIFEST}; make a bundle with: lfm-edge export")
+        return found
+
+    def check(self, path: Path) -> None:
+        """Raise BundleError where it names nothing, or files outside the folder. `path`: for the message."""
+        for key in ("variants", "files"):
+            if not getattr(self, key):
+                raise BundleError(f"{path} has no {key}; export the bundle again")
+        for name in [*self.files, *(file for graphs in self.variants.values() for file in graphs.values())]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
+
+    def to_text(self) -> str:
+        """As it is written."""
+        return to_json(as_json(self), indent=2) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Into a folder that nobody else reads yet."""
+        (folder / MANIFEST).write_text(self.to_text(), encoding="utf-8")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether lfm-edge wrote it."""
+        return self.tool.get("name") == TOOL
+
+    def weights_bytes(self, graph: str) -> int:
+        """Of all files of weights that a graph reads from."""
+        return sum(self.files[name].bytes for name in self.graphs[graph].data)
+
+    # ----------------------------------------------------------------------------------------- a changed manifest
+
+    def only(self, variants: Sequence[str]) -> Manifest:
+        """Of these variants alone, the first of them first."""
+        graphs = {name for variant in variants for name in self.variants[variant].values()}
+        weights = {name for graph in graphs for name in self.graphs[graph].data}
+        kept = graphs | weights | {recipe_file(variant) for variant in variants}
+        files = {n: file for n, file in self.files.items() if n in kept or not n.startswith(("onnx/", "recipes/"))}
+        files.pop(PROFILE, None)
+
+        def chosen(entries: Mapping[str, Any]) -> dict[str, Any]:
+            return {variant: entries[variant] for variant in variants if variant in entries}
+
+        return replace(
+            self,
+            variants=chosen(self.variants),
+            graphs={name: entry for name, entry in self.graphs.items() if name in graphs},
+            files=files,
+            quantization=chosen(self.quantization),
+            quality=chosen(self.quality),
+            golden=chosen(self.golden),
+        )
+
+    def with_files(self, files: Mapping[str, File]) -> Manifest:
+        """With more files, or other content of them."""
+        return replace(self, files={**self.files, **files})
+
+    def with_variant(
+        self, variant: str, graphs: Mapping[str, str], described: Mapping[str, GraphEntry], folder: Path
+    ) -> Manifest:
+        """With a variant as it lies in `folder`, and no word on its quality yet. Variants over its files are gone, and
+        what was measured of variants that use a file written anew is no longer said.
+
+        Args:
+            variant: its name.
+            graphs: graph stem → file.
+            described: the graphs that are new, by file.
+            folder: has the files.
+        """
+        outdated = outdated_files(variant)
+        written = {name for name in variant_files(variant) if (folder / name).exists()}
+        files = {name: file for name, file in self.files.items() if name not in outdated}
+        files |= {name: File.of(folder / name) for name in sorted(written)}
+        gone = set(VARIANTS[variant].dependents)
+        variants = {v: names for v, names in self.variants.items() if v not in gone} | {variant: graphs}
+        stale = {v for v, names in variants.items() if v == variant or written.intersection(names.values())} | gone
+        return replace(
+            self,
+            variants=variants,
+            graphs={n: g for n, g in self.graphs.items() if n not in outdated} | dict(described),
+            files=files,
+            quantization={v: entry for v, entry in self.quantization.items() if v not in gone | {variant}},
+            quality={v: entry for v, entry in self.quality.items() if v not in stale},
+            golden={v: entry for v, entry in self.golden.items() if v not in stale},
+        )
+
+
+def variant_files(variant: str) -> set[str]:
+    """Files that a variant may have of its own, the manifest excepted."""
+    names = {graph_file(graph.stem, variant) for graph in GRAPHS}
+    return names | {f"{name}_data" for name in names} | {recipe_file(variant)}
+
+
+def outdated_files(variant: str) -> set[str]:
+    """Files no longer true when a variant is written: its own, and those of the variants that use its weights."""
+    return variant_files(variant).union(*map(variant_files, VARIANTS[variant].dependents))
+
+
+def recipe_file(variant: str) -> str:
+    """Where a variant's recipe lies in a bundle, to be read and to be given to --recipe."""
+    return f"recipes/{variant}.toml"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hashed(folder: Path, names: Iterable[str]) -> dict[str, File]:
+    """These files of a folder, read whole."""
+    return {name: File.of(folder / name) for name in names}
