@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lfm_profiles import Device, choose, detect
+from lfm_profiles import Device, choose, this_device
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.process import child_environment, last_line, python
+
+if TYPE_CHECKING:
+    from lfm_runtime.setup.setup import Setup
 
 _HOT_C = 80.0
 _LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64
@@ -73,7 +77,7 @@ class Machine:
     @staticmethod
     def here(bundle: Path | None, profile: str) -> Machine:
         """This one."""
-        return Machine(detect(), Sensors(), Path("/"), bundle, profile)
+        return Machine(this_device(), Sensors(), Path("/"), bundle, profile)
 
 
 def examine(machine: Machine) -> Iterator[Finding]:
@@ -303,43 +307,40 @@ def _profile(machine: Machine) -> Iterator[Finding]:
 
 
 def _bundle(machine: Machine) -> Iterator[Finding]:
-    from lfm_runtime import golden
-    from lfm_runtime.bundle import Bundle
-    from lfm_runtime.setup.memory import Planner, fit, process_memory
-    from lfm_runtime.setup.profile import profile_for
-    from lfm_runtime.setup.variants import choose_variants
-
-    assert machine.bundle is not None
-    bundle = Bundle.open(machine.bundle)
-    profile = profile_for(bundle, machine.profile)
-    variant = choose_variants(bundle, profile)[0]
+    setup = _setup(machine)
+    bundle = setup.bundle
     size = sum(file.bytes for file in bundle.files.values())
-    signed = ", signed" if (machine.bundle / "SHA256SUMS.sig").exists() else ""
-    said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {profile.name} takes {variant}"
-    if not bundle.files:
+    signed = ", signed" if (bundle.folder / "SHA256SUMS.sig").exists() else ""
+    said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {setup.profile.name} takes {setup.variant}"
+    if not bundle.manifest:
         fix = "make a bundle with: lfm-edge export"
         yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
         return
-    fitted = fit(Planner(bundle, [golden.SIZE], golden.QUESTION, process_memory()), profile, machine.device)
-    steps = f"; memory does not suffice for all of it: {'; '.join(fitted.steps)}" if fitted.steps else ""
+    steps = f"; memory does not suffice for all of it: {'; '.join(setup.steps)}" if setup.steps else ""
     yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
 
 
-def _prepared(machine: Machine) -> Iterator[Finding]:
-    from lfm_runtime.bundle import Bundle
-    from lfm_runtime.engine.prepared import find
-    from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
-    from lfm_runtime.setup.profile import profile_for
-    from lfm_runtime.setup.variants import choose_variants
+def _setup(machine: Machine) -> Setup:
+    """How `run` would take the bundle here."""
+    from lfm_runtime import golden
+    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.setup import Ask
 
     assert machine.bundle is not None
-    bundle = Bundle.open(machine.bundle)
-    profile = profile_for(bundle, machine.profile)
-    if not profile.prepared:
-        yield Finding("prepared", "ok", f"profile {profile.name} loads graphs as they are")
+    ask = Ask((golden.SIZE,), golden.QUESTION)
+    return resolve(machine.bundle, machine.profile, ask, device=machine.device)
+
+
+def _prepared(machine: Machine) -> Iterator[Finding]:
+    from lfm_runtime.engine.prepared import find
+    from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+
+    setup = _setup(machine)
+    bundle, variant, prefill = setup.bundle, setup.variant, setup.prefill
+    if not setup.execution.prepared:
+        yield Finding("prepared", "ok", f"profile {setup.profile.name} loads graphs as they are")
         return
-    variant, prefill = choose_variants(bundle, profile)
-    paths = [bundle.graphs(variant)[1][graph.stem] for graph in (VISION_ENCODER, DECODER)]
+    paths = [setup.paths[graph.stem] for graph in (VISION_ENCODER, DECODER)]
     paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
     found = [find(bundle, path) for path in paths]
     notes = [one.note for one in found if one.note]

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lfm_profiles import VARIANTS, Profile, detect, to_toml
+from lfm_profiles import VARIANTS, to_toml
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import golden
-from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
@@ -29,9 +28,9 @@ from lfm_runtime.images import plan_image
 from lfm_runtime.model import Answer, Model, PlannedImage
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.report import memory_mib
-from lfm_runtime.setup.memory import Planner, fit, process_memory
-from lfm_runtime.setup.profile import profile_for
-from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.setup.machine import this_machine
+from lfm_runtime.setup.resolve import resolve
+from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.prompt import Message
 
 from lfm_audit.measure.trial import Trial, start
@@ -72,16 +71,14 @@ class Installed:
         suffice.
         """
         self.folder = folder
-        self.bundle = Bundle.open(folder)
-        self.profile: Profile = profile_for(self.bundle, profile, variant=variant)
-        if self.bundle.files:  # a hub folder tells too little to plan from
-            planner = Planner(self.bundle, [golden.SIZE], golden.QUESTION, process_memory())
-            self.profile = fit(planner, self.profile, detect()).plan.profile
+        ask = Ask((golden.SIZE,), golden.QUESTION)
+        self.setup = resolve(folder, profile, ask, variant=variant)
+        self.bundle, self.profile = self.setup.bundle, self.setup.profile
 
     @cached_property
     def model(self) -> Model:
         """Loaded as run would."""
-        return Model.load(self.bundle, profile=self.profile)
+        return Model.of(self.setup)
 
 
 def _files(on: Installed) -> str:
@@ -99,17 +96,17 @@ def _loads(on: Installed) -> str:
     """Every graph of the variant, with the profile's providers."""
     try:
         graphs = on.model.graphs
-        sessions = {DECODER: on.model.decoder.sessions.decoder, VISION_ENCODER: graphs.vision()}
+        sessions = {DECODER: on.model.decoder.load().decoder, VISION_ENCODER: graphs.vision()}
     except EdgeError as e:
         raise CheckError(f"{e}; if it loads elsewhere, run: lfm-edge prepare {on.folder}") from e
     for graph, session in sessions.items():
-        wanted = provider_options(on.profile.providers, graph)[0][0]
+        wanted = provider_options(on.setup.execution, graph)[0][0]
         if wanted not in session.get_providers():
             here = session.get_providers()[0]
             raise CheckError(
                 f"{graph.stem} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect"
             )
-    return f"{on.model.variant} with {on.profile.providers[0]}, {on.model.threads} threads"
+    return f"{on.setup.variant} with {on.profile.providers[0]}, {on.setup.execution.threads} threads"
 
 
 def _golden(on: Installed) -> str:
@@ -117,11 +114,13 @@ def _golden(on: Installed) -> str:
     what another has read is a mixture that nobody recorded.
     """
     found = []
-    for variant in filter(None, choose_variants(on.bundle, on.profile)):
+    for variant in filter(None, (on.setup.variant, on.setup.prefill)):
         kept = golden.golden_of(on.bundle, variant)
         if kept is None:
             continue
-        deviation = golden.compare(Model.load(on.bundle, profile=on.profile, variant=variant, prefill="none"), kept)
+        deviation = golden.compare(
+            Model.load(on.bundle, profile=on.profile, ask=on.setup.ask, variant=variant, prefill="none"), kept
+        )
         gc.collect()  # one model at a time
         if problems := deviation.problems(variant):
             made = f"made with onnxruntime {kept.onnxruntime} on {' '.join(kept.cpu_features)[:80]}"
@@ -273,8 +272,8 @@ def _arm(on: Installed) -> str:
     """What an Arm processor has, and whether it lacks something that the variant wants: that is slow, not wrong."""
     if platform.machine() not in ("aarch64", "arm64"):
         raise Skipped(f"this is {platform.machine()}")
-    features = detect().features
-    slow = VARIANTS[on.model.variant].weights == "int8" and "asimddp" not in features
+    features = this_machine().device.features
+    slow = VARIANTS[on.setup.variant].weights == "int8" and "asimddp" not in features
     return ("no dot products (asimddp), so int8 is slow here and int4 the better choice: " if slow else "") + " ".join(
         features
     )
@@ -284,9 +283,9 @@ def _cuda(on: Installed) -> str:
     """The GPU, where the profile asks for one."""
     if "CUDAExecutionProvider" not in on.profile.providers:
         raise Skipped(f"profile {on.profile.name} runs on the CPU")
-    if not detect().cuda:
+    if not this_machine().device.cuda:
         raise CheckError(f"profile {on.profile.name} needs a GPU, and there is none; use --profile auto")
-    return str(detect().gpu)
+    return str(this_machine().device.gpu)
 
 
 def _sensors(_: Installed) -> str:
@@ -344,7 +343,7 @@ def selftest(on: Installed) -> Iterator[Result]:
 
 def _small_answer(on: Installed, tokens: int) -> Answer:
     """About an image of four tokens: a hundred of them do not keep a slow board for minutes."""
-    settings = replace(on.model.images, min_image_tokens=4, do_image_splitting=False)
+    settings = replace(on.setup.images, min_image_tokens=4, do_image_splitting=False)
     image = golden.golden_image().resize((2 * settings.cell, 2 * settings.cell))
     planned = PlannedImage(image, plan_image(image.width, image.height, settings), settings)
     return on.model.converse([Message.user(golden.QUESTION, 1)], [planned], temperature=0, max_new_tokens=tokens)

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from lfm_profiles import SMALLER, VARIANTS, Device, Profile, changed, cpu_features, default_threads
+from lfm_profiles import SMALLER, VARIANTS, Device, Profile, changed, cpu_features, default_threads, now
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.formats.files import damage_is, read_json_object, to_json, write_whole
-from lfm_runtime.images import image_settings, image_size, plan_image
-from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
-from lfm_runtime.setup.profile import find_profile, image_changes
-from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.images import image_size, plan_image
+from lfm_runtime.setup.profile import find_profile
+from lfm_runtime.setup.resolve import DoesNotFitError, resolve
+from lfm_runtime.setup.setup import Ask, settle
 
 from lfm_audit.measure.power import Power
 from lfm_audit.measure.trial import Trial, TrialError, start
@@ -112,8 +112,8 @@ class Tuning:
 
     def first_point(self) -> Point:
         """What the profile itself comes to on the axes."""
-        images = image_settings(self.bundle.images, image_changes(self.profile, self.bundle.images))
-        variant, prefill = choose_variants(self.bundle, self.profile)
+        setup = settle(self.bundle, self.profile)
+        variant, prefill, images = setup.variant, setup.prefill, setup.images
         values = {
             "variant": variant,
             "prefill": VARIANTS[prefill].float_keys if prefill else "none",
@@ -307,7 +307,7 @@ def tune(
                 _check_some(tuning)
             while (passed := time.monotonic() - begin) < minutes * 60:
                 front = tuning.front()
-                new = _neighbours(tuning, device)[:_IN_A_ROUND] if passed < minutes * 60 * _SEARCHING else []
+                new = _neighbours(tuning)[:_IN_A_ROUND] if passed < minutes * 60 * _SEARCHING else []
                 if not new:  # the best again, and those that are known least
                     rest = sorted(front[_IN_A_ROUND // 2 :], key=lambda p: len(tuning.points[p].latency_ms))
                     front = [*front[: _IN_A_ROUND // 2], *rest]
@@ -378,11 +378,10 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
 def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Callable[[str], None]) -> str:
     """Answers of the best variant that fits here, with the checkpoint's own image settings; returns its name."""
     order = [v for v in ("fp32", *SMALLER, *tuning.bundle.variants) if v in tuning.bundle.variants]
-    planner = _planner(tuning)
     for variant in dict.fromkeys(order):
         settings = {"variant": variant, "low_memory": True, "prepared": True}
         try:
-            fit_as_it_is(planner, find_profile("generic", **settings), device)
+            fits_as_it_is(tuning, find_profile("generic", **settings))
         except DoesNotFitError:
             continue
         progress(f"reading the images with {variant} and the checkpoint's own settings, to compare with")
@@ -390,22 +389,24 @@ def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Call
         start(Trial(tuning.bundle.folder, profile, tuning.images, tuning.question, repeats=0, reference=folder))
         return variant
     raise DoesNotFitError(
-        f"{tuning.bundle.folder}: no variant fits the {device.free_mib} MiB that are free; take a smaller model"
+        f"{tuning.bundle.folder}: no variant fits the {now(device).free_mib} MiB that are free; take a smaller model"
     )
 
 
-def fit_as_it_is(planner: Planner, profile: Profile, device: Device) -> None:
-    """Raise DoesNotFitError where a profile would have to step down."""
-    if fit(planner, profile, device).steps:
-        raise DoesNotFitError(f"{planner.bundle.folder} does not fit with profile {profile.name} as it is")
+def fits_as_it_is(tuning: Tuning, profile: Profile) -> None:
+    """Raise DoesNotFitError where a profile would have to step down. For the largest of the images: they are asked
+    about one at a time.
+    """
+    largest = max((image_size(image) for image in tuning.images), key=lambda size: size[0] * size[1])
+    if resolve(tuning.bundle, profile, Ask((largest,), tuning.question)).steps:
+        raise DoesNotFitError(f"{tuning.bundle.folder} does not fit with profile {profile.name} as it is")
 
 
-def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
+def _neighbours(tuning: Tuning) -> list[Point]:
     """Points not yet measured that differ from one of the front in one setting, those of the best first; what cannot
     be, or does not fit this device's memory, is left out.
     """
     found: dict[Point, None] = {}
-    planner = _planner(tuning)
     for point in tuning.front():
         for axis, values in tuning.axes.items():
             at = values.index(dict(point)[axis])
@@ -415,7 +416,7 @@ def _neighbours(tuning: Tuning, device: Device) -> list[Point]:
                 if outside or other in tuning.points or other in found:
                     continue
                 try:
-                    fit_as_it_is(planner, tuning.profile_of(other), device)
+                    fits_as_it_is(tuning, tuning.profile_of(other))
                 except EdgeError:
                     continue
                 found[other] = None
@@ -475,12 +476,6 @@ def _nearest(value: Any, values: Sequence[Any]) -> Any:
     if value in values:
         return value
     return min(values, key=lambda v: abs(v - value)) if isinstance(value, int) else values[0]
-
-
-def _planner(tuning: Tuning) -> Planner:
-    """For the largest of the images: they are asked about one at a time."""
-    largest = max((image_size(image) for image in tuning.images), key=lambda size: size[0] * size[1])
-    return Planner(tuning.bundle, [largest], tuning.question, process_memory())
 
 
 def _slower(a: Mapping[int, float], b: Mapping[int, float]) -> bool:

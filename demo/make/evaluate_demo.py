@@ -47,7 +47,7 @@ def main() -> None:
     for task, value in accuracy.items():
         print(f"{task:10s} {value:7.1%}  of {len(right[task])}")
     print(f"{'mean':10s} {sum(accuracy.values()) / len(accuracy):7.1%}")
-    print(json.dumps({"variant": model.variant, "seed": options.seed, **accuracy}))
+    print(json.dumps({"variant": model.setup.variant, "seed": options.seed, **accuracy}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.engine.sessions import Execution, check_onnxruntime, load_session
+from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash

@@ -5,7 +5,7 @@ only.
 from lfm_profiles.choice import Choice, choose
 from lfm_profiles.cores import default_threads, physical_cores
 from lfm_profiles.cpu import adds_int8_in_16_bits, cpu_features
-from lfm_profiles.device import Device, detect
+from lfm_profiles.device import Device, detect, now, this_device
 from lfm_profiles.schema import Profile, ProfileError, changed, read, stepped_down, to_toml, with_flags
 from lfm_profiles.variants import FINEST, SMALLER, VARIANTS, Variant
 
@@ -24,9 +24,11 @@ __all__ = [
     "cpu_features",
     "default_threads",
     "detect",
+    "now",
     "physical_cores",
     "read",
     "stepped_down",
+    "this_device",
     "to_toml",
     "with_flags",
 ]

@@ -6,13 +6,14 @@ is None, or empty.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,10 @@ def detect(
 ) -> Device:
     """The device whose files lie under `root`; the rest of what Python says of this machine, unless given."""
     system, machine = system or platform.system(), machine or platform.machine()
-    here = root == Path("/")
     cpuinfo = read(root / "proc/cpuinfo") or ""
-    memory = _memory_elsewhere() if here and system != "Linux" else _memory(root)
+    memory = _memory_of(root, system)
     compatible = tuple(s for s in (read(root / "proc/device-tree/compatible") or "").split("\0") if s)
-    limits = [*memory_limits(root), *([space] if here and (space := _address_space()) else [])]
-    limit, _, limited_by = min(limits, default=(None, None, None), key=lambda entry: entry[0] or 0)
-    limit_free = min(
-        (free for _, free, _ in limits if free is not None), default=None
-    )  # a group around may be nearer to its end
+    limit = _limits(root)
     l4t = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", read(root / "etc/nv_tegra_release") or "")
     gpu = _gpu(root, compatible)
     return Device(
@@ -145,15 +141,26 @@ def detect(
         caches=_caches(root),
         ram_total_mib=memory[0],
         ram_available_mib=memory[1],
-        limit_mib=limit,
-        limit_free_mib=limit_free,
-        limit_by=limited_by,
+        limit_mib=limit[0],
+        limit_free_mib=limit[1],
+        limit_by=limit[2],
         gpu=gpu,
         cuda=bool(gpu),
         jetpack=f"{_JETPACK.get(int(l4t[1]), '?')} (L4T {l4t[1]}.{l4t[2]})" if l4t else None,
         governor=read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         throttled=_throttled(root),
     )
+
+
+@functools.cache
+def this_device() -> Device:
+    """This machine, looked at once a process: what of it changes, `now` tells."""
+    return detect()
+
+
+def now(device: Device, root: Path = Path("/")) -> Device:
+    """A device with the memory that is free now."""
+    return replace(device, ram_available_mib=_memory_of(root, device.system)[1], limit_free_mib=_limits(root)[1])
 
 
 def read(path: Path) -> str | None:
@@ -232,6 +239,19 @@ def _memory(root: Path) -> tuple[int | None, int | None]:
     values = dict(re.findall(r"^(\w+):\s+(\d+) kB", read(root / "proc/meminfo") or "", re.MULTILINE))
     total, available = (int(values[key]) // 1024 if key in values else None for key in ("MemTotal", "MemAvailable"))
     return total, available
+
+
+def _memory_of(root: Path, system: str) -> tuple[int | None, int | None]:
+    return _memory_elsewhere() if root == Path("/") and system != "Linux" else _memory(root)
+
+
+def _limits(root: Path) -> tuple[int | None, int | None, str | None]:
+    """(MiB, MiB free, who limits): the lowest limit, and the least that is free of any: a group around may be nearer to
+    its end.
+    """
+    limits = [*memory_limits(root), *([space] if root == Path("/") and (space := _address_space()) else [])]
+    limit, _, limited_by = min(limits, default=(None, None, None), key=lambda entry: entry[0] or 0)
+    return limit, min((free for _, free, _ in limits if free is not None), default=None), limited_by
 
 
 def _memory_elsewhere() -> tuple[int | None, int | None]:

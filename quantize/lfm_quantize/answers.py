@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.decode.decoder import Decoder, DecoderSessions
-from lfm_runtime.engine.sessions import Execution, load_session
+from lfm_runtime.decode.decoder import Decoder
+from lfm_runtime.decode.graphs import DecoderSessions
+from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.loader import load_session
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 

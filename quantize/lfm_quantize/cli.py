@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Quantize and say what it cost."""
     from lfm_profiles import default_threads
-    from lfm_runtime.engine.sessions import failures_are_ours
+    from lfm_runtime.engine.failures import failures_are_ours
 
     from lfm_quantize.quantize import Settings, quantize
 

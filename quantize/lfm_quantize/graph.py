@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
-from lfm_runtime.engine.sessions import Execution, failures_are_ours
+from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.manifest import Edge
 from numpy.typing import NDArray

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep the numbers in the manifest."""
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
-    from lfm_runtime.engine.sessions import failures_are_ours
+    from lfm_runtime.engine.failures import failures_are_ours
 
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lfm_runtime.decode.context import Context
-from lfm_runtime.decode.decoder import BatchState
-from lfm_runtime.decode.sampling import Sampler
-from lfm_runtime.engine.sessions import failures_are_ours
+from lfm_runtime.decode.sampling import Generation, Sampler
+from lfm_runtime.decode.states import BatchState
+from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images import ImageLike
 from lfm_runtime.model import Job, Model
 from lfm_runtime.report import Report
 from lfm_runtime.text.prompt import Message
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 _ROOM = 512
 
@@ -37,7 +40,7 @@ def answer_all(
     *,
     rows: int = 4,
     system: str = "",
-    **generation: Any,
+    **generation: Unpack[Generation],
 ) -> Iterator[tuple[int, Report | EdgeError]]:
     """Answer (images, question) pairs, `rows` of them decoded together; a place that becomes free is given to the next
     at once.
@@ -58,7 +61,7 @@ def answer_all(
     """
     if rows < 1:
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
-    if model.graphs.low_memory:
+    if model.graphs.execution.low_memory:
         raise SettingError(
             "answering several at once needs encoder and decoder in memory, low_memory allows one; load without it"
         )
@@ -66,9 +69,9 @@ def answer_all(
         raise SettingError(
             "answering several at once computes on the CPU; load the model with another profile: --profile generic"
         )
-    model.generation.with_changes(generation)  # a wrong setting is everyone's
+    model.setup.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):
-        if not (model.decoder.sessions and model.decoder.shares_kv):
+        if not model.decoder.info.shares_kv:
             raise SettingError(
                 f"{model.decoder.path} has no attention with a shared past; export the bundle with lfm-edge"
             )
@@ -80,7 +83,7 @@ def _answer_all(
     questions: Iterator[tuple[int, tuple[Sequence[ImageLike], str]]],
     rows: int,
     system: str,
-    generation: dict[str, Any],
+    generation: Generation,
 ) -> Iterator[tuple[int, Report | EdgeError]]:
     state = BatchState(model.decoder, rows, _ROOM)
     places: list[_Row | None] = [None] * rows
@@ -94,13 +97,13 @@ def _answer_all(
             index, (images, question) = asked
             messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
             try:
-                job = model.plan(messages, images, **generation)
+                job = model.prepare_answer(messages, images, **generation)
             except EdgeError as e:
                 yield index, e
                 continue
             context = Context(model.decoder, model.cache)
             logits = model.read(job, context, returning=model.cache is not None)
-            sampler = Sampler(job.settings, model.decoder.vocabulary, job.prompt.ids)
+            sampler = Sampler(job.settings, model.decoder.info.vocabulary, job.prompt.ids)
             row = _Row(index, job, sampler, sampler.next(logits))
             job.reply.add(row.token)
             if job.reply.finished:

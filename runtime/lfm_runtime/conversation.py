@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lfm_runtime.decode.context import Context
+from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike
 from lfm_runtime.model import Answer, Model, PlannedImage, Progress
 from lfm_runtime.text.prompt import Message
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class Session:
@@ -35,7 +39,7 @@ class Session:
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
-        **generation: Any,
+        **generation: Unpack[Generation],
     ) -> Answer:
         """The next turn, about new images and all before; parameters as for `Model.answer`. What was said of an answer
         that is closed early is part of the conversation; a turn that fails is not.

@@ -24,7 +24,6 @@ from PIL import Image
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.context import Context
-from lfm_runtime.engine.sessions import Graphs
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import damage_is, to_json
 from lfm_runtime.formats.manifest import MANIFEST, Manifest
@@ -33,6 +32,7 @@ from lfm_runtime.images import cut_views, plan_image
 from lfm_runtime.model import Model, PlannedImage
 from lfm_runtime.process import child_environment, module
 from lfm_runtime.setup.profile import find_profile
+from lfm_runtime.setup.setup import settle
 from lfm_runtime.text.prompt import Message
 
 QUESTION = "What is in this image?"
@@ -139,7 +139,7 @@ def record(model: Model) -> Golden:
     answer = _answer(model, features, None)
     for what, values in (("image features", features), ("logits", np.stack(answer))):
         if not np.isfinite(values).all():
-            of = f"{model.bundle.folder}: the {what} of {model.variant}"
+            of = f"{model.bundle.folder}: the {what} of {model.setup.variant}"
             raise BundleError(f"{of} are no numbers (NaN or infinity): check its weights")
     steps = tuple(Step.of(logits) for logits in answer)
     return Golden(
@@ -168,7 +168,7 @@ def compare(model: Model, golden: Golden) -> Deviation:
         off = _rms(_spaced(features) - wanted) / _rms(wanted)
         answer = _answer(model, features, golden.tokens)
         found, kept, lost = [], [], False
-        _, limit = VARIANTS[model.variant].tolerance
+        _, limit = VARIANTS[model.setup.variant].tolerance
         for logits, step, token in zip(answer, golden.steps, golden.tokens, strict=True):
             found.append((logits[np.array(step.at)] - np.array(step.logits)) / step.std)
             kept.append((np.array(step.logits) - step.mean) / step.std)
@@ -225,12 +225,10 @@ def _not_recorded(variant: str, said: str, cause: BaseException, *, out_of_memor
 
 
 def _lean(folder: Path, variant: str) -> Model:
-    """One graph at a time, weights mapped."""
-    bundle = Bundle.open(folder)
+    """One graph at a time, weights mapped, images as the checkpoint has them."""
     profile = find_profile("generic", variant=variant, low_memory=True, prepared=False)
-    graphs = Graphs(bundle, profile)
-    graphs.execution = replace(graphs.execution, packed=False)
-    return Model(bundle, graphs, profile, bundle.images)
+    setup = settle(Bundle.open(folder), profile)
+    return Model(replace(setup, execution=replace(setup.execution, packed=False), images=setup.bundle.images))
 
 
 def _planned(model: Model) -> PlannedImage:
@@ -249,7 +247,7 @@ def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[
 
 def _answer(model: Model, features: NDArray[np.float32], tokens: Sequence[int] | None) -> list[NDArray[np.float64]]:
     """Logits of each step of the greedy answer, or along `tokens`."""
-    job = model.plan([Message.user(QUESTION, 1)], [_planned(model)], temperature=0)
+    job = model.prepare_answer([Message.user(QUESTION, 1)], [_planned(model)], temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
     context = Context(model.decoder)
     keys = np.array(job.prompt.ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lfm_profiles import Profile
@@ -20,10 +21,10 @@ from PIL import Image
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, image_key, prompt_keys
-from lfm_runtime.decode.sampling import GenerationSettings, Sampler
-from lfm_runtime.decode.speculation import PromptLookup
+from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
+from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
-from lfm_runtime.engine.sessions import Graphs
+from lfm_runtime.engine.graphs import Graphs
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images import (
     MAX_MEGAPIXELS,
@@ -32,14 +33,18 @@ from lfm_runtime.images import (
     ImageSettings,
     View,
     cut_views,
-    image_settings,
     open_image,
     plan_image,
 )
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
-from lfm_runtime.setup.profile import generation_changes, image_changes, on_cpu, profile_for
+from lfm_runtime.setup.profile import on_cpu
+from lfm_runtime.setup.resolve import resolve
+from lfm_runtime.setup.setup import Ask, Flags, Setup
 from lfm_runtime.text.prompt import Conversation, Message, RenderedPrompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 _log = logging.getLogger(__name__)
 
@@ -97,89 +102,79 @@ class Answer:
 class Model:
     """A loaded bundle. `load` is the way in; one answer at a time per Model."""
 
-    def __init__(
-        self, bundle: Bundle, graphs: Graphs, profile: Profile, images: ImageSettings, cache: Cache | None = None
-    ) -> None:
-        self.bundle = bundle
-        self.graphs = graphs
-        self.images = images
-        self.cache = cache
-        self.prompts = bundle.prompts
-        self.decoder = graphs.decoder
-        self.profile = profile
-        self.generation = bundle.generation.with_changes(
-            generation_changes(profile, bundle.generation, verifies=self.decoder.verifies)
-        )
-        self.context_length = min(bundle.context_length, profile.context or bundle.context_length)
+    def __init__(self, setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None) -> None:
+        """As the setup says; nothing is loaded yet. The caches: see `load`."""
+        self.setup, self.bundle = setup, setup.bundle
+        self.graphs = Graphs(setup.bundle, setup.variant, setup.prefill, setup.execution, verify=setup.verify)
+        self.decoder = self.graphs.decoder
+        self.prompts = setup.bundle.prompts
+        self.cache = None
+        if cache_mib or cache_folder:
+            folder = Path(cache_folder) if cache_folder else None
+            self.cache = Cache(self.graphs.identity(), max_bytes=cache_mib << 20, folder=folder)
         self.load_ms = 0.0
 
     @staticmethod
     def load(
         folder: str | Path | Bundle,
         *,
-        profile: str | Path | Profile = "",
+        profile: str | os.PathLike[str] | Profile = "",
+        ask: Ask | None = None,
+        force: bool = False,
         verify: bool = False,
         cache_mib: int = 0,
         cache_folder: str | Path | None = None,
-        **settings: Any,
+        **flags: Unpack[Flags],
     ) -> Model:
-        """Load a bundle, or a folder with a hub repository's ONNX files.
+        """Load a bundle, or a folder with a hub repository's ONNX files, so that it fits this machine's memory.
 
         Args:
             folder: the bundle, opened or not.
             profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one
                 for this machine.
+            ask: the sizes of the images and the question that memory is foreseen for; by default one large image.
+            force: load it whether it fits or not.
             verify: hash large files as well, not only small ones.
             cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts
                 there.
             cache_folder: keep them on disk too, for other processes.
-            **settings: any setting of a profile (variant, prefill, threads, low_memory, max_image_tokens …), which
+            **flags: any setting of a profile (variant, prefill, threads, low_memory, max_image_tokens …), which
                 overrides it.
 
         Raises:
             BundleError, GraphContractError: the folder cannot be used; the message says what to do.
             SettingError: an unknown, impossible or useless setting; a GPU that was named and cannot be used.
+            DoesNotFitError: not even the smallest setup fits the memory; with the numbers.
+        """
+        setup = resolve(folder, profile, ask, force=force, verify=verify, **flags)
+        for step in setup.steps:
+            _log.warning("lfm-edge: %s MiB are free: %s", setup.free_mib, step)
+        return Model.of(setup, cache_mib=cache_mib, cache_folder=cache_folder)
+
+    @staticmethod
+    def of(setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None) -> Model:
+        """Load what a setup says. Where nobody named its profile and the GPU fails, the CPU computes, with a warning.
+
+        Raises:
+            BundleError, GraphContractError: a graph cannot be used.
+            GpuError: the GPU that was named cannot be used, or its memory is full.
         """
         started = time.perf_counter()
-        bundle = folder if isinstance(folder, Bundle) else Bundle.open(Path(folder))
-        if verify:
-            bundle.verify()
-        chosen = profile_for(bundle, profile, **settings)
-
-        def planned(profile: Profile) -> Model:
-            images = image_settings(bundle.images, image_changes(profile, bundle.images))
-            graphs = Graphs(bundle, profile, verify=verify)
-            cache = None
-            if cache_mib or cache_folder:
-                cache = Cache(
-                    graphs.identity(), max_bytes=cache_mib << 20, folder=Path(cache_folder) if cache_folder else None
-                )
-            return Model(bundle, graphs, profile, images, cache)
-
-        model, failure = planned(chosen), ""
+        model, failure = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder), ""
         try:
             model.graphs.load()
         except GpuError as e:
-            if not chosen.automatic:
+            if not setup.profile.automatic:
                 raise
             failure = str(e)  # and not the exception, which holds on to what was loaded
         if failure:
             _log.warning("lfm-edge: computing on the CPU: %s", failure)
             model.graphs.release()
-            model = planned(on_cpu(chosen))
+            setup = resolve(setup.bundle, on_cpu(setup.profile), setup.ask)
+            model = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder)
             model.graphs.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
-
-    @property
-    def variant(self) -> str:
-        """The variant loaded."""
-        return self.graphs.variant
-
-    @property
-    def threads(self) -> int:
-        """Of each operator."""
-        return self.graphs.execution.threads
 
     def answer(
         self,
@@ -190,7 +185,7 @@ class Model:
         special: bool = True,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
-        **generation: Any,
+        **generation: Unpack[Generation],
     ) -> Answer:
         """Answer a question about images (or about none). Bad input raises here; the work starts with the iteration.
 
@@ -201,7 +196,7 @@ class Model:
             special: False takes special tokens that the texts spell out as text: for texts of strangers.
             max_megapixels: larger images are refused.
             progress: told of every view encoded.
-            **generation: temperature, min_p, top_k, top_p, repetition_penalty, max_new_tokens, seed, stop.
+            **generation: settings that differ from the setup's: temperature, max_new_tokens, stop …
 
         Raises:
             ImageError, PromptError, SettingError.
@@ -219,21 +214,21 @@ class Model:
         context: Context | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
-        **generation: Any,
+        **generation: Unpack[Generation],
     ) -> Answer:
         """As `answer`, for several turns, with images at any place in them, and tools. What `context` has taken in of
         them is not computed again (see Session).
         """
-        job = self.plan(chat, images, max_megapixels=max_megapixels, **generation)
-        return Answer(self._explained(self._answer(job, context, progress)), job.reply.report)
+        job = self.prepare_answer(chat, images, max_megapixels=max_megapixels, **generation)
+        return Answer(self._computed(self._answer(job, context, progress)), job.reply.report)
 
-    def plan(
+    def prepare_answer(
         self,
         chat: Conversation | Sequence[Message],
         images: Sequence[ImageLike | PlannedImage],
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
-        **generation: Any,
+        **generation: Unpack[Generation],
     ) -> Job:
         """Everything about an answer that bad input could spoil; nothing is computed yet. Parameters and errors as for
         `answer`.
@@ -241,15 +236,12 @@ class Model:
         started = time.perf_counter()
         report = Report()
         report.timing_ms["load"] = self.load_ms
-        settings = self.generation.with_changes(generation)
-        if settings.speculate and self.graphs.execution.on_gpu:
+        settings = self.setup.generation.with_changes(generation)
+        if settings.speculate and not self.setup.verifies:
+            do = "leave it out" if self.graphs.execution.on_gpu else "take a variant for CPUs, or export again"
             raise SettingError(
-                "speculate is for the CPU: on a GPU the states that a wrong guess wants back stay there; leave it out"
-            )
-        if settings.speculate and not self.decoder.verifies:
-            raise SettingError(
-                "speculate needs a decoder that gives out what convolutions read; take a variant for CPUs, or "
-                "export again"
+                "speculate needs a decoder that can take tokens back: one on the CPU that gives out what its "
+                f"convolutions read; {do}"
             )
         with report.stage("image"):
             planned = [
@@ -260,20 +252,20 @@ class Model:
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.plan.views) for p in planned)
-        capacity = min(self.context_length, len(prompt.ids) + settings.max_new_tokens)
+        capacity = min(self.setup.context_length, len(prompt.ids) + settings.max_new_tokens)
         reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, capacity - len(prompt.ids), report)
         return Job(prompt, planned, settings, reply, capacity, started)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
         """Open one image and plan its views; nothing is encoded."""
         opened = open_image(image, max_megapixels=max_megapixels)
-        return PlannedImage(opened, plan_image(opened.width, opened.height, self.images), self.images)
+        return PlannedImage(opened, plan_image(opened.width, opened.height, self.setup.images), self.setup.images)
 
-    def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Iterator[str]:
+    def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Generator[str]:
         returning = context is not None or self.cache is not None
         context = context or Context(self.decoder, self.cache)
         logits = self.read(job, context, progress, returning=returning)
-        sampler = Sampler(job.settings, self.decoder.vocabulary, job.prompt.ids)
+        sampler = Sampler(job.settings, self.decoder.info.vocabulary, job.prompt.ids)
         with closing(self._tokens(job, context, sampler, sampler.next(logits))) as tokens:
             for token in tokens:
                 piece = job.reply.add(token)
@@ -284,42 +276,19 @@ class Model:
         job.finish()
 
     def _tokens(self, job: Job, context: Context, sampler: Sampler, token: int) -> Generator[int]:
-        """One token after the other, from the first on, for as long as anyone asks. Guesses are taken in beside the
-        token before them, in one step; every token is drawn from its own distribution all the same, so they change the
-        time and nothing else.
-        """
-        lookup = PromptLookup(job.prompt.ids, job.settings.speculate) if job.settings.speculate else None
-        report = job.reply.report
+        """One token after the other, from the first on, for as long as anyone asks."""
+        if job.settings.speculate:
+            lookup = PromptLookup(job.prompt.ids, job.settings.speculate)
+            yield from speculative_tokens(self.decoder, context, sampler, lookup, token, job.capacity, job.reply.report)
         while True:
             yield token
-            guesses: list[int] = []
-            if lookup:
-                lookup.add(token)
-                guesses = lookup.guess()[: max(0, job.capacity - context.length - 1)]
-            if lookup is None or not guesses:
-                token = sampler.next(context.feed_token(token))
-                continue
-            step = [token, *guesses]
-            logits = context.feed_all(self.decoder.embed(step), np.array(step))
-            report.guessed_tokens += len(guesses)
-            right = 0
-            try:
-                token = sampler.next(logits[0])
-                while right < len(guesses) and token == guesses[right]:
-                    right += 1
-                    report.right_guesses += 1
-                    lookup.add(token)
-                    yield token
-                    token = sampler.next(logits[right])
-            finally:
-                context.keep(1 + right)
-            lookup.learn(right, len(guesses))
+            token = sampler.next(context.feed_token(token))
 
     def read(
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False
     ) -> NDArray[np.float32]:
-        """Take a job's prompt in, what `context` or the cache know of it excepted; returns the logits [vocabulary]
-        after it. `returning`: somebody may come back to where an image ends, in this context or through the cache.
+        """Prefill what of the prompt neither `context` nor the cache has; returns the logits [vocabulary] of its last
+        position. `returning`: somebody may come back to where an image ends, in this context or through the cache.
         """
         prompt, planned, report = job.prompt, job.planned, job.reply.report
         with report.stage("preprocess"):
@@ -330,7 +299,7 @@ class Model:
         new = [image for image, end in zip(planned, prompt.image_ends, strict=True) if end > known]
         features = self.encode(new, report, progress)
         with report.stage("load"):
-            self.decoder.sessions  # noqa: B018  (with low_memory it is loaded only now)
+            self.decoder.load()  # with low_memory not before
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
@@ -391,12 +360,18 @@ class Model:
                 )
             yield np.asarray(found, np.float32).reshape(sum(view.tokens for view in views), -1)
 
-    def _explained(self, pieces: Iterator[str]) -> Iterator[str]:
-        with self.graphs.failures_are_ours():
-            yield from pieces
+    def _computed(self, pieces: Generator[str]) -> Iterator[str]:
+        """The pieces; while one is made, errors are ours and this thread stays on its processor."""
+        with closing(pieces), self.graphs.failures_are_ours():
+            while True:
+                with self.graphs.execution.pinned():
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
-        limit = self.context_length
+        limit = self.setup.context_length
         if len(prompt.ids) >= limit:
             raise PromptError(
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the "

@@ -20,7 +20,8 @@ class Reply:
         self.report = report
         self.first_token: float | None = None
         self._stream, self._stops = TextStream(tokenizer), StopStrings(settings.stop)
-        self._eos, self._limit, self._room = eos, settings.max_new_tokens, room
+        self._eos = () if settings.ignore_eos else tuple(eos)
+        self._limit, self._room = settings.max_new_tokens, room
 
     @property
     def finished(self) -> bool:

@@ -25,17 +25,19 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import lfm_runtime.model
 import numpy as np
 import onnxruntime
 from lfm_runtime import Message, Model
 from lfm_runtime.batch import answer_all
 from lfm_runtime.decode.cache import Cache
+from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Sampler
 from lfm_runtime.images import cut_views
+from lfm_runtime.model import Job
 from lfm_runtime.report import Report
 from PIL import Image
 
@@ -109,7 +111,7 @@ def bare_encode(model: Model, image: Image.Image) -> Callable[[], float]:
     """The same patches through a plain session.run."""
     planned = model.open(image)
     (view,) = planned.plan.views
-    (patches,) = cut_views(planned.image, planned.plan, model.images)
+    (patches,) = cut_views(planned.image, planned.plan, model.setup.images)
     feeds = {
         "pixel_values": patches[None],
         "pixel_attention_mask": np.ones((1, len(patches)), np.int64),
@@ -134,12 +136,8 @@ def decode_rate(model: Model, context: int, tokens: int) -> Callable[[], float]:
     text = "a" * max(1, context - 10)
 
     def measure() -> float:
-        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()  # a fixed number of tokens
-        try:
-            answer = model.answer([], text, max_new_tokens=tokens, **GREEDY)
-            answer.text()
-        finally:
-            model.bundle.__dict__["eos"] = eos
+        answer = model.answer([], text, max_new_tokens=tokens, **GREEDY)
+        answer.text()
         return answer.report.throughput["decode_tok_s"] or 0.0
 
     return measure
@@ -150,11 +148,7 @@ def batch_rate(model: Model, rows: int, tokens: int) -> Callable[[], float]:
     questions = [([], "a" * (4 + i)) for i in range(8)]
 
     def measure() -> float:
-        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
-        try:
-            taken = timed_ms(lambda: list(answer_all(model, questions, rows=rows, max_new_tokens=tokens, **GREEDY)))
-        finally:
-            model.bundle.__dict__["eos"] = eos
+        taken = timed_ms(lambda: list(answer_all(model, questions, rows=rows, max_new_tokens=tokens, **GREEDY)))
         return 8 * tokens / taken * 1e3
 
     return measure
@@ -165,28 +159,39 @@ def copying_rate(model: Model, guesses: int) -> Callable[[], float]:
     it costs is not.
     """
     text = "What is in this image, and where is the cup? "
-
-    class Copying(Sampler):
-        def next(self, logits):
-            super().next(logits)
-            self.said = getattr(self, "said", -1) + 1
-            return self.script[self.said % len(self.script)]
-
-    Copying.script = model.prompts.tokenizer.encode(text)
+    script = model.prompts.tokenizer.encode(text)
 
     def measure() -> float:
-        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
-        lfm_runtime.model.Sampler = Copying
-        try:
-            answer = model.answer([], text * 2, max_new_tokens=96, speculate=guesses, **GREEDY)
-            answer.text()
-        finally:
-            model.bundle.__dict__["eos"] = eos
-            lfm_runtime.model.Sampler = Sampler
-        assert guesses == 0 or answer.report.right_guesses > 60, answer.report
-        return answer.report.throughput["decode_tok_s"] or 0.0
+        job = model.prepare_answer([Message.user(text * 2)], [], max_new_tokens=96, speculate=guesses, **GREEDY)
+        report = say(model, job, [script[n % len(script)] for n in range(200)])
+        assert guesses == 0 or report.right_guesses > 60, report
+        return report.throughput["decode_tok_s"] or 0.0
 
     return measure
+
+
+class Scripted(Sampler):
+    """Says what it is told, whatever the model computes, and takes as long as a sampler does."""
+
+    def __init__(self, settings, vocabulary: int, prompt: Sequence[int], script: Sequence[int]) -> None:
+        super().__init__(settings, vocabulary, prompt)
+        self._script = iter(script)
+
+    def next(self, logits):
+        super().next(logits)
+        return next(self._script)
+
+
+def say(model: Model, job: Job, script: Sequence[int]) -> Report:
+    """Make an answer of these tokens, as the model's own loop does."""
+    context = Context(model.decoder)
+    logits = model.read(job, context)
+    sampler = Scripted(job.settings, model.decoder.info.vocabulary, job.prompt.ids, script)
+    with closing(model._tokens(job, context, sampler, sampler.next(logits))) as tokens:
+        while not job.reply.finished:
+            job.reply.add(next(tokens))
+    job.finish()
+    return job.reply.report
 
 
 def pieces(text: str) -> list[int]:
@@ -198,30 +203,14 @@ def pieces(text: str) -> list[int]:
 def documents(model: Model, guesses: int) -> dict[str, Callable[[], float]]:
     """For each question of COPYING, and all: tok/s of its answer, scripted. Wrong guesses cost what they cost."""
 
-    class Scripted(Sampler):
-        script: list[int]
-
-        def next(self, logits):
-            super().next(logits)
-            self.said = getattr(self, "said", -1) + 1
-            return self.script[self.said]
-
     def seconds(question: str) -> tuple[int, float]:
-        Scripted.script = pieces(COPYING[question])
-        eos, model.bundle.__dict__["eos"] = model.bundle.eos, ()
-        lfm_runtime.model.Sampler = Scripted
-        settings = {**GREEDY, "max_new_tokens": len(Scripted.script), "speculate": guesses}
-        try:
-            job = model.plan([Message.user("")], [], **settings)
-            job.prompt.ids[1:1] = pieces(f"{LABEL} {question}")
-            job = replace(job, capacity=len(job.prompt.ids) + len(Scripted.script))
-            for _ in model._answer(job, None, None):
-                pass
-        finally:
-            model.bundle.__dict__["eos"] = eos
-            lfm_runtime.model.Sampler = Sampler
-        tokens = len(Scripted.script) - 1
-        return tokens, tokens / (job.reply.report.throughput["decode_tok_s"] or 1)
+        script = pieces(COPYING[question])
+        settings = {**GREEDY, "max_new_tokens": len(script), "speculate": guesses}
+        job = model.prepare_answer([Message.user("")], [], **settings)
+        job.prompt.ids[1:1] = pieces(f"{LABEL} {question}")
+        report = say(model, replace(job, capacity=len(job.prompt.ids) + len(script)), script)
+        tokens = len(script) - 1
+        return tokens, tokens / (report.throughput["decode_tok_s"] or 1)
 
     def rate(questions: Sequence[str]) -> float:
         found = [seconds(q) for q in questions]
@@ -252,7 +241,7 @@ def python_ms(model: Model) -> Callable[[], float]:
             self.ms.append((time.perf_counter() - start) * 1e3)
 
     def measure() -> float:
-        sessions = model.decoder.sessions
+        sessions = model.decoder.load()
         timed = Timed(sessions.decoder), Timed(sessions.embed)
         model.decoder._sessions = type(sessions)(*timed, sessions.prefill)
         try:

@@ -172,8 +172,8 @@ class Side:
 
 def answer_requests(options: argparse.Namespace) -> int:
     """In a side's process."""
+    from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.engine.gpu import gpu_memory_used
-    from lfm_runtime.engine.sessions import failures_are_ours
     from lfm_runtime.errors import EdgeError
 
     try:
@@ -252,7 +252,7 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measure
 
         def measure() -> float:
             state = decoder.start(1024)
-            sampler = Sampler(greedy, decoder.vocabulary, [])
+            sampler = Sampler(greedy, decoder.info.vocabulary, [])
             token = sampler.next(state.step(embeds))
             start = time.perf_counter()
             for _ in range(options.tokens):

@@ -26,12 +26,14 @@ PLAN = """if True:
     from pathlib import Path
     import lfm_runtime.model
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.setup.memory import Planner, process_memory
-    from lfm_runtime.setup.profile import find_profile
     from lfm_runtime.images import open_image
-    bundle, profile = Bundle.open(Path(sys.argv[1])), find_profile("generic", max_new_tokens=32, **json.loads(sys.argv[2]))
-    plan = Planner(bundle, json.loads(sys.argv[3]), sys.argv[4], process_memory()).plan(profile)
-    print(json.dumps([plan.memory.anonymous, plan.memory.mapped, plan.prompt_tokens]))
+    from lfm_runtime.setup.profile import find_profile
+    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.setup import Ask
+    profile = find_profile("generic", max_new_tokens=32, **json.loads(sys.argv[2]))
+    ask = Ask(tuple(map(tuple, json.loads(sys.argv[3]))), sys.argv[4])
+    found = resolve(Bundle.open(Path(sys.argv[1])), profile, ask, force=True).forecast
+    print(json.dumps([found.memory.anonymous, found.memory.mapped, found.prompt_tokens]))
 """
 
 

@@ -263,15 +263,14 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
 
     import onnxruntime as ort
     from lfm_runtime import Model
-    from lfm_runtime.setup import profile
-    from lfm_runtime.engine import sessions as runtime_sessions
     from lfm_runtime.engine.gpu import left_to_cpu
     from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
+    from lfm_runtime.setup import machine, setup
 
     if options.capture:
-        runtime_sessions.CUDA_GRAPHS_SINCE = "0.0"
-    machine = profile.detect()
-    profile.detect = lambda: replace(machine, gpu="a recorder", cuda=True)
+        setup.CUDA_GRAPHS_SINCE = "0.0"
+    device = machine.this_device()
+    machine.this_device = lambda: replace(device, gpu="a recorder", cuda=True)
     found["onnxruntime"] = ort.__version__
     settings = {
         "max_image_tokens": 64,
@@ -285,11 +284,7 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     found["load"] = {name: happened[name] for name in ("captured", "prohibited", "stale")}
     (model,) = loaded
     graphs, decoder = model.graphs, model.decoder
-    sessions = {
-        DECODER: decoder.sessions.decoder,
-        EMBED_TOKENS: decoder.sessions.embed,
-        VISION_ENCODER: graphs.vision(),
-    }
+    sessions = {DECODER: decoder.load().decoder, EMBED_TOKENS: decoder.load().embed, VISION_ENCODER: graphs.vision()}
     found["left_to_cpu"] = {
         graph.stem: left_to_cpu(session, graphs.paths[graph.stem]) for graph, session in sessions.items()
     }

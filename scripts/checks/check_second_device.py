@@ -145,14 +145,15 @@ def inside(bundle: Path) -> int:
     import numpy as np
     import onnxruntime as ort
     from lfm_runtime import Model
-    from lfm_runtime.decode.decoder import Decoder, DecoderSessions
+    from lfm_runtime.decode.decoder import Decoder
+    from lfm_runtime.decode.graphs import DecoderSessions
     from lfm_runtime.decode.sampling import Top
     from lfm_runtime.engine.gpu import left_to_cpu
     from lfm_runtime.formats.contract import EMBED_TOKENS
     from lfm_runtime.text.prompt import Message
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
-    job = model.plan(
+    job = model.prepare_answer(
         [Message.user("What is in this image?", 1)],
         [ROOT / "demo/photos/coffee.jpg"],
         max_new_tokens=TOKENS,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.typed import read_as
 from lfm_runtime.model import Model
+from lfm_runtime.setup.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = [check for check in CHECKS if check.name not in ("steady memory", "full disk", "read-only bundle")]
@@ -264,7 +266,8 @@ def test_boards(installed, monkeypatch, tmp_path) -> None:
 
     tree = write(tmp_path / "pi4", DEVICES["pi4-2gb"][0])
     monkeypatch.setattr(selftest.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(selftest, "detect", lambda: detect(tree, system="Linux", machine="aarch64"))
+    board = replace(this_machine(), device=detect(tree, system="Linux", machine="aarch64"))
+    monkeypatch.setattr(selftest, "this_machine", lambda: board)
     assert "asimd" in check("arm").run(installed)
     monkeypatch.setattr(
         selftest,

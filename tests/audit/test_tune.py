@@ -70,7 +70,7 @@ def search(
     profile = with_flags(read("generic"), flags or {})
     axes = axes_of(bundle, profile, [photo])
     axes["variant"], axes["prefill"], axes["threads"] = ["fp32", "int8", "int4"], ["none", "int8"], [1, 2, 4]
-    monkeypatch.setattr(tuning_module, "fit_as_it_is", lambda *_: None)
+    monkeypatch.setattr(tuning_module, "fits_as_it_is", lambda *_: None)
     monkeypatch.setattr(tuning_module, "_make_reference", lambda *_: "fp32")
     monkeypatch.setattr(tuning_module, "start", scripted := Scripted(cost, noise))
     found = Tuning(bundle, profile, [photo], QUESTION, objective, floor, axes)

@@ -105,7 +105,7 @@ def test_fp16_beside_fp32(demo_bundle, tmp_path) -> None:
     assert ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min() > 0.9999
     embeds = full.decoder.embed(list(range(20, 60)))
     np.testing.assert_allclose(full.decoder.start(64).step(embeds), half.decoder.start(64).step(embeds), atol=0.05)
-    assert Model.load(bundle, variant="fp16").decoder.states[0].dtype == np.float16
+    assert Model.load(bundle, variant="fp16").decoder.info.states[0].dtype == np.float16
 
 
 def test_some_graphs_only(tmp_path) -> None:

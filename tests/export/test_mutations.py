@@ -321,7 +321,7 @@ def differences(folder: Path, bundle: Path) -> list[str]:
         found.append(f"end tokens {model.bundle.eos} instead of {eos}")
     if not Checkpoint(folder).notes:  # where tensors overrule a flag, transformers drops tensors or makes some up
         planned = model.open(picture(SMALL))
-        job = model.plan([Message.user(QUESTION, 1)], [planned], temperature=0)
+        job = model.prepare_answer([Message.user(QUESTION, 1)], [planned], temperature=0)
         features = model.encode([planned])
         pixels, grids, mask = reference_views(planned)
         wanted_features = reference.image_features(torch_model, pixels, grids, mask)

@@ -779,9 +779,9 @@ def test_the_ids_are_the_releases(release) -> None:
     wanted = {"3b": (124907, (124900,), 124894), "2025": (396, (7,), 1), "lfm2.5": (396, (7,), 1)}[like]
     ids = model.prompts.render([Message("user", "Hi")], []).ids
     assert (model.prompts.image_id, model.bundle.eos, ids[0]) == wanted
-    assert model.generation.min_p == (0.0 if like == "3b" else 0.15)
+    assert model.setup.generation.min_p == (0.0 if like == "3b" else 0.15)
     assert PromptSpec.load(bundle / "prompt.json") == model.bundle.prompt
-    assert model.images.use_thumbnail == (like != "2025")
+    assert model.setup.images.use_thumbnail == (like != "2025")
 
 
 def test_the_commands_on_a_release(release, tmp_path, photo, capsys) -> None:

@@ -17,7 +17,7 @@ from lfm_runtime import Model, Session
 from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.decode.decoder import SharedState
+from lfm_runtime.decode.states import SharedState
 from lfm_runtime.engine.prepared import folder_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,9 +117,13 @@ def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
 
 def test_profile_takes_it_where_it_is(bundle, demo_bundle) -> None:
     chosen = Model.load(bundle, profile="small", threads=1)
-    assert (chosen.variant, chosen.graphs.prefill_path, chosen.graphs.low_memory) == ("int4-kv8", None, True)
+    assert (chosen.setup.variant, chosen.graphs.prefill_path, chosen.setup.execution.low_memory) == (
+        "int4-kv8",
+        None,
+        True,
+    )
     split = Model.load(bundle, profile="fast", threads=1, kv="int8")
-    assert split.variant == "int4-kv8"
+    assert split.setup.variant == "int4-kv8"
     assert split.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
     assert Model.load(demo_bundle, profile="small", threads=1).variant == "fp32"
 
@@ -162,7 +166,7 @@ def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
     ]:
         assert main(["quantize", str(demo_bundle), "--quiet", *words]) == 2
         assert said in capsys.readouterr().err
-    monkeypatch.setattr("lfm_runtime.engine.sessions.ort.__version__", "1.26.0")
+    monkeypatch.setattr("lfm_runtime.engine.loader.ort.__version__", "1.26.0")
     assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
     assert "needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lfm_runtime import EdgeError, Model, SettingError
 from lfm_runtime.batch import answer_all
-from lfm_runtime.decode.decoder import BatchState
+from lfm_runtime.decode.states import BatchState
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:6]

@@ -14,8 +14,7 @@ from lfm_runtime.errors import SettingError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lfm_profiles import Profile
-    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.setup.setup import Setup
 
     from lfm_audit.audit import Subject, Workload
 
@@ -59,10 +58,10 @@ def run(options: argparse.Namespace) -> int:
     import json
     import tempfile
 
-    from lfm_profiles import detect
     from lfm_profiles.sensors import Sensors
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.formats.files import check_writable, write_whole
+    from lfm_runtime.setup.machine import this_machine
 
     from lfm_audit.audit import audit
     from lfm_audit.images import find_images, make_images
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         images, skipped = find_images(options.images) if options.images else (make_images(Path(folder)), [])
         work = _workload(options, images, skipped)
-        result = audit(work, detect(), Sensors(), progress)
+        result = audit(work, this_machine().device, Sensors(), progress)
     progress("")
     print(table(result))
     if options.output:
@@ -101,29 +100,31 @@ def run(options: argparse.Namespace) -> int:
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.engine.sessions import Execution
-    from lfm_runtime.setup.profile import find_profile, profile_for
-    from lfm_runtime.setup.variants import choose_variants
+    from lfm_runtime.images import image_size
+    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.setup import Ask
 
     from lfm_audit.audit import QUESTION, Workload
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
         raise SettingError("--variant has no effect beside --variants; leave one out")
-    profile = profile_for(bundle, options.profile, **flags)
-    variants = options.variants.split(",") if options.variants else [choose_variants(bundle, profile)[0]]
+    question = options.prompt or QUESTION
+    largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
+    ask = Ask((largest,), question)
+    # What cannot be here is said now, and not by the first process.
+    wanted = resolve(bundle, options.profile, ask, force=True, **flags)
+    profile = wanted.profile
+    variants = options.variants.split(",") if options.variants else [wanted.variant]
     if len(set(variants)) < len(variants):
         raise SettingError(f"--variants {options.variants} names one twice")
     if not 1 <= options.new_tokens <= 4096:
         raise SettingError(f"new-tokens {options.new_tokens} is impossible; allowed: 1 to 4096")
     if not options.soak >= 0:
         raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
-    question = options.prompt or QUESTION
-    Execution.of(profile)  # raises what cannot be here, better now than in the first process
     for variant in variants:
         bundle.graphs(variant)
-    profiles = {variant: find_profile(profile, variant=variant) for variant in variants}
-    subjects = [_subject(bundle, variant, profiles[variant], list(images.values()), question) for variant in variants]
+    subjects = [_subject(resolve(bundle, profile, ask, variant=variant)) for variant in variants]
     for subject in subjects:
         for step in subject.steps:
             print(f"lfm-edge: {subject.variant}: to fit the memory: {step}", file=sys.stderr)
@@ -142,26 +143,21 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     )
 
 
-def _subject(bundle: Bundle, variant: str, profile: Profile, images: list[Path], question: str) -> Subject:
-    """A variant as run would take it: what does not fit the memory steps down."""
-    from lfm_profiles import changed, detect
-    from lfm_runtime.images import image_size
-    from lfm_runtime.setup.memory import DoesNotFitError, Planner, fit, process_memory
+def _subject(setup: Setup) -> Subject:
+    """A variant as run would take it: what does not fit the memory has stepped down."""
+    from lfm_profiles import changed
+    from lfm_runtime.setup.resolve import DoesNotFitError, resolve
 
     from lfm_audit.audit import Subject
 
-    if not bundle.files:  # a hub folder tells too little to plan from
-        return Subject(variant, profile)
-    largest = max((image_size(path) for path in images), key=lambda size: size[0] * size[1])
-    planner, device = Planner(bundle, [largest], question, process_memory()), detect()
-    fitted = fit(planner, profile, device)
     too_large = None
     try:
-        steps = fit(planner, changed(fitted.plan.profile, {"prepared": False}, "audit"), device).steps
+        unprepared = changed(setup.profile, {"prepared": False}, "audit")
+        steps = resolve(setup.bundle, unprepared, setup.ask).steps
         too_large = f"unprepared it does not fit the memory without {steps[0]}" if steps else None
     except DoesNotFitError as e:
         too_large = str(e)
-    return Subject(variant, fitted.plan.profile, fitted.steps, too_large)
+    return Subject(setup.variant, setup.profile, setup.steps, too_large)
 
 
 def _limits(given: list[str], profile: Any) -> dict[str, float]:

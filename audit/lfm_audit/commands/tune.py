@@ -46,14 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Search, show the front, write the profile."""
-    from lfm_profiles import detect, to_toml
+    from lfm_profiles import to_toml
     from lfm_profiles.sensors import Sensors
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.engine.gpu_wheel import CUDA
     from lfm_runtime.formats.files import check_writable, write_whole
     from lfm_runtime.images import image_size
-    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.machine import this_machine
+    from lfm_runtime.setup.resolve import resolve
 
     from lfm_audit.tune import FLOOR, Tuning, axes_of, tune
 
@@ -67,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
     check_writable(output)
     for image in options.images:
         image_size(image)  # better now than in the first process
-    bundle, device = Bundle.open(options.bundle), detect()
-    profile = profile_for(bundle, options.profile, **setting_flags(options))
+    bundle, device = Bundle.open(options.bundle), this_machine().device
+    profile = resolve(bundle, options.profile, force=True, **setting_flags(options)).profile
     if CUDA in profile.providers:
         raise SettingError(
             f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic"

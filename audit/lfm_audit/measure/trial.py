@@ -175,16 +175,16 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
 
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.model import Model
+    from lfm_runtime.setup.resolve import resolve
 
     imported = time.perf_counter()
-    whole = Bundle.open(Path(request["bundle"]))
-    bundle = replace(whole, eos=())  # a fixed number of tokens
+    bundle = Bundle.open(Path(request["bundle"]))
     opened = time.perf_counter()
     settings: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in request["profile"]["settings"].items()
     }
     profile = replace(Profile(request["profile"]["name"]), origin=request["profile"]["origin"], **settings)
-    model = Model.load(bundle, profile=profile)
+    model = Model.of(resolve(bundle, profile, force=True))
     ready = time.perf_counter()
     spawned = request["spawned"]
     loaded = _memory()
@@ -202,9 +202,9 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
     used = time.process_time()
     return {
         "spawned": spawned,
-        "variant": model.variant,
+        "variant": model.setup.variant,
         "prefill": model.graphs.prefill,
-        "threads": model.threads,
+        "threads": model.setup.execution.threads,
         "prepared": model.graphs.is_prepared,
         "python_ms": (entered - spawned) * 1e3,
         "import_ms": (imported - entered) * 1e3,
@@ -216,14 +216,18 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
         "memory_mib": memory,
         "cpu_s": used,
         "steady": steady,
-        "kl": _divergence(model, request, Path(request["reference"]), whole.eos) if request["reference"] else None,
+        "kl": _divergence(model, request, Path(request["reference"])) if request["reference"] else None,
     }
 
 
 def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawned: float) -> dict[str, Any]:
     started = time.perf_counter()
     answer = model.answer(
-        [request["images"][at]], request["question"], temperature=0, max_new_tokens=request["new_tokens"]
+        [request["images"][at]],
+        request["question"],
+        temperature=0,
+        ignore_eos=True,
+        max_new_tokens=request["new_tokens"],
     )
     text = answer.text()
     report = answer.report
@@ -288,7 +292,7 @@ def _memory() -> dict[str, float | None]:
     return found
 
 
-def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequence[int]) -> float:
+def _divergence(model: Model, request: dict[str, Any], folder: Path) -> float:
     """The mean KL divergence, in nats a token, of this model's next-token distributions to those stored in `folder`,
     along the answers stored with them, up to where they end. Where there are none yet, this model's own are stored, and
     0 is returned.
@@ -300,7 +304,7 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
     found = []
     for at, image in enumerate(request["images"]):
         path = folder / f"{at}.npz"
-        job = model.plan(
+        job = model.prepare_answer(
             [Message.user(request["question"], 1)], [image], temperature=0, max_new_tokens=request["new_tokens"]
         )
         context = Context(model.decoder)
@@ -311,7 +315,7 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path, eos: Sequen
         for step in range(length):
             rows.append(logits)
             ids.append(int(known["ids"][step] if known else logits.argmax()))
-            if not known and ids[-1] in eos:
+            if not known and ids[-1] in model.bundle.eos:
                 break
             if step + 1 < length:
                 logits = _log_softmax(context.feed(model.decoder.embed(ids[-1:]), np.array(ids[-1:])))

@@ -216,31 +216,22 @@ _GENERATION_FLAGS = (
 
 
 def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
-    """The model the flags describe; `special` as for Model.answer. Before it is loaded, it must fit this machine's
-    memory with these images (see plan.py).
+    """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
+    Model.answer.
     """
-    from pathlib import Path
-
-    from lfm_profiles import detect
-
-    from lfm_runtime.bundle import Bundle
     from lfm_runtime.images import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
-    from lfm_runtime.setup.memory import Planner, fit, process_memory
-    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.setup import Ask
 
     check_images(options)
-    bundle = Bundle.open(Path(options.bundle))
-    profile = profile_for(bundle, options.profile, **setting_flags(options))
-    device, start = detect(), process_memory()
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
-    sizes = [image_size(image, max_megapixels=most) for image in options.images]
-    if bundle.files:  # a hub folder tells too little to plan from
-        fitted = fit(Planner(bundle, sizes, question, start, special=special), profile, device, force=options.force)
-        for step in fitted.steps:
-            print(f"lfm-edge: {fitted.free_mib} MiB are free: {step}", file=sys.stderr)
-        profile = fitted.plan.profile
-    return Model.load(bundle, profile=profile, verify=options.verify, cache_folder=options.cache)
+    sizes = tuple(image_size(image, max_megapixels=most) for image in options.images)
+    ask, flags = Ask(sizes, question, special), setting_flags(options)
+    setup = resolve(options.bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
+    for step in setup.steps:
+        print(f"lfm-edge: {setup.free_mib} MiB are free: {step}", file=sys.stderr)
+    return Model.of(setup, cache_folder=options.cache)
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:

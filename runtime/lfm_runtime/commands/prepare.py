@@ -30,20 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare each graph."""
-    from lfm_runtime.bundle import Bundle
     from lfm_runtime.engine.prepare import PREPARED, prepare
     from lfm_runtime.engine.prepared import folder_of
-    from lfm_runtime.setup.profile import profile_for
-    from lfm_runtime.setup.variants import choose_variants
+    from lfm_runtime.setup.resolve import resolve
 
-    bundle = Bundle.open(options.bundle)
-    chosen, prefill = choose_variants(bundle, profile_for(bundle, variant=options.variant))
-    variant, paths = bundle.graphs(chosen)
-    prefill = options.prefill or prefill
+    setup = resolve(options.bundle, force=True, variant=options.variant)
+    bundle, variant = setup.bundle, setup.variant
+    prefill = options.prefill or setup.prefill
     if VARIANTS[variant].for_gpu:
         print(f"{variant} is for GPUs, which load it as it is: there is nothing to prepare")
         return 0
-    wanted = [(graph, paths[graph.stem]) for graph in PREPARED]
+    wanted = [(graph, setup.paths[graph.stem]) for graph in PREPARED]
     if prefill and prefill != variant:
         wanted.append((DECODER, bundle.graphs(prefill)[1][DECODER.stem]))
     for graph, path in wanted:

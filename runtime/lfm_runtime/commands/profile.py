@@ -10,7 +10,13 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lfm_profiles import Device
+
+    from lfm_runtime.setup.costs import Costs
+    from lfm_runtime.setup.forecast import Forecast
+    from lfm_runtime.setup.setup import Setup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,11 +119,10 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _detect(options: argparse.Namespace) -> None:
-    from lfm_profiles import detect
-
+    from lfm_runtime.setup.machine import this_machine
     from lfm_runtime.setup.profile import VARIABLE, detected, find_profile
 
-    device, choice, holds = detect(), detected(), find_profile()
+    device, choice, holds = this_machine().device, detected(), find_profile()
     if options.json:
         print_json({"device": device.as_dict(), "profile": holds.name, "reasons": choice.reasons})
         return
@@ -129,87 +134,63 @@ def _detect(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from lfm_profiles import detect
-
-    from lfm_runtime.bundle import Bundle
-    from lfm_runtime.engine.sessions import Execution
     from lfm_runtime.images import image_size
-    from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the plan)
+    from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
     from lfm_runtime.setup.costs import find_costs
-    from lfm_runtime.setup.memory import Planner, fit, process_memory
-    from lfm_runtime.setup.profile import profile_for
+    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.setup import Ask
 
     if not options.names:
         raise SettingError("plan needs a bundle: lfm-edge profile plan BUNDLE [IMAGE …]")
-    bundle = Bundle.open(Path(options.names[0]))
-    profile = profile_for(bundle, options.profile, **setting_flags(options))
-    device, start = detect(), process_memory()
-    sizes = [image_size(name) for name in options.names[1:]]
-    fitted = fit(Planner(bundle, sizes, options.prompt, start), profile, device)
-    plan = fitted.plan
-    threads, low_memory = Execution.of(plan.profile).threads, plan.profile.low_memory
-    costs = find_costs(bundle, plan.variant, plan.prefill, threads, low_memory=low_memory)
-    times = plan.times_ms(costs) if costs else None
+    folder, *images = options.names
+    ask = Ask(tuple(image_size(name) for name in images), options.prompt)
+    setup = resolve(folder, options.profile, ask, **setting_flags(options))
+    if setup.forecast is None:
+        raise SettingError(f"{folder} does not say the sizes of its model, from which plans are made")
+    costs = find_costs(
+        setup.bundle, setup.variant, setup.prefill, setup.execution.threads, low_memory=setup.execution.low_memory
+    )
     if options.json:
-        print_json(
-            {
-                "profile": plan.profile.name,
-                "variant": plan.variant,
-                "prefill": plan.prefill,
-                "steps": fitted.steps,
-                "views": plan.views,
-                "image_tokens": plan.image_tokens,
-                "prompt_tokens": plan.prompt_tokens,
-                "new_tokens": plan.new_tokens,
-                "memory_mib": {
-                    "peak": plan.memory.peak,
-                    "anonymous": plan.memory.anonymous,
-                    "mapped": plan.memory.mapped,
-                },
-                "disk_mib": plan.disk_mib,
-                "free_mib": fitted.free_mib,
-                "times_ms": times,
-            }
-        )
+        times = setup.forecast.times_ms(costs, low_memory=setup.execution.low_memory) if costs else None
+        print_json({**setup.as_dict(), "times_ms": times})
         return
-    reads = f", prompts read by {plan.prefill}'s decoder" if plan.prefill else ""
-    print(
-        f"{'profile':10s} {plan.profile.name}: "
-        f"{plan.variant}{reads}{', one graph at a time' if plan.profile.low_memory else ''}"
-    )
-    for name, image in zip(options.names[1:], plan.images, strict=True):
-        tiles = (
-            f"{image.columns} × {image.rows} tiles{' and a thumbnail' if image.thumbnail else ''}"
-            if image.tiled
-            else "one view"
-        )
-        print(f"{'image':10s} {name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens")
-    print(
-        f"{'tokens':10s} {plan.prompt_tokens} prompt ({plan.image_tokens} image), an answer of at most "
-        f"{plan.new_tokens}"
-    )
-    parts = f"{plan.memory.anonymous:.0f} anonymous, {plan.memory.mapped:.0f} mapped files"
-    free = "what is free is not known" if fitted.free_mib is None else f"{fitted.free_mib:,} MiB are free"
-    print(f"{'memory':10s} {plan.memory.peak:,.0f} MiB at the peak ({parts}); {free}")
-    print(f"{'disk':10s} {plan.disk_mib:,.0f} MiB of weights")
-    if times and costs:
-        unfair = "" if costs.valid else ", which was not valid"
-        print(
-            f"{'time':10s} {', '.join(f'{name} {ms:,.0f}' for name, ms in times.items() if name != 'per_token')} "
-            "ms; then "
-            f"{times['per_token']:.1f} ms a token, as the last audit here measured{unfair}"
-        )
-        budget, rate = plan.profile.budget, 1e3 / times["per_token"]
-        if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
-            print(f"{'budget':10s} ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}")
-        if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
-            print(f"{'budget':10s} decode_tok_s {budget.decode_tok_s:g} is not kept: {rate:,.1f}")
-    else:
-        print(f"{'time':10s} not known before the first audit of this variant here: lfm-edge audit {bundle.folder}")
-    for step in fitted.steps:
+    for name, value in (*_foreseen(setup, setup.forecast, images), *_times(setup, setup.forecast, costs)):
+        print(f"{name:10s} {value}")
+    for step in setup.steps:
         print(f"{'to fit':10s} {step}")
+
+
+def _foreseen(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterator[tuple[str, str]]:
+    reads = f", prompts read by {setup.prefill}'s decoder" if setup.prefill else ""
+    low = ", one graph at a time" if setup.execution.low_memory else ""
+    yield "profile", f"{setup.profile.name}: {setup.variant}{reads}{low}"
+    for name, image in zip(images, forecast.images, strict=True):
+        thumbnail = " and a thumbnail" if image.thumbnail else ""
+        tiles = f"{image.columns} × {image.rows} tiles{thumbnail}" if image.tiled else "one view"
+        yield "image", f"{name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens"
+    tokens = f"{forecast.prompt_tokens} prompt ({forecast.image_tokens} image)"
+    yield "tokens", f"{tokens}, an answer of at most {forecast.new_tokens}"
+    memory = forecast.memory
+    parts = f"{memory.anonymous:.0f} anonymous, {memory.mapped:.0f} mapped files"
+    free = "what is free is not known" if setup.free_mib is None else f"{setup.free_mib:,} MiB are free"
+    yield "memory", f"{memory.peak:,.0f} MiB at the peak ({parts}); {free}"
+    yield "disk", f"{forecast.disk_mib:,.0f} MiB of weights"
+
+
+def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tuple[str, str]]:
+    if costs is None:
+        advice = f"lfm-edge audit {setup.bundle.folder}"
+        yield "time", f"not known before the first audit of this variant here: {advice}"
+        return
+    times = forecast.times_ms(costs, low_memory=setup.execution.low_memory)
+    stages = ", ".join(f"{name} {ms:,.0f}" for name, ms in times.items() if name != "per_token")
+    unfair = "" if costs.valid else ", which was not valid"
+    yield "time", f"{stages} ms; then {times['per_token']:.1f} ms a token, as the last audit here measured{unfair}"
+    budget, rate = setup.profile.budget, 1e3 / times["per_token"]
+    if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
+        yield "budget", f"ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}"
+    if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
+        yield "budget", f"decode_tok_s {budget.decode_tok_s:g} is not kept: {rate:,.1f}"
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:

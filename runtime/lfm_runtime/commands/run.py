@@ -40,7 +40,5 @@ def run(options: argparse.Namespace) -> int:
     else:
         print()
         sys.stdout.flush()
-        reader = f", prompts read by {model.graphs.prefill}" if model.graphs.prefill else ""
-        how = f"{model.variant}{reader}, {model.threads} threads, profile {model.profile.name}"
-        print(f"\n{model.bundle.folder.name}, {how}\n{answer.report.table()}", file=sys.stderr)
+        print(f"\n{model.bundle.folder.name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
     return 0

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.cache import Cache
-from lfm_runtime.decode.decoder import Decoder, SharedState
+from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.decode.sampling import Top
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot, State
+from lfm_runtime.decode.states import SharedState
 
 MOST_AT_ONCE = 320
 """Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same

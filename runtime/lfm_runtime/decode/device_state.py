@@ -2,7 +2,7 @@
 stay there: a token goes in, the likeliest ids and their logits come out.
 
 Buffers have fixed addresses for a capacity, so that a step can be captured once as a CUDA graph and replayed: two of
-them, because two sets of convolution states swap roles (see decoder.SharedState). The mask of such a step has the
+them, because two sets of convolution states swap roles (see states.SharedState). The mask of such a step has the
 capacity's length, ones first; the graph itself gives out the next one. Buffers of an answer that is over serve the
 next. CUDA graphs belong to the thread that captured
 them: a model is to be used from one.
@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from lfm_runtime.decode.graphs import DecoderGraphs
 from lfm_runtime.decode.sampling import Top
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot
 from lfm_runtime.formats.contract import MANY_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, present_name
-
-if TYPE_CHECKING:
-    from lfm_runtime.decode.decoder import Decoder
 
 Value = Any
 """ort.OrtValue, which has no types."""
@@ -74,17 +72,17 @@ class Buffers:
     """All that a state of one capacity keeps on the device, and the two bindings of a step of one token."""
 
     def __init__(self, loop: DeviceLoop, capacity: int) -> None:
-        decoder, place = loop.decoder, loop.memory.place
+        info, place = loop.info, loop.memory.place
         self.capacity = capacity
         self.states = {
             s.name: [place(np.zeros(s.shape, s.dtype)) for _ in range(2)]
             if s.is_conv
             else [place(np.zeros((*s.shape[:2], capacity, s.shape[3]), s.dtype))]
-            for s in decoder.states
+            for s in info.states
         }
         self.masks = [place(np.zeros((1, capacity), np.int64)) for _ in range(2)]
-        self.logits = place(np.zeros((1, 1, decoder.vocabulary), np.float32))
-        count = loop.top_tokens
+        self.logits = place(np.zeros((1, 1, info.vocabulary), np.float32))
+        count = info.top_tokens
         self.top = (
             (place(np.zeros((1, 1, count), np.float32)), place(np.zeros((1, 1, count), np.int64))) if count else None
         )
@@ -99,7 +97,7 @@ class Buffers:
         # CUDA's attention goes by a mask's sum; others', WebGPU's for one, by its length. Held here: a binding does not
         # hold what is bound.
         self._mask = loop.memory.place(np.ones((1, length + 1), np.int64))
-        return self._bound(loop, turn, self._mask), loop.decoder.uncaptured
+        return self._bound(loop, turn, self._mask), loop.graphs.uncaptured
 
     def bind_states(self, binding: ort.IOBinding, turn: int) -> None:
         """Read one of each convolution's states and write the other; attention's are both at once."""
@@ -108,14 +106,14 @@ class Buffers:
             binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
 
     def _bound(self, loop: DeviceLoop, turn: int, mask: Value) -> ort.IOBinding:
-        binding = loop.decoder.sessions.decoder.io_binding()
+        binding = loop.sessions.decoder.io_binding()
         binding.bind_ortvalue_input("inputs_embeds", loop.embeds)
         binding.bind_ortvalue_input("attention_mask", mask)
         binding.bind_ortvalue_output("logits", self.logits)
         if self.top:
             binding.bind_ortvalue_output(TOP_LOGITS, self.top[0])
             binding.bind_ortvalue_output(TOP_IDS, self.top[1])
-        if loop.gives_mask and loop.is_fixed:
+        if loop.info.gives_mask and loop.is_fixed:
             binding.bind_ortvalue_output(NEXT_MASK, self.masks[1 - turn])
         self.bind_states(binding, turn)
         return binding
@@ -126,17 +124,15 @@ class DeviceLoop:
     free.
     """
 
-    def __init__(self, decoder: Decoder, memory: Memory) -> None:
-        """Needs the decoder's sessions loaded and probed."""
-        self.decoder, self.memory = decoder, memory
+    def __init__(self, graphs: DecoderGraphs, memory: Memory, longest: int) -> None:
+        """`longest`: tokens that the decoder has positions for; 0: not known."""
+        self.graphs, self.memory, self.longest = graphs, memory, longest
+        self.sessions, self.info = graphs.load(), graphs.info
         # Binding an input that an operator on the CPU reads copies it there and then: it must be bound anew whenever it
         # has changed.
-        self.is_fixed = decoder.sessions.all_on_device
-        outputs = {o.name: o for o in decoder.sessions.decoder.get_outputs()}
-        self.top_tokens = int(outputs[TOP_LOGITS].shape[2]) if {TOP_LOGITS, TOP_IDS} <= outputs.keys() else 0
-        self.gives_mask = NEXT_MASK in outputs
+        self.is_fixed = self.sessions.all_on_device
         self.token = memory.place(np.zeros((1, 1), np.int64))
-        self.embeds = memory.place(np.zeros((1, 1, decoder.hidden), np.float32))
+        self.embeds = memory.place(np.zeros((1, 1, self.info.hidden), np.float32))
         self._free: list[Buffers] = []
         self._captured = 0
         self._look_up = (self._bound_look_up(), self.captured()) if self.is_fixed else None
@@ -151,11 +147,11 @@ class DeviceLoop:
     def look_up(self, token: int) -> None:
         """The token's embedding, on the device."""
         self.memory.write(self.token, np.array([[token]], np.int64))
-        binding, options = self._look_up or (self._bound_look_up(), self.decoder.uncaptured)
-        self.decoder.sessions.embed.run_with_iobinding(binding, options)
+        binding, options = self._look_up or (self._bound_look_up(), self.graphs.uncaptured)
+        self.sessions.embed.run_with_iobinding(binding, options)
 
     def _bound_look_up(self) -> ort.IOBinding:
-        binding = self.decoder.sessions.embed.io_binding()
+        binding = self.sessions.embed.io_binding()
         binding.bind_ortvalue_input("input_ids", self.token)
         binding.bind_ortvalue_output("inputs_embeds", self.embeds)
         return binding
@@ -168,7 +164,7 @@ class DeviceLoop:
         if found is None:
             self._free = []  # they are smaller, and their memory is wanted
             roomy = max(_SMALLEST, 1 << (capacity - 1).bit_length())
-            return Buffers(self, max(capacity, min(roomy, self.decoder.longest or roomy)))
+            return Buffers(self, max(capacity, min(roomy, self.longest or roomy)))
         self._free.remove(found)
         return found
 
@@ -186,27 +182,27 @@ class DeviceState:
         weakref.finalize(self, loop.give_back, self._buffers).atexit = False
         self._turn = 0  # which of each convolution's two buffers holds its state
         self._mask_for = -1  # length that the mask of this turn is for
-        convs = {s.name: np.zeros(s.shape, s.dtype) for s in loop.decoder.states if s.is_conv}
+        convs = {s.name: np.zeros(s.shape, s.dtype) for s in loop.info.states if s.is_conv}
         self._write({**convs, **(after.values if after else {})})
         self.length = after.length if after else 0
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """See state.State."""
-        decoder, memory, tokens = self._loop.decoder, self._loop.memory, embeds.shape[1]
-        positions = 1 if tokens >= MANY_TOKENS or not decoder.gives_few else tokens
+        loop, memory, tokens = self._loop, self._loop.memory, embeds.shape[1]
+        positions = 1 if tokens >= MANY_TOKENS or not loop.info.gives_few else tokens
         logits = (
             self._buffers.logits
             if positions == 1
-            else memory.place(np.zeros((1, positions, decoder.vocabulary), np.float32))
+            else memory.place(np.zeros((1, positions, loop.info.vocabulary), np.float32))
         )
-        binding = decoder.sessions.decoder.io_binding()
+        binding = loop.sessions.decoder.io_binding()
         inputs = {"inputs_embeds": embeds, "attention_mask": np.ones((1, self.length + tokens), np.int64)}
         held = {name: memory.place(array) for name, array in inputs.items()}  # until the run is over
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("logits", logits)
         self._buffers.bind_states(binding, self._turn)
-        decoder.sessions.decoder.run_with_iobinding(binding, decoder.uncaptured)
+        loop.sessions.decoder.run_with_iobinding(binding, loop.graphs.uncaptured)
         self.length += tokens
         self._turn = 1 - self._turn
         self._mask_for = -1
@@ -222,10 +218,10 @@ class DeviceState:
             )
         loop.look_up(token)
         binding, options = buffers.step(loop, self._turn, self.length)
-        loop.decoder.sessions.decoder.run_with_iobinding(binding, options)
+        loop.sessions.decoder.run_with_iobinding(binding, options)
         self.length += 1
         self._turn = 1 - self._turn
-        self._mask_for = self.length + 1 if loop.gives_mask else -1
+        self._mask_for = self.length + 1 if loop.info.gives_mask else -1
         if not buffers.top:
             return self._row()
         logits, ids = (loop.memory.read(value)[0, 0] for value in buffers.top)
@@ -251,7 +247,7 @@ class DeviceState:
     def _read(self, *, attention: bool = False) -> dict[str, NDArray[Any]]:
         """What the convolutions hold now, and attention, by input."""
         found = {}
-        for state in self._loop.decoder.states:
+        for state in self._loop.info.states:
             if state.is_conv:
                 found[state.name] = self._loop.memory.read(self._buffers.states[state.name][self._turn])
             elif attention:

@@ -6,9 +6,9 @@ Order as in transformers: repetition penalty, then temperature, top_k, top_p, mi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,21 @@ from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import MANY_TOKENS
 
 Logits = NDArray[np.float32]
+
+
+class Generation(TypedDict, total=False):
+    """Generation settings as the user gives them, one by one: see GenerationSettings. None is not given."""
+
+    temperature: float | None
+    min_p: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    max_new_tokens: int | None
+    seed: int | None
+    stop: str | tuple[str, ...] | None
+    ignore_eos: bool | None
+    speculate: int | None
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,8 @@ class GenerationSettings:
     max_new_tokens: int = 512
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    speculate: int = 0  # tokens guessed from the prompt and the answer so far, and checked in one step; 0 off
+    ignore_eos: bool = False  # go on to max_new_tokens: for measuring
+    speculate: int = 0  # speculative tokens a step, from prompt lookup; 0 off
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
@@ -79,7 +95,7 @@ class GenerationSettings:
             found["temperature"] = 0.0
         return GenerationSettings(**found)
 
-    def with_changes(self, changes: dict[str, Any]) -> GenerationSettings:
+    def with_changes(self, changes: Mapping[str, Any]) -> GenerationSettings:
         """These settings with the user's changes.
 
         Raises:

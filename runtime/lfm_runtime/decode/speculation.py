@@ -1,15 +1,67 @@
-"""Guessing the next tokens from what stands in the prompt and the answer so far (prompt lookup: Saxena 2023, "Prompt
-Lookup Decoding").
+"""Speculative decoding without a draft model: what followed the last tokens when they stood together before, in the
+prompt or the answer, is fed beside them and checked (prompt lookup: Saxena 2023, "Prompt Lookup Decoding").
 
-Copying is common: a question about a text, a list, a name said before. A guess costs no model; several are checked in
-one decoder step, which reads the weights once.
+Copying is common: a question about a text, a list, a name said before. A speculative token costs no model; several are
+checked in one decoder step, which reads the weights once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from lfm_runtime.decode.context import Context
+from lfm_runtime.decode.decoder import Decoder
+from lfm_runtime.decode.sampling import Sampler
+from lfm_runtime.report import Report
 
 _LENGTHS = (4, 3, 2)  # of the tail that must have occurred before, the longest first
+
+
+def speculative_tokens(
+    decoder: Decoder,
+    context: Context,
+    sampler: Sampler,
+    lookup: PromptLookup,
+    token: int,
+    capacity: int,
+    report: Report,
+) -> Generator[int]:
+    """One token after the other, from `token` on, for as long as anyone asks. Every token is drawn from its own
+    distribution: speculation changes the time and nothing else.
+
+    Args:
+        decoder: one that `verifies`.
+        context: after the prompt.
+        sampler: of this answer.
+        lookup: knows the prompt.
+        token: the first of the answer.
+        capacity: tokens that the context holds at most.
+        report: counts what was speculated and what was right.
+    """
+    while True:
+        yield token
+        lookup.add(token)
+        more = lookup.guess()[: max(0, capacity - context.length - 1)]
+        if not more:
+            token = sampler.next(context.feed_token(token))
+            continue
+        step = [token, *more]
+        logits = context.feed_all(decoder.embed(step), np.array(step))
+        report.guessed_tokens += len(more)
+        right = 0
+        try:
+            token = sampler.next(logits[0])
+            while right < len(more) and token == more[right]:
+                right += 1
+                report.right_guesses += 1
+                lookup.add(token)
+                yield token
+                token = sampler.next(logits[right])
+        finally:
+            context.keep(1 + right)
+        lookup.learn(right, len(more))
 
 
 class PromptLookup:

@@ -7,18 +7,19 @@ from __future__ import annotations
 import logging
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import psutil
 
+from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT, gpu_in_use
-from lfm_runtime.engine.ort_release import onnxruntime_is
+from lfm_runtime.engine.ort_release import PLACEMENT_SINCE, onnxruntime_is
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
-from lfm_runtime.formats.onnx_file import external_bytes, host_nodes
+from lfm_runtime.formats.onnx_file import external_bytes, host_nodes, operators
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ MIB = 1 << 20
 VIEWS_AT_ONCE = 8
 """Views of one size that are encoded together: enough to fill a GPU, and a bound on the memory they are worked on with.
 """
-RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
-PLACEMENT_SINCE = "1.24"  # onnxruntime tells which provider has which operator
 CUDA_GRAPHS_SINCE = "1.30"
 """Before it a captured Concat of unequal parts, of which a short convolution has one, reads sizes and addresses from
 host memory at every replay, and a prompt in between overwrites them (onnxruntime pull request 32121).
@@ -45,8 +44,6 @@ _TAIL = "20"
 """Nodes of an engine, at least. TensorRT lacks Compress, which gathers the tokens at the encoder's end; the few nodes
 after it would be an engine of their own, without ranges.
 """
-_OVERHEAD_MIB = 600
-"""A CUDA context, its libraries' workspaces and what a prompt and a few views are worked on with."""
 _ADDED = re.compile(r"(Gather|Unsqueeze|Squeeze|Concat|Slice|Cast)_token_\d+")
 """What onnxruntime names so, it has added itself, to carry shapes through transposes."""
 _OF_A_GPU = re.compile(r"CUDA|cuda[A-Z]|cuDNN|CUDNN|CUBLAS|libcu|TensorRT|TRT")
@@ -57,34 +54,20 @@ class GpuError(SettingError):
     """The GPU cannot be used as was asked; the CPU can."""
 
 
-def provider_options(
-    providers: Sequence[str],
-    graph: Graph,
-    *,
-    cuda_graphs: bool = True,
-    engines: Path | None = None,
-    most_patches: int = 0,
-) -> list[tuple[str, dict[str, str]]]:
-    """What a session of a graph is given, in order. TensorRT is for the encoder alone: the decoder has operators that
-    it lacks.
-
-    Args:
-        providers: names, as a profile has them.
-        graph: the graph that is loaded.
-        cuda_graphs: steps of the decode loop are captured and replayed.
-        engines: folder for TensorRT's engines, which take minutes to make.
-        most_patches: of one view.
+def provider_options(execution: Execution, graph: Graph) -> list[tuple[str, dict[str, str]]]:
+    """What a session of a graph is given, provider by provider, in order. TensorRT is for the encoder alone: the
+    decoder has operators that it lacks.
     """
     found: list[tuple[str, dict[str, str]]] = []
-    for name in providers:
+    for name in execution.providers:
         if name == TENSORRT and graph is VISION_ENCODER:
-            found.append((name, _tensorrt(engines, most_patches)))
+            found.append((name, _tensorrt(execution.engines, execution.most_patches)))
         elif name == CUDA:
             # By default the arena doubles; what an image needs beyond the weights is little and always the same.
             options = {"arena_extend_strategy": "kSameAsRequested", "sdpa_kernel": _ATTENTION}
             if not onnxruntime_is(NORMS_SINCE):
                 options["enable_skip_layer_norm_strict_mode"] = "1"
-            if cuda_graphs and graph in (EMBED_TOKENS, DECODER):
+            if execution.cuda_graphs and graph in (EMBED_TOKENS, DECODER):
                 options["enable_cuda_graph"] = "1"
             found.append((name, options))
         elif name != TENSORRT:
@@ -117,7 +100,7 @@ def _made(engines: Path) -> bool:
 
 def check_tensorrt(vision: Path) -> None:
     """Raise SettingError for an encoder that TensorRT could only take in pieces."""
-    if b"MultiHeadAttention" in vision.read_bytes():
+    if "MultiHeadAttention" in operators(vision, nested=True):
         raise SettingError(
             f"TensorRT does not know the attention of {vision}; make graphs for it (lfm-edge quantize BUNDLE "
             "--variant fp16-trt) and take "
@@ -154,18 +137,6 @@ def _nvidia_smi(*words: str) -> list[list[str]]:
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     return [row for row in rows if len(row) > 1 and all(cell.isdigit() for cell in row)]
-
-
-def check_memory(graphs: Iterable[Path]) -> None:
-    """Raise GpuError where the graphs' weights would not fit beside what is in use."""
-    memory = gpu_memory()
-    weights = _weights_mib(graphs)
-    if memory and memory[0] < weights + _OVERHEAD_MIB:
-        raise GpuError(
-            f"the GPU has {memory[0]} of {memory[1]} MiB free, {weights} MiB of weights and about {_OVERHEAD_MIB} "
-            "to work in are needed; "
-            "end other programs on it, or take a smaller variant (int4-fp16)"
-        )
 
 
 def is_full(message: str) -> bool:

@@ -12,9 +12,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.loader import load_session
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import NOTE, folder_of
-from lfm_runtime.engine.sessions import Execution, open_session
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph
 from lfm_runtime.formats.files import to_json
@@ -47,8 +48,8 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
             "make room"
         )
     with replacing(place, check=_check_ours) as new:
-        unprepared = open_session(source, Execution(1), save_as=new / source.name)
-        if not _same(unprepared, open_session(new / source.name, Execution(1)), _example(graph, unprepared)):
+        unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
+        if not _same(unprepared, load_session(new / source.name, graph, Execution(1)), _example(graph, unprepared)):
             raise BundleError(
                 f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left "
                 "unprepared"

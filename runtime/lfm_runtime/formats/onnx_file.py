@@ -8,6 +8,7 @@ numbers: onnx.proto of ONNX 1.17.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ _WAYS: dict[str, dict[int, str]] = {
 }
 _LOCATION, _SIZE = b"location", b"length"
 _DEEPEST = 64
-_GRAPH, _NODE, _TENSOR, _TENSOR_NAME = 7, 1, 5, 8
+_GRAPH, _NODE, _TENSOR, _TENSOR_NAME, _GRAPH_OUTPUT, _VALUE_NAME = 7, 1, 5, 8, 12, 1
 _INPUT, _OUTPUT, _NAME, _OP_TYPE = 1, 2, 3, 4
 
 
@@ -61,10 +62,30 @@ def external_bytes(path: Path) -> int:
 
 def _read(path: Path) -> list[tuple[bytes, bytes]]:
     """(key, value) of all that a graph says of its external data."""
+    with _damage_is_ours(path):
+        found = _walk(memoryview(path.read_bytes()), "model", 0)
+        return [_entry(message) for kind, message in found if kind == "entry"]
+
+
+@contextmanager
+def _damage_is_ours(path: Path) -> Iterator[None]:
     try:
-        return list(_entries(memoryview(path.read_bytes()), "model", 0))
-    except (IndexError, ValueError) as e:
+        yield
+    except OSError as e:
+        raise BundleError(f"{path} cannot be read: {e.strerror}; copy the bundle again") from e
+    except (IndexError, ValueError, StopIteration) as e:
         raise BundleError(f"{path} is not an ONNX graph, or is cut off ({e}); copy the bundle again") from e
+
+
+def _graph(path: Path) -> memoryview:
+    with _damage_is_ours(path):
+        return next(value for number, value in _fields(memoryview(path.read_bytes())) if number == _GRAPH)
+
+
+def _nodes(path: Path) -> list[Node]:
+    graph = _graph(path)
+    with _damage_is_ours(path):
+        return [_node(value) for number, value in _fields(graph) if number == _NODE]
 
 
 def host_nodes(path: Path) -> set[str]:
@@ -76,18 +97,41 @@ def host_nodes(path: Path) -> set[str]:
     """
     known: set[str] = set()  # values that come from shapes and constants
     found = set()
-    try:
-        graph = next(value for number, value in _fields(memoryview(path.read_bytes())) if number == _GRAPH)
+    graph = _graph(path)
+    with _damage_is_ours(path):
         for number, value in _fields(graph):
             if number == _TENSOR:
                 known.update(bytes(v).decode() for n, v in _fields(value) if n == _TENSOR_NAME)
-        for node in (_node(value) for number, value in _fields(graph) if number == _NODE):
-            if node.op_type in ("Shape", "Size") or {name for name in node.inputs if name} <= known:
-                known.update(node.outputs)
-                found.add(node.name)
-    except (IndexError, ValueError, StopIteration) as e:
-        raise BundleError(f"{path} is not an ONNX graph, or is cut off ({e}); copy the bundle again") from e
+    for node in _nodes(path):
+        if node.op_type in ("Shape", "Size") or {name for name in node.inputs if name} <= known:
+            known.update(node.outputs)
+            found.add(node.name)
     return found
+
+
+def output_names(path: Path) -> set[str]:
+    """Names of a graph's outputs.
+
+    Raises:
+        BundleError: see external_files.
+    """
+    graph = _graph(path)
+    with _damage_is_ours(path):
+        outputs = [value for number, value in _fields(graph) if number == _GRAPH_OUTPUT]
+        return {bytes(name).decode() for value in outputs for number, name in _fields(value) if number == _VALUE_NAME}
+
+
+def operators(path: Path, *, nested: bool = False) -> set[str]:
+    """Types of the operators in a graph; `nested`: those in its branches and functions too.
+
+    Raises:
+        BundleError: see external_files.
+    """
+    if not nested:
+        return {node.op_type for node in _nodes(path)}
+    with _damage_is_ours(path):
+        found = _walk(memoryview(path.read_bytes()), "model", 0)
+        return {_node(message).op_type for kind, message in found if kind == "node"}
 
 
 def _node(message: memoryview) -> Node:
@@ -98,17 +142,20 @@ def _node(message: memoryview) -> Node:
     return Node("".join(texts[_NAME]), "".join(texts[_OP_TYPE]), tuple(texts[_INPUT]), tuple(texts[_OUTPUT]))
 
 
-def _entries(message: memoryview, kind: str, depth: int) -> Iterator[tuple[bytes, bytes]]:
+def _walk(message: memoryview, kind: str, depth: int) -> Iterator[tuple[str, memoryview]]:
+    """(kind, message) of a message and of all that it holds, as deep as _WAYS leads."""
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
-    if kind == "entry":
-        fields = {number: bytes(value) for number, value in _fields(message)}
-        yield fields.get(1, b""), fields.get(2, b"")
-        return
-    ways = _WAYS[kind]
-    for number, value in _fields(message):
+    yield kind, message
+    ways = _WAYS.get(kind, {})
+    for number, value in _fields(message) if ways else ():
         if number in ways:
-            yield from _entries(value, ways[number], depth + 1)
+            yield from _walk(value, ways[number], depth + 1)
+
+
+def _entry(message: memoryview) -> tuple[bytes, bytes]:
+    fields = {number: bytes(value) for number, value in _fields(message)}
+    return fields.get(1, b""), fields.get(2, b"")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lfm_profiles import Device, read
 from lfm_runtime import EdgeError, Message, Model, Session, SettingError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, image_key, prompt_keys
-from lfm_runtime.decode.decoder import ConcatenatedState, SharedState
 from lfm_runtime.decode.state import Snapshot
+from lfm_runtime.decode.states import ConcatenatedState, SharedState
+from lfm_runtime.setup.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]
@@ -272,7 +275,7 @@ def test_longest_prefix_wins(tmp_path) -> None:
 def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     """One graph at a time: the encoder is gone when the decoder comes, and the other way round, in a conversation too."""
     model = Model.load(demo_bundle, threads=2, low_memory=True)
-    assert model.decoder._sessions is None
+    assert not model.decoder.is_loaded
     session = Session(model)
     assert session.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
     messages = list(session.messages)
@@ -282,7 +285,7 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     assert second == demo_model.converse([*messages, Message.user("How many shapes?", 1)], PICTURES[:2]).text()
     gone = weakref.ref(model.graphs.vision())
     assert gone() is None
-    assert model.decoder._sessions is None
+    assert not model.decoder.is_loaded
     assert model.graphs._vision is None
 
 
@@ -310,13 +313,12 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
     np.testing.assert_array_equal(state.step(split.decoder.embed([7])).copy(), other.step(split.decoder.embed([7])))
     assert split.answer(PICTURES[:1], QUESTION).text()
     assert split.graphs.identity() != plain.graphs.identity()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "lfm_runtime.engine.sessions.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 20})
-        )
-        short = Model.load(bundle, variant="int4", prefill="int8", threads=2)
-    assert short.graphs.prefill_path is None
-    assert "prefill int8 is left out" in caplog.text
+    wish = replace(read("generic"), variant=("int4",), prefill="int8", threads=2)
+    both = resolve(bundle, wish)
+    assert both.prefill == "int8"
+    less = int(both.forecast.memory.peak - both.forecast.start.peak) - 1
+    short = resolve(bundle, wish, device=Device("Linux", "x86_64", 64, 4096, ram_available_mib=less))
+    assert (short.prefill, short.steps) == (None, ("prompts read by int4's own decoder, not int8's",))
     assert main(["run", str(bundle), "--variant", "int4", "--prefill", "fp16", "-p", "x"]) == 2
     assert "has no variant 'fp16'" in capsys.readouterr().err
 
@@ -362,7 +364,7 @@ def test_a_long_prompt_in_parts_is_the_prompt(demo_model, photo, monkeypatch) ->
     found = []
     for most in (10_000, 320, 50):
         monkeypatch.setattr("lfm_runtime.decode.context.MOST_AT_ONCE", most)
-        job = demo_model.plan([Message.user(QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
+        job = demo_model.prepare_answer([Message.user(QUESTION, 1)], [photo], temperature=0, max_new_tokens=20)
         assert len(job.prompt.ids) > 320
         logits = demo_model.read(job, Context(demo_model.decoder)).copy()
         found.append((logits, demo_model.answer([photo], QUESTION, temperature=0, max_new_tokens=20).text()))

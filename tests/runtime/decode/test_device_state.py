@@ -14,8 +14,9 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.conversation import Session
 from lfm_runtime.decode.context import Context
-from lfm_runtime.decode.decoder import ConcatenatedState, Decoder, SharedState
+from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.decode.device_state import DeviceState, OrtMemory
+from lfm_runtime.decode.states import ConcatenatedState, SharedState
 from lfm_runtime.formats.contract import DECODER, MANY_TOKENS, TOP_TOKENS
 
 QUESTION = "What is in this image?"
@@ -28,7 +29,7 @@ def on_device(model: Model) -> Model:
 
 
 def device_decoder(plain: Decoder, *, fixed: bool = True) -> Decoder:
-    return Decoder(lambda: replace(plain.sessions, all_on_device=fixed), plain.path, memory=OrtMemory("cpu"))
+    return Decoder(lambda: replace(plain.load(), all_on_device=fixed), plain.path, memory=OrtMemory("cpu"))
 
 
 @pytest.fixture(scope="module", params=["fp16", "int4-fp16"])
@@ -188,7 +189,7 @@ def test_room_is_not_beyond_the_positions(gpu_bundle) -> None:
     """Buffers double from 1,024 tokens on, but a mask longer than there are positions is refused by attention."""
     model = Model.load(gpu_bundle, variant="fp16", threads=1)
     for longest, wanted in ((0, 1024), (300, 300), (4096, 1024)):
-        decoder = Decoder(lambda: model.decoder.sessions, model.decoder.path, memory=OrtMemory("cpu"), longest=longest)
+        decoder = Decoder(model.decoder.load, model.decoder.path, memory=OrtMemory("cpu"), longest=longest)
         context = Context(decoder)
         context.resume(context.find(np.array(ids(8))), np.array(ids(8)), 200)
         assert context._state.capacity == wanted
@@ -214,7 +215,7 @@ def test_a_decoder_with_other_edges_copies_its_past(gpu_bundle, tmp_path) -> Non
         graph.output.remove(next(o for o in graph.output if o.name == name))
     onnx.save(model, tmp_path / "decoder.onnx")
     plain = Model.load(gpu_bundle, variant="fp16", threads=1).decoder
-    sessions_ = replace(plain.sessions, decoder=ort.InferenceSession(str(tmp_path / "decoder.onnx")))
+    sessions_ = replace(plain.load(), decoder=ort.InferenceSession(str(tmp_path / "decoder.onnx")))
     other = Decoder(lambda: sessions_, tmp_path / "decoder.onnx", memory=OrtMemory("cpu"))
     state, wanted = other.start(64), plain.start(64)
     assert isinstance(state, ConcatenatedState)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lfm_runtime import Message, Model, Session
 from lfm_runtime.commands.cli import main
-from lfm_runtime.decode.decoder import SharedState
 from lfm_runtime.decode.speculation import PromptLookup
+from lfm_runtime.decode.states import SharedState
 from lfm_runtime.formats.contract import MANY_TOKENS
 from lfm_runtime.model import Answer
 

@@ -18,13 +18,19 @@ from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.device_state import DeviceState, OrtMemory
-from lfm_runtime.engine import gpu, gpu_wheel, sessions
+from lfm_runtime.engine import failures, gpu, gpu_wheel, graphs
+from lfm_runtime.engine.execution import RECORD_PLACEMENT, Execution
 from lfm_runtime.engine.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT
-from lfm_runtime.errors import SettingError
+from lfm_runtime.engine.graphs import Graphs
+from lfm_runtime.engine.loader import load_session
+from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
 from lfm_runtime.model import _of_one_size
-from lfm_runtime.setup import profile
+from lfm_runtime.setup import machine as machines
+from lfm_runtime.setup.profile import find_profile
+from lfm_runtime.setup.resolve import resolve
+from lfm_runtime.setup.setup import Ask, _engines, settle
 from PIL import Image
 
 QUESTION = "What is in this image?"
@@ -181,7 +187,7 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
     """On the CPU everything is; shapes and constants do not count, the rest has its names."""
     path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
     options = ort.SessionOptions()
-    options.add_session_config_entry(gpu.RECORD_PLACEMENT, "1")
+    options.add_session_config_entry(RECORD_PLACEMENT, "1")
     session = ort.InferenceSession(str(path), options)
     if not hasattr(session, "get_provider_graph_assignment_info"):
         pytest.skip("this onnxruntime cannot tell")
@@ -217,15 +223,13 @@ def test_what_is_left_to_the_cpu(bundle, monkeypatch) -> None:
 
 def test_what_sessions_are_given(tmp_path, caplog) -> None:
     providers = (TENSORRT, CUDA, CPU)
-    vision, embed, decoder = (
-        dict(provider_options(providers, g, engines=tmp_path / "e", most_patches=1024))
-        for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)
-    )
+    execution = Execution(1, providers=providers, cuda_graphs=True, engines=tmp_path / "e", most_patches=1024)
+    vision, embed, decoder = (dict(provider_options(execution, g)) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
     assert list(vision) == [TENSORRT, CUDA, CPU]
     assert list(embed) == list(decoder) == [CUDA, CPU]
     assert "enable_cuda_graph" not in vision[CUDA]  # its branches and its gathering of tokens cannot be captured
     assert embed[CUDA]["enable_cuda_graph"] == decoder[CUDA]["enable_cuda_graph"] == "1"
-    assert "enable_cuda_graph" not in dict(provider_options(providers, DECODER, cuda_graphs=False))[CUDA]
+    assert "enable_cuda_graph" not in dict(provider_options(Execution(1, providers=providers), DECODER))[CUDA]
     assert vision[TENSORRT]["trt_engine_cache_path"] == str(tmp_path / "e")
     assert (
         vision[TENSORRT]["trt_engine_cache_enable"] == vision[TENSORRT]["trt_timing_cache_enable"] == "True"
@@ -235,9 +239,13 @@ def test_what_sessions_are_given(tmp_path, caplog) -> None:
         vision[TENSORRT]["trt_profile_max_shapes"]
         == "pixel_values:8x1024x768,pixel_attention_mask:8x1024,spatial_shapes:8x2"
     )
-    assert dict(provider_options((CPU,), DECODER)) == {CPU: {}}
+    assert dict(provider_options(Execution(1), DECODER)) == {CPU: {}}
     (tmp_path / "file").touch()
-    unkept = dict(provider_options(providers, VISION_ENCODER, engines=tmp_path / "file" / "e", most_patches=4))
+    unkept = dict(
+        provider_options(
+            Execution(1, providers=providers, engines=tmp_path / "file" / "e", most_patches=4), VISION_ENCODER
+        )
+    )
     assert not [name for name in unkept[TENSORRT] if "cache" in name]
     assert "TensorRT makes its engine anew at every start" in caplog.text
 
@@ -246,7 +254,7 @@ def test_norms_are_summed_in_fp32(monkeypatch) -> None:
     """By releases that would sum in fp16, too; see scripts/checks/check_cuda.py for the kernels that come of it."""
     for version, strict in (("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("1.31.1", False)):
         monkeypatch.setattr("lfm_runtime.engine.ort_release.ort.__version__", version)
-        (_, options), _ = provider_options((CUDA, CPU), DECODER)
+        (_, options), _ = provider_options(Execution(1, providers=(CUDA, CPU)), DECODER)
         assert (options.get("enable_skip_layer_norm_strict_mode") == "1") is strict
 
 
@@ -258,7 +266,7 @@ def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
     model = Model.load(bundle, variant="fp32", threads=2)
     image = model.open(Image.open(photo).resize((1400, 1000)))
     alone = model.encode([image])
-    monkeypatch.setattr(sessions.Execution, "on_gpu", property(lambda _: True))
+    monkeypatch.setattr(Execution, "on_gpu", property(lambda _: True))
     np.testing.assert_allclose(model.encode([image]), alone, atol=2e-3)
 
 
@@ -280,15 +288,18 @@ def machine(monkeypatch, tmp_path):
         memory: tuple[int, int] | None = (20_000, 24_000),
     ) -> None:
         here = replace(detect(), gpu=name, cuda=bool(name))
-        monkeypatch.setattr(profile, "detect", lambda *_: here)
+        monkeypatch.setattr(machines, "this_device", lambda: here)
+        machines.this_machine.cache_clear()
         (tmp_path / "library").write_bytes(b"")
         monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: tmp_path / "library" if built else None)
         monkeypatch.setattr(gpu_wheel, "_names", lambda _: iter(built or ()))
         monkeypatch.setattr(gpu_wheel, "compute_capability", lambda _: 89)
         monkeypatch.setattr(gpu, "gpu_memory", lambda: memory)
+        monkeypatch.setattr("lfm_runtime.setup.memory.gpu_memory", lambda: memory)
         monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
 
-    return make
+    yield make
+    machines.this_machine.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -320,7 +331,9 @@ def test_a_gpu_that_cannot_be_used(there, said, bundle, capsys, caplog, machine)
     )
     assert said in caplog.text
     assert caplog.text.count("computing on the CPU") == 1
-    assert Model.load(bundle, profile="auto", threads=1).threads == 1  # the user's settings hold on the CPU as well
+    assert (
+        Model.load(bundle, profile="auto", threads=1).setup.execution.threads == 1
+    )  # the user's settings hold on the CPU as well
 
 
 def test_a_bundle_without_a_variant_for_gpus(demo_bundle, machine, caplog) -> None:
@@ -329,7 +342,7 @@ def test_a_bundle_without_a_variant_for_gpus(demo_bundle, machine, caplog) -> No
         GpuError, match=r"no variant that a GPU computes as a whole, only .*; make one: lfm-edge quantize"
     ):
         Model.load(demo_bundle, profile="x86-cuda")
-    assert Model.load(demo_bundle, profile="auto").profile.providers == (CPU,)
+    assert Model.load(demo_bundle, profile="auto").setup.profile.providers == (CPU,)
     assert "no variant that a GPU" in caplog.text
 
 
@@ -368,17 +381,17 @@ MESSAGES = (
 def test_memory_runs_out_while_answering(message, bundle, machine, monkeypatch, photo) -> None:
     """The sizes, in one line; not for the CPU, where it is another story."""
     model = Model.load(bundle, variant="fp16", threads=1)
-    failure = next(c for c in sessions._FAILURES if c.__name__ == "RuntimeException")
+    failure = next(c for c in failures._FAILURES if c.__name__ == "RuntimeException")
 
     def fail(*_: object, **__: object) -> None:
         raise failure(message)
 
     monkeypatch.setattr(model.decoder, "start", fail)
     machine(memory=(120, 8192))
-    with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
+    with pytest.raises(BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
     failure, message = RuntimeError, f"Error in execution: {message}"  # as a run with bindings raises it
-    with pytest.raises(sessions.BundleError, match="does not work with onnxruntime"):
+    with pytest.raises(BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
     model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
     with pytest.raises(GpuError) as error:
@@ -393,7 +406,7 @@ def test_settings_that_do_not_go_together(bundle, demo_model, machine, monkeypat
     machine()
     with pytest.raises(SettingError, match="low_memory is for the CPU"):
         Model.load(bundle, profile="x86-cuda", low_memory=True)
-    monkeypatch.setattr(sessions.Execution, "on_gpu", property(lambda _: True))
+    monkeypatch.setattr(Execution, "on_gpu", property(lambda _: True))
     with pytest.raises(SettingError, match="answering several at once computes on the CPU"):
         list(answer_all(demo_model, []))
 
@@ -403,20 +416,26 @@ def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
     path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
     asked = []
 
-    def open_session(path, execution, *, graph, save_as=None):
-        asked.append(execution.cuda_graphs)
-        if execution.cuda_graphs:
-            raise sessions.BundleError(
-                "x does not work: This session cannot use the graph capture feature"
-            ) from RuntimeError("why")
-        return ort.InferenceSession(str(path))
+    class Session(ort.InferenceSession):
+        def __init__(self, path, options, providers, **_) -> None:
+            asked.append(dict(providers)[CUDA].get("enable_cuda_graph") == "1")
+            if asked[-1]:
+                raise RuntimeError("onnxruntime: This session cannot use the graph capture feature")
+            super().__init__(path)
 
-    monkeypatch.setattr(sessions, "open_session", open_session)
-    sessions.load_session(path, DECODER, sessions.Execution(1, providers=(CUDA, CPU), cuda_graphs=True))
+        def get_providers(self):
+            return [CUDA, CPU]
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    execution = Execution(1, providers=(CUDA, CPU), cuda_graphs=True)
+    load_session(path, DECODER, execution)
     assert asked == [True, False]
-    assert "is run without CUDA graphs: why" in caplog.text
-    with pytest.raises(sessions.BundleError):
-        sessions.load_session(path, DECODER, sessions.Execution(1, cuda_graphs=True))  # the CPU is not asked for any
+    assert "is run without CUDA graphs: onnxruntime: This session cannot use" in caplog.text
+
+
+def on_cuda(bundle: Path) -> Graphs:
+    setup = settle(Bundle.open(bundle), find_profile("x86-cuda"))
+    return Graphs(setup.bundle, setup.variant, setup.prefill, setup.execution)
 
 
 class Broken(DeviceState):
@@ -433,22 +452,22 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
     machine()
     decoder = Model.load(bundle, variant="fp16", threads=1).decoder
     monkeypatch.setattr("lfm_runtime.decode.decoder.DeviceState", Broken)
-    monkeypatch.setattr(sessions, "OrtMemory", lambda _: OrtMemory("cpu"))
+    monkeypatch.setattr(graphs, "OrtMemory", lambda _: OrtMemory("cpu"))
     loaded = []
 
-    def load(self: sessions.Graphs):
+    def load(self: Graphs):
         loaded.append(self.execution.cuda_graphs)
-        return replace(decoder.sessions, all_on_device=self.execution.cuda_graphs)
+        return replace(decoder.load(), all_on_device=self.execution.cuda_graphs)
 
-    monkeypatch.setattr(sessions.Graphs, "_load_decoder", load)
-    monkeypatch.setattr(sessions.Graphs, "_load", lambda *_: None)
-    monkeypatch.setattr(sessions, "onnxruntime_is", lambda _: True)
+    monkeypatch.setattr(Graphs, "_load_decoder", load)
+    monkeypatch.setattr("lfm_runtime.engine.loader.Loader.load", lambda *_: None)
+    monkeypatch.setattr("lfm_runtime.setup.setup.onnxruntime_is", lambda _: True)
     monkeypatch.setattr(gpu_wheel, "library_problem", lambda _: None)
-    graphs = sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda"))
-    graphs.load()
+    found = on_cuda(bundle)
+    found.load()
     assert loaded == [True, False]
     assert "steps are run without CUDA graphs: Error in execution: CUDA failure 900" in caplog.text
-    assert len(graphs.decoder.start(512).step_token(5).ids) == TOP_TOKENS
+    assert len(found.decoder.start(512).step_token(5).ids) == TOP_TOKENS
     monkeypatch.setattr(
         Broken,
         "step_token",
@@ -458,15 +477,15 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
         GpuError,
         match=r"was to run with CUDA, which could not be started \(Error in execution: CUDNN_STATUS_NOT_SUPPORTED\)",
     ):
-        sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).load()
+        on_cuda(bundle).load()
 
 
 def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
     """Not where a captured Concat goes wrong at replays."""
     machine()
     for version, wanted in (("1.23.2", False), ("1.29.0", False), ("1.30.0", True), ("1.31.1", True)):
-        monkeypatch.setattr("lfm_runtime.engine.sessions.ort.__version__", version)
-        assert sessions.Graphs(Bundle.open(bundle), profile.find_profile("x86-cuda")).execution.cuda_graphs is wanted
+        monkeypatch.setattr("lfm_runtime.engine.ort_release.ort.__version__", version)
+        assert on_cuda(bundle).execution.cuda_graphs is wanted
 
 
 def test_memory_of_the_gpu(monkeypatch) -> None:
@@ -485,7 +504,6 @@ def test_memory_of_the_gpu(monkeypatch) -> None:
     monkeypatch.setattr(gpu.subprocess, "run", missing)
     assert gpu.gpu_memory() is None
     assert gpu.gpu_memory_used(11) is None
-    gpu.check_memory([])  # nothing is known to be in the way
 
 
 def test_profiles_for_gpus_say_what_they_do() -> None:
@@ -504,33 +522,31 @@ def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, ca
     profile as well.
     """
     from lfm_audit.selftest import Installed
-    from lfm_runtime.setup import memory as plan
 
     machine()
-    planned = []
-    was = plan.fit
-    monkeypatch.setattr(
-        "lfm_runtime.setup.memory.fit",
-        lambda planner, p, *a, **k: (planned.append(p.providers), was(planner, p, *a, **k))[1],
-    )
+    settled = []
+    was = settle
+
+    def spy(opened, profile, *a, **k):
+        settled.append(profile.providers)
+        return was(opened, profile, *a, **k)
+
+    monkeypatch.setattr("lfm_runtime.setup.resolve.settle", spy)
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "2"]) == 0
     assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
     assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0
-    assert planned == [(CPU,)] * 2  # selftest has its own name for it
-    assert profile.profile_for(Bundle.open(bundle), "auto").providers == (CUDA, CPU)
+    assert settled == [(CPU,)] * 3
+    assert resolve(bundle, "auto").profile.providers == (CUDA, CPU)
     capsys.readouterr()
     assert main(["tune", str(bundle), str(photo), "--profile", "x86-cuda"]) == 2
     assert "tune searches what suits a processor, x86-cuda computes on a GPU" in capsys.readouterr().err
 
 
 def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
-    from lfm_runtime.setup.memory import Planner, fit, process_memory
-
     machine()
-    chosen = profile.profile_for(Bundle.open(bundle), "x86-cuda")
     small = replace(detect(), ram_available_mib=50, ram_total_mib=60, limit_mib=None, limit_free_mib=None)
-    fitted = fit(Planner(Bundle.open(bundle), [], "x", process_memory()), chosen, small)
-    assert (fitted.steps, fitted.plan.profile) == ((), chosen)
+    setup = resolve(bundle, "x86-cuda", Ask((), "x"), device=small)
+    assert (setup.steps, setup.execution.on_gpu) == ((), True)
 
 
 @pytest.mark.parametrize(
@@ -543,15 +559,15 @@ def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
 )
 def test_wrong_settings_before_anything_is_loaded(flags, said, bundle, machine, monkeypatch) -> None:
     machine()
-    monkeypatch.setattr(sessions.Graphs, "load", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr(Graphs, "load", lambda _: pytest.fail("it was loaded"))
     with pytest.raises(SettingError, match=said):
         Model.load(bundle, profile="x86-cuda", **flags)
 
 
-def test_guesses_are_for_the_cpu(bundle, monkeypatch) -> None:
-    model = Model.load(bundle, variant="fp16", threads=1)
-    model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
-    with pytest.raises(SettingError, match="speculate is for the CPU"):
+def test_speculation_is_for_the_cpu(bundle, machine) -> None:
+    machine()
+    model = Model(resolve(bundle, "x86-cuda"))
+    with pytest.raises(SettingError, match="speculate needs a decoder that can take tokens back: one on the CPU"):
         model.answer([], "x", speculate=4)
 
 
@@ -562,7 +578,7 @@ def test_what_the_named_variant_is(bundle, machine, tmp_path) -> None:
     opened = Bundle.open(copy)
     without = replace(opened, variants={v: f for v, f in opened.variants.items() if "fp16" not in v})
     with pytest.raises(GpuError, match=r"lfm-edge quantize .* --variant fp16-trt"):
-        profile.profile_for(without, "x86-cuda-tensorrt")
+        resolve(without, "x86-cuda-tensorrt")
     assert gpu.is_of_a_gpu("CUDA failure 35: CUDA driver version is insufficient")
     assert not gpu.is_of_a_gpu("GetExtDataFromTensorProto External data type file_length: 100 are out of bounds")
 
@@ -582,11 +598,12 @@ def test_engines_are_of_their_weights(bundle, tmp_path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     opened = Bundle.open(copy)
     vision = opened.graphs("fp16-trt")[1][VISION_ENCODER.stem]
-    before = sessions._engines(opened, vision)
-    assert before == sessions._engines(Bundle.open(copy), vision)
+    before = _engines(opened, vision)
+    assert before == _engines(Bundle.open(copy), vision)
     name = "onnx/vision_encoder_fp16.onnx_data"
-    changed = replace(opened, files={**opened.files, name: {**opened.files[name], "sha256": "0" * 64}})
-    assert sessions._engines(changed, vision) != before
+    manifest = opened.manifest.with_files({name: replace(opened.files[name], sha256="0" * 64)})
+    changed = replace(opened, manifest=manifest)
+    assert _engines(changed, vision) != before
 
 
 def test_nothing_is_prepared_for_gpus(bundle, capsys) -> None:

@@ -200,7 +200,7 @@ def test_it_prepares_what_run_takes(gpu_bundle, tmp_path, capsys, caplog) -> Non
     """Without a word of the variant; what no longer fits is said once, with the command that mends it."""
     bundle = Path(shutil.copytree(gpu_bundle, tmp_path / "bundle"))
     assert main(["prepare", str(bundle)]) == 0
-    variant = Model.load(bundle).variant
+    variant = Model.load(bundle).setup.variant
     assert f"{variant} is prepared in" in capsys.readouterr().out
     assert not caplog.records
     for note in folder_of(bundle).glob("*/prepared.json"):

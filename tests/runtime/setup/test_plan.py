@@ -1,9 +1,11 @@
-"""Plans: what is foreseen against what is measured, stepping down in order, refusing with the numbers."""
+"""What is foreseen against what is measured; stepping down in order; refusing with the numbers; the same from Python."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +15,12 @@ import pytest
 from lfm_profiles import Device, detect, read, with_flags
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.errors import BundleError
 from lfm_runtime.setup import memory as planning
-from lfm_runtime.setup.memory import DoesNotFitError, Memory, Planner, Shapes, fit
+from lfm_runtime.setup.forecast import Forecast, Memory
+from lfm_runtime.setup.machine import this_machine
+from lfm_runtime.setup.memory import Shapes, forecast
+from lfm_runtime.setup.resolve import DoesNotFitError, resolve
+from lfm_runtime.setup.setup import Ask, Setup, settle
 
 ROOT = Path(__file__).resolve().parents[3]
 QUESTION = "What is in this image?"
@@ -48,7 +53,8 @@ def as_450m(bundle, monkeypatch) -> Bundle:
             files[stem]: n << 20
             for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)
         }
-    monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20, weights)))
+    monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20)))
+    monkeypatch.setattr(planning, "_weights", lambda _, path: weights[Path(path)])
     monkeypatch.setattr(planning, "adds_int8_in_16_bits", lambda: False)
     return replace(bundle, variants=variants)
 
@@ -60,12 +66,26 @@ class ExistingPath(type(Path())):
         return True
 
 
+@pytest.fixture(autouse=True)
+def start(monkeypatch) -> None:
+    """As if the process had only the libraries loaded."""
+    monkeypatch.setattr(Memory, "of_this_process", staticmethod(lambda: START))
+
+
+def foreseen(bundle: Bundle, sizes, profile) -> Forecast:
+    return forecast(settle(bundle, profile, Ask(tuple(sizes), QUESTION)), START)
+
+
+def fit(bundle: Bundle, sizes, profile, board: Device, *, force: bool = False) -> Setup:
+    return resolve(bundle, profile, Ask(tuple(sizes), QUESTION), device=board, force=force)
+
+
 def device(free: int, total: int | None = None) -> Device:
     return Device("Linux", "aarch64", 64, 4096, ram_total_mib=total or 2 * free, ram_available_mib=free)
 
 
 def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> None:
-    plan = Planner(bundle, [(600, 400)], QUESTION, START).plan(read("generic"))
+    plan = foreseen(bundle, [(600, 400)], read("generic"))
     answer = demo_model.answer([photo], QUESTION, max_new_tokens=1)
     answer.text()
     report = answer.report
@@ -74,9 +94,9 @@ def test_views_and_tokens_are_those_of_the_run(bundle, demo_model, photo) -> Non
         report.image_tokens,
         report.prompt_tokens,
     )
-    assert plan.new_tokens == demo_model.generation.max_new_tokens
+    assert plan.new_tokens == demo_model.setup.generation.max_new_tokens
     assert (
-        Planner(bundle, [(600, 400)], QUESTION, START).plan(with_flags(read("generic"), {"context": 470})).new_tokens
+        foreseen(bundle, [(600, 400)], with_flags(read("generic"), {"context": 470})).new_tokens
         == 470 - report.prompt_tokens
     )
 
@@ -121,50 +141,46 @@ def test_orders_of_magnitude_of_a_450m(as_450m) -> None:
     profile = with_flags(
         read("generic"), {"variant": ("int4",), "prepared": False, "do_image_splitting": False, "max_image_tokens": 64}
     )
-    plan = Planner(as_450m, [(256, 256)], QUESTION, START).plan(profile)
+    plan = foreseen(as_450m, [(256, 256)], profile)
     (view,) = plan.images[0].views
     work = 4 * (17 * 768 * view.rows * view.columns + 46 * 1024 * plan.prompt_tokens) / 2**20
     weights = 94 * 1.04 + 177 * 1.24
     assert plan.memory.peak == pytest.approx(START.peak + weights + work, abs=45)
     assert plan.disk_mib == 94 + 33 + 177
-    low = Planner(as_450m, [(256, 256)], QUESTION, START).plan(with_flags(profile, {"low_memory": True}))
+    low = foreseen(as_450m, [(256, 256)], with_flags(profile, {"low_memory": True}))
     assert plan.memory.peak - low.memory.peak == pytest.approx(94 * 1.04, abs=40)
 
 
 def smallest_free(bundle, profile, sizes) -> int:
-    return int(Planner(bundle, sizes, QUESTION, START).plan(profile).memory.peak - START.peak) + 5
+    return int(foreseen(bundle, sizes, profile).memory.peak - START.peak) + 5
 
 
 def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
     profile = with_flags(read("generic"), {"prefill": "int8"})
     wide = replace(profile, origin={**profile.origin, "prefill": "somebody"})  # a profile's wish, not the user's
-    assert fit(Planner(as_450m, [LARGE], QUESTION, START), wide, device(8000)).steps == ()
-    found = [fit(Planner(as_450m, [LARGE], QUESTION, START), wide, device(free)) for free in range(900, 260, -20)]
+    assert fit(as_450m, [LARGE], wide, device(8000)).steps == ()
+    found = [fit(as_450m, [LARGE], wide, device(free)) for free in range(900, 260, -20)]
     order = ["prompts read by", "at most 4 tiles", "no tiles", "at most 64 tokens", "one graph", "int4 instead"]
     for fitted in found:
         ranks = [next(i for i, start in enumerate(order) if words.startswith(start)) for words in fitted.steps]
         assert ranks == sorted(set(ranks))
-        assert fitted.plan.memory.peak - START.peak <= fitted.free_mib + 2
+        assert fitted.forecast.memory.peak - START.peak <= fitted.free_mib + 2
     assert {fitted.steps[:1] for fitted in found} >= {("prompts read by int4's own decoder, not int8's",)}
-    assert any(fitted.plan.profile.low_memory for fitted in found)
-    last = found[-1].plan
+    assert any(fitted.profile.low_memory for fitted in found)
+    last = found[-1]
     assert last.profile.low_memory
     assert last.prefill is None
     # The user's own settings stay, and what is left open gives way.
     mine = with_flags(read("generic"), {"max_image_tokens": 32, "variant": ("int8",)})
-    kept = fit(
-        Planner(as_450m, [LARGE], QUESTION, START),
-        mine,
-        device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE])),
-    ).plan
+    kept = fit(as_450m, [LARGE], mine, device(smallest_free(as_450m, with_flags(mine, {"low_memory": True}), [LARGE])))
     assert kept.variant == "int8"
     assert kept.profile.max_image_tokens == 32
 
 
 def test_a_smaller_variant_is_the_last_step(as_450m) -> None:
     profile = replace(read("quality"), variant=("fp32",))
-    fitted = fit(Planner(as_450m, [], QUESTION, START), profile, device(400, 8000))
-    assert fitted.plan.variant == "int4"
+    fitted = fit(as_450m, [], profile, device(400, 8000))
+    assert fitted.variant == "int4"
     assert fitted.steps[-1] == "int4 instead of fp32"
 
 
@@ -183,17 +199,24 @@ def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
             DoesNotFitError,
             match=r"would take \d+ MiB at its smallest .* 416 MiB are there .* budget of profile pi-zero2w is 320 MiB",
         ):
-            fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board)
-        assert fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board, force=True).steps == ()
+            fit(as_450m, [LARGE], profile, board)
+        assert fit(as_450m, [LARGE], profile, board, force=True).steps == ()
         return
-    plan = fit(Planner(as_450m, [LARGE], QUESTION, START), profile, board).plan
-    assert plan.variant == "int4"
-    assert plan.views == 1
-    assert plan.memory.peak <= profile.budget.peak_rss_mib
+    setup = fit(as_450m, [LARGE], profile, board)
+    assert setup.variant == "int4"
+    assert setup.forecast.views == 1
+    assert setup.forecast.memory.peak <= profile.budget.peak_rss_mib
+
+
+def on(monkeypatch, board: Device) -> None:
+    """Pretend this machine to be another."""
+    here = replace(this_machine(), device=board)
+    monkeypatch.setattr("lfm_runtime.setup.resolve.this_machine", lambda: here)
+    monkeypatch.setattr("lfm_runtime.setup.resolve.now", lambda found: found)
 
 
 def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lfm_profiles.detect", lambda: device(10, 60))
+    on(monkeypatch, device(10, 60))
     words = ["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]
     assert main(words) == 2
     err = capsys.readouterr().err
@@ -205,14 +228,9 @@ def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> No
 
 
 def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> None:
-    bundle = Bundle.open(demo_bundle)
-    need = (
-        Planner(bundle, [(600, 400)], QUESTION, START)
-        .plan(with_flags(read("generic"), {"low_memory": True}))
-        .memory.peak
-        - START.peak
-    )
-    monkeypatch.setattr("lfm_profiles.detect", lambda: device(int(need) + 1, 100_000))
+    low = with_flags(read("generic"), {"low_memory": True})
+    need = foreseen(Bundle.open(demo_bundle), [(600, 400)], low).memory.peak - START.peak
+    on(monkeypatch, device(int(need) + 1, 100_000))
     assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]) == 0
     assert "MiB are free: " in capsys.readouterr().err
 
@@ -233,5 +251,57 @@ def test_bad_input(demo_bundle, tmp_path, capsys) -> None:
     assert "is not a folder" in capsys.readouterr().err
     assert main(["profile", "plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
-    with pytest.raises(BundleError, match="no manifest"):
-        Shapes.of(replace(Bundle.open(demo_bundle), manifest=None))
+
+
+def test_a_hub_folder_is_foreseen_too(demo_bundle, demo_model, tmp_path) -> None:
+    """Without a manifest, from config.json and the graphs: as with one."""
+    folder = Path(shutil.copytree(demo_bundle, tmp_path / "hub"))
+    (folder / "manifest.json").unlink()
+    ours, theirs = (foreseen(Bundle.open(f), [(600, 400)], read("generic")) for f in (demo_bundle, folder))
+    assert theirs.memory.peak == pytest.approx(ours.memory.peak, abs=2)
+    (folder / "config.json").write_text('{"text_config": {}}')
+    assert foreseen(Bundle.open(folder), [(600, 400)], read("generic")) is None
+
+
+CHILD = """
+import resource, sys
+limit = int(sys.argv[1]) << 20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from lfm_runtime import EdgeError, Model
+from lfm_runtime.images import image_size
+from lfm_runtime.setup.setup import Ask
+if sys.argv[2] == "python":
+    try:
+        model = Model.load(sys.argv[3], ask=Ask((image_size(sys.argv[4]),), sys.argv[5]), threads=1)
+    except EdgeError as e:
+        print(e); sys.exit(2)
+    model.answer([sys.argv[4]], sys.argv[5], max_new_tokens=1).text()
+else:
+    from lfm_runtime.commands.cli import main
+    sys.exit(main(["run", sys.argv[3], sys.argv[4], "-p", sys.argv[5], "--max-new-tokens", "1", "--threads", "1"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+@pytest.mark.parametrize("spare", [-30, 10, 400])
+def test_python_does_what_run_does_under_a_memory_limit(demo_bundle, photo, spare) -> None:
+    """One steps down, or refuses with the numbers, exactly as the other. The limit: what a process has mapped before
+    it loads a model, and so much more than the smallest setup takes.
+    """
+    code = "from lfm_runtime.model import Model; import psutil; print(psutil.Process().memory_info().vms >> 20)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    mapped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    low = with_flags(read("generic"), {"low_memory": True, "max_image_tokens": 64, "do_image_splitting": False})
+    need = foreseen(Bundle.open(demo_bundle), [(600, 400)], low).memory.peak - START.peak
+    limit = int(mapped.stdout) + int(need) + spare
+
+    def said(how: str) -> tuple[int, list[str]]:
+        words = [sys.executable, "-c", CHILD, str(limit), how, str(demo_bundle), str(photo), QUESTION]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "MiB are free" in line or "would" in line]
+        return done.returncode, [re.sub(r"\d+", "N", line.removeprefix("lfm-edge: ")) for line in lines]
+
+    command, python = said("run"), said("python")
+    assert command == python
+    assert (command[0] == 2) == (spare < 0)
+    assert bool(command[1]) == (spare < 400)

@@ -14,7 +14,7 @@ from lfm_profiles import default_threads, physical_cores, read
 from lfm_profiles.schema import names
 from lfm_runtime import Model, SettingError
 from lfm_runtime.commands.cli import main
-from lfm_runtime.engine.sessions import Execution
+from lfm_runtime.engine.execution import Execution
 from lfm_runtime.images import plan_image
 from lfm_runtime.setup.profile import detected, find_profile
 from PIL import Image
@@ -49,7 +49,7 @@ def sessions(monkeypatch) -> list[dict]:
         )
         return real(path, options, providers=providers, enable_fallback=enable_fallback)
 
-    monkeypatch.setattr("lfm_runtime.engine.sessions.ort.InferenceSession", spy)
+    monkeypatch.setattr("lfm_runtime.engine.loader.ort.InferenceSession", spy)
     return created
 
 
@@ -87,11 +87,12 @@ def test_one_graph_at_a_time_without_an_arena(demo_bundle, photo) -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in CUDA])
 def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) -> None:
+    """Forced: tests keep more memory than a small board has."""
     profile = find_profile(name)
-    model = Model.load(demo_bundle, profile=name)
+    model = Model.load(demo_bundle, profile=name, force=True)
     answer = model.answer([Image.open(photo).resize((900, 600))], QUESTION, temperature=0)
     answer.text()
-    assert model.profile.name == name
+    assert model.setup.profile.name == name
     assert len(sessions) == 3
     assert (
         sessions[0]["graph"].startswith("vision_encoder") or not profile.low_memory
@@ -104,18 +105,20 @@ def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) ->
         assert [name for name, _ in session["providers"]] == list(profile.providers)
         assert (session["spinning"], session["affinity"]) == (None, None)  # no shipped profile changes them
     base = model.bundle.images
-    assert model.images.max_image_tokens == min(
+    assert model.setup.images.max_image_tokens == min(
         profile.max_image_tokens or base.max_image_tokens, base.max_image_tokens
     )
-    assert model.images.do_image_splitting == (profile.do_image_splitting is not False)
-    plan = plan_image(900, 600, model.images)
+    assert model.setup.images.do_image_splitting == (profile.do_image_splitting is not False)
+    plan = plan_image(900, 600, model.setup.images)
     assert answer.report.tiles == len(plan.views)
     assert answer.report.image_tokens == sum(view.tokens for view in plan.views)
-    assert answer.report.tiles == 1 or model.images.do_image_splitting
-    assert answer.report.tiles <= model.images.max_tiles + 1
-    assert model.generation.max_new_tokens == min(profile.max_new_tokens or 512, model.bundle.generation.max_new_tokens)
-    assert answer.report.new_tokens <= model.generation.max_new_tokens
-    assert model.context_length == min(profile.context or 1 << 30, model.bundle.context_length)
+    assert answer.report.tiles == 1 or model.setup.images.do_image_splitting
+    assert answer.report.tiles <= model.setup.images.max_tiles + 1
+    assert model.setup.generation.max_new_tokens == min(
+        profile.max_new_tokens or 512, model.bundle.generation.max_new_tokens
+    )
+    assert answer.report.new_tokens <= model.setup.generation.max_new_tokens
+    assert model.setup.context_length == min(profile.context or 1 << 30, model.bundle.context_length)
 
 
 @pytest.mark.parametrize("name", CUDA)
@@ -155,13 +158,13 @@ def test_a_profile_of_ones_own(spinning, allowed, us, demo_bundle, photo, sessio
     model = Model.load(demo_bundle, profile=tmp_path / "mine.toml")
     answer = model.answer([Image.open(photo).resize((900, 600))], QUESTION, temperature=0)
     answer.text()
-    assert (model.variant, model.graphs.prefill_path) == ("fp32", None)  # wishes the bundle cannot meet
+    assert (model.setup.variant, model.graphs.prefill_path) == ("fp32", None)  # wishes the bundle cannot meet
     assert [(s["threads"], s["arena"]) for s in sessions if not s["graph"].startswith("embed")] == [(1, False)] * 2
     assert {(s["spinning"], s["spin_us"]) for s in sessions if not s["graph"].startswith("embed")} == {(allowed, us)}
     assert answer.report.tiles == 2
     assert answer.report.image_tokens <= 2 * 64  # a tile has its own size
     assert answer.report.new_tokens <= 3
-    assert (model.generation.speculate, model.context_length) == (2, 300)
+    assert (model.setup.generation.speculate, model.setup.context_length) == (2, 300)
     small = model.answer([Image.new("RGB", (40, 40))], QUESTION)
     assert small.report.tiles == 1
     assert 16 <= small.report.image_tokens <= 32
@@ -193,11 +196,13 @@ def test_a_profile_never_asks_for_more_than_the_checkpoint(bundle_copy, photo) -
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     del manifest["files"]["preprocessor_config.json"]
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
-    found = Model.load(bundle_copy, profile="quality", threads=1).images
+    found = Model.load(bundle_copy, profile="quality", threads=1).setup.images
     assert (found.do_image_splitting, found.max_image_tokens, found.min_image_tokens) == (False, 20, 10)
-    asked = Model.load(bundle_copy, profile="quality", threads=1, do_image_splitting=True, max_image_tokens=64).images
+    asked = Model.load(
+        bundle_copy, profile="quality", threads=1, do_image_splitting=True, max_image_tokens=64
+    ).setup.images
     assert (asked.do_image_splitting, asked.max_image_tokens) == (True, 64)
-    small = Model.load(bundle_copy, profile="pi4", threads=1, max_image_tokens=5).images
+    small = Model.load(bundle_copy, profile="pi4", threads=1, force=True, max_image_tokens=5).setup.images
     assert (small.max_image_tokens, small.min_image_tokens) == (5, 5)
 
 
@@ -227,9 +232,18 @@ def test_threads_stay_on_their_processors(demo_bundle) -> None:
         from lfm_runtime import Model
         first, second = physical_cores()[:2]
         model = Model.load(sys.argv[1], threads=2, affinity=(second, first))
-        model.answer([], "What?", max_new_tokens=2).text()
+        before, meanwhile = os.sched_getaffinity(0), []
+        inner = model._tokens
+        def watched(*arguments):
+            for token in inner(*arguments):
+                meanwhile.append(os.sched_getaffinity(0))
+                yield token
+        model._tokens = watched
+        for _ in model.answer([], "What?", max_new_tokens=2, ignore_eos=True):
+            assert os.sched_getaffinity(0) == before, "between two pieces the thread is the caller's"
+        assert meanwhile == [{second}] * 2, meanwhile
+        assert os.sched_getaffinity(0) == before
         pinned = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
-        assert os.sched_getaffinity(0) == {second}, os.sched_getaffinity(0)
         assert {first} in pinned, pinned
     """
     subprocess.run(
@@ -246,7 +260,7 @@ def test_not_allowed_to_choose_processors(demo_bundle, monkeypatch, caplog) -> N
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("lfm_runtime.engine.sessions.os.sched_setaffinity", refuse)
+    monkeypatch.setattr("lfm_runtime.engine.execution.os.sched_setaffinity", refuse)
     assert Model.load(demo_bundle, threads=1, affinity="cores").answer([], "x", max_new_tokens=1).text() is not None
     assert "Operation not permitted" in caplog.text
 

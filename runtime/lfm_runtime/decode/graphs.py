@@ -1,0 +1,80 @@
+"""The graphs of a decoder: token embeddings, the decoder, and the prefill decoder where there is one. They are loaded
+when first used, and again after a release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lfm_runtime.decode.info import DecoderInfo
+from lfm_runtime.decode.state import Embeds
+
+
+@dataclass(frozen=True)
+class DecoderSessions:
+    """Loaded. `prefill` computes the same model from other weights, for steps of many tokens."""
+
+    decoder: ort.InferenceSession
+    embed: ort.InferenceSession
+    prefill: ort.InferenceSession | None = None
+    all_on_device: bool = False  # no operator of a step is left to the CPU while the others run on a device
+
+
+class DecoderGraphs:
+    """What every state of one decoder works with."""
+
+    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False) -> None:
+        """`path`: of the decoder's graph; `shrink`: after a step of many tokens its memory goes back to the operating
+        system.
+        """
+        self.path = path
+        self._load = load
+        self._sessions: DecoderSessions | None = None
+        self._info: DecoderInfo | None = None
+        self.many_options = ort.RunOptions()
+        self.uncaptured = ort.RunOptions()  # for runs whose addresses differ: a GPU's provider would replay the first
+        self.uncaptured.add_run_config_entry("gpu_graph_id", "-1")
+        if shrink:
+            self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def load(self) -> DecoderSessions:
+        """The graphs, loaded now if they are not."""
+        if self._sessions is None:
+            self._sessions = self._load()
+            self._info = DecoderInfo.of(self._sessions.decoder, self.path)
+        return self._sessions
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether they are in memory."""
+        return self._sessions is not None
+
+    @property
+    def info(self) -> DecoderInfo:
+        """What the decoder is; loads it the first time."""
+        if self._info is None:
+            self.load()
+        assert self._info is not None
+        return self._info
+
+    def release(self) -> None:
+        """Give back the graphs' memory."""
+        self._sessions = None
+
+    def embed(self, ids: Sequence[int]) -> Embeds:
+        """Embeddings [1, tokens, H]."""
+        (embeds,) = self.load().embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured)
+        return np.asarray(embeds, np.float32)
+
+    def embed_prompt(self, ids: Sequence[int], features: NDArray[np.float32], image_id: int) -> Embeds:
+        """Embeddings [1, tokens, H] with image features [image tokens, H] in the image tokens' places."""
+        embeds = self.embed(ids)
+        if len(features):
+            embeds[0, np.array(ids) == image_id] = features
+        return embeds

@@ -1,0 +1,265 @@
+"""What a decoder on the CPU remembers, in two forms.
+
+Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place), and two sets of
+convolution states swap roles each step; nothing large is allocated or copied per token. Of one sequence, or of several
+in the rows of the same buffers. The same on a GPU: device_state.py.
+Concatenated: the plain past → present form, for graphs without GroupQueryAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lfm_runtime.decode.graphs import DecoderGraphs
+from lfm_runtime.decode.state import Embeds, Mark, Snapshot
+from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, present_name
+
+PREFILL_TOKENS = 8
+"""From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than
+int4's (measured: 37 ms against 34 for 8 tokens of a 450M, 24 against 27 for 4).
+"""
+
+
+class SharedState:
+    """State in place, through prepared bindings that differ in which convolution buffers are read and which written."""
+
+    def __init__(self, graphs: DecoderGraphs, capacity: int, after: Snapshot | None = None) -> None:
+        self.length, self.capacity = 0, capacity
+        self._graphs = graphs
+        self._turn = 0  # which of each convolution's two buffers holds its state
+        self._mask = np.ones((1, capacity), np.int64)
+        self._logits = np.empty(
+            (1, MANY_TOKENS - 1 if graphs.info.gives_few else 1, graphs.info.vocabulary), np.float32
+        )
+        self._windows: dict[str, NDArray[Any]] = {}  # [1, kernel + tokens, H] of the last `step_all`
+        self._window_room: dict[str, NDArray[Any]] = {}
+        self._buffers: dict[str, list[NDArray[Any]]] = {}
+        for state in graphs.info.states:
+            if state.is_conv:
+                self._buffers[state.name] = [np.zeros(state.shape, state.dtype) for _ in range(2)]
+            else:
+                # Pages of a fresh zero array cost nothing until they are written.
+                self._buffers[state.name] = [np.zeros((*state.shape[:2], capacity, state.shape[3]), state.dtype)]
+        self._bindings: dict[tuple[int, int, bool], list[ort.IOBinding]] = {}
+        if after:
+            self.length = after.length
+            for name, array in after.values.items():
+                target = self._buffers[name][0]
+                (target if array.shape == target.shape else target[:, :, : after.length])[...] = array
+
+    def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """See State."""
+        logits: NDArray[np.float32] = self._run(embeds, windows=False)[-1]
+        return logits
+
+    def step_token(self, token: int) -> NDArray[np.float32]:
+        """See State."""
+        return self.step(self._graphs.embed([token]))
+
+    def step_all(self, embeds: Embeds) -> NDArray[np.float32]:
+        """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the
+        last of them.
+        """
+        return self._run(embeds, windows=True)
+
+    def keep(self, tokens: int) -> None:
+        """Be as if the last step, a `step_all`, had fed only its first `tokens`."""
+        for name, window in self._windows.items():
+            state = self._buffers[name.replace(CONV_WINDOW, "past_conv.")][self._turn]
+            state[0] = window[0, tokens : tokens + state.shape[2]].T
+            fed = window.shape[1] - state.shape[2]
+        self.length += tokens - fed
+
+    def _run(self, embeds: Embeds, *, windows: bool) -> NDArray[np.float32]:
+        """Logits [positions, vocabulary]."""
+        sessions, tokens = self._graphs.load(), embeds.shape[1]
+        many = tokens >= MANY_TOKENS
+        # Guesses are checked by the graph that would have said them.
+        reads = sessions.prefill is not None and tokens >= PREFILL_TOKENS and not windows
+        session = sessions.prefill if reads and sessions.prefill else sessions.decoder
+        positions = 1 if many or not self._graphs.info.gives_few else tokens
+        binding = self._binding(session, positions, windows)[self._turn]
+        if windows:
+            self._windows = self._room_for_windows(tokens)
+        self.length += tokens
+        # OrtValues over numpy memory: a view costs microseconds and copies nothing.
+        binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
+        binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(self._mask[:, : self.length]))
+        session.run_with_iobinding(binding, self._graphs.many_options if many else None)
+        self._turn = 1 - self._turn
+        logits: NDArray[np.float32] = self._logits[0, :positions]
+        return logits
+
+    def mark(self) -> Mark:
+        """See State."""
+        return Mark(
+            self.length,
+            {s.name: self._buffers[s.name][self._turn].copy() for s in self._graphs.info.states if s.is_conv},
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """See State."""
+        self.length = mark.length
+        for name, array in mark.convs.items():
+            self._buffers[name][self._turn][...] = array
+
+    def snapshot(self) -> Snapshot:
+        """See State."""
+        attention = {
+            s.name: self._buffers[s.name][0][:, :, : self.length].copy()
+            for s in self._graphs.info.states
+            if not s.is_conv
+        }
+        return Snapshot(self.length, {**attention, **self.mark().convs})
+
+    def unbind(self) -> None:
+        """Let go of the sessions; the next step binds anew."""
+        self._bindings.clear()
+
+    def _binding(self, session: ort.InferenceSession, positions: int, windows: bool) -> list[ort.IOBinding]:
+        key = id(session), positions, windows
+        if key not in self._bindings:
+            self._bindings[key] = _bind(session, self._buffers, self._logits[:, :positions])
+            for name, array in (self._room_for_windows(positions) if windows else {}).items():
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                for binding in self._bindings[key]:
+                    binding.bind_ortvalue_output(name, value)
+        return self._bindings[key]
+
+    def _room_for_windows(self, tokens: int) -> dict[str, NDArray[Any]]:
+        """[1, kernel + tokens, H] for each convolution: the same memory for any number of tokens."""
+        if not self._window_room:
+            for s in self._graphs.info.states:
+                if s.is_conv:
+                    room = np.empty((1, s.shape[2] + MANY_TOKENS - 1, s.shape[1]), s.dtype)
+                    self._window_room[s.name.replace("past_conv.", CONV_WINDOW)] = room
+        return {name: room[:, : room.shape[1] - (MANY_TOKENS - 1) + tokens] for name, room in self._window_room.items()}
+
+
+class BatchState:
+    """Several sequences of different lengths in one step: rows of the same buffers, each as long as it is."""
+
+    def __init__(self, graphs: DecoderGraphs, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.lengths = [0] * rows  # 0: nobody is there
+        self._graphs = graphs
+        self._turn = 0
+        self._logits = np.empty((rows, 1, graphs.info.vocabulary), np.float32)
+        self._buffers = {
+            s.name: [np.zeros((rows, *s.shape[1:]), s.dtype) for _ in range(2)]
+            if s.is_conv
+            else [np.zeros((rows, s.shape[1], capacity, s.shape[3]), s.dtype)]
+            for s in graphs.info.states
+        }
+        self._bindings: list[ort.IOBinding] = []
+
+    def put(self, row: int, snapshot: Snapshot) -> None:
+        """Continue a sequence here."""
+        self.lengths[row] = snapshot.length
+        for name, array in snapshot.values.items():
+            buffers = self._buffers[name]
+            target = buffers[self._turn % len(buffers)][row]
+            (target if len(buffers) == 2 else target[:, : snapshot.length])[...] = array[0]
+
+    def leave(self, row: int) -> None:
+        """Nobody is there any more."""
+        self.lengths[row] = 0
+
+    def moved(self, rows: int, capacity: int) -> BatchState:
+        """The sequences that are there, in order, in the first rows of another state."""
+        other = BatchState(self._graphs, rows, capacity)
+        kept = [row for row, length in enumerate(self.lengths) if length]
+        for new, row in enumerate(kept):
+            values = {
+                name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()
+            }
+            length = self.lengths[row]
+            other.put(
+                new,
+                Snapshot(length, {n: v if n.startswith("past_conv.") else v[:, :, :length] for n, v in values.items()}),
+            )
+        return other
+
+    def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """Feed one token to every row, embeds [rows, 1, H]; returns logits [rows, vocabulary], valid until the next
+        step.
+        """
+        session = self._graphs.load().decoder
+        if not self._bindings:
+            self._bindings = _bind(session, self._buffers, self._logits)
+        binding = self._bindings[self._turn]
+        # A row without a sequence writes its first position again and again; nobody reads it.
+        mask = (np.arange(max(self.lengths) + 1) <= np.array(self.lengths)[:, None]).astype(np.int64)
+        binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
+        binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
+        session.run_with_iobinding(binding)
+        self._turn = 1 - self._turn
+        self.lengths = [n + 1 if n else 0 for n in self.lengths]
+        logits: NDArray[np.float32] = self._logits[:, 0]
+        return logits
+
+
+def _bind(
+    session: ort.InferenceSession, buffers: Mapping[str, list[NDArray[Any]]], logits: NDArray[np.float32]
+) -> list[ort.IOBinding]:
+    """Two bindings that differ in which convolution buffers are read and which written; attention's are both. They hold
+    on to the arrays' OrtValues.
+    """
+    bindings = [session.io_binding(), session.io_binding()]
+    for binding in bindings:
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+    for name, arrays in buffers.items():
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        for turn, binding in enumerate(bindings):
+            binding.bind_ortvalue_input(name, values[turn % len(values)])
+            binding.bind_ortvalue_output(present_name(name), values[(turn + 1) % len(values)])
+    return bindings
+
+
+class ConcatenatedState:
+    """Past in, present out, through plain session runs."""
+
+    def __init__(self, graphs: DecoderGraphs, capacity: int, after: Snapshot | None = None) -> None:
+        self.length, self.capacity = (after.length if after else 0), capacity
+        self._graphs = graphs
+        self._past: dict[str, NDArray[Any]] = {s.name: np.zeros(s.shape, s.dtype) for s in graphs.info.states}
+        self._past |= after.values if after else {}
+        self._outputs = ["logits", *(present_name(s.name) for s in graphs.info.states)]
+
+    def step(self, embeds: Embeds) -> NDArray[np.float32]:
+        """See State."""
+        new = embeds.shape[1]
+        feeds: dict[str, NDArray[Any]] = {
+            "inputs_embeds": embeds.astype(self._graphs.info.embeds_type, copy=False),
+            "attention_mask": np.ones((1, self.length + new), np.int64),
+            **self._past,
+        }
+        if self._graphs.info.takes_positions:
+            feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=np.int64)[None]
+        logits, *present = self._graphs.load().decoder.run(self._outputs, feeds, self._graphs.uncaptured)
+        self._past = dict(zip(self._past, present, strict=True))
+        self.length += new
+        return np.asarray(logits[0, -1], np.float32)
+
+    def step_token(self, token: int) -> NDArray[np.float32]:
+        """See State."""
+        return self.step(self._graphs.embed([token]))
+
+    def mark(self) -> Mark:
+        """See State."""
+        return Mark(self.length, {s.name: self._past[s.name] for s in self._graphs.info.states if s.is_conv})
+
+    def rewind(self, mark: Mark) -> None:
+        """See State."""
+        attention = {s.name: self._past[s.name][:, :, : mark.length] for s in self._graphs.info.states if not s.is_conv}
+        self._past |= {**attention, **mark.convs}
+        self.length = mark.length
+
+    def snapshot(self) -> Snapshot:
+        """See State."""
+        return Snapshot(self.length, dict(self._past))  # each step makes new arrays: nobody writes into these

@@ -1,0 +1,47 @@
+"""What onnxruntime raises becomes one of our errors, in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state
+
+from lfm_runtime.errors import BundleError
+
+_IN_ITS_SOURCE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? "
+)
+# onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is
+# about memory of a device, raises plain RuntimeErrors.
+_FAILURES: tuple[type[Exception], ...] = tuple(
+    c for c in vars(onnxruntime_pybind11_state).values() if isinstance(c, type) and issubclass(c, Exception)
+)
+
+
+@contextmanager
+def failures_are_ours(what: object) -> Iterator[None]:
+    """An exception of onnxruntime becomes a BundleError about `what`, in one line."""
+    try:
+        yield
+    except Exception as e:
+        if not is_onnxruntimes(e):
+            raise
+        raise BundleError(
+            f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "
+            "--verify, or export it again"
+        ) from e
+
+
+def reason(e: BaseException | None) -> str:
+    """What onnxruntime says, in one line and without where in its source it says it."""
+    return _IN_ITS_SOURCE.sub("", " ".join(str(e).split()))
+
+
+def is_onnxruntimes(e: Exception) -> bool:
+    """Whether onnxruntime raised it."""
+    return isinstance(e, _FAILURES) or (
+        type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution"))
+    )

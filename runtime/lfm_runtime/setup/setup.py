@@ -1,0 +1,174 @@
+"""How a run will be made, as one value: decided once, before anything is loaded, and passed on from there."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from lfm_profiles import VARIANTS, Profile
+
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.decode.sampling import GenerationSettings
+from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
+from lfm_runtime.engine.ort_release import onnxruntime_is
+from lfm_runtime.engine.prepared import folder_of
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.contract import CONV_WINDOW, DECODER, VISION_ENCODER
+from lfm_runtime.formats.onnx_file import output_names
+from lfm_runtime.images import ImageSettings, image_settings
+from lfm_runtime.setup.forecast import Forecast
+from lfm_runtime.setup.profile import generation_changes, image_changes
+from lfm_runtime.setup.variants import choose_variants
+
+Size = tuple[int, int]
+"""Width and height of an upright image in pixels."""
+
+
+class Flags(TypedDict, total=False):
+    """A profile's settings as the user gives them, one by one: see profiles/README.md. None is not given."""
+
+    variant: str | None
+    prefill: str | None
+    kv: str | None
+    providers: tuple[str, ...] | None
+    strict_placement: bool | None
+    threads: int | None
+    affinity: str | tuple[int, ...] | None
+    spinning: bool | int | None
+    low_memory: bool | None
+    arena: bool | None
+    prepared: bool | None
+    min_image_tokens: int | None
+    max_image_tokens: int | None
+    do_image_splitting: bool | None
+    min_tiles: int | None
+    max_tiles: int | None
+    use_thumbnail: bool | None
+    context: int | None
+    max_new_tokens: int | None
+    speculate: int | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a run is expected to be asked, for which memory is foreseen."""
+
+    images: tuple[Size, ...]  # asked about together
+    question: str = ""
+    special: bool = True  # whether the question may hold special tokens
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything decided, nothing loaded. `profile` has what was asked for and where each setting came from."""
+
+    bundle: Bundle
+    profile: Profile
+    variant: str
+    prefill: str | None  # the variant whose decoder reads prompts
+    execution: Execution
+    images: ImageSettings
+    generation: GenerationSettings
+    context_length: int  # tokens of prompt and answer together
+    verifies: bool  # the decoder can take speculative tokens back
+    ask: Ask
+    forecast: Forecast | None = None  # None: the bundle tells too little
+    steps: tuple[str, ...] = ()  # what was given up to fit the memory, in words
+    free_mib: int | None = None  # that this process might take when it was decided; None where nothing tells
+    verify: bool = False  # hash large files as well
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The variant's graphs by stem."""
+        return dict(self.bundle.graphs(self.variant)[1])
+
+    @property
+    def summary(self) -> str:
+        """In half a line: variant, prefill decoder, threads, profile."""
+        prefill = f", prefill {self.prefill}" if self.prefill else ""
+        low = ", one graph at a time" if self.execution.low_memory else ""
+        return f"{self.variant}{prefill}{low}, {self.execution.threads} threads, profile {self.profile.name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        of = self.forecast
+        foreseen: dict[str, Any] = (
+            {}
+            if of is None
+            else {
+                "views": of.views,
+                "image_tokens": of.image_tokens,
+                "prompt_tokens": of.prompt_tokens,
+                "new_tokens": of.new_tokens,
+                "memory_mib": {"peak": of.memory.peak, "anonymous": of.memory.anonymous, "mapped": of.memory.mapped},
+                "disk_mib": of.disk_mib,
+            }
+        )
+        return {
+            "profile": self.profile.name,
+            "variant": self.variant,
+            "prefill": self.prefill,
+            "threads": self.execution.threads,
+            "steps": list(self.steps),
+            **foreseen,
+            "free_mib": self.free_mib,
+        }
+
+
+def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool = False) -> Setup:
+    """What a profile comes to with a bundle here, whether it fits the memory or not: see resolve.
+
+    Raises:
+        BundleError: the bundle lacks a variant.
+        SettingError: the profile or a flag cannot hold.
+    """
+    execution = Execution.of(profile)
+    variant, prefill = choose_variants(bundle, profile)
+    _, paths = bundle.graphs(variant)
+    if prefill:
+        bundle.graphs(prefill)
+    if execution.on_gpu:
+        execution = replace(
+            execution,
+            cuda_graphs=VARIANTS[variant].on_gpu and onnxruntime_is(CUDA_GRAPHS_SINCE),
+            engines=_engines(bundle, paths[VISION_ENCODER.stem]),
+            most_patches=_most_patches(bundle.images, profile),
+        )
+    verifies = not execution.on_gpu and _gives_windows(bundle, paths[DECODER.stem])
+    return Setup(
+        bundle,
+        profile,
+        variant,
+        prefill,
+        execution,
+        image_settings(bundle.images, image_changes(profile, bundle.images)),
+        bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=verifies)),
+        min(bundle.context_length, profile.context or bundle.context_length),
+        verifies,
+        ask,
+        verify=verify,
+    )
+
+
+def _engines(bundle: Bundle, vision: Path) -> Path:
+    """Where TensorRT keeps what it made of these weights: it tells engines apart by names and shapes alone."""
+    made_of = hashlib.sha256("\n".join(bundle.fingerprint(vision)).encode()).hexdigest()[:12]
+    return folder_of(bundle.folder) / f"tensorrt-{made_of}"
+
+
+def _most_patches(images: ImageSettings, profile: Profile) -> int:
+    tokens = max(images.max_image_tokens, profile.max_image_tokens or 0)
+    return max(tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2)
+
+
+def _gives_windows(bundle: Bundle, decoder: Path) -> bool:
+    """Whether a decoder gives out what its convolutions have read: see contract.CONV_WINDOW."""
+    entry = bundle.manifest.graphs.get(bundle.name_of(decoder)) if bundle.manifest else None
+    try:
+        names = entry.outputs if entry else output_names(decoder)
+    except BundleError:
+        return False  # loading it will say what is wrong with it
+    return any(name.startswith(CONV_WINDOW) for name in names)
