@@ -2,51 +2,41 @@
 machine's state, and a verdict on whether the run was a fair one.
 
 Every start is a process of its own (trial.py), seen from outside while it works (watch.py). Variants take turns, A B A
-B …, so that whatever the machine does meanwhile meets them all. The result is plain values, described by
-audit.schema.json.
+B …, so that whatever the machine does meanwhile meets them all. The result is an Audit (result.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import PIL
-import psutil
-from lfm_profiles import Device, Profile, changed
-from lfm_profiles.schema import SETTINGS
+from lfm_profiles import Device, changed
 from lfm_profiles.sensors import Sensors
-from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.files import linked_copy
-from lfm_runtime.formats.manifest import file_hash
-from lfm_runtime.images import image_size
 from lfm_runtime.process import last_line, run_command
-from lfm_runtime.setup.costs import fingerprint
-from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.setup.setup import settle
 
 from lfm_audit.measure.page_cache import drop_from_page_cache, read_into_page_cache
 from lfm_audit.measure.power import Power, read_meter
 from lfm_audit.measure.trial import Trial, TrialError, start
 from lfm_audit.measure.watch import StateSample, Watch, sees_the_machine
-from lfm_audit.result import Run, machine_result, plain, soak_result, variant_result
-from lfm_audit.verdict import check_limits, verdict
+from lfm_audit.result import Audit
+from lfm_audit.summary import Measured, Run, summary
+from lfm_audit.verdict import check_limits, judge
+from lfm_audit.workload import Subject, Workload
 
-SCHEMA = 1
-"""Of the result; changes when a field does."""
-QUESTION = "Describe this image."
 _ROUNDS = {"warm": (0, float("inf")), "cold": (3, 8), "first_ever": (3, 3)}
 """Kind of start → first and last round."""
 _IDLE_S = 2.0
@@ -54,37 +44,19 @@ _COOL_C, _COOL_S = 3.0, 30.0
 """Between processes: until the machine is no warmer than this above its start, or so long."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """One variant to measure."""
-
-    variant: str
-    profile: Profile  # how it is run, after stepping down to what fits the memory
-    steps: tuple[str, ...] = ()  # what was given up for that
-    too_large: str | None = None  # why the unprepared, first-ever start is left out
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked, of which variants, for how long."""
-
-    bundle: Bundle
-    profile: Profile
-    subjects: Sequence[Subject]
-    images: Mapping[str, Path]
-    skipped: Sequence[Mapping[str, str]] = ()
-    question: str = QUESTION
-    new_tokens: int = 32
-    budget_s: float = 180.0
-    soak_minutes: float = 0.0
-    limits: Mapping[str, float] = field(default_factory=dict)
-    meter: Path | None = None  # a power meter's CSV, read when all is measured
-
-
 Progress = Callable[[str], None]
 
 
-def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress = print) -> dict[str, Any]:
+def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress = print) -> Audit:
+    """Measure, put together, judge. Parameters and errors: see `measure`."""
+    marks, begun = _file_marks(work), (time.perf_counter(), time.time())
+    found = summary(measure(work, device, sensors, progress))
+    elapsed = time.perf_counter() - begun[0], time.time() - begun[1]
+    found = replace(found, limits=check_limits(found, work.limits))
+    return replace(found, verdict=judge(found, changed_files=_file_marks(work) != marks, elapsed=elapsed))
+
+
+def measure(work: Workload, device: Device, sensors: Sensors, progress: Progress) -> Measured:
     """Measure until the time is over (each variant once at least). What ends it earlier, KeyboardInterrupt or a process
     that fails, is told in the result, with what was measured until then.
 
@@ -101,35 +73,16 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
     if not sees_the_machine():
         raise SettingError(
             "/proc has no stat and meminfo here (systemd's ProcSubset=pid?): other programs' load cannot be seen, "
-            "and no figure trusted; "
-            "run the audit without that"
+            "and no figure trusted; run the audit without that"
         )
-    begun, begun_unix, marks = time.perf_counter(), time.time(), _file_marks(work)
-    progress("watching the machine idle")
-    idle = Watch(sensors)
-    idle.of(os.getpid())
-    time.sleep(_IDLE_S)
-    idle.end()
+    begun, begun_unix = time.perf_counter(), time.time()
+    idle = _watch_idle(sensors, progress)
     runs: list[Run] = []
     soak: Run | None = None
     prepare_ms: dict[str, float | str] = {}
     stopped: str | None = None
     try:
-        for kind, subject in _schedule(work):
-            left = work.budget_s - (time.perf_counter() - begun)
-            if left < 0 and {r.variant for r in runs if r.kind == "warm"} >= {s.variant for s in work.subjects}:
-                break
-            progress(
-                f"{subject.variant}, {kind.replace('_', '-')} start; {len(runs)} processes measured, "
-                f"{max(0.0, left):.0f} s left"
-            )
-            runs.append(_run(work, subject, kind, sensors))
-            passed = time.perf_counter() - begun
-            if len(runs) == 1 and passed > work.budget_s:
-                raise SettingError(
-                    f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more"
-                )
-            _cool_down(sensors, idle.states[0])
+        _measure_starts(work, sensors, progress, runs, idle.states[0])
         prepare_ms = _prepare_ms(work, progress)
         if work.soak_minutes:
             soak = _soak(work, sensors, progress)
@@ -137,60 +90,38 @@ def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress =
         if not any(r.kind == "warm" for r in runs):
             raise
         stopped = str(e) or "interrupted"
-    power, no_power = _power(work, [*runs, *([soak] if soak else [])])
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "tool": {"name": "lfm-edge audit", "version": __version__},
-        "created_unix_s": round(begun_unix, 3),
-        "duration_s": time.perf_counter() - begun,
-        "partial": stopped is not None,
-        "stopped": stopped,
-        "bundle": _bundle(work),
-        "device": device.as_dict(),
-        "software": {
-            "python": platform.python_version(),
-            "onnxruntime": ort.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "psutil": psutil.__version__,
-            "kernel": platform.release(),
-        },
-        "profile": {
-            "name": work.profile.name,
-            "settings": _settings(work.profile),
-            "budget": asdict(work.profile.budget),
-        },
-        "workload": {
-            "question": work.question,
-            "new_tokens": work.new_tokens,
-            "skipped_images": list(work.skipped),
-            "images": {name: _image(path) for name, path in work.images.items()},
-        },
-        "variants": {
-            subject.variant: {
-                "settings": _settings(subject.profile),
-                "steps_down": list(subject.steps),
-                "first_ever_reason": subject.too_large,
-                **variant_result(
-                    work.bundle,
-                    subject.variant,
-                    list(work.images),
-                    [r for r in runs if r.variant == subject.variant],
-                    prepare_ms.get(subject.variant, "the audit ended before"),
-                    power,
-                ),
-            }
-            for subject in work.subjects
-            if any(r.variant == subject.variant and r.kind == "warm" for r in runs)
-        },
-        "machine": machine_result(idle, sensors, [*runs, *([soak] if soak else [])], power, no_power),
-        "soak": soak_result(soak.outcome, soak.watch) if soak else None,
-    }
-    result["limits"] = check_limits(result, work.limits)
-    elapsed = time.perf_counter() - begun, time.time() - begun_unix
-    result["verdict"] = verdict(result, changed_files=_file_marks(work) != marks, elapsed=elapsed)
-    done: dict[str, Any] = plain(result)
-    return done
+    power, no_meter = _power(work, [*runs, *([soak] if soak else [])])
+    duration = time.perf_counter() - begun
+    return Measured(work, device, sensors, begun_unix, duration, stopped, idle, runs, soak, prepare_ms, power, no_meter)
+
+
+def _watch_idle(sensors: Sensors, progress: Progress) -> Watch:
+    progress("watching the machine idle")
+    idle = Watch(sensors)
+    idle.of(os.getpid())
+    time.sleep(_IDLE_S)
+    idle.end()
+    return idle
+
+
+def _measure_starts(
+    work: Workload, sensors: Sensors, progress: Progress, runs: list[Run], coolest: StateSample
+) -> None:
+    """Start processes until the time is over, and add each to `runs`, which an interruption leaves as they are."""
+    begun = time.perf_counter()
+    for kind, subject in _schedule(work):
+        left = work.budget_s - (time.perf_counter() - begun)
+        if left < 0 and {r.variant for r in runs if r.kind == "warm"} >= {s.variant for s in work.subjects}:
+            break
+        what = f"{subject.variant}, {kind.replace('_', '-')} start"
+        progress(f"{what}; {len(runs)} processes measured, {max(0.0, left):.0f} s left")
+        runs.append(_run(work, subject, kind, sensors))
+        passed = time.perf_counter() - begun
+        if len(runs) == 1 and passed > work.budget_s:
+            raise SettingError(
+                f"a budget of {work.budget_s:.0f} s is too short: one process took {passed:.0f} s; give more"
+            )
+        _cool_down(sensors, coolest)
 
 
 def _schedule(work: Workload) -> Iterator[tuple[str, Subject]]:
@@ -257,7 +188,7 @@ def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
             found[subject.variant] = "the profile does not use what prepare writes"
             continue
         progress(f"{subject.variant}, prepare for the first time")
-        _, prefill = choose_variants(work.bundle, subject.profile)
+        prefill = settle(work.bundle, subject.profile).prefill
         try:
             with tempfile.TemporaryDirectory(
                 prefix=".lfm-edge-audit-", dir=work.bundle.folder.resolve().parent
@@ -319,28 +250,10 @@ def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
     return power, None
 
 
-def _bundle(work: Workload) -> dict[str, Any]:
-    source = work.bundle.manifest.source if work.bundle.manifest else None
-    return {
-        "name": work.bundle.folder.resolve().name,
-        "source": asdict(source) if source else None,
-        "licence": source.license if source else None,
-        "fingerprint": {s.variant: fingerprint(work.bundle, s.variant) for s in work.subjects},
-    }
-
-
-def _image(path: Path) -> dict[str, Any]:
-    width, height = image_size(path)
-    return {"width": width, "height": height, "sha256": file_hash(path)}
-
-
-def _settings(profile: Profile) -> dict[str, Any]:
-    return {name: getattr(profile, name) for name in SETTINGS}
-
-
 def _files_of(bundle: Bundle, subject: Subject) -> list[Path]:
     """What a start of a variant reads: what describes the bundle, its graphs and weights, or their prepared form."""
-    variants = [v for v in choose_variants(bundle, subject.profile) if v]
+    setup = settle(bundle, subject.profile)
+    variants = [v for v in (setup.variant, setup.prefill) if v]
     graphs = {path for variant in variants for path in bundle.graphs(variant)[1].values()}
     places = [folder_of(bundle.folder) / path.stem for path in graphs]
     small = [path for path in bundle.folder.iterdir() if path.is_file()]

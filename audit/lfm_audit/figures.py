@@ -5,33 +5,54 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 FOR_P95 = 20
 _CONFIDENCE = 0.95
 
 
-def figure(samples: Sequence[float]) -> dict[str, Any]:
-    """What reports quote of samples (at least one): n, median, mad (median absolute deviation), mean, p90, p95 (None
-    below 20 samples), min, max, low and high (the median's 95 % confidence interval, None below 6 samples), samples.
-    """
-    if not samples:
-        raise ValueError("a figure needs a sample")
-    ordered, median = sorted(samples), statistics.median(samples)
-    low, high = interval(ordered)
-    return {
-        "n": len(ordered),
-        "median": median,
-        "mad": statistics.median(abs(x - median) for x in ordered),
-        "mean": statistics.fmean(ordered),
-        "p90": percentile(ordered, 90),
-        "p95": percentile(ordered, 95) if len(ordered) >= FOR_P95 else None,
-        "min": ordered[0],
-        "max": ordered[-1],
-        "low": low,
-        "high": high,
-        "samples": list(samples),
-    }
+@dataclass(frozen=True)
+class Figure:
+    """What reports quote of samples."""
+
+    n: int
+    median: float
+    mad: Annotated[float, "median absolute deviation"]
+    mean: float
+    p90: float
+    p95: Annotated[float | None, "from 20 samples on"]
+    min: float
+    max: float
+    low: Annotated[float | None, "the median's 95 % confidence interval, by order statistics; from 6 samples on"]
+    high: float | None
+    samples: tuple[float, ...]
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Figure:
+        """Of samples, at least one."""
+        if not samples:
+            raise ValueError("a figure needs a sample")
+        ordered, median = sorted(samples), statistics.median(samples)
+        low, high = interval(ordered)
+        return Figure(
+            n=len(ordered),
+            median=median,
+            mad=statistics.median(abs(x - median) for x in ordered),
+            mean=statistics.fmean(ordered),
+            p90=percentile(ordered, 90),
+            p95=percentile(ordered, 95) if len(ordered) >= FOR_P95 else None,
+            min=ordered[0],
+            max=ordered[-1],
+            low=low,
+            high=high,
+            samples=tuple(samples),
+        )
+
+    @property
+    def spread(self) -> float:
+        """How far samples lie apart: the middle half's half width (the MAD) against the median."""
+        return self.mad / self.median if self.median else 0.0
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -56,12 +77,8 @@ def interval(ordered: Sequence[float]) -> tuple[float | None, float | None]:
     return (None, None) if rank < 0 else (ordered[rank], ordered[n - 1 - rank])
 
 
-def separable(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def separable(a: Figure, b: Figure) -> bool:
     """Whether the confidence intervals of two figures do not overlap. False where one has too few samples to tell."""
-    bounds = [a["low"], a["high"], b["low"], b["high"]]
-    return None not in bounds and (bounds[1] < bounds[2] or bounds[3] < bounds[0])
-
-
-def spread(of: dict[str, Any]) -> float:
-    """How far samples lie apart: the middle half's half width (its MAD) against the median."""
-    return of["mad"] / of["median"] if of["median"] else 0.0
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.high < b.low or b.high < a.low

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.setup.costs import Costs, cost_key, keep_costs
 
+from lfm_audit.result import Audit
 
-def keep_measured(bundle: Bundle, result: Mapping[str, Any]) -> None:
+
+def keep_measured(bundle: Bundle, audit: Audit) -> None:
     """Remember an audit's figures beside what was prepared for this machine."""
     known = {}
-    for variant, found in result["variants"].items():
+    for variant, found in audit.variants.items():
         vision, prefill, seconds = {}, {}, []
-        for name, image in found["images"].items():
-            size = result["workload"]["images"][name]
-            if image["views"]:
+        for name, image in found.images.items():
+            size, stages = audit.workload.images[name], image.stages
+            if image.views:
                 # Views of one image differ in size (thumbnails): means of both, so that sums agree. A token is 2 × 2
                 # patches.
-                vision[round(4 * image["image_tokens"] / image["views"])] = (
-                    image["stages"]["vision_ms"]["median"] / image["views"]
-                )
-            prefill[image["prompt_tokens"]] = image["stages"]["prefill_ms"]["median"]
-            opening = image["stages"]["image_ms"]["median"] + image["stages"]["preprocess_ms"]["median"]
-            seconds.append(opening / (size["width"] * size["height"] / 1e6))
-        decode = [image["inter_token_ms"]["median"] for image in found["images"].values() if image["inter_token_ms"]]
+                vision[round(4 * image.image_tokens / image.views)] = stages.vision_ms.median / image.views
+            prefill[image.prompt_tokens] = stages.prefill_ms.median
+            opening = stages.image_ms.median + stages.preprocess_ms.median
+            seconds.append(opening / (size.width * size.height / 1e6))
+        decode = [image.inter_token_ms.median for image in found.images.values() if image.inter_token_ms]
         if decode:
-            low_memory, weights = bool(found["settings"]["low_memory"]), result["bundle"]["fingerprint"][variant]
-            known[cost_key(variant, found["prefill"], found["threads"], weights, low_memory=low_memory)] = Costs(
+            low_memory, weights = bool(found.settings["low_memory"]), audit.bundle.fingerprint[variant]
+            known[cost_key(variant, found.prefill, found.threads, weights, low_memory=low_memory)] = Costs(
                 tuple(sorted(vision.items())),
                 tuple(sorted(prefill.items())),
                 min(decode),
                 float(np.median(seconds)),
-                max(image["stages"]["load_ms"]["median"] for image in found["images"].values()),
-                result["verdict"]["valid"],
+                max(image.stages.load_ms.median for image in found.images.values()),
+                audit.verdict.valid,
             )
     keep_costs(bundle, known)

@@ -34,7 +34,7 @@ from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.prompt import Message
 
 from lfm_audit.measure.trial import Trial, start
-from lfm_audit.result import inter_token, ttft
+from lfm_audit.summary import inter_token, ttft
 
 _GROWTH = 0.01
 _SMALLEST_GROWTH_MIB = 2.0

@@ -4,151 +4,136 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
 from typing import Any
 
+from lfm_audit.figures import Figure
+from lfm_audit.result import Audit, VariantResult
 
-def table(result: Mapping[str, Any]) -> str:
+_HEAD = (
+    "image",
+    "tokens",
+    "views",
+    "image ms",
+    "vision",
+    "prefill",
+    "ttft ms",
+    "per token",
+    "tok/s",
+    "total ms",
+    "± MAD",
+    "J",
+)
+
+
+def table(audit: Audit) -> str:
     """The verdict first, then what it cost."""
-    lines = [verdict_line(result), *(f"  {reason}" for reason in result["verdict"]["reasons"])]
-    for limit in result["limits"]:
-        about = " ".join(part for part in (limit["variant"], limit["image"]) if part)
-        measured = "not measured" if limit["measured"] is None else f"{limit['measured']:,.4g}"
-        lines.append(
-            f"{'holds ' if limit['holds'] else 'BROKEN'} {limit['name']} {limit['limit']:g}: {about} {measured}"
-        )
+    lines = [verdict_line(audit), *(f"  {reason}" for reason in audit.verdict.reasons)]
+    for limit in audit.limits:
+        about = " ".join(part for part in (limit.variant, limit.image) if part)
+        measured = "not measured" if limit.measured is None else f"{limit.measured:,.4g}"
+        lines.append(f"{'holds ' if limit.holds else 'BROKEN'} {limit.name} {limit.limit:g}: {about} {measured}")
     lines.append("")
-    for variant, found in result["variants"].items():
-        how = [f"{found['threads']} threads", *([f"prompts read by {found['prefill']}"] if found["prefill"] else [])]
-        how.append("prepared" if found["prepared"] else "not prepared")
-        lines.append(f"{variant} ({', '.join(how)})")
-        lines += [f"  to fit the memory: {step}" for step in found["steps_down"]]
-        lines += [f"  {warning}" for warning in found["warnings"]]
-        starts = [f"{kind.replace('_', '-')} {_short(of['ready_ms'])}" for kind, of in found["starts"].items() if of]
-        prepare = f"; prepare {found['prepare_ms']:,.0f}" if found["prepare_ms"] is not None else ""
-        lines.append(f"  start, ms    {', '.join(starts)}{prepare}")
-        memory = found["memory"]
-        kept = [f"peak {_short(memory['peak_mib'])}"]
-        kept += [
-            f"{name} {_short(memory[f'{name}_mib'])}"
-            for name in ("anonymous", "mapped", "pss")
-            if memory[f"{name}_mib"]
-        ]
-        lines.append(f"  memory, MiB  {', '.join(kept)}; {found['disk_mib']:,.0f} on disk")
-        head = (
-            "image",
-            "tokens",
-            "views",
-            "image ms",
-            "vision",
-            "prefill",
-            "ttft ms",
-            "per token",
-            "tok/s",
-            "total ms",
-            "± MAD",
-            "J",
-        )
-        rows = [head]
-        for name, image in found["images"].items():
-            stages, total = image["stages"], image["total_ms"]
-            per_token = image["inter_token_ms"]
-            rows.append(
-                (
-                    name,
-                    str(image["image_tokens"]),
-                    str(image["views"]),
-                    _of(stages["image_ms"], stages["preprocess_ms"]),
-                    _of(stages["vision_ms"]),
-                    _of(stages["prefill_ms"]),
-                    _of(image["ttft_ms"]),
-                    f"{per_token['median']:.2f}" if per_token else "–",
-                    f"{image['decode_tok_s']['median']:.1f}" if image["decode_tok_s"] else "–",
-                    _of(total),
-                    f"{total['mad'] / total['median']:.1%}" if total["median"] else "–",
-                    f"{image['energy_per_answer_j']['median']:.2f}" if image["energy_per_answer_j"] else "–",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines += [
-            "  "
-            + "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-    if result["soak"]:
-        soak = result["soak"]
-        change = (
-            f"first token {soak['ttft_change']:+.1%}, per token {soak['inter_token_change']:+.1%} against the "
-            "first minute"
-        )
-        lines.append(f"soak, {len(soak['minutes'])} minutes{'' if soak['steady'] else ' (not steady yet)'}: {change}")
-    machine = result["machine"]
-    if machine["temperature_max_c"] is not None:
-        lines.append(f"temperature  at most {machine['temperature_max_c']:.0f} °C")
-    if machine["mean_w"] is not None:
-        idle = f", idle {machine['idle_w']:.2f}" if machine["idle_w"] is not None else ""
-        lines.append(
-            f"power, W     mean {machine['mean_w']:.2f}, peak {machine['peak_w']:.2f}{idle} ({machine['power_from']})"
-        )
-    lines += [f"no {sensor}: {reason}" for sensor, reason in machine["missing"].items()]
-    lines += [f"left out: {image['name']}: {image['reason']}" for image in result["workload"]["skipped_images"]]
+    for variant, found in audit.variants.items():
+        lines += _variant_lines(variant, found)
+    if audit.soak:
+        soak = audit.soak
+        change = f"first token {soak.ttft_change:+.1%}, per token {soak.inter_token_change:+.1%}"
+        steady = "" if soak.steady else " (not steady yet)"
+        lines.append(f"soak, {len(soak.minutes)} minutes{steady}: {change} against the first minute")
+    machine = audit.machine
+    if machine.temperature_max_c is not None:
+        lines.append(f"temperature  at most {machine.temperature_max_c:.0f} °C")
+    if machine.mean_w is not None:
+        idle = f", idle {machine.idle_w:.2f}" if machine.idle_w is not None else ""
+        peak = machine.peak_w or 0.0
+        lines.append(f"power, W     mean {machine.mean_w:.2f}, peak {peak:.2f}{idle} ({machine.power_from})")
+    lines += [f"no {sensor}: {reason}" for sensor, reason in machine.missing.items()]
+    lines += [f"left out: {image.name}: {image.reason}" for image in audit.workload.skipped_images]
     return "\n".join(lines)
 
 
-def verdict_line(result: Mapping[str, Any]) -> str:
+def _variant_lines(variant: str, found: VariantResult) -> list[str]:
+    how = [f"{found.threads} threads", *([f"prompts read by {found.prefill}"] if found.prefill else [])]
+    how.append("prepared" if found.prepared else "not prepared")
+    lines = [f"{variant} ({', '.join(how)})"]
+    lines += [f"  to fit the memory: {step}" for step in found.steps_down]
+    lines += [f"  {warning}" for warning in found.warnings]
+    starts = [f"{kind.replace('_', '-')} {start.ready_ms.median:,.0f}" for kind, start in found.starts.items()]
+    prepare = f"; prepare {found.prepare_ms:,.0f}" if found.prepare_ms is not None else ""
+    lines.append(f"  start, ms    {', '.join(starts)}{prepare}")
+    memory = found.memory
+    kinds = ("peak", memory.peak_mib), ("anonymous", memory.anonymous_mib), ("mapped", memory.mapped_mib)
+    kept = [f"{name} {of.median:,.0f}" for name, of in (*kinds, ("pss", memory.pss_mib)) if of]
+    lines.append(f"  memory, MiB  {', '.join(kept)}; {found.disk_mib:,.0f} on disk")
+    rows = [_HEAD]
+    for name, image in found.images.items():
+        stages, total, rate, joules = image.stages, image.total_ms, image.decode_tok_s, image.energy_per_answer_j
+        rows.append(
+            (
+                name,
+                str(image.image_tokens),
+                str(image.views),
+                f"{stages.image_ms.median + stages.preprocess_ms.median:,.0f}",
+                f"{stages.vision_ms.median:,.0f}",
+                f"{stages.prefill_ms.median:,.0f}",
+                f"{image.ttft_ms.median:,.0f}",
+                f"{image.inter_token_ms.median:.2f}" if image.inter_token_ms else "–",
+                f"{rate.median:.1f}" if rate else "–",
+                f"{total.median:,.0f}",
+                f"{total.spread:.1%}" if total.median else "–",
+                f"{joules.median:.2f}" if joules else "–",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    for first, *rest in rows:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  " + "  ".join((first.ljust(widths[0]), *cells)))
+    return lines
+
+
+def verdict_line(audit: Audit) -> str:
     """Valid or not, in a few words."""
-    runs = sum(of["ready_ms"]["n"] for found in result["variants"].values() for of in found["starts"].values() if of)
-    word = "valid" if result["verdict"]["valid"] else "NOT VALID"
-    took = (
-        f"{runs} processes in {result['duration_s']:.0f} "
-        f"s{', ended early: ' + result['stopped'] if result['stopped'] else ''}"
-    )
-    return f"{word}: {took}; {result['bundle']['name']}, profile {result['profile']['name']}"
+    runs = sum(start.ready_ms.n for found in audit.variants.values() for _, start in found.starts.items())
+    word = "valid" if audit.verdict.valid else "NOT VALID"
+    early = f", ended early: {audit.stopped}" if audit.stopped else ""
+    took = f"{runs} processes in {audit.duration_s:.0f} s{early}"
+    return f"{word}: {took}; {audit.bundle.name}, profile {audit.profile.name}"
 
 
-def _of(*figures: Mapping[str, Any]) -> str:
-    return f"{sum(of['median'] for of in figures):,.0f}"
-
-
-def _short(of: Mapping[str, Any]) -> str:
-    return f"{of['median']:,.0f}"
-
-
-def rows_for_csv(result: Mapping[str, Any]) -> tuple[str, list[str]]:
+def rows_for_csv(audit: Audit) -> tuple[str, list[str]]:
     """(header, a row for each variant and image)."""
     rows = []
-    for variant, found in result["variants"].items():
-        for name, image in found["images"].items():
+    for variant, found in audit.variants.items():
+        for name, image in found.images.items():
+            memory = found.memory
             rows.append(
                 {
-                    "created_unix_s": result["created_unix_s"],
-                    "valid": result["verdict"]["valid"],
-                    "bundle": result["bundle"]["name"],
-                    "board": result["device"]["board"] or result["device"]["cpu"],
-                    "profile": result["profile"]["name"],
-                    "onnxruntime": result["software"]["onnxruntime"],
+                    "created_unix_s": audit.created_unix_s,
+                    "valid": audit.verdict.valid,
+                    "bundle": audit.bundle.name,
+                    "board": audit.device.get("board") or audit.device.get("cpu"),
+                    "profile": audit.profile.name,
+                    "onnxruntime": audit.software.get("onnxruntime"),
                     "variant": variant,
-                    "prefill": found["prefill"] or "",
-                    "threads": found["threads"],
-                    "prepared": found["prepared"],
+                    "prefill": found.prefill or "",
+                    "threads": found.threads,
+                    "prepared": found.prepared,
                     "image": name,
-                    "views": image["views"],
-                    "image_tokens": image["image_tokens"],
-                    "prompt_tokens": image["prompt_tokens"],
-                    "new_tokens": image["new_tokens"],
-                    "answers": image["total_ms"]["n"],
-                    **{f"{stage}_median": of["median"] for stage, of in image["stages"].items()},
-                    "ttft_ms_median": image["ttft_ms"]["median"],
-                    "ttft_ms_p90": image["ttft_ms"]["p90"],
-                    "total_ms_median": image["total_ms"]["median"],
-                    "total_ms_mad": image["total_ms"]["mad"],
-                    "decode_tok_s_median": (image["decode_tok_s"] or {"median": ""})["median"],
-                    "ready_ms_median": found["starts"]["warm"]["ready_ms"]["median"],
-                    "peak_mib_max": found["memory"]["peak_mib"]["max"],
-                    "anonymous_mib_max": (found["memory"]["anonymous_mib"] or {"max": ""})["max"],
-                    "energy_per_answer_j_median": (image["energy_per_answer_j"] or {"median": ""})["median"],
+                    "views": image.views,
+                    "image_tokens": image.image_tokens,
+                    "prompt_tokens": image.prompt_tokens,
+                    "new_tokens": image.new_tokens,
+                    "answers": image.total_ms.n,
+                    **{f"{stage}_median": _cell(of.median) for stage, of in image.stages.items()},
+                    "ttft_ms_median": _cell(image.ttft_ms.median),
+                    "ttft_ms_p90": _cell(image.ttft_ms.p90),
+                    "total_ms_median": _cell(image.total_ms.median),
+                    "total_ms_mad": _cell(image.total_ms.mad),
+                    "decode_tok_s_median": _median(image.decode_tok_s),
+                    "ready_ms_median": _cell(found.starts.warm.ready_ms.median),
+                    "peak_mib_max": _cell(memory.peak_mib.max) if memory.peak_mib else "",
+                    "anonymous_mib_max": _cell(memory.anonymous_mib.max) if memory.anonymous_mib else "",
+                    "energy_per_answer_j_median": _median(image.energy_per_answer_j),
                 }
             )
 
@@ -158,3 +143,11 @@ def rows_for_csv(result: Mapping[str, Any]) -> tuple[str, list[str]]:
         return out.getvalue()
 
     return (line(rows[0]) if rows else ""), [line(row.values()) for row in rows]
+
+
+def _cell(value: float) -> float:
+    return round(value, 4)
+
+
+def _median(figure: Figure | None) -> float | str:
+    return _cell(figure.median) if figure else ""

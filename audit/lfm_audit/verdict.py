@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from lfm_audit.figures import spread
+from lfm_audit.result import Audit, Limit, MachineResult, Verdict
 
 MOST_SPREAD, MOST_BACKGROUND, FEWEST_RUNS = 0.05, 0.05, 3
 _SWAPPED_MIB = 1.0
@@ -24,93 +23,71 @@ LIMITS = {
 """Name → meaning. All are judged by the median; memory by its maximum."""
 
 
-def headlines(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(variant, image or "", name of LIMITS, figure) of what an audit is quoted for."""
-    for variant, found in result["variants"].items():
-        for name, start in (("ready_ms", "warm"), ("cold_ready_ms", "cold")):
-            if found["starts"][start]:
-                yield variant, "", name, found["starts"][start]["ready_ms"]
-        for name, key in (("peak_rss_mib", "peak_mib"), ("anonymous_mib", "anonymous_mib")):
-            if found["memory"][key]:
-                yield variant, "", name, found["memory"][key]
-        for image, answers in found["images"].items():
-            for name in ("ttft_ms", "total_ms", "decode_tok_s", "energy_per_answer_j"):
-                if answers[name]:
-                    yield variant, image, name, answers[name]
-
-
-def check_limits(result: Mapping[str, Any], limits: Mapping[str, float]) -> list[dict[str, Any]]:
+def check_limits(audit: Audit, limits: Mapping[str, float]) -> tuple[Limit, ...]:
     """Each limit against each headline it is about; one that nothing measured does not hold."""
     rows = []
     for name, limit in limits.items():
-        found = [(variant, image, of) for variant, image, headline, of in headlines(result) if headline == name]
-        for variant, image, of in found:
-            measured = of["max"] if name.endswith("_mib") else of["median"]
+        about = [headline for headline in audit.headlines() if headline.name == name]
+        for headline in about:
+            measured = headline.figure.max if name.endswith("_mib") else headline.figure.median
             holds = measured >= limit if name == "decode_tok_s" else measured <= limit
-            rows.append(
-                {
-                    "name": name,
-                    "limit": limit,
-                    "variant": variant,
-                    "image": image or None,
-                    "measured": measured,
-                    "holds": holds,
-                }
-            )
-        if not found:
-            rows.append(
-                {"name": name, "limit": limit, "variant": None, "image": None, "measured": None, "holds": False}
-            )
-    return rows
+            rows.append(Limit(name, limit, headline.variant, headline.image or None, measured, holds))
+        if not about:
+            rows.append(Limit(name, limit, None, None, None, holds=False))
+    return tuple(rows)
 
 
-def verdict(result: Mapping[str, Any], *, changed_files: bool, elapsed: tuple[float, float]) -> dict[str, Any]:
-    """{"valid", "reasons"}. `elapsed`: seconds the audit took by time.perf_counter() and by the system's clock."""
-    machine = result["machine"]
-    reasons = [*_clock(result, elapsed), *_throttled(machine)]
-    own = max(((v["memory"]["swap_mib"] or {"max": 0.0})["max"] for v in result["variants"].values()), default=0.0)
-    if max(machine["swapped_mib"], own) > _SWAPPED_MIB:
-        reasons.append(
-            f"swapped: {machine['swapped_mib']:.0f} MiB went to or came from swap, {own:.0f} MiB of the process "
-            "were there"
-        )
-    share, worst = machine["background_share"]["mean"], machine["background_share"]["max"]
-    if share > MOST_BACKGROUND:
-        reasons.append(
-            f"background load: others had {share:.0%} of the processors, {worst:.0%} at worst; close them, or wait "
-            "for the host"
-        )
+def judge(audit: Audit, *, changed_files: bool, elapsed: tuple[float, float]) -> Verdict:
+    """Whether it is to be trusted.
+
+    Args:
+        audit: what was measured.
+        changed_files: the bundle's files were changed meanwhile.
+        elapsed: seconds the audit took by time.perf_counter() and by the system's clock.
+    """
+    reasons = [*_clock(audit, elapsed), *_throttled(audit.machine), *_disturbed(audit)]
     if changed_files:
         reasons.append("the bundle's files were changed while it was measured")
-    for variant, found in result["variants"].items():
-        for image, answers in found["images"].items():
-            if len(answers["text_sha256"]) > 1:
+    for variant, found in audit.variants.items():
+        for image, answers in found.images.items():
+            if len(answers.text_sha256) > 1:
                 reasons.append(
-                    f"output changed: {variant} said {len(answers['text_sha256'])} different things about {image}"
+                    f"output changed: {variant} said {len(answers.text_sha256)} different things about {image}"
                 )
-        if found["starts"]["warm"]["ready_ms"]["n"] < FEWEST_RUNS:
+        if found.starts.warm.ready_ms.n < FEWEST_RUNS:
             reasons.append(f"too few processes of {variant} to know the spread; raise --budget")
-    for variant, image, name, of in headlines(result):
-        if of["n"] >= FEWEST_RUNS and name != "cold_ready_ms" and spread(of) > MOST_SPREAD:
-            about = f" ({image})" if image else ""
-            reasons.append(f"spread: {name} of {variant}{about} lies {spread(of):.0%} around its median")
-    return {"valid": not reasons, "reasons": reasons}
+    for headline in audit.headlines():
+        spread = headline.figure.spread
+        if headline.figure.n >= FEWEST_RUNS and headline.name != "cold_ready_ms" and spread > MOST_SPREAD:
+            about = f"{headline.variant} ({headline.image})" if headline.image else headline.variant
+            reasons.append(f"spread: {headline.name} of {about} lies {spread:.0%} around its median")
+    return Verdict(not reasons, tuple(reasons))
 
 
-def _clock(result: Mapping[str, Any], elapsed: tuple[float, float]) -> Iterator[str]:
+def _disturbed(audit: Audit) -> Iterator[str]:
+    machine = audit.machine
+    own = max((v.memory.swap_mib.max for v in audit.variants.values() if v.memory.swap_mib), default=0.0)
+    if max(machine.swapped_mib, own) > _SWAPPED_MIB:
+        went = f"{machine.swapped_mib:.0f} MiB went to or came from swap"
+        yield f"swapped: {went}, {own:.0f} MiB of the process were there"
+    share = machine.background_share
+    if share.mean > MOST_BACKGROUND:
+        others = f"others had {share.mean:.0%} of the processors, {share.max:.0%} at worst"
+        yield f"background load: {others}; close them, or wait for the host"
+
+
+def _clock(audit: Audit, elapsed: tuple[float, float]) -> Iterator[str]:
     ours, system = elapsed
-    still = any(
-        answers["total_ms"]["min"] <= 0 for found in result["variants"].values() for answers in found["images"].values()
-    )
+    still = any(answers.total_ms.min <= 0 for found in audit.variants.values() for answers in found.images.values())
     if still or abs(ours - system) > max(_CLOCK_S, _CLOCK_SHARE * ours):
         yield f"the clock stood still or jumped: {ours:.1f} s by one clock, {system:.1f} s by another"
 
 
-def _throttled(machine: Mapping[str, Any]) -> Iterator[str]:
-    before, after = machine["throttle_bits_before"] or 0, machine["throttle_bits_after"] or 0
-    if machine["throttled_while_measured"] or after & ~before:
+def _throttled(machine: MachineResult) -> Iterator[str]:
+    before, after = machine.throttle_bits_before or 0, machine.throttle_bits_after or 0
+    if machine.throttled_while_measured or after & ~before:
         yield f"throttled: the firmware's bits were {before:#x} before and {after:#x} after; see to power and cooling"
-    speeds: Sequence[float] = [s["frequency_mhz"] for s in machine["samples"] if s["frequency_mhz"]]
+    speeds = [s.frequency_mhz for s in machine.samples if s.frequency_mhz]
     third = len(speeds) // 3
     if third:
         first, last = sorted(speeds[:third])[third // 2], sorted(speeds[-third:])[third // 2]

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from lfm_audit import audit as audit_module
-from lfm_audit.audit import Subject, Workload, audit
-from lfm_audit.figures import figure
+from lfm_audit.audit import audit
+from lfm_audit.figures import Figure
 from lfm_audit.images import SIZES, find_images, make_images
 from lfm_audit.measure.trial import start
+from lfm_audit.result import SCHEMA as SCHEMA_NUMBER
+from lfm_audit.result import Audit, Limit, Verdict, audit_schema
+from lfm_audit.workload import QUESTION, Subject, Workload
 from lfm_profiles import detect, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.bundle import Bundle
@@ -56,7 +59,7 @@ def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
 
 
 def done(workload: Workload, sensors: Sensors, progress=lambda _: None) -> dict:
-    return audit(workload, detect(), sensors, progress)
+    return json.loads(audit(workload, detect(), sensors, progress).to_text())
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +106,19 @@ def test_schema(written) -> None:
         place["another"] = 1
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(broken, schema)
-    assert schema["properties"]["schema"]["const"] == audit_module.SCHEMA
+    assert schema["properties"]["schema"]["const"] == SCHEMA_NUMBER
+    assert schema == audit_schema(), "make it again: python -m lfm_audit.result > audit/lfm_audit/audit.schema.json"
 
 
 def test_a_changed_field_is_another_schema() -> None:
     """Whoever adds, removes or renames a field gives the schema another number, and adds a line here."""
     import hashlib
 
+    schema = json.loads(SCHEMA.read_text())
+
     def fields(node, path: str = ""):
         if isinstance(node, dict):
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
             for name, inner in node.get("properties", {}).items():
                 yield f"{path}.{name}"
                 yield from fields(inner, f"{path}.{name}")
@@ -120,12 +127,9 @@ def test_a_changed_field_is_another_schema() -> None:
             for inner in node.get("anyOf", []):
                 yield from fields(inner, path)
 
-    schema = json.loads(SCHEMA.read_text())
-    names = sorted(
-        [*fields(schema), *(f"{name}{field}" for name, of in schema["$defs"].items() for field in fields(of))]
-    )
-    known = {1: "051ba130ca5b6945"}
-    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == known[audit_module.SCHEMA]
+    names = sorted(fields(schema))
+    known = {1: "b976301d7d8a8919"}
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == known[SCHEMA_NUMBER]
 
 
 def test_what_it_says(written, demo_bundle) -> None:
@@ -167,20 +171,7 @@ def test_what_it_says(written, demo_bundle) -> None:
 def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
     image = make_images(written.parent)["512x512"]
     assert (
-        main(
-            [
-                "profile",
-                "plan",
-                str(demo_bundle),
-                str(image),
-                "--profile",
-                "generic",
-                "-p",
-                audit_module.QUESTION,
-                "--json",
-            ]
-        )
-        == 0
+        main(["profile", "plan", str(demo_bundle), str(image), "--profile", "generic", "-p", QUESTION, "--json"]) == 0
     )
     times = json.loads(capsys.readouterr().out)["times_ms"]
     known = json.loads(written.read_text())["variants"]["fp32"]["images"]["512x512"]
@@ -281,27 +272,20 @@ def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, chan
     assert word in reasons(done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE))))
 
 
-def test_frequency_that_falls_and_swap() -> None:
+def test_frequency_that_falls_and_swap(made) -> None:
     """The verdict alone, on a machine's figures."""
-    from lfm_audit.verdict import verdict
+    from lfm_audit.verdict import judge
 
-    def machine(**more) -> dict:
+    whole = Audit.read(made)
+
+    def machine(**more) -> Audit:
         speeds = more.pop("speeds", [2400.0] * 30)
-        return {
-            "variants": {},
-            "machine": {
-                "throttle_bits_before": None,
-                "throttle_bits_after": None,
-                "throttled_while_measured": False,
-                "swapped_mib": 0.0,
-                "background_share": figure([0.0]),
-                "samples": [{"frequency_mhz": s} for s in speeds],
-                **more,
-            },
-        }
+        samples = tuple(replace(whole.machine.samples[0], frequency_mhz=s) for s in speeds)
+        found = replace(whole.machine, background_share=Figure.of([0.0]), samples=samples, **more)
+        return replace(whole, variants={}, machine=found)
 
-    def said(result: dict, elapsed=(60.0, 60.0)) -> str:
-        return reasons({"verdict": verdict(result, changed_files=False, elapsed=elapsed)})
+    def said(result: Audit, elapsed=(60.0, 60.0)) -> str:
+        return "; ".join(judge(result, changed_files=False, elapsed=elapsed).reasons)
 
     assert said(machine()) == ""
     assert "the frequency fell from 2400 to 1500" in said(machine(speeds=[2400.0] * 20 + [1500.0] * 10))
@@ -468,15 +452,9 @@ def test_limits(written, demo_bundle, capsys, processes) -> None:
 
 
 def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
-    result = json.loads(written.read_text())
     for valid, holds, code in ((True, True, 0), (True, False, 1), (False, True, 3), (False, False, 3)):
-        changed = {
-            **result,
-            "verdict": {"valid": valid, "reasons": []},
-            "limits": [
-                {"name": "ttft_ms", "limit": 1.0, "variant": "fp32", "image": None, "measured": 2.0, "holds": holds}
-            ],
-        }
+        limit = Limit("ttft_ms", 1.0, "fp32", None, 2.0, holds)
+        changed = replace(Audit.read(written), verdict=Verdict(valid, ()), limits=(limit,))
         monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
         assert main(["audit", str(demo_bundle), "--quiet"]) == code
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lfm_audit.figures import figure, interval, separable, spread
+from lfm_audit.figures import Figure, interval, separable
 from lfm_audit.measure.power import Power, integral, read_meter
 from lfm_audit.measure.watch import StateSample
 from lfm_profiles.sensors import Reading
@@ -18,17 +18,17 @@ numbers = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
 
 @given(numbers)
 def test_against_numpy(samples) -> None:
-    found = figure(samples)
+    found = Figure.of(samples)
     close = lambda value: pytest.approx(float(value), rel=1e-9, abs=1e-9)  # noqa: E731
-    assert found["n"] == len(samples) and found["samples"] == samples
-    assert found["median"] == close(np.median(samples))
-    assert found["mad"] == close(np.median(np.abs(np.array(samples) - np.median(samples))))
-    assert found["mean"] == close(np.mean(samples))
-    assert found["p90"] == close(np.percentile(samples, 90))
-    assert (found["p95"] is None) == (len(samples) < 20)
-    if found["p95"] is not None:
-        assert found["p95"] == close(np.percentile(samples, 95))
-    assert (found["min"], found["max"]) == (min(samples), max(samples))
+    assert found.n == len(samples) and list(found.samples) == samples
+    assert found.median == close(np.median(samples))
+    assert found.mad == close(np.median(np.abs(np.array(samples) - np.median(samples))))
+    assert found.mean == close(np.mean(samples))
+    assert found.p90 == close(np.percentile(samples, 90))
+    assert (found.p95 is None) == (len(samples) < 20)
+    if found.p95 is not None:
+        assert found.p95 == close(np.percentile(samples, 95))
+    assert (found.min, found.max) == (min(samples), max(samples))
 
 
 def test_interval_by_hand() -> None:
@@ -54,18 +54,18 @@ def test_interval_covers() -> None:
 
 def test_separable() -> None:
     a, b, c = (
-        figure([10, 11, 10, 11, 10, 11, 10]),
-        figure([12, 13, 12, 13, 12, 13, 12]),
-        figure([10, 13, 12, 11, 10, 13, 12]),
+        Figure.of([10, 11, 10, 11, 10, 11, 10]),
+        Figure.of([12, 13, 12, 13, 12, 13, 12]),
+        Figure.of([10, 13, 12, 11, 10, 13, 12]),
     )
     assert separable(a, b) and separable(b, a)
     assert not separable(a, c)
-    assert not separable(figure([1, 1, 1]), figure([9, 9, 9])), "three samples do not tell"
+    assert not separable(Figure.of([1, 1, 1]), Figure.of([9, 9, 9])), "three samples do not tell"
 
 
 def test_spread() -> None:
-    assert spread(figure([100, 100, 100])) == 0
-    assert spread(figure([90, 100, 110])) == pytest.approx(0.1)
+    assert Figure.of([100, 100, 100]).spread == 0
+    assert Figure.of([90, 100, 110]).spread == pytest.approx(0.1)
 
 
 def state(at: float, watt: float | None = None, counter: int | None = None) -> StateSample:

@@ -11,24 +11,27 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lfm_audit.figures import figure
+from lfm_audit.figures import Figure
 from lfm_runtime.commands.cli import main
+from lfm_runtime.formats.typed import as_json
 
 pytest.importorskip("matplotlib")
 from lfm_audit.report.page import audit_page
 from lfm_audit.report.source import all_series, named_audits
 from lfm_audit.report.tables import Row, Table, changes_table
 
-RECORDED = Path(__file__).with_name("audit.json")
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 
 
 @pytest.fixture
-def audit() -> dict:
-    """Of the demo model, int8 and int4, three images; shortened."""
-    return json.loads(RECORDED.read_text())
+def audit(made) -> dict:
+    return json.loads(made.read_text())
+
+
+def figure(samples) -> dict:
+    return as_json(Figure.of(samples))
 
 
 def write(folder: Path, name: str, result: dict) -> Path:

@@ -19,6 +19,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.engine.prepared import folder_of
+from lfm_runtime.setup.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:3]
@@ -125,7 +126,7 @@ def test_profile_takes_it_where_it_is(bundle, demo_bundle) -> None:
     split = Model.load(bundle, profile="fast", threads=1, kv="int8")
     assert split.setup.variant == "int4-kv8"
     assert split.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
-    assert Model.load(demo_bundle, profile="small", threads=1).variant == "fp32"
+    assert resolve(demo_bundle, "small", force=True).variant == "fp32"
 
 
 def test_prepared(bundle, tmp_path, capsys) -> None:

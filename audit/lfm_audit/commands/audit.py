@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lfm_runtime.setup.setup import Setup
 
-    from lfm_audit.audit import Subject, Workload
+    from lfm_audit.workload import Subject, Workload
 
 LIMIT_BROKEN, INVALID = 1, 3
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, show, write, judge."""
-    import json
     import tempfile
 
     from lfm_profiles.sensors import Sensors
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     progress("")
     print(table(result))
     if options.output:
-        write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(options.output, result.to_text())
         print(
             f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o "
             f"{options.output.with_suffix('.html')}"
@@ -93,9 +92,9 @@ def run(options: argparse.Namespace) -> int:
         with options.csv.open("a", encoding="utf-8") as f:
             f.write("\n".join([*([] if there else [header]), *rows]) + "\n")
     keep_measured(work.bundle, result)
-    if not result["verdict"]["valid"]:
+    if not result.verdict.valid:
         return INVALID
-    return 0 if all(limit["holds"] for limit in result["limits"]) else LIMIT_BROKEN
+    return 0 if all(limit.holds for limit in result.limits) else LIMIT_BROKEN
 
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
@@ -104,7 +103,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
 
-    from lfm_audit.audit import QUESTION, Workload
+    from lfm_audit.workload import QUESTION, Workload
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -148,7 +147,7 @@ def _subject(setup: Setup) -> Subject:
     from lfm_profiles import changed
     from lfm_runtime.setup.resolve import DoesNotFitError, resolve
 
-    from lfm_audit.audit import Subject
+    from lfm_audit.workload import Subject
 
     too_large = None
     try:

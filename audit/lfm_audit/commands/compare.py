@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Read both, print what changed, judge."""
-    from lfm_audit.compare import changes, differences, read_audit
+    from lfm_audit.compare import changes, differences
+    from lfm_audit.result import Audit
 
     try:
         allowed = float(options.fail_over.removesuffix("%")) / 100
@@ -32,13 +33,13 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"--fail-over {options.fail_over} is no percentage; write 5%") from e
     if not 0 <= allowed < float("inf"):
         raise SettingError(f"--fail-over {options.fail_over} is impossible; allowed: 0% and above")
-    before, after = read_audit(options.before), read_audit(options.after)
+    before, after = Audit.read(options.before), Audit.read(options.after)
     found = changes(before, after)
     if not found:
         raise SettingError(f"{options.before} and {options.after} have no figure in common: other variants or images")
     for path, audit in ((options.before, before), (options.after, after)):
-        if not audit["verdict"]["valid"]:
-            print(f"NOT VALID {path}: {'; '.join(audit['verdict']['reasons'])}")
+        if not audit.verdict.valid:
+            print(f"NOT VALID {path}: {'; '.join(audit.verdict.reasons)}")
     for difference in differences(before, after):
         print(f"differs: {difference}")
     worse = unknown = 0
@@ -52,9 +53,7 @@ def run(options: argparse.Namespace) -> int:
         word = "WORSE" if bad else change.word()
         ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
         name = " ".join(part for part in (change.variant, change.image, change.name) if part)
-        print(
-            f"{name:32s} {change.before['median']:10,.1f} {change.after['median']:10,.1f} {ratio:>8s}  {word}".rstrip()
-        )
+        print(f"{name:32s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip())
     print(f"\n{worse} of {len(found)} figures are worse by more than {allowed:.1%}")
     if unknown:
         print(f"{unknown} more may be, and have too few samples to tell (six are needed): raise the audits' --budget")
@@ -62,4 +61,4 @@ def run(options: argparse.Namespace) -> int:
         return WORSE
     if unknown:
         return INVALID
-    return 0 if before["verdict"]["valid"] and after["verdict"]["valid"] else INVALID
+    return 0 if before.verdict.valid and after.verdict.valid else INVALID

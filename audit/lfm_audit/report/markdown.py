@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_audit.report.source import Audit, all_series
+from lfm_audit.report.source import Named, all_series
 from lfm_audit.report.tables import changes_table, headline_table, limits_table, tuning_tables
 from lfm_audit.table import verdict_line
 
 
-def audit_markdown(audits: Sequence[Audit]) -> str:
+def audit_markdown(audits: Sequence[Named]) -> str:
     """Plots are for the page."""
     parts = []
-    for audit in audits:
-        parts.append(f"**{audit.name}**: {verdict_line(audit.result)} ({audit.where}, {audit.when})")
-        parts += [f"- {reason}" for reason in audit.result["verdict"]["reasons"]]
+    for one in audits:
+        parts.append(f"**{one.name}**: {verdict_line(one.audit)} ({one.where}, {one.when})")
+        parts += [f"- {reason}" for reason in one.audit.verdict.reasons]
     tables = [
         ("What it costs", headline_table(all_series(audits))),
         ("Limits", limits_table(audits)),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 from lfm_audit.report import plots
-from lfm_audit.report.source import Audit, all_series
+from lfm_audit.report.source import Named, all_series
 from lfm_audit.report.tables import (
     Table,
     changes_table,
@@ -19,13 +19,14 @@ from lfm_audit.report.tables import (
     settings_table,
     tuning_tables,
 )
+from lfm_audit.result import Audit
 from lfm_audit.table import verdict_line
 
 Section = tuple[str, list[Any], str]
 """Title, plots and tables, a note below the title."""
 
 
-def audit_page(audits: Sequence[Audit]) -> str:
+def audit_page(audits: Sequence[Named]) -> str:
     """Verdicts and headlines first, then where time and memory go, then everything else."""
     series = all_series(audits)
     sections: list[Section] = [
@@ -64,37 +65,32 @@ def audit_page(audits: Sequence[Audit]) -> str:
         ),
         ("Settings", [settings_table(audits)], ""),
     ]
-    notes = [
-        f"{audit.name}: {note}"
-        for audit in audits
-        for note in (
-            *(f"left out: {image['name']}: {image['reason']}" for image in audit.result["workload"]["skipped_images"]),
-            *(
-                f"{v}: to fit the memory: {step}"
-                for v, found in audit.result["variants"].items()
-                for step in found["steps_down"]
-            ),
-            *(f"{v}: {warning}" for v, found in audit.result["variants"].items() for warning in found["warnings"]),
-            *(f"no {sensor}: {why}" for sensor, why in audit.result["machine"]["missing"].items()),
-        )
-    ]
+    notes = [f"{named.name}: {note}" for named in audits for note in _notes(named.audit)]
     verdicts = [
         {
-            "name": audit.name,
-            "valid": audit.result["verdict"]["valid"],
-            "reasons": audit.result["verdict"]["reasons"],
-            "broken": sum(not limit["holds"] for limit in audit.result["limits"]),
-            "limits": len(audit.result["limits"]),
-            "line": verdict_line(audit.result).partition(": ")[2],
-            "where": audit.where,
-            "when": audit.when,
+            "name": named.name,
+            "valid": named.audit.verdict.valid,
+            "reasons": named.audit.verdict.reasons,
+            "broken": sum(not limit.holds for limit in named.audit.limits),
+            "limits": len(named.audit.limits),
+            "line": verdict_line(named.audit).partition(": ")[2],
+            "where": named.where,
+            "when": named.when,
         }
-        for audit in audits
+        for named in audits
     ]
-    title = (
-        f"{audits[0].result['bundle']['name']} on {audits[0].where}" if len(audits) == 1 else f"{len(audits)} audits"
-    )
+    one = f"{audits[0].audit.bundle.name} on {audits[0].where}"
+    title = one if len(audits) == 1 else f"{len(audits)} audits"
     return _render(title, verdicts, sections, notes)
+
+
+def _notes(audit: Audit) -> Iterator[str]:
+    for image in audit.workload.skipped_images:
+        yield f"left out: {image.name}: {image.reason}"
+    for variant, found in audit.variants.items():
+        yield from (f"{variant}: to fit the memory: {step}" for step in found.steps_down)
+        yield from (f"{variant}: {warning}" for warning in found.warnings)
+    yield from (f"no {sensor}: {why}" for sensor, why in audit.machine.missing.items())
 
 
 def tuning_page(tuning: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lfm_audit.report.source import Audit, Series, images_of
+from lfm_audit.report.source import Named, Series, images_of
+from lfm_audit.result import MachineAt
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
     "#e69f00",
@@ -81,23 +82,23 @@ def waterfall(series: Sequence[Series]) -> str:
     images = images_of(series)
     figure, axes = _panels(len(images), 0.5 + 0.34 * len(series))
     for axis, name in zip(axes, images, strict=True):
-        there = [one for one in series if name in one.result["images"]]
+        there = [one for one in series if name in one.result.images]
         for row, one in enumerate(there):
-            found, left = one.result["images"][name], 0.0
+            found, left = one.result.images[name], 0.0
             for key, (label, colour, hatch) in STAGES.items():
-                ms = found["stages"][key]["median"]
+                ms = getattr(found.stages, key).median
                 _part(axis, row, left, ms, (label, colour, hatch))
                 left += ms
-            first = found["ttft_ms"]["median"]
+            first = found.ttft_ms.median
             axis.plot(
                 [first, first], [row - 0.42, row + 0.42], color=BLACK, linewidth=1.6, label="" if row else "first token"
             )
             axis.text(left, row, f" {left:,.0f} ms", va="center", fontsize=8)
         axis.set_yticks(range(len(there)), [one.label for one in there])
         axis.invert_yaxis()
-        of = there[0].result["images"][name]
-        views = f"{of['views']} view{'s' if of['views'] != 1 else ''}"
-        axis.set_title(f"{name}: {views}, {of['image_tokens']} image tokens, {of['new_tokens']} written", loc="left")
+        of = there[0].result.images[name]
+        views = f"{of.views} view{'s' if of.views != 1 else ''}"
+        axis.set_title(f"{name}: {views}, {of.image_tokens} image tokens, {of.new_tokens} written", loc="left")
         axis.grid(axis="y", visible=False)
         axis.margins(x=0.12)
     axes[-1].set_xlabel("ms")
@@ -110,20 +111,17 @@ def waterfall(series: Sequence[Series]) -> str:
 def starts(series: Sequence[Series]) -> str:
     """From the start of a process until it can be asked."""
     rows = [
-        (f"{one.label}, {kind.replace('_', '-')}", start)
-        for one in series
-        for kind, start in one.result["starts"].items()
-        if start
+        (f"{one.label}, {kind.replace('_', '-')}", start) for one in series for kind, start in one.result.starts.items()
     ]
     figure, (axis,) = _panels(1, 0.6 + 0.3 * len(rows))
     for row, (_, start) in enumerate(rows):
-        left, ready = 0.0, start["ready_ms"]["median"]
+        left, ready = 0.0, start.ready_ms.median
         parts = [
             ("Python", "python_ms", "#bbbbbb", ""),
             ("imports", "import_ms", ORANGE, ".."),
             ("bundle", "open_ms", SKY, "\\\\"),
         ]
-        sizes = [(label, start[key]["median"], colour, hatch) for label, key, colour, hatch in parts]
+        sizes = [(label, getattr(start, key).median, colour, hatch) for label, key, colour, hatch in parts]
         for label, ms, colour, hatch in [
             *sizes,
             ("graphs", max(0.0, ready - sum(ms for _, ms, *_ in sizes)), BLUE, "//"),
@@ -141,21 +139,19 @@ def starts(series: Sequence[Series]) -> str:
 
 
 @_styled
-def over_time(audits: Sequence[Audit], series: Sequence[Series]) -> str:
+def over_time(audits: Sequence[Named], series: Sequence[Series]) -> str:
     """Milliseconds a token in the course of the audit, with throttling marked."""
     figure, axes = _panels(len(audits), 1.9)
-    for axis, audit in zip(axes, audits, strict=True):
-        for n, one in enumerate(one for one in series if one.audit is audit):
+    for axis, named in zip(axes, audits, strict=True):
+        for n, one in enumerate(one for one in series if one.named is named):
             colour, marker, _ = _LINES[n % len(_LINES)]
-            answers = [p for image in one.result["images"].values() for p in image["over_time"] if p["inter_token_ms"]]
-            times, ms = (
-                zip(*sorted((p["at_s"], p["inter_token_ms"]) for p in answers), strict=True) if answers else ((), ())
-            )
+            answers = [p for image in one.result.images.values() for p in image.over_time if p.inter_token_ms]
+            times, ms = zip(*sorted((p.at_s, p.inter_token_ms) for p in answers), strict=True) if answers else ((), ())
             axis.plot(times, ms, marker=marker, markersize=3, linewidth=0.6, color=colour, label=one.label)
-        _mark_throttling(axis, audit.result["machine"]["samples"])
+        _mark_throttling(axis, named.audit.machine.samples)
         axis.set_ylabel("ms a token")
         axis.set_ylim(bottom=0)
-        axis.set_title(audit.name if len(audits) > 1 else "", loc="left")
+        axis.set_title(named.name if len(audits) > 1 else "", loc="left")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=4)
     axes[-1].set_xlabel("s")
@@ -166,20 +162,18 @@ def over_time(audits: Sequence[Audit], series: Sequence[Series]) -> str:
 def memory(series: Sequence[Series]) -> str:
     """Anonymous and mapped memory of one process, from its start."""
     figure, axes = _panels(len(series), 1.6)
-    top = max(
-        (m["anonymous_mib"] + m["mapped_mib"] for one in series for m in one.result["memory"]["timeline"]), default=1.0
-    )
+    top = max((m.anonymous_mib + m.mapped_mib for one in series for m in one.result.memory.timeline), default=1.0)
     for axis, one in zip(axes, series, strict=True):
-        found = one.result["memory"]
-        times = [m["at_ms"] / 1e3 for m in found["timeline"]]
-        anonymous, mapped = ([m[key] for m in found["timeline"]] for key in ("anonymous_mib", "mapped_mib"))
+        found = one.result.memory
+        times = [m.at_ms / 1e3 for m in found.timeline]
+        anonymous, mapped = ([getattr(m, key) for m in found.timeline] for key in ("anonymous_mib", "mapped_mib"))
         bands = axis.stackplot(
             times, anonymous, mapped, colors=[RED, SKY], labels=["anonymous", "mapped files (can be evicted)"]
         )
         bands[1].set_hatch("//")
         bands[1].set_edgecolor("white")
-        if found["peak_mib"]:
-            peak = found["peak_mib"]["max"]
+        if found.peak_mib:
+            peak = found.peak_mib.max
             axis.axhline(peak, color=BLACK, linewidth=0.9, linestyle="--", label=f"peak {peak:,.0f}")
         axis.set_ylim(0, top * 1.08)
         axis.set_ylabel("MiB")
@@ -190,29 +184,30 @@ def memory(series: Sequence[Series]) -> str:
 
 
 @_styled
-def machine(audits: Sequence[Audit]) -> str:
+def machine(audits: Sequence[Named]) -> str:
     """Temperature, frequency and power, those that were measured; "" where none was."""
     kinds = [
         (key, unit)
         for key, unit in (("temperature_c", "°C"), ("frequency_mhz", "MHz"), ("power_w", "W"))
-        if any(s[key] is not None for audit in audits for s in audit.result["machine"]["samples"])
+        if any(getattr(s, key) is not None for named in audits for s in named.audit.machine.samples)
     ]
     if not kinds:
         return ""
     figure, axes = _panels(len(kinds), 1.4)
     for axis, (key, unit) in zip(axes, kinds, strict=True):
-        for n, audit in enumerate(audits):
+        for n, named in enumerate(audits):
             colour, _, dashes = _LINES[n % len(_LINES)]
-            points = [(s["at_s"], s[key]) for s in audit.result["machine"]["samples"] if s[key] is not None]
+            samples = named.audit.machine.samples
+            points = [(s.at_s, getattr(s, key)) for s in samples if getattr(s, key) is not None]
             axis.plot(
                 [t for t, _ in points],
                 [v for _, v in points],
                 color=colour,
                 linestyle=dashes,
-                label=audit.name,
+                label=named.name,
                 linewidth=1.2,
             )
-            _mark_throttling(axis, audit.result["machine"]["samples"])
+            _mark_throttling(axis, named.audit.machine.samples)
         axis.set_ylabel(unit)
         axis.yaxis.set_major_locator(MaxNLocator(4))
     if len(audits) > 1:
@@ -224,7 +219,7 @@ def machine(audits: Sequence[Audit]) -> str:
 @_styled
 def quality(series: Sequence[Series]) -> str:
     """What a variant costs beside what it loses; "" where no variant's quality was measured."""
-    there = [one for one in series if one.result["quality"] and one.result["memory"]["peak_mib"]]
+    there = [one for one in series if "kl" in (one.result.quality or {}) and one.result.memory.peak_mib]
     if not there:
         return ""
     image = images_of(there)[-1]
@@ -233,15 +228,23 @@ def quality(series: Sequence[Series]) -> str:
         for n, one in enumerate(there):
             colour, marker, _ = _LINES[n % len(_LINES)]
             of = (
-                one.result["memory"]["peak_mib"]
+                one.result.memory.peak_mib
                 if label.startswith("MiB")
-                else one.result["images"].get(image, {}).get("ttft_ms")
+                else one.result.images[image].ttft_ms
+                if image in one.result.images
+                else None
             )
             if of:
-                at = of["median"]
-                axis.scatter([at], [one.result["quality"]["kl"]], color=colour, marker=marker, s=36, label=one.label)
+                at = of.median
+                axis.scatter(
+                    [at], [(one.result.quality or {})["kl"]], color=colour, marker=marker, s=36, label=one.label
+                )
                 axis.annotate(
-                    one.label, (at, one.result["quality"]["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8
+                    one.label,
+                    (at, (one.result.quality or {})["kl"]),
+                    xytext=(6, 4),
+                    textcoords="offset points",
+                    fontsize=8,
                 )
         axis.set_xlabel(label)
         axis.margins(0.25)
@@ -252,17 +255,17 @@ def quality(series: Sequence[Series]) -> str:
 
 
 @_styled
-def soak(audits: Sequence[Audit]) -> str:
+def soak(audits: Sequence[Named]) -> str:
     """Minute by minute; "" where nobody soaked."""
-    there = [audit for audit in audits if audit.result["soak"]]
+    there = [named for named in audits if named.audit.soak]
     if not there:
         return ""
     figure, (axis,) = _panels(1, 1.9)
-    for n, audit in enumerate(there):
+    for n, named in enumerate(there):
         colour, marker, dashes = _LINES[n % len(_LINES)]
-        minutes = audit.result["soak"]["minutes"]
-        at, ms = [m["minute"] for m in minutes], [m["inter_token_ms"] for m in minutes]
-        axis.plot(at, ms, color=colour, marker=marker, linestyle=dashes, label=audit.name)
+        minutes = named.audit.soak.minutes if named.audit.soak else ()
+        at, ms = [m.minute for m in minutes], [m.inter_token_ms for m in minutes]
+        axis.plot(at, ms, color=colour, marker=marker, linestyle=dashes, label=named.name)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("minute")
     axis.set_ylabel("ms a token")
@@ -316,8 +319,8 @@ def _part(axis: Any, row: int, left: float, ms: float, look: tuple[str, str, str
     )
 
 
-def _mark_throttling(axis: Any, samples: Sequence[Mapping[str, Any]]) -> None:
-    marked = [s["at_s"] for s in samples if s["throttled"]]
+def _mark_throttling(axis: Any, samples: Sequence[MachineAt]) -> None:
+    marked = [s.at_s for s in samples if s.throttled]
     for n, at in enumerate(marked):
         axis.axvspan(at - 0.25, at + 0.25, color=RED, alpha=0.25, linewidth=0, label="throttled" if n == 0 else None)
 

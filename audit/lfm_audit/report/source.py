@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lfm_runtime.formats.files import damage_is, read_json_object
 
-from lfm_audit.compare import AuditError, read_audit
+from lfm_audit.result import Audit, AuditError, VariantResult
 
 
 @dataclass(frozen=True)
-class Audit:
-    """One file."""
+class Named:
+    """An audit with a name that tells it from others."""
 
     name: str
-    result: Mapping[str, Any]
+    audit: Audit
 
     @property
     def when(self) -> str:
         """Day and time, UTC."""
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.result["created_unix_s"]))
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.audit.created_unix_s))
 
     @property
     def where(self) -> str:
         """The machine."""
-        device = self.result["device"]
-        return str(device["board"] or device["cpu"] or device["machine"])
+        device = self.audit.device
+        return str(device.get("board") or device.get("cpu") or device.get("machine"))
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,16 @@ class Series:
     """One variant of one audit: a bar, a line or a row."""
 
     label: str
-    audit: Audit
+    named: Named
     variant: str
 
     @property
-    def result(self) -> Mapping[str, Any]:
+    def result(self) -> VariantResult:
         """All about it."""
-        found: Mapping[str, Any] = self.audit.result["variants"][self.variant]
-        return found
+        return self.named.audit.variants[self.variant]
 
 
-def named_audits(paths: Sequence[Path]) -> list[Audit]:
+def named_audits(paths: Sequence[Path]) -> list[Named]:
     """Named by their files; by their folders as well where the files' names are the same.
 
     Raises:
@@ -59,53 +58,26 @@ def named_audits(paths: Sequence[Path]) -> list[Audit]:
         path.stem if stems.count(path.stem) == 1 else f"{path.absolute().parent.name}/{path.stem}" for path in paths
     ]
     names = [name if names.count(name) == 1 else f"{name} ({n + 1})" for n, name in enumerate(names)]
-    audits = [Audit(name, read_audit(path)) for name, path in zip(names, paths, strict=True)]
-    for audit, path in zip(audits, paths, strict=True):
-        with damage_is(AuditError, path, "make the audit again"):
-            _look_through(audit)
-    return audits
+    return [Named(name, Audit.read(path)) for name, path in zip(names, paths, strict=True)]
 
 
-def _look_through(audit: Audit) -> None:
-    """Raise what is raised where something that a page shows is not there."""
-    result = audit.result
-    _ = (
-        audit.when,
-        audit.where,
-        result["machine"]["samples"],
-        result["machine"]["missing"],
-        result["limits"],
-        result["soak"],
-    )
-    for series in all_series([audit]):
-        _ = series.result["memory"]["timeline"], series.result["quality"], series.result["threads"]
-        for image in series.result["images"].values():
-            _ = image["over_time"], image["stages"]["decode_ms"]["median"]
-
-
-def all_series(audits: Sequence[Audit]) -> list[Series]:
+def all_series(audits: Sequence[Named]) -> list[Series]:
     """Every variant of every audit, labelled as shortly as tells them apart."""
     found = []
-    for audit in audits:
-        for variant in audit.result["variants"]:
-            label = (
-                variant
-                if len(audits) == 1
-                else audit.name
-                if len(audit.result["variants"]) == 1
-                else f"{audit.name}, {variant}"
-            )
-            found.append(Series(label, audit, variant))
+    for named in audits:
+        for variant in named.audit.variants:
+            both = named.name if len(named.audit.variants) == 1 else f"{named.name}, {variant}"
+            found.append(Series(variant if len(audits) == 1 else both, named, variant))
     return found
 
 
 def images_of(series: Sequence[Series]) -> list[str]:
     """Names of all images, in their order."""
-    return list(dict.fromkeys(name for one in series for name in one.result["images"]))
+    return list(dict.fromkeys(name for one in series for name in one.result.images))
 
 
 def read_tuning(path: Path) -> dict[str, Any] | None:
-    """What profile tune measured; None where the file is something else.
+    """What lfm-edge tune measured; None where the file is something else.
 
     Raises:
         AuditError: it is not JSON, or a damaged tuning.

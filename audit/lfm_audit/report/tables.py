@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lfm_audit.compare import Change, changes, differences
-from lfm_audit.report.source import Audit, Series
+from lfm_audit.figures import Figure
+from lfm_audit.report.source import Named, Series
+from lfm_audit.result import ImageFacts, VariantResult
 
 NONE = "–"
 
@@ -45,32 +47,24 @@ def headline_table(series: Sequence[Series]) -> Table:
     rows = []
     for one in series:
         found = one.result
-        memory, quality = found["memory"], found["quality"]
-        for n, (name, image) in enumerate(found["images"].items()):
-            kept = (
-                [
-                    _of(memory["peak_mib"], 0),
-                    _of(memory["anonymous_mib"], 0),
-                    _of(found["starts"]["warm"]["ready_ms"], 0),
-                    f"{quality['kl']:.2g}" if quality else NONE,
-                ]
-                if n == 0
-                else [""] * 4
-            )
-            rows.append(
-                Row(
-                    [
-                        one.label if n == 0 else "",
-                        name,
-                        _spread(image["ttft_ms"]),
-                        _of(image["stages"]["vision_ms"], 0),
-                        _spread(image["total_ms"]),
-                        _of(image["decode_tok_s"], 1),
-                        _of(image["energy_per_answer_j"], 2),
-                        *kept,
-                    ]
-                )
-            )
+        quality = found.quality or {}
+        kept = [
+            _of(found.memory.peak_mib, 0),
+            _of(found.memory.anonymous_mib, 0),
+            _of(found.starts.warm.ready_ms, 0),
+            f"{quality['kl']:.2g}" if "kl" in quality else NONE,
+        ]
+        for n, (name, image) in enumerate(found.images.items()):
+            cells = [
+                one.label if n == 0 else "",
+                name,
+                _spread(image.ttft_ms),
+                _of(image.stages.vision_ms, 0),
+                _spread(image.total_ms),
+                _of(image.decode_tok_s, 1),
+                _of(image.energy_per_answer_j, 2),
+            ]
+            rows.append(Row([*cells, *(kept if n == 0 else [""] * len(kept))]))
     head = [
         "",
         "image",
@@ -87,81 +81,80 @@ def headline_table(series: Sequence[Series]) -> Table:
     return Table(head, rows, (1,))
 
 
-def limits_table(audits: Sequence[Audit]) -> Table:
+def limits_table(audits: Sequence[Named]) -> Table:
     """Kept or broken."""
     rows = [
         Row(
             [
-                audit.name,
-                limit["name"],
-                f"{limit['limit']:g}",
-                limit["variant"] or NONE,
-                limit["image"] or NONE,
-                NONE if limit["measured"] is None else f"{limit['measured']:,.4g}",
-                "holds" if limit["holds"] else "broken",
+                named.name,
+                limit.name,
+                f"{limit.limit:g}",
+                limit.variant or NONE,
+                limit.image or NONE,
+                NONE if limit.measured is None else f"{limit.measured:,.4g}",
+                "holds" if limit.holds else "broken",
             ],
-            bad=not limit["holds"],
+            bad=not limit.holds,
         )
-        for audit in audits
-        for limit in audit.result["limits"]
+        for named in audits
+        for limit in named.audit.limits
     ]
     return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows)
 
 
-def changes_table(audits: Sequence[Audit]) -> Table:
+def changes_table(audits: Sequence[Named]) -> Table:
     """Each audit after the first, against it; for one audit of several variants, those against its first."""
     rows = []
     if len(audits) == 1:
         rows = _variants_compared(audits[0])
     for other in audits[1:]:
-        for difference in differences(audits[0].result, other.result):
+        for difference in differences(audits[0].audit, other.audit):
             rows.append(Row([other.name, "differs", difference, "", "", "", ""]))
-        for change in changes(audits[0].result, other.result):
+        for change in changes(audits[0].audit, other.audit):
             of = f"{change.variant} {change.image}".strip()
             rows.append(_change(other.name, of, change.name, change.before, change.after, change.word()))
     return Table(["", "of", "figure", "before", "after", "change", ""], rows, (1, 2, 6))
 
 
-def _variants_compared(audit: Audit) -> list[Row]:
-    first, *others = audit.result["variants"]
+def _variants_compared(named: Named) -> list[Row]:
+    first, *others = named.audit.variants
     rows = []
     for other in others:
-        for image in audit.result["variants"][first]["images"]:
+        for image in named.audit.variants[first].images:
             for name in ("ttft_ms", "total_ms", "decode_tok_s"):
-                before, after = (audit.result["variants"][v]["images"][image][name] for v in (first, other))
+                before, after = (getattr(named.audit.variants[v].images[image], name) for v in (first, other))
+                if before is None or after is None:
+                    continue
                 word = Change(other, image, name, before, after).word()
                 rows.append(_change(f"{other} against {first}", image, name, before, after, word))
     return rows
 
 
-def _change(name: str, of: str, figure: str, before: Mapping[str, Any], after: Mapping[str, Any], word: str) -> Row:
-    ratio = f"{after['median'] / before['median'] - 1:+.1%}" if before["median"] else NONE
-    cells = [name, of, figure, f"{before['median']:,.1f}", f"{after['median']:,.1f}", ratio, word]
+def _change(name: str, of: str, figure: str, before: Figure, after: Figure, word: str) -> Row:
+    ratio = f"{after.median / before.median - 1:+.1%}" if before.median else NONE
+    cells = [name, of, figure, f"{before.median:,.1f}", f"{after.median:,.1f}", ratio, word]
     return Row(cells, bad=word == "worse")
 
 
-def machine_table(audits: Sequence[Audit]) -> Table:
+def machine_table(audits: Sequence[Named]) -> Table:
     """What the machine did meanwhile."""
     rows = []
-    for audit in audits:
-        m = audit.result["machine"]
-        rows.append(
-            Row(
-                [
-                    audit.name,
-                    m["governor"] or NONE,
-                    _number(m["temperature_max_c"], 0),
-                    _hex(m["throttle_bits_before"]),
-                    _hex(m["throttle_bits_after"]),
-                    _number(m["available_min_mib"], 0),
-                    f"{m['background_share']['median']:.1%}",
-                    _number(m["swapped_mib"], 0),
-                    _number(m["idle_w"], 2),
-                    _number(m["mean_w"], 2),
-                    _number(m["peak_w"], 2),
-                ]
-            )
-        )
+    for named in audits:
+        m = named.audit.machine
+        cells = [
+            named.name,
+            m.governor or NONE,
+            _number(m.temperature_max_c, 0),
+            _hex(m.throttle_bits_before),
+            _hex(m.throttle_bits_after),
+            _number(m.available_min_mib, 0),
+            f"{m.background_share.median:.1%}",
+            _number(m.swapped_mib, 0),
+            _number(m.idle_w, 2),
+            _number(m.mean_w, 2),
+            _number(m.peak_w, 2),
+        ]
+        rows.append(Row(cells))
     head = [
         "audit",
         "governor",
@@ -182,73 +175,60 @@ def figures_table(series: Sequence[Series]) -> Table:
     """Every figure with its statistics."""
     rows = []
     for one in series:
-        found = one.result
-        named: list[tuple[str, Any]] = [
-            (f"{kind} start: {key}", start[key])
-            for kind, start in found["starts"].items()
-            if start
-            for key in ("ready_ms", "python_ms", "import_ms", "open_ms")
-        ]
-        named += [(f"warm start: {name}", of) for name, of in found["starts"]["warm"]["graphs_ms"].items()]
-        named += [
-            (key, found["memory"][key]) for key in ("peak_mib", "anonymous_mib", "mapped_mib", "pss_mib", "swap_mib")
-        ]
-        for image, of in found["images"].items():
-            keys = (
-                "first_ttft_ms",
-                "ttft_ms",
-                "total_ms",
-                "vision_per_view_ms",
-                "inter_token_ms",
-                "prefill_tok_s",
-                "decode_tok_s",
-                "energy_per_answer_j",
-                "energy_per_token_j",
-            )
-            named += [(f"{image}: {key}", of[key]) for key in keys] + [
-                (f"{image}: {key}", of["stages"][key]) for key in of["stages"]
-            ]
-        rows += [Row([one.label, name, *_statistics(of)]) for name, of in named if of]
+        rows += [Row([one.label, name, *_statistics(of)]) for name, of in _figures(one.result) if of]
     return Table(["", "figure", "n", "median", "MAD", "mean", "p90", "p95", "min", "max", "95 %"], rows, (1,))
 
 
-def _statistics(of: Mapping[str, Any]) -> list[str]:
-    digits = 0 if of["median"] >= 1000 else 1 if of["median"] >= 10 else 3
-    between = NONE if of["low"] is None else f"{of['low']:,.{digits}f} … {of['high']:,.{digits}f}"
-    return [
-        str(of["n"]),
-        *(_number(of[key], digits) for key in ("median", "mad", "mean", "p90", "p95", "min", "max")),
-        between,
-    ]
+def _figures(found: VariantResult) -> Iterator[tuple[str, Figure | None]]:
+    for kind, start in found.starts.items():
+        for key in ("ready_ms", "python_ms", "import_ms", "open_ms"):
+            yield f"{kind} start: {key}", getattr(start, key)
+    for name, of in found.starts.warm.graphs_ms.items():
+        yield f"warm start: {name}", of
+    for key in ("peak_mib", "anonymous_mib", "mapped_mib", "pss_mib", "swap_mib"):
+        yield key, getattr(found.memory, key)
+    for image, answers in found.images.items():
+        for key in (
+            "first_ttft_ms",
+            "ttft_ms",
+            "total_ms",
+            "vision_per_view_ms",
+            "inter_token_ms",
+            "prefill_tok_s",
+            "decode_tok_s",
+            "energy_per_answer_j",
+            "energy_per_token_j",
+        ):
+            yield f"{image}: {key}", getattr(answers, key)
+        yield from ((f"{image}: {key}", of) for key, of in answers.stages.items())
 
 
-def settings_table(audits: Sequence[Audit]) -> Table:
+def _statistics(of: Figure) -> list[str]:
+    digits = 0 if of.median >= 1000 else 1 if of.median >= 10 else 3
+    between = NONE if of.low is None or of.high is None else f"{of.low:,.{digits}f} … {of.high:,.{digits}f}"
+    values = (of.median, of.mad, of.mean, of.p90, of.p95, of.min, of.max)
+    return [str(of.n), *(_number(value, digits) for value in values), between]
+
+
+def settings_table(audits: Sequence[Named]) -> Table:
     """Machine, software, profile; a column an audit."""
+    found = [named.audit for named in audits]
+    cores = [
+        " + ".join(f"{c['count']} × {c['name'] or 'core'}" for c in audit.device.get("cores") or ()) for audit in found
+    ]
     rows: list[tuple[str, list[Any]]] = [
-        ("machine", [audit.where for audit in audits]),
-        (
-            "cores",
-            [
-                " + ".join(f"{c['count']} × {c['name'] or 'core'}" for c in audit.result["device"]["cores"])
-                for audit in audits
-            ],
-        ),
-        ("memory, MiB", [audit.result["device"]["ram_total_mib"] for audit in audits]),
-        ("profile", [audit.result["profile"]["name"] for audit in audits]),
+        ("machine", [named.where for named in audits]),
+        ("cores", cores),
+        ("memory, MiB", [audit.device.get("ram_total_mib") for audit in found]),
+        ("profile", [audit.profile.name for audit in found]),
     ]
-    for found in (
-        [audit.result["profile"]["settings"] for audit in audits],
-        [audit.result["software"] for audit in audits],
-    ):
-        rows += [(name, [of.get(name) for of in found]) for name in found[0]]
+    for of in ([audit.profile.settings for audit in found], [audit.software for audit in found]):
+        rows += [(name, [one.get(name) for one in of]) for name in of[0]]
     rows += [
-        (f"image {name}", [_pixels(audit.result["workload"]["images"].get(name)) for audit in audits])
-        for name in audits[0].result["workload"]["images"]
+        (f"image {name}", [_pixels(audit.workload.images.get(name)) for audit in found])
+        for name in found[0].workload.images
     ]
-    rows += [
-        ("question", [audit.result["workload"]["question"] for audit in audits]),
-        ("measured", [audit.when for audit in audits]),
-    ]
+    rows += [("question", [audit.workload.question for audit in found]), ("measured", [named.when for named in audits])]
     shown = [
         Row([name, *(_value(value) for value in values)])
         for name, values in rows
@@ -298,12 +278,12 @@ def _key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(settings.items()))
 
 
-def _of(figure: Mapping[str, Any] | None, digits: int) -> str:
-    return NONE if not figure else f"{figure['median']:,.{digits}f}"
+def _of(figure: Figure | None, digits: int) -> str:
+    return NONE if not figure else f"{figure.median:,.{digits}f}"
 
 
-def _spread(figure: Mapping[str, Any]) -> str:
-    return f"{figure['median']:,.0f} ± {figure['mad']:,.0f}"
+def _spread(figure: Figure) -> str:
+    return f"{figure.median:,.0f} ± {figure.mad:,.0f}"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -314,8 +294,8 @@ def _hex(bits: int | None) -> str:
     return NONE if bits is None else f"{bits:#x}"
 
 
-def _pixels(image: Mapping[str, Any] | None) -> str | None:
-    return f"{image['width']}×{image['height']}" if image else None
+def _pixels(image: ImageFacts | None) -> str | None:
+    return f"{image.width}×{image.height}" if image else None
 
 
 def _value(value: Any) -> str:

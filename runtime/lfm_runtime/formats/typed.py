@@ -61,8 +61,10 @@ def as_json(value: Any) -> Any:
 
 def schema_of(kind: type, title: str, description: str) -> dict[str, Any]:
     """JSON Schema (2020-12) of a dataclass. `Annotated[X, "text"]` gives a field its description."""
+    parts: dict[str, Any] = {}
+    whole = _schema_of_dataclass(kind, parts)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, "description": description}
-    return {**head, **_schema(kind)}
+    return {**head, **whole, "$defs": dict(sorted(parts.items()))}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -158,32 +160,40 @@ def _key(field: Field[Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------- schema
 
 
-def _schema(kind: Any) -> dict[str, Any]:
+def _schema(kind: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """Of a field's type; dataclasses are put into `parts` and referred to."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return {**_schema(inner[0]), "description": inner[1]}
+        return {**_schema(inner[0], parts), "description": inner[1]}
     if kind is Any:
         return {}
     if origin in (Union, UnionType):
-        parts = [_schema(k) for k in inner]
-        if all(set(part) == {"type"} for part in parts):
-            return {"type": [part["type"] for part in parts]}
-        return {"anyOf": parts}
+        found = [_schema(k, parts) for k in inner]
+        if all(set(part) == {"type"} for part in found):
+            return {"type": [part["type"] for part in found]}
+        return {"anyOf": found}
     if origin is Literal:
         return {"enum": list(inner)} if len(inner) > 1 else {"const": inner[0]}
     if origin is tuple:
         if len(inner) == 2 and inner[1] is ...:
-            return {"type": "array", "items": _schema(inner[0])}
-        parts = [_schema(k) for k in inner]
-        return {"type": "array", "prefixItems": parts, "minItems": len(parts), "items": False}
+            return {"type": "array", "items": _schema(inner[0], parts)}
+        found = [_schema(k, parts) for k in inner]
+        return {"type": "array", "prefixItems": found, "minItems": len(found), "items": False}
     if isinstance(kind, type) and is_dataclass(kind):
-        required = [_key(f) for f, _ in _fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-        return {
-            "type": "object",
-            "properties": {_key(f): _schema(k) for f, k in _fields(kind)},
-            "required": required,
-            "additionalProperties": False,
-        }
+        if kind.__name__ not in parts:
+            parts[kind.__name__] = {}  # so that one that holds itself is not begun again
+            parts[kind.__name__] = _schema_of_dataclass(kind, parts)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
     if inner:
-        return {"type": "object", "additionalProperties": _schema(inner[1])}
+        return {"type": "object", "additionalProperties": _schema(inner[1], parts)}
     return {"type": _SCHEMA_NAMES[kind]}
+
+
+def _schema_of_dataclass(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
+    required = [_key(f) for f, _ in _fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    return {
+        "type": "object",
+        "properties": {_key(f): _schema(k, parts) for f, k in _fields(kind)},
+        "required": required,
+        "additionalProperties": False,
+    }
