@@ -28,13 +28,15 @@ STAGES = {"image": 4.0, "prompt": 0.5, "preprocess": 3.0, "vision": 9.0, "embed"
 
 @pytest.fixture(scope="session")
 def made(demo_bundle, tmp_path_factory) -> Path:
-    """Of int8 and int4, three images, four warm starts and a cold one each."""
+    """Of int8 and int4, three images, eight warm starts and a cold one each."""
     folder = tmp_path_factory.mktemp("made")
     bundle, profile, chance = Bundle.open(demo_bundle), read("generic"), random.Random(0)
-    bundle = replace(bundle, variants=dict.fromkeys(MS_A_TOKEN, bundle.variants["fp32"]))
+    quality = {variant: {"kl": 0.01 / ms} for variant, ms in MS_A_TOKEN.items()}
+    manifest = replace(bundle.manifest, quality=quality)
+    bundle = replace(bundle, variants=dict.fromkeys(MS_A_TOKEN, bundle.variants["fp32"]), manifest=manifest)
     work = Workload(bundle, profile, [Subject(v, profile) for v in MS_A_TOKEN], make_images(folder), new_tokens=TOKENS)
     sensors = Sensors(folder)
-    kinds = ["warm"] * 4 + ["cold"]
+    kinds = ["warm"] * 8 + ["cold"]
     runs = [
         Run(variant, kind, outcome(variant, kind, 60.0 * n, chance), watch(sensors, 60.0 * n))
         for n, (variant, kind) in enumerate((v, k) for k in kinds for v in MS_A_TOKEN)

@@ -226,7 +226,7 @@ def test_tuning(tmp_path) -> None:
         (["GOOD", "-o", "nowhere/x.html"], "is not a folder"),
         (["nowhere.json"], "nowhere.json is missing"),
         (["CUT"], "is not valid JSON"),
-        (["HALF"], "wrong or missing value"),
+        (["HALF"], "machine has no samples"),
         (["TUNING", "GOOD"], "is a tuning"),
     ],
 )

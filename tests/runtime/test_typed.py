@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.manifest import Manifest
 from lfm_runtime.formats.typed import as_json, read_as, schema_of
+
+jsonschema = pytest.importorskip("jsonschema")
 
 
 @dataclass(frozen=True)
