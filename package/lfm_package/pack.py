@@ -11,8 +11,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -48,7 +47,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     Args:
         folder: the bundle.
         variants: the first is what the device takes by default.
-        output: NAME.tar, or NAME.tar.zst where this Python has zstd. The files lie in a folder NAME inside.
+        output: NAME.tar. The files lie in a folder NAME inside.
         extras: profile, wheels, key, size of parts.
 
     Returns:
@@ -57,7 +56,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
 
     Raises:
         BundleError: not a bundle of lfm-edge, a variant or file is missing or damaged, or the output cannot be written.
-        SettingError: an output of another kind, or without zstd here; a key that cannot sign.
+        SettingError: an output of another kind; a key that cannot sign.
     """
     manifest = reduced(folder, variants)
     texts = {PROFILE: to_toml(extras.profile).encode()} if extras.profile else {}
@@ -71,15 +70,13 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     texts[SUMS] = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
     if extras.sign_with:
         texts[SIGNATURE] = _signature(texts[SUMS], extras.sign_with)
-    top = output.name.removesuffix(".zst").removesuffix(".tar")
+    if output.suffix != ".tar":
+        raise SettingError(f"{output} is not a .tar; name such a file: weights hardly become smaller when compressed")
+    top = output.name.removesuffix(".tar")
     _check_space(output, sum(file.bytes for file in manifest.files.values()))
     parts = _Parts(output, extras.split)
     try:
-        with (
-            parts,
-            _compressed(output, parts) as stream,
-            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-        ):
+        with parts, tarfile.open(fileobj=cast("IO[bytes]", parts), mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for name in sorted({*manifest.files, *texts}):
                 if name in texts:
                     tar.addfile(entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
@@ -208,23 +205,6 @@ class _Parts(io.RawIOBase):
             self._file.close()
             self._file = None
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-@contextmanager
-def _compressed(output: Path, to: io.RawIOBase) -> Iterator[IO[bytes]]:
-    if output.suffix == ".tar":
-        yield cast("IO[bytes]", to)
-    elif output.name.endswith(".tar.zst"):
-        try:
-            from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
-        except ImportError as e:
-            raise SettingError(
-                f"{output}: this Python has no zstd (3.14 has); name a .tar: weights hardly become smaller"
-            ) from e
-        with zstd.open(to, "wb") as stream:
-            yield stream
-    else:
-        raise SettingError(f"{output} is neither .tar nor .tar.zst; name such a file")
 
 
 def _check_space(output: Path, size: int) -> None:

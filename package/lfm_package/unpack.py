@@ -8,7 +8,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,7 @@ from lfm_runtime.formats.writer import replacing
 
 from lfm_package.verify import verify
 
-try:
-    from compression.zstd import ZstdError  # type: ignore[import-not-found,unused-ignore]  # Python 3.14
-
-    _DAMAGE: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ZstdError)
-except ImportError:
-    _DAMAGE = (tarfile.TarError, EOFError)
+_DAMAGE = (tarfile.TarError, EOFError)
 _LARGEST_MANIFEST = 64 << 20
 _BLOCK = 1 << 20
 _LONGEST_DESCRIPTION = 1 << 20
@@ -117,13 +111,9 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     folder = archive.parent
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     parts = [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
-    mode: Any = "r:"  # no other compression: what is not looked at cannot do harm
-    if archive.name.endswith(".zst"):
-        mode = "r:zst"
-        if sys.version_info < (3, 14):
-            raise SettingError(
-                f"{archive}: this Python has no zstd (3.14 has); unpack it with zstd -d first, or pack a .tar"
-            )
+    mode: Any = "r:"  # no compression: what is not looked at cannot do harm
+    if archive.suffix == ".zst":
+        raise SettingError(f"{archive} is compressed; unpack it first: zstd -d {archive}")
     if archive.exists() and parts:
         raise BundleError(f"{archive} and {parts[0].name} are both there, of different times perhaps; remove one")
     if not parts:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions for the images, one a line")
     parser.add_argument("--layers", action="store_true", help="print the error after each layer, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the error after each layer")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the error after each layer: .svg, .png or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -33,14 +33,20 @@ def run(options: argparse.Namespace) -> int:
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
     from lfm_runtime.engine.failures import failures_are_ours
+    from lfm_runtime.formats.files import check_writable
 
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
-    from lfm_quantize.plot import error_plot
     from lfm_quantize.quality import measure
     from lfm_quantize.samples import read_questions
     from lfm_quantize.variant import keep_quality
 
+    if options.plot:
+        from lfm_quantize.plot import error_plot
+
+        if options.plot.suffix not in (".svg", ".png", ".pdf"):
+            raise QuantizeError(f"--plot {options.plot}: name a .svg, .png or .pdf")
+        check_writable(options.plot)
     images, prompts = options.images or DEMO_SET, options.prompts
     if options.images is None and not DEMO_SET.exists():
         raise QuantizeError("--images is needed: a folder, a text file of paths or a JSONL file of questions")
@@ -67,5 +73,5 @@ def run(options: argparse.Namespace) -> int:
     if problem := keep_quality(options.bundle, quality):
         printer.warn(problem)
     if options.plot:
-        options.plot.write_text(error_plot(quality), encoding="utf-8")
+        error_plot(quality, options.plot)
     return 0

@@ -47,7 +47,7 @@ class Bundle:
         Raises:
             BundleError: not a bundle, damaged, or of a newer schema.
         """
-        if folder.is_file() and folder.suffix in (".tar", ".zst"):
+        if folder.is_file() and folder.suffix == ".tar":
             raise BundleError(
                 f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
             )

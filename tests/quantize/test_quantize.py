@@ -277,9 +277,10 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "image features" in out
     assert "text.layers.5" in out
-    svg = ET.parse(tmp_path / "p.svg").getroot()
-    texts = [e.text for e in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert "vision.encoder.layers.3" in texts
+    assert ET.parse(tmp_path / "p.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert b"vision.encoder.layers.3" in (tmp_path / "p.svg").read_bytes(), "as a comment beside its outlines"
+    assert main([*arguments, "--plot", str(tmp_path / "p.txt")]) == 2
+    assert "name a .svg, .png or .pdf" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["questions"] == 10

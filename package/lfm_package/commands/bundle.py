@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("bundle", type=Path)
     add_packing_arguments(parser)
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="NAME.tar", help="or NAME.tar.zst where Python has zstd"
-    )
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.tar")
     parser.add_argument(
         "--wheelhouse", type=Path, metavar="FOLDER", help="whose wheels belong into the bill of materials"
     )
