@@ -19,6 +19,7 @@ from lfm_runtime.formats.manifest import TOOL, Edge, File, GraphEntry, Manifest,
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images import ImageSettings
+from lfm_runtime.installation import install_advice
 from lfm_runtime.text.prompt import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
@@ -196,12 +197,12 @@ def _portable_tools() -> dict[str, str]:
         found = {name: version(name) for name in ("torch", "transformers", "optimum", "optimum-onnx")}
     except PackageNotFoundError as e:
         raise CheckpointError(
-            f"--portable needs the Python package {e.name}; install it with: pip install 'lfm-edge[optimum]'"
+            f"--portable needs the Python package {e.name}; install it with: {install_advice('optimum')}"
         ) from e
     if not found["transformers"].startswith("4.57."):
         have = found["transformers"]
         raise CheckpointError(
-            f"--portable traces transformers 4.57, here is {have}; install it with: pip install 'lfm-edge[optimum]'"
+            f"--portable traces transformers 4.57, here is {have}; install it with: {install_advice('optimum')}"
         )
     try:
         import lfm_export.portable.portable  # noqa: F401
@@ -210,7 +211,7 @@ def _portable_tools() -> dict[str, str]:
         while cause.__cause__:
             cause = cause.__cause__
         said = f"{type(cause).__name__}: {cause}"
-        do = "install it anew: pip install 'lfm-edge[optimum]'"
+        do = f"install it anew: {install_advice('optimum')}"
         if "torchvision" in said:
             do = (
                 "torchvision is not of torch's release: install the one that is, or uninstall it, nothing here needs it"

@@ -290,10 +290,7 @@ def test_what_is_missing_is_named(missing, monkeypatch, tmp_path, capsys) -> Non
 
     monkeypatch.setattr(export_module, "version", version)
     assert main(["export", str(reference.DEMO), "-o", str(tmp_path / "b"), "--portable"]) == 2
-    assert (
-        f"needs the Python package {missing}; install it with: pip install 'lfm-edge[optimum]'"
-        in capsys.readouterr().err
-    )
+    assert f"needs the Python package {missing}; install it with: " in capsys.readouterr().err
     monkeypatch.setattr(export_module, "version", lambda name: "5.1.0" if name == "transformers" else real(name))
     with pytest.raises(CheckpointError, match=r"traces transformers 4.57, here is 5.1.0"):
         export(reference.DEMO, tmp_path / "b", portable=True)

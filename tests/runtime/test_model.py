@@ -491,7 +491,7 @@ def test_missing_extra(capsys, monkeypatch, tmp_path) -> None:
         monkeypatch.delitem(sys.modules, name)
     code, _, err = run(capsys, "export", tmp_path, "-o", tmp_path / "b")
     assert code == 2
-    assert "pip install 'lfm-edge[export]'" in err
+    assert "needs the Python package" in err and "[export]'" in err
 
 
 def test_flags_before_images(demo_bundle, drawing, capsys) -> None:

@@ -110,9 +110,11 @@ def _fail(message: str, code: int = _EXIT_ERROR) -> int:
 
 
 def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
-    extra = point.value.partition(".")[0].removeprefix("lfm_")
-    wanted = "lfm-edge" if extra == "runtime" else f"lfm-edge[{extra}]"
-    return f"{point.name} needs the Python package {e.name}; install it with: pip install '{wanted}'"
+    from lfm_runtime.installation import extra_for, install_advice
+
+    extra = extra_for(str(e.name), point.value.partition(".")[0].removeprefix("lfm_"))
+    how = f"install it with: {install_advice(extra)}" if extra else "install lfm-edge again"
+    return f"{point.name} needs the Python package {e.name}; {how}"
 
 
 # ------------------------------------------------------------------------------------------------ shared by commands

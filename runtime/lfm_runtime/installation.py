@@ -1,0 +1,75 @@
+"""How what is missing is installed where the user stands: from a clone, or beside a wheel that is installed. The name
+on the package index is not ours yet, so nothing is ever advised from there by that name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+NAME = "lfm-edge"
+_REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w., -]*)\])?\s*([^;]*?)\s*(?:;.*?extra\s*==\s*["']([\w-]+)["'].*)?$""")
+
+
+def install_advice(extra: str) -> str:
+    """A command that installs an extra here: from the clone where lfm-edge is one, else its packages by name."""
+    clone = _clone()
+    what = f"-e '{_shown(clone)}[{extra}]'" if clone else " ".join(f"'{wanted}'" for wanted in requirements(extra))
+    return f"{_shown(Path(sys.executable))} -m pip install {what}"
+
+
+def extra_for(module: str, likely: str = "") -> str | None:
+    """The extra whose package has a module, as far as its name tells: the `likely` one, else the smallest; None where
+    none has.
+    """
+    wanted = module.partition(".")[0].lower().replace("_", "-")
+    found = [(name, extra) for name, _, _, extra in _requires() if extra and name.startswith(wanted)]
+    exact = [extra for name, extra in found if name == wanted] or [extra for _, extra in found]
+    return likely if likely in exact else min(exact, key=lambda extra: len(requirements(extra)), default=None)
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra asks for, that of extras it names included."""
+    found: dict[str, None] = {}
+    for name, inner, versions, of in _requires():
+        if of == extra and name == NAME:
+            for other in inner.split(","):
+                found |= dict.fromkeys(requirements(other.strip()))
+        elif of == extra:
+            found[f"{name}[{inner}]{versions}" if inner else f"{name}{versions}"] = None
+    return list(found)
+
+
+def _requires() -> Iterator[tuple[str, str, str, str]]:
+    """(package, its extras, versions, the extra of ours that asks for it or "")."""
+    try:
+        lines = distribution(NAME).requires or []
+    except PackageNotFoundError:
+        lines = []
+    for line in lines:
+        if match := _REQUIREMENT.match(line.strip()):
+            name, inner, versions, extra = (part or "" for part in match.groups())
+            yield name.lower().replace("_", "-"), inner, versions.strip("() "), extra
+
+
+def _clone() -> Path | None:
+    """The folder that an editable installation points to."""
+    try:
+        raw = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
+        if not raw["dir_info"]["editable"]:
+            return None
+        return Path(unquote(urlparse(raw["url"]).path))
+    except (PackageNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shown(path: Path) -> str:
+    """From where the user stands, where that is shorter."""
+    near = os.path.relpath(path)
+    return near if not near.startswith("..") else str(path)
