@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, in three environments made here. On two shared cores a quarter of an hour or more, pip and
-# the first time included, more where other programs run. LONG=1 adds the tests marked slow, and more of the Arm sandbox.
+# Lint, types and tests, in environments made here.
+#
+#   scripts/test.sh          # everything, in three environments: about a quarter of an hour on two cores, pip included
+#   scripts/test.sh --fast   # lint, types, units (no exported bundle, no other process): a minute after the first time
+#   LONG=1 scripts/test.sh   # also the tests marked slow, and more of the Arm sandbox
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . scripts/environment.sh
 # Two pytest processes with one thread each; more threads would only wait for each other.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-select="not slow"
-[ "${LONG:-}" = 1 ] && select="slow or not slow"
+long=" and not slow"
+[ "${LONG:-}" = 1 ] && long=""
 # torchvision's own requirements would replace the CPU torch; its Python part is all the reference image processor needs.
 add_torchvision() {
     "$1/bin/python" -m pip show --quiet torchvision 2>/dev/null ||
@@ -27,6 +30,19 @@ python=$(find_python) || {
 make_environment .venv "$python" '.[test]'
 add_torchvision .venv
 add_real_tokenizer .venv
+
+echo "== lint, format, import rules, types"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+mkdir -p build
+.venv/bin/lint-imports --no-cache >build/imports.log 2>&1 || { cat build/imports.log && exit 1; }
+.venv/bin/mypy
+
+if [ "${1:-}" = --fast ]; then
+    echo "== units"
+    exec .venv/bin/python -m pytest -q -n 2 -m "unit and not newest_python and not transformers5_alone"
+fi
+
 # The last environment is made while the first tests run: installing leaves a core idle.
 {
     make_environment .venv-transformers5 "$python" '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest pytest-xdist hypothesis \
@@ -44,24 +60,17 @@ if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/nu
         echo "${missing[*]} could not be installed: what needs them is skipped"
 fi
 
-echo "== ruff, mypy"
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
-
 echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6)"
 if old=$(find_python 3.10); then
     make_environment .venv-3.10 "$old" . onnxruntime==1.23.2 tokenizers jinja2 pytest pytest-xdist hypothesis
     .venv/bin/lfm-edge export demo/checkpoint -o build/test-bundle --quiet
-    # The long comparisons of the tokenizer, audits and the searches of tune run below, once.
-    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q tests/runtime tests/audit tests/package/test_verify.py -n 2 --dist loadscope -m "$select" \
-        -k "not random_strings and not standard_library and not test_tune and not test_audit"
+    LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q -n 2 --dist loadscope -m "not newest_python$long" \
+        tests/runtime tests/audit tests/package/test_verify.py
 else
     echo "skipped: this machine has no Python 3.10 with venv"
 fi
 
 # Emulation keeps one core busy: beside other tests. Both processors with LONG=1.
-mkdir -p build
 boards=(cortex-a76)
 [ "${LONG:-}" = 1 ] && boards=(cortex-a76 cortex-a72)
 scripts/checks/arm64_sandbox.sh "${boards[@]}" >build/arm64.log 2>&1 &
@@ -72,16 +81,11 @@ export LFM_EDGE_TEST_ALL=1
 
 echo "== graphs, images and files of releases against transformers 5"
 wait $transformers5
-.venv-transformers5/bin/python -m pytest -q tests/export/test_graph_parity.py tests/runtime/test_images.py -n 2 -m "$select"
-.venv-transformers5/bin/python -m pytest -q tests/export/test_mutations.py tests/export/test_real_files.py -n 2 -m "$select" \
-    -k "mutations or transformers or layernorm or head or image_settings"
+.venv-transformers5/bin/python -m pytest -q -n 2 -m "transformers5$long" tests/export tests/runtime/test_images.py
 
 echo "== 64-bit Arm, emulated"
 wait $sandbox || { cat build/arm64.log && exit 1; }
 cat build/arm64.log
 
 echo "== all tests, transformers 4.57"
-# The pixels of 300 image sizes were compared above, with transformers 5, and so were checkpoints that differ in shape and not in spelling.
-shapes="FF or convolution or kernel or wide or table or bias or norm or float16 or starts"
-.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "$select" --deselect tests/runtime/test_images.py::test_pixels_like_the_reference \
-    -k "not (test_graph_parity and ($shapes))"
+.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "not transformers5_alone$long"

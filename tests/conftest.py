@@ -16,6 +16,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
 
 
+_BUNDLES = {"demo_bundle", "gpu_bundle"}  # fixtures behind all others that export
+_ABOVE_UNITS = ("bundle", "process", "slow")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """What a test asks for tells what it is: on a bundle, or a unit. Tests of whole stages make bundles of their own."""
+    for item in items:
+        stage = Path(item.path).parent.name in ("export", "quantize")
+        if _BUNDLES.intersection(item.fixturenames) or stage:
+            item.add_marker("bundle")
+        if not any(item.get_closest_marker(name) for name in _ABOVE_UNITS):
+            item.add_marker("unit")
+
+
 def pytest_runtest_logreport(report) -> None:
     """Where every reference is installed, a test that skips for want of one must not pass unseen."""
     if os.environ.get("LFM_EDGE_TEST_ALL") and report.skipped and "could not import" in str(report.longrepr):

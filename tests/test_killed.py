@@ -25,6 +25,8 @@ from lfm_runtime.engine.prepared import find, folder_of
 from lfm_runtime.formats.manifest import file_hash
 from sticks import another
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 

@@ -24,6 +24,8 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError, ImageError
 from profiles.trees import write
 
+pytestmark = [pytest.mark.process, pytest.mark.newest_python]
+
 SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
 TREE = {
     "sys/class/thermal/thermal_zone0/temp": "41000\n",

@@ -16,6 +16,8 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
 
+pytestmark = pytest.mark.newest_python
+
 QUESTION = "What is in this image?"
 BIG = Device("Linux", "x86_64", 64, 4096, ram_total_mib=16000, ram_available_mib=16000)
 

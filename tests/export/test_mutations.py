@@ -36,6 +36,8 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoProcessor, AutoTokenizer, Lfm2VlForConditionalGeneration, Lfm2VlProcessor  # noqa: E402
 
+pytestmark = pytest.mark.transformers5
+
 VOCABULARY = 896
 QUESTION = "What is in this image?"
 SMALL, LARGE = (96, 64), (1100, 900)

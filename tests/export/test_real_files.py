@@ -78,6 +78,7 @@ def features_of(bundle: Path, pixels, grids, mask) -> np.ndarray:
 # ------------------------------------------------------------------------------------- flags and tensors that disagree
 
 
+@pytest.mark.transformers5
 @pytest.mark.parametrize(
     "said",
     [(MISSING, MISSING), (True, True), (MISSING, True), (True, MISSING), (False, True), (True, False), (False, False)],
@@ -98,6 +99,7 @@ def test_a_head_of_its_own_is_used_whatever_config_says(tmp_path, said, caplog) 
     assert ("a lm_head.weight that is not the embedding table" in caplog.text) == (False not in said)
 
 
+@pytest.mark.transformers5
 def test_a_head_that_is_a_copy_of_the_table_is_shared(tmp_path) -> None:
     folder = reference.save_tiny(reference.tiny_model(), tmp_path / "c")
     table = load_file(folder / "model.safetensors")["model.language_model.embed_tokens.weight"]
@@ -107,6 +109,7 @@ def test_a_head_that_is_a_copy_of_the_table_is_shared(tmp_path) -> None:
     assert Checkpoint(folder).config.text.tied_head is True
 
 
+@pytest.mark.transformers5
 @pytest.mark.parametrize("said", [MISSING, True, False, None], ids=str)
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_projector_layernorm_is_applied_where_there_is_one(tmp_path, norm, said, caplog) -> None:
@@ -542,6 +545,7 @@ def test_an_adapter_of_the_text_model_alone(tiny, tmp_path) -> None:
     assert not np.array_equal(a, plain)
 
 
+@pytest.mark.transformers5
 def test_an_adapter_of_the_head_unties_it(tiny, tmp_path) -> None:
     """Where the file holds a copy of the table as the head, and the adapter changes the head."""
     folder = Path(shutil.copytree(tiny, tmp_path / "c"))
@@ -680,6 +684,7 @@ def real_folders() -> dict[str, dict[str, Path]]:
     return found
 
 
+@pytest.mark.transformers5
 @pytest.mark.parametrize("name", real_folders())
 def test_image_settings_as_the_reference_processor_reads_them(name, tmp_path) -> None:
     for file, source in real_folders()[name].items():
@@ -698,6 +703,7 @@ RELEASES_2025 = {
 }
 
 
+@pytest.mark.transformers5
 @pytest.mark.parametrize("size", RELEASES_2025)
 def test_image_settings_of_the_2025_releases(size, tmp_path) -> None:
     """Their own code read them at the top of processor_config.json; transformers' processor, which does not, cuts them
@@ -724,6 +730,7 @@ def release(request, tmp_path_factory):
     return request.param, folder / "c", folder / "b"
 
 
+@pytest.mark.transformers5
 def test_ids_and_texts_are_transformers(release) -> None:
     """Prompts with images, tools and dates through the real vocabulary; a greedy answer."""
     from transformers import Lfm2VlForConditionalGeneration, PreTrainedTokenizerFast

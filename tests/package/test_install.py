@@ -15,9 +15,10 @@ from sticks import another, sums
 
 QUESTION = ["-p", "What is in this image?", "--temperature", "0", "--max-new-tokens", "4"]
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="the stick is for x86 Linux"
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the stick is for x86 Linux"),
+]
 
 
 def install(stick: Path, prefix: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

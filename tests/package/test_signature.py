@@ -11,6 +11,8 @@ from lfm_package.verify import verify
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError, SettingError
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> Path:

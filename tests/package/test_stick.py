@@ -14,6 +14,8 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 
+pytestmark = pytest.mark.process
+
 PI5 = Platform.of("pi5")
 
 

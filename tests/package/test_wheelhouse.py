@@ -16,6 +16,8 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
 from packaging import markers, tags
 
+pytestmark = pytest.mark.process
+
 OURS = Wheel(
     "lfm_edge-0.1.0-py3-none-any.whl",
     "0" * 64,

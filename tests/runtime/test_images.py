@@ -16,6 +16,8 @@ from lfm_runtime.images import ImageSettings, cut_views, open_image, patchify, p
 from lfm_runtime.text.prompt import ImageTokens
 from PIL import Image, ImageOps
 
+pytestmark = pytest.mark.transformers5
+
 NAMED_SIZES = [
     (1024, 977),
     (256, 384),
@@ -91,6 +93,7 @@ def compare(image: Image.Image, **changes) -> None:
     assert together.mean() <= 0.1, f"{image.size}: {together.mean()}"
 
 
+@pytest.mark.transformers5_alone
 @pytest.mark.parametrize("part", range(4))
 def test_pixels_like_the_reference(photo, part) -> None:
     """More than 300 sizes of a real photo: the same tiles and tokens, pixels within 2/255, 0.1/255 on average."""

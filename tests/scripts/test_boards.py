@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "profiles"))
 from trees import DEVICES, write  # noqa: E402
 
+pytestmark = pytest.mark.process
+
 
 def check(
     script: str, root: Path, programs: Path, *, uname: str = "aarch64", python: str = "3.11", bits: int = 64

@@ -20,7 +20,10 @@ from lfm_runtime.errors import ImageError
 from lfm_runtime.images import image_size, open_image
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="file descriptors and FIFOs of POSIX")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(sys.platform == "win32", reason="file descriptors and FIFOs of POSIX"),
+]
 COMMAND = [sys.executable, "-m", "lfm_runtime"]
 
 

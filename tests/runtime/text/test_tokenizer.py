@@ -95,6 +95,7 @@ def same(reference, ours, text: str) -> None:
     assert ours.decode(got, skip_special=False) == text, ascii(text)
 
 
+@pytest.mark.newest_python
 def test_random_strings(pair, large_pair) -> None:
     """100,000 strings over all Unicode planes, each both ways."""
     rng = random.Random(0)
@@ -103,6 +104,7 @@ def test_random_strings(pair, large_pair) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.newest_python
 def test_standard_library(large_pair, pair) -> None:
     """Every source file of the standard library."""
     reference, ours = large_pair
