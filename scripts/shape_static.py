@@ -31,7 +31,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import read_json_object
-from lfm_runtime.images import open_image
+from lfm_runtime.images.pixels import open_image
 from onnx import numpy_helper
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
 from PIL import Image

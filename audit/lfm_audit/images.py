@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from lfm_runtime.errors import ImageError
-from lfm_runtime.images import open_image
+from lfm_runtime.images.pixels import open_image
 from PIL import Image
 
 SIZES = {"small": (256, 192), "512x512": (512, 512), "large": (1400, 1000)}

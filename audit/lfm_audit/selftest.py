@@ -24,14 +24,14 @@ from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
-from lfm_runtime.images import plan_image
-from lfm_runtime.model import Answer, Model, PlannedImage
+from lfm_runtime.images.layout import lay_out
+from lfm_runtime.model import Answer, Model, OpenedImage
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.report import memory_mib
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
-from lfm_runtime.text.prompt import Message
+from lfm_runtime.text.messages import Message
 
 from lfm_audit.measure.trial import Trial, start
 from lfm_audit.summary import inter_token, ttft
@@ -345,7 +345,7 @@ def _small_answer(on: Installed, tokens: int) -> Answer:
     """About an image of four tokens: a hundred of them do not keep a slow board for minutes."""
     settings = replace(on.setup.images, min_image_tokens=4, do_image_splitting=False)
     image = golden.golden_image().resize((2 * settings.cell, 2 * settings.cell))
-    planned = PlannedImage(image, plan_image(image.width, image.height, settings), settings)
+    planned = OpenedImage(image, lay_out(image.width, image.height, settings), settings)
     return on.model.converse([Message.user(golden.QUESTION, 1)], [planned], temperature=0, max_new_tokens=tokens)
 
 

@@ -21,7 +21,7 @@ from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
 from lfm_runtime.formats.manifest import file_hash
-from lfm_runtime.images import image_size
+from lfm_runtime.images.pixels import image_size
 from lfm_runtime.report import WRITTEN
 from lfm_runtime.setup.costs import fingerprint
 

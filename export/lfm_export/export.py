@@ -18,9 +18,9 @@ from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import TOOL, Edge, File, GraphEntry, Manifest, ModelFacts, Source
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
-from lfm_runtime.images import ImageSettings
+from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.installation import install_advice
-from lfm_runtime.text.prompt import PromptSpec
+from lfm_runtime.text.spec import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.checkpoint.checkpoint import Checkpoint, copy_hub_files

@@ -19,17 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lfm_runtime.errors import PromptError
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.text.compile_tokenizer import compile_tokenizer
-from lfm_runtime.text.prompt import (
-    IMAGE,
-    ChatFormat,
-    Conversation,
-    Message,
-    PromptSpec,
-    ToolCall,
-    chat_format,
-    chat_template,
-    image_tokens,
-)
+from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
+from lfm_runtime.text.spec import ChatFormat, PromptSpec, chat_format, chat_template, image_tokens
 from lfm_runtime.text.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from lfm_profiles.device import Device
-from lfm_profiles.schema import Match, Profile, names, read, read_match
+from lfm_profiles.files import names, read, read_match
+from lfm_profiles.schema import Match, Profile
 
 # A board says more than a GPU, that more than the processor, that more than its architecture; memory decides between
 # two of a kind.

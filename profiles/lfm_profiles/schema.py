@@ -4,23 +4,18 @@ choice.py.
 
 from __future__ import annotations
 
-import functools
-import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    pass
 else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+    pass  # type: ignore[import-not-found,unused-ignore]
 
 from lfm_profiles.variants import VARIANTS
 
-SHIPPED = Path(__file__).parent
 AUTO = "auto"
 """The name of the profile detected, also in `extends`."""
 
@@ -209,8 +204,6 @@ TILE_SETTINGS = ("min_tiles", "max_tiles", "use_thumbnail")
 IMAGE_SETTINGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", *TILE_SETTINGS)
 GENERATION_SETTINGS = ("max_new_tokens", "speculate")
 SETTINGS = {f.name: f for f in fields(Profile) if f.metadata}
-_SECTIONS: dict[str, Any] = {"match": Match, "budget": Budget}
-_TEXTS = ("description", "extends")
 
 
 def with_flags(profile: Profile, flags: Mapping[str, Any]) -> Profile:
@@ -248,131 +241,6 @@ def stepped_down(profile: Profile, changes: Mapping[str, Any]) -> Profile:
     return changed(profile, values, STEP)
 
 
-def to_toml(profile: Profile) -> str:
-    """A file that gives all that this profile gives, by itself. The rules of `auto` are left out."""
-    useless = {
-        *(TILE_SETTINGS if profile.do_image_splitting is False else ()),
-        *(("prefill",) if profile.low_memory else ()),
-    }
-    lines = [f"description = {json.dumps(profile.description, ensure_ascii=False)}", ""]
-    lines += [
-        f"{name} = {_toml(getattr(profile, name))}"
-        for name in SETTINGS
-        if name in profile.origin and name not in useless
-    ]
-    budget = {f.name: getattr(profile.budget, f.name) for f in fields(Budget)}
-    if any(budget.values()):
-        lines += ["", "[budget]", *(f"{name} = {value}" for name, value in budget.items() if value)]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """Texts, numbers, booleans and lists of them are the same in JSON."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
-
-
-def _said_by(origin: str) -> str:
-    return "as you said" if origin == FLAG else f"by the profile {origin}"
-
-
-def names() -> list[str]:
-    """The profiles shipped."""
-    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
-
-
-def path_of(name: str) -> Path:
-    """The file of a shipped profile's name, or the file named.
-
-    Raises:
-        ProfileError: neither.
-    """
-    if name in names():
-        return SHIPPED / f"{name}.toml"
-    path = Path(name)
-    if path.suffix == ".toml" or path.is_file():
-        return path
-    raise ProfileError(f"there is no profile {name!r}; shipped: {AUTO}, {', '.join(names())}; or name a .toml file")
-
-
-def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tuple[Path, ...] = ()) -> Profile:
-    """A profile with what it extends resolved.
-
-    Args:
-        name: of a shipped profile, or a file.
-        detected: gives the profile that `extends = "auto"` means; without it such a profile stands alone.
-
-    Raises:
-        ProfileError: missing, malformed, an unknown key, a wrong type, an impossible value, or a cycle.
-    """
-    path = path_of(name)
-    if path.resolve() in (p.resolve() for p in _below):
-        raise ProfileError(f"{path}: extends goes in a circle: {' → '.join(p.stem for p in (*_below, path))}")
-    text, raw = _parsed(path)
-    raw = dict(raw)
-    parent = Profile(path.stem)
-    extends = raw.pop("extends", None)
-    if extends == AUTO:
-        parent = detected() if detected else parent
-    elif extends is not None:
-        beside = path.parent / f"{extends}.toml"  # a file of one's own may extend the shipped profile of the same name
-        own = beside.is_file() and beside.resolve() != path.resolve()
-        parent = read(str(beside) if own else extends, detected=detected, _below=(*_below, path))
-    sections = {
-        section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()
-    }
-    description = raw.pop("description", "")
-    values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
-    _check_together(path, text, values)
-    budget = {f.name: getattr(parent.budget, f.name) for f in fields(Budget)} | sections["budget"]
-    made = changed(parent, values, path.stem)
-    return Profile(
-        **{
-            **{f.name: getattr(made, f.name) for f in fields(Profile)},
-            "name": path.stem,
-            "description": description,
-            "match": Match(**sections["match"]),
-            "budget": Budget(**budget),
-        }
-    )
-
-
-@functools.cache  # of every profile shipped, choosing one reads the rules
-def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text)
-    except OSError as e:
-        raise ProfileError(f"{path} cannot be read: {e.strerror}") from e
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise ProfileError(f"{path} is not TOML ({e}); see profiles/README.md") from e
-    for key in _TEXTS:
-        if not isinstance(raw.get(key, ""), str):
-            raise ProfileError(f"{_where(path, text, key)}: {key} is a text in quotes")
-    return text, raw
-
-
-def read_match(name: str) -> Match:
-    """When a shipped profile is taken; nothing else of it is looked at."""
-    path = path_of(name)
-    text, raw = _parsed(path)
-    return Match(**_section(path, text, raw.get("match", {}), "match", Match))
-
-
-def _section(path: Path, text: str, table: Any, section: str, kind: Any) -> dict[str, Any]:
-    if not isinstance(table, dict):
-        raise ProfileError(f"{_where(path, text, section)}: {section} is a table: [{section}]")
-    metadata = {f.name: f.metadata for f in fields(kind)}
-    return {key: _value(path, text, key, value, metadata, section) for key, value in table.items()}
-
-
-def _value(
-    path: Path, text: str, key: str, value: Any, known: Mapping[str, Mapping[str, Any]], section: str = ""
-) -> Any:
-    if key not in known:
-        raise ProfileError(f"{_where(path, text, key, section)}: unknown key {key!r}; allowed: {', '.join(known)}")
-    return _checked(key, value, known[key], _where(path, text, key, section))
-
-
 def _checked(key: str, value: Any, metadata: Mapping[str, Any], where: str = "") -> Any:
     if not metadata["check"](value):
         shown = {True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool) else repr(value)
@@ -382,36 +250,11 @@ def _checked(key: str, value: Any, metadata: Mapping[str, Any], where: str = "")
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:
-    """What one file says must not contradict itself."""
-    useless = next((n for n in TILE_SETTINGS if n in values), None)
-    if values.get("do_image_splitting") is False and useless:
-        raise ProfileError(
-            f"{_where(path, text, useless)}: {useless} has no effect beside do_image_splitting = false; leave it out"
-        )
-    if values.get("low_memory") and values.get("prefill", "none") != "none":
-        raise ProfileError(
-            f"{_where(path, text, 'prefill')}: prefill has no effect beside low_memory = true; leave one out"
-        )
-    for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
-        if low in values and high in values and values[low] > values[high]:
-            raise ProfileError(f"{_where(path, text, low)}: {low} = {values[low]} is above {high} = {values[high]}")
-
-
 def changed(parent: Profile, values: Mapping[str, Any], who: str) -> Profile:
     """The profile with other values; `who` gave them."""
     origin = {**parent.origin, **dict.fromkeys(values, who)}
     return Profile(**{**{f.name: getattr(parent, f.name) for f in fields(Profile)}, **values, "origin": origin})
 
 
-def _where(path: Path, text: str, key: str, section: str = "") -> str:
-    """File and line; tomllib tells no lines of what it has read."""
-    inside = not section
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+\s*([\w.-]+)", line):
-            inside = header[1] == section
-            if header[1] == key and not section:
-                return f"{path}, line {number}"
-        elif inside and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return f"{path}, line {number}"
-    return str(path)
+def _said_by(origin: str) -> str:
+    return "as you said" if origin == FLAG else f"by the profile {origin}"

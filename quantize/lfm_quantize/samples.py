@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError
-from lfm_runtime.images import cut_views, open_image, plan_image
-from lfm_runtime.text.prompt import Message
+from lfm_runtime.images.layout import lay_out
+from lfm_runtime.images.pixels import cut_views, open_image
+from lfm_runtime.text.messages import Message
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -165,11 +166,11 @@ def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
     """
     image = open_image(question.image)
     settings = bundle.images if split else replace(bundle.images, do_image_splitting=False)
-    plan = plan_image(image.width, image.height, settings)
+    plan = lay_out(image.width, image.height, settings)
     views = _views(image, plan, settings)
     extra = []
     if not split and bundle.images.do_image_splitting:
-        tiled = plan_image(image.width, image.height, bundle.images)
+        tiled = lay_out(image.width, image.height, bundle.images)
         if tiled.tiled:
             extra = [_views(image, tiled, bundle.images)[tiled.rows * tiled.columns // 2]]
     rendered = bundle.prompts.render([Message.user(question.text, 1)], [plan])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lfm_runtime.conversation import Session
     from lfm_runtime.model import Answer, Model
     from lfm_runtime.report import Report
-    from lfm_runtime.text.prompt import IMAGE, Conversation, Message, ToolCall
+    from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
 
 __version__ = "0.1.0"
 

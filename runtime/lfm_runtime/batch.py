@@ -13,10 +13,10 @@ from lfm_runtime.decode.sampling import Generation, Sampler
 from lfm_runtime.decode.states import BatchState
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
-from lfm_runtime.images import ImageLike
+from lfm_runtime.images.pixels import ImageLike
 from lfm_runtime.model import Job, Model
 from lfm_runtime.report import Report
-from lfm_runtime.text.prompt import Message
+from lfm_runtime.text.messages import Message
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on

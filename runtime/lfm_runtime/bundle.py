@@ -19,8 +19,9 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONT
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
-from lfm_runtime.images import ImageSettings
-from lfm_runtime.text.prompt import PromptBuilder, PromptSpec, compile_on_device, token_text
+from lfm_runtime.images.layout import ImageSettings
+from lfm_runtime.text.prompt import PromptBuilder
+from lfm_runtime.text.spec import PromptSpec, compile_on_device, token_text
 
 HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.errors import SettingError
-from lfm_runtime.images import MAX_MEGAPIXELS, ImageLike
-from lfm_runtime.model import Answer, Model, PlannedImage, Progress
-from lfm_runtime.text.prompt import Message
+from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike
+from lfm_runtime.model import Answer, Model, OpenedImage, Progress
+from lfm_runtime.text.messages import Message
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -28,14 +28,14 @@ class Session:
     def __init__(self, model: Model, *, system: str = "") -> None:
         self.model = model
         self.messages: list[Message] = [Message("system", system)] if system else []
-        self._images: list[PlannedImage] = []
+        self._images: list[OpenedImage] = []
         self._context = Context(model.decoder, model.cache)
         self._answering = False
 
     def ask(
         self,
         question: str,
-        images: Sequence[ImageLike | PlannedImage] = (),
+        images: Sequence[ImageLike | OpenedImage] = (),
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
@@ -50,7 +50,7 @@ class Session:
         """
         if self._answering:
             raise SettingError("the answer before is not finished; read it to its end, or close its iterator")
-        new = [i if isinstance(i, PlannedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
+        new = [i if isinstance(i, OpenedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
         turn = Message.user(question, len(new))
         answer = self.model.converse(
             [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation
@@ -70,7 +70,7 @@ class Session:
         other._context = self._context.fork()
         return other
 
-    def _keep(self, turn: Message, images: Sequence[PlannedImage], answer: Answer) -> Iterator[str]:
+    def _keep(self, turn: Message, images: Sequence[OpenedImage], answer: Answer) -> Iterator[str]:
         self._answering = True
         try:
             with suppress(GeneratorExit):

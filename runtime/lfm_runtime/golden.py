@@ -28,12 +28,13 @@ from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import damage_is, to_json
 from lfm_runtime.formats.manifest import MANIFEST, Manifest
 from lfm_runtime.formats.typed import as_json, read_as
-from lfm_runtime.images import cut_views, plan_image
-from lfm_runtime.model import Model, PlannedImage
+from lfm_runtime.images.layout import lay_out
+from lfm_runtime.images.pixels import cut_views
+from lfm_runtime.model import Model, OpenedImage
 from lfm_runtime.process import child_environment, module
 from lfm_runtime.setup.profile import find_profile
 from lfm_runtime.setup.setup import settle
-from lfm_runtime.text.prompt import Message
+from lfm_runtime.text.messages import Message
 
 QUESTION = "What is in this image?"
 SIZE = (256, 192)
@@ -231,23 +232,23 @@ def _lean(folder: Path, variant: str) -> Model:
     return Model(replace(setup, execution=replace(setup.execution, packed=False), images=setup.bundle.images))
 
 
-def _planned(model: Model) -> PlannedImage:
+def _opened(model: Model) -> OpenedImage:
     """The golden image, cut by the checkpoint's own settings whatever the profile says."""
     settings, image = model.bundle.images, golden_image()
-    return PlannedImage(image, plan_image(image.width, image.height, settings), settings)
+    return OpenedImage(image, lay_out(image.width, image.height, settings), settings)
 
 
 def _seen(model: Model) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
     """(patches of all views, image features, prompt ids) of the golden image and question."""
-    planned = _planned(model)
-    patches = np.concatenate([view.reshape(-1) for view in cut_views(planned.image, planned.plan, planned.settings)])
-    prompt = model.prompts.render([Message.user(QUESTION, 1)], [planned.plan])
-    return patches, model.encode([planned]), list(prompt.ids)
+    opened = _opened(model)
+    patches = np.concatenate([view.reshape(-1) for view in cut_views(opened.image, opened.layout, opened.settings)])
+    prompt = model.prompts.render([Message.user(QUESTION, 1)], [opened.layout])
+    return patches, model.encode([opened]), list(prompt.ids)
 
 
 def _answer(model: Model, features: NDArray[np.float32], tokens: Sequence[int] | None) -> list[NDArray[np.float64]]:
     """Logits of each step of the greedy answer, or along `tokens`."""
-    job = model.prepare_answer([Message.user(QUESTION, 1)], [_planned(model)], temperature=0)
+    job = model.prepare_answer([Message.user(QUESTION, 1)], [_opened(model)], temperature=0)
     embeds = model.decoder.embed_prompt(job.prompt.ids, features, model.prompts.image_id)
     context = Context(model.decoder)
     keys = np.array(job.prompt.ids)

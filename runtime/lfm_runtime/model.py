@@ -26,22 +26,15 @@ from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.graphs import Graphs
 from lfm_runtime.errors import PromptError, SettingError
-from lfm_runtime.images import (
-    MAX_MEGAPIXELS,
-    ImageLike,
-    ImagePlan,
-    ImageSettings,
-    View,
-    cut_views,
-    open_image,
-    plan_image,
-)
+from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
+from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, open_image
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.setup.profile import on_cpu
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Flags, Setup
-from lfm_runtime.text.prompt import Conversation, Message, RenderedPrompt
+from lfm_runtime.text.messages import Conversation, Message
+from lfm_runtime.text.prompt import RenderedPrompt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -53,17 +46,17 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PlannedImage:
-    """An opened image with its plan."""
+class OpenedImage:
+    """An opened image with its layout."""
 
     image: Image.Image
-    plan: ImagePlan
+    layout: ImageLayout
     settings: ImageSettings
 
     @cached_property
     def key(self) -> int:
         """Tells this image, cut this way, from others."""
-        return image_key(self.image.tobytes(), repr((self.image.size, self.plan, self.settings)))
+        return image_key(self.image.tobytes(), repr((self.image.size, self.layout, self.settings)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Job:
     """One answer to be made: its prompt, and the reply that grows."""
 
     prompt: RenderedPrompt
-    planned: Sequence[PlannedImage]
+    images: Sequence[OpenedImage]
     settings: GenerationSettings
     reply: Reply
     capacity: int  # of prompt and answer together
@@ -209,7 +202,7 @@ class Model:
     def converse(
         self,
         chat: Conversation | Sequence[Message],
-        images: Sequence[ImageLike | PlannedImage],
+        images: Sequence[ImageLike | OpenedImage],
         *,
         context: Context | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
@@ -225,7 +218,7 @@ class Model:
     def prepare_answer(
         self,
         chat: Conversation | Sequence[Message],
-        images: Sequence[ImageLike | PlannedImage],
+        images: Sequence[ImageLike | OpenedImage],
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         **generation: Unpack[Generation],
@@ -244,22 +237,20 @@ class Model:
                 f"convolutions read; {do}"
             )
         with report.stage("image"):
-            planned = [
-                i if isinstance(i, PlannedImage) else self.open(i, max_megapixels=max_megapixels) for i in images
-            ]
+            opened = [i if isinstance(i, OpenedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
         with report.stage("prompt"):
-            prompt = self.prompts.render(chat, [p.plan for p in planned])
+            prompt = self.prompts.render(chat, [p.layout for p in opened])
         self._check_context(prompt)
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
-        report.tiles = sum(len(p.plan.views) for p in planned)
+        report.tiles = sum(len(p.layout.views) for p in opened)
         capacity = min(self.setup.context_length, len(prompt.ids) + settings.max_new_tokens)
         reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, capacity - len(prompt.ids), report)
-        return Job(prompt, planned, settings, reply, capacity, started)
+        return Job(prompt, opened, settings, reply, capacity, started)
 
-    def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> PlannedImage:
-        """Open one image and plan its views; nothing is encoded."""
-        opened = open_image(image, max_megapixels=max_megapixels)
-        return PlannedImage(opened, plan_image(opened.width, opened.height, self.setup.images), self.setup.images)
+    def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> OpenedImage:
+        """Open one image and lay it out; nothing is encoded."""
+        found = open_image(image, max_megapixels=max_megapixels)
+        return OpenedImage(found, lay_out(found.width, found.height, self.setup.images), self.setup.images)
 
     def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Generator[str]:
         returning = context is not None or self.cache is not None
@@ -290,13 +281,13 @@ class Model:
         """Prefill what of the prompt neither `context` nor the cache has; returns the logits [vocabulary] of its last
         position. `returning`: somebody may come back to where an image ends, in this context or through the cache.
         """
-        prompt, planned, report = job.prompt, job.planned, job.reply.report
+        prompt, opened, report = job.prompt, job.images, job.reply.report
         with report.stage("preprocess"):
-            images = [image.key for image in planned] if returning else [-1] * len(planned)  # hashing pixels takes time
+            images = [image.key for image in opened] if returning else [-1] * len(opened)  # hashing pixels takes time
             keys = prompt_keys(prompt.ids, self.prompts.image_id, images, prompt.image_ends)
         found = context.find(keys)
         known = report.cached_tokens = found.length
-        new = [image for image, end in zip(planned, prompt.image_ends, strict=True) if end > known]
+        new = [image for image, end in zip(opened, prompt.image_ends, strict=True) if end > known]
         features = self.encode(new, report, progress)
         with report.stage("load"):
             self.decoder.load()  # with low_memory not before
@@ -311,17 +302,17 @@ class Model:
         return logits
 
     def encode(
-        self, planned: Sequence[PlannedImage], report: Report | None = None, progress: Progress | None = None
+        self, opened: Sequence[OpenedImage], report: Report | None = None, progress: Progress | None = None
     ) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order, without padding: each view runs alone,
         on a GPU together with others of its size.
         """
         report = report or Report()
         features: list[NDArray[np.float32] | None] = [
-            self.cache.features(image.key) if self.cache else None for image in planned
+            self.cache.features(image.key) if self.cache else None for image in opened
         ]
         todo = [i for i, found in enumerate(features) if found is None]
-        total = sum(len(planned[i].plan.views) for i in todo)
+        total = sum(len(opened[i].layout.views) for i in todo)
         done = iter(range(total + 1))
 
         def tell() -> None:
@@ -332,19 +323,19 @@ class Model:
             with report.stage("load"):
                 vision = self.graphs.vision()
             for i in todo:
-                features[i] = made = np.concatenate(list(self._encode_views(vision, planned[i], report, tell)))
+                features[i] = made = np.concatenate(list(self._encode_views(vision, opened[i], report, tell)))
                 if self.cache:
-                    self.cache.keep_features(planned[i].key, made)
+                    self.cache.keep_features(opened[i].key, made)
         tell()
         return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
 
     def _encode_views(
-        self, vision: Any, planned: PlannedImage, report: Report, tell: Callable[[], None]
+        self, vision: Any, opened: OpenedImage, report: Report, tell: Callable[[], None]
     ) -> Iterator[NDArray[np.float32]]:
         mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
-        cut = cut_views(planned.image, planned.plan, planned.settings)
+        cut = cut_views(opened.image, opened.layout, opened.settings)
         at_once = VIEWS_AT_ONCE if self.graphs.execution.on_gpu else 1
-        for views in _of_one_size(planned.plan.views, at_once):
+        for views in _of_one_size(opened.layout.views, at_once):
             for _ in views:
                 tell()
             with report.stage("preprocess"):

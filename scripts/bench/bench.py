@@ -36,7 +36,7 @@ from lfm_runtime.batch import answer_all
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Sampler
-from lfm_runtime.images import cut_views
+from lfm_runtime.images.pixels import cut_views
 from lfm_runtime.model import Job
 from lfm_runtime.report import Report
 from PIL import Image
@@ -110,8 +110,8 @@ def encode(model: Model, image: Image.Image) -> Callable[[], float]:
 def bare_encode(model: Model, image: Image.Image) -> Callable[[], float]:
     """The same patches through a plain session.run."""
     planned = model.open(image)
-    (view,) = planned.plan.views
-    (patches,) = cut_views(planned.image, planned.plan, model.setup.images)
+    (view,) = planned.layout.views
+    (patches,) = cut_views(planned.image, planned.layout, model.setup.images)
     feeds = {
         "pixel_values": patches[None],
         "pixel_attention_mask": np.ones((1, len(patches)), np.int64),

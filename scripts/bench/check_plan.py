@@ -26,7 +26,7 @@ PLAN = """if True:
     from pathlib import Path
     import lfm_runtime.model
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import open_image
+    from lfm_runtime.images.pixels import open_image
     from lfm_runtime.setup.profile import find_profile
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask

@@ -292,7 +292,7 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     with graphs.failures_are_ours():
         found["host_ms"] = check_decoder(decoder, recorder, lines) | check_encoder(model, recorder, lines)
     photo = model.open(ROOT / "demo/photos/coffee.jpg")
-    recorder.reads(4, sum(view.tokens for view in photo.plan.views))
+    recorder.reads(4, sum(view.tokens for view in photo.layout.views))
     answer = model.answer([photo.image], "What is in this image?", max_new_tokens=STEPS, temperature=0)
     lines["answer"] = recorder.during(answer.text)
     found["answer_tokens"] = answer.report.new_tokens

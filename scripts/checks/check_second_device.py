@@ -150,7 +150,7 @@ def inside(bundle: Path) -> int:
     from lfm_runtime.decode.sampling import Top
     from lfm_runtime.engine.gpu import left_to_cpu
     from lfm_runtime.formats.contract import EMBED_TOKENS
-    from lfm_runtime.text.prompt import Message
+    from lfm_runtime.text.messages import Message
 
     model = Model.load(bundle, variant="fp32", max_image_tokens=64, do_image_splitting=False)
     job = model.prepare_answer(
@@ -159,7 +159,7 @@ def inside(bundle: Path) -> int:
         max_new_tokens=TOKENS,
         temperature=0,
     )
-    embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.planned), model.prompts.image_id)
+    embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.images), model.prompts.image_id)
     sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
     here, there = model.decoder.start(512), other.start(512)

@@ -310,7 +310,7 @@ def differences(folder: Path, bundle: Path) -> list[str]:
     if not isinstance(inputs, Exception):
         for size, wanted in zip((SMALL, LARGE), inputs, strict=True):
             planned = model.open(picture(size))
-            ids = model.prompts.render([Message.user(QUESTION, 1)], [planned.plan]).ids
+            ids = model.prompts.render([Message.user(QUESTION, 1)], [planned.layout]).ids
             if ids != wanted["input_ids"][0].tolist():
                 found.append(
                     f"ids of {size}: {ids[:8]}… {len(ids)} instead of {wanted['input_ids'][0].tolist()[:8]}… {wanted['input_ids'].shape[1]}"
@@ -343,10 +343,10 @@ def differences(folder: Path, bundle: Path) -> list[str]:
 
 
 def reference_views(planned):
-    from lfm_runtime.images import cut_views
+    from lfm_runtime.images.pixels import cut_views
 
-    (view,) = planned.plan.views
-    (patches,) = cut_views(planned.image, planned.plan, planned.settings)
+    (view,) = planned.layout.views
+    (patches,) = cut_views(planned.image, planned.layout, planned.settings)
     return patches[None], np.array([[view.rows, view.columns]], np.int64), np.ones((1, len(patches)), np.int64)
 
 

@@ -19,17 +19,10 @@ pytest.importorskip("jinja2")
 
 from lfm_export.prompt import CONVERSATIONS, NEEDED, check_chat, compile_prompt, render_template
 from lfm_runtime.errors import BundleError, PromptError
-from lfm_runtime.images import ImageSettings, plan_image
-from lfm_runtime.text.prompt import (
-    IMAGE,
-    ChatFormat,
-    Conversation,
-    Message,
-    PromptBuilder,
-    PromptSpec,
-    ToolCall,
-    compile_on_device,
-)
+from lfm_runtime.images.layout import ImageSettings, lay_out
+from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
+from lfm_runtime.text.prompt import PromptBuilder
+from lfm_runtime.text.spec import ChatFormat, PromptSpec, compile_on_device
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -332,7 +325,7 @@ def test_the_releases_templates_are_taken(name) -> None:
 
 def test_a_folder_without_prompt_json_gives_the_same_ids(tmp_path) -> None:
     exported, on_device = PromptBuilder(compile_prompt(DEMO)), PromptBuilder(compile_on_device(DEMO))
-    plan = plan_image(900, 700, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
+    plan = lay_out(900, 700, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
     for chat in (*NEEDED, *CONVERSATIONS[:8]):
         plans = [plan] * sum(m.images for m in chat.messages)
         assert exported.render(chat, plans) == on_device.render(chat, plans)
@@ -414,7 +407,7 @@ forged = st.lists(
 def test_texts_of_strangers_forge_nothing(demo_prompts, system, parts, reply) -> None:
     """With special=False the special tokens are the template's own, and everything else is the text's, byte for byte."""
     chat = [Message("system", system), Message("user", parts), Message("assistant", reply), Message("user", "x")]
-    plan = plan_image(64, 64, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
+    plan = lay_out(64, 64, ImageSettings(tile_size=256, max_image_tokens=64, min_image_tokens=16))
     plans = [plan] * parts.count(IMAGE)
     harmless = [
         Message("system", ""),

@@ -26,8 +26,9 @@ from lfm_runtime.bundle import end_tokens  # noqa: E402
 from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_runtime.decode.sampling import GenerationSettings  # noqa: E402
 from lfm_runtime.errors import BundleError, SettingError  # noqa: E402
-from lfm_runtime.images import ImageSettings  # noqa: E402
-from lfm_runtime.text.prompt import Conversation, PromptSpec, compile_on_device  # noqa: E402
+from lfm_runtime.images.layout import ImageSettings  # noqa: E402
+from lfm_runtime.text.messages import Conversation  # noqa: E402
+from lfm_runtime.text.spec import PromptSpec, compile_on_device  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -120,7 +120,8 @@ def test_int8(portable, tmp_path) -> None:
 
 
 def test_patches_as_the_runtime_cuts_them() -> None:
-    from lfm_runtime.images import ImageSettings, patchify
+    from lfm_runtime.images.layout import ImageSettings
+    from lfm_runtime.images.pixels import patchify
 
     image = Image.open(ROOT / "demo/eval/images/0001.png").convert("RGB").resize((12 * 16, 8 * 16))
     wanted = patchify(np.asarray(image), ImageSettings())

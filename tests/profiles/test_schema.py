@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_profiles import Profile, ProfileError, read, with_flags
-from lfm_profiles.schema import SETTINGS, Budget, Match, names
+from lfm_profiles.files import names
+from lfm_profiles.schema import SETTINGS, Budget, Match
 from lfm_runtime.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_runtime.errors import ImageError, SettingError
-from lfm_runtime.images import ImageSettings, cut_views, open_image, patchify, plan_image
-from lfm_runtime.text.prompt import ImageTokens
+from lfm_runtime.images.layout import ImageSettings, lay_out
+from lfm_runtime.images.pixels import cut_views, open_image, patchify
+from lfm_runtime.text.spec import ImageTokens
 from PIL import Image, ImageOps
 
 pytestmark = pytest.mark.transformers5
@@ -79,7 +80,7 @@ reference_outputs.cache = {}
 def compare(image: Image.Image, **changes) -> None:
     wanted = reference_outputs(image, **changes)
     chosen = ImageSettings(**changes)
-    plan = plan_image(*image.size, chosen)
+    plan = lay_out(*image.size, chosen)
     assert [[v.rows, v.columns] for v in plan.views] == np.asarray(wanted["spatial_shapes"]).tolist()
     assert (plan.rows, plan.columns) == (int(np.ravel(wanted["image_rows"])[0]), int(np.ravel(wanted["image_cols"])[0]))
     views = list(cut_views(image, plan, chosen))
@@ -142,7 +143,7 @@ def test_the_text_like_the_reference() -> None:
     )
     processor.image_thumbnail_token = "<|img_thumbnail|>"
     for width, height in sizes():
-        plan = plan_image(width, height, ImageSettings())
+        plan = lay_out(width, height, ImageSettings())
         wanted = processor.expand_text_with_placeholders(
             ["a<image>b"],
             [[None]],
@@ -156,10 +157,10 @@ def test_the_text_like_the_reference() -> None:
 
 def test_known_figures() -> None:
     """256×384 is 96 tokens; 1000×3000 is 1,011 with its thumbnail; nothing exceeds 2,816."""
-    assert plan_image(256, 384, ImageSettings()).tokens == 96
-    assert plan_image(1000, 3000, ImageSettings()).tokens == 1011
+    assert lay_out(256, 384, ImageSettings()).tokens == 96
+    assert lay_out(1000, 3000, ImageSettings()).tokens == 1011
     assert (
-        max(plan_image(w, h, ImageSettings()).tokens for w, h in itertools.product((100, 700, 1500, 4000), repeat=2))
+        max(lay_out(w, h, ImageSettings()).tokens for w, h in itertools.product((100, 700, 1500, 4000), repeat=2))
         <= 2816
     )
 
@@ -183,7 +184,7 @@ def test_plan_properties(width, height, fewest, more, tiles, splitting, thumbnai
         do_image_splitting=splitting,
         use_thumbnail=thumbnail,
     )
-    plan = plan_image(width, height, chosen)
+    plan = lay_out(width, height, chosen)
     assert plan.tokens == sum(v.tokens for v in plan.views) >= 1
     assert all(v.rows % 2 == v.columns % 2 == 0 and v.tokens == v.rows * v.columns // 4 for v in plan.views)
     assert plan.rows * plan.columns <= tiles
@@ -362,7 +363,7 @@ def test_settings_from_files(tmp_path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_size_from_the_header(orientation, tmp_path) -> None:
     """What open_image gives, for every EXIF orientation, without decoding."""
-    from lfm_runtime.images import image_size
+    from lfm_runtime.images.pixels import image_size
 
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import image_size
+    from lfm_runtime.images.pixels import image_size
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
 

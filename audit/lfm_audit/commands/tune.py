@@ -52,11 +52,12 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.engine.gpu_wheel import CUDA
     from lfm_runtime.formats.files import check_writable, write_whole
-    from lfm_runtime.images import image_size
+    from lfm_runtime.images.pixels import image_size
     from lfm_runtime.setup.machine import this_machine
     from lfm_runtime.setup.resolve import resolve
 
-    from lfm_audit.tune import FLOOR, Tuning, axes_of, tune
+    from lfm_audit.tune import axes_of, tune
+    from lfm_audit.tuning import FLOOR, Tuning
 
     if not 0 <= options.minutes <= 1e5:
         raise SettingError(

@@ -299,7 +299,7 @@ def _divergence(model: Model, request: dict[str, Any], folder: Path) -> float:
     """
     import numpy as np
     from lfm_runtime.decode.context import Context
-    from lfm_runtime.text.prompt import Message
+    from lfm_runtime.text.messages import Message
 
     found = []
     for at, image in enumerate(request["images"]):

@@ -221,7 +221,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
     Model.answer.
     """
-    from lfm_runtime.images import MAX_MEGAPIXELS, image_size
+    from lfm_runtime.images.pixels import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
@@ -243,7 +243,7 @@ def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_images(options: argparse.Namespace) -> None:
     """Image settings need an image that they could apply to. Images that come through pipes are read, once."""
-    from lfm_runtime.image_file import is_stream, read_stream
+    from lfm_runtime.images.files import is_stream, read_stream
 
     options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
     given = [name for name in (*_IMAGE_FLAGS, "max_megapixels") if getattr(options, name) is not None]

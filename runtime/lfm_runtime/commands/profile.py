@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _list(_: argparse.Namespace) -> None:
     from lfm_profiles import read
-    from lfm_profiles.schema import names
+    from lfm_profiles.files import names
 
     from lfm_runtime.setup.profile import detected
 
@@ -75,7 +75,7 @@ def _show(options: argparse.Namespace) -> None:
     from lfm_profiles.schema import IMAGE_SETTINGS, SETTINGS
 
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.images import image_settings
+    from lfm_runtime.images.layout import image_settings
     from lfm_runtime.setup.profile import find_profile, image_changes
 
     if len(options.names) > 1:
@@ -134,7 +134,7 @@ def _detect(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from lfm_runtime.images import image_size
+    from lfm_runtime.images.pixels import image_size
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
     from lfm_runtime.setup.costs import find_costs
     from lfm_runtime.setup.resolve import resolve

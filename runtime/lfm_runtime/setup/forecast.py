@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lfm_runtime.images import ImagePlan
+from lfm_runtime.images.layout import ImageLayout
 from lfm_runtime.report import memory_mib
 from lfm_runtime.setup.costs import Costs
 
@@ -37,7 +37,7 @@ class Memory:
 class Forecast:
     """One run, foreseen."""
 
-    images: tuple[ImagePlan, ...]
+    images: tuple[ImageLayout, ...]
     image_tokens: int
     prompt_tokens: int
     new_tokens: int  # at most
@@ -48,14 +48,14 @@ class Forecast:
     @property
     def views(self) -> int:
         """How often the encoder runs."""
-        return sum(len(plan.views) for plan in self.images)
+        return sum(len(image.views) for image in self.images)
 
     def times_ms(self, costs: Costs, *, low_memory: bool) -> dict[str, float]:
         """Stages, first token and each further one, from what an audit measured."""
-        image = sum(plan.width * plan.height for plan in self.images) / 1e6 * costs.image_ms
-        vision = sum(costs.vision_ms(view.rows * view.columns) for plan in self.images for view in plan.views)
+        opening = sum(image.width * image.height for image in self.images) / 1e6 * costs.image_ms
+        vision = sum(costs.vision_ms(view.rows * view.columns) for image in self.images for view in image.views)
         prefill = costs.prefill_ms(self.prompt_tokens)
-        first = image + costs.load_ms + vision + prefill
+        first = opening + costs.load_ms + vision + prefill
         load = {"load": costs.load_ms} if low_memory else {}
         per_token = costs.inter_token_ms
-        return {"image": image, **load, "vision": vision, "prefill": prefill, "ttft": first, "per_token": per_token}
+        return {"image": opening, **load, "vision": vision, "prefill": prefill, "ttft": first, "per_token": per_token}

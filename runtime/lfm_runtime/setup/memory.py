@@ -20,10 +20,10 @@ from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph, variant
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST, ModelFacts
 from lfm_runtime.formats.onnx_file import external_bytes
-from lfm_runtime.images import ImagePlan, plan_image
+from lfm_runtime.images.layout import ImageLayout, lay_out
 from lfm_runtime.setup.forecast import MIB, Forecast, Memory
 from lfm_runtime.setup.setup import Setup, Size
-from lfm_runtime.text.prompt import Conversation, Message
+from lfm_runtime.text.messages import Conversation, Message
 
 _WIDER = 4.5  # the feed-forward's size over the hidden size in LFM2-VL-450M, for bundles that do not say it
 MOST_NEW = 256
@@ -85,7 +85,7 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
         if bundle.manifest:
             raise
         return None
-    layouts = tuple(plan_image(width, height, setup.images) for width, height in setup.ask.images)
+    layouts = tuple(lay_out(width, height, setup.images) for width, height in setup.ask.images)
     chat = Conversation([Message.user(setup.ask.question, len(layouts))], special=setup.ask.special)
     prompt = bundle.prompts.render(chat, layouts)
     new = max(0, min(setup.generation.max_new_tokens, setup.context_length - len(prompt.ids)))
@@ -202,7 +202,7 @@ def _number(graph: Graph, path: Path) -> Number:
     return row.vision if graph is VISION_ENCODER else row.weights
 
 
-def _cutting(size: Size, plan: ImagePlan, tile_size: int) -> float:
+def _cutting(size: Size, plan: ImageLayout, tile_size: int) -> float:
     """MiB for opening, resizing and cutting one image."""
     width, height = (plan.columns * tile_size, plan.rows * tile_size) if plan.tiled else plan.whole_size
     between = width * size[1]  # columns are resized first

@@ -15,7 +15,7 @@ from lfm_profiles.schema import AUTO, FLAG, GENERATION_SETTINGS, IMAGE_SETTINGS,
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.errors import SettingError
-from lfm_runtime.images import ImageSettings
+from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.machine import this_machine
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from lfm_runtime.engine.gpu import GpuError, check_tensorrt
 from lfm_runtime.engine.gpu_wheel import CUDA, TENSORRT
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.formats.contract import VISION_ENCODER
-from lfm_runtime.images import ImageSettings
+from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.forecast import Memory
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.memory import check_gpu_memory, forecast, variant_bytes

@@ -18,7 +18,7 @@ from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import CONV_WINDOW, DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import output_names
-from lfm_runtime.images import ImageSettings, image_settings
+from lfm_runtime.images.layout import ImageSettings, image_settings
 from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.profile import generation_changes, image_changes
 from lfm_runtime.setup.variants import choose_variants

@@ -1,273 +1,19 @@
-"""Conversation → token ids, with the places where image features go. Reads prompt.json; knows nothing about models.
+"""Conversation → token ids, with the places where image features go. Knows nothing about models.
 
 The chat template is the checkpoint's own, run by `chat_template/`; export compares it with jinja2.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import re
-import sys
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
-from enum import Enum
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal
 
-from lfm_runtime.errors import BundleError, PromptError
-from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.images import ImagePlan
-from lfm_runtime.text.chat_template import Template
-from lfm_runtime.text.compile_tokenizer import compile_tokenizer, unicode_ranges
-from lfm_runtime.text.tokenizer import Tokenizer, Vocabulary
-
-PROMPT_SCHEMA = 2
-"""Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's
-own files.
-"""
-CHATML = (
-    "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
-    "{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- "
-    "endif -%}"
-)
-"""LFM2's first template, for folders that have none."""
-
-Role = Literal["system", "user", "assistant", "tool"]
-
-
-class Place(Enum):
-    """What stands in a message beside text."""
-
-    IMAGE = "image"
-
-
-IMAGE = Place.IMAGE
-"""The place of the next image within a message."""
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that the assistant made."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `content` is text, or texts and IMAGE places in their order."""
-
-    role: Role
-    content: str | tuple[str | Place, ...]
-    thinking: str | None = None  # of an assistant's turn, where the template has a place of its own for it
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse a role that could be more than a role: templates write it as it is."""
-        if not re.fullmatch("[a-z_]+", self.role):
-            raise PromptError(f"the role {self.role!r} is none; known are system, user, assistant and tool")
-
-    @staticmethod
-    def user(text: str, images: int = 0) -> Message:
-        """A user's turn with so many images before the text."""
-        return Message("user", (IMAGE,) * images + (text,) if images else text)
-
-    @property
-    def images(self) -> int:
-        """How many places for images it has."""
-        return 0 if isinstance(self.content, str) else self.content.count(IMAGE)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Its texts, in order."""
-        return (
-            (self.content,)
-            if isinstance(self.content, str)
-            else tuple(part for part in self.content if isinstance(part, str))
-        )
-
-    def as_dict(self, text: Callable[[str], str] = str) -> dict[str, Any]:
-        """The turn as transformers' chat templates take it. `text` is applied to every string in it."""
-        content: Any = self.content
-        if isinstance(content, str):
-            content = text(content)
-        else:
-            content = [
-                {"type": "image"} if part is IMAGE else {"type": "text", "text": text(str(part))} for part in content
-            ]
-        turn: dict[str, Any] = {"role": self.role, "content": content}
-        if self.thinking is not None:
-            turn["thinking"] = text(self.thinking)
-        if self.tool_calls:
-            turn["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": text(call.name), "arguments": _strings(dict(call.arguments), text)},
-                }
-                for call in self.tool_calls
-            ]
-        return turn
-
-
-def _strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string in it changed. Keys too, but for identifiers: templates use them."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {k if str(k).isidentifier() else _strings(k, change): _strings(v, change) for k, v in value.items()}
-    return [_strings(v, change) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What is said to the model beside the images themselves."""
-
-    messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the model may call
-    now: datetime | None = None  # the date that a template with tools tells; by default today's
-    special: bool = True  # False: text that spells a special token is text, so that it cannot forge a turn
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """A chat template in Jinja's language, and the special tokens it may name."""
-
-    template: str = CHATML
-    specials: Mapping[str, str] = field(default_factory=lambda: {"bos_token": "<|startoftext|>"})
-
-    @cached_property
-    def parsed(self) -> Template:
-        """Raises PromptError where the template has something unknown."""
-        return Template(self.template)
-
-    def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
-        """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation."""
-        return self.parsed.render(
-            messages=[message.as_dict(text) for message in chat.messages],
-            tools=_strings(list(chat.tools), text) or None,
-            documents=None,
-            add_generation_prompt=generation,
-            now=chat.now,
-            **self.specials,
-        )
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """The special tokens around image features. None where the processor leaves them out."""
-
-    image: str = "<image>"
-    start: str | None = "<|image_start|>"
-    end: str | None = "<|image_end|>"
-    thumbnail: str | None = "<|img_thumbnail|>"
-    tile: str | None = "<|img_row_{row}_col_{column}|>"
-
-    def expand(self, plan: ImagePlan) -> str:
-        """The text that replaces one image placeholder; one `image` token for each feature row."""
-        parts = [self.start or ""]
-        if plan.tiled:
-            for n in range(plan.rows * plan.columns):
-                row, column = divmod(n, plan.columns)
-                parts.append((self.tile or "").format(row=row + 1, column=column + 1))
-                parts.append(self.image * plan.views[n].tokens)
-            if plan.thumbnail is not None:
-                parts += [self.thumbnail or "", self.image * plan.thumbnail.tokens]
-        else:
-            parts.append(self.image * plan.views[0].tokens)
-        return "".join(parts) + (self.end or "")
-
-
-@dataclass(frozen=True)
-class PromptSpec:
-    """All of prompt.json."""
-
-    vocabulary: Vocabulary
-    chat: ChatFormat
-    image_tokens: ImageTokens
-
-    def save(self, path: Path) -> None:
-        """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms
-        to read.
-        """
-        vocabulary: dict[str, Any] = {f.name: getattr(self.vocabulary, f.name) for f in fields(Vocabulary)}
-        odd = {
-            i: token
-            for i, token in enumerate(self.vocabulary.tokens)
-            if token is not None and (not token or "\n" in token)
-        }
-        vocabulary["tokens"] = "\n".join(
-            "" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens)
-        )
-        vocabulary["odd_tokens"] = odd
-        vocabulary["merges"] = base64.b64encode(_little_endian(self.vocabulary.merges).tobytes()).decode()
-        chat = {"template": self.chat.template, "specials": dict(self.chat.specials)}
-        value = {
-            "schema": PROMPT_SCHEMA,
-            "vocabulary": vocabulary,
-            "chat": chat,
-            "image_tokens": asdict(self.image_tokens),
-        }
-        path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def load(path: Path) -> PromptSpec:
-        """Read prompt.json.
-
-        Raises:
-            BundleError: damaged, incomplete, or of a newer schema.
-        """
-        raw = read_json_object(path, BundleError)
-        with damage_is(BundleError, path, "export the bundle again"):
-            if raw["schema"] > PROMPT_SCHEMA:
-                raise BundleError(
-                    f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge"
-                )
-            vocabulary = raw["vocabulary"]
-            if raw["schema"] == 1:
-                config = read_json_object(path.with_name("tokenizer_config.json"), BundleError, required=False)
-                chat = chat_format(path.parent, config)
-                vocabulary["merges"] = array("I", vocabulary["merges"])
-                vocabulary["classes"] = {
-                    "L": vocabulary["letters"],
-                    "N": vocabulary["numbers"],
-                    "s": vocabulary["spaces"],
-                }
-                vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
-            else:
-                chat = ChatFormat(str(raw["chat"]["template"]), dict(raw["chat"]["specials"]))
-                tokens: list[str | None] = [token or None for token in vocabulary["tokens"].split("\n")]
-                for i, token in vocabulary["odd_tokens"].items():
-                    tokens[int(i)] = token
-                merges = array("I", base64.b64decode(vocabulary["merges"]))
-                vocabulary.update(tokens=tokens, merges=_little_endian(merges))
-            vocabulary["classes"] = {name: [int(code) for code in flat] for name, flat in vocabulary["classes"].items()}
-            return PromptSpec(
-                Vocabulary(**_known(Vocabulary, vocabulary)),
-                chat,
-                ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
-            )
-
-
-_STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
-
-
-def _little_endian(values: array[int]) -> array[int]:
-    """Of this machine's, or back: the same, or with its bytes swapped."""
-    values = values[:]
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values
-
-
-def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
-    return {f.name: raw[f.name] for f in fields(cls)}
+from lfm_runtime.errors import PromptError
+from lfm_runtime.images.layout import ImageLayout
+from lfm_runtime.text.messages import Conversation, Message, mapped_strings
+from lfm_runtime.text.spec import PromptSpec
+from lfm_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -317,8 +63,8 @@ class PromptBuilder:
     def _specials(self, text: str, guard: str) -> list[int]:
         return [i for i in self.tokenizer.encode(text, guard=guard) if i in self.tokenizer.special]
 
-    def render(self, chat: Conversation | Sequence[Message], plans: Sequence[ImagePlan]) -> RenderedPrompt:
-        """Ids of a conversation (messages alone are one) whose images, in order, have these plans.
+    def render(self, chat: Conversation | Sequence[Message], layouts: Sequence[ImageLayout]) -> RenderedPrompt:
+        """Ids of a conversation (messages alone are one) whose images, in order, have these layouts.
 
         Raises:
             PromptError: the template fails on it, or changes texts so that special=False cannot hold; the number of
@@ -331,23 +77,23 @@ class PromptBuilder:
             guard = _unused_character(chat, text)
             text = self._guarded(chat, text, guard)
         pieces = text.split(self.spec.image_tokens.image)
-        if len(pieces) - 1 != len(plans):
+        if len(pieces) - 1 != len(layouts):
             raise PromptError(
-                f"the prompt has {len(pieces) - 1} places for {len(plans)} images; "
+                f"the prompt has {len(pieces) - 1} places for {len(layouts)} images; "
                 f"leave {self.spec.image_tokens.image} out of the text, places are made for the images given"
             )
         text = pieces[0] + "".join(
-            self.spec.image_tokens.expand(plan) + piece for plan, piece in zip(plans, pieces[1:], strict=True)
+            self.spec.image_tokens.expand(layout) + piece for layout, piece in zip(layouts, pieces[1:], strict=True)
         )
         ids = self.tokenizer.encode(text, guard=guard)
-        wanted, found = sum(plan.tokens for plan in plans), ids.count(self.image_id)
+        wanted, found = sum(layout.tokens for layout in layouts), ids.count(self.image_id)
         if wanted != found:
             raise PromptError(
                 f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of "
                 "the text"
             )
         places = [i for i, token in enumerate(ids) if token == self.image_id]
-        counts = accumulate(plan.tokens for plan in plans)
+        counts = accumulate(layout.tokens for layout in layouts)
         return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
 
 
@@ -363,7 +109,7 @@ def _unused_character(chat: Conversation, rendered: str) -> str:
 
     for message in chat.messages:
         message.as_dict(note)
-    _strings(list(chat.tools), note)
+    mapped_strings(list(chat.tools), note)
     free = next((chr(code) for code in range(0x28FF, 0x27FF, -1) if chr(code) not in used), None)
     if free is None:
         raise PromptError("the text has all 256 Braille patterns; leave one out")
@@ -371,94 +117,3 @@ def _unused_character(chat: Conversation, rendered: str) -> str:
 
 
 # ------------------------------------------------------------------------------------- folders without a prompt.json
-
-
-def compile_on_device(folder: Path) -> PromptSpec:
-    """PromptSpec from a hub folder's own files; the template is run as it is and not compared with jinja2.
-
-    Raises:
-        PromptError: no tokenizer.json, or a tokenizer or template that cannot be run here.
-    """
-    spec = read_json_object(folder / "tokenizer.json", PromptError)
-    config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
-    with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
-        vocabulary = compile_tokenizer(spec, unicode_ranges)
-    chat = chat_format(folder, config)
-    chat.parsed  # noqa: B018  (what it cannot run is said now)
-    return PromptSpec(vocabulary, chat, image_tokens(folder, config, {token for token in vocabulary.tokens if token}))
-
-
-def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
-    """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
-    named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
-    specials = {
-        name: text
-        for name, value in named.items()
-        if name.endswith("_token") and (text := token_text(value)) is not None
-    }
-    extra = tokenizer_config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        specials.update({name: text for name, value in extra.items() if (text := token_text(value)) is not None})
-    template = chat_template(folder, tokenizer_config)
-    return (
-        ChatFormat(template, specials)
-        if template is not None
-        else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
-    )
-
-
-def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
-    """The image tokens by the names tokenizer_config.json gives them: in extra_special_tokens, else at its top, else in
-    model_specific_special_tokens. One that is named "" or that the vocabulary lacks is left out, and all but the image
-    token itself where the processor's `use_image_special_tokens` is off.
-    """
-    default = ImageTokens()
-    places = [
-        tokenizer_config.get("extra_special_tokens"),
-        tokenizer_config,
-        tokenizer_config.get("model_specific_special_tokens"),
-    ]
-
-    def name(key: str, fallback: str | None) -> str | None:
-        found = (token_text(place.get(key)) for place in places if isinstance(place, dict))
-        return next((text for text in found if text is not None), fallback)
-
-    def pick(key: str, fallback: str | None) -> str | None:
-        return found if (found := name(key, fallback)) in known else None
-
-    image = name("image_token", default.image) or default.image
-    for file in ("processor_config.json", "preprocessor_config.json", "config.json"):
-        if read_json_object(folder / file, PromptError, required=False).get("use_image_special_tokens") is False:
-            return ImageTokens(image, None, None, None, None)
-    tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
-    return ImageTokens(
-        image,
-        pick("image_start_token", default.start),
-        pick("image_end_token", default.end),
-        pick("image_thumbnail_token", default.thumbnail),
-        tile,
-    )
-
-
-def token_text(value: Any) -> str | None:
-    """A token in a config is its text, or an object with `content`."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
-
-
-def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default"
-    wins).
-    """
-    if (folder / "chat_template.jinja").exists():
-        try:
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise PromptError(
-                f"{folder / 'chat_template.jinja'} cannot be read ({e}); copy it from the checkpoint again"
-            ) from e
-    found = read_json_object(folder / "chat_template.json", PromptError, required=False).get("chat_template")
-    found = found or tokenizer_config.get("chat_template")
-    if isinstance(found, list):
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-    return found if isinstance(found, str) else None

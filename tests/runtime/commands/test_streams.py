@@ -15,9 +15,9 @@ import zlib
 
 import numpy as np
 import pytest
-from lfm_runtime import image_file
 from lfm_runtime.errors import ImageError
-from lfm_runtime.images import image_size, open_image
+from lfm_runtime.images import files as image_file
+from lfm_runtime.images.pixels import image_size, open_image
 from PIL import Image
 
 pytestmark = [

@@ -71,7 +71,7 @@ def test_snapshot_starts_another_state(demo_model, form) -> None:
 
 def test_keys_tell_images_apart(demo_model) -> None:
     one, two = (demo_model.open(p) for p in PICTURES[:2])
-    prompt = demo_model.prompts.render([Message.user("x", 2)], [one.plan, two.plan])
+    prompt = demo_model.prompts.render([Message.user("x", 2)], [one.layout, two.layout])
     image = demo_model.prompts.image_id
     keys = [
         prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends)

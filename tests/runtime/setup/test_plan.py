@@ -268,7 +268,7 @@ import resource, sys
 limit = int(sys.argv[1]) << 20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from lfm_runtime import EdgeError, Model
-from lfm_runtime.images import image_size
+from lfm_runtime.images.pixels import image_size
 from lfm_runtime.setup.setup import Ask
 if sys.argv[2] == "python":
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 from lfm_profiles import default_threads, physical_cores, read
-from lfm_profiles.schema import names
+from lfm_profiles.files import names
 from lfm_runtime import Model, SettingError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.execution import Execution
-from lfm_runtime.images import plan_image
+from lfm_runtime.images.layout import lay_out
 from lfm_runtime.setup.profile import detected, find_profile
 from PIL import Image
 
@@ -109,7 +109,7 @@ def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) ->
         profile.max_image_tokens or base.max_image_tokens, base.max_image_tokens
     )
     assert model.setup.images.do_image_splitting == (profile.do_image_splitting is not False)
-    plan = plan_image(900, 600, model.setup.images)
+    plan = lay_out(900, 600, model.setup.images)
     assert answer.report.tiles == len(plan.views)
     assert answer.report.image_tokens == sum(view.tokens for view in plan.views)
     assert answer.report.tiles == 1 or model.setup.images.do_image_splitting

@@ -1,37 +1,18 @@
-"""Images: open, plan the views (tiles and thumbnail), resize, cut into patches. numpy and Pillow in, numpy out.
-
-Follows the reference image processor (transformers, Lfm2VlImageProcessorFast) decision for decision; the plan is
-separate from the pixels, so that tokens and cost are known before anything is computed.
-"""
+"""How an image is laid out: the settings, and by them its tiles, grids and image tokens. Arithmetic alone."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from lfm_runtime.errors import ImageError, SettingError
+from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.files import read_json_object
-from lfm_runtime.image_file import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
-Patches = NDArray[np.float32]
-
-MAX_MEGAPIXELS = 100.0
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
@@ -53,7 +34,7 @@ class ImageSettings:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        """Refuse values no image could be planned with, or only in hours."""
+        """Refuse values no image could be laid out with, or only in hours."""
         for name, least, most in (
             ("encoder_patch_size", 1, 256),
             ("downsample_factor", 1, 16),
@@ -186,9 +167,6 @@ def image_settings(base: ImageSettings, changes: dict[str, Any]) -> ImageSetting
     return settings
 
 
-# -------------------------------------------------------------------------------------------------------------- plan
-
-
 @dataclass(frozen=True)
 class View:
     """One call of the vision encoder: a grid of patches and the image tokens it gives."""
@@ -199,7 +177,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class ImagePlan:
+class ImageLayout:
     """What becomes of one image. Views are the tiles row by row, then the thumbnail; or the whole image alone."""
 
     width: int  # pixels of the upright source image
@@ -225,7 +203,7 @@ class ImagePlan:
         return sum(view.tokens for view in self.views)
 
 
-def plan_image(width: int, height: int, settings: ImageSettings) -> ImagePlan:
+def lay_out(width: int, height: int, settings: ImageSettings) -> ImageLayout:
     """Decide views and tokens for an image of `width` × `height` pixels."""
     whole = _whole_size(width, height, settings)
     splitting = settings.do_image_splitting and not settings.min_tiles == settings.max_tiles == 1
@@ -235,8 +213,8 @@ def plan_image(width: int, height: int, settings: ImageSettings) -> ImagePlan:
         views = [tile] * (rows * columns)
         if settings.use_thumbnail and rows * columns > 1:
             views.append(_view(*whole, settings))
-        return ImagePlan(width, height, rows, columns, whole, tuple(views))
-    return ImagePlan(width, height, 1, 1, whole, (_view(*whole, settings),))
+        return ImageLayout(width, height, rows, columns, whole, tuple(views))
+    return ImageLayout(width, height, 1, 1, whole, (_view(*whole, settings),))
 
 
 def _view(width: int, height: int, settings: ImageSettings) -> View:
@@ -291,159 +269,3 @@ def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
         if fewest <= w * h <= most
     }
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
-
-
-# ------------------------------------------------------------------------------------------------------------ pixels
-
-
-def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """An upright RGB image: EXIF orientation applied, transparency composited on white, 16 bits scaled to 8.
-
-    Raises:
-        ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
-    """
-    with _opened(source, max_megapixels) as image:
-        transparent, levels = transparent_sample(image), grey_levels(image)
-        image.load()
-        if transparent is not None:
-            image.info["transparency"] = transparent
-        turned = image.getexif().get(ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
-        return _to_rgb(ImageOps.exif_transpose(image) if turned else image, levels)
-
-
-def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
-    """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that
-    cannot be decoded.
-    """
-    with _opened(source, max_megapixels) as image:
-        return upright_size(image)
-
-
-@contextmanager
-def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
-    """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
-    name = (
-        str(source)
-        if isinstance(source, (str, os.PathLike))
-        else getattr(source, "name", f"image ({type(source).__name__})")
-    )
-    try:
-        with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
-            image = _read(source)
-            _check_size(image, name, max_megapixels)
-            yield image
-    except ImageError:
-        raise
-    except FileNotFoundError as e:
-        raise ImageError(f"{name} does not exist; check the path") from e
-    except IsADirectoryError as e:
-        raise ImageError(f"{name} is a folder; name an image file") from e
-    except PermissionError as e:
-        raise ImageError(f"{name} cannot be read; check its permissions") from e
-    except (
-        Exception
-    ) as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
-        raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
-
-
-def _read(source: ImageLike) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (2, 3)
-            or (source.ndim == 3 and source.shape[2] not in (1, 3, 4))
-        ):
-            raise ImageError(
-                f"array of {source.dtype} {source.shape}: give uint8 [height, width] or [height, width, 1, 3 or 4]"
-            )
-        if not source.size:
-            raise ImageError(f"array of shape {source.shape} has no pixels")
-        return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
-    return open_file(source)
-
-
-def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
-    if image.width < 1 or image.height < 1:
-        raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
-    megapixels = image.width * image.height / 1e6
-    if not megapixels <= max_megapixels:  # nan is no limit
-        raise ImageError(
-            f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
-        )
-
-
-def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
-    """`grey`: see grey_levels."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits"
-            )
-        lightest, white_is_0 = grey
-        scaled = (np.minimum(values / lightest, 1) * 255 + 0.5).astype(np.uint8)
-        if white_is_0:
-            scaled = 255 - scaled
-        if isinstance(image.info.get("transparency"), int):  # one grey is transparent: it becomes the canvas
-            scaled[values == image.info["transparency"]] = 255
-        return Image.fromarray(scaled).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(canvas, rgba)
-    return image.convert("RGB")
-
-
-_LIMIT_LOCK = threading.Lock()
-
-
-@contextmanager
-def _pillow_limit_lifted() -> Iterator[None]:
-    """Pillow's own bomb limit is a global of 89 MP that warns, then raises at twice that; ours is per call."""
-    with _LIMIT_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-
-
-def cut_views(image: Image.Image, plan: ImagePlan, settings: ImageSettings) -> Iterator[Patches]:
-    """For each view of the plan, its patches float32 [rows·columns, patch²·3] in (row, column, channel) order."""
-    resample = Image.Resampling(settings.resample)
-    if plan.tiled:
-        side = settings.tile_size
-        large = _resized(image, (side * plan.columns, side * plan.rows), resample)
-        for row in range(plan.rows):
-            for column in range(plan.columns):
-                box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
-                yield patchify(np.asarray(large.crop(box)), settings)
-        if plan.thumbnail is None:
-            return
-    yield patchify(np.asarray(_resized(image, plan.whole_size, resample)), settings)
-
-
-def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Columns first, then rows, rounded to 8 bits between, as torch does. Pillow 13 would go the other way."""
-    for step in ((size[0], image.height), size):
-        if image.size != step:
-            image = image.resize(step, resample)
-    return image
-
-
-def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
-    """uint8 [height, width, 3] → normalised float32 [patches, patch²·3]."""
-    size = settings.encoder_patch_size
-    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
-    patches = (
-        pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
-    )
-    mean = np.asarray(settings.image_mean, np.float32) * np.float32(255)
-    scale = np.float32(1) / (np.asarray(settings.image_std, np.float32) * np.float32(255))
-    normalised: Patches = (patches.astype(np.float32) - mean) * scale
-    return normalised.reshape(rows * columns, -1)

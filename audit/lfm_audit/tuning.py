@@ -1,0 +1,274 @@
+"""A search for settings as far as it has come: the points measured, their front, what is chosen, kept on disk."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from lfm_profiles import VARIANTS, Profile, changed, cpu_features, default_threads
+from lfm_runtime import __version__
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import SettingError
+from lfm_runtime.formats.files import damage_is, read_json_object, to_json, write_whole
+from lfm_runtime.setup.setup import settle
+
+OBJECTIVES = ("latency", "memory", "energy")
+
+
+FLOOR = 0.1
+"""Nats a token: what quantize asks of int4."""
+
+
+_CLEARLY = {1: 1.25, 2: 1.10, 3: 1.05, 4: 1.03, 6: 1.0}
+"""From so many rounds together on: how much slower one must have been in every one of them to be dropped."""
+
+
+_SAME_MEMORY, _SAME_KL = 1.02, 1.1
+"""Less than such a factor is no difference."""
+
+
+_SHOWN = 20
+
+
+Point = tuple[tuple[str, Any], ...]
+"""Settings by axis, sorted; hashable."""
+
+
+@dataclass
+class Measured:
+    """What is known of a point. Samples by round."""
+
+    latency_ms: dict[int, float] = field(default_factory=dict)  # an answer, its model loaded
+    ttft_ms: dict[int, float] = field(default_factory=dict)
+    peak_mib: float = 0.0
+    anonymous_mib: float = 0.0
+    energy_j: dict[int, float] = field(default_factory=dict)  # an answer
+    kl: float | None = None  # nats a token, against the reference
+    failed: str | None = None
+
+    @property
+    def latency(self) -> float:
+        """Median, ms."""
+        return statistics.median(self.latency_ms.values())
+
+    @property
+    def energy(self) -> float:
+        """Median, J; infinite where nothing measured it."""
+        return statistics.median(self.energy_j.values()) if self.energy_j else math.inf
+
+
+@dataclass
+class Tuning:
+    """A search, as far as it has come."""
+
+    bundle: Bundle
+    profile: Profile
+    images: Sequence[Path]
+    question: str
+    objective: str
+    floor: float
+    axes: Mapping[str, Sequence[Any]]
+    points: dict[Point, Measured] = field(default_factory=dict)
+    rounds: int = 0
+    reference: str = ""
+
+    def front(self) -> list[Point]:
+        """Points that no other beats in everything, the best for the objective first."""
+        there = [p for p, m in self.points.items() if m.latency_ms and not m.failed]
+        left = [p for p in there if not any(self._beats(q, p) for q in there if q != p)]
+        return sorted(left, key=self._rank)
+
+    def chosen(self) -> Point:
+        """The best for the objective. Of several that chance may have put in this order those of the least memory, and
+        of these the one nearest to the profile.
+        """
+        first, *others = self.front()
+        same = [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
+        least = min(self.points[p].peak_mib for p in same)
+        same = [p for p in same if self.points[p].peak_mib <= least * _SAME_MEMORY]
+        base = dict(self.first_point())
+        return min(same, key=lambda p: (sum(value != base[axis] for axis, value in p), self._rank(p)))
+
+    def first_point(self) -> Point:
+        """What the profile itself comes to on the axes."""
+        setup = settle(self.bundle, self.profile)
+        variant, prefill, images = setup.variant, setup.prefill, setup.images
+        values = {
+            "variant": variant,
+            "prefill": VARIANTS[prefill].float_keys if prefill else "none",
+            "threads": self.profile.threads or default_threads(),
+            "low_memory": self.profile.low_memory,
+            "arena": self.profile.arena,
+            "max_image_tokens": images.max_image_tokens,
+            "tiles": images.max_tiles if images.do_image_splitting else 1,
+        }
+        return tuple(sorted((axis, _nearest(value, self.axes[axis])) for axis, value in values.items()))
+
+    def good_enough(self, point: Point) -> bool:
+        """Whether the floor of quality holds."""
+        kl = self.points[point].kl
+        return kl is not None and kl <= self.floor
+
+    def profile_of(self, point: Point, description: str = "") -> Profile:
+        """The profile with a point's settings."""
+        values = dict(point)
+        tiles, variant = values.pop("tiles"), values.pop("variant")
+        values |= {"variant": (VARIANTS[variant].float_keys,), "kv": VARIANTS[variant].keys}
+        if len(self.axes["tiles"]) > 1:  # else tiles were not tried: these images need none, or a flag says how many
+            values |= {"do_image_splitting": True, "max_tiles": tiles} if tiles > 1 else {"do_image_splitting": False}
+        if self.profile.min_image_tokens and self.profile.min_image_tokens > values["max_image_tokens"]:
+            values["min_image_tokens"] = values["max_image_tokens"]
+        return replace(changed(self.profile, values, "tune"), description=description)
+
+    def _rank(self, point: Point) -> tuple[bool, float, float]:
+        m = self.points[point]
+        cost = {"latency": lambda: m.latency, "memory": lambda: m.peak_mib, "energy": lambda: m.energy}[
+            self.objective
+        ]()
+        return (not self.good_enough(point), cost, m.latency)
+
+    def _beats(self, a: Point, b: Point) -> bool:
+        """Whether a is faster than b beyond chance, and neither larger nor worse."""
+        one, other = self.points[a], self.points[b]
+        lost, theirs = (math.inf if m.kl is None else m.kl for m in (one, other))
+        if one.peak_mib > other.peak_mib * _SAME_MEMORY or lost > theirs * _SAME_KL + 1e-6:
+            return False
+        return _slower(other.latency_ms, one.latency_ms)
+
+    def _differ(self, a: Point, b: Point) -> bool:
+        one, other = self.points[a], self.points[b]
+        if self.objective == "memory":
+            return other.peak_mib > one.peak_mib * _SAME_MEMORY
+        pairs = (one.latency_ms, other.latency_ms) if self.objective == "latency" else (one.energy_j, other.energy_j)
+        return _slower(pairs[1], pairs[0])
+
+    def table(self) -> str:
+        """The front for people, the best first."""
+        chosen = self.chosen()
+        energy = any(m.energy_j for m in self.points.values())
+        head = (
+            f"  {'variant':9s} {'prefill':7s} {'threads':>7s} {'tokens':>6s} {'tiles':>5s} {'arena':5s} "
+            f"{'low_memory':10s}   "
+        )
+        head += (
+            f"{'answer ms':>22s} {'ttft ms':>8s} {'MiB':>6s} {'anon.':>6s} {'KL':>8s}{'       J' if energy else ''}   n"
+        )
+        lines = [head]
+        front = self.front()
+        for point in dict.fromkeys((*front[:_SHOWN], chosen)):
+            at, m = dict(point), self.points[point]
+            samples = sorted(m.latency_ms.values())
+            spread = f"{m.latency:,.0f} ({samples[0]:,.0f}…{samples[-1]:,.0f})"
+            joules = (f" {m.energy:7.2f}" if m.energy_j else " " * 8) if energy else ""
+            arena, low = ("on" if at[axis] else "off" for axis in ("arena", "low_memory"))
+            lines.append(
+                f"{'*' if point == chosen else ' '} {at['variant']:9s} {at['prefill']:7s} {at['threads']:7d} "
+                f"{at['max_image_tokens']:6d} "
+                f"{at['tiles'] if at['tiles'] > 1 else '–':>5} {arena:5s} {low:10s}   "
+                f"{spread:>22s} {statistics.median(m.ttft_ms.values()):8,.0f} {m.peak_mib:6,.0f} "
+                f"{m.anonymous_mib:6,.0f} "
+                f"{m.kl or 0:8.4f}{joules} {len(samples):3d}"
+            )
+        if len(front) > _SHOWN:
+            lines.append(f"  … and {len(front) - _SHOWN} more that no other beats in everything")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """The table, and what to know of it."""
+        points, failed = len(self.points), [m.failed for m in self.points.values() if m.failed]
+        lines = [
+            self.table(),
+            f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the "
+            "checkpoint's "
+            f"own image settings; * is best by {self.objective} with KL ≤ {self.floor:g}",
+        ]
+        if failed:
+            lines.append(f"{len(failed)} points could not be measured: {failed[0]}")
+        if not self.good_enough(self.chosen()):
+            lines.append(
+                f"no point measured has a KL of {self.floor:g} or less: the best of the others is chosen; see --floor"
+            )
+        return "\n".join(lines)
+
+    # --------------------------------------------------------------------------------------------------- kept on disk
+
+    def key(self) -> dict[str, Any]:
+        """What measurements must have in common to be of one search."""
+        paths = {path for graphs in self.bundle.variants.values() for path in graphs.values()}
+        weights = sorted(part for path in paths for part in self.bundle.fingerprint(path))
+        machine = {"onnxruntime": ort.__version__, "machine": platform.machine(), "cpu_features": list(cpu_features())}
+        return {
+            "bundle": weights,
+            **machine,
+            "images": [str(p.resolve()) for p in self.images],
+            "question": self.question,
+        }
+
+    def save(self, path: Path) -> None:
+        """Everything measured, as JSON."""
+        write_whole(
+            path,
+            to_json(
+                {
+                    "tool": "lfm-edge tune",
+                    "version": __version__,
+                    "key": self.key(),
+                    "objective": self.objective,
+                    "floor_kl": self.floor,
+                    "rounds": self.rounds,
+                    "reference": self.reference,
+                    "profile": self.profile.name,
+                    "front": [dict(p) for p in self.front()],
+                    "chosen": dict(self.chosen()),
+                    "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
+                },
+                indent=1,
+            )
+            + "\n",
+        )
+
+    def resume(self, path: Path) -> bool:
+        """Take up what an earlier search of the same kind measured; whether there was one.
+
+        Raises:
+            SettingError: the file is of another search, or damaged.
+        """
+        if not path.exists():
+            return False
+        found = read_json_object(path, SettingError, advice="remove it to begin anew")
+        if found.get("key") != self.key():
+            raise SettingError(
+                f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o"
+            )
+        with damage_is(SettingError, path, "remove it to begin anew"):
+            self.rounds, self.reference = int(found["rounds"]), str(found["reference"])
+            for entry in found["points"]:
+                point = tuple(sorted(entry.pop("settings").items()))
+                if any(value not in self.axes.get(axis, ()) for axis, value in point):
+                    continue  # a flag leaves it out now
+                for name in ("latency_ms", "ttft_ms", "energy_j"):
+                    entry[name] = {int(k): float(v) for k, v in entry[name].items()}
+                self.points[point] = Measured(**entry)
+        return True
+
+
+def _nearest(value: Any, values: Sequence[Any]) -> Any:
+    if value in values:
+        return value
+    return min(values, key=lambda v: abs(v - value)) if isinstance(value, int) else values[0]
+
+
+def _slower(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
+    """Whether a was slower than b beyond chance, by the rounds that have both; where none has, by the medians."""
+    if not a or not b:
+        return False
+    ratios = [a[n] / b[n] for n in a.keys() & b.keys()] or [
+        statistics.median(a.values()) / statistics.median(b.values())
+    ]
+    return min(ratios) > _CLEARLY[max(n for n in _CLEARLY if n <= len(ratios))]

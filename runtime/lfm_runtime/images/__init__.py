@@ -1,0 +1,1 @@
+"""Images: opened, laid out as tiles, cut into patches. All but opening is arithmetic."""

@@ -1,0 +1,180 @@
+"""Images opened, resized, cut into patches. numpy and Pillow in, numpy out.
+
+Follows the reference image processor (transformers, Lfm2VlImageProcessorFast) decision for decision; the layout is
+separate from the pixels, so that tokens and cost are known before anything is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from lfm_runtime.errors import ImageError
+from lfm_runtime.images.files import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
+from lfm_runtime.images.layout import ImageLayout, ImageSettings
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+Patches = NDArray[np.float32]
+
+MAX_MEGAPIXELS = 100.0
+
+
+def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """An upright RGB image: EXIF orientation applied, transparency composited on white, 16 bits scaled to 8.
+
+    Raises:
+        ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
+    """
+    with _opened(source, max_megapixels) as image:
+        transparent, levels = transparent_sample(image), grey_levels(image)
+        image.load()
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        turned = image.getexif().get(ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image, levels)
+
+
+def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
+    """(width, height) that open_image will give, from the file's header alone. Raises as it does, but for pixels that
+    cannot be decoded.
+    """
+    with _opened(source, max_megapixels) as image:
+        return upright_size(image)
+
+
+@contextmanager
+def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
+    name = (
+        str(source)
+        if isinstance(source, (str, os.PathLike))
+        else getattr(source, "name", f"image ({type(source).__name__})")
+    )
+    try:
+        with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
+            image = _read(source)
+            _check_size(image, name, max_megapixels)
+            yield image
+    except ImageError:
+        raise
+    except FileNotFoundError as e:
+        raise ImageError(f"{name} does not exist; check the path") from e
+    except IsADirectoryError as e:
+        raise ImageError(f"{name} is a folder; name an image file") from e
+    except PermissionError as e:
+        raise ImageError(f"{name} cannot be read; check its permissions") from e
+    except (
+        Exception
+    ) as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
+        raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
+
+
+def _read(source: ImageLike) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or (source.ndim == 3 and source.shape[2] not in (1, 3, 4))
+        ):
+            raise ImageError(
+                f"array of {source.dtype} {source.shape}: give uint8 [height, width] or [height, width, 1, 3 or 4]"
+            )
+        if not source.size:
+            raise ImageError(f"array of shape {source.shape} has no pixels")
+        return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+    return open_file(source)
+
+
+def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
+    if image.width < 1 or image.height < 1:
+        raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
+    megapixels = image.width * image.height / 1e6
+    if not megapixels <= max_megapixels:  # nan is no limit
+        raise ImageError(
+            f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
+        )
+
+
+def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
+    """`grey`: see grey_levels."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ImageError(
+                f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits"
+            )
+        lightest, white_is_0 = grey
+        scaled = (np.minimum(values / lightest, 1) * 255 + 0.5).astype(np.uint8)
+        if white_is_0:
+            scaled = 255 - scaled
+        if isinstance(image.info.get("transparency"), int):  # one grey is transparent: it becomes the canvas
+            scaled[values == image.info["transparency"]] = 255
+        return Image.fromarray(scaled).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(canvas, rgba)
+    return image.convert("RGB")
+
+
+_LIMIT_LOCK = threading.Lock()
+
+
+@contextmanager
+def _pillow_limit_lifted() -> Iterator[None]:
+    """Pillow's own bomb limit is a global of 89 MP that warns, then raises at twice that; ours is per call."""
+    with _LIMIT_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def cut_views(image: Image.Image, layout: ImageLayout, settings: ImageSettings) -> Iterator[Patches]:
+    """For each view of the layout, its patches float32 [rows·columns, patch²·3] in (row, column, channel) order."""
+    resample = Image.Resampling(settings.resample)
+    if layout.tiled:
+        side = settings.tile_size
+        large = _resized(image, (side * layout.columns, side * layout.rows), resample)
+        for row in range(layout.rows):
+            for column in range(layout.columns):
+                box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+                yield patchify(np.asarray(large.crop(box)), settings)
+        if layout.thumbnail is None:
+            return
+    yield patchify(np.asarray(_resized(image, layout.whole_size, resample)), settings)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Columns first, then rows, rounded to 8 bits between, as torch does. Pillow 13 would go the other way."""
+    for step in ((size[0], image.height), size):
+        if image.size != step:
+            image = image.resize(step, resample)
+    return image
+
+
+def patchify(pixels: NDArray[np.uint8], settings: ImageSettings) -> Patches:
+    """uint8 [height, width, 3] → normalised float32 [patches, patch²·3]."""
+    size = settings.encoder_patch_size
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    patches = (
+        pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, size, size, 3)
+    )
+    mean = np.asarray(settings.image_mean, np.float32) * np.float32(255)
+    scale = np.float32(1) / (np.asarray(settings.image_std, np.float32) * np.float32(255))
+    normalised: Patches = (patches.astype(np.float32) - mean) * scale
+    return normalised.reshape(rows * columns, -1)

@@ -1,0 +1,110 @@
+"""What is said: messages of text and images, calls of tools, a conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Any, Literal
+
+from lfm_runtime.errors import PromptError
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Place(Enum):
+    """What stands in a message beside text."""
+
+    IMAGE = "image"
+
+
+IMAGE = Place.IMAGE
+"""The place of the next image within a message."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the assistant made."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `content` is text, or texts and IMAGE places in their order."""
+
+    role: Role
+    content: str | tuple[str | Place, ...]
+    thinking: str | None = None  # of an assistant's turn, where the template has a place of its own for it
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a role that could be more than a role: templates write it as it is."""
+        if not re.fullmatch("[a-z_]+", self.role):
+            raise PromptError(f"the role {self.role!r} is none; known are system, user, assistant and tool")
+
+    @staticmethod
+    def user(text: str, images: int = 0) -> Message:
+        """A user's turn with so many images before the text."""
+        return Message("user", (IMAGE,) * images + (text,) if images else text)
+
+    @property
+    def images(self) -> int:
+        """How many places for images it has."""
+        return 0 if isinstance(self.content, str) else self.content.count(IMAGE)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its texts, in order."""
+        return (
+            (self.content,)
+            if isinstance(self.content, str)
+            else tuple(part for part in self.content if isinstance(part, str))
+        )
+
+    def as_dict(self, text: Callable[[str], str] = str) -> dict[str, Any]:
+        """The turn as transformers' chat templates take it. `text` is applied to every string in it."""
+        content: Any = self.content
+        if isinstance(content, str):
+            content = text(content)
+        else:
+            content = [
+                {"type": "image"} if part is IMAGE else {"type": "text", "text": text(str(part))} for part in content
+            ]
+        turn: dict[str, Any] = {"role": self.role, "content": content}
+        if self.thinking is not None:
+            turn["thinking"] = text(self.thinking)
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": text(call.name), "arguments": mapped_strings(dict(call.arguments), text)},
+                }
+                for call in self.tool_calls
+            ]
+        return turn
+
+
+def mapped_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed. Keys too, but for identifiers: templates use them."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            k if str(k).isidentifier() else mapped_strings(k, change): mapped_strings(v, change)
+            for k, v in value.items()
+        }
+    return [mapped_strings(v, change) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is said to the model beside the images themselves."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the model may call
+    now: datetime | None = None  # the date that a template with tools tells; by default today's
+    special: bool = True  # False: text that spells a special token is text, so that it cannot forge a turn

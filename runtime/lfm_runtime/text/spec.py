@@ -1,0 +1,263 @@
+"""What prompts are made with: chat template, image tokens, tokenizer; from prompt.json, or from the hub's own files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lfm_runtime.errors import BundleError, PromptError
+from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.images.layout import ImageLayout
+from lfm_runtime.text.chat_template import Template
+from lfm_runtime.text.compile_tokenizer import compile_tokenizer, unicode_ranges
+from lfm_runtime.text.messages import Conversation, mapped_strings
+from lfm_runtime.text.tokenizer import Vocabulary
+
+CHATML = (
+    "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- "
+    "endif -%}"
+)
+"""LFM2's first template, for folders that have none."""
+_STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
+
+
+PROMPT_SCHEMA = 2
+"""Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's
+own files.
+"""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template in Jinja's language, and the special tokens it may name."""
+
+    template: str = CHATML
+    specials: Mapping[str, str] = field(default_factory=lambda: {"bos_token": "<|startoftext|>"})
+
+    @cached_property
+    def parsed(self) -> Template:
+        """Raises PromptError where the template has something unknown."""
+        return Template(self.template)
+
+    def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
+        """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation."""
+        return self.parsed.render(
+            messages=[message.as_dict(text) for message in chat.messages],
+            tools=mapped_strings(list(chat.tools), text) or None,
+            documents=None,
+            add_generation_prompt=generation,
+            now=chat.now,
+            **self.specials,
+        )
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The special tokens around image features. None where the processor leaves them out."""
+
+    image: str = "<image>"
+    start: str | None = "<|image_start|>"
+    end: str | None = "<|image_end|>"
+    thumbnail: str | None = "<|img_thumbnail|>"
+    tile: str | None = "<|img_row_{row}_col_{column}|>"
+
+    def expand(self, layout: ImageLayout) -> str:
+        """The text that replaces one image placeholder; one `image` token for each feature row."""
+        parts = [self.start or ""]
+        if layout.tiled:
+            for n in range(layout.rows * layout.columns):
+                row, column = divmod(n, layout.columns)
+                parts.append((self.tile or "").format(row=row + 1, column=column + 1))
+                parts.append(self.image * layout.views[n].tokens)
+            if layout.thumbnail is not None:
+                parts += [self.thumbnail or "", self.image * layout.thumbnail.tokens]
+        else:
+            parts.append(self.image * layout.views[0].tokens)
+        return "".join(parts) + (self.end or "")
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """All of prompt.json."""
+
+    vocabulary: Vocabulary
+    chat: ChatFormat
+    image_tokens: ImageTokens
+
+    def save(self, path: Path) -> None:
+        """Write prompt.json. Tokens are one string and merges one array, since 200,000 numbers and strings take 50 ms
+        to read.
+        """
+        vocabulary: dict[str, Any] = {f.name: getattr(self.vocabulary, f.name) for f in fields(Vocabulary)}
+        odd = {
+            i: token
+            for i, token in enumerate(self.vocabulary.tokens)
+            if token is not None and (not token or "\n" in token)
+        }
+        vocabulary["tokens"] = "\n".join(
+            "" if i in odd else token or "" for i, token in enumerate(self.vocabulary.tokens)
+        )
+        vocabulary["odd_tokens"] = odd
+        vocabulary["merges"] = base64.b64encode(_little_endian(self.vocabulary.merges).tobytes()).decode()
+        chat = {"template": self.chat.template, "specials": dict(self.chat.specials)}
+        value = {
+            "schema": PROMPT_SCHEMA,
+            "vocabulary": vocabulary,
+            "chat": chat,
+            "image_tokens": asdict(self.image_tokens),
+        }
+        path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> PromptSpec:
+        """Read prompt.json.
+
+        Raises:
+            BundleError: damaged, incomplete, or of a newer schema.
+        """
+        raw = read_json_object(path, BundleError)
+        with damage_is(BundleError, path, "export the bundle again"):
+            if raw["schema"] > PROMPT_SCHEMA:
+                raise BundleError(
+                    f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge"
+                )
+            vocabulary = raw["vocabulary"]
+            if raw["schema"] == 1:
+                config = read_json_object(path.with_name("tokenizer_config.json"), BundleError, required=False)
+                chat = chat_format(path.parent, config)
+                vocabulary["merges"] = array("I", vocabulary["merges"])
+                vocabulary["classes"] = {
+                    "L": vocabulary["letters"],
+                    "N": vocabulary["numbers"],
+                    "s": vocabulary["spaces"],
+                }
+                vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
+            else:
+                chat = ChatFormat(str(raw["chat"]["template"]), dict(raw["chat"]["specials"]))
+                tokens: list[str | None] = [token or None for token in vocabulary["tokens"].split("\n")]
+                for i, token in vocabulary["odd_tokens"].items():
+                    tokens[int(i)] = token
+                merges = array("I", base64.b64decode(vocabulary["merges"]))
+                vocabulary.update(tokens=tokens, merges=_little_endian(merges))
+            vocabulary["classes"] = {name: [int(code) for code in flat] for name, flat in vocabulary["classes"].items()}
+            return PromptSpec(
+                Vocabulary(**_known(Vocabulary, vocabulary)),
+                chat,
+                ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
+            )
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    """Of this machine's, or back: the same, or with its bytes swapped."""
+    values = values[:]
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: raw[f.name] for f in fields(cls)}
+
+
+# ------------------------------------------------------------------------------------- folders without a prompt.json
+
+
+def compile_on_device(folder: Path) -> PromptSpec:
+    """PromptSpec from a hub folder's own files; the template is run as it is and not compared with jinja2.
+
+    Raises:
+        PromptError: no tokenizer.json, or a tokenizer or template that cannot be run here.
+    """
+    spec = read_json_object(folder / "tokenizer.json", PromptError)
+    config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
+    with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
+        vocabulary = compile_tokenizer(spec, unicode_ranges)
+    chat = chat_format(folder, config)
+    chat.parsed  # noqa: B018  (what it cannot run is said now)
+    return PromptSpec(vocabulary, chat, image_tokens(folder, config, {token for token in vocabulary.tokens if token}))
+
+
+def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
+    """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
+    named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
+    specials = {
+        name: text
+        for name, value in named.items()
+        if name.endswith("_token") and (text := token_text(value)) is not None
+    }
+    extra = tokenizer_config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        specials.update({name: text for name, value in extra.items() if (text := token_text(value)) is not None})
+    template = chat_template(folder, tokenizer_config)
+    return (
+        ChatFormat(template, specials)
+        if template is not None
+        else ChatFormat(CHATML, {"bos_token": "<|startoftext|>", **specials})
+    )
+
+
+def image_tokens(folder: Path, tokenizer_config: dict[str, Any], known: set[str]) -> ImageTokens:
+    """The image tokens by the names tokenizer_config.json gives them: in extra_special_tokens, else at its top, else in
+    model_specific_special_tokens. One that is named "" or that the vocabulary lacks is left out, and all but the image
+    token itself where the processor's `use_image_special_tokens` is off.
+    """
+    default = ImageTokens()
+    places = [
+        tokenizer_config.get("extra_special_tokens"),
+        tokenizer_config,
+        tokenizer_config.get("model_specific_special_tokens"),
+    ]
+
+    def name(key: str, fallback: str | None) -> str | None:
+        found = (token_text(place.get(key)) for place in places if isinstance(place, dict))
+        return next((text for text in found if text is not None), fallback)
+
+    def pick(key: str, fallback: str | None) -> str | None:
+        return found if (found := name(key, fallback)) in known else None
+
+    image = name("image_token", default.image) or default.image
+    for file in ("processor_config.json", "preprocessor_config.json", "config.json"):
+        if read_json_object(folder / file, PromptError, required=False).get("use_image_special_tokens") is False:
+            return ImageTokens(image, None, None, None, None)
+    tile = default.tile if default.tile and default.tile.format(row=1, column=2) in known else None
+    return ImageTokens(
+        image,
+        pick("image_start_token", default.start),
+        pick("image_end_token", default.end),
+        pick("image_thumbnail_token", default.thumbnail),
+        tile,
+    )
+
+
+def token_text(value: Any) -> str | None:
+    """A token in a config is its text, or an object with `content`."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """The Jinja source: chat_template.jinja, chat_template.json, or inside tokenizer_config.json (where "default"
+    wins).
+    """
+    if (folder / "chat_template.jinja").exists():
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise PromptError(
+                f"{folder / 'chat_template.jinja'} cannot be read ({e}); copy it from the checkpoint again"
+            ) from e
+    found = read_json_object(folder / "chat_template.json", PromptError, required=False).get("chat_template")
+    found = found or tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
