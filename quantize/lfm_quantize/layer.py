@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lfm_quantize.blocks import Block, Feeds, Values, run_block
+from lfm_quantize.calibrate.blocks import Block, Feeds, Values, run_block
+from lfm_quantize.calibrate.observe import ROWS, Observed
 from lfm_quantize.graph import Graph, QuantizeError, Tensor
-from lfm_quantize.observe import ROWS, Observed
+from lfm_quantize.passes.rewrite import quantized_nodes
+from lfm_quantize.passes.smooth import find_fit, folded, sources
 from lfm_quantize.recipe import Recipe
-from lfm_quantize.rewrite import quantized_nodes
 from lfm_quantize.rounding import METHODS, Rounded, output_error
-from lfm_quantize.smooth import find_fit, folded, sources
 
 Float = NDArray[np.float32]
 

@@ -18,11 +18,11 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from numpy.typing import NDArray
 
-from lfm_quantize.answers import Progress, features_of, follow, greedy, open_decoder
-from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, decoder_feeds
+from lfm_quantize.calibrate.answers import Progress, features_of, follow, greedy, open_decoder
+from lfm_quantize.calibrate.blocks import Block, Feeds, Values, all_positions, blocks_of, decoder_feeds
+from lfm_quantize.calibrate.observe import KINDS
+from lfm_quantize.calibrate.samples import Question, Sample, prepare
 from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.observe import KINDS
-from lfm_quantize.samples import Question, Sample, prepare
 
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""

@@ -35,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.formats.files import check_writable
 
+    from lfm_quantize.calibrate.samples import read_questions
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.quality import measure
-    from lfm_quantize.samples import read_questions
     from lfm_quantize.variant import keep_quality
 
     if options.plot:

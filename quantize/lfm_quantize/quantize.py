@@ -20,18 +20,26 @@ from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from numpy.typing import NDArray
 
-from lfm_quantize.answers import Progress, add_answers, features_of
-from lfm_quantize.blocks import Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
-from lfm_quantize.gpu import for_gpu, fused_biases, in_standard_operators, over_its_files
+from lfm_quantize.calibrate.answers import Progress, add_answers, features_of
+from lfm_quantize.calibrate.blocks import (
+    Feeds,
+    Values,
+    all_positions,
+    blocks_of,
+    image_positions,
+    prompt_feeds,
+    run_block,
+)
+from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.half import half, overflowing
-from lfm_quantize.kv import int8_kv, largest_states
 from lfm_quantize.layer import Change, quantize_block
+from lfm_quantize.passes.gpu import for_gpu, fused_biases, in_standard_operators, over_its_files
+from lfm_quantize.passes.half import half, overflowing
+from lfm_quantize.passes.kv import int8_kv, largest_states
+from lfm_quantize.passes.rewrite import embedding_nodes, stored_as_half
 from lfm_quantize.quality import Quality, check_floor, measure
 from lfm_quantize.recipe import Recipe, matching
-from lfm_quantize.rewrite import embedding_nodes, stored_as_half
 from lfm_quantize.rounding import METHODS, Rounded
-from lfm_quantize.samples import FEW_IMAGES, Question, Sample, prepare, read_questions, split_off
 from lfm_quantize.search import choose, survey
 from lfm_quantize.source import Source, look_up
 from lfm_quantize.variant import Graphs, check_size, check_space, save_graphs, with_graphs, with_quality
@@ -391,7 +399,7 @@ def _as_fp16(run: Run) -> tuple[Graphs, dict[str, Any]]:
 
 def _with_static_ranges(run: Run) -> tuple[Graphs, dict[str, Any]]:
     """The encoder with fixed ranges; the other graphs are those of int8, where the bundle has it."""
-    from lfm_quantize.static import static_int8  # onnxruntime.quantization wants more packages than the rest
+    from lfm_quantize.passes.static import static_int8  # onnxruntime.quantization wants more packages than the rest
 
     feeds = [view.feeds() for sample in run.samples for view in (*sample.views, *sample.extra)]
     keep = matching(run.settings.keep, run.source.vision.linears())

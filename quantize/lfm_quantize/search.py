@@ -16,16 +16,25 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from numpy.typing import NDArray
 
-from lfm_quantize.answers import Progress
-from lfm_quantize.blocks import Block, Feeds, Values, all_positions, blocks_of, image_positions, prompt_feeds, run_block
+from lfm_quantize.calibrate.answers import Progress
+from lfm_quantize.calibrate.blocks import (
+    Block,
+    Feeds,
+    Values,
+    all_positions,
+    blocks_of,
+    image_positions,
+    prompt_feeds,
+    run_block,
+)
+from lfm_quantize.calibrate.samples import Sample
 from lfm_quantize.graph import LARGE_BYTES, Graph, QuantizeError
 from lfm_quantize.layer import observe
+from lfm_quantize.passes.rewrite import quantized_nodes
+from lfm_quantize.passes.smooth import fake_rows, find_fit, sources
 from lfm_quantize.quality import cosines, kl_divergence
 from lfm_quantize.recipe import Recipe, Rule
-from lfm_quantize.rewrite import quantized_nodes
 from lfm_quantize.rounding import Precision, clipped, rtn
-from lfm_quantize.samples import Sample
-from lfm_quantize.smooth import fake_rows, find_fit, sources
 from lfm_quantize.source import Source
 
 Float = NDArray[np.float32]

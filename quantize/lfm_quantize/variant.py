@@ -16,9 +16,9 @@ from lfm_runtime.formats.manifest import MANIFEST, Manifest, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import Graph, Place, QuantizeError
-from lfm_quantize.kv import FIRST_ONNXRUNTIME
+from lfm_quantize.passes.kv import FIRST_ONNXRUNTIME
+from lfm_quantize.passes.rewrite import TABLE
 from lfm_quantize.quality import Quality
-from lfm_quantize.rewrite import TABLE
 from lfm_quantize.source import Source, look_up
 
 Graphs = dict[str, "Graph | str"]

@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
+from lfm_quantize.calibrate.samples import read_questions
 from lfm_quantize.graph import Graph
 from lfm_quantize.quality import measure
 from lfm_quantize.quantize import Settings, quantize
-from lfm_quantize.samples import read_questions
 from lfm_runtime.formats.manifest import MANIFEST, file_hash
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 

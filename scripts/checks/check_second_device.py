@@ -72,8 +72,8 @@ def prepare(bundle: Path) -> None:
     copies.
     """
     import onnx
-    from lfm_quantize.gpu import for_gpu
     from lfm_quantize.graph import Graph
+    from lfm_quantize.passes.gpu import for_gpu
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.formats.contract import DECODER
     from onnx import helper

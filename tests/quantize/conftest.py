@@ -17,7 +17,7 @@ CALIBRATION = ROOT / "demo" / "calibration"
 @pytest.fixture(scope="session")
 def questions():
     """(to calibrate with, to judge with): pictures that are not in both."""
-    from lfm_quantize.samples import read_questions
+    from lfm_quantize.calibrate.samples import read_questions
 
     return (
         read_questions(None, CALIBRATION / "calibration.jsonl")[0],

@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 from bundles import read_manifest
 from lfm_export.export import export
-from lfm_quantize.gpu import fused_biases, in_standard_operators
 from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.half import half
+from lfm_quantize.passes.gpu import fused_biases, in_standard_operators
+from lfm_quantize.passes.half import half
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle

@@ -9,14 +9,14 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from lfm_export.export import export
-from lfm_quantize.blocks import all_positions, blocks_of, decoder_feeds, run_block
-from lfm_quantize.gpu import for_gpu
+from lfm_quantize.calibrate.blocks import all_positions, blocks_of, decoder_feeds, run_block
+from lfm_quantize.calibrate.samples import View
 from lfm_quantize.graph import Graph, Linear, QuantizeError
-from lfm_quantize.half import half, overflowing
+from lfm_quantize.passes.gpu import for_gpu
+from lfm_quantize.passes.half import half, overflowing
+from lfm_quantize.passes.smooth import folded, sources
 from lfm_quantize.quality import cosines
 from lfm_quantize.quantize import Settings, quantize
-from lfm_quantize.samples import View
-from lfm_quantize.smooth import folded, sources
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER
@@ -228,7 +228,7 @@ def test_int8_products_do_not_overflow(tmp_path) -> None:
     for exactness.
     """
     import onnxruntime as ort
-    from lfm_quantize.rewrite import quantized_nodes
+    from lfm_quantize.passes.rewrite import quantized_nodes
     from lfm_quantize.rounding import Precision, rtn
     from lfm_runtime.engine.execution import Execution
     from onnx import helper

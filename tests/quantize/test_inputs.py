@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lfm_quantize.calibrate.samples import BUILT_IN, read_questions, split_off
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.quantize import Settings
 from lfm_quantize.recipe import BLOCKS, Recipe, Rule
 from lfm_quantize.rounding import METHODS, Precision
-from lfm_quantize.samples import BUILT_IN, read_questions, split_off
 from lfm_quantize.search import Choice, choose
 
 PHOTOS = Path(__file__).resolve().parents[2] / "demo" / "photos"

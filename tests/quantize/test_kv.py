@@ -10,7 +10,7 @@ import pytest
 from bundles import read_manifest
 from lfm_quantize import quantize as stage
 from lfm_quantize.graph import Graph
-from lfm_quantize.kv import int8_kv
+from lfm_quantize.passes.kv import int8_kv
 from lfm_quantize.quality import measure
 from lfm_quantize.quantize import Settings, quantize
 from lfm_runtime import Model, Session

@@ -15,12 +15,12 @@ from bundles import read_manifest
 from lfm_export.export import export
 from lfm_quantize import quantize as stage
 from lfm_quantize import variant as variant_files
+from lfm_quantize.calibrate.samples import prepare
 from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.passes.rewrite import quantized_nodes
 from lfm_quantize.quality import GateError, cosines, kl_divergence, measure
 from lfm_quantize.quantize import Settings, quantize
-from lfm_quantize.rewrite import quantized_nodes
 from lfm_quantize.rounding import Precision, rtn
-from lfm_quantize.samples import prepare
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
@@ -67,7 +67,7 @@ def test_floors(quantized, questions, variant) -> None:
 @pytest.mark.parametrize("variant", FLOORS)
 def test_floors_on_2000_fresh_questions(quantized, variant, tmp_path) -> None:
     import demo_data
-    from lfm_quantize.samples import read_questions
+    from lfm_quantize.calibrate.samples import read_questions
 
     demo_data.write_evaluation(tmp_path / "fresh", 2026, 500)
     fresh = read_questions(None, tmp_path / "fresh" / "fresh.jsonl")[0]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_quantize.graph import FLOAT, Graph, Linear, Tensor
-from lfm_quantize.rewrite import embedding_nodes, pack, quantized_nodes
+from lfm_quantize.passes.rewrite import embedding_nodes, pack, quantized_nodes
 from lfm_quantize.rounding import METHODS, Precision, clipped, gptq, output_error, rtn
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -199,7 +199,7 @@ def test_every_token_has_its_own_range() -> None:
 
 def test_range_below_zero() -> None:
     """After Gelu nearly all of the range is above zero: asking for less below makes the rounding of inputs finer."""
-    from lfm_quantize.smooth import fake_rows
+    from lfm_quantize.passes.smooth import fake_rows
 
     z = np.random.default_rng(5).standard_normal((64, 128)).astype(np.float32) * 2
     x = z * (z > 0) + np.float32(-0.1) * (z <= 0)

@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from lfm_quantize.calibrate.samples import Sample
 from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.samples import Sample
 
 Feeds = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[np.float32]]

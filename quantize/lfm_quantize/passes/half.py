@@ -16,7 +16,7 @@ import onnx
 from lfm_runtime.formats.contract import CONV_WINDOW
 from onnx import helper
 
-from lfm_quantize.blocks import Feeds, Values, blocks_of, run_block
+from lfm_quantize.calibrate.blocks import Feeds, Values, blocks_of, run_block
 from lfm_quantize.graph import FLOAT, FLOAT16, Graph, Tensor, reads
 
 LARGEST = 60_000.0

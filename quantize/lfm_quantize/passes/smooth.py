@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lfm_quantize.calibrate.observe import Observed
 from lfm_quantize.graph import Graph
-from lfm_quantize.observe import Observed
 from lfm_quantize.rounding import Precision, rtn
 
 Float = NDArray[np.float32]

@@ -13,8 +13,8 @@ from lfm_runtime.engine.loader import load_session
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 
+from lfm_quantize.calibrate.samples import MOST_ANSWER_TOKENS, Sample, View
 from lfm_quantize.graph import QuantizeError
-from lfm_quantize.samples import MOST_ANSWER_TOKENS, Sample, View
 
 Float = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]

@@ -15,7 +15,7 @@ from lfm_runtime.formats.contract import KV_SCALES, present_name
 from numpy.typing import NDArray
 from onnx import helper
 
-from lfm_quantize.blocks import Feeds, Values, blocks_of, run_block
+from lfm_quantize.calibrate.blocks import Feeds, Values, blocks_of, run_block
 from lfm_quantize.graph import Graph, Place, QuantizeError, Tensor
 
 FIRST_ONNXRUNTIME = "1.27.0"

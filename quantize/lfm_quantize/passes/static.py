@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from lfm_quantize.blocks import Feeds
+from lfm_quantize.calibrate.blocks import Feeds
 from lfm_quantize.graph import Graph
 
 EXCLUDED = ("vision.positions",)
