@@ -46,7 +46,7 @@ explain() { # LOG STATUS : the cause and the fix of a failure that is known; els
     elif grep -q -i 'not a supported wheel' "$1"; then
         say "a wheel is for another Python or processor. Fix: make the wheels again with lfm-edge wheelhouse, for the Python that python3 --version says"
     elif grep -q -i -E 'name resolution|connection|timed out|network is unreachable' "$1"; then
-        say "the package index cannot be reached. Fix: see to the network, or install from a stick: lfm-edge image on a PC"
+        say "the package index cannot be reached. Fix: see to the network, or install from a stick: lfm-edge stick on a PC"
     elif grep -q 'No matching distribution' "$1"; then
         say "$(grep 'No matching distribution' "$1" | head -n 1 | sed 's/^ERROR: //'): no wheel for this Python ($version) on $(uname -m). Fix: a 64-bit system with Python 3.11 or newer"
     elif grep -q 'No space left' "$1"; then

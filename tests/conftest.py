@@ -118,11 +118,11 @@ def photo() -> Path:
 @pytest.fixture(scope="session")
 def stick_once(demo_bundle, tmp_path_factory) -> Path:
     """A stick for this machine: this Python, this processor, the wheels from the package index."""
-    from lfm_package.stick import image
+    from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 
     folder = tmp_path_factory.mktemp("usb") / "cam"
-    image(demo_bundle, ["fp32"], Platform.of("x86_64", f"3.{sys.version_info.minor}"), folder)
+    write_stick(demo_bundle, ["fp32"], Platform.of("x86_64", f"3.{sys.version_info.minor}"), folder)
     return folder
 
 

@@ -1,11 +1,11 @@
-"""Changing sticks as if lfm-edge image had made them so."""
+"""Changing sticks as if lfm-edge stick had made them so."""
 
 import hashlib
 from pathlib import Path
 
 
 def sums(stick: Path) -> None:
-    """As if lfm-edge image had made what lies there."""
+    """As if lfm-edge stick had made what lies there."""
     names = sorted(p for p in stick.rglob("*") if p.is_file() and not p.name.startswith("SHA256SUMS"))
     (stick / "SHA256SUMS").write_text(
         "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(stick)}\n" for p in names)

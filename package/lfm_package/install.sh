@@ -115,7 +115,7 @@ check_stick() { # every file, then who signed
     [ -n "$signers" ] || { [ -f "$prefix/signers" ] && signers=$prefix/signers; } || return 0
     [ -f "$signers" ] || fail "$signers does not exist; it names who may sign, as ssh's allowed_signers does"
     command -v ssh-keygen >/dev/null 2>&1 || fail "signatures need ssh-keygen; install it: sudo apt install openssh-client"
-    [ -f "$stick/SHA256SUMS.sig" ] || fail "$stick is not signed, and $signers asks for that; have it made with: lfm-edge image --sign KEY"
+    [ -f "$stick/SHA256SUMS.sig" ] || fail "$stick is not signed, and $signers asks for that; have it made with: lfm-edge stick --sign KEY"
     who=$(ssh-keygen -Y find-principals -s "$stick/SHA256SUMS.sig" -f "$signers" 2>/dev/null | head -n 1) || true
     [ -n "$who" ] || fail "$stick is signed by nobody of $signers; do not use it"
     ssh-keygen -Y verify -f "$signers" -I "$who" -n lfm-edge -s "$stick/SHA256SUMS.sig" <"$stick/SHA256SUMS" >/dev/null 2>&1 ||
@@ -126,7 +126,7 @@ check_stick() { # every file, then who signed
 check_machine() { # sets $python
     wanted=$(setting machine) target=$(setting target) version=$(setting python) glibc=$(setting glibc_minor)
     case $(uname -m) in arm* | i?86) fail "this system is 32-bit ($(uname -m)); there are no wheels for it: install the 64-bit system" ;; esac
-    [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge image --target …"
+    [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge stick --target …"
     found=
     for python in "python$version" python3; do
         command -v "$python" >/dev/null 2>&1 || continue
@@ -137,7 +137,7 @@ check_machine() { # sets $python
     "$version 64") ;;
     *" 32") fail "this system is 32-bit; there are no wheels for it: install the 64-bit system (Raspberry Pi OS 64-bit)" ;;
     "") fail "there is no Python $version here; install it: sudo apt install python3" ;;
-    *) fail "this stick is for Python $version, here is ${found% *}; make one with: lfm-edge image --target $target --python ${found% *}" ;;
+    *) fail "this stick is for Python $version, here is ${found% *}; make one with: lfm-edge stick --target $target --python ${found% *}" ;;
     esac
     have=$("$python" -I -c 'import platform; print(*platform.libc_ver())')
     case $have in

@@ -30,7 +30,7 @@ _WITH_BYTECODE = 1.4  # what installed wheels take, against their files
 _SPARE = 32 << 20
 
 
-def image(
+def write_stick(
     folder: Path,
     variants: Sequence[str],
     platform: Platform,
@@ -62,7 +62,7 @@ def image(
             return _fill(stick, name, folder, variants, manifest, platform, Extras(profile, (), sign_with))
     work = output.with_name(f".{output.name}.partial")
     try:
-        wheels = image(folder, variants, platform, work / name, profile=profile, sign_with=sign_with)
+        wheels = write_stick(folder, variants, platform, work / name, profile=profile, sign_with=sign_with)
         _as_tar(work / name, work / output.name)
         (work / output.name).replace(output)
     except OSError as e:
@@ -143,7 +143,7 @@ def _check_ours(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / SETTINGS).is_file() or not (folder / SUMS).is_file():
-        raise BundleError(f"{folder} is not something lfm-edge image made; choose another output")
+        raise BundleError(f"{folder} is not something lfm-edge stick made; choose another output")
     ours = {
         line.partition("  ")[2] for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     }

@@ -68,9 +68,9 @@ for variant in int8 int4; do
     edge quantize "$work/bundle" --variant $variant --method rtn --quiet >/dev/null
 done
 printf 'description = "Emulated: a thread more only waits"\nextends = "generic-arm64"\nthreads = 1\nspinning = false\n' >"$work/one-thread.toml"
-edge image "$work/bundle" --target pi5 --variant int8 --profile "$work/one-thread.toml" -o "$stick"
+edge stick "$work/bundle" --target pi5 --variant int8 --profile "$work/one-thread.toml" -o "$stick"
 for variant in fp32 int8 int4; do
-    edge bundle "$work/bundle" --variant $variant --profile "$work/one-thread.toml" -o "$work/$variant.tar" >/dev/null
+    edge pack "$work/bundle" --variant $variant --profile "$work/one-thread.toml" -o "$work/$variant.tar" >/dev/null
 done
 cp -r "$stick" "$stick-int4" # the other processor's: no dot products
 cp "$work/int4.tar" "$stick-int4/stick.tar"

@@ -361,14 +361,14 @@ def test_a_full_disk(stick, tmp_path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
 def test_from_an_empty_root(demo_bundle, tmp_path, photo) -> None:
     """Debian with nothing but Python, no network: from the stick to an answer."""
-    from lfm_package.stick import image
+    from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 
     root, stick = tmp_path / "root", tmp_path / "stick"
     subprocess.run(
         ["debootstrap", "--variant=minbase", "--include=python3", "trixie", str(root)], check=True, capture_output=True
     )
-    image(demo_bundle, ["fp32"], Platform.of("x86_64", "3.13"), stick)
+    write_stick(demo_bundle, ["fp32"], Platform.of("x86_64", "3.13"), stick)
     shutil.copy(photo, stick / "photo.jpg")
     script = """
         mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; mkdir "$0/stick"; mount --bind "$1" "$0/stick"

@@ -119,7 +119,7 @@ def test_parts(demo_bundle, packed, tmp_path) -> None:
 
 
 def test_command(demo_bundle, tmp_path, capsys) -> None:
-    assert main(["bundle", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "x.tar")]) == 0
+    assert main(["pack", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "x.tar")]) == 0
     assert "x.tar.sha256" in capsys.readouterr().out
     assert main(["unpack", str(tmp_path / "x.tar"), "-o", str(tmp_path / "x")]) == 0
     assert main(["unpack", str(tmp_path / "x.tar"), "-o", str(tmp_path / "x")]) == 0, "again: the same"
@@ -140,7 +140,7 @@ def test_command(demo_bundle, tmp_path, capsys) -> None:
 )
 def test_refusals(demo_bundle, tmp_path, monkeypatch, capsys, words, message) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["bundle", str(demo_bundle), *words]) == 2
+    assert main(["pack", str(demo_bundle), *words]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
@@ -321,8 +321,6 @@ def test_a_whole_one_beside_parts_of_another(demo_bundle, tmp_path) -> None:
 
 def test_the_profile_says_what_is_packed(demo_bundle, tmp_path) -> None:
     """pi5 prefers other variants; the one that was packed is meant."""
-    assert (
-        main(["bundle", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
-    )
+    assert main(["pack", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
     unpack(tmp_path / "x.tar", tmp_path / "there")
     assert read(str(tmp_path / "there" / "profile.toml")).variant == ("fp32",)

@@ -52,11 +52,11 @@ def test_everything_is_there_and_summed(stick_once) -> None:
 def test_as_one_file(demo_bundle, no_fetching, tmp_path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        module.image(demo_bundle, ["fp32"], PI5, tmp_path / name / "cam.tar")
+        module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / name / "cam.tar")
         assert [p.name for p in (tmp_path / name).iterdir()] == ["cam.tar"]
     assert (tmp_path / "a" / "cam.tar").read_bytes() == (tmp_path / "b" / "cam.tar").read_bytes()
     subprocess.run(["tar", "xf", str(tmp_path / "a" / "cam.tar"), "-C", str(tmp_path)], check=True)
-    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "folder" / "cam")
+    module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "folder" / "cam")
     files = [
         sorted(p.relative_to(place).as_posix() for p in place.rglob("*"))
         for place in (tmp_path / "cam", tmp_path / "folder" / "cam")
@@ -69,7 +69,7 @@ def test_as_one_file(demo_bundle, no_fetching, tmp_path) -> None:
 
 def test_a_model_larger_than_fat_holds_is_split(demo_bundle, no_fetching, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_LARGEST_FILE", 10_000_000)
-    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
+    module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
     assert (tmp_path / "cam" / "cam.tar.002").exists()
     assert not (tmp_path / "cam" / "cam.tar").exists()
     unpack(tmp_path / "cam" / "cam.tar", tmp_path / "there")
@@ -77,16 +77,16 @@ def test_a_model_larger_than_fat_holds_is_split(demo_bundle, no_fetching, tmp_pa
 
 def test_again_and_not_over_something_else(demo_bundle, no_fetching, tmp_path) -> None:
     for _ in range(2):
-        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
+        module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
-    with pytest.raises(BundleError, match="is not something lfm-edge image made"):
-        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "photos")
+    with pytest.raises(BundleError, match="is not something lfm-edge stick made"):
+        module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "photos")
     (tmp_path / "cam" / "holiday.jpg").write_text("")
     with pytest.raises(BundleError, match=r"holiday.jpg is not part of the stick and would be lost"):
-        module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
+        module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "cam")
     with pytest.raises(BundleError, match="has no variant 'int4'"):
-        module.image(demo_bundle, ["int4"], PI5, tmp_path / "cam")
+        module.write_stick(demo_bundle, ["int4"], PI5, tmp_path / "cam")
     assert (tmp_path / "cam" / "cam.tar").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> No
         graph["min_onnxruntime"] = "1.25.0"
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"needs onnxruntime 1.25.0 or later; the newest for pi5: .* is 1.20.0"):
-        module.image(bundle_copy, ["fp32"], PI5, tmp_path / "cam")
+        module.write_stick(bundle_copy, ["fp32"], PI5, tmp_path / "cam")
     assert not (tmp_path / "cam").exists()
 
 
@@ -110,12 +110,12 @@ def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> No
     ],
 )
 def test_bad_words(demo_bundle, no_fetching, tmp_path, capsys, words, said) -> None:
-    assert main(["image", str(demo_bundle), *words, "-o", str(tmp_path / "cam")]) == 2
+    assert main(["stick", str(demo_bundle), *words, "-o", str(tmp_path / "cam")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "cam").exists()
 
 
 def test_tar_holds_no_owner_or_time(demo_bundle, no_fetching, tmp_path) -> None:
-    module.image(demo_bundle, ["fp32"], PI5, tmp_path / "cam.tar")
+    module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "cam.tar")
     with tarfile.open(tmp_path / "cam.tar") as tar:
         assert {(entry.uid, entry.gid, entry.mtime) for entry in tar} == {(0, 0, 0)}

@@ -1,11 +1,11 @@
-"""`lfm-edge image`: what goes on a USB stick."""
+"""`lfm-edge stick`: what goes on a USB stick."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from lfm_package.commands.bundle import add_packing_arguments, packed_profile, packed_variants
+from lfm_package.commands.pack import add_packing_arguments, packed_profile, packed_variants
 from lfm_package.commands.wheelhouse import add_target_arguments
 
 
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write it, and say what to do with it."""
-    from lfm_package.stick import image
+    from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
     profile = packed_profile(options)
-    wheels = image(
+    wheels = write_stick(
         options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign
     )
     files = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.description = "Unpack what lfm-edge bundle packed: all of it, every byte verified, or nothing."
+    parser.description = "Unpack what lfm-edge pack packed: all of it, every byte verified, or nothing."
     parser.add_argument(
         "archive", type=Path, metavar="NAME.tar", help="parts NAME.tar.000, NAME.tar.001 … are read as one"
     )

@@ -1,4 +1,4 @@
-"""`lfm-edge bundle`: what is carried to a device, as one file."""
+"""`lfm-edge pack`: what is carried to a device, as one file."""
 
 from __future__ import annotations
 
