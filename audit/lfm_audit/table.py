@@ -53,7 +53,7 @@ def table(audit: Audit) -> str:
 
 
 def _variant_lines(variant: str, found: VariantResult) -> list[str]:
-    how = [f"{found.threads} threads", *([f"prompts read by {found.prefill}"] if found.prefill else [])]
+    how = [f"{found.threads} threads", *([f"prefill {found.prefill}"] if found.prefill else [])]
     how.append("prepared" if found.prepared else "not prepared")
     lines = [f"{variant} ({', '.join(how)})"]
     lines += [f"  to fit the memory: {step}" for step in found.steps_down]

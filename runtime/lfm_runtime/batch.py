@@ -31,7 +31,7 @@ class _Row:
     index: int
     job: Job
     sampler: Sampler
-    token: int  # said, not yet taken in
+    token: int  # sampled, not yet fed
 
 
 def answer_all(

@@ -209,7 +209,7 @@ class Model:
         progress: Progress | None = None,
         **generation: Unpack[Generation],
     ) -> Answer:
-        """As `answer`, for several turns, with images at any place in them, and tools. What `context` has taken in of
+        """As `answer`, for several turns, with images at any place in them, and tools. What `context` has processed of
         them is not computed again (see Session).
         """
         job = self.prepare_answer(chat, images, max_megapixels=max_megapixels, **generation)

@@ -16,7 +16,7 @@ class Reply:
     def __init__(
         self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, room: int, report: Report
     ) -> None:
-        """`room`: tokens the context still takes in."""
+        """`room`: tokens that still fit the context."""
         self.report = report
         self.first_token: float | None = None
         self._stream, self._stops = TextStream(tokenizer), StopStrings(settings.stop)
@@ -43,7 +43,7 @@ class Reply:
                 report.finish_reason = "stop"
             elif report.new_tokens == self._limit:
                 report.finish_reason = "length"
-            elif report.new_tokens > self._room:  # the last token is said and not taken in
+            elif report.new_tokens > self._room:  # the last token is never fed
                 report.finish_reason = "context"
         if report.finish_reason:
             piece += self._stops.pass_on(self._stream.finish()) + self._stops.rest()

@@ -28,8 +28,8 @@ class Report:
     image_tokens: int = 0
     tiles: int = 0
     new_tokens: int = 0
-    guessed_tokens: int = 0  # with speculation
-    right_guesses: int = 0
+    speculative_tokens: int = 0  # with speculation
+    accepted_tokens: int = 0
     timing_ms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     throughput: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s"))
@@ -86,7 +86,11 @@ class Report:
         prompt = f"{self.image_tokens} image, {self.tiles} view{'s' if self.tiles != 1 else ''}"
         prompt += f"; {self.cached_tokens} known" if self.cached_tokens else ""
         ended = self.finish_reason
-        ended += f"; {self.right_guesses} of {self.guessed_tokens} guesses right" if self.guessed_tokens else ""
+        ended += (
+            f"; {self.accepted_tokens} of {self.speculative_tokens} speculative tokens accepted"
+            if self.speculative_tokens
+            else ""
+        )
         return "\n".join(
             [
                 f"ms    {head}",

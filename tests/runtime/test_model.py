@@ -309,8 +309,8 @@ def test_run_json(demo_bundle, drawing, capsys) -> None:
         "image_tokens",
         "tiles",
         "new_tokens",
-        "guessed_tokens",
-        "right_guesses",
+        "speculative_tokens",
+        "accepted_tokens",
         "timing_ms",
         "throughput",
         "memory_mib",
@@ -491,7 +491,7 @@ def test_missing_extra(capsys, monkeypatch, tmp_path) -> None:
         monkeypatch.delitem(sys.modules, name)
     code, _, err = run(capsys, "export", tmp_path, "-o", tmp_path / "b")
     assert code == 2
-    assert "needs the Python package" in err and "[export]'" in err
+    assert "needs the Python package" in err and " -m pip install " in err
 
 
 def test_flags_before_images(demo_bundle, drawing, capsys) -> None:

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
         report = answer.report
         new = report.prompt_tokens - report.cached_tokens
         print(
-            f"\n  [{new} tokens read, {report.new_tokens} written, first after {report.timing_ms['ttft'] or 0:.0f} ms]",
+            f"\n  [{new} prompt tokens, {report.new_tokens} generated, "
+            f"first token after {report.timing_ms['ttft'] or 0:.0f} ms]",
             file=sys.stderr,
         )
         images = []

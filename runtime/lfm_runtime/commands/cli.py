@@ -145,7 +145,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--repetition-penalty", type=float, metavar="R")
     text.add_argument("--max-new-tokens", type=int, metavar="N")
     text.add_argument(
-        "--speculate", type=int, metavar="N", help="guess up to N tokens from what was said and check them in one step"
+        "--speculate",
+        type=int,
+        metavar="N",
+        help="propose up to N tokens from the prompt and the answer so far, and check them in one step",
     )
     text.add_argument("--seed", type=int, metavar="N")
     text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")

@@ -48,6 +48,6 @@ def run(options: argparse.Namespace) -> int:
         place = prepare(bundle, graph, path)
         size = sum(file.stat().st_size for file in place.iterdir())
         print(f"{path.name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    reader = f", and {prefill}'s decoder for prompts," if prefill and prefill != variant else ""
+    reader = f", and {prefill} for prefill," if prefill and prefill != variant else ""
     print(f"{variant}{reader} is prepared in {folder_of(options.bundle)}")
     return 0

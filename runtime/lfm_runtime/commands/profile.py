@@ -161,7 +161,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _foreseen(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterator[tuple[str, str]]:
-    reads = f", prompts read by {setup.prefill}'s decoder" if setup.prefill else ""
+    reads = f", prefill {setup.prefill}" if setup.prefill else ""
     low = ", one graph at a time" if setup.execution.low_memory else ""
     yield "profile", f"{setup.profile.name}: {setup.variant}{reads}{low}"
     for name, image in zip(images, forecast.images, strict=True):

@@ -1,4 +1,4 @@
-"""What the decoder has taken in, and how to get there again without doing the work again.
+"""What the decoder has processed, and how to get there again without doing the work again.
 
 A prompt is known by its *keys*: token ids, and for image tokens a number made from the picture and its plan, so that
 two prompts with different images differ. Three ways back to a known prefix, the longest wins: the state as it is, a
@@ -40,7 +40,7 @@ class Known:
 
 
 class Context:
-    """The tokens a decoder has taken in, and its state after them."""
+    """The tokens a decoder has processed, and its state after them."""
 
     def __init__(self, decoder: Decoder, cache: Cache | None = None) -> None:
         self.keys: Keys = np.empty(0, np.int64)
@@ -48,11 +48,11 @@ class Context:
         self._cache = cache
         self._state: State | None = None
         self._marks: list[Mark] = []
-        self._guessed = 0  # tokens of the last feed_all
+        self._speculated = 0  # tokens of the last feed_all
 
     @property
     def length(self) -> int:
-        """Tokens taken in."""
+        """Tokens processed."""
         return len(self.keys)
 
     def find(self, keys: Keys) -> Known:
@@ -99,7 +99,7 @@ class Context:
         return logits
 
     def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
-        """As `feed`, but logits [S, vocabulary] after every token; tokens that were guesses can then be taken back by
+        """As `feed`, but logits [S, vocabulary] after every token; speculative tokens can then be taken back by
         `keep`.
         """
         state, self._state = self._state, None
@@ -107,15 +107,15 @@ class Context:
         logits = state.step_all(embeds)
         self._state = state
         self.keys = np.concatenate([self.keys, keys])
-        self._guessed = len(keys)
+        self._speculated = len(keys)
         return logits
 
     def keep(self, tokens: int) -> None:
         """Of the last `feed_all`, the first `tokens` were right: forget the others."""
         assert isinstance(self._state, SharedState)
         self._state.keep(tokens)
-        self.keys = self.keys[: self.length - self._guessed + tokens]
-        self._guessed = tokens
+        self.keys = self.keys[: self.length - self._speculated + tokens]
+        self._speculated = tokens
 
     def remember(self, *, cached: bool = False) -> None:
         """Make this point one to return to; `cached`, also for other contexts."""

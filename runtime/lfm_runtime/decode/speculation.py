@@ -43,19 +43,19 @@ def speculative_tokens(
     while True:
         yield token
         lookup.add(token)
-        more = lookup.guess()[: max(0, capacity - context.length - 1)]
+        more = lookup.propose()[: max(0, capacity - context.length - 1)]
         if not more:
             token = sampler.next(context.feed_token(token))
             continue
         step = [token, *more]
         logits = context.feed_all(decoder.embed(step), np.array(step))
-        report.guessed_tokens += len(more)
+        report.speculative_tokens += len(more)
         right = 0
         try:
             token = sampler.next(logits[0])
             while right < len(more) and token == more[right]:
                 right += 1
-                report.right_guesses += 1
+                report.accepted_tokens += 1
                 lookup.add(token)
                 yield token
                 token = sampler.next(logits[right])
@@ -68,7 +68,7 @@ class PromptLookup:
     """Remembers what followed each run of tokens."""
 
     def __init__(self, prompt: Sequence[int], most: int) -> None:
-        """`most`: guesses at a time."""
+        """`most`: tokens proposed at a time."""
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # run of tokens → where what followed it last begins
         self._most = self._now = most
@@ -82,7 +82,7 @@ class PromptLookup:
                 self._after[tuple(self._tokens[-length:])] = len(self._tokens)
         self._tokens.append(token)
 
-    def guess(self) -> list[int]:
+    def propose(self) -> list[int]:
         """What may come next: what came after the last tokens when they stood together before."""
         for length in _LENGTHS:
             at = self._after.get(tuple(self._tokens[-length:]))
@@ -91,7 +91,7 @@ class PromptLookup:
         return []
 
     def learn(self, right: int, of: int) -> None:
-        """How a guess went: twice as many next time, or as many as were right. A text that is not copied soon costs
-        little.
+        """How a proposal went: twice as many next time, or as many as were accepted. A text that is not copied soon
+        costs little.
         """
         self._now = min(self._most, 2 * self._now) if right == of else max(1, right)

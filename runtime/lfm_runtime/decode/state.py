@@ -1,4 +1,4 @@
-"""What a decoder remembers of the tokens it has taken in: its interface, marks to go back to, copies to start others
+"""What a decoder remembers of the tokens it has processed: its interface, marks to go back to, copies to start others
 from.
 """
 

@@ -33,7 +33,7 @@ POSITIONS = "positions"
 CONV_WINDOW = "conv_window."
 """Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state
 after any of the step's tokens can be cut. The hub's contract does not know them, so their names must not look like
-states'; whoever does not ask for them pays nothing. Decoders for GPUs lack them: there guesses are not checked.
+states'; whoever does not ask for them pays nothing. Decoders for GPUs lack them: speculation is for CPUs.
 """
 
 TOP_LOGITS, TOP_IDS, NEXT_MASK = "top_logits", "top_ids", "next_attention_mask"

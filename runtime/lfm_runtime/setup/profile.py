@@ -88,7 +88,7 @@ def image_changes(profile: Profile, checkpoint: ImageSettings) -> dict[str, Any]
 
 
 def generation_changes(profile: Profile, checkpoint: GenerationSettings, *, verifies: bool) -> dict[str, Any]:
-    """The same of the generation settings. `verifies`: the decoder can take guessed tokens back."""
+    """The same of the generation settings. `verifies`: the decoder can take speculative tokens back."""
     given = profile.given(*GENERATION_SETTINGS)
     if "max_new_tokens" in given and not profile.is_flag("max_new_tokens"):
         given["max_new_tokens"] = min(given["max_new_tokens"], checkpoint.max_new_tokens)

@@ -199,7 +199,7 @@ def _steps_down(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
         return not any(profile.is_flag(name) for name in names)
 
     if setup.prefill and free("prefill"):
-        yield f"prompts read by {setup.variant}'s own decoder, not {setup.prefill}'s", {"prefill": "none"}
+        yield f"no {setup.prefill} decoder for prefill", {"prefill": "none"}
     if any(layout.tiled for layout in layouts) and free("do_image_splitting"):
         tiles = max(layout.rows * layout.columns for layout in layouts)
         if tiles > 4 and images.min_tiles <= 4 and free("max_tiles"):

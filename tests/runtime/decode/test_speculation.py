@@ -24,7 +24,7 @@ LOOP = "red circle, blue square, red circle, blue square, red circle,"
 
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 6))
-def test_guesses_are_what_followed_last(tokens, most) -> None:
+def test_what_followed_last_is_proposed(tokens, most) -> None:
     """Against a search from the end, for runs of four, of three and of two."""
     lookup = PromptLookup(tokens, most)
     wanted: list[int] = []
@@ -34,20 +34,20 @@ def test_guesses_are_what_followed_last(tokens, most) -> None:
         if len(tokens) > n - 1 and starts:
             wanted = tokens[starts[-1] + n :][:most]
             break
-    assert lookup.guess() == wanted
+    assert lookup.propose() == wanted
 
 
-def test_fewer_guesses_after_wrong_ones() -> None:
+def test_fewer_are_proposed_after_wrong_ones() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], 6)
-    sizes = [len(lookup.guess())]
+    sizes = [len(lookup.propose())]
     for right in (2, 2, 0, 1, 2):
         lookup.learn(right, sizes[-1])
-        sizes.append(len(lookup.guess()))
+        sizes.append(len(lookup.propose()))
     assert sizes == [6, 2, 4, 1, 2, 4]
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 9, MANY_TOKENS - 1])
-def test_keeping_equals_never_having_guessed(demo_model, tokens) -> None:
+def test_keeping_equals_never_having_speculated(demo_model, tokens) -> None:
     """After every number of right guesses: logits of the step, and of what comes after, against feeding the right ones
     alone.
     """
@@ -84,8 +84,8 @@ def test_greedy_text_is_the_same(demo_model, most) -> None:
         assert answer.text() == wanted.text()
         assert answer.report.finish_reason == wanted.report.finish_reason
         assert answer.report.new_tokens == wanted.report.new_tokens
-        assert wanted.report.guessed_tokens == 0
-        right += answer.report.right_guesses
+        assert wanted.report.speculative_tokens == 0
+        right += answer.report.accepted_tokens
         steps += answer.report.new_tokens
     assert right > steps / 4  # or little was tested
 
@@ -97,8 +97,8 @@ def test_sampled_text_is_the_same_for_a_seed(demo_model) -> None:
         settings = {"temperature": 3.0, "min_p": 0.01, "seed": seed, "max_new_tokens": 30}
         answers = [asked_twice(demo_model, PICTURES[0], speculate=n, **settings) for n in (0, 5)]
         assert answers[0].text() == answers[1].text()
-        guessed += answers[1].report.guessed_tokens
-        right += answers[1].report.right_guesses
+        guessed += answers[1].report.speculative_tokens
+        right += answers[1].report.accepted_tokens
     assert 0 < right < guessed
 
 
@@ -112,7 +112,7 @@ def test_sampled_tokens_follow_the_distribution(demo_model) -> None:
             settings = {"temperature": 3.0, "min_p": 0.02, "seed": 1000 * speculate + i, "max_new_tokens": 3}
             answer = asked_twice(model, PICTURES[0], speculate=speculate, **settings)
             found[answer.text()] += 1
-            right += answer.report.right_guesses
+            right += answer.report.accepted_tokens
     common = [text for text in counts[0] | counts[1] if counts[0][text] + counts[1][text] >= 8]
     rows = np.array([[*(c[text] for text in common), 150 - sum(c[text] for text in common)] for c in counts], float)
     rows = rows[:, rows.sum(0) > 0]
@@ -123,7 +123,7 @@ def test_sampled_tokens_follow_the_distribution(demo_model) -> None:
     assert ((rows - expected) ** 2 / expected).sum() < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_conversation_goes_on_after_guesses(demo_model) -> None:
+def test_conversation_goes_on_after_speculation(demo_model) -> None:
     """Answers that end in the middle of a run of right guesses leave a state that equals recomputation."""
     right = 0
     for limit in range(2, 9):
@@ -132,7 +132,7 @@ def test_conversation_goes_on_after_guesses(demo_model) -> None:
         session.ask(QUESTION, PICTURES[:1], **settings).text()
         cut = session.ask(QUESTION, max_new_tokens=limit, **settings)
         cut.text()
-        right += cut.report.right_guesses
+        right += cut.report.accepted_tokens
         third = session.ask("How many shapes?", **settings).text()
         again = demo_model.converse(
             [*session.messages[:4], Message("user", "How many shapes?")], PICTURES[:1], temperature=0

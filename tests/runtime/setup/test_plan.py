@@ -160,12 +160,12 @@ def test_steps_come_in_order_and_only_where_needed(as_450m) -> None:
     wide = replace(profile, origin={**profile.origin, "prefill": "somebody"})  # a profile's wish, not the user's
     assert fit(as_450m, [LARGE], wide, device(8000)).steps == ()
     found = [fit(as_450m, [LARGE], wide, device(free)) for free in range(900, 260, -20)]
-    order = ["prompts read by", "at most 4 tiles", "no tiles", "at most 64 tokens", "one graph", "int4 instead"]
+    order = ["no int8 decoder", "at most 4 tiles", "no tiles", "at most 64 tokens", "one graph", "int4 instead"]
     for fitted in found:
         ranks = [next(i for i, start in enumerate(order) if words.startswith(start)) for words in fitted.steps]
         assert ranks == sorted(set(ranks))
         assert fitted.forecast.memory.peak - START.peak <= fitted.free_mib + 2
-    assert {fitted.steps[:1] for fitted in found} >= {("prompts read by int4's own decoder, not int8's",)}
+    assert {fitted.steps[:1] for fitted in found} >= {("no int8 decoder for prefill",)}
     assert any(fitted.profile.low_memory for fitted in found)
     last = found[-1]
     assert last.profile.low_memory
