@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
+from lfm_runtime.formats.manifest import file_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,3 +196,17 @@ def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path)
     )
     with pytest.raises(QuantizeError, match="is kept fp32, since fp16 does not hold its values or --keep names it"):
         quantize(folder, Settings("fp16-trt"), warn=lambda _: None)
+
+
+@pytest.mark.process
+def test_the_same_inputs_give_the_same_graphs(demo_bundle, tmp_path) -> None:
+    """Whatever order this Python's sets have."""
+    code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    found = []
+    for seed in ("1", "4"):
+        bundle = Path(shutil.copytree(demo_bundle, tmp_path / seed))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed}
+        words = [sys.executable, "-c", code, "quantize", str(bundle), "--variant", "fp16"]
+        subprocess.run(words, check=True, capture_output=True, env=environment)
+        found.append({path.name: file_hash(path) for path in sorted((bundle / "onnx").iterdir())})
+    assert found[0] == found[1]

@@ -71,7 +71,7 @@ def half(graph: Graph, stay: Container[str] = ()) -> Graph:
         measures = node.op_type == "Shape"  # takes any type
         if not measures:
             new.input[:] = [as_kind(name, kind) if name in kinds or name in constants else name for name in node.input]
-        for name in read & graph.tensors.keys() - constants:
+        for name in sorted(read & graph.tensors.keys() - constants):  # the same file each time
             tensors[name] = graph.tensors[name]
         nodes.append(new)
         to = next((a.i for a in node.attribute if node.op_type == "Cast" and a.name == "to"), None)
