@@ -344,7 +344,7 @@ def test_chat(demo_bundle, drawing, capsys, monkeypatch) -> None:
     code, out, err = run(capsys, "chat", demo_bundle, drawing, "--threads", 1)
     assert code == 0
     assert len(out.strip()) > 2
-    assert err.count("written, first after") == 2
+    assert err.count("generated, first token after") == 2
 
 
 BAD = {
