@@ -53,7 +53,8 @@ def demo_bundle(tmp_path_factory) -> Path:
 def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
     """The demo with variants for GPUs."""
     pytest.importorskip("onnx")
-    from lfm_quantize.quantize import Settings, quantize
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
     folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("gpu") / "bundle"))
     for variant in ("fp16", "int4", "int4-fp16", "fp16-trt"):

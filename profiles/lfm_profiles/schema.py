@@ -186,7 +186,11 @@ class Profile:
     use_thumbnail: bool | None = _setting(None, "add the whole image to its tiles", "true, false", _is_bool)
     max_new_tokens: int | None = _setting(None, "of an answer", "1 to 1048576", _whole(1, 1 << 20), "tokens")
     speculate: int | None = _setting(
-        None, "guess up to so many tokens from what was said", "0 (off) to 14", _whole(0, 14), "tokens"
+        None,
+        "propose up to so many tokens from the prompt and the answer so far",
+        "0 (off) to 14",
+        _whole(0, 14),
+        "tokens",
     )
 
     def given(self, *names: str) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     from lfm_profiles import default_threads
     from lfm_runtime.engine.failures import failures_are_ours
 
-    from lfm_quantize.quantize import Settings, quantize
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
     settings = Settings(
         options.variant,

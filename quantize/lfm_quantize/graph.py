@@ -1,19 +1,20 @@
-"""An ONNX graph taken apart: nodes as a list, constants as arrays mapped from the data file.
+"""ONNX graphs as onnx-ir holds them: opened with their weights left in the data file, cut into parts that run alone,
+written again.
 
-Quantizing needs three things of a graph: parts of it to run alone, its matrix products by name, and to be written again
-with some nodes replaced. All three are plain list work on names, so nodes stay protobufs.
+Values are found by name: export gives every node and every constant the name of the module it comes from, and passes
+keep those names.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.engine.execution import Execution
@@ -21,68 +22,115 @@ from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.manifest import Edge
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
-_HANDED = "handed over"
-FLOAT, FLOAT16, INT64, UINT4 = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.INT64,
-    onnx.TensorProto.UINT4,
-)
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, DecodeError)
-"""What reading a damaged graph or array raises."""
+FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 CONTRIB = "com.microsoft"
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, DecodeError, ir.serde.SerdeError)
+"""What reading a damaged graph or array raises."""
 INLINE_BYTES = 1 << 12
 """Smaller constants stay inside the protobuf."""
 LARGE_BYTES = 1 << 20
 """From here on a constant starts at a multiple of 64 KiB in the data file (a page, on any device); below, of 64 bytes.
 """
+_HANDED = "handed over"
 
 
 class QuantizeError(EdgeError, ValueError):
     """The bundle, the recipe or the calibration data cannot be used."""
 
 
-class Place(NamedTuple):
-    """Where a constant's bytes lie."""
-
-    file: str
-    offset: int
-    size: int
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A constant: elements of `dtype` in `shape`; `data` may be of another float type (read as `dtype`) or hold packed
-    4-bit pairs.
+def open_graph(path: Path) -> ir.Model:
+    """Read a graph. Weights are mapped from the file when they are used. Types and shapes stand at the edges alone:
+    those inside would be wrong after a pass.
+
+    Raises:
+        QuantizeError: not a graph, or its data file does not hold what it names.
+    """
+    try:
+        model = ir.load(path)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _where_it_lies(value.const_value, path.parent)
+    except DAMAGE as e:
+        reason = " ".join(str(e.__cause__ or e).split())[:200]
+        raise QuantizeError(f"{path} cannot be read ({reason}); export the bundle again") from e
+    edges = {*model.graph.inputs, *model.graph.outputs}
+    for value in [*model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]:
+        if value not in edges:
+            value.type = value.shape = None
+    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    return model
+
+
+def _where_it_lies(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    """The tensor by its absolute path. onnx-ir refuses data behind links, which the hub's cache and a bundle that is
+    being replaced are made of; so the name is held against the folder here.
+    """
+    name = str(tensor.location)
+    if Path(name).name != name:
+        raise ValueError(f"{tensor.name} names the data file {name!r}, which is not beside the graph")
+    file = folder.resolve() / name
+    size = tensor.nbytes
+    if (tensor.length or size) != size or (tensor.offset or 0) + size > file.stat().st_size:
+        raise ValueError(f"{name} is shorter than {tensor.name} says")
+    return ir.ExternalTensor(
+        file, tensor.offset or 0, size, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or ""
+    )
+
+
+def release(model: ir.Model) -> None:
+    """Give back the memory of weights that were read: pages of the file count as ours while they are mapped."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+            tensor.raw.madvise(mmap.MADV_DONTNEED)
+
+
+# ---------------------------------------------------------------------------------------------------------- constants
+
+
+def constant(value: ir.Value | None) -> Array:
+    """A constant's elements; mapped where they lie in a file."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+class Retyped(ir.LazyTensor):
+    """A constant read as another float type; the conversion is made each time its elements are asked for."""
+
+    def __init__(self, origin: ir.TensorProtocol, dtype: ir.DataType) -> None:
+        self.origin = origin
+
+        def convert() -> ir.TensorProtocol:
+            return ir.Tensor(origin.numpy().astype(dtype.numpy()))
+
+        super().__init__(convert, dtype, ir.Shape(origin.shape.numpy()))
+
+
+def retyped(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """The constant as another float type; the stored one where that is the type it is stored in."""
+    origin = tensor.origin if isinstance(tensor, Retyped) else tensor
+    return origin if origin.dtype == dtype else Retyped(origin, dtype)
+
+
+def lazily(make: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int]) -> ir.TensorProtocol:
+    """A constant that `make` gives when it is asked for, so that one large array at a time is in memory. 4-bit
+    elements are made packed, in pairs along the last axis.
     """
 
-    data: Array
-    dtype: int
-    shape: tuple[int, ...]
-    place: Place | None = None  # in a file beside the one being written
-    source: Path | None = None  # the file that `data` is mapped from, all of it at `offset`
-    offset: int = 0
+    def convert() -> ir.TensorProtocol:
+        array = make()
+        return ir.PackedTensor(array, dtype, shape=shape) if dtype == ir.DataType.UINT4 else ir.Tensor(array)
 
-    @staticmethod
-    def of(data: Array, dtype: int | None = None, shape: Sequence[int] | None = None) -> Tensor:
-        """A constant from an array; name `dtype` and `shape` where the array's own do not say it."""
-        return Tensor(
-            data,
-            dtype or helper.np_dtype_to_tensor_dtype(data.dtype),
-            tuple(shape if shape is not None else data.shape),
-        )
+    return ir.LazyTensor(convert, dtype, ir.Shape(shape))
 
-    @property
-    def array(self) -> Array:
-        """The elements in their own type."""
-        return (
-            self.data
-            if self.dtype == UINT4
-            else self.data.astype(helper.tensor_dtype_to_np_dtype(self.dtype), copy=False)
-        )
+
+# ---------------------------------------------------------------------------------------------------- matrix products
 
 
 @dataclass(frozen=True)
@@ -90,273 +138,204 @@ class Linear:
     """A matrix product with constant weights: output [rows, n] = input [rows, k] · W + bias."""
 
     name: str
-    node: onnx.NodeProto
-    weight: str
+    node: ir.Node
+    weight: ir.Value
     by_output: bool  # stored [n, k], else [k, n]
     k: int
     n: int
-    bias: str | None  # the tensor's name; the decoder's biases are added by a node of their own
+    bias: str | None  # the constant's name; the decoder's biases are added by a node of their own
 
     @property
     def adds_bias(self) -> bool:
         """Whether the product's own node (Gemm) adds the bias."""
-        return len(self.node.input) > 2
+        return len(self.node.inputs) > 2
 
+    @property
+    def input(self) -> str:
+        """Name of the value that is multiplied."""
+        return str(self.node.inputs[0].name)  # type: ignore[union-attr]
 
-@dataclass
-class Graph:
-    """Nodes in order, constants by name, and the edges."""
-
-    name: str
-    nodes: list[onnx.NodeProto]
-    tensors: dict[str, Tensor]
-    inputs: dict[str, onnx.ValueInfoProto]
-    outputs: list[onnx.ValueInfoProto]
-    opset: int = 20
-    ir_version: int = 10
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    functions: Sequence[onnx.FunctionProto] = ()  # what operators are where an engine does not have them
-
-    @staticmethod
-    def open(path: Path, *, widen: bool = True) -> Graph:
-        """Read a graph; weights stay in the file until they are used. With `widen`, an fp16 graph becomes the fp32 one
-        it is made of.
-
-        Raises:
-            QuantizeError: not a graph, or its data file does not hold what it names.
-        """
-        try:
-            model = onnx.load(str(path), load_external_data=False)
-            tensors = {t.name: _read(t, path.parent) for t in model.graph.initializer}
-            opset = {o.domain or "ai.onnx": o.version for o in model.opset_import}["ai.onnx"]
-        except DAMAGE as e:
-            raise QuantizeError(
-                f"{path} cannot be read ({' '.join(str(e).split())[:200]}); export the bundle again"
-            ) from e
-        graph = Graph(
-            model.graph.name,
-            list(model.graph.node),
-            tensors,
-            {v.name: v for v in model.graph.input},
-            list(model.graph.output),
-            opset,
-            model.ir_version,
-            functions=list(model.functions),
-        )
-        if widen:
-            _widen(graph)
-        return graph
-
-    def linears(self) -> dict[str, Linear]:
-        """Matrix products with a constant, by node name, in order. The position table is interpolated, not multiplied:
-        left out.
-        """
-        found = {}
-        for node in self.nodes:
-            if (
-                node.op_type not in ("MatMul", "Gemm")
-                or node.input[1] not in self.tensors
-                or node.name == "vision.positions"
-            ):
-                continue
-            by_output = any(a.name == "transB" and a.i for a in node.attribute)
-            shape = self.tensors[node.input[1]].shape
-            n, k = shape if by_output else shape[::-1]
-            beside = f"{node.name}.bias" if f"{node.name}.bias" in self.tensors else None
-            bias = node.input[2] if len(node.input) > 2 else beside
-            found[node.name] = Linear(node.name, node, node.input[1], by_output, k, n, bias)
-        return found
-
-    def weight(self, linear: Linear) -> NDArray[np.float32]:
+    def weights(self) -> NDArray[np.float32]:
         """[n, k], float32, contiguous: an output channel is a row."""
-        stored = self.tensors[linear.weight].array.astype(np.float32, copy=False)
-        return np.ascontiguousarray(stored if linear.by_output else stored.T)
+        stored = constant(self.weight).astype(np.float32, copy=False)
+        return np.ascontiguousarray(stored if self.by_output else stored.T)
 
-    def part(self, outputs: Iterable[str], cut: Iterable[str] = ()) -> Graph:
-        """The graph that computes `outputs` from `cut` (float32 values) and whatever graph inputs that needs."""
-        wanted, cut, outputs = set(outputs), set(cut), list(outputs)
-        nodes: list[onnx.NodeProto] = []
-        needed = set(wanted)
-        for node in reversed(self.nodes):
-            if not set(node.output).intersection(needed - cut):
-                continue
+    def stored(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Weights [n, k] in the order that the graph keeps them in."""
+        return weights if self.by_output else np.ascontiguousarray(weights.T)
+
+
+def linears(model: ir.Model, nodes: Iterable[ir.Node] | None = None) -> dict[str, Linear]:
+    """Matrix products with a constant, by node name, in order; of `nodes` alone where they are given. The position
+    table is interpolated, not multiplied: left out.
+    """
+    found = {}
+    for node in model.graph if nodes is None else nodes:
+        if node.op_type not in ("MatMul", "Gemm") or node.name == "vision.positions":
+            continue
+        weight = node.inputs[1]
+        if weight is None or weight.const_value is None:
+            continue
+        by_output = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
+        shape = tuple(weight.const_value.shape.numpy())
+        n, k = shape if by_output else shape[::-1]
+        beside = model.graph.initializers.get(f"{node.name}.bias")
+        added = node.inputs[2] if len(node.inputs) > 2 else beside
+        bias = str(added.name) if added is not None else None
+        found[str(node.name)] = Linear(str(node.name), node, weight, by_output, int(k), int(n), bias)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
+    """Every value a node takes, those that its branches take from outside included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            made = {v for n in inner for v in n.outputs} | set(inner.initializers.values()) | set(inner.inputs)
+            values += [v for n in inner for v in reads(n) if v not in made]
+    return values
+
+
+def nodes_between(model: ir.Model, outputs: Iterable[str], cut: Iterable[str] = ()) -> list[ir.Node]:
+    """The nodes that compute `outputs` from `cut` and graph inputs, in order."""
+    needed, cut = set(outputs), set(cut)
+    nodes = []
+    for node in reversed(model.graph):
+        if needed.difference(cut).intersection(v.name for v in node.outputs):
             nodes.append(node)
-            needed |= reads(node)
-        made = {name for node in nodes for name in node.output}
-        inputs = {name: info for name, info in self.inputs.items() if name in needed}
-        inputs |= {
-            name: helper.make_tensor_value_info(name, FLOAT, None)
-            for name in sorted(cut & needed)
-            if name not in inputs
-        }
-        dangling = needed - made - inputs.keys() - self.tensors.keys()
-        assert not dangling, dangling
-        known = {v.name: v for v in self.outputs}
-        return replace(
-            self,
-            nodes=nodes[::-1],
-            inputs=inputs,
-            tensors={n: t for n, t in self.tensors.items() if n in needed},
-            outputs=[
-                known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs
-            ],  # onnxruntime infers the type
-        )
-
-    def replaced(self, nodes: Mapping[str, Sequence[onnx.NodeProto]], tensors: Mapping[str, Tensor]) -> Graph:
-        """A copy with the named nodes replaced by others, constants added or replaced, and unused ones dropped."""
-        new = [n for node in self.nodes for n in nodes.get(node.name, (node,))]
-        both = {**self.tensors, **tensors}
-        used = set().union(*(reads(node) for node in new))
-        return replace(self, nodes=new, tensors={n: t for n, t in both.items() if n in used})
-
-    def release(self) -> None:
-        """Give back the memory of weights that were read: pages of the file count as ours while they are mapped."""
-        for tensor in self.tensors.values():
-            if isinstance(tensor.data, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-                tensor.data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
-
-    def edges(self) -> tuple[dict[str, Edge], dict[str, Edge]]:
-        """(inputs, outputs) for the manifest."""
-
-        def describe(info: onnx.ValueInfoProto) -> Edge:
-            kind = info.type.tensor_type
-            shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
-            return Edge(onnx.TensorProto.DataType.Name(kind.elem_type), shape)
-
-        return {n: describe(i) for n, i in self.inputs.items()}, {o.name: describe(o) for o in self.outputs}
-
-    def data_files(self, name: str) -> set[str]:
-        """Names of the data files that `save` under `name` uses."""
-        return {
-            t.place.file if t.place else f"{name}_data"
-            for t in self.tensors.values()
-            if t.place or t.data.nbytes >= INLINE_BYTES
-        }
-
-    def session(self, threads: int) -> ort.InferenceSession:
-        """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not
-        packed.
-        """
-        options = Execution(threads).options()
-        # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing
-        # MatMulNBits crawls.
-        quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in self.nodes)
-        options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
-        folders = {t.source.parent for t in self.tensors.values() if t.source}
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(next(iter(folders), ""))
-        )
-
-        def place(_: str, tensor: Tensor) -> Place:
-            as_stored = tensor.source and tensor.data.dtype == helper.tensor_dtype_to_np_dtype(tensor.dtype)
-            return (
-                Place(tensor.source.name, tensor.offset, tensor.data.nbytes)
-                if tensor.source and as_stored
-                else Place(_HANDED, 0, 0)
-            )
-
-        model, external = self._proto(place)
-        handed = [t.name for t in model.graph.initializer if t.name in external and t.external_data[0].value == _HANDED]
-        values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(self.tensors[name].array)) for name in handed]
-        options.add_external_initializers(handed, values)
-        with failures_are_ours(self.name):
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def _proto(self, place: Callable[[str, Tensor], Place]) -> tuple[onnx.ModelProto, list[str]]:
-        """The protobuf, and the names of constants that are not in it but where `place` says."""
-        large: list[str] = []
-        protos = []
-        for name, tensor in self.tensors.items():
-            if tensor.place is None and tensor.data.nbytes < INLINE_BYTES:
-                protos.append(
-                    helper.make_tensor(
-                        name, tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.array).tobytes(), raw=True
-                    )
-                )
-                continue
-            large.append(name)
-            at = place(name, tensor)
-            proto = onnx.TensorProto(
-                name=name, data_type=tensor.dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL
-            )
-            for key, value in (("location", at.file), ("offset", str(at.offset)), ("length", str(at.size))):
-                proto.external_data.add(key=key, value=value)
-            protos.append(proto)
-        graph = helper.make_graph(self.nodes, self.name, list(self.inputs.values()), self.outputs, protos)
-        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
-        model = helper.make_model(
-            graph,
-            opset_imports=opsets,
-            ir_version=self.ir_version,
-            producer_name="lfm-edge",
-            functions=list(self.functions),
-        )
-        helper.set_model_props(model, dict(self.metadata))
-        return model, large
-
-    def save(self, path: Path) -> dict[str, Place]:
-        """Write `path` and `path`_data; returns where each constant went, for graphs that share some."""
-        places: dict[str, Place] = {}
-        data = path.with_name(f"{path.name}_data")
-        with data.open("wb") as file:
-
-            def place(name: str, tensor: Tensor) -> Place:
-                if tensor.place is None:
-                    array = np.ascontiguousarray(tensor.array)
-                    step = 1 << 16 if array.nbytes >= LARGE_BYTES else 64
-                    file.seek(-(-file.tell() // step) * step)
-                    places[name] = Place(data.name, file.tell(), array.nbytes)
-                    file.write(array.data)
-                else:
-                    places[name] = tensor.place
-                return places[name]
-
-            model, _ = self._proto(place)
-        if not data.stat().st_size:
-            data.unlink()
-        path.write_bytes(model.SerializeToString())
-        return places
+            needed.update(str(v.name) for v in reads(node))
+    return nodes[::-1]
 
 
-def _read(proto: onnx.TensorProto, folder: Path) -> Tensor:
-    if proto.data_location != onnx.TensorProto.EXTERNAL:
-        return Tensor.of(numpy_helper.to_array(proto))
-    where = {entry.key: entry.value for entry in proto.external_data}
-    packed = proto.data_type == UINT4
-    kind = np.dtype(np.uint8) if packed else helper.tensor_dtype_to_np_dtype(proto.data_type)
-    shape = ((int(np.prod(proto.dims)) + 1) // 2,) if packed else tuple(proto.dims)
-    data = np.memmap(folder / where["location"], kind, "r", int(where.get("offset", 0)), shape)
-    return Tensor(
-        data, proto.data_type, tuple(proto.dims), source=folder / where["location"], offset=int(where.get("offset", 0))
+def part(model: ir.Model, outputs: Sequence[str], cut: Sequence[str] = ()) -> ir.Model:
+    """A copy of what computes `outputs` from `cut` (float32 values) and whatever graph inputs that needs."""
+    nodes = nodes_between(model, outputs, cut)
+    values = {v.name: v for v in model.graph.inputs} | {v.name: v for node in model.graph for v in node.outputs}
+    needed = set(outputs).union(str(v.name) for node in nodes for v in reads(node))
+    inputs = [v for v in model.graph.inputs if v.name in needed]
+    inputs += [values[name] for name in sorted(needed.intersection(cut)) if values[name] not in inputs]
+    view = ir.GraphView(
+        inputs,
+        [values[name] for name in outputs],
+        nodes=nodes,
+        initializers=[v for name, v in model.graph.initializers.items() if name in needed],
+        opset_imports=model.graph.opset_imports,
+        name=model.graph.name,
+    )
+    graph = view.clone()
+    for value in graph.inputs:
+        value.type = value.type or ir.TensorType(FLOAT)
+    return ir.Model(graph, ir_version=model.ir_version, functions=[f.clone() for f in model.functions.values()])
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def session(model: ir.Model, threads: int) -> ort.InferenceSession:
+    """Run it. Constants of the bundle are used where their file is mapped; new ones are copied; fp32 ones are not
+    packed.
+    """
+    options = Execution(threads).options()
+    # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits
+    # crawls.
+    quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in model.graph)
+    options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
+    tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
+    folder = next((Path(t.location).parent for t in tensors.values() if isinstance(t, ir.ExternalTensor)), "")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    written: dict[str, ir.TensorProtocol] = {}
+    handed: dict[str, ort.OrtValue] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, ir.ExternalTensor):
+            written[name] = _at(tensor, Path(tensor.location).name, tensor.offset or 0)
+        elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
+            written[name] = _at(tensor, _HANDED, 0)
+            handed[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+    options.add_external_initializers(list(handed), list(handed.values()))
+    with failures_are_ours(str(model.graph.name)):
+        return ort.InferenceSession(_serialized(model, written), options, providers=["CPUExecutionProvider"])
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a graph's constants went."""
+
+    places: Mapping[str, ir.ExternalTensor]  # by the constant's name, in files of the graph's folder
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the data files."""
+        return sorted({str(tensor.location) for tensor in self.places.values()})
+
+
+def save(
+    model: ir.Model, path: Path, shared: Mapping[str, ir.ExternalTensor] | None = None, *, over: bool = False
+) -> Written:
+    """Write `path` and, for larger constants, `path`_data.
+
+    Args:
+        model: it is left as it is.
+        path: of the protobuf.
+        shared: constants whose bytes are in another file of that folder already.
+        over: constants mapped from a file stay in it; it lies, or will lie, in that folder too.
+    """
+    places: dict[str, ir.ExternalTensor] = {}
+    data = path.with_name(f"{path.name}_data")
+    with data.open("wb") as file:
+        for name, tensor in [(n, v.const_value) for n, v in model.graph.initializers.items()]:
+            assert tensor is not None, name
+            if shared and name in shared:
+                places[name] = _at(tensor, str(shared[name].location), shared[name].offset or 0)
+            elif over and isinstance(tensor, ir.ExternalTensor):
+                places[name] = _at(tensor, Path(tensor.location).name, tensor.offset or 0)
+            elif tensor.nbytes >= INLINE_BYTES:
+                step = 1 << 16 if tensor.nbytes >= LARGE_BYTES else 64
+                start = -(-file.tell() // step) * step
+                file.truncate(start)
+                file.seek(start)
+                tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx-ir has it
+                places[name] = _at(tensor, data.name, start)
+    if not data.stat().st_size:
+        data.unlink()
+    path.write_bytes(_serialized(model, places))
+    return Written(places)
+
+
+def _at(tensor: ir.TensorProtocol, file: str, offset: int) -> ir.ExternalTensor:
+    """The tensor as one that lies in a file of the graph's folder."""
+    return ir.ExternalTensor(
+        file, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or ""
     )
 
 
-def _widen(graph: Graph) -> None:
-    """An fp16 graph of ours is the fp32 one with other types and some casts: change the types back."""
-    graph.tensors = {n: replace(t, dtype=FLOAT) if t.dtype == FLOAT16 else t for n, t in graph.tensors.items()}
-    for info in (*graph.inputs.values(), *graph.outputs):
-        if info.type.tensor_type.elem_type == FLOAT16:
-            info.type.tensor_type.elem_type = FLOAT
-    for node in _all_nodes(graph.nodes):
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT16:
-                attribute.i = FLOAT
+def _serialized(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> bytes:
+    """The protobuf, with other tensors for some of the constants."""
+    kept = {name: value.const_value for name, value in model.graph.initializers.items()}
+    try:
+        for name, value in model.graph.initializers.items():
+            value.const_value = tensors.get(name, kept[name])
+        model.producer_name = "lfm-edge"
+        return bytes(ir.to_proto(model).SerializeToString())
+    finally:
+        for name, value in model.graph.initializers.items():
+            value.const_value = kept[name]
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g.node)
+def edges(model: ir.Model) -> tuple[dict[str, Edge], dict[str, Edge]]:
+    """(inputs, outputs) for the manifest."""
 
+    def described(values: Iterable[ir.Value]) -> Iterator[tuple[str, Edge]]:
+        for value in values:
+            assert value.dtype is not None
+            assert value.shape is not None
+            dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+            yield str(value.name), Edge(value.dtype.name, dims)
 
-def reads(node: onnx.NodeProto) -> set[str]:
-    """Every name a node takes, branches included."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            inner = attribute.g.node
-            made = {name for n in inner for name in n.output}
-            names |= set().union(*(reads(n) for n in inner)) - made - {t.name for t in attribute.g.initializer}
-    return names
+    return dict(described(model.graph.inputs)), dict(described(model.graph.outputs))

@@ -9,7 +9,7 @@ add up, nearly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,22 +17,15 @@ from lfm_runtime.bundle import Bundle
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Progress
-from lfm_quantize.calibrate.blocks import (
-    Block,
-    Feeds,
-    Values,
-    all_positions,
-    blocks_of,
-    image_positions,
-    prompt_feeds,
-    run_block,
-)
+from lfm_quantize.calibrate.blocks import Block, FedGraph, Feeds, Values, blocks_of, image_positions, prompt_feeds
+from lfm_quantize.calibrate.observe import Observed, observe
 from lfm_quantize.calibrate.samples import Sample
-from lfm_quantize.graph import LARGE_BYTES, Graph, QuantizeError
-from lfm_quantize.layer import observe
-from lfm_quantize.passes.rewrite import quantized_nodes
-from lfm_quantize.passes.smooth import fake_rows, find_fit, sources
-from lfm_quantize.quality import cosines, kl_divergence
+from lfm_quantize.calibrate.smooth import InputSource, fake_rows, find_fit, sources
+from lfm_quantize.graph import LARGE_BYTES, QuantizeError, linears
+from lfm_quantize.judge.distances import cosines, kl_divergence
+from lfm_quantize.passes.integers import Integers, Product
+from lfm_quantize.passes.nodes import rewritten
+from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.recipe import Recipe, Rule
 from lfm_quantize.rounding import Precision, clipped, rtn
 from lfm_quantize.source import Source
@@ -71,25 +64,34 @@ class Choice:
         return self.kl / floor + self.cosine / COSINE_LOSS
 
 
+WHOLE = Block("whole", (), ("logits",), ())
+"""The decoder as one block."""
+
+
 def survey(
     source: Source, bundle: Bundle, samples: Sequence[Sample], kept: Sequence[str], threads: int, progress: Progress
 ) -> list[list[Choice]]:
-    """For every product, its choices from the smallest to the largest; for those in `kept`, fp32 alone."""
+    """For every product, its choices from the smallest to the largest; for those in `kept`, fp32 alone.
+
+    Raises:
+        QuantizeError: there are no samples.
+    """
     if not samples:
         raise QuantizeError("a search for precisions needs --calibration images")
     samples = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
-    graph = all_positions(source.decoder)
-    linears = {**source.vision.linears(), **graph.linears()}
+    decoder = rewritten(source.decoder, AllPositions())
+    products = {**linears(source.vision), **linears(decoder)}
 
     view_feeds: list[Feeds] = [sample.views[0].feeds() for sample in samples]
     every_patch = [np.ones(len(sample.views[0].patches), np.bool_) for sample in samples]
-    features, losses, worst = _effects(source.vision, view_feeds, every_patch, _cosine_loss, threads, progress)
+    vision = _effects(FedGraph(source.vision, view_feeds, every_patch, threads), _cosine_loss, progress)
 
     kinds = image_positions(samples, bundle.prompts.image_id)
     answers = [slice(sample.prompt_tokens - 1, len(sample.ids) - 1) for sample in samples]
 
-    def feeds(table: Float, images: Sequence[Values]) -> list[Feeds]:
-        return prompt_feeds(graph, samples, kinds, table, [values["image_features"] for values in images])
+    def fed(table: Float, images: Sequence[Values]) -> FedGraph:
+        features = [values["image_features"] for values in images]
+        return FedGraph(decoder, prompt_feeds(decoder, samples, kinds, table, features), kinds, threads)
 
     def divergence(exact: Sequence[Values], changed: Sequence[Values]) -> float:
         parts = [
@@ -97,107 +99,97 @@ def survey(
         ]
         return float(np.concatenate(parts).mean())
 
-    exact_feeds = feeds(source.table, features)
-    logits, divergences, _ = _effects(graph, exact_feeds, kinds, divergence, threads, progress)
+    text = _effects(fed(source.table, vision.exact), divergence, progress)
     # What a loss of cosine costs in answers, once: the decoder on the worst features seen.
-    whole = Block("whole", (), ("logits",), ())
-    per_cosine = divergence(logits, run_block(graph, whole, feeds(source.table, worst), [{} for _ in samples], threads))
-    per_cosine /= max(_cosine_loss(features, worst), 1e-12)
-    divergences["head"] = _table_effects(source, graph, whole, feeds, features, logits, divergence, threads)
+    misled = fed(source.table, vision.worst)
+    per_cosine = divergence(text.exact, misled.run(WHOLE, misled.start()))
+    per_cosine /= max(_cosine_loss(vision.exact, vision.worst), 1e-12)
+    text.effects["head"] = {
+        p: divergence(text.exact, outputs)
+        for p, outputs in _with_rounded_table(source, lambda table: fed(table, vision.exact))
+    }
 
     found = []
-    for name, effects in [*losses.items(), *divergences.items()]:
-        linear, vision = linears[name], name in losses
+    for name, effects in [*vision.effects.items(), *text.effects.items()]:
+        n, k, of_vision = products[name].n, products[name].k, name in vision.effects
         choices = [
-            Choice(
-                name,
-                p,
-                _bytes(linear.n, linear.k, p),
-                effect * per_cosine if vision else effect,
-                effect if vision else 0.0,
-            )
+            Choice(name, p, _bytes(n, k, p), effect * per_cosine if of_vision else effect, effect if of_vision else 0.0)
             for p, effect in effects.items()
         ]
-        fp32 = [Choice(name, Precision(32), 4 * linear.n * linear.k, 0.0, 0.0)]
+        fp32 = [Choice(name, Precision(32), 4 * n * k, 0.0, 0.0)]
         found.append(fp32 if name in kept else sorted(choices, key=lambda c: c.bytes))
     return found
 
 
-def _effects(
-    graph: Graph,
-    feeds: list[Feeds],
-    kinds: list[NDArray[np.bool_]],
-    distance: Distance,
-    threads: int,
-    progress: Progress,
-) -> tuple[list[Values], dict[str, Effects], list[Values]]:
-    """(what the exact graph gives, product → precision → effect at the end, the outputs with the largest effect)."""
-    blocks = blocks_of(graph)
-    linears, where = graph.linears(), sources(graph)
-    exact: list[Values] = [{} for _ in feeds]
-    trail = [exact]
+@dataclass
+class _Survey:
+    """One graph surveyed."""
+
+    exact: list[Values]  # what the exact graph gives
+    effects: dict[str, Effects]  # product → precision → effect at the end
+    worst: list[Values]  # the outputs with the largest effect
+
+
+def _effects(fed: FedGraph, distance: Distance, progress: Progress) -> _Survey:
+    """Round one product after the other and follow the effect through the blocks behind it."""
+    blocks = blocks_of(fed.model)
+    products, where = linears(fed.model), sources(fed.model)
+    trail = [fed.start()]
     for block in blocks:
-        exact = run_block(graph, block, feeds, exact, threads)
-        trail.append(exact)
-    effects: dict[str, Effects] = {}
-    largest, worst = -1.0, exact
+        trail.append(fed.run(block, trail[-1]))
+    found = _Survey(trail[-1], {}, trail[-1])
+    largest = -1.0
     for i, block in enumerate(blocks):
         names = [name for name in block.linears if name != "head"]
-        seen = observe(graph, block, feeds, trail[i], kinds, dict.fromkeys(names, False), threads)
-        rest = Block("rest", block.outputs, tuple(v.name for v in graph.outputs[:1]), ())
+        seen = observe(fed, block, trail[i], dict.fromkeys(names, False))
+        rest = Block("rest", block.outputs, (str(fed.model.graph.outputs[0].name),), ())
         for name in names:
-            linear, weight = linears[name], graph.weight(linears[name])
-            rows = seen[name].kept()
-            wanted = rows @ weight.T
-            power = float(np.square(wanted).sum(dtype=np.float64))
-            errors: Effects = {}
-            reference = None
-            for p in OPTIONS:
-                if p.bits == 4 and linear.k % p.block:
-                    continue
-                fit = find_fit(weight, seen[name], where.get(name), p)
-                rounded = rtn(weight * fit.factors, p, None)
-                x = rows / fit.factors
-                got = (fake_rows(x, fit.negative) if p.bits == 8 else x) @ rounded.weight().T
-                errors[p] = float(np.square(got - wanted).sum(dtype=np.float64)) / power
-                if reference is None or p == REFERENCE:
-                    reference = rtn(weight, p, None)
-            assert reference is not None  # 8 bits suit any width
-            rounded = reference
-            nodes, tensors = quantized_nodes(linear, rounded)
-            after = run_block(graph.replaced({name: nodes}, tensors), block, feeds, trail[i], threads)
-            end = run_block(graph, rest, feeds, after, threads) if i + 1 < len(blocks) else after
-            effect = distance(exact, end)
-            plain = float(np.square(rows @ rounded.weight().T - wanted).sum(dtype=np.float64)) / power
-            effects[name] = {option: effect * error / max(plain, 1e-20) for option, error in errors.items()}
+            weight = products[name].weights()
+            errors, plain, reference = _errors(weight, seen[name], where.get(name))
+            after = fed.rewritten(Integers({name: reference})).run(block, trail[i])
+            end = fed.run(rest, after) if i + 1 < len(blocks) else after
+            effect = distance(found.exact, end)
+            found.effects[name] = {option: effect * error / max(plain, 1e-20) for option, error in errors.items()}
             if effect > largest:
-                largest, worst = effect, end
-        progress(f"surveys {graph.name}", i + 1, len(blocks))
-    return exact, effects, worst
+                largest, found.worst = effect, end
+        progress(f"surveys {fed.model.graph.name}", i + 1, len(blocks))
+    return found
 
 
-def _table_effects(
-    source: Source,
-    graph: Graph,
-    whole: Block,
-    feeds: Callable[[Float, Sequence[Values]], list[Feeds]],
-    features: Sequence[Values],
-    logits: Sequence[Values],
-    divergence: Distance,
-    threads: int,
-) -> Effects:
-    """The embedding table, rounded where it is looked up and, where the head is tied to it, in the head."""
-    effects = {}
-    head = graph.linears()["head"]
+def _errors(weight: Float, seen: Observed, source: InputSource | None) -> tuple[Effects, float, Product]:
+    """(relative output error by precision, that of the reference precision without smoothing, the product so)."""
+    rows = seen.kept()
+    wanted = rows @ weight.T
+    power = float(np.square(wanted).sum(dtype=np.float64))
+    errors: Effects = {}
+    reference = None
+    for p in OPTIONS:
+        if p.bits == 4 and weight.shape[1] % p.block:
+            continue
+        fit = find_fit(weight, seen, source, p)
+        rounded = rtn(weight * fit.factors, p, None)
+        x = rows / fit.factors
+        got = (fake_rows(x, fit.negative) if p.bits == 8 else x) @ rounded.weight().T
+        errors[p] = float(np.square(got - wanted).sum(dtype=np.float64)) / power
+        if reference is None or p == REFERENCE:
+            reference = rtn(weight, p, None)
+    assert reference is not None  # 8 bits suit any width
+    plain = float(np.square(rows @ reference.weight().T - wanted).sum(dtype=np.float64)) / power
+    return errors, plain, Product(reference)
+
+
+def _with_rounded_table(source: Source, fed: Callable[[Float], FedGraph]) -> Iterator[tuple[Precision, list[Values]]]:
+    """The outputs with the embedding table rounded, where it is looked up and, where the head is tied to it, in the
+    head; for each precision.
+    """
     for p in OPTIONS:
         if p.bits == 4 and source.table.shape[1] % p.block:
             continue
         rounded = clipped(source.table, p, None)
-        nodes, tensors = quantized_nodes(head, rounded, tied=True)
-        changed = graph.replaced({"head": nodes}, tensors) if source.tied else graph
-        made = feeds(rounded.weight(), features)
-        effects[p] = divergence(logits, run_block(changed, whole, made, [{} for _ in made], threads))
-    return effects
+        changed = fed(rounded.weight())
+        if source.tied:
+            changed = changed.rewritten(Integers({"head": Product(rounded)}, tied=True))
+        yield p, changed.run(WHOLE, changed.start())
 
 
 def _cosine_loss(exact: Sequence[Values], changed: Sequence[Values]) -> float:

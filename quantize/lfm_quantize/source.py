@@ -5,75 +5,81 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from lfm_profiles import FINEST
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
 
-from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.graph import Linear, QuantizeError, constant, linears, open_graph, release
+from lfm_quantize.passes.nodes import drop_unused
+from lfm_quantize.passes.table import look_up
+from lfm_quantize.passes.widen import Widen
 
 Float = NDArray[np.float32]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """The graphs to start from, taken apart."""
+    """The graphs to start from, in fp32. Passes change copies of them."""
 
-    vision: Graph
-    embed: Graph
-    decoder: Graph
+    variant: str  # whose graphs they are: fp32, or fp16 where there is no fp32
+    vision: ir.Model
+    embed: ir.Model
+    decoder: ir.Model
     table: Float  # [V, H]
     tied: bool
 
     @staticmethod
-    def open(bundle: Bundle) -> tuple[str, Source]:
-        """(variant, its graphs): fp32, or fp16 where there is no fp32."""
+    def open(bundle: Bundle) -> Source:
+        """Open a bundle's finest graphs.
+
+        Raises:
+            QuantizeError: it has neither fp32 nor fp16 graphs, or they are portable ones.
+        """
         variant = next((v for v in FINEST if v in bundle.variants), None)
         if variant is None:
             raise QuantizeError(
                 f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export"
             )
         files = bundle.graphs(variant)[1]
-        vision, embed, decoder = (Graph.open(files[g.stem]) for g in (VISION_ENCODER, EMBED_TOKENS, DECODER))
-        gather = look_up(embed)
-        table: Float = embed.tensors[gather.input[0]].array
-        if "head" not in decoder.linears():
-            how = (
-                "quantize needs those that export builds without --portable; for fixed ranges see "
-                "scripts/shape_static.py --int8"
+        vision, embed, decoder = (
+            Widen()(open_graph(files[g.stem])).model for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)
+        )
+        head = linears(decoder).get("head")
+        if head is None:
+            raise QuantizeError(
+                f"{files[DECODER.stem]} is a portable graph; quantize needs those that export builds without "
+                "--portable; for fixed ranges see scripts/shape_static.py --int8"
             )
-            raise QuantizeError(f"{files[DECODER.stem]} is a portable graph; {how}")
-        head = decoder.tensors[decoder.linears()["head"].weight].array
-        decoder = decoder.part([o.name for o in decoder.outputs if o.name not in (TOP_LOGITS, TOP_IDS, NEXT_MASK)])
-        tied = head.shape == table.shape and np.array_equal(head, table)
-        for graph in (embed, decoder):
-            graph.release()
-        return variant, Source(vision, embed, decoder, table, tied)
+        for value in [v for v in decoder.graph.outputs if v.name in (TOP_LOGITS, TOP_IDS, NEXT_MASK)]:
+            decoder.graph.outputs.remove(value)
+        drop_unused(decoder.graph)
+        table: Float = constant(look_up(embed).inputs[0])
+        weights = constant(head.weight)
+        tied = weights.shape == table.shape and np.array_equal(weights, table)
+        for model in (embed, decoder):
+            release(model)
+        return Source(variant, vision, embed, decoder, table, tied)
 
-    def linears(self) -> list[str]:
-        """Names of all matrix products with constant weights, the encoder's first."""
-        return [*self.vision.linears(), *self.decoder.linears()]
+    def linears(self) -> dict[str, Linear]:
+        """All matrix products with constant weights, by name, the encoder's first."""
+        return {**linears(self.vision), **linears(self.decoder)}
 
     @property
     def head(self) -> str:
         """Name of the head's weights."""
-        return self.decoder.linears()["head"].weight
+        return str(linears(self.decoder)["head"].weight.name)
 
     def other_bytes(self) -> int:
         """What of the files is no product's weight: norms, biases, the position table (kept as fp16), nodes."""
         total = 0
-        for graph in (self.vision, self.embed, self.decoder):
-            weights = {linear.weight for linear in graph.linears().values()}
-            if graph is self.embed:
-                weights.add(look_up(graph).input[0])
-            for name, tensor in graph.tensors.items():
-                if name not in weights:
-                    total += 4 * int(np.prod(tensor.shape)) // (2 if "position_embedding" in name else 1) + 60
-            total += sum(node.ByteSize() for node in graph.nodes)
+        for model in (self.vision, self.embed, self.decoder):
+            weights = {str(linear.weight.name) for linear in linears(model).values()}
+            if model is self.embed:
+                weights.add(str(look_up(model).inputs[0].name))  # type: ignore[union-attr]
+            for name, value in model.graph.initializers.items():
+                if name not in weights and value.const_value is not None:
+                    total += 4 * value.const_value.size // (2 if "position_embedding" in name else 1) + 60
+            total += sum(ir.to_proto(n).ByteSize() for n in model.graph)
         return total
-
-
-def look_up(embed: Graph) -> onnx.NodeProto:
-    """The node that takes rows out of the embedding table."""
-    return next(node for node in embed.nodes if node.op_type == "Gather")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import onnx_ir as ir
 from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
@@ -15,52 +15,74 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, 
 from lfm_runtime.formats.manifest import MANIFEST, Manifest, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
-from lfm_quantize.graph import Graph, Place, QuantizeError
+from lfm_quantize.graph import QuantizeError, edges, save
+from lfm_quantize.judge.quality import Quality
+from lfm_quantize.passes.integers import TABLE
 from lfm_quantize.passes.kv import FIRST_ONNXRUNTIME
-from lfm_quantize.passes.rewrite import TABLE
-from lfm_quantize.quality import Quality
-from lfm_quantize.source import Source, look_up
+from lfm_quantize.passes.table import look_up
+from lfm_quantize.source import Source
 
-Graphs = dict[str, "Graph | str"]
+
+@dataclass(frozen=True)
+class NewGraph:
+    """A graph that is to be written. With `over`, its constants that lie in another variant's files stay there."""
+
+    model: ir.Model
+    over: bool = False
+
+
+Graphs = dict[str, "NewGraph | str"]
 """Stem → a new graph, or the file of one that is there."""
+Files = Mapping[str, list[str]]
+"""Stem → the data files of a new graph, in `onnx`."""
 
 
-def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> None:
-    """Write the graphs that are new. A head tied to the embedding table points into the table's file."""
-    places: dict[str, Place] = {}
+def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> Files:
+    """Write the graphs that are new; a head tied to the embedding table points into the table's file. Returns each
+    one's data files by stem.
+    """
+    table: dict[str, ir.ExternalTensor] = {}
+    files = {}
     for stem in (VISION_ENCODER.stem, EMBED_TOKENS.stem, DECODER.stem):
         graph = graphs[stem]
         if isinstance(graph, str):
             continue
+        shared = {}
         if stem == DECODER.stem and source.tied:
-            same = {n: n for n in places if n.startswith(TABLE)} | {source.head: look_up(source.embed).input[0]}
-            graph.tensors = {
-                n: replace(t, place=places[same[n]])
-                if n in same and same[n] in places and places[same[n]].size == t.array.nbytes
-                else t
-                for n, t in graph.tensors.items()
-            }
-        written = graph.save(folder / graph_file(stem, variant))
-        places = written if stem == EMBED_TOKENS.stem else places
+            same = {name: name for name in table if name.startswith(TABLE)}
+            same[source.head] = str(look_up(source.embed).inputs[0].name)  # type: ignore[union-attr]
+            for name, value in graph.model.graph.initializers.items():
+                place = table.get(same.get(name, ""))
+                if place is not None and value.const_value is not None and place.length == value.const_value.nbytes:
+                    shared[name] = place
+        written = save(graph.model, folder / graph_file(stem, variant), shared, over=graph.over)
+        files[stem] = written.files
+        if stem == EMBED_TOKENS.stem:
+            table = dict(written.places)
+    return files
 
 
-def with_graphs(
-    old: Manifest, folder: Path, variant: str, start: str, graphs: Graphs, record: Mapping[str, Any]
-) -> Manifest:
-    """The old manifest with a variant's files and how they were made, and no word on its quality yet."""
-    names = {stem: graph if isinstance(graph, str) else graph_file(stem, variant) for stem, graph in graphs.items()}
+def with_graphs(old: Manifest, folder: Path, variant: str, start: str, graphs: Graphs, files: Files) -> Manifest:
+    """The old manifest with a variant's files, and no word on its quality yet.
+
+    Args:
+        old: of the bundle.
+        folder: where the files are.
+        variant: its name.
+        start: the variant it was made of, whose edges it has but for types.
+        graphs: what `save_graphs` wrote.
+        files: what it returned.
+    """
+    names = {stem: g if isinstance(g, str) else graph_file(stem, variant) for stem, g in graphs.items()}
     described = {}
     for stem, graph in graphs.items():
-        if isinstance(graph, Graph):
+        if isinstance(graph, NewGraph):
             entry = old.graphs[graph_file(stem, start)]
-            data = sorted(f"onnx/{file}" for file in graph.data_files(Path(names[stem]).name))
+            data = tuple(f"onnx/{file}" for file in files[stem])
             first = FIRST_ONNXRUNTIME if VARIANTS[variant].keys == "int8" else entry.min_onnxruntime
-            inputs, outputs = graph.edges()
-            described[names[stem]] = replace(
-                entry, inputs=inputs, outputs=outputs, data=tuple(data), min_onnxruntime=first
-            )
-    manifest = old.with_variant(variant, names, described, folder)
-    return replace(manifest, quantization={**manifest.quantization, variant: record})
+            inputs, outputs = edges(graph.model)
+            described[names[stem]] = replace(entry, inputs=inputs, outputs=outputs, data=data, min_onnxruntime=first)
+    return old.with_variant(variant, names, described, folder)
 
 
 def with_quality(manifest: Manifest, quality: Quality) -> Manifest:

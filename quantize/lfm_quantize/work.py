@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import hashlib
 import json
@@ -12,15 +11,17 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from lfm_quantize.graph import DAMAGE, QuantizeError, Tensor
-from lfm_quantize.layer import Change
+from lfm_quantize.calibrate.block import Change
+from lfm_quantize.graph import DAMAGE, Array, QuantizeError
+from lfm_quantize.passes.integers import Product
 from lfm_quantize.recipe import Recipe
+from lfm_quantize.rounding import Precision, Rounded
 
 
 class Work:
@@ -68,47 +69,63 @@ class Work:
         partial.replace(self.folder / "recipe.toml")
 
     def load(self, block: str) -> Change | None:
-        """A block finished before; its arrays stay in their files."""
+        """A block finished before; its arrays stay in their files. None where there is none, or a damaged one."""
         place = self.folder / block
         if not (place / "change.json").exists():
             return None
         try:
-            raw = json.loads((place / "change.json").read_text())
-            nodes = {
-                name: [onnx.NodeProto.FromString(base64.b64decode(n)) for n in found]
-                for name, found in raw["nodes"].items()
-            }
-            tensors = {
-                name: Tensor(np.load(place / f"{i}.npy", mmap_mode="r"), entry["dtype"], tuple(entry["shape"]))
-                for i, (name, entry) in enumerate(raw["tensors"].items())
-            }
-            return Change(nodes, tensors, raw["layers"])
+            return _read(place, json.loads((place / "change.json").read_text()))
         except DAMAGE:  # the block is made again
             shutil.rmtree(place)
             return None
 
-    def save(self, block: str, change: Change) -> None:
-        """Keep a finished block; its arrays move from memory to files."""
+    def save(self, block: str, change: Change) -> Change:
+        """Keep a finished block; returns it with its arrays in files instead of memory."""
         place = self.folder / block
         if (place / "change.json").exists():
-            return
+            return change
         place.mkdir(exist_ok=True)
-        for i, (name, tensor) in enumerate(change.tensors.items()):
-            np.save(place / f"{i}.npy", tensor.data)
-            data = np.load(place / f"{i}.npy", mmap_mode="r") if tensor.data.size else tensor.data
-            change.tensors[name] = Tensor(data, tensor.dtype, tensor.shape)
         raw = {
-            "nodes": {
-                name: [base64.b64encode(n.SerializeToString()).decode() for n in found]
-                for name, found in change.nodes.items()
+            "products": {
+                name: {
+                    "precision": asdict(product.rounded.precision),
+                    "negative": product.negative,
+                    "zero_points": product.rounded.zero_points is not None,
+                }
+                for name, product in change.products.items()
             },
-            "tensors": {name: {"dtype": t.dtype, "shape": t.shape} for name, t in change.tensors.items()},
+            "constants": list(change.constants),
             "layers": change.layers,
         }
+        for i, product in enumerate(change.products.values()):
+            for part in _PARTS:
+                array = getattr(product.rounded, part)
+                if array is not None:
+                    np.save(place / f"{i}.{part}.npy", array)
+        for i, array in enumerate(change.constants.values()):
+            np.save(place / f"constant.{i}.npy", array)
         partial = place / "change.json.partial"
         partial.write_text(json.dumps(raw))
         partial.replace(place / "change.json")
+        return _read(place, raw)
 
     def finished(self) -> None:
         """The variant is in the bundle: nothing of this is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_PARTS = ("codes", "scales", "zero_points")
+
+
+def _read(place: Path, raw: Mapping[str, Any]) -> Change:
+    def array(name: str) -> Array:
+        loaded: Array = np.load(place / f"{name}.npy", mmap_mode="r")
+        return loaded
+
+    products = {}
+    for i, (name, entry) in enumerate(raw["products"].items()):
+        zero_points = array(f"{i}.zero_points") if entry["zero_points"] else None
+        rounded = Rounded(array(f"{i}.codes"), array(f"{i}.scales"), zero_points, Precision(**entry["precision"]))
+        products[name] = Product(rounded, entry["negative"])
+    constants = {name: array(f"constant.{i}") for i, name in enumerate(raw["constants"])}
+    return Change(products, constants, raw["layers"])

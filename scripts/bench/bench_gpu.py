@@ -89,7 +89,8 @@ def make_checkpoint(size: str, folder: Path) -> Path:
 def make_bundle(checkpoint: Path, bundle: Path, variants: list[str]) -> Path:
     """With what the variants need. Weights are rounded to nearest: their values do not matter here."""
     from lfm_export.export import export
-    from lfm_quantize.quantize import Settings, quantize
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
     export(checkpoint, bundle)
     made = (

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import onnx
 from lfm_quantize.calibrate.samples import read_questions
-from lfm_quantize.graph import Graph
-from lfm_quantize.quality import measure
-from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.graph import open_graph
+from lfm_quantize.judge.measure import measure
+from lfm_quantize.quantize import quantize
+from lfm_quantize.settings import Settings
 from lfm_runtime.formats.manifest import MANIFEST, file_hash
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
@@ -76,14 +77,13 @@ def onnxruntimes(bundle: Path, config) -> None:
 def bits_per_weight(bundle: Path) -> float:
     """Of the products that MatMulNBits computes: codes, scales and zero points, as stored."""
     manifest = json.loads((bundle / MANIFEST).read_text())
-    graph = Graph.open(bundle / manifest["variants"]["int4"]["decoder_model_merged"])
-    cast = {node.output[0]: node.input[0] for node in graph.nodes if node.op_type == "Cast"}
     stored, weights = 0, 0
-    for node in graph.nodes:
+    for node in open_graph(bundle / manifest["variants"]["int4"]["decoder_model_merged"]).graph:
         if node.op_type == "MatMulNBits":
-            stored += sum(graph.tensors[cast.get(name, name)].data.nbytes for name in node.input[1:] if name)
-            size = {a.name: a.i for a in node.attribute}
-            weights += size["K"] * size["N"]
+            for value in filter(None, node.inputs[1:]):
+                cast = value.producer()  # of scales stored in fp16
+                stored += (cast.inputs[0] if cast else value).const_value.nbytes
+            weights += node.attributes["K"].as_int() * node.attributes["N"].as_int()
     return 8 * stored / weights
 
 

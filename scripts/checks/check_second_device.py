@@ -72,14 +72,15 @@ def prepare(bundle: Path) -> None:
     copies.
     """
     import onnx
-    from lfm_quantize.graph import Graph
-    from lfm_quantize.passes.gpu import for_gpu
+    from lfm_quantize.graph import open_graph, save
+    from lfm_quantize.make.floats import FOR_GPUS
+    from lfm_quantize.passes.nodes import rewritten
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.formats.contract import DECODER
     from onnx import helper
 
-    graph = Graph.open(Bundle.open(bundle).graphs("fp32")[1][DECODER.stem])
-    for_gpu(graph).save(HOME / "decoder.onnx")
+    decoder = open_graph(Bundle.open(bundle).graphs("fp32")[1][DECODER.stem])
+    save(rewritten(decoder, *FOR_GPUS), HOME / "decoder.onnx")
     for name, kind in (("float32", onnx.TensorProto.FLOAT), ("int64", onnx.TensorProto.INT64)):
         edges = [helper.make_tensor_value_info(edge, kind, None) for edge in "xy"]
         copy = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "copy", edges[:1], edges[1:])

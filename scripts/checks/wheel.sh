@@ -23,7 +23,7 @@ import sys
 EXTRAS = {  # what needs more than the runtime's four, by the extra that brings it
     "export": ["lfm_export"],
     "quantize": ["lfm_quantize"],
-    "report": ["lfm_audit.report", "lfm_quantize.plot"],
+    "report": ["lfm_audit.report", "lfm_quantize.judge.plot"],
     "package": ["lfm_package.sbom", "lfm_package.wheelhouse", "lfm_package.pack", "lfm_package.stick", "lfm_package.targets"],
 }
 ABOVE = tuple(name for names in EXTRAS.values() for name in names)

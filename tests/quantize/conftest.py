@@ -50,7 +50,8 @@ def few(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def quantized(demo_bundle, tmp_path_factory) -> Path:
     """The demo bundle with fp16, int8 and int4, calibrated with 64 pictures."""
-    from lfm_quantize.quantize import Settings, quantize
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
     folder = _first_images(tmp_path_factory.mktemp("calibration"), 64)
     bundle = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("quantized") / "bundle"))

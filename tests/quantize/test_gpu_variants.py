@@ -15,10 +15,12 @@ import onnxruntime as ort
 import pytest
 from bundles import read_manifest
 from lfm_export.export import export
-from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.passes.gpu import fused_biases, in_standard_operators
-from lfm_quantize.passes.half import half
-from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.graph import QuantizeError, open_graph, session
+from lfm_quantize.passes.biases import FusedBiases
+from lfm_quantize.passes.half import Half
+from lfm_quantize.passes.nodes import rewritten
+from lfm_quantize.quantize import quantize
+from lfm_quantize.settings import Settings
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
@@ -113,9 +115,10 @@ def test_convolutions_kept_in_fp32(demo_bundle, tmp_path, keep, left) -> None:
 
 def test_biases_are_added_where_values_are_read(demo_bundle) -> None:
     """The same features; what is not fp16, or read by more than the norm, is left alone."""
-    plain = half(Graph.open(Bundle.open(demo_bundle).graphs("fp32")[1][VISION_ENCODER.stem]))
-    made = fused_biases(plain)
-    kinds = Counter(node.op_type for node in made.nodes)
+    fp32 = open_graph(Bundle.open(demo_bundle).graphs("fp32")[1][VISION_ENCODER.stem])
+    plain = rewritten(fp32, Half())
+    made = rewritten(plain, FusedBiases())
+    kinds = Counter(node.op_type for node in made.graph)
     assert (kinds["SkipLayerNormalization"], kinds["FastGelu"]) == (9, 4)  # of four layers, and the last norm
     rng = np.random.default_rng(0)
     feeds = {
@@ -123,18 +126,17 @@ def test_biases_are_added_where_values_are_read(demo_bundle) -> None:
         "pixel_attention_mask": np.ones((2, 24), np.int64),
         "spatial_shapes": np.array([[4, 6], [6, 4]]),
     }
-    a, b = (graph.session(1).run(["image_features"], feeds)[0] for graph in (plain, made))
+    a, b = (session(model, 1).run(["image_features"], feeds)[0] for model in (plain, made))
     np.testing.assert_allclose(a, b, atol=0.01 * np.abs(a).max())
-    assert fused_biases(made).nodes == made.nodes
-    fp32 = Graph.open(Bundle.open(demo_bundle).graphs("fp32")[1][VISION_ENCODER.stem])
-    assert fused_biases(fp32).nodes == fp32.nodes
+    assert not FusedBiases()(made).modified
+    assert not FusedBiases()(fp32).modified
 
 
 def test_a_new_base_takes_them_away(bundle, tmp_path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     said: list[str] = []
     quantize(copy, Settings("fp16"), warn=said.append)
-    assert sorted(line.split()[0] for line in said if "make it again" in line) == ["fp16-trt", "int4-fp16"]
+    assert sorted(line.split()[0] for line in said if "quantize it again" in line) == ["fp16-trt", "int4-fp16"]
     assert {"int4-fp16", "fp16-trt"}.isdisjoint(Bundle.open(copy).variants)
     assert not [*copy.glob("onnx/*q4f16*"), *copy.glob("onnx/*trt*")]
 
@@ -162,18 +164,6 @@ def test_bad_wishes(demo_bundle, few, capsys) -> None:
     ]:
         assert main(["quantize", str(demo_bundle), "--quiet", *words]) == 2
         assert said in capsys.readouterr().err
-
-
-def test_standard_operators_only_once(bundle) -> None:
-    """An encoder that is in standard operators, or whose attention is another, is not rewritten."""
-    paths = [Bundle.open(bundle).graphs(v)[1][VISION_ENCODER.stem] for v in ("fp16-trt", "fp16")]
-    with pytest.raises(QuantizeError, match="in standard operators as it is"):
-        in_standard_operators(Graph.open(paths[0], widen=False))
-    graph = Graph.open(paths[1], widen=False)
-    for attribute in next(n for n in graph.nodes if n.op_type == "If").attribute:
-        attribute.g.node[0].op_type = "Attention"
-    with pytest.raises(QuantizeError, match="is not attention as lfm-edge export builds it"):
-        in_standard_operators(graph)
 
 
 def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path) -> None:

@@ -1,22 +1,32 @@
-"""Graphs taken apart: parts add up to the whole, equivalent changes change nothing, fp16 graphs are what fp32 ones say."""
+"""Graphs cut in parts: parts add up to the whole, equivalent changes change nothing, fp16 graphs are what fp32 ones say."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from graphs import model_of
 from lfm_export.export import export
-from lfm_quantize.calibrate.blocks import all_positions, blocks_of, decoder_feeds, run_block
+from lfm_quantize.calibrate.blocks import FedGraph, blocks_of, decoder_feeds
+from lfm_quantize.calibrate.overflow import overflowing
 from lfm_quantize.calibrate.samples import View
-from lfm_quantize.graph import Graph, Linear, QuantizeError
-from lfm_quantize.passes.gpu import for_gpu
-from lfm_quantize.passes.half import half, overflowing
-from lfm_quantize.passes.smooth import folded, sources
-from lfm_quantize.quality import cosines
-from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.calibrate.smooth import fold, sources
+from lfm_quantize.graph import QuantizeError, linears, open_graph, save, session
+from lfm_quantize.judge.distances import cosines
+from lfm_quantize.make.floats import FOR_GPUS
+from lfm_quantize.passes.constants import Constants
+from lfm_quantize.passes.half import Half
+from lfm_quantize.passes.nodes import rewritten
+from lfm_quantize.passes.positions import AllPositions
+from lfm_quantize.passes.widen import Widen
+from lfm_quantize.quantize import quantize
+from lfm_quantize.settings import Settings
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER
@@ -25,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def graphs(demo_bundle) -> dict[str, Graph]:
-    return {stem: Graph.open(path) for stem, path in Bundle.open(demo_bundle).variants["fp32"].items()}
+def graphs(demo_bundle) -> dict[str, ir.Model]:
+    return {stem: open_graph(path) for stem, path in Bundle.open(demo_bundle).variants["fp32"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +49,25 @@ def embeds() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 30, 256)).astype(np.float32)
 
 
-def whole(graph: Graph, feeds, output: str) -> np.ndarray:
-    return graph.session(1).run([output], {n: v for n, v in feeds.items() if n in graph.inputs})[0]
+def whole(graph: ir.Model, feeds, output: str) -> np.ndarray:
+    names = {value.name for value in graph.graph.inputs}
+    return session(graph, 1).run([output], {n: v for n, v in feeds.items() if n in names})[0]
 
 
 def test_blocks_in_a_row_are_the_graph(demo_bundle, graphs, view, embeds) -> None:
     """Against onnxruntime on the untouched files; the decoder's last position, which is all that the file gives out."""
     files = Bundle.open(demo_bundle).variants["fp32"]
-    vision, decoder = graphs["vision_encoder"], all_positions(graphs["decoder_model_merged"])
+    vision, decoder = graphs["vision_encoder"], rewritten(graphs["decoder_model_merged"], AllPositions())
     for graph, feeds, stem, output in (
         (vision, view.feeds(), "vision_encoder", "image_features"),
         (decoder, decoder_feeds(decoder, embeds), "decoder_model_merged", "logits"),
     ):
         blocks = blocks_of(graph)
-        assert {name for block in blocks for name in block.linears} == set(graph.linears())
-        states = [{}]
+        assert {name for block in blocks for name in block.linears} == set(linears(graph))
+        fed = FedGraph(graph, [feeds], [], 1)
+        states = fed.start()
         for block in blocks:
-            states = run_block(graph, block, [feeds], states, 1)
+            states = fed.run(block, states)
         (wanted,) = ort.InferenceSession(str(files[stem])).run([output], feeds)
         got = states[0][output]
         if stem.startswith("decoder"):
@@ -106,47 +118,36 @@ def test_another_architecture(unlike, tmp_path, variant, images) -> None:
 @pytest.mark.parametrize("which", ["demo", "unlike"])
 def test_factors_change_nothing(graphs, unlike, view, which, stem) -> None:
     """Random factors on every product that has a source, folded into it: the same outputs in fp32."""
-    graph = graphs[stem] if which == "demo" else Graph.open(Bundle.open(unlike).variants["fp32"][stem])
+    graph = graphs[stem] if which == "demo" else open_graph(Bundle.open(unlike).variants["fp32"][stem])
     width = 256 if which == "demo" else 64
     embeds = np.random.default_rng(1).standard_normal((1, 30, width)).astype(np.float32)
     feeds = view.feeds() if stem == "vision_encoder" else decoder_feeds(graph, embeds)
-    where, linears = sources(graph), graph.linears()
+    where, products = sources(graph), linears(graph)
     if which == "demo":
-        assert len(where) == len(linears) - len(
-            [n for n in linears if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))]
+        assert len(where) == len(products) - len(
+            [n for n in products if n.endswith(("fc2", "patch_embedding", "linear_2", "head"))]
         )
     rng = np.random.default_rng(2)
     factors = {
-        name: source.tie(np.exp(rng.normal(0, 1, linears[name].k)).astype(np.float32)) for name, source in where.items()
+        name: source.tie(np.exp(rng.normal(0, 1, products[name].k)).astype(np.float32))
+        for name, source in where.items()
     }
-    weights = {name: graph.weight(linear).copy() for name, linear in linears.items()}
-    biases = {name: linear.bias for name, linear in linears.items()}
-    names = {v for s in where.values() for v in s.vectors} | {b for b in biases.values() if b}
-    vectors = {name: graph.tensors[name].array for name in names}
-    folded(weights, vectors, factors, where, biases)
-    from lfm_quantize.graph import Tensor
+    folded = fold(graph, factors)
 
-    changed = {
-        linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T))
-        for n, w in weights.items()
-    }
-    changed |= {name: Tensor.of(v) for name, v in vectors.items()}
-    output = graph.outputs[0].name
+    def changed() -> ir.Model:
+        constants = {str(products[n].weight.name): products[n].stored(w) for n, w in folded.weights.items()}
+        return rewritten(graph, Constants({**constants, **folded.vectors}))
+
+    output = graph.graph.outputs[0].name
     wanted = whole(graph, feeds, output)
-    np.testing.assert_allclose(
-        whole(graph.replaced({}, changed), feeds, output), wanted, atol=2e-4 * np.abs(wanted).max()
-    )
-    weights[next(iter(where))] *= 1.1  # and the test can fail
-    changed = {
-        linears[n].weight: Tensor.of(w if linears[n].by_output else np.ascontiguousarray(w.T))
-        for n, w in weights.items()
-    }
-    assert np.abs(whole(graph.replaced({}, changed), feeds, output) - wanted).max() > 1e-3 * np.abs(wanted).max()
+    np.testing.assert_allclose(whole(changed(), feeds, output), wanted, atol=2e-4 * np.abs(wanted).max())
+    folded.weights[next(iter(where))] *= 1.1  # and the test can fail
+    assert np.abs(whole(changed(), feeds, output) - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
 def test_written_and_read_again(graphs, embeds, tmp_path) -> None:
     graph = graphs["decoder_model_merged"]
-    graph.save(tmp_path / "again.onnx")
+    save(graph, tmp_path / "again.onnx")
     feeds = decoder_feeds(graph, embeds)
     (got,) = ort.InferenceSession(str(tmp_path / "again.onnx")).run(["logits"], feeds)
     np.testing.assert_allclose(got, whole(graph, feeds, "logits"), atol=1e-4)
@@ -156,8 +157,8 @@ def test_half_is_the_exporters_half(graphs, view, embeds, tmp_path) -> None:
     """Same types at the edges as the fp16 graphs of lfm-edge export, and the same numbers to fp16's precision."""
     export(ROOT / "demo" / "checkpoint", tmp_path / "bundle", dtype="fp16")
     for stem, path in Bundle.open(tmp_path / "bundle").variants["fp16"].items():
-        made = half(graphs[stem])
-        (for_gpu(made) if stem == DECODER.stem else made).save(tmp_path / f"{stem}.onnx")
+        made = rewritten(graphs[stem], Half(), *(FOR_GPUS if stem == DECODER.stem else ()))
+        save(made, tmp_path / f"{stem}.onnx")
         ours, theirs = (ort.InferenceSession(str(p)) for p in (tmp_path / f"{stem}.onnx", path))
         for edges in ("get_inputs", "get_outputs"):
             wanted = {
@@ -166,11 +167,11 @@ def test_half_is_the_exporters_half(graphs, view, embeds, tmp_path) -> None:
             assert {(e.name, e.type) for e in getattr(ours, edges)()} == wanted
         feeds = view.feeds() if stem == "vision_encoder" else {"input_ids": np.arange(40)[None]}
         if stem.startswith("decoder"):
-            feeds = decoder_feeds(Graph.open(path, widen=False), embeds)
+            feeds = decoder_feeds(open_graph(path), embeds)
         a, b = ours.run(None, feeds)[0], theirs.run(None, feeds)[0]
         assert cosines(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).min() > 0.99999
     # An fp16 file read as fp32 is the fp32 graph again, but for the weights' rounding: this checkpoint has none.
-    widened = Graph.open(Bundle.open(tmp_path / "bundle").variants["fp16"]["vision_encoder"])
+    widened = rewritten(open_graph(Bundle.open(tmp_path / "bundle").variants["fp16"]["vision_encoder"]), Widen())
     np.testing.assert_allclose(
         whole(widened, view.feeds(), "image_features"),
         whole(graphs["vision_encoder"], view.feeds(), "image_features"),
@@ -182,31 +183,23 @@ def test_what_overflows_stays_fp32(graphs, view, tmp_path) -> None:
     """A projection whose outputs leave fp16's range: found, kept fp32, and then the graph is right; without, it is not."""
     graph = graphs["vision_encoder"]
     name = "vision.encoder.layers.1.self_attn.qkv"
-    linear = graph.linears()[name]
-    from lfm_quantize.graph import Tensor
-
-    weight, bias = graph.weight(linear).copy(), graph.tensors[linear.bias].array.copy()
+    linear = linears(graph)[name]
+    weight, bias = linear.weights().copy(), graph.graph.initializers[linear.bias].const_value.numpy().copy()
     weight[400] *= 3e5  # a channel of the values …
     bias[400] *= 3e5
-    reader = graph.linears()["vision.encoder.layers.1.self_attn.out_proj"]
-    back = graph.weight(reader).copy()
+    reader = linears(graph)["vision.encoder.layers.1.self_attn.out_proj"]
+    back = reader.weights().copy()
     back[:, 400 - 384] /= 3e5  # … read back as it was
-    large = graph.replaced(
-        {},
-        {
-            linear.weight: Tensor.of(np.ascontiguousarray(weight.T)),
-            linear.bias: Tensor.of(bias),
-            reader.weight: Tensor.of(np.ascontiguousarray(back.T)),
-        },
-    )
+    changes = {linear.weight.name: linear.stored(weight), linear.bias: bias, reader.weight.name: reader.stored(back)}
+    large = rewritten(graph, Constants(changes))
     wanted = whole(graph, view.feeds(), "image_features")
     np.testing.assert_allclose(whole(large, view.feeds(), "image_features"), wanted, atol=1e-3)
-    stay = overflowing(large, [view.feeds()], 1)
+    stay = overflowing(FedGraph(large, [view.feeds()], [], 1))
     assert name in stay
-    assert not overflowing(graph, [view.feeds()], 1)
+    assert not overflowing(FedGraph(graph, [view.feeds()], [], 1))
     found = {}
     for label, kept in (("kept", stay), ("blind", [])):
-        half(large, kept).save(tmp_path / f"{label}.onnx")
+        save(rewritten(large, Half(kept)), tmp_path / f"{label}.onnx")
         (features,) = ort.InferenceSession(str(tmp_path / f"{label}.onnx")).run(None, view.feeds())
         found[label] = features
     assert cosines(found["kept"], wanted).min() > 0.9999
@@ -216,29 +209,27 @@ def test_what_overflows_stays_fp32(graphs, view, tmp_path) -> None:
 def test_damaged_graph(demo_bundle, tmp_path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")
     with pytest.raises(QuantizeError, match="cannot be read"):
-        Graph.open(tmp_path / "broken.onnx")
+        open_graph(tmp_path / "broken.onnx")
     (tmp_path / "vision_encoder.onnx").write_bytes((demo_bundle / "onnx" / "vision_encoder.onnx").read_bytes())
     (tmp_path / "vision_encoder.onnx_data").write_bytes(b"short")
     with pytest.raises(QuantizeError, match="cannot be read"):
-        Graph.open(tmp_path / "vision_encoder.onnx")
+        open_graph(tmp_path / "vision_encoder.onnx")
 
 
-def test_int8_products_do_not_overflow(tmp_path) -> None:
-    """Largest weights meet largest inputs: on x86 without VNNI a pair of them leaves 16 bits, unless the runtime asks
-    for exactness.
-    """
-    import onnxruntime as ort
-    from lfm_quantize.passes.rewrite import quantized_nodes
-    from lfm_quantize.rounding import Precision, rtn
-    from lfm_runtime.engine.execution import Execution
-    from onnx import helper
-
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
-    weight = np.ones((8, 256), np.float32)
-    linear = Linear("product", node, "w", True, 256, 8, None)
-    nodes, tensors = quantized_nodes(linear, rtn(weight, Precision(8), None))
-    edges = [helper.make_tensor_value_info(n, 1, [1, "tokens", size]) for n, size in (("x", 256), ("y", 8))]
-    Graph("product", nodes, tensors, {"x": edges[0]}, edges[1:]).save(tmp_path / "product.onnx")
-    x = np.ones((1, 3, 256), np.float32)
-    (y,) = ort.InferenceSession(str(tmp_path / "product.onnx"), Execution(1).options()).run(None, {"x": x})
-    np.testing.assert_allclose(y, x @ weight.T, rtol=0.01)
+def test_session_copies_nothing_of_the_file(tmp_path) -> None:
+    """A session over 64 MB of weights in a data file maps them: it adds far less anonymous memory."""
+    text = "one (float[rows, 4096] x) => (float[rows, 4096] y) { [layer] y = MatMul (x, w) }"
+    save(model_of(text, w=np.ones((4096, 4096), np.float32)), tmp_path / "one.onnx")
+    code = f"""
+import psutil, pathlib, numpy as np
+from lfm_quantize.graph import open_graph, session
+own = lambda: (m := psutil.Process().memory_full_info()).rss - m.shared
+graph = open_graph(pathlib.Path({str(tmp_path / "one.onnx")!r}))
+before = own()
+running = session(graph, 1)
+out = running.run(None, {{"x": np.ones((1, 4096), np.float32)}})[0]
+assert (out == 4096).all()
+print((own() - before) >> 20)
+"""
+    used = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert used < 24

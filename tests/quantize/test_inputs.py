@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lfm_quantize.calibrate.samples import BUILT_IN, read_questions, split_off
 from lfm_quantize.graph import QuantizeError
-from lfm_quantize.quantize import Settings
 from lfm_quantize.recipe import BLOCKS, Recipe, Rule
 from lfm_quantize.rounding import METHODS, Precision
 from lfm_quantize.search import Choice, choose
+from lfm_quantize.settings import Settings
 
 PHOTOS = Path(__file__).resolve().parents[2] / "demo" / "photos"
 
@@ -229,3 +229,10 @@ def test_search_for_a_floor_is_the_smallest_that_keeps_it() -> None:
     ]
     bits = [choose(choices, floor, None).precision(n).bits for floor in (0.01, 0.05, 0.1, 1.0) for n in "abc"]
     assert bits == [8, 8, 8, 4, 8, 8, 4, 4, 8, 4, 4, 4]
+
+
+def test_every_variant_but_fp32_has_a_maker() -> None:
+    from lfm_profiles import VARIANTS
+    from lfm_quantize.quantize import MAKERS
+
+    assert set(MAKERS) == set(VARIANTS) - {"fp32"}

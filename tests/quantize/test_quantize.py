@@ -13,19 +13,22 @@ import onnx
 import pytest
 from bundles import read_manifest
 from lfm_export.export import export
-from lfm_quantize import quantize as stage
 from lfm_quantize import variant as variant_files
 from lfm_quantize.calibrate.samples import prepare
-from lfm_quantize.graph import Graph, QuantizeError
-from lfm_quantize.passes.rewrite import quantized_nodes
-from lfm_quantize.quality import GateError, cosines, kl_divergence, measure
-from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.graph import QuantizeError, linears, open_graph, session
+from lfm_quantize.judge.distances import cosines, kl_divergence
+from lfm_quantize.judge.measure import measure
+from lfm_quantize.judge.quality import GateError
+from lfm_quantize.make import integers
+from lfm_quantize.passes.integers import Integers, Product
+from lfm_quantize.passes.nodes import exchange, node, rewritten
+from lfm_quantize.quantize import quantize
 from lfm_quantize.rounding import Precision, rtn
+from lfm_quantize.settings import Settings
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.manifest import file_hash
-from onnx import helper
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,20 +137,17 @@ def test_outliers_are_survived(outliers, few, questions, variant, kl) -> None:
 def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
     """What onnxruntime's dynamic quantization does: one range for all tokens, no smoothing."""
     bundle = Bundle.open(outliers)
-    graph = Graph.open(bundle.graphs("fp32")[1]["vision_encoder"])
-    nodes, tensors = {}, {}
-    for name, linear in graph.linears().items():
-        made, constants = quantized_nodes(linear, rtn(graph.weight(linear), Precision(8), None))
-        inputs = [linear.node.input[0], f"{name}.weight_int8", f"{name}.scales"]
-        out = f"{name}.product" if linear.adds_bias else linear.node.output[0]
-        nodes[name] = [
-            helper.make_node("DynamicQuantizeMatMul", inputs, [out], domain="com.microsoft"),
-            *(n for n in made if n.op_type == "Add"),
-        ]
-        tensors |= constants
+    exact = open_graph(bundle.graphs("fp32")[1]["vision_encoder"])
+    rounded = {name: Product(rtn(linear.weights(), Precision(8), None)) for name, linear in linears(exact).items()}
+    coarse = rewritten(exact, Integers(rounded))
+    for n in [n for n in coarse.graph if n.op_type == "DynamicQuantizeMatMul"]:
+        scaled = n.outputs[0].uses()[0][0]  # the product of rows divided by their ranges is multiplied back
+        x = n.inputs[0].producer().inputs[0]
+        whole = node(n.op_type, [x, *n.inputs[1:]], scaled.outputs[0].name, domain="com.microsoft")
+        exchange(coarse.graph, scaled, [whole])
     views = [prepare(bundle, q, split=False).views[0] for q in questions[1][:8]]
-    exact, coarse = graph.session(1), graph.replaced(nodes, tensors).session(1)
-    found = np.concatenate([cosines(exact.run(None, v.feeds())[0], coarse.run(None, v.feeds())[0]) for v in views])
+    a, b = session(exact, 1), session(coarse, 1)
+    found = np.concatenate([cosines(a.run(None, v.feeds())[0], b.run(None, v.feeds())[0]) for v in views])
     assert found.min() < 0.99
 
 
@@ -161,9 +161,9 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     before = tree(bundle)
     blocks: list[str] = []
-    real = stage.quantize_block
+    real = integers.quantize_block
     monkeypatch.setattr(
-        stage, "quantize_block", lambda graph, block, *rest: (blocks.append(block.name), real(graph, block, *rest))[1]
+        integers, "quantize_block", lambda fed, block, *rest: (blocks.append(block.name), real(fed, block, *rest))[1]
     )
 
     def kill(what: str, done: int, _: int) -> None:
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
     assert tree(bundle) == before
     first, blocks[:] = list(blocks), []
     (damaged,) = tmp_path.glob(".bundle.int4-work/vision.encoder.layers.1")
-    os.truncate(damaged / "0.npy", 60)
+    os.truncate(damaged / "0.codes.npy", 60)
     quantize(bundle, settings)
     assert len(first) == 9
     assert len(blocks) == 5
@@ -371,7 +371,7 @@ def remove_fp32(bundle: Path) -> None:
 
 def put_nan(bundle: Path) -> None:
     path = bundle / "onnx" / "decoder_model_merged.onnx"
-    tensor = Graph.open(path).tensors["text.layers.2.conv.in_proj.weight"]
+    tensor = open_graph(path).graph.initializers["text.layers.2.conv.in_proj.weight"].const_value
     with (bundle / "onnx" / "decoder_model_merged.onnx_data").open("r+b") as file:
         file.seek(tensor.offset)
         file.write(np.array([np.nan], np.float32).tobytes())
@@ -430,10 +430,10 @@ def test_disk_full_while_writing(demo_bundle, tmp_path, monkeypatch, capsys) -> 
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     before = tree(bundle)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Graph, "save", full)
+    monkeypatch.setattr(variant_files, "save", full)
     assert main(["quantize", str(bundle), "--variant", "int8", "--quiet"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert tree(bundle) == before
@@ -465,7 +465,8 @@ def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> N
 QUANTIZE = """
 import sys
 from pathlib import Path
-from lfm_quantize.quantize import Settings, quantize
+from lfm_quantize.quantize import quantize
+from lfm_quantize.settings import Settings
 quantize(Path(sys.argv[1]), Settings("int4", Path(sys.argv[2]), method="gptq", floor=1000.0))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
@@ -21,33 +22,42 @@ Progress = Callable[[str, int, int], None]
 """Told (what, how many done, how many in all)."""
 
 
-def features_of(
-    bundle: Bundle,
-    variant: str,
-    views: Sequence[Sequence[View]],
-    threads: int,
-    *,
-    packed: bool = True,
-    progress: Progress = lambda *_: None,
-) -> list[Float]:
-    """Image features [tokens, H] of each sample's views."""
-    session = load_session(
-        bundle.graphs(variant)[1][VISION_ENCODER.stem], VISION_ENCODER, Execution(threads, packed=packed)
-    )
-    found = []
-    for i, sample in enumerate(views):
-        parts = [session.run(["image_features"], view.feeds())[0].astype(np.float32, copy=False) for view in sample]
-        found.append(np.concatenate(parts))
-        progress(f"{variant} encodes images", i + 1, len(views))
-    return found
+@dataclass(frozen=True)
+class Answering:
+    """A variant that answers. Without `packed`, weights stay where their file is mapped: for the large variants."""
 
+    bundle: Bundle
+    variant: str
+    threads: int
+    packed: bool = True
 
-def open_decoder(bundle: Bundle, variant: str, threads: int, *, packed: bool = True) -> Decoder:
-    """The variant's decoder and embeddings."""
-    graphs = bundle.graphs(variant)[1]
-    decoder = load_session(graphs[DECODER.stem], DECODER, Execution(threads, packed=packed))
-    sessions = DecoderSessions(decoder, load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)))
-    return Decoder(lambda: sessions, graphs[DECODER.stem])
+    def features(self, views: Sequence[Sequence[View]], progress: Progress = lambda *_: None) -> list[Float]:
+        """Image features [tokens, H] of each sample's views."""
+        graph = self.bundle.graphs(self.variant)[1][VISION_ENCODER.stem]
+        session = load_session(graph, VISION_ENCODER, Execution(self.threads, packed=self.packed))
+        found = []
+        for i, sample in enumerate(views):
+            parts = [session.run(["image_features"], view.feeds())[0].astype(np.float32, copy=False) for view in sample]
+            found.append(np.concatenate(parts))
+            progress(f"{self.variant} encodes images", i + 1, len(views))
+        return found
+
+    def features_of(self, samples: Sequence[Sample]) -> list[Float]:
+        """Of each sample's image; an image that several questions are about is encoded once."""
+        first = {sample.question.image: sample for sample in samples}
+        found = dict(zip(first, self.features([s.views for s in first.values()]), strict=True))
+        return [found[sample.question.image] for sample in samples]
+
+    def decoder(self) -> Decoder:
+        """Load the decoder and the embeddings."""
+        graphs = self.bundle.graphs(self.variant)[1]
+        decoder = load_session(graphs[DECODER.stem], DECODER, Execution(self.threads, packed=self.packed))
+        sessions = DecoderSessions(decoder, load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)))
+        return Decoder(lambda: sessions, graphs[DECODER.stem])
+
+    def embed(self, decoder: Decoder, sample: Sample, features: Float) -> Float:
+        """A sample's prompt as the decoder takes it [1, S, H]."""
+        return decoder.embed_prompt(sample.ids, features, self.bundle.prompts.image_id)
 
 
 def greedy(decoder: Decoder, embeds: Float, limit: int, eos: Iterable[int]) -> tuple[list[int], Float]:
@@ -71,10 +81,13 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
     return np.stack([first, *(np.array(state.step(decoder.embed([token])), np.float32) for token in answer[:-1])])
 
 
-def add_answers(
-    bundle: Bundle, variant: str, samples: Sequence[Sample], limit: int, threads: int, progress: Progress
-) -> None:
-    """Give each sample its answer: the known one, else the greedy one of `variant`."""
+def add_answers(answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress) -> None:
+    """Give each sample its answer: the known one, else the greedy one of at most `limit` tokens.
+
+    Raises:
+        QuantizeError: a known answer is too long or holds an image token.
+    """
+    bundle = answering.bundle
     builder = bundle.prompts
     unknown = []
     for sample in samples:
@@ -90,8 +103,8 @@ def add_answers(
         sample.ids += answer
     if not unknown:
         return
-    features = features_of(bundle, variant, [s.views for s in unknown], threads, packed=False, progress=progress)
-    decoder = open_decoder(bundle, variant, threads, packed=False)
+    features = answering.features([s.views for s in unknown], progress)
+    decoder = answering.decoder()
     for i, (sample, found) in enumerate(zip(unknown, features, strict=True)):
-        sample.ids += greedy(decoder, decoder.embed_prompt(sample.ids, found, builder.image_id), limit, bundle.eos)[0]
-        progress(f"{variant} answers", i + 1, len(unknown))
+        sample.ids += greedy(decoder, answering.embed(decoder, sample, found), limit, bundle.eos)[0]
+        progress(f"{answering.variant} answers", i + 1, len(unknown))

@@ -7,16 +7,16 @@ model larger than memory's share quantizable, and a killed run resumable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper
 
 from lfm_quantize.calibrate.samples import Sample
-from lfm_quantize.graph import Graph, QuantizeError
+from lfm_quantize.graph import linears, nodes_between, part, release, session
+from lfm_quantize.passes.nodes import rewritten
 
 Feeds = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[np.float32]]
@@ -32,10 +32,10 @@ class Block:
     linears: tuple[str, ...]
 
 
-def blocks_of(graph: Graph) -> list[Block]:
+def blocks_of(model: ir.Model) -> list[Block]:
     """The blocks of a vision encoder or decoder graph, in order; a block ends where the next layer's norm begins."""
-    nodes = {node.name: node for node in graph.nodes}
-    vision = graph.name == "vision_encoder"
+    nodes = {n.name: n for n in model.graph}
+    vision = model.graph.name == "vision_encoder"
     first, norm, last = (
         ("vision.embeddings", "vision.encoder.layers.{}.layer_norm1", "vision.post_layernorm")
         if vision
@@ -43,57 +43,87 @@ def blocks_of(graph: Graph) -> list[Block]:
     )
     count = next(i for i in range(10_000) if norm.format(i) not in nodes)
     names = [norm.format(i) for i in range(count)] + [last]
-    cuts = [tuple(_residual(nodes[name])) for name in names]
-    ends = [*cuts, (graph.outputs[0].name,)]
+    cuts = [_residual(nodes[name]) for name in names]
+    ends = [*cuts, (str(model.graph.outputs[0].name),)]
     starts = [(), *cuts]
     labels = [first, *(name.rsplit(".", 1)[0] for name in names[:-1]), "projector" if vision else "head"]
     blocks = []
     for label, cut, outputs in zip(labels, starts, ends, strict=True):
-        part = graph.part(outputs, cut)
-        if part.nodes:
-            blocks.append(Block(label, cut, outputs, tuple(part.linears())))
+        inside = nodes_between(model, outputs, cut)
+        if inside:
+            blocks.append(Block(label, cut, outputs, tuple(linears(model, inside))))
     return blocks
 
 
-def _residual(norm: onnx.NodeProto) -> list[str]:
+def _residual(norm: ir.Node) -> tuple[str, ...]:
     """What a norm normalises: one value, or two that it adds."""
-    return list(norm.input[: 2 if norm.op_type.startswith("Skip") else 1])
+    taken = norm.inputs[: 2 if norm.op_type.startswith("Skip") else 1]
+    return tuple(str(value.name) for value in taken if value is not None)
 
 
-def all_positions(graph: Graph) -> Graph:
-    """The decoder with logits for every position: the graph slices the last ones out before the last feed-forward
-    layer.
-    """
-    slices = {n.output[0]: n for n in graph.nodes if n.op_type == "Slice" and n.name.startswith("text.read.")}
-    if len(slices) != 2:  # of what the last layer mixed, and of the residual
-        raise QuantizeError(f"{graph.name} is of an older lfm-edge; export the bundle again")
-    nodes = []
-    for node in graph.nodes:
-        if node.output[0] in slices:
-            continue
-        if any(name in slices for name in node.input):
-            changed = onnx.NodeProto()
-            changed.CopyFrom(node)
-            changed.input[:] = [slices[name].input[0] if name in slices else name for name in node.input]
-            nodes.append(changed)
-        else:
-            nodes.append(node)
-    return Graph(graph.name, nodes, graph.tensors, graph.inputs, graph.outputs, graph.opset, graph.ir_version)
+@dataclass(frozen=True)
+class FedGraph:
+    """A graph and what it is fed: the inputs of each sample, and which of its tokens are image tokens."""
+
+    model: ir.Model
+    feeds: Sequence[Feeds]
+    kinds: Sequence[NDArray[np.bool_]]
+    threads: int
+
+    def start(self) -> list[Values]:
+        """Each sample's hidden state before the first block: there is none yet."""
+        return [{} for _ in self.feeds]
+
+    def rewritten(self, *passes: ir.passes.PassBase) -> FedGraph:
+        """A changed copy of the graph, fed the same."""
+        return replace(self, model=rewritten(self.model, *passes))
+
+    def run(
+        self,
+        block: Block,
+        states: Sequence[Values],
+        taps: Sequence[str] = (),
+        seen: Callable[[int, Values], None] | None = None,
+    ) -> list[Values]:
+        """Run one block over all samples; returns the outputs' values.
+
+        Args:
+            block: of this graph.
+            states: each sample's hidden state before the block.
+            taps: values inside the block that `seen` is given besides.
+            seen: called with each sample's number and its values.
+        """
+        wanted = [*block.outputs, *(t for t in dict.fromkeys(taps) if t not in block.outputs)]
+        running = session(part(self.model, wanted, block.cut), self.threads)
+        names = {i.name for i in running.get_inputs()}
+        after = []
+        for i, (given, state) in enumerate(zip(self.feeds, states, strict=True)):
+            taken = {n: v for n, v in {**given, **state}.items() if n in names}
+            values = dict(zip(wanted, running.run(wanted, taken), strict=True))
+            if seen:
+                seen(i, {**state, **values})
+            after.append({name: values[name] for name in block.outputs})
+        return after
+
+    def release(self) -> None:
+        """Give back the memory of weights that were read."""
+        release(self.model)
 
 
-def decoder_feeds(graph: Graph, embeds: NDArray[np.float32]) -> Feeds:
+def decoder_feeds(model: ir.Model, embeds: NDArray[np.float32]) -> Feeds:
     """Inputs for a whole prompt [1, S, H] at once, no past."""
     feeds: Feeds = {"inputs_embeds": embeds, "attention_mask": np.ones(embeds.shape[:2], np.int64)}
-    for name, info in graph.inputs.items():
-        if name.startswith("past_"):
-            dims = info.type.tensor_type.shape.dim
-            shape = [d.dim_value if d.HasField("dim_value") else int(i == 0) for i, d in enumerate(dims)]
-            feeds[name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+    for value in model.graph.inputs:
+        if str(value.name).startswith("past_"):
+            assert value.shape is not None
+            assert value.dtype is not None
+            shape = [d if isinstance(d, int) else int(i == 0) for i, d in enumerate(value.shape)]
+            feeds[str(value.name)] = np.zeros(shape, value.dtype.numpy())
     return feeds
 
 
 def prompt_feeds(
-    graph: Graph,
+    model: ir.Model,
     samples: Sequence[Sample],
     kinds: Sequence[NDArray[np.bool_]],
     table: NDArray[np.float32],
@@ -106,36 +136,10 @@ def prompt_feeds(
     for sample, is_image, image in zip(samples, kinds, features, strict=True):
         embeds = table[np.array(sample.ids)][None].astype(np.float32)
         embeds[0, is_image] = image
-        found.append(decoder_feeds(graph, embeds))
+        found.append(decoder_feeds(model, embeds))
     return found
 
 
 def image_positions(samples: Sequence[Sample], image_id: int) -> list[NDArray[np.bool_]]:
     """For each sample, which of its tokens are image tokens."""
     return [np.array(sample.ids) == image_id for sample in samples]
-
-
-def run_block(
-    graph: Graph,
-    block: Block,
-    feeds: Sequence[Feeds],
-    states: Sequence[Values],
-    threads: int,
-    taps: Sequence[str] = (),
-    seen: Callable[[int, Values], None] | None = None,
-) -> list[Values]:
-    """Run one block over all samples; `seen` is given the values named in `taps`, sample by sample. Returns the
-    outputs' values.
-    """
-    wanted = [*block.outputs, *(t for t in dict.fromkeys(taps) if t not in block.outputs)]
-    session = graph.part(wanted, block.cut).session(threads)
-    names = {i.name for i in session.get_inputs()}
-    after = []
-    for i, (given, state) in enumerate(zip(feeds, states, strict=True)):
-        values = dict(
-            zip(wanted, session.run(wanted, {n: v for n, v in {**given, **state}.items() if n in names}), strict=True)
-        )
-        if seen:
-            seen(i, {**state, **values})
-        after.append({name: values[name] for name in block.outputs})
-    return after

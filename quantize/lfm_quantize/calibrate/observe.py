@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lfm_quantize.calibrate.blocks import Block, FedGraph, Values
+from lfm_quantize.graph import linears
 
 Float = NDArray[np.float32]
 KINDS = ("image", "text")
@@ -27,11 +31,11 @@ class Observed:
     rows: dict[str, list[Float]] = field(init=False, default_factory=lambda: {kind: [] for kind in KINDS})
 
     def __post_init__(self) -> None:
-        """Nothing seen yet."""
+        """Start with nothing seen."""
         self.largest = np.zeros(self.k, np.float32)
 
     def add(self, x: Float, is_image: NDArray[np.bool_], rows: int, rng: np.random.Generator) -> None:
-        """x [tokens, k]; up to `rows` of them are kept of each kind."""
+        """Add inputs x [tokens, k]; up to `rows` of them are kept of each kind."""
         np.maximum(self.largest, np.abs(x).max(0), out=self.largest)
         for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
             part = x[chosen]
@@ -55,3 +59,31 @@ class Observed:
         parts = [self.moments[kind] / np.float32(self.counts[kind]) for kind in self.moments]
         total: Float = sum(parts[1:], parts[0]) / np.float32(len(parts))
         return total
+
+
+def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Mapping[str, bool]) -> dict[str, Observed]:
+    """What the products named in `with_moments` are fed, with second moments where it says so. Empty without samples.
+
+    Args:
+        fed: the graph and its inputs.
+        block: the block that the products are in.
+        states: each sample's hidden state before the block.
+        with_moments: by product name.
+    """
+    if not fed.feeds or not with_moments:
+        return {}
+    products = linears(fed.model)
+    seen = {name: Observed(products[name].k, moments) for name, moments in with_moments.items()}
+    inputs = {name: products[name].input for name in seen}
+    rows = -(-ROWS // len(fed.feeds))
+    rng = np.random.default_rng(0)
+
+    def note(i: int, values: Values) -> None:
+        kinds = fed.kinds[i]
+        for name, observed in seen.items():
+            x = values[inputs[name]].reshape(-1, observed.k)
+            kind = kinds if len(x) == len(kinds) else np.full(len(x), kinds.all())
+            observed.add(x, kind, rows, rng)
+
+    fed.run(block, states, [x for x in inputs.values() if x not in block.cut], note)
+    return seen

@@ -1,1 +1,3 @@
-"""Graph in, graph out: each rewrite says what it matches and what it leaves alone."""
+"""Graph in, graph out: each pass states the pattern it matches and the cases it leaves alone, and says whether it
+changed anything.
+"""

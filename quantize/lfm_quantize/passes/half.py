@@ -2,126 +2,135 @@
 out in fp32.
 
 Position arithmetic (interpolation weights, rotary angles) starts from integers and stays fp32 until it meets hidden
-values. Nodes whose values leave fp16's range stay fp32 as a whole. Of a graph with 4-bit weights, all the rest becomes
-fp16.
+values. Of a graph with 4-bit weights, all the rest becomes fp16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import replace
+from collections.abc import Collection
 
-import numpy as np
-import onnx
+import onnx_ir as ir
 from lfm_runtime.formats.contract import CONV_WINDOW
-from onnx import helper
 
-from lfm_quantize.calibrate.blocks import Feeds, Values, blocks_of, run_block
-from lfm_quantize.graph import FLOAT, FLOAT16, Graph, Tensor, reads
-
-LARGEST = 60_000.0
-"""Magnitude above which a value counts as out of fp16's range (65,504), with a little room for other images."""
+from lfm_quantize.graph import FLOAT, FLOAT16, reads, retyped
+from lfm_quantize.passes.nodes import drop_unused, node
 
 
-def half(graph: Graph, stay: Container[str] = ()) -> Graph:
-    """The graph in fp16, nodes named in `stay` in fp32."""
-    tensors: dict[str, Tensor] = {}
-    nodes: list[onnx.NodeProto] = []
-    kinds: dict[str, int] = {}  # value → FLOAT or FLOAT16; integers are not in it
-    cast: dict[tuple[str, int], str] = {}
-    constants = {name for name, t in graph.tensors.items() if t.dtype == FLOAT}
-    stored: dict[str, str] = {  # value → the fp16 constant that it is, widened: scales of 4-bit weights
-        node.output[0]: node.input[0]
-        for node in graph.nodes
-        if node.op_type == "Cast" and node.input[0] in graph.tensors and graph.tensors[node.input[0]].dtype == FLOAT16
-    }
-    inputs = {}
-    for name, info in graph.inputs.items():
-        state = name.startswith("past_")
-        inputs[name] = _typed(info, FLOAT16) if state else info
-        if info.type.tensor_type.elem_type == FLOAT:
-            kinds[name] = FLOAT16 if state else FLOAT
-    starts = {name for name, kind in kinds.items() if kind == FLOAT}  # hidden values enter here
+class Half(ir.passes.InPlacePass):
+    """The graph in fp16. Nodes named in `stay` stay fp32 as a whole, with casts around them."""
 
-    def as_kind(name: str, kind: int) -> str:
-        """A constant or value in the type wanted."""
-        if name in constants:
-            key = name if kind == FLOAT16 else f"{name}.fp32"
-            tensors[key] = replace(graph.tensors[name], dtype=kind)
-            return key
-        if kind == FLOAT16 and name in stored:
-            return stored[name]
-        if kinds.get(name, kind) == kind:
-            return name
-        if (name, kind) not in cast:
-            cast[name, kind] = f"{name}.{'fp16' if kind == FLOAT16 else 'fp32'}"
-            nodes.append(helper.make_node("Cast", [name], [cast[name, kind]], cast[name, kind], to=kind))
-        return cast[name, kind]
+    def __init__(self, stay: Collection[str] = ()) -> None:
+        self.stay = frozenset(stay)
 
-    for node in graph.nodes:
-        read = reads(node)
-        floats = [name for name in read if name in kinds]
-        hidden = any(kinds[name] == FLOAT16 or name in starts for name in floats)
-        hidden = hidden or (
-            node.op_type == "Gather" and node.input[0] in constants
-        )  # of token embeddings, or of a convolution's taps
-        kind = FLOAT16 if hidden and node.name not in stay else FLOAT
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        measures = node.op_type == "Shape"  # takes any type
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change types in place, node by node in the graph's order."""
+        _Conversion(model.graph, self.stay).run()
+        return ir.passes.PassResult(model, modified=True)
+
+
+class _Conversion:
+    """One graph on its way to fp16: which type each value has so far."""
+
+    def __init__(self, graph: ir.Graph, stay: frozenset[str]) -> None:
+        self.graph = graph
+        self.stay = stay
+        self.constants = {v for v in graph.initializers.values() if _type_of(v) == FLOAT}
+        # fp32 constant → its form in each type. A constant may have readers of both.
+        self.typed: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.used: dict[ir.Value, None] = {}  # constants in the order of their first reader
+        self.kinds: dict[ir.Value, ir.DataType] = {}  # of values; integers are not in it
+        self.starts: set[ir.Value] = set()  # where hidden values enter the graph in fp32
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        # Value → the fp16 constant that it is, widened: scales of 4-bit weights.
+        self.stored: dict[ir.Value, ir.Value] = {
+            n.outputs[0]: source
+            for n in graph
+            if n.op_type == "Cast" and (source := n.inputs[0]) is not None and _type_of(source) == FLOAT16
+        }
+
+    def run(self) -> None:
+        """Inputs, nodes, outputs; then constants, in the order in which they are used, without those that are not."""
+        for value in self.graph.inputs:
+            if value.dtype == FLOAT:
+                state = str(value.name).startswith("past_")
+                self.kinds[value] = FLOAT16 if state else FLOAT
+                value.type = ir.TensorType(self.kinds[value])
+                if not state:
+                    self.starts.add(value)
+        for n in list(self.graph):
+            self._convert(n)
+        for value in list(self.graph.outputs):
+            self._finish(value)
+        drop_unused(self.graph)
+        self.graph.initializers.clear()
+        for value in self.used:
+            if value.uses():
+                self.graph.register_initializer(value)
+
+    def _convert(self, n: ir.Node) -> None:
+        read = reads(n)
+        floats = [value for value in read if value in self.kinds]
+        hidden = any(self.kinds[value] == FLOAT16 or value in self.starts for value in floats)
+        # A Gather reads token embeddings, or a convolution's taps.
+        hidden = hidden or (n.op_type == "Gather" and n.inputs[0] in self.constants)
+        kind = FLOAT16 if hidden and n.name not in self.stay else FLOAT
+        measures = n.op_type == "Shape"  # takes any type
+        to = ir.DataType(n.attributes["to"].as_int()) if n.op_type == "Cast" else None
+        entered = n.inputs[0] if n.inputs else None
         if not measures:
-            new.input[:] = [as_kind(name, kind) if name in kinds or name in constants else name for name in node.input]
-        for name in sorted(read & graph.tensors.keys() - constants):  # the same file each time
-            tensors[name] = graph.tensors[name]
-        nodes.append(new)
-        to = next((a.i for a in node.attribute if node.op_type == "Cast" and a.name == "to"), None)
-        if to == FLOAT and node.input[0] in starts:  # in a graph made of an fp16 one: where hidden values entered it
-            new.input[0] = node.input[0]
-            next(a for a in new.attribute if a.name == "to").i = kinds[node.output[0]] = FLOAT16
-        elif not measures and (to == FLOAT or (to is None and (floats or any(n in constants for n in read)))):
-            kinds |= dict.fromkeys(node.output, FLOAT if to == FLOAT else kind)
-    outputs = []
-    for info in graph.outputs:
-        state = info.name.startswith(("present", CONV_WINDOW))
-        outputs.append(_typed(info, FLOAT16) if state else info)
-        if kinds[info.name] != (FLOAT16 if state else FLOAT):
-            _rename_output(nodes, info.name, f"{info.name}.inner")
-            nodes.append(
-                helper.make_node(
-                    "Cast", [f"{info.name}.inner"], [info.name], f"{info.name}.cast", to=FLOAT16 if state else FLOAT
-                )
-            )
-    made = replace(graph, nodes=nodes, tensors=tensors, inputs=inputs, outputs=outputs)
-    return made.part([info.name for info in outputs])  # without the casts of what is read as it is stored
+            for i, value in enumerate(n.inputs):
+                if value is not None and (value in self.kinds or value in self.constants):
+                    n.replace_input_with(i, self._as(value, kind, n))
+        others = {v for v in read if _type_of(v) is not None} - self.constants
+        self.used |= dict.fromkeys(sorted(others, key=lambda v: str(v.name)))
+        if to == FLOAT and entered in self.starts:  # of a graph made of an fp16 one: where hidden values entered it
+            n.replace_input_with(0, entered)
+            n.attributes["to"] = ir.AttrInt64("to", FLOAT16)
+            self.kinds[n.outputs[0]] = FLOAT16
+        elif not measures and (to == FLOAT or (to is None and (floats or self.constants.intersection(read)))):
+            self.kinds |= dict.fromkeys(n.outputs, FLOAT if to == FLOAT else kind)
+
+    def _as(self, value: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value:
+        """A constant or value in the type wanted; a Cast that this needs stands before its first reader."""
+        if value in self.constants:
+            return self._constant(value, kind)
+        if kind == FLOAT16 and value in self.stored:
+            self.used.setdefault(self.stored[value])
+            return self.stored[value]
+        if self.kinds.get(value, kind) == kind:
+            return value
+        if (value, kind) not in self.casts:
+            cast = node("Cast", [value], f"{value.name}.{'fp16' if kind == FLOAT16 else 'fp32'}", to=kind)
+            self.graph.insert_before(reader, [cast])
+            self.casts[value, kind] = cast.outputs[0]
+        return self.casts[value, kind]
+
+    def _constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        """A constant in fp16 keeps its name; one that stays fp32 is called so."""
+        if (value, kind) not in self.typed:
+            assert value.const_value is not None
+            name = str(value.name) if kind == FLOAT16 else f"{value.name}.fp32"
+            self.typed[value, kind] = ir.Value(name=name, const_value=retyped(value.const_value, kind))
+        made = self.typed[value, kind]
+        self.used.setdefault(made)
+        return made
+
+    def _finish(self, value: ir.Value) -> None:
+        """An output in the type of its kind: states in fp16, all other floats in fp32."""
+        if value not in self.kinds:
+            return  # integers
+        wanted = FLOAT16 if str(value.name).startswith(("present", CONV_WINDOW)) else FLOAT
+        if self.kinds[value] != wanted:
+            name, shape = str(value.name), value.shape
+            value.name, value.type, value.shape = f"{name}.inner", None, None
+            cast = node("Cast", [value], name, f"{name}.cast", to=wanted)
+            self.graph.append(cast)
+            self.graph.outputs[self.graph.outputs.index(value)] = cast.outputs[0]
+            value = cast.outputs[0]
+            value.shape = shape
+        value.type = ir.TensorType(wanted)
 
 
-def overflowing(graph: Graph, feeds: Sequence[Feeds], threads: int) -> list[str]:
-    """Nodes of an fp32 graph with a value, or a constant, beyond fp16's range on these samples."""
-    large = {name for name, t in graph.tensors.items() if t.dtype == FLOAT and _largest(t.array) > LARGEST}
-    states: list[Values] = [{} for _ in feeds]
-
-    def note(_: int, values: Values) -> None:
-        large.update(name for name, v in values.items() if v.dtype == np.float32 and _largest(v) > LARGEST)
-
-    for block in blocks_of(graph) if feeds else []:
-        inside = [name for node in graph.part(block.outputs, block.cut).nodes for name in node.output if name]
-        states = run_block(graph, block, feeds, states, threads, inside, note)
-    return [node.name for node in graph.nodes if large.intersection([*reads(node), *node.output])]
-
-
-def _largest(values: np.ndarray) -> float:
-    found = np.abs(values).max() if values.size else 0.0
-    return float(found) if np.isfinite(found) else float("inf")
-
-
-def _typed(info: onnx.ValueInfoProto, kind: int) -> onnx.ValueInfoProto:
-    changed = onnx.ValueInfoProto()
-    changed.CopyFrom(info)
-    changed.type.tensor_type.elem_type = kind
-    return changed
-
-
-def _rename_output(nodes: Sequence[onnx.NodeProto], old: str, new: str) -> None:
-    for node in nodes:
-        node.output[:] = [new if name == old else name for name in node.output]
-        node.input[:] = [new if name == old else name for name in node.input]
+def _type_of(value: ir.Value) -> ir.DataType | None:
+    """Of a constant; None for what is none."""
+    return value.const_value.dtype if value.const_value is not None else None

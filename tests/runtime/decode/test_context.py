@@ -294,7 +294,8 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
     import shutil
 
     pytest.importorskip("onnx")
-    from lfm_quantize.quantize import Settings, quantize
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     for variant in ("int8", "int4"):

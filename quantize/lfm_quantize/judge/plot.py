@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lfm_quantize.quality import Quality
+from lfm_quantize.judge.quality import Quality
 
 _COLOURS = {"image": "#0072b2", "text": "#e69f00"}  # Okabe and Ito's
 _HEIGHT = 0.38  # of a bar; two a row

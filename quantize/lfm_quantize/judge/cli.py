@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-DEMO_SET = Path(__file__).resolve().parents[2] / "demo" / "eval" / "eval.jsonl"
+DEMO_SET = Path(__file__).resolve().parents[3] / "demo" / "eval" / "eval.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +38,11 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.calibrate.samples import read_questions
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
-    from lfm_quantize.quality import measure
+    from lfm_quantize.judge.measure import measure
     from lfm_quantize.variant import keep_quality
 
     if options.plot:
-        from lfm_quantize.plot import error_plot
+        from lfm_quantize.judge.plot import error_plot
 
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
             raise QuantizeError(f"--plot {options.plot}: name a .svg, .png or .pdf")

@@ -12,15 +12,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.observe import Observed
-from lfm_quantize.graph import Graph
+from lfm_quantize.graph import constant, linears
 from lfm_quantize.rounding import Precision, rtn
 
 Float = NDArray[np.float32]
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 NEGATIVES = (0.5, 0.25, 0.125, 2.0)
+_PARTS = (".self_attn.", ".mlp.", ".conv.", ".feed_forward.")
+_NORMS = {
+    "qkv": "layer_norm1",
+    "fc1": "layer_norm2",
+    "qkv_proj": "operator_norm",
+    "in_proj": "operator_norm",
+    "w1_w3": "ffn_norm",
+}
+"""A product's part of its layer → the norm that makes its inputs."""
 OUTPUTS_TRIED = 768
 """Output channels that a candidate is judged on."""
 
@@ -55,50 +65,36 @@ class InputSource:
         )
 
 
-def sources(graph: Graph) -> dict[str, InputSource]:
+def sources(model: ir.Model) -> dict[str, InputSource]:
     """For each matrix product whose inputs can be scaled: where."""
-    linears, found = graph.linears(), {}
-    for name, linear in linears.items():
-        place, _, part = name.partition(
-            ".self_attn."
-            if ".self_attn." in name
-            else ".mlp."
-            if ".mlp." in name
-            else ".conv."
-            if ".conv." in name
-            else ".feed_forward."
-        )
-        before = {
-            "qkv": "layer_norm1",
-            "fc1": "layer_norm2",
-            "qkv_proj": "operator_norm",
-            "in_proj": "operator_norm",
-            "w1_w3": "ffn_norm",
-        }.get(part)
+    products, found = linears(model), {}
+    for name, linear in products.items():
+        place, _, part = name.partition(next((p for p in _PARTS if p in name), _PARTS[-1]))
+        norm = f"{place}.{_NORMS[part]}" if part in _NORMS else ""
         if name == "projector.linear_1":
-            place, before = "projector", "layer_norm"
-        if before:
-            vectors = tuple(v for v in (f"{place}.{before}.weight", f"{place}.{before}.bias") if v in graph.tensors)
+            norm = "projector.layer_norm"
+        if norm:
+            vectors = tuple(v for v in (f"{norm}.weight", f"{norm}.bias") if v in model.graph.initializers)
             if vectors:
                 found[name] = InputSource(vectors=vectors)
-        elif part == "w2":
-            found[name] = InputSource(
-                linear=f"{place}.feed_forward.w1_w3", first=linear.k
-            )  # the half that is not gated
+        elif part == "w2":  # the half that is not gated
+            found[name] = InputSource(linear=f"{place}.feed_forward.w1_w3", first=linear.k)
         elif part == "out_proj" and ".conv." in name:
             found[name] = InputSource(linear=f"{place}.conv.in_proj", first=linear.k)  # C, of B, C and the signal
         elif part == "out_proj":
             before = f"{place}.self_attn.qkv" + ("" if name.startswith("vision.") else "_proj")
-            made = linears[before].n
+            made = products[before].n
             values = (made - linear.k) // 2
-            size = _head_size(graph, place)
+            size = _head_size(model, place)
             found[name] = InputSource(linear=before, first=made - values, heads=(linear.k // size, values // size))
     return found
 
 
-def _head_size(graph: Graph, place: str) -> int:
-    norm = graph.tensors.get(f"{place}.self_attn.q_layernorm.weight")
-    return norm.shape[0] if norm else 1  # heads that share nothing need no grouping
+def _head_size(model: ir.Model, place: str) -> int:
+    norm = model.graph.initializers.get(f"{place}.self_attn.q_layernorm.weight")
+    if norm is None or norm.const_value is None:
+        return 1  # heads that share nothing need no grouping
+    return int(norm.const_value.shape.numpy()[0])
 
 
 def factors_tried(weight: Float, seen: Observed, source: InputSource) -> Iterable[Float]:
@@ -127,6 +123,11 @@ class Fit:
 
     factors: Float
     negative: float = 1.0
+
+    @property
+    def smooths(self) -> bool:
+        """Whether any input is divided at all."""
+        return bool((self.factors != 1).any())
 
 
 def find_fit(weight: Float, seen: Observed, source: InputSource | None, precision: Precision) -> Fit:
@@ -176,31 +177,36 @@ def fake_rows(x: Float, negative: float = 1.0) -> Float:
     return rounded
 
 
-def folded(
-    weights: dict[str, Float],
-    vectors: dict[str, Float],
-    factors: Mapping[str, Float],
-    where: Mapping[str, InputSource],
-    biases: Mapping[str, str | None],
-) -> None:
-    """Apply factors in place: to the weights [n, k] of each product and to what makes its inputs.
+@dataclass
+class Folded:
+    """What factors change: weights [n, k] of products, and constants of norms and biases, by name."""
 
-    Args:
-        weights: of all products of a block, by name.
-        vectors: constants of norms, and biases, by tensor name.
-        factors: s [k] by product.
-        where: the products' sources.
-        biases: each product's bias tensor.
+    weights: dict[str, Float]
+    vectors: dict[str, Float]
+
+
+def fold(model: ir.Model, factors: Mapping[str, Float]) -> Folded:
+    """Apply factors s [k], by product: multiply its weights' input channels, divide what makes its inputs. Computed in
+    fp32, the graph gives the same values with the changed constants; it is not changed here.
     """
+    products, where, constants = linears(model), sources(model), model.graph.initializers
+    folded = Folded({}, {})
+
+    def weights(name: str) -> Float:
+        return folded.weights.setdefault(name, products[name].weights().copy())
+
+    def vector(name: str) -> Float:
+        return folded.vectors.setdefault(name, constant(constants[name]).astype(np.float32))
+
     for name, s in factors.items():
-        weights[name] = weights[name] * s
+        folded.weights[name] = weights(name) * s
         source = where[name]
-        for vector in source.vectors:
-            vectors[vector] = vectors[vector] / s
+        for norm in source.vectors:
+            folded.vectors[norm] = vector(norm) / s
         if source.linear:
             per_channel = source.per_channel(s)
             span = slice(source.first, source.first + len(per_channel))
-            weights[source.linear][span] /= per_channel[:, None]
-            if bias := biases.get(source.linear):
-                vectors[bias] = vectors[bias].copy()
-                vectors[bias][span] /= per_channel
+            weights(source.linear)[span] /= per_channel[:, None]
+            if bias := products[source.linear].bias:
+                vector(bias)[span] /= per_channel
+    return folded

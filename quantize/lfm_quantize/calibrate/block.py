@@ -1,0 +1,108 @@
+"""One block quantized: observe what its products are fed, move outliers into the weights, round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lfm_quantize.calibrate.blocks import Block, FedGraph, Values
+from lfm_quantize.calibrate.observe import Observed, observe
+from lfm_quantize.calibrate.smooth import Fit, find_fit, fold, sources
+from lfm_quantize.graph import Array, QuantizeError, linears
+from lfm_quantize.passes.constants import Constants
+from lfm_quantize.passes.integers import Integers, Product
+from lfm_quantize.recipe import Recipe
+from lfm_quantize.rounding import METHODS, Precision, Rounded, output_error
+
+Float = NDArray[np.float32]
+
+
+@dataclass
+class Change:
+    """What becomes of blocks: how their products are computed, and constants that are others now."""
+
+    products: dict[str, Product] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)  # a record for each product, for the manifest
+
+    def add(self, other: Change) -> None:
+        """Take in the changes of another block."""
+        self.products |= other.products
+        self.constants |= other.constants
+        self.layers += other.layers
+
+    def passes(self, *, tied: bool) -> tuple[ir.passes.InPlacePass, ...]:
+        """What makes the change in a graph; `tied` as for `Integers`."""
+        return Constants(self.constants), Integers(self.products, tied=tied)
+
+
+def quantize_block(
+    fed: FedGraph, block: Block, states: list[Values], recipe: Recipe, table: Rounded | None = None
+) -> Change:
+    """Decide a block's integers from what its products are fed in the samples (none: from the weights alone).
+
+    Args:
+        fed: the whole graph, fp32, and its inputs.
+        block: the part to quantize.
+        states: each sample's hidden state before the block.
+        recipe: precision by product name.
+        table: the embedding table, rounded already, where the head is tied to it.
+
+    Raises:
+        QuantizeError: a weight is not finite.
+    """
+    products = {name: linear for name, linear in linears(fed.model).items() if name in block.linears}
+    wanted = {name: recipe.precision(name) for name in products}
+    weights = {name: linear.weights() for name, linear in products.items()}
+    for name, weight in weights.items():
+        if not np.isfinite(weight).all():
+            raise QuantizeError(f"{name} has NaN or infinite weights; the checkpoint is broken: export a sound one")
+
+    small = {n: p for n, p in wanted.items() if p.bits < 32 and n != "head"}
+    seen = observe(fed, block, states, {name: precision.method != "rtn" for name, precision in small.items()})
+
+    where = sources(fed.model)
+    fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
+    folded = fold(fed.model, {name: fit.factors for name, fit in fits.items() if fit.smooths})
+
+    change = Change(constants={**folded.vectors})
+    for name, linear in products.items():
+        weight = folded.weights.get(name, weights[name])
+        if wanted[name].bits == 32:
+            if name in folded.weights:
+                change.constants[str(linear.weight.name)] = linear.stored(weight)
+            continue
+        fit = fits.get(name)
+        moments = _moments(seen[name], fit) if name in seen and fit else None
+        if name == "head" and table is not None:
+            rounded = table
+        else:
+            rounded = METHODS[wanted[name].method](weight, wanted[name], moments)
+        change.products[name] = Product(rounded, fit.negative if fit else 1.0)
+        change.layers.append(_record(name, wanted[name], rounded, weight, moments, fit))
+    return change
+
+
+def _moments(seen: Observed, fit: Fit) -> Float | None:
+    """Second moments of a product's inputs after smoothing."""
+    return seen.moment() / np.outer(fit.factors, fit.factors) if seen.with_moments else None
+
+
+def _record(
+    name: str, precision: Precision, rounded: Rounded, weight: Float, moments: Float | None, fit: Fit | None
+) -> dict[str, Any]:
+    error = None if moments is None else float(f"{output_error(weight, rounded.weight(), moments):.4g}")
+    return {
+        "name": name,
+        "bits": precision.bits,
+        "block": precision.block,
+        "method": rounded.precision.method,
+        "smoothed": fit is not None and fit.smooths,
+        "bits_per_weight": round(precision.bits_per_weight, 3),
+        "weights": int(weight.size),
+        "weight_error": error,
+    }

@@ -1,0 +1,1 @@
+"""The quality gate: a variant against another, on images calibration never saw."""

@@ -1,0 +1,178 @@
+"""A variant compared with another, on images calibration never saw. The graphs run as they are, through onnxruntime, as
+the runtime runs them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from lfm_profiles import FINEST
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.decode.decoder import Decoder
+from numpy.typing import NDArray
+
+from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
+from lfm_quantize.calibrate.samples import Question, Sample, prepare
+from lfm_quantize.graph import QuantizeError, linears, open_graph
+from lfm_quantize.judge.distances import cosines, kl_divergence
+from lfm_quantize.judge.layers import layer_errors
+from lfm_quantize.judge.quality import Quality
+
+JUDGED_TOKENS = 48
+"""Of each answer, at most."""
+LOGIT_BYTES = 64 << 20
+"""Distributions kept at a time; a question more than that waits for the next round."""
+LAYER_SAMPLES = 4
+"""Questions that the error is followed through the layers on."""
+
+Float = NDArray[np.float32]
+
+
+def measure(
+    folder: Path,
+    variant: str,
+    against: str,
+    questions: Sequence[Question],
+    threads: int,
+    progress: Progress = lambda *_: None,
+) -> Quality:
+    """Compare two variants of a bundle.
+
+    Raises:
+        BundleError: a variant is missing.
+        QuantizeError: there are no questions.
+    """
+    if not questions:
+        raise QuantizeError("no questions to judge with; name images with --images")
+    started = time.perf_counter()
+    bundle = Bundle.open(folder)
+    exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
+    judged = Answering(bundle, variant, threads)
+    found = _Found(bundle)
+    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * JUDGED_TOKENS))):
+        samples = [prepare(bundle, q, split=True) for q in part]
+        references = _reference(exact, samples)
+        features = judged.features_of(samples)
+        decoder = judged.decoder()
+        for sample, reference, mine in zip(samples, references, features, strict=True):
+            found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
+            progress(f"judges {variant}", len(found.same_answer), len(questions))
+        del decoder
+    layers = layer_errors(exact, judged, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES])
+    all_cosines, divergence = np.concatenate(found.cosines), np.concatenate(found.divergence)
+    size = _bytes(bundle, variant)
+    return Quality(
+        variant=variant,
+        against=against,
+        questions=len(questions),
+        images=len({q.image for q in questions}),
+        answer_tokens=len(divergence),
+        cosine_min=float(all_cosines.min()),
+        cosine_p1=float(np.percentile(all_cosines, 1)),
+        cosine_mean=float(all_cosines.mean()),
+        kl=float(divergence.mean()),
+        same_top1=float(np.concatenate(found.same_token).mean()),
+        same_answers=sum(found.same_answer) / len(questions),
+        accuracy=found.accuracy(against, variant),
+        bytes=size,
+        against_bytes=_bytes(bundle, against),
+        bits_per_weight=8 * size / _weights(bundle),
+        layers=layers,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass
+class _Reference:
+    """What the other variant makes of a sample."""
+
+    features: Float  # [tokens, H]
+    answer: list[int]
+    logits: Float  # [answer tokens, V]
+
+
+def _reference(exact: Answering, samples: Sequence[Sample]) -> list[_Reference]:
+    """Features, greedy answers and the logits behind them."""
+    features = exact.features_of(samples)
+    decoder = exact.decoder()
+    found = []
+    for sample, mine in zip(samples, features, strict=True):
+        embeds = exact.embed(decoder, sample, mine)
+        found.append(_Reference(mine, *greedy(decoder, embeds, JUDGED_TOKENS, exact.bundle.eos)))
+    return found
+
+
+@dataclass
+class _Found:
+    """What is found question by question."""
+
+    bundle: Bundle
+    cosines: list[Float] = field(default_factory=list)
+    divergence: list[Float] = field(default_factory=list)
+    same_token: list[NDArray[np.bool_]] = field(default_factory=list)
+    same_answer: list[bool] = field(default_factory=list)
+    right: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)  # task → (the other variant, this one)
+
+    def add(self, sample: Sample, reference: _Reference, features: Float, decoder: Decoder, embeds: Float) -> None:
+        """Compare one question: the judged decoder is led through the other's answer."""
+        eos = self.bundle.eos
+        self.cosines.append(cosines(reference.features, features))
+        logits = follow(decoder, embeds, reference.answer)
+        self.divergence.append(kl_divergence(reference.logits, logits))
+        self.same_token.append(reference.logits.argmax(1) == logits.argmax(1))
+        # Led through the same tokens and agreeing on each, the variant would have said the same by itself.
+        agrees = bool(self.same_token[-1].all())
+        said = reference.answer if agrees else greedy(decoder, embeds, JUDGED_TOKENS, eos)[0]
+        self.same_answer.append(said == reference.answer)
+        if sample.question.answer is not None:
+            exact, judged = (self._text(ids) == sample.question.answer for ids in (reference.answer, said))
+            self.right.setdefault(sample.question.task, []).append((exact, judged))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.bundle.prompts.tokenizer.decode([i for i in ids if i not in self.bundle.eos]))
+
+    def accuracy(self, against: str, variant: str) -> dict[str, dict[str, float]]:
+        """Task → number of questions, and each variant's share of exact answers."""
+        return {
+            task: {
+                "questions": len(right),
+                against: float(np.mean([a for a, _ in right])),
+                variant: float(np.mean([b for _, b in right])),
+            }
+            for task, right in self.right.items()
+        }
+
+
+def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    for start in range(0, len(questions), size):
+        yield questions[start : start + size]
+
+
+def _bytes(bundle: Bundle, variant: str) -> int:
+    """Of all files of a variant's graphs, those it shares with another variant included."""
+    graphs = set(bundle.graphs(variant)[1].values())
+    constants = [v.const_value for path in graphs for v in open_graph(path).graph.initializers.values()]
+    data = {Path(tensor.location) for tensor in constants if isinstance(tensor, ir.ExternalTensor)}
+    return sum(path.stat().st_size for path in graphs | data)
+
+
+def _weights(bundle: Bundle) -> int:
+    """How many weights the model has, the shared table counted once; counted where they are floats."""
+    variant = next((v for v in FINEST if v in bundle.variants), None)
+    total = head = table = 0
+    for path in set(bundle.graphs(variant)[1].values()):
+        model = open_graph(path)
+        for linear in linears(model).values():
+            if linear.name == "head":
+                head = linear.k * linear.n
+            else:
+                total += linear.k * linear.n
+        if model.graph.name == "embed_tokens":
+            constants = [v.const_value for v in model.graph.initializers.values()]
+            table += sum(t.size for t in constants if t is not None and len(t.shape) == 2)
+    return total + max(table, head)

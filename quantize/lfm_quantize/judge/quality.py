@@ -1,0 +1,130 @@
+"""The quality gate: what a variant costs in cosines, distributions and answers, against another one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnxruntime as ort
+from lfm_profiles import VARIANTS
+from lfm_runtime.errors import EdgeError
+
+COSINE_FLOOR = 0.99
+"""Lowest allowed 1st percentile of the image features' cosines."""
+
+
+class GateError(EdgeError, ValueError):
+    """A variant was made and is not good enough; the bundle is as before."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the hidden state after a layer is from the other variant's: |difference| / |state|, and what this layer
+    added to it.
+    """
+
+    name: str
+    image: float | None  # over image tokens (patches, in the encoder)
+    text: float | None
+    added: float  # root of the difference of squares with the layer before, the larger of both kinds
+
+
+@dataclass
+class Quality:
+    """A variant against another on the same questions."""
+
+    variant: str
+    against: str
+    questions: int
+    images: int
+    answer_tokens: int
+    cosine_min: float
+    cosine_p1: float
+    cosine_mean: float
+    kl: float  # nats, mean over the answer tokens of `against`, which both are led through
+    same_top1: float  # share of those tokens
+    same_answers: float  # share of questions whose greedy answers are identical
+    accuracy: dict[
+        str, dict[str, float]
+    ]  # task → {"questions", variant names: share of exact answers}; where answers are known
+    bytes: int
+    against_bytes: int
+    bits_per_weight: float
+    layers: list[LayerError]
+    seconds: float
+    onnxruntime: str = field(default_factory=lambda: str(ort.__version__))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; numbers in five digits."""
+        return {k: _five_digits(v) for k, v in asdict(self).items()}
+
+    def accuracy_lost(self) -> float | None:
+        """Points of exact answers lost, mean over all questions with a known answer."""
+        total = sum(t["questions"] for t in self.accuracy.values())
+        if not total:
+            return None
+        return 100 * sum((t[self.against] - t[self.variant]) * t["questions"] for t in self.accuracy.values()) / total
+
+    def layer_table(self) -> str:
+        """Where the error comes from."""
+        lines = ["layer                         error: image      text     added here"]
+        for layer in self.layers:
+            image, text = (f"{v:10.5f}" if v is not None else " " * 9 + "–" for v in (layer.image, layer.text))
+            lines.append(f"{layer.name:30s}      {image}{text}     {layer.added:10.5f}")
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, "
+            f"{self.answer_tokens} answer tokens",
+            f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean "
+            f"{self.cosine_mean:.5f}",
+            f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
+            f"  greedy answers   {self.same_answers:.1%} identical",
+        ]
+        for task, found in sorted(self.accuracy.items()):
+            a, b = found[self.against], found[self.variant]
+            lost, asked = 100 * (a - b), found["questions"]
+            lines.append(
+                f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost:+.2f} points ({asked:.0f} questions)"
+            )
+        if len(self.accuracy) > 1:
+            lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
+        lines.append(
+            f"  size             {self.bytes / 1e6:.1f} MB, {self.bytes / self.against_bytes:.3f} of {self.against}, "
+            f"{self.bits_per_weight:.2f} bits a weight, all files"
+        )
+        return "\n".join(lines)
+
+
+def check_floor(quality: Quality, floor: float) -> None:
+    """Raise GateError when KL or the cosines are beyond the floor; says which layers to keep."""
+    reasons = []
+    if not quality.kl <= floor:
+        reasons.append(f"KL {quality.kl:.4g} is above {floor:g}")
+    if not quality.cosine_p1 >= COSINE_FLOOR:
+        reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
+    if reasons:
+        parts = (
+            ("vision.", "projector") if VARIANTS[quality.variant].static else ("vision.", "projector", "text.layers.")
+        )
+        worst = sorted(
+            (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
+        )[:3]
+        keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst)
+        raise GateError(
+            f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"
+        )
+
+
+def _five_digits(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < 0.9 else round(value, 6)
+    if isinstance(value, dict):
+        return {k: _five_digits(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_five_digits(v) for v in value]
+    return value

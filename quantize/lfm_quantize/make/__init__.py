@@ -1,0 +1,1 @@
+"""Each kind of variant made: one file a kind, from the source graphs to new ones."""

@@ -1,0 +1,137 @@
+"""A matrix product in its quantized form.
+
+8 bits: each row of the input is divided by its own range, so that onnxruntime's dynamic quantization, which takes one
+range for the whole tensor, quantizes every token with a range of its own; then multiplied back. 4 bits: MatMulNBits,
+which quantizes inputs block by block of a row. Both exist on every onnxruntime from 1.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lfm_quantize.graph import CONTRIB, FLOAT, Array, Linear, lazily, linears
+from lfm_quantize.passes.nodes import constant_of, drop_unused, exchange, node
+from lfm_quantize.rounding import Rounded, fits_half
+
+TABLE = "table"
+"""Name of the embedding table's constants, in the embedding graph and in the head tied to it: their bytes are stored
+once.
+"""
+ACCURACY_LEVEL = 4  # of MatMulNBits: int8 inputs
+_TINY = np.array(1e-20, np.float32)  # a row of zeros is divided by this
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a matrix product is computed in integers.
+
+    `negative`, for 8 bits, is the share of the inputs' range that lies below zero, against that above: 1 for inputs of
+    both signs, 1/8 after Gelu, whose least output is -0.17. The 255 steps are spent where the inputs are.
+    """
+
+    rounded: Rounded
+    negative: float = 1.0
+
+
+class Integers(ir.passes.InPlacePass):
+    """MatMul or Gemm with a constant → the operators of its precision, for the products named. A bias that the
+    product's own node adds is added by an Add. Products not named are left alone; so are names of other graphs.
+
+    Args:
+        products: by node name.
+        tied: the product called `head` multiplies with the embedding table: its constants are called TABLE.
+    """
+
+    def __init__(self, products: Mapping[str, Product], *, tied: bool = False) -> None:
+        self.products = products
+        self.tied = tied
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Exchange the products in place, in the graph's order."""
+        graph = model.graph
+        found = [linear for name, linear in linears(model).items() if name in self.products]
+        for linear in found:
+            exchange(graph, linear.node, self._nodes(graph, linear, self.products[linear.name]))
+        if found:
+            drop_unused(graph)
+        return ir.passes.PassResult(model, bool(found))
+
+    def _nodes(self, graph: ir.Graph, linear: Linear, product: Product) -> list[ir.Node]:
+        tied = self.tied and linear.name == "head"
+        x, y, name = linear.node.inputs[0], str(linear.node.outputs[0].name), TABLE if tied else linear.name
+        assert x is not None
+        output = f"{name}.product" if linear.adds_bias else y
+        if product.rounded.precision.bits == 4:
+            nodes = _four_bits(graph, name, x, output, product.rounded)
+        else:
+            nodes = _eight_bits(graph, name, x, output, product, tied=tied)
+        if linear.adds_bias:
+            nodes.append(node("Add", [nodes[-1].outputs[0], linear.node.inputs[2]], y, f"{name}.bias"))
+        return nodes
+
+
+def _eight_bits(graph: ir.Graph, name: str, x: ir.Value, output: str, product: Product, *, tied: bool) -> list[ir.Node]:
+    rounded, below = product.rounded, 1 / product.negative
+    n, k = rounded.codes.shape
+    scales = constant_of(graph, f"{name}.scales", np.ascontiguousarray(rounded.scales[:, 0]))
+    last_axis = constant_of(graph, "quantize.last_axis", np.array([-1], np.int64))
+    tiny = constant_of(graph, "quantize.tiny", _TINY)
+    minus = constant_of(graph, f"quantize.minus_{below:g}", np.array(-below, np.float32))
+    nodes = []
+    if tied:  # onnxruntime makes the transposed copy once, when it loads the graph
+        stored = constant_of(graph, f"{name}.weight_int8", lazily(lambda: rounded.codes, ir.DataType.INT8, (n, k)))
+        nodes.append(node("Transpose", [stored], f"{name}.transposed", perm=[1, 0]))
+        weight = nodes[0].outputs[0]
+    else:
+        codes = lazily(lambda: np.ascontiguousarray(rounded.codes.T), ir.DataType.INT8, (k, n))
+        weight = constant_of(graph, f"{name}.weight_int8", codes)
+    largest = node("ReduceMax", [x, last_axis], f"{name}.max", keepdims=1)
+    least = node("ReduceMin", [x, last_axis], f"{name}.min", keepdims=1)
+    mirrored = node("Mul", [least.outputs[0], minus], f"{name}.below")
+    span = node("Max", [largest.outputs[0], mirrored.outputs[0], tiny], f"{name}.range")
+    unit = node("Div", [x, span.outputs[0]], f"{name}.unit")
+    product_of_units = node(
+        "DynamicQuantizeMatMul", [unit.outputs[0], weight, scales], f"{name}.matmul", domain=CONTRIB
+    )
+    scaled = node("Mul", [product_of_units.outputs[0], span.outputs[0]], output, f"{name}.scaled")
+    return [*nodes, largest, least, mirrored, span, unit, product_of_units, scaled]
+
+
+def _four_bits(graph: ir.Graph, name: str, x: ir.Value, output: str, rounded: Rounded) -> list[ir.Node]:
+    n, k = rounded.codes.shape
+    block, blocks = rounded.precision.block, rounded.scales.shape[1]
+    scales, nodes = scales_of(graph, name, rounded.scales)
+
+    def packed() -> Array:
+        padded = np.pad(rounded.codes, ((0, 0), (0, blocks * block - k)), constant_values=8)
+        return pack(padded).reshape(n, blocks, block // 2)
+
+    weight = constant_of(graph, f"{name}.weight_q4", lazily(packed, ir.DataType.UINT8, (n, blocks, block // 2)))
+    inputs = [x, weight, scales]
+    if rounded.zero_points is not None:
+        even = np.pad(rounded.zero_points, ((0, 0), (0, blocks % 2)), constant_values=8)
+        inputs.append(constant_of(graph, f"{name}.zero_points", pack(even).reshape(-1)))
+    sizes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+    return [*nodes, node("MatMulNBits", inputs, output, f"{name}.matmul", domain=CONTRIB, **sizes)]
+
+
+def scales_of(graph: ir.Graph, name: str, scales: Array) -> tuple[ir.Value, list[ir.Node]]:
+    """Scales as fp16 in the file and fp32 in memory: onnxruntime folds the Cast when it loads the graph. Those that
+    fp16 does not hold in full precision stay fp32 in the file.
+    """
+    flat = np.ascontiguousarray(scales.reshape(-1))
+    if not fits_half(flat):
+        return constant_of(graph, f"{name}.scales", flat), []
+    stored = constant_of(graph, f"{name}.scales_fp16", flat.astype(np.float16))
+    cast = node("Cast", [stored], f"{name}.scales", to=FLOAT)
+    return cast.outputs[0], [cast]
+
+
+def pack(codes: Any) -> Array:
+    """4-bit codes in pairs along the last axis, the first in the low half."""
+    return np.ascontiguousarray(codes[..., ::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
