@@ -169,7 +169,7 @@ def write(model: onnx.ModelProto, place: Path) -> Path:
 
 
 def read_samples(images: Path, rows: int, columns: int) -> list[np.ndarray]:
-    """pixel_values of each image of a folder."""
+    """Return the pixel_values of each PNG or JPEG in a folder; raises EdgeError where there is none."""
     paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
         raise EdgeError(f"{images} has no PNG or JPEG images; name a folder of a few dozen")

@@ -1,4 +1,4 @@
-"""Bundles as any program would read them."""
+"""Reads bundles with the standard library alone, as any program could."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,7 @@ def demo_bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
-    """The demo with variants for GPUs."""
+    """A copy of the demo bundle with fp16, int4, int4-fp16 and fp16-trt."""
     pytest.importorskip("onnx")
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
@@ -71,7 +71,7 @@ def demo_model(demo_bundle):
 
 @pytest.fixture
 def full_size(tmp_path):
-    """A function: a random checkpoint of full size ("450m", "1.6b")."""
+    """A function that writes a random checkpoint of full size ("450m", "1.6b") and returns its folder."""
 
     def make(size: str) -> Path:
         script = str(ROOT / "scripts" / "bench" / "make_random_checkpoint.py")
@@ -107,7 +107,7 @@ def peak_mib():
 
 @pytest.fixture
 def bundle_copy(demo_bundle, tmp_path) -> Path:
-    """A bundle that a test may damage."""
+    """A copy of the demo bundle that a test may damage."""
     return Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
 
 
@@ -129,5 +129,5 @@ def stick_once(demo_bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stick(stick_once, tmp_path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the stick that a test may damage."""
     return Path(shutil.copytree(stick_once, tmp_path / "usb" / "cam"))

@@ -157,7 +157,7 @@ def copy_text_files(folder: Path) -> None:
 def image_features(
     model: Lfm2VlForConditionalGeneration, pixels: np.ndarray, grids: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """[image tokens of all views, H] as transformers computes them."""
+    """Return the features [image tokens of all views, H] that transformers computes."""
     with torch.no_grad():
         found = model.model.get_image_features(torch.tensor(pixels), torch.tensor(grids), torch.tensor(mask))
     found = getattr(found, "pooler_output", found)  # transformers 5 wraps them
@@ -165,7 +165,7 @@ def image_features(
 
 
 def random_views(grids: list[tuple[int, int]], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pixel_values, spatial_shapes, pixel_attention_mask), padded to the longest."""
+    """Return (pixel_values, spatial_shapes, pixel_attention_mask), padded to the longest view."""
     rng = np.random.default_rng(seed)
     longest = max(rows * columns for rows, columns in grids)
     pixels = np.zeros((len(grids), longest, 768), np.float32)

@@ -48,7 +48,7 @@ Progress = Callable[[str], None]
 
 
 def audit(work: Workload, device: Device, sensors: Sensors, progress: Progress = print) -> Audit:
-    """Measure, put together, judge. Parameters and errors: see `measure`."""
+    """Measure, summarize and judge one workload; parameters and errors are those of `measure`."""
     marks, begun = _file_marks(work), (time.perf_counter(), time.time())
     found = summary(measure(work, device, sensors, progress))
     elapsed = time.perf_counter() - begun[0], time.time() - begun[1]
@@ -271,7 +271,7 @@ def _libraries() -> list[Path]:
 
 
 def _file_marks(work: Workload) -> list[tuple[str, int, int, int]]:
-    """Tells whether a file of the bundle was exchanged meanwhile."""
+    """Return (path, inode, size, mtime) of each file of the bundle, to tell whether one was replaced."""
     marks = []
     for path in sorted(work.bundle.folder.rglob("*")):
         if path.is_file():

@@ -14,7 +14,7 @@ _MORE_IS_BETTER = ("decode_tok_s",)
 
 @dataclass(frozen=True)
 class Change:
-    """One headline in both audits."""
+    """A headline figure that both audits have."""
 
     variant: str
     image: str  # "" where it is not about one
@@ -24,12 +24,12 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """After against before; None where nothing was there before."""
+        """The median after divided by the median before; None where the latter is 0."""
         return self.after.median / self.before.median if self.before.median else None
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the medians' confidence intervals are apart."""
+        """Whether the medians' confidence intervals do not overlap."""
         return separable(self.before, self.after)
 
     @property
@@ -38,13 +38,13 @@ class Change:
         return None in (self.before.low, self.after.low)
 
     def word(self) -> str:
-        """What became of it."""
+        """Return "worse", "better", "within noise" or "too few samples"."""
         if self.too_few:
             return "too few samples"
         return ("worse" if self.worse_by() > 0 else "better") if self.beyond_noise else "within noise"
 
     def worse_by(self) -> float:
-        """0.1 is 10 % worse; negative is better."""
+        """Return by how much the figure got worse, as a share: 0.1 is 10 % worse, negative is better."""
         ratio = self.ratio
         if ratio is None or ratio <= 0:
             return 0.0

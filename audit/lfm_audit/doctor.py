@@ -60,13 +60,13 @@ class Finding:
 
 
 def _judged(name: str, state: str | bool, said: str, fix: str) -> Finding:
-    """Warning, problem, or ok where that is False."""
+    """Return a finding of this state; where `state` is False it is "ok", without the fix."""
     return Finding(name, str(state), said, fix) if state else Finding(name, "ok", said)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is examined."""
+    """The machine that is examined, and the bundle and profile to be run on it."""
 
     device: Device
     sensors: Sensors
@@ -76,7 +76,7 @@ class Machine:
 
     @staticmethod
     def here(bundle: Path | None, profile: str) -> Machine:
-        """This one."""
+        """Return the machine that this process runs on."""
         return Machine(this_device(), Sensors(), Path("/"), bundle, profile)
 
 
@@ -96,7 +96,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
 
 
 def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> Iterator[Finding]:
-    """One check that breaks must not hide the others."""
+    """Yield the findings of a check; an exception becomes a finding, and later checks still run."""
     try:
         yield from check(machine)
     except EdgeError as e:
@@ -321,7 +321,7 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
 
 
 def _setup(machine: Machine) -> Setup:
-    """How `run` would take the bundle here."""
+    """Return the setup that `run` would use for the bundle on this machine."""
     from lfm_runtime import golden
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask

@@ -14,7 +14,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Figure:
-    """What reports quote of samples."""
+    """Statistics of a set of samples, and the samples."""
 
     n: int
     median: float
@@ -30,7 +30,7 @@ class Figure:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Figure:
-        """Of samples, at least one."""
+        """Return the statistics of `samples`; raises ValueError where there is none."""
         if not samples:
             raise ValueError("a figure needs a sample")
         ordered, median = sorted(samples), statistics.median(samples)
@@ -56,7 +56,7 @@ class Figure:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest ranks, as numpy's default."""
+    """Return a percentile of sorted values, interpolated linearly as numpy does by default."""
     at = (len(ordered) - 1) * percent / 100
     below = math.floor(at)
     above = min(below + 1, len(ordered) - 1)

@@ -1,4 +1,4 @@
-"""An audit's figures as costs that plans read."""
+"""Keeps an audit's figures as costs that plans read."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class AuditError(EdgeError, ValueError):
 
 @dataclass(frozen=True)
 class Tool:
-    """What wrote it."""
+    """Name and version of the program that wrote the audit."""
 
     name: Literal["lfm-edge audit"]
     version: str
@@ -38,7 +38,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What was measured."""
+    """The bundle that was measured."""
 
     name: str
     source: Source | None
@@ -48,7 +48,7 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class ProfileFacts:
-    """How it was run, before stepping down."""
+    """The profile that was asked for, before stepping down."""
 
     name: str
     settings: Mapping[str, Any]
@@ -66,7 +66,7 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An image that was not."""
+    """An image that was skipped, and why."""
 
     name: str
     reason: str
@@ -74,7 +74,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class WorkloadFacts:
-    """What was asked."""
+    """The question, the images it was asked about and the images that were skipped."""
 
     question: str
     new_tokens: int
@@ -105,7 +105,7 @@ class Starts:
     ]
 
     def items(self) -> Iterator[tuple[str, Start]]:
-        """(kind, start) of those that were measured."""
+        """Yield (kind, start) for each kind of start that was measured."""
         for field in dataclasses.fields(self):
             if (start := getattr(self, field.name)) is not None:
                 yield field.name, start
@@ -127,7 +127,7 @@ class Stages:
     other_ms: Annotated[Figure, "the total less all of these"]
 
     def items(self) -> Iterator[tuple[str, Figure]]:
-        """(name, figure)."""
+        """Yield (name, figure) for each stage, in their order."""
         for field in dataclasses.fields(self):
             yield field.name, getattr(self, field.name)
 
@@ -143,7 +143,7 @@ class AnswerAt:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one image."""
+    """Figures of all answers about one image."""
 
     prompt_tokens: int
     image_tokens: int
@@ -165,7 +165,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Largest seen in a stage."""
+    """The largest memory seen in one stage."""
 
     anonymous_mib: float
     mapped_mib: float
@@ -173,7 +173,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class MemoryAt:
-    """A sample."""
+    """One sample of a process's resident memory."""
 
     at_ms: float
     anonymous_mib: float
@@ -199,7 +199,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """Everything about one variant."""
+    """All that was measured of one variant, and how it was run."""
 
     settings: Annotated[Mapping[str, Any], "of the profile, after stepping down"]
     steps_down: tuple[str, ...]
@@ -255,7 +255,7 @@ class MachineResult:
 
 @dataclass(frozen=True)
 class Minute:
-    """Of a soak."""
+    """Medians of one minute of a soak, and its highest temperature."""
 
     minute: int
     answers: int
@@ -307,7 +307,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Audit:
-    """The whole of it."""
+    """One audit, with the fields of audit.json."""
 
     schema: Literal[1]
     tool: Tool
@@ -358,19 +358,19 @@ class Audit:
         return found
 
     def to_text(self) -> str:
-        """As it is written: numbers rounded to a ten-thousandth."""
+        """Return the text of audit.json; numbers are rounded to a ten-thousandth."""
         return to_json(_rounded(as_json(self)), indent=1) + "\n"
 
 
 def audit_schema() -> dict[str, Any]:
-    """JSON Schema of audit.json."""
+    """Return the JSON Schema of audit.json."""
     said = "What a bundle cost on a machine. Units are in the names: _ms, _s, _mib, _w, _j, _c (°C), _mhz, _tok_s; a "
     said += "share is of 1. null: not measured, with the reason beside it or in machine.missing."
     return schema_of(Audit, TOOL, said)
 
 
 def _agrees(figure: Figure) -> bool:
-    """Up to the rounding of what audits write."""
+    """Whether a figure agrees with its samples, up to the rounding of written audits."""
     if not figure.samples:
         return False
     computed = Figure.of(figure.samples)

@@ -46,7 +46,7 @@ class CheckError(EdgeError, AssertionError):
 
 
 class Skipped(Exception):  # noqa: N818  (as pytest's)
-    """A check that has nothing to check here."""
+    """Raised by a check that has nothing to check here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Installed:
 
     @cached_property
     def model(self) -> Model:
-        """Loaded as run would."""
+        """The model, loaded at the first use with the setup that `run` would use."""
         return Model.of(self.setup)
 
 
 def _files(on: Installed) -> str:
-    """Every file the manifest names, by its hash."""
+    """Check the SHA-256 of every file that the manifest names."""
     try:
         on.bundle.verify()
     except EdgeError as e:
@@ -93,7 +93,7 @@ def _files(on: Installed) -> str:
 
 
 def _loads(on: Installed) -> str:
-    """Every graph of the variant, with the profile's providers."""
+    """Load decoder and vision encoder, and check that each runs on the provider of the profile."""
     try:
         graphs = on.model.graphs
         sessions = {DECODER: on.model.decoder.load().decoder, VISION_ENCODER: graphs.vision()}
@@ -139,7 +139,7 @@ def _golden(on: Installed) -> str:
 
 
 def _answers(on: Installed) -> str:
-    """A whole answer, and the same once more."""
+    """Check that two greedy answers to one question are the same."""
     said = [
         on.model.answer([golden.golden_image()], golden.QUESTION, temperature=0, max_new_tokens=12).text()
         for _ in range(2)
@@ -152,7 +152,7 @@ def _answers(on: Installed) -> str:
 
 
 def _budgets(on: Installed) -> str:
-    """The profile's budgets, from a process of its own."""
+    """Check the profile's budgets by answers of a process of its own."""
     budget = on.profile.budget
     if not any((budget.peak_rss_mib, budget.ttft_ms, budget.decode_tok_s)):
         raise Skipped(f"profile {on.profile.name} has no budget")
@@ -175,7 +175,7 @@ def _budgets(on: Installed) -> str:
 
 
 def _steady_memory(on: Installed) -> str:
-    """Anonymous memory after many answers against that after some."""
+    """Check that anonymous memory does not grow over many answers."""
     for _ in range(_WARM_UP):
         _small_answer(on, 3).text()
 
@@ -280,7 +280,7 @@ def _arm(on: Installed) -> str:
 
 
 def _cuda(on: Installed) -> str:
-    """The GPU, where the profile asks for one."""
+    """Check that there is a GPU, where the profile asks for one."""
     if "CUDAExecutionProvider" not in on.profile.providers:
         raise Skipped(f"profile {on.profile.name} runs on the CPU")
     if not this_machine().device.cuda:
@@ -289,7 +289,7 @@ def _cuda(on: Installed) -> str:
 
 
 def _sensors(_: Installed) -> str:
-    """Temperature, and whether the machine is throttled now."""
+    """Check that the machine is not throttled now; return its highest temperature."""
     sensors = Sensors()
     found = sensors.read()
     if found.throttled_now:
@@ -318,7 +318,7 @@ CHECKS = (  # those that start processes or load a model of their own come befor
 
 @dataclass(frozen=True)
 class Result:
-    """Of one check: ok, failed or skipped, and why."""
+    """Outcome of one check: ok, failed or skipped, and why."""
 
     name: str
     outcome: str

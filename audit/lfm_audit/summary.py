@@ -1,4 +1,4 @@
-"""From the processes that were measured to an audit."""
+"""Makes an audit of the processes that were measured."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ STAGES = ("image", "prompt", "preprocess", "load", "vision", "embed", "prefill")
 
 @dataclass
 class Run:
-    """One process measured."""
+    """One measured process: its outcome, and what was watched meanwhile."""
 
     variant: str
     kind: str  # warm, cold, first_ever, soak
@@ -71,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured; nothing of it is judged yet."""
+    """All that was measured, before anything is judged."""
 
     work: Workload
     device: Device
@@ -229,12 +229,12 @@ def _stages(answers: Sequence[AnswerTimes]) -> Stages:
 
 
 def ttft(answer: AnswerTimes) -> float:
-    """From the question to the first token, ms."""
+    """Return the time from the question to the first token, in ms."""
     return answer.token_times[0] - answer.started
 
 
 def inter_token(answer: AnswerTimes) -> list[float]:
-    """From each token to the next, ms."""
+    """Return the time from each token to the next, in ms."""
     times = answer.token_times
     return [b - a for a, b in itertools.pairwise(times)]
 
@@ -372,7 +372,7 @@ def _share(watch: Watch, own_s: float) -> float:
 
 
 def _control_group_peak() -> float | None:
-    """Of everything in this process's control group, since it exists."""
+    """Return the peak memory of this process's control group since it exists, in MiB; None where unknown."""
     places = (Path("/sys/fs/cgroup/memory.peak"), Path("/sys/fs/cgroup/memory/memory.max_usage_in_bytes"))
     found = [peak for path in places if (peak := number(path)) is not None]
     return found[0] / 2**20 if found else None

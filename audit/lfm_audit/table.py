@@ -26,7 +26,7 @@ _HEAD = (
 
 
 def table(audit: Audit) -> str:
-    """The verdict first, then what it cost."""
+    """Return the audit as text for a terminal: verdict and limits, then what was measured."""
     lines = [verdict_line(audit), *(f"  {reason}" for reason in audit.verdict.reasons)]
     for limit in audit.limits:
         about = " ".join(part for part in (limit.variant, limit.image) if part)
@@ -92,7 +92,7 @@ def _variant_lines(variant: str, found: VariantResult) -> list[str]:
 
 
 def verdict_line(audit: Audit) -> str:
-    """Valid or not, in a few words."""
+    """Return one line that says whether the audit is valid, and what was measured."""
     runs = sum(start.ready_ms.n for found in audit.variants.values() for _, start in found.starts.items())
     word = "valid" if audit.verdict.valid else "NOT VALID"
     early = f", ended early: {audit.stopped}" if audit.stopped else ""
@@ -101,7 +101,7 @@ def verdict_line(audit: Audit) -> str:
 
 
 def rows_for_csv(audit: Audit) -> tuple[str, list[str]]:
-    """(header, a row for each variant and image)."""
+    """Return (the header line, a line for each variant and image) as CSV."""
     rows = []
     for variant, found in audit.variants.items():
         for name, image in found.images.items():

@@ -42,7 +42,7 @@ Point = tuple[tuple[str, Any], ...]
 
 @dataclass
 class Measured:
-    """What is known of a point. Samples by round."""
+    """Measurements of one point; samples are keyed by round."""
 
     latency_ms: dict[int, float] = field(default_factory=dict)  # an answer, its model loaded
     ttft_ms: dict[int, float] = field(default_factory=dict)
@@ -54,18 +54,18 @@ class Measured:
 
     @property
     def latency(self) -> float:
-        """Median, ms."""
+        """Median latency of an answer, in ms."""
         return statistics.median(self.latency_ms.values())
 
     @property
     def energy(self) -> float:
-        """Median, J; infinite where nothing measured it."""
+        """Median energy of an answer, in J; infinite where nothing measured it."""
         return statistics.median(self.energy_j.values()) if self.energy_j else math.inf
 
 
 @dataclass
 class Tuning:
-    """A search, as far as it has come."""
+    """A search: what it is for, and the points measured so far."""
 
     bundle: Bundle
     profile: Profile
@@ -96,7 +96,7 @@ class Tuning:
         return min(same, key=lambda p: (sum(value != base[axis] for axis, value in p), self._rank(p)))
 
     def first_point(self) -> Point:
-        """What the profile itself comes to on the axes."""
+        """Return the point of the axes that is nearest to the profile's own settings."""
         setup = settle(self.bundle, self.profile)
         variant, prefill, images = setup.variant, setup.prefill, setup.images
         values = {
@@ -111,12 +111,12 @@ class Tuning:
         return tuple(sorted((axis, _nearest(value, self.axes[axis])) for axis, value in values.items()))
 
     def good_enough(self, point: Point) -> bool:
-        """Whether the floor of quality holds."""
+        """Whether the point's KL divergence was measured and is not above the floor."""
         kl = self.points[point].kl
         return kl is not None and kl <= self.floor
 
     def profile_of(self, point: Point, description: str = "") -> Profile:
-        """The profile with a point's settings."""
+        """Return the profile, changed to the settings of `point`."""
         values = dict(point)
         tiles, variant = values.pop("tiles"), values.pop("variant")
         values |= {"variant": (VARIANTS[variant].float_keys,), "kv": VARIANTS[variant].keys}
@@ -149,7 +149,7 @@ class Tuning:
         return _slower(pairs[1], pairs[0])
 
     def table(self) -> str:
-        """The front for people, the best first."""
+        """Return the front as a text table, best point first; the chosen point has a star."""
         chosen = self.chosen()
         energy = any(m.energy_j for m in self.points.values())
         head = (
@@ -180,7 +180,7 @@ class Tuning:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """The table, and what to know of it."""
+        """Return the table, and notes on how it was measured."""
         points, failed = len(self.points), [m.failed for m in self.points.values() if m.failed]
         lines = [
             self.table(),
@@ -211,7 +211,7 @@ class Tuning:
         }
 
     def save(self, path: Path) -> None:
-        """Everything measured, as JSON."""
+        """Write all points, the front and the chosen point to `path` as JSON."""
         write_whole(
             path,
             to_json(

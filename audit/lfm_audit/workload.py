@@ -14,7 +14,7 @@ QUESTION = "Describe this image."
 
 @dataclass(frozen=True)
 class Subject:
-    """One variant to measure."""
+    """One variant to measure, and how it is run."""
 
     variant: str
     profile: Profile  # how it is run, after stepping down to what fits the memory
@@ -24,7 +24,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked, of which variants, for how long."""
+    """What an audit measures: question, images, variants, time and limits."""
 
     bundle: Bundle
     profile: Profile

@@ -138,7 +138,7 @@ def _sincos(side: int, width: int) -> torch.Tensor:
 
 
 def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
-    """The hub's files, weights in fp16."""
+    """Write the files of a hub checkpoint, weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.detach().to(torch.float16).contiguous()

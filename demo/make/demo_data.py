@@ -55,7 +55,7 @@ class Sample:
 
 
 def draw_sample(rng: random.Random, kind: str, width: int, height: int) -> Sample:
-    """`kind` is "shapes" or "text"; sides are multiples of 32."""
+    """Draw a sample of `kind` "shapes" or "text"; width and height are multiples of 32."""
     return _draw_shapes(rng, width, height) if kind == "shapes" else _draw_text(rng, width, height)
 
 

@@ -16,7 +16,7 @@ EVAL = Path(__file__).resolve().parents[1] / "demo" / "eval"
 
 
 def questions(seed: int | None, per_task: int):
-    """(image, task, question, answer)"""
+    """Yield (image, task, question, answer): newly drawn from `seed`, or the stored set where it is None."""
     if seed is None:
         for line in map(json.loads, (EVAL / "eval.jsonl").read_text().splitlines()):
             yield EVAL / line["image"], line["task"], line["question"], line["answer"]

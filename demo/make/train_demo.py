@@ -55,7 +55,7 @@ class Trainee(nn.Module):
         return tower.post_layernorm(hidden)
 
     def dense_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """labels int64 [3, n, patches]: shape, character, slot."""
+        """Return the summed cross-entropy for labels int64 [3, n, patches]: shape, character, slot."""
         parts = self.head(features).split([31, 37, 7], dim=-1)
         total = features.new_zeros(())
         for part, wanted, n in zip(parts, labels, (31, 37, 7), strict=True):

@@ -156,7 +156,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """Add a node with several outputs."""
+        """Add a node with several outputs; returns them."""
         inputs = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in operands]
         label = self._unique(name or op_type)
         attrs = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = "Convert a Hugging Face LFM2-VL checkpoint folder to a bundle of ONNX graphs."
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
     parser.add_argument(
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export and say where, how large and how long."""
+    """Export the checkpoint, print the bundle's folder, size and time taken, and return 0."""
     from lfm_export.export import export
 
     started = time.perf_counter()
@@ -60,7 +60,7 @@ class Printer:
         self.tensors, self.bytes, self._next = 0, 0, 0
 
     def __call__(self, name: str, size: int) -> None:
-        """A tensor of `size` bytes was written."""
+        """Count a tensor of `size` bytes that was written, and show the progress."""
         self.tensors += 1
         self.bytes += size
         line = f"{self.tensors:4d} tensors  {self.bytes / 1e6:8,.1f} MB  {name}"
@@ -71,6 +71,6 @@ class Printer:
             self._next = self.bytes + 200_000_000
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Erase the progress line, where one is shown."""
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

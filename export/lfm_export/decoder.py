@@ -30,7 +30,7 @@ FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 
 
 def context_length(text: TextConfig) -> int:
-    """Tokens the exported decoder has rotary tables for."""
+    """Return how many tokens the exported decoder has rotary tables for."""
     return min(text.max_positions, MAX_CONTEXT)
 
 

@@ -30,7 +30,7 @@ _MOST_PARTS = 1000
 
 @dataclass(frozen=True)
 class Extras:
-    """What goes with the variants."""
+    """What is packed beside the variants, and how the archive is signed and split."""
 
     profile: Profile | None = None  # packed as profile.toml, all values resolved
     wheels: Sequence[Wheel] = ()  # that it will run on, for the bill of materials
@@ -108,14 +108,14 @@ def _signature(sums: bytes, key: Path) -> bytes:
 
 
 def entry(name: str, size: int, mode: int = 0o644) -> tarfile.TarInfo:
-    """Without time, owner or permissions of this machine."""
+    """Return a tar entry that holds no time, owner or permissions of this machine."""
     made = tarfile.TarInfo(name)
     made.size, made.mode, made.mtime = size, mode, 0
     return made
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: File) -> None:
-    """A file whose bytes are hashed while they are packed."""
+    """Add a file to the archive; raises BundleError where its SHA-256 is not the manifest's."""
     with path.open("rb") as f:
         reader = _Hashing(f)
         tar.addfile(entry(name, int(wanted.bytes)), cast("IO[bytes]", reader))
@@ -181,11 +181,11 @@ class _Parts(io.RawIOBase):
 
     @property
     def sum(self) -> str:
-        """Of the whole, as sha256sum writes it."""
+        """SHA-256 of the whole archive, as a line of sha256sum."""
         return f"{self._digest.hexdigest()}  {self._output.name}\n"
 
     def finish(self, texts: Mapping[str, str]) -> list[Path]:
-        """Move everything into its place, and small files beside it."""
+        """Move all parts into place, write `texts` beside them and return the paths."""
         self._end()
         for name, text in texts.items():
             (self._folder / name).write_text(text, encoding="utf-8")
@@ -200,7 +200,7 @@ class _Parts(io.RawIOBase):
         return places
 
     def discard(self) -> None:
-        """Remove what was not moved."""
+        """Remove the temporary folder, with whatever `finish` has not moved."""
         if self._file:
             self._file.close()
             self._file = None

@@ -75,7 +75,7 @@ class Platform:
 
     @property
     def version(self) -> tuple[int, int]:
-        """Of Python."""
+        """Version of Python, as (major, minor)."""
         major, minor = self.system.python.split(".")
         return int(major), int(minor)
 
@@ -92,7 +92,7 @@ class Platform:
 
     @property
     def tags(self) -> Iterator[tags.Tag]:
-        """What it can load, as PEP 425 tags."""
+        """PEP 425 tags of the wheels that the platform can load."""
         yield from tags.cpython_tags(self.version, platforms=self.platforms)
         yield from tags.compatible_tags(self.version, f"cp{self.version[0]}{self.version[1]}", self.platforms)
 

@@ -53,7 +53,7 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
 
 
 def _not_plain(folder: Path) -> list[str]:
-    """Links, devices, pipes."""
+    """Return a message for each entry that is neither a plain file nor a folder."""
     found = []
     for path in sorted(folder.rglob("*")):
         name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode

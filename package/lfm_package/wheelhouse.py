@@ -50,17 +50,17 @@ class Wheel:
 
     @property
     def name(self) -> str:
-        """As PyPI writes it."""
+        """Name of the distribution, normalized as PyPI does."""
         return canonicalize_name(parse_wheel_filename(self.file)[0])
 
     @property
     def version(self) -> Version:
-        """The release."""
+        """Version of the distribution, from the file's name."""
         return parse_wheel_filename(self.file)[1]
 
     @staticmethod
     def read(path: Path) -> Wheel:
-        """A wheel on disk."""
+        """Read a wheel's metadata and hash; raises WheelhouseError where it is no wheel or damaged."""
         try:
             with zipfile.ZipFile(path) as archive:
                 name = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n))
@@ -202,7 +202,7 @@ def _unmet(platform: Platform, wheels: Sequence[Wheel]) -> list[tuple[Wheel, Req
 
 
 def _for_target(platform: Platform, wheel: Wheel) -> list[Requirement]:
-    """What a wheel requires there, without markers."""
+    """Return the requirements of a wheel that hold on the platform, without markers."""
     found = []
     for text in wheel.requires:
         requirement = Requirement(text)
@@ -213,7 +213,7 @@ def _for_target(platform: Platform, wheel: Wheel) -> list[Requirement]:
 
 
 def _reported(entry: dict[str, Any]) -> Wheel:
-    """Of pip's installation report."""
+    """Return the wheel that an entry of pip's installation report describes."""
     said, download = entry["metadata"], entry["download_info"]
     file, sha256 = download["url"].rsplit("/", 1)[1], download["archive_info"]["hashes"]["sha256"]
     return Wheel(file, sha256, tuple(said.get("requires_dist") or ()), said.get("requires_python") or "", license="")

@@ -18,7 +18,7 @@ FALLBACK = "generic"
 
 @dataclass(frozen=True)
 class Choice:
-    """A profile and what spoke for it."""
+    """A profile, and the reasons why it was chosen."""
 
     profile: Profile
     reasons: tuple[str, ...]

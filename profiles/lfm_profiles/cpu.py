@@ -21,7 +21,7 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 
 
 def features_of(cpuinfo: str, machine: str) -> tuple[str, ...]:
-    """The same from the text of /proc/cpuinfo."""
+    """Return what cpu_features does, from the text of /proc/cpuinfo."""
     found = {machine}
     for line in cpuinfo.split("\n\n", 1)[0].splitlines():
         name, _, value = (part.strip() for part in line.partition(":"))

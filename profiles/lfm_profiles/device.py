@@ -63,7 +63,7 @@ THROTTLED = {
 
 @dataclass(frozen=True)
 class CoreType:
-    """Cores of one kind."""
+    """Processor cores of one kind: how many, their name and highest frequency."""
 
     count: int
     name: str  # "" where nothing tells
@@ -98,16 +98,16 @@ class Device:
 
     @property
     def usable_mib(self) -> int | None:
-        """Memory this process may use when nothing else runs."""
+        """MiB that this process may use when nothing else runs; None where unknown."""
         return min((n for n in (self.ram_total_mib, self.limit_mib) if n is not None), default=None)
 
     @property
     def free_mib(self) -> int | None:
-        """Memory this process may use now."""
+        """MiB that this process may use now; None where unknown."""
         return min((n for n in (self.ram_available_mib, self.limit_free_mib) if n is not None), default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return all fields, usable_mib and free_mib as plain values for JSON."""
         return {**asdict(self), "usable_mib": self.usable_mib, "free_mib": self.free_mib}
 
 
@@ -159,7 +159,7 @@ def this_device() -> Device:
 
 
 def now(device: Device, root: Path = Path("/")) -> Device:
-    """A device with the memory that is free now."""
+    """Return `device` with the memory that is free now."""
     return replace(device, ram_available_mib=_memory_of(root, device.system)[1], limit_free_mib=_limits(root)[1])
 
 
@@ -172,7 +172,7 @@ def read(path: Path) -> str | None:
 
 
 def number(path: Path) -> int | None:
-    """A file with one whole number."""
+    """Return the whole number in a file; None where the file is missing or holds something else."""
     text = read(path)
     return int(text) if text and re.fullmatch(r"-?\d+", text) else None
 
@@ -191,7 +191,7 @@ def _cpu_name(cpuinfo: str) -> str | None:
 
 
 def _cores(root: Path, cpuinfo: str) -> tuple[CoreType, ...]:
-    """Physical cores by kind, the fastest kind first."""
+    """Return the physical cores by kind, the fastest kind first."""
     kinds: dict[tuple[str, int | None], int] = {}
     seen: set[str] = set()
     for block in re.split(r"\n\s*\n", cpuinfo):
@@ -217,7 +217,7 @@ def _cores(root: Path, cpuinfo: str) -> tuple[CoreType, ...]:
 
 
 def _caches(root: Path) -> dict[str, int]:
-    """Of the first core: L1d, L2, L3 in KiB."""
+    """Return the sizes of the first core's caches in KiB, by name: L1d, L2, L3."""
     found = {}
     for folder in listed(root / "sys/devices/system/cpu/cpu0/cache", "index*"):
         level, kind, size = (read(folder / name) for name in ("level", "type", "size"))
@@ -260,7 +260,7 @@ def _memory_elsewhere() -> tuple[int | None, int | None]:
 
 
 def _address_space() -> tuple[int, int | None, str] | None:
-    """ulimit -v: (MiB, MiB free, who limits)."""
+    """Return (MiB, MiB free, "ulimit -v") of the address space's limit; None where there is none."""
     if sys.platform == "win32":
         return None
     import resource
@@ -276,7 +276,7 @@ def _page_size() -> int:
 
 
 def _gpu(root: Path, compatible: tuple[str, ...]) -> str | None:
-    """An NVIDIA GPU with a driver."""
+    """Return the model of an NVIDIA GPU that has a driver, "integrated" for a Jetson's; None without one."""
     if any("tegra" in entry for entry in compatible):
         driver = any(
             (root / name).exists() for name in ("dev/nvhost-gpu", "dev/nvgpu", "dev/nvidia0", "sys/devices/gpu.0")
@@ -289,7 +289,7 @@ def _gpu(root: Path, compatible: tuple[str, ...]) -> str | None:
 
 
 def _throttled(root: Path) -> tuple[str, ...] | None:
-    """A Raspberry Pi's throttle bits, now and since it started."""
+    """Return the meanings of a Raspberry Pi's throttle bits that are set; None elsewhere."""
     for path in listed(root / "sys/devices/platform", "soc*/soc*:firmware/get_throttled"):
         text = read(path)
         if text and re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):

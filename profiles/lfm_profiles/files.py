@@ -50,7 +50,7 @@ def _toml(value: Any) -> str:
 
 
 def names() -> list[str]:
-    """The profiles shipped."""
+    """Return the names of the shipped profiles, sorted."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
@@ -148,7 +148,7 @@ def _value(
 
 
 def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:
-    """What one file says must not contradict itself."""
+    """Raise ProfileError where two settings of one file contradict each other."""
     useless = next((n for n in TILE_SETTINGS if n in values), None)
     if values.get("do_image_splitting") is False and useless:
         raise ProfileError(

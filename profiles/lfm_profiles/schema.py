@@ -194,11 +194,11 @@ class Profile:
     )
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of the settings that somebody gave."""
+        """Return the values of those `names` that a profile or flag has set."""
         return {name: getattr(self, name) for name in names if name in self.origin}
 
     def is_flag(self, name: str) -> bool:
-        """Whether the user gave a setting beside the profile."""
+        """Whether the setting was given as a flag, not by a profile."""
         return self.origin.get(name) == FLAG
 
 
@@ -255,7 +255,7 @@ def _checked(key: str, value: Any, metadata: Mapping[str, Any], where: str = "")
 
 
 def changed(parent: Profile, values: Mapping[str, Any], who: str) -> Profile:
-    """The profile with other values; `who` gave them."""
+    """Return the profile with other values, whose origin is `who`."""
     origin = {**parent.origin, **dict.fromkeys(values, who)}
     return Profile(**{**{f.name: getattr(parent, f.name) for f in fields(Profile)}, **values, "origin": origin})
 

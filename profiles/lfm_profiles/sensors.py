@@ -27,7 +27,7 @@ _NOW_BITS = 0xF  # of a Raspberry Pi's throttle bits; 16 to 19 are the same sinc
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at all sensors."""
+    """Values of all sensors, read at one moment."""
 
     temperature_c: Mapping[str, float]  # thermal zone → °C
     frequency_mhz: Mapping[str, float]  # cpufreq policy → MHz now
@@ -39,7 +39,7 @@ class Reading:
 
     @property
     def throttled_now(self) -> bool:
-        """Under-voltage, capped or throttled at this moment."""
+        """Whether the board is under-voltage, capped or throttled at this moment."""
         return bool((self.throttle_bits or 0) & _NOW_BITS)
 
 
@@ -65,7 +65,7 @@ class Sensors:
         self.read()
 
     def read(self) -> Reading:
-        """Now."""
+        """Return what the sensors read now; `missing` is updated."""
         self.missing = {key: reason for key, reason in self.missing.items() if key == "power"}
         temperature = self._temperatures()
         frequency = {

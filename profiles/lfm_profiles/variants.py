@@ -18,7 +18,7 @@ logits, fp32's 2e-6; int8 products that overflow were 0.052 off in features: doc
 
 @dataclass(frozen=True)
 class Variant:
-    """One row."""
+    """One variant: its numbers, graph files, tolerances and bases."""
 
     name: str
     suffixes: tuple[str, ...]  # of its graph files: ours, then those that other publishers write
@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def suffix(self) -> str:
-        """Of the graph files that we write."""
+        """Suffix of the graph files that lfm-edge writes."""
         return self.suffixes[0]
 
     @property
@@ -67,11 +67,11 @@ class Variant:
 
     @property
     def dependents(self) -> list[str]:
-        """Variants whose graphs are over the files of this one."""
+        """Names of the variants whose graphs use the weights' files of this one."""
         return [v.name for v in VARIANTS.values() if self.name in v.bases]
 
     def shares_states_with(self, other: Variant) -> bool:
-        """Whether one's decoder can go on from the other's states."""
+        """Whether each variant's decoder can go on from the other's states."""
         return (self.keys, self.activations) == (other.keys, other.activations)
 
 

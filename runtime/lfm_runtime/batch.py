@@ -26,7 +26,7 @@ _ROOM = 512
 
 @dataclass
 class _Row:
-    """An answer being made."""
+    """One of the answers that are decoded together."""
 
     index: int
     job: Job

@@ -84,7 +84,7 @@ class Bundle:
 
     @property
     def files(self) -> Mapping[str, File]:
-        """What the manifest names; nothing for a hub folder."""
+        """Files that the manifest names; none for a hub folder."""
         return self.manifest.files if self.manifest else {}
 
     def min_onnxruntime(self, graph: Path) -> str:
@@ -93,7 +93,7 @@ class Bundle:
         return entry.min_onnxruntime if entry else "0.0"
 
     def name_of(self, path: Path) -> str:
-        """What the manifest calls a file."""
+        """Return a file's name in the manifest: its path relative to the bundle."""
         return path.relative_to(self.folder).as_posix()
 
     @cached_property
@@ -184,7 +184,7 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
 
 
 def _known_variants(folder: Path, manifest: Manifest) -> dict[str, dict[str, Path]]:
-    """Those of the manifest that this release knows."""
+    """Return the graphs of the manifest's variants that this release knows; raises BundleError where there are none."""
     found = {
         name: {stem: folder / file for stem, file in graphs.items()}
         for name, graphs in manifest.variants.items()

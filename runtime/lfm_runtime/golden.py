@@ -78,7 +78,7 @@ class Step:
 
     @staticmethod
     def of(logits: NDArray[np.float64]) -> Step:
-        """Of a row [vocabulary]."""
+        """Return what is kept of one row of logits [vocabulary]."""
         order = np.argsort(-logits, kind="stable")
         at = np.unique(np.concatenate([order[:_TOP], np.linspace(0, len(logits) - 1, _SPREAD).astype(np.int64)]))
         ahead = float(logits[order[0]] - logits[order[1]])
@@ -87,7 +87,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Golden:
-    """What is kept of one variant."""
+    """The golden values of one variant, and the onnxruntime and processor that gave them."""
 
     onnxruntime: str
     cpu_features: tuple[str, ...]
@@ -111,7 +111,7 @@ class Deviation:
     tokens: bool  # another token wins where the golden one was ahead by more than the tolerance
 
     def problems(self, variant: str) -> list[str]:
-        """What is beyond tolerance."""
+        """Return a message for each deviation beyond the variant's tolerance."""
         features, logits = VARIANTS[variant].tolerance
         found = [f"{text!r} becomes other tokens" for text in self.texts]
         found += ["the golden prompt becomes other tokens"] if self.prompt else []
@@ -270,7 +270,7 @@ def _spaced(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _short(values: NDArray[Any]) -> tuple[float, ...]:
-    """Six digits are more than kernels agree on."""
+    """Return the values rounded to six significant digits: kernels do not agree on more."""
     return tuple(float(f"{value:.6g}") for value in values)
 
 
@@ -279,7 +279,7 @@ def _rms(values: NDArray[np.float64]) -> float:
 
 
 def main() -> int:
-    """Print one variant's golden values: for add_golden."""
+    """Print one variant's golden values as JSON, for add_golden; return the exit code."""
     try:
         print(to_json(as_json(record(_lean(Path(sys.argv[1]), sys.argv[2])))))
     except EdgeError as e:

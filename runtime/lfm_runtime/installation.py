@@ -59,7 +59,7 @@ def _requires() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _clone() -> Path | None:
-    """The folder that an editable installation points to."""
+    """Return the folder that an editable installation points to; None for any other installation."""
     try:
         raw = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
         if not raw["dir_info"]["editable"]:
@@ -70,6 +70,6 @@ def _clone() -> Path | None:
 
 
 def _shown(path: Path) -> str:
-    """From where the user stands, where that is shorter."""
+    """Return the path relative to the current folder where it lies inside of it, else as it is."""
     near = os.path.relpath(path)
     return near if not near.startswith("..") else str(path)

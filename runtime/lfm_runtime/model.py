@@ -55,7 +55,7 @@ class OpenedImage:
 
     @cached_property
     def key(self) -> int:
-        """Tells this image, cut this way, from others."""
+        """Hash of the pixels, the layout and the settings, by which the cache finds the image."""
         return image_key(self.image.tobytes(), repr((self.image.size, self.layout, self.settings)))
 
 
@@ -71,7 +71,7 @@ class Job:
     started: float  # time.perf_counter()
 
     def finish(self) -> None:
-        """Complete the report."""
+        """Complete the report with the times of the start, the first token and now."""
         self.reply.report.finish(self.started, self.reply.first_token, time.perf_counter())
 
 
@@ -372,7 +372,7 @@ class Model:
 
 
 def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:
-    """Neighbours with the same grid, at most so many together."""
+    """Yield runs of neighbouring views with the same grid, at most `most` in each."""
     for _, alike in groupby(views, lambda view: (view.rows, view.columns)):
         rest = list(alike)
         yield from (rest[i : i + most] for i in range(0, len(rest), most))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """This process's variables, with its import path."""
+    """Return this process's environment variables with its import path as PYTHONPATH; `more` overrides."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in sys.path if path)), **more}
 
 
@@ -19,7 +19,7 @@ def python(code: str, *words: str) -> list[str]:
 
 
 def module(name: str, *words: str) -> list[str]:
-    """The same for a module of ours, as `python -m`."""
+    """Return a command that runs a module of ours, as `python -m` would."""
     return python(f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)", *words)
 
 
@@ -32,6 +32,6 @@ def run_command(words: Sequence[str], *, first: str = "") -> subprocess.Complete
 
 
 def last_line(text: str) -> str:
-    """What a command said at the end: its error."""
+    """Return the last line of `text`, a command's error; "it says nothing" where there is none."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else "it says nothing"

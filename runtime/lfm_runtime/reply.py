@@ -25,11 +25,11 @@ class Reply:
 
     @property
     def finished(self) -> bool:
-        """No token is wanted any more."""
+        """Whether the answer is over, so that no more tokens are to be generated."""
         return bool(self.report.finish_reason)
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """Take a generated token; return the text that has become certain with it."""
         known = time.perf_counter()
         self.first_token = self.first_token or known
         report = self.report

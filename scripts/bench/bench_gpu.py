@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def make_checkpoint(size: str, folder: Path) -> Path:
-    """Random weights."""
+    """Write a checkpoint with random weights; returns its folder."""
     subprocess.run(
         [
             sys.executable,
@@ -104,7 +104,7 @@ def make_bundle(checkpoint: Path, bundle: Path, variants: list[str]) -> Path:
 
 
 def compare(checkpoint: Path, bundle: Path, variant: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All measures of one model."""
+    """Measure one model on both sides, print and return all measures."""
     shared = [
         "--device",
         options.device,
@@ -137,7 +137,7 @@ def compare(checkpoint: Path, bundle: Path, variant: str, options: argparse.Name
 
 
 class Side:
-    """A process that measures when asked."""
+    """A child process that measures when it is asked."""
 
     def __init__(self, words: list[str]) -> None:
         self._process = subprocess.Popen(
@@ -146,12 +146,12 @@ class Side:
         self.ready = self._line()
 
     def ask(self, measure: str) -> float:
-        """One sample."""
+        """Return one sample of `measure`."""
         self._say(measure)
         return float(self._line()["value"])
 
     def end(self) -> dict[str, Any]:
-        """What it has to say last."""
+        """End the process; return its last line, with the GPU memory that it used."""
         self._say("end")
         last = self._line()
         self._process.wait()
@@ -172,7 +172,7 @@ class Side:
 
 
 def answer_requests(options: argparse.Namespace) -> int:
-    """In a side's process."""
+    """Take measurements in a side's process as stdin asks for them; return the exit code."""
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.engine.gpu import gpu_memory_used
     from lfm_runtime.errors import EdgeError
@@ -199,13 +199,12 @@ def answer_requests(options: argparse.Namespace) -> int:
 
 
 def views(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels [n, 1024, 768], mask and grids of 512×512 views."""
+    """Return pixels [n, 1024, 768], mask and grids of 512×512 views."""
     pixels = np.random.default_rng(0).uniform(-1, 1, (count, SIDE * SIDE, 768)).astype(np.float32)
     return pixels, np.ones(pixels.shape[:2], np.int64), np.full((count, 2), SIDE, np.int64)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """That it takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -51,7 +51,7 @@ SPLIT_3B = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{
 
 
 def config(size: str, like: str = "lfm2.5") -> dict:
-    """config.json of a size, spelled as in a release."""
+    """Return the config.json of a size, spelled as in a release."""
     found = json.loads((SPELLINGS / like / "config.json").read_text())
     shape = SIZES[size]
     if shape:

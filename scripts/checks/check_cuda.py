@@ -177,7 +177,7 @@ class Recorder:
 
     @property
     def peak_mib(self) -> int:
-        """Allocated on the device at once, at most."""
+        """Peak of the memory allocated on the device, in MiB."""
         return int(self._library.recorder_peak_memory()) >> 20
 
     def reads(self, size: int, value: int) -> None:
@@ -196,7 +196,7 @@ class Recorder:
         return round(statistics.median(taken), 3)
 
     def during(self, work: Callable[[], Any]) -> list[str]:
-        """What happens meanwhile, a line each."""
+        """Call `work`; return what the recorder logged meanwhile, one call a line."""
         self._library.recorder_take()
         work()
         return str(self._library.recorder_take().decode()).splitlines()

@@ -102,7 +102,6 @@ class WebGpuMemory:
         self._copy = {name: session(HOME / f"copy_{name}.onnx") for name in ("float32", "int64")}
 
     def place(self, array: Any) -> Any:
-        """See Memory."""
         import numpy as np
 
         binding = self._copy[array.dtype.name].io_binding()
@@ -114,13 +113,11 @@ class WebGpuMemory:
         return value
 
     def write(self, value: Any, array: Any) -> None:
-        """See Memory."""
         import numpy as np
 
         self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))], [value])
 
     def read(self, value: Any) -> Any:
-        """See Memory."""
         binding = self._copy[value.kind].io_binding()
         binding.bind_ortvalue_input("x", value)
         binding.bind_output("y", "cpu")
@@ -129,7 +126,7 @@ class WebGpuMemory:
 
 
 def session(path: Path) -> Any:
-    """On WebGPU; a RuntimeError where that cannot be started."""
+    """Return a session on WebGPU; raises RuntimeError where the provider cannot be started."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -142,7 +139,7 @@ def session(path: Path) -> Any:
 
 
 def inside(bundle: Path) -> int:
-    """An answer about a photo, on both; prints what differed."""
+    """Compare an answer about a photo on WebGPU with the CPU's and print it; return 0 where they agree."""
     import numpy as np
     import onnxruntime as ort
     from lfm_runtime import Model

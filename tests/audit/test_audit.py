@@ -275,7 +275,7 @@ def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, chan
 
 
 def test_frequency_that_falls_and_swap(made) -> None:
-    """The verdict alone, on a machine's figures."""
+    """The verdict is judged from a machine's figures; nothing is measured."""
     from lfm_audit.verdict import judge
 
     whole = Audit.read(made)

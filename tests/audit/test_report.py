@@ -71,7 +71,7 @@ def changed(result: dict, factor: float = 1.3) -> dict:
 
 
 class Page(html.parser.HTMLParser):
-    """Text, headings, and everything that would be loaded from elsewhere."""
+    """Collects text, headings, and everything that would be loaded from elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

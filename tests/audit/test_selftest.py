@@ -151,7 +151,6 @@ def test_large_weights_are_run_apart(bundle_copy, monkeypatch) -> None:
 
 
 def test_all_checks(demo_bundle, capsys) -> None:
-    """The command, for real."""
     assert main(["selftest", str(demo_bundle), "--profile", "generic", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     outcomes = {entry["name"]: entry["outcome"] for entry in found["checks"]}
@@ -297,7 +296,7 @@ def test_refusals(demo_bundle, capsys, words, message) -> None:
 
 
 def test_as_pytest(demo_bundle) -> None:
-    """device_tests/ are the same checks."""
+    """device_tests/ run the same checks as `lfm-edge selftest`."""
     words = [
         sys.executable,
         "-m",

@@ -314,7 +314,7 @@ def test_trial_killed(demo_bundle, photo) -> None:
 
 
 def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
-    """For real: a profile is written that run takes."""
+    """`tune` writes a profile that `run` takes."""
     written = tmp_path / "mine.toml"
     words = [
         "tune",

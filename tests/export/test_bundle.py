@@ -241,7 +241,7 @@ SIZES = ("hidden", "kv_heads", "head_dim", "conv_kernel", "vocabulary", "image_t
 
 
 def write_manifest(folder: Path, **more) -> None:
-    """The smallest manifest that counts as ours."""
+    """Write the smallest manifest that counts as lfm-edge's."""
     value = {
         "schema": 1,
         "tool": {"name": "lfm-edge"},

@@ -72,7 +72,7 @@ CASES = {
 
 
 def build(case: dict, folder):
-    """(reference model, sessions by stem)"""
+    """Return (reference model, sessions by stem)."""
     top = dict(case.get("top", {}))
     if "projector_use_layernorm" in top and not reference.TRANSFORMERS_5:
         top.pop("projector_use_layernorm")
@@ -157,7 +157,7 @@ def test_logits_and_cached_decoding(pair) -> None:
 
 
 def test_demo_model_parity(demo_bundle) -> None:
-    """The trained demo model: features and logits of image prompts."""
+    """The trained demo model gives the features and logits that transformers gives."""
     model = reference.demo_model()
     vision, embed, decoder = (
         ort.InferenceSession(demo_bundle / "onnx" / f"{s}.onnx")

@@ -122,7 +122,7 @@ def change_json(folder: Path, rng: random.Random) -> str:
 
 
 def move_key(folder: Path, rng: random.Random) -> str:
-    """To where another release has it."""
+    """Move one key to where another release has it; returns what was done."""
     files = {name: json.loads((folder / name).read_text()) for name in JSON_FILES}
     config, generation = files["config.json"], files["generation_config.json"]
     text = config["text_config"]
@@ -230,7 +230,7 @@ _seen: dict[str, object] = {}
 
 
 def once(folder: Path, names: list[str], make):
-    """The same files give the same: computed once."""
+    """Return `make(folder)` or the exception that it raised, computed once for the same files."""
     digest = hashlib.sha256(repr(make.__name__).encode())
     for name in names:
         if (folder / name).exists():
@@ -351,7 +351,7 @@ def reference_views(planned):
 
 
 def judge(seed: int, like: str, work: Path) -> tuple[str, str | None]:
-    """(what was changed and what export said, what is wrong)."""
+    """Return (what was changed and what export said, what is wrong or None)."""
     rng = random.Random(seed)
     folder = Path(shutil.copytree(base(like), work / f"{seed}"))
     what = mutate(folder, rng)

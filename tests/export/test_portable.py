@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory) -> Path:
-    """Of the demo model."""
+    """The demo checkpoint, exported as portable graphs."""
     bundle = tmp_path_factory.mktemp("portable") / "bundle"
     export(reference.DEMO, bundle, portable=True)
     return bundle
@@ -146,7 +146,7 @@ def test_the_demo_model_answers_the_same(portable, demo_bundle, photo) -> None:
 
 
 def test_model_card_snippet(portable) -> None:
-    """As for the built graphs."""
+    """The model card's snippet runs with portable graphs as it does with the built ones."""
     sys.path.insert(0, str(ROOT / "tests" / "runtime"))
     from test_model import test_model_card_snippet as snippet
 
@@ -217,7 +217,7 @@ def test_openvino_answers_the_same(portable, demo_bundle) -> None:
 
 
 def test_onnx_reference_evaluator(tmp_path) -> None:
-    """onnx's own definition of every operator, on a tiny case."""
+    """onnx's own definition of every operator gives transformers' values in a tiny case."""
     from onnx.reference import ReferenceEvaluator
 
     model = reference.tiny_model()
@@ -246,7 +246,7 @@ def test_onnx_reference_evaluator(tmp_path) -> None:
 
 
 def test_an_adapter_is_merged(tmp_path) -> None:
-    """As into built graphs."""
+    """Portable graphs of an adapted checkpoint give the same logits as built ones."""
     peft = pytest.importorskip("peft")
     model = reference.tiny_model()
     reference.save_tiny(model, tmp_path / "checkpoint")

@@ -97,7 +97,7 @@ def template(request) -> str:
 
 
 class FixedDate(datetime):
-    """`datetime` for transformers, whose clock stands."""
+    """A `datetime` with a fixed now(), for transformers."""
 
     stands = datetime(2026, 1, 1)
 
@@ -107,7 +107,7 @@ class FixedDate(datetime):
 
 
 def by_transformers(template: str, chat: Conversation, *, generation: bool) -> str | None:
-    """What apply_chat_template gives; None for an error."""
+    """Return what apply_chat_template renders; None where it raises."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     clock = utils.datetime
     utils.datetime, FixedDate.stands = FixedDate, chat.now or FixedDate.stands

@@ -114,7 +114,7 @@ def test_a_head_that_is_a_copy_of_the_table_is_shared(tmp_path) -> None:
 @pytest.mark.parametrize("said", [MISSING, True, False, None], ids=str)
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_projector_layernorm_is_applied_where_there_is_one(tmp_path, norm, said, caplog) -> None:
-    """transformers 4.57 saves LFM2.5-VL's fine-tunes with one, under projector_use_layernorm false."""
+    """transformers 4.57 saves a LayerNorm with LFM2.5-VL's fine-tunes, but projector_use_layernorm false."""
     model = reference.tiny_model(**({"projector_use_layernorm": norm} if reference.TRANSFORMERS_5 else {}))
     projector = model.model.multi_modal_projector
     folder = reference.save_tiny(model, tmp_path / "c")
@@ -181,7 +181,7 @@ def cut_layers(folder: Path) -> None:
 
 
 def as_shards(folder: Path) -> None:
-    """One tensor in two files."""
+    """Split the checkpoint into two files, both of which hold one tensor."""
     found = load_file(folder / "model.safetensors")
     for i in (1, 2):
         save_file({Q: found[Q]} if i == 2 else found, folder / f"model-0000{i}-of-00002.safetensors")
@@ -517,7 +517,7 @@ def test_adapter_values_of_another_kind(tiny, tmp_path) -> None:
 
 
 def test_what_peft_writes_today_is_merged(tiny, tmp_path) -> None:
-    """All of LoraConfig's keys, as the installed peft writes them."""
+    """adapter_config.json has all of LoraConfig's keys, as the installed peft writes them."""
     peft = pytest.importorskip("peft")
     adapter = plain_adapter(tmp_path / "a", [Q.removesuffix(".weight")])
     config = {
@@ -537,7 +537,7 @@ def test_adapters_that_hold_nothing(tiny, tmp_path) -> None:
 
 
 def test_an_adapter_of_the_text_model_alone(tiny, tmp_path) -> None:
-    """Trained on Lfm2ForCausalLM: `model.layers.…` are the language model's."""
+    """An adapter of Lfm2ForCausalLM names the language model's modules `model.layers.…`."""
     whole = plain_adapter(tmp_path / "whole", ["model.language_model.layers.1.self_attn.q_proj"])
     text = plain_adapter(tmp_path / "text", ["model.layers.1.self_attn.q_proj"])
     place = "text.layers.1.self_attn.q_proj.weight"
@@ -648,7 +648,7 @@ def test_impossible_sampling_is_named(raw) -> None:
 
 
 def reference_settings(folder: Path) -> ImageSettings:
-    """What transformers' own processor of this family comes to."""
+    """Return the settings that transformers' own processor reads from a folder."""
     found = reference.image_processor_class().from_pretrained(folder)
     return ImageSettings(
         found.min_image_tokens,
@@ -793,7 +793,7 @@ def test_the_ids_are_the_releases(release) -> None:
 
 
 def test_the_commands_on_a_release(release, tmp_path, photo, capsys) -> None:
-    """README's path: quantize, prepare, run, verify."""
+    """The README's commands run on a release: quantize, prepare, run, verify."""
     pytest.importorskip("onnx")
     _, _, bundle = release
     folder = Path(shutil.copytree(bundle, tmp_path / "b"))

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "package" / "examples"
 
 @pytest.fixture
 def unit(tmp_path) -> Path:
-    """The service for cat.jpg, with a program that is there."""
+    """The systemd unit for cat.jpg, its program replaced by `true`."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze here")
     text = (EXAMPLES / "lfm-edge@.service").read_text()

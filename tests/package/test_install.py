@@ -33,7 +33,7 @@ def install(stick: Path, prefix: Path, *words: str, **environment: str) -> subpr
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> str:
-    """What it said at the end, in one line."""
+    """Return the error of an install.sh that exited with code 2: its last line."""
     assert done.returncode == 2, done.stderr
     said = done.stderr.strip().splitlines()[-1]
     assert said.startswith("install.sh: ")
@@ -144,7 +144,7 @@ def test_another_machine(stick, tmp_path, settings, said) -> None:
 
 
 def fake(folder: Path, **programs: str) -> str:
-    """A PATH where some programs say something else."""
+    """Return a PATH where some programs are replaced by shell scripts."""
     folder.mkdir()
     for name, script in programs.items():
         (folder / name.replace("_", ".")).write_text(f"#!/bin/sh\n{script}\n")

@@ -20,7 +20,7 @@ from lfm_runtime.formats.onnx_file import external_files
 
 
 def rehashed(bundle: Path, name: str) -> None:
-    """As somebody would who tampers with the manifest as well."""
+    """Write the file's hash into the manifest, as somebody would who tampers with both."""
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"][name] = {"bytes": (bundle / name).stat().st_size, "sha256": file_hash(bundle / name)}

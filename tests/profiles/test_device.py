@@ -66,7 +66,7 @@ def test_facts_of_a_pc(tmp_path) -> None:
 
 
 def test_cores_of_two_kinds(tmp_path) -> None:
-    """Fast ones first, one processor of each core."""
+    """Fast cores come first, with one processor of each core."""
     files = pi("4", "x", A53, 1000, V8, 900)
     for i in (2, 3):
         files[f"sys/devices/system/cpu/cpu{i}/cpufreq/cpuinfo_max_freq"] = "2000000\n"
@@ -210,7 +210,7 @@ def test_nothing_can_be_read(tmp_path) -> None:
 
 
 def test_unreadable_files(tmp_path, monkeypatch) -> None:
-    """As under seccomp or in a locked-down container."""
+    """No file can be read, as under seccomp or in a locked-down container."""
     write(tmp_path, DEVICES["pi5-4gb"][0])
 
     def refuse(*_, **__):
@@ -230,7 +230,7 @@ def test_32_bit_userland(tmp_path) -> None:
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_this_machine(capsys) -> None:
-    """Against psutil and the operating system."""
+    """What is detected agrees with psutil and the operating system."""
     found = detect()
     assert abs(found.ram_total_mib - psutil.virtual_memory().total / 2**20) < 2
     assert found.machine == platform.machine()

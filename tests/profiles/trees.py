@@ -14,7 +14,7 @@ X86 = "fpu sse sse2 ssse3 fma sse4_1 sse4_2 avx f16c avx2 bmi2"
 def arm(
     model: str, compatible: str, part: str, count: int, mhz: int, features: str, ram_mib: int, **more: str
 ) -> dict[str, str]:
-    """A board with a device tree, all cores alike."""
+    """Return the files of a board that has a device tree and cores of one kind."""
     block = "processor\t: {}\nBogoMIPS\t: 108.00\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: {}\nCPU revision\t: 1\n"
     files = {
         "proc/device-tree/model": model + "\0",

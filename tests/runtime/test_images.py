@@ -335,7 +335,7 @@ def test_impossible_settings(changes) -> None:
 
 
 def test_settings_from_files(tmp_path) -> None:
-    """Four places, in transformers' order; unknown keys are ignored."""
+    """Settings come from four places, in transformers' order; unknown keys are ignored."""
     assert ImageSettings.from_folder(tmp_path) == ImageSettings()
     (tmp_path / "config.json").write_text('{"max_image_tokens": 128, "use_thumbnail": false, "model_type": "lfm2-vl"}')
     assert ImageSettings.from_folder(tmp_path) == ImageSettings(max_image_tokens=128, use_thumbnail=False)
@@ -362,7 +362,7 @@ def test_settings_from_files(tmp_path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_size_from_the_header(orientation, tmp_path) -> None:
-    """What open_image gives, for every EXIF orientation, without decoding."""
+    """image_size gives what open_image does for every EXIF orientation, without decoding."""
     from lfm_runtime.images.pixels import image_size
 
     exif = Image.Exif()

@@ -586,7 +586,7 @@ def test_runtime_stays_light() -> None:
 
 
 def test_command_line_stays_light(demo_bundle, drawing) -> None:
-    """The whole command, to the end of an answer."""
+    """A whole `run`, to the end of its answer, imports no forbidden package."""
     code = f"from lfm_runtime.commands.cli import main\nassert main(['run', {str(demo_bundle)!r}, {str(drawing)!r}, '-p', 'x', '--json']) == 0"
     assert not FORBIDDEN & loaded_by(code)
 

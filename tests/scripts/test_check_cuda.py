@@ -25,7 +25,7 @@ TOP = [64 * 4, 64 * 8]  # bytes of logits and ids
 
 
 def check(bundle: Path, variant: str, *words: str) -> tuple[dict[str, Any], str, int]:
-    """What it prints, what it warns of, its exit code."""
+    """Run check_cuda.py; return (its JSON, stderr, exit code)."""
     command = [sys.executable, str(ROOT / "scripts/checks/check_cuda.py"), str(bundle), "--variant", variant, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "a package index" in done.stderr and not os.environ.get("LFM_EDGE_TEST_ALL"):

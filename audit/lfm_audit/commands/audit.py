@@ -23,7 +23,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Measure times, memory, temperature and energy of a bundle here, each start in a process of its own, and "
         "judge whether the "
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, show, write, judge."""
+    """Run the audit, print its table, write the files asked for and return the exit code."""
     import tempfile
 
     from lfm_profiles.sensors import Sensors
@@ -160,7 +160,7 @@ def _subject(setup: Setup) -> Subject:
 
 
 def _limits(given: list[str], profile: Any) -> dict[str, float]:
-    """The profile's budgets and the flags, which stand above them."""
+    """Return the limits by name: the profile's budgets, overridden by `--limit`."""
     from dataclasses import asdict
 
     from lfm_audit.verdict import LIMITS

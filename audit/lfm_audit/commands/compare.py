@@ -11,7 +11,7 @@ WORSE, INVALID = 1, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Compare two audits. Exit code 0; 1 a figure is worse by more than --fail-over, beyond noise; 3 an audit "
         "is not valid, or has too "
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read both, print what changed, judge."""
+    """Compare two audits, print what changed and return the exit code."""
     from lfm_audit.compare import changes, differences
     from lfm_audit.result import Audit
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Look at what matters on this machine, and say what to do about it. Exit code 0; 1 there is a problem."
     )
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look, and say."""
+    """Print every finding, as text or as one JSON object; return 1 where one is a problem, else 0."""
     from dataclasses import asdict
 
     from lfm_runtime.commands.console import print_json

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Make a page of audits (several are shown side by side, the first is what the others are compared with), "
         "or of what lfm-edge tune "
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, draw, write."""
+    """Write a page of the audits, or of the tuning, as .html or .md; return 0."""
     from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import write_whole
 

@@ -12,7 +12,7 @@ _WORKS = 3  # install.sh takes it for a warning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Check an installed bundle on this device. Exit code 0; 1 a check failed; 3 it works, but over a budget, "
         "or the board is throttled."
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check one thing after the other."""
+    """Run and print every check; return 0 where none fails, 3 where only checks of the machine fail, else 1."""
     from dataclasses import asdict
 
     from lfm_audit.selftest import CHECKS, Installed, selftest

@@ -12,7 +12,7 @@ from lfm_runtime.errors import SettingError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Measure which settings suit BUNDLE and images like IMAGE on this machine, and write them as a profile. "
         "What a flag sets is not "
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Search, show the front, write the profile."""
+    """Search until the time is over, print the front, write the profile and return 0."""
     from lfm_profiles import to_toml
     from lfm_profiles.sensors import Sensors
     from lfm_runtime.bundle import Bundle

@@ -25,7 +25,7 @@ def drop_from_page_cache(paths: Iterable[Path]) -> None:
 
 
 def read_into_page_cache(paths: Iterable[Path]) -> None:
-    """Read files to their end."""
+    """Read every file to its end, so that the kernel holds its pages in the page cache."""
     for path in paths:
         with path.open("rb", buffering=0) as f:
             while f.read(1 << 20):

@@ -47,11 +47,11 @@ class Power:
         return integral([at for at, _ in powers], [watt for _, watt in powers], begin, end) if len(powers) > 1 else None
 
     def mean_w(self, states: Sequence[StateSample]) -> float | None:
-        """From the first to the last."""
+        """Return the mean power in W from the first state to the last; None where nothing measured it."""
         return self.mean_w_of([states])
 
     def mean_w_of(self, stretches: Sequence[Sequence[StateSample]]) -> float | None:
-        """Of several stretches of time, each counted by its length."""
+        """Return the mean power in W over several stretches of time, weighted by length; None where not measured."""
         pairs = [
             (self.joules(states, states[0].at, states[-1].at), states[-1].at - states[0].at) for states in stretches
         ]
@@ -60,7 +60,7 @@ class Power:
         return sum(joules for joules, _ in known) / seconds if seconds > 0 else None
 
     def watts(self, states: Sequence[StateSample]) -> list[float]:
-        """Single values, for a peak."""
+        """Return single power values in W, of which the largest is the peak."""
         if self.meter:
             return [watt for at, watt in self.meter if states[0].unix_s <= at <= states[-1].unix_s]
         steps = [self.mean_w(pair) for pair in itertools.pairwise(states) if pair[1].at - pair[0].at > _SHORTEST_S]
@@ -68,7 +68,7 @@ class Power:
 
 
 def integral(times: Sequence[float], values: Sequence[float], begin: float, end: float) -> float:
-    """Of values linear between times, held constant outside of them."""
+    """Return the integral from `begin` to `end` of values linear between `times` and constant outside of them."""
     inside = [(t, v) for t, v in zip(times, values, strict=True) if begin < t < end]
     points = [(begin, float(np.interp(begin, times, values))), *inside, (end, float(np.interp(end, times, values)))]
     return sum((t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in itertools.pairwise(points))

@@ -70,11 +70,11 @@ class AnswerTimes:
 
     @property
     def total_ms(self) -> float:
-        """From the question to the last token."""
+        """Time from the question to the last token, in ms."""
         return self.ended - self.started
 
     def of(self, stage: str) -> list[float]:
-        """ms of each stretch of a stage."""
+        """Return the length in ms of each span of `stage`."""
         return [end - start for name, start, end in self.spans if name == stage]
 
     @property
@@ -87,7 +87,7 @@ class AnswerTimes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one trial came to. ms; MiB."""
+    """Results of one trial: times in ms, memory in MiB."""
 
     spawned: float  # time.perf_counter(), which is one clock for all processes of a machine
     variant: str
@@ -247,7 +247,7 @@ def _answered(model: Model, request: dict[str, Any], at: int, repeat: int, spawn
 
 
 def _soak(answer: Callable[[], None], answers: Sequence[Mapping[str, Any]], seconds: float) -> bool:
-    """Whether it became steady before the time was over."""
+    """Answer until it is steady or `seconds` are over; return whether it became steady."""
     from lfm_profiles.sensors import Sensors
 
     begun, sensors = time.perf_counter(), Sensors()

@@ -35,7 +35,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class StateSample:
-    """The machine."""
+    """Sensors and available memory of the machine at one moment."""
 
     at: float  # time.perf_counter()
     unix_s: float
@@ -45,7 +45,7 @@ class StateSample:
 
 @dataclass(frozen=True)
 class Counters:
-    """Of the machine, since it started."""
+    """Processor time and swap traffic of the machine since it started."""
 
     at: float  # time.perf_counter()
     busy_s: float  # of all processors; what a host took away included
@@ -53,7 +53,7 @@ class Counters:
 
 
 def machine_state(sensors: Sensors) -> StateSample:
-    """Now."""
+    """Return the machine's sensors and available memory now; 0 MiB where psutil cannot read it."""
     try:
         available = psutil.virtual_memory().available / MIB
     except OSError:
@@ -74,7 +74,7 @@ def sees_the_machine() -> bool:
 
 
 def counters() -> Counters:
-    """Now; nothing is busy where that cannot be seen."""
+    """Return the machine's counters now; busy_s and swapped_mib are 0 where psutil cannot read them."""
     try:
         times = psutil.cpu_times()
     except OSError:
@@ -106,7 +106,7 @@ class Watch:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def of(self, pid: int) -> None:
-        """Begin."""
+        """Start to sample process `pid` and the machine, in daemon threads."""
         self.states.append(machine_state(self.sensors))
         self.begun, self._watching = counters(), True
         for run in (self._run, *([self._ask_the_gpu] if self.gpu else [])):
@@ -115,7 +115,7 @@ class Watch:
             self._threads.append(thread)
 
     def end(self) -> None:
-        """The process has ended."""
+        """Stop the threads and take the last sample of the machine."""
         self._watching = False
         for thread in self._threads:
             thread.join()

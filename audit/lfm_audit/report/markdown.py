@@ -11,7 +11,7 @@ from lfm_audit.table import verdict_line
 
 
 def audit_markdown(audits: Sequence[Named]) -> str:
-    """Plots are for the page."""
+    """Return verdicts and tables of the audits as Markdown; plots are left to the page."""
     parts = []
     for one in audits:
         parts.append(f"**{one.name}**: {verdict_line(one.audit)} ({one.where}, {one.when})")
@@ -26,6 +26,6 @@ def audit_markdown(audits: Sequence[Named]) -> str:
 
 
 def tuning_markdown(tuning: Mapping[str, Any]) -> str:
-    """The front, and what was chosen."""
+    """Return the chosen settings and the front of a tuning as Markdown."""
     _, front, settings = tuning_tables(tuning)
     return f"### Tuned for {tuning['objective']}\n\n{settings.markdown()}\n\n### The front\n\n{front.markdown()}\n"

@@ -94,7 +94,7 @@ def _notes(audit: Audit) -> Iterator[str]:
 
 
 def tuning_page(tuning: Mapping[str, Any]) -> str:
-    """All points measured, and the front."""
+    """Return a tuning as an HTML page: the chosen settings, all points measured, the front."""
     chosen, front, settings = tuning_tables(tuning)
     measured = [p for p in tuning["points"] if p["latency_ms"]]
     sections: list[Section] = [

@@ -160,7 +160,7 @@ def over_time(audits: Sequence[Named], series: Sequence[Series]) -> str:
 
 @_styled
 def memory(series: Sequence[Series]) -> str:
-    """Anonymous and mapped memory of one process, from its start."""
+    """Return an SVG: anonymous and mapped memory since the process started, one panel a series."""
     figure, axes = _panels(len(series), 1.6)
     top = max((m.anonymous_mib + m.mapped_mib for one in series for m in one.result.memory.timeline), default=1.0)
     for axis, one in zip(axes, series, strict=True):
@@ -256,7 +256,7 @@ def quality(series: Sequence[Series]) -> str:
 
 @_styled
 def soak(audits: Sequence[Named]) -> str:
-    """Minute by minute; "" where nobody soaked."""
+    """Return an SVG: ms a token, minute by minute; "" where no audit has a soak."""
     there = [named for named in audits if named.audit.soak]
     if not there:
         return ""

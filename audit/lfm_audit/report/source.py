@@ -23,12 +23,12 @@ class Named:
 
     @property
     def when(self) -> str:
-        """Day and time, UTC."""
+        """Date and time of the audit in UTC, to the minute."""
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.audit.created_unix_s))
 
     @property
     def where(self) -> str:
-        """The machine."""
+        """Name of the machine: of its board, else its CPU, else its architecture."""
         device = self.audit.device
         return str(device.get("board") or device.get("cpu") or device.get("machine"))
 
@@ -43,7 +43,7 @@ class Series:
 
     @property
     def result(self) -> VariantResult:
-        """All about it."""
+        """What the audit measured of this variant."""
         return self.named.audit.variants[self.variant]
 
 
@@ -72,7 +72,7 @@ def all_series(audits: Sequence[Named]) -> list[Series]:
 
 
 def images_of(series: Sequence[Series]) -> list[str]:
-    """Names of all images, in their order."""
+    """Return the names of all images, each once, in order of first appearance."""
     return list(dict.fromkeys(name for one in series for name in one.result.images))
 
 

@@ -16,7 +16,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """One line; `bad` is marked."""
+    """One row of a table; it is highlighted where `bad`."""
 
     cells: Sequence[str]
     bad: bool = False
@@ -24,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`texts`: columns of words, which may be broken over lines."""
+    """A table; the columns in `texts` hold words, which may be broken over lines."""
 
     head: Sequence[str]
     rows: Sequence[Row]
@@ -34,7 +34,7 @@ class Table:
         return bool(self.rows)
 
     def markdown(self) -> str:
-        """As GitHub shows it."""
+        """Return the table in GitHub's Markdown; the cells of bad rows are bold."""
         line = [" --- " if n == 0 or n in self.texts else " ---: " for n in range(len(self.head))]
         rows = [[f"**{cell}**" if row.bad and cell else cell for cell in row.cells] for row in self.rows]
         escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [list(self.head), *rows]]
@@ -43,7 +43,7 @@ class Table:
 
 
 def headline_table(series: Sequence[Series]) -> Table:
-    """A row for each variant and image, with the spread."""
+    """Return a row for each variant and image, with medians and their spread."""
     rows = []
     for one in series:
         found = one.result
@@ -82,7 +82,7 @@ def headline_table(series: Sequence[Series]) -> Table:
 
 
 def limits_table(audits: Sequence[Named]) -> Table:
-    """Kept or broken."""
+    """Return a row for each limit of each audit, which "holds" or is "broken"."""
     rows = [
         Row(
             [
@@ -137,7 +137,7 @@ def _change(name: str, of: str, figure: str, before: Figure, after: Figure, word
 
 
 def machine_table(audits: Sequence[Named]) -> Table:
-    """What the machine did meanwhile."""
+    """Return a row for each audit: sensors, memory, power and background load while it was measured."""
     rows = []
     for named in audits:
         m = named.audit.machine
@@ -172,7 +172,7 @@ def machine_table(audits: Sequence[Named]) -> Table:
 
 
 def figures_table(series: Sequence[Series]) -> Table:
-    """Every figure with its statistics."""
+    """Return a row of statistics for each figure of each series."""
     rows = []
     for one in series:
         rows += [Row([one.label, name, *_statistics(of)]) for name, of in _figures(one.result) if of]
@@ -211,7 +211,7 @@ def _statistics(of: Figure) -> list[str]:
 
 
 def settings_table(audits: Sequence[Named]) -> Table:
-    """Machine, software, profile; a column an audit."""
+    """Return machine, software and profile, one column an audit."""
     found = [named.audit for named in audits]
     cores = [
         " + ".join(f"{c['count']} × {c['name'] or 'core'}" for c in audit.device.get("cores") or ()) for audit in found
@@ -238,7 +238,7 @@ def settings_table(audits: Sequence[Named]) -> Table:
 
 
 def tuning_tables(tuning: Mapping[str, Any]) -> tuple[Mapping[str, Any], Table, Table]:
-    """(the chosen point, the front, the chosen point's settings)."""
+    """Return (the chosen point, the front, the chosen point's settings)."""
     by_settings = {_key(p["settings"]): p for p in tuning["points"] if p["latency_ms"]}
     front = [by_settings[_key(settings)] for settings in tuning["front"]]
     chosen = by_settings[_key(tuning["chosen"])]

@@ -42,7 +42,7 @@ _HUB_FILES = (
 
 
 def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
-    """All that is not weights, as it is."""
+    """Copy the checkpoint's files other than weights, unchanged; missing ones are skipped."""
     for name in _HUB_FILES:
         if (checkpoint_folder / name).exists():
             shutil.copyfile(checkpoint_folder / name, folder / name)
@@ -174,14 +174,14 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def tensor_name(self, place: str) -> str:
-        """`text.layers.0.ffn_norm.weight` → the name in the file."""
+        """Return the name that a place such as `text.layers.0.ffn_norm.weight` has in the file."""
         if place == "head":
             return next((name for name in _HEAD if name in self.store), _HEAD[0])
         part, _, rest = place.partition(".")
         return self._prefix[part] + rest
 
     def read(self, place: str, *shape: int) -> Floats:
-        """float32 of `shape`, with the adapter merged in."""
+        """Return the tensor as float32 of `shape`, with the adapter merged in."""
         name = self.tensor_name(place)
         weight = self.store.read(name, shape)
         return self.adapter.merge(name, weight) if self.adapter else weight

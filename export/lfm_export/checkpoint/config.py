@@ -25,7 +25,7 @@ class CheckpointError(EdgeError, ValueError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP2 NaFlex encoder."""
+    """Shape of the SigLIP2 NaFlex vision encoder."""
 
     hidden: int
     layers: int
@@ -69,7 +69,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole checkpoint."""
+    """Shapes of a checkpoint's vision encoder, projector and decoder."""
 
     vision: VisionConfig
     projector: ProjectorConfig
@@ -88,12 +88,12 @@ class Section:
         self.path, self.name, self.raw = path, name, raw
 
     def inner(self, name: str) -> Section:
-        """An object inside; {} where it is missing."""
+        """Return the object `name` inside this one; an empty one where it is missing."""
         found = self.raw.get(name)
         return Section(self.path, f"{self._prefix}{name}", {} if found is None else found)
 
     def find(self, *names: str) -> tuple[str, Any]:
-        """(spelling, value); value None where none is there."""
+        """Return (spelling, value) of the first name that has a value; (the first name, None) where none has."""
         return next(((name, self.raw[name]) for name in names if self.raw.get(name) is not None), (names[0], None))
 
     def integer(self, *names: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
@@ -110,7 +110,7 @@ class Section:
         return value
 
     def number(self, *names: str, default: float) -> float:
-        """A number above 0."""
+        """Return a number above 0; `default` where it is missing, CheckpointError where it is something else."""
         name, value = self.find(*names)
         if value is None:
             return default
@@ -119,21 +119,21 @@ class Section:
         return float(value)
 
     def flag(self, *names: str) -> bool | None:
-        """True, false, or None where it is missing."""
+        """Return true or false; None where it is missing, CheckpointError where it is something else."""
         name, value = self.find(*names)
         if value is not None and not isinstance(value, bool):
             raise self.wrong(name, value, "true or false")
         return value
 
     def only(self, name: str, *known: Any) -> None:
-        """Refuse a setting whose other values are not built."""
+        """Raise CheckpointError unless the setting is missing or has one of the `known` values."""
         value = self.raw.get(name)
         if value is not None and value not in known:
             names = " or ".join(map(str, known))
             raise CheckpointError(f"{self.path}: {self._prefix}{name} {_shown(value)} cannot be exported; only {names}")
 
     def wrong(self, name: str, value: Any, wanted: str) -> CheckpointError:
-        """An error for a value of another kind."""
+        """Return the error for a value of the wrong type or range."""
         return CheckpointError(f"{self.path}: {self._prefix}{name} is {_shown(value)}; {wanted} is needed")
 
     @property
@@ -180,7 +180,7 @@ def load_config(folder: Path) -> Config:
 
 
 def quantized(folder: Path, by: str) -> CheckpointError:
-    """An error for weights that another tool has quantized."""
+    """Return the error for weights that another tool has quantized."""
     return CheckpointError(
         f"{folder}: its weights were quantized by {by}; export the original checkpoint, and quantize the bundle"
     )

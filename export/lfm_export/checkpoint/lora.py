@@ -56,7 +56,7 @@ _OFF: tuple[Any, ...] = (None, False, [], {}, "")
 
 @dataclass
 class Adapter:
-    """An adapter folder, opened."""
+    """An opened PEFT LoRA folder: its config, tensors and modules."""
 
     folder: Path
     store: TensorStore

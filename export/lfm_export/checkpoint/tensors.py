@@ -27,7 +27,7 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """File, dtype, shape and byte range of one tensor."""
 
     file: Path
     dtype: str
@@ -70,7 +70,7 @@ class TensorStore:
         return found
 
     def read(self, name: str, shape: tuple[int, ...]) -> Floats:
-        """The whole tensor as float32."""
+        """Return the whole tensor as float32; raises CheckpointError where it is missing or of another shape."""
         return np.concatenate(list(self.chunks(name, shape))).reshape(shape)
 
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[Floats]:

@@ -113,7 +113,7 @@ class _Config(OnnxConfig):  # type: ignore[misc]
 
     @property
     def values_override(self) -> None:
-        """Nothing of the checkpoint's configuration is changed."""
+        """None: Optimum changes nothing of the checkpoint's configuration."""
 
     def generate_dummy_inputs(self, framework: str = "pt", **_: Any) -> dict[str, Any]:
         """As torch tensors, or as arrays for a check in onnxruntime."""
@@ -127,11 +127,11 @@ class _Config(OnnxConfig):  # type: ignore[misc]
 
 
 class VisionEncoderConfig(_Config):
-    """Two views of different grids, one of them padded."""
+    """Vision encoder; the example is two views of different grids, one of them padded."""
 
     @property
     def inputs(self) -> Axes:
-        """Of the contract."""
+        """Input names and dynamic axes, as in lfm_runtime.formats.contract."""
         return {
             "pixel_values": {0: "views", 1: "patches"},
             "pixel_attention_mask": {0: "views", 1: "patches"},
@@ -140,7 +140,7 @@ class VisionEncoderConfig(_Config):
 
     @property
     def outputs(self) -> Axes:
-        """Of the contract."""
+        """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
         return {"image_features": {0: "image_tokens"}}
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
@@ -155,20 +155,20 @@ class VisionEncoderConfig(_Config):
 
 
 class EmbedTokensConfig(_Config):
-    """Ids in, embeddings out."""
+    """Token embeddings; the example is three sequences of five ids."""
 
     @property
     def inputs(self) -> Axes:
-        """Of the contract."""
+        """Input names and dynamic axes, as in lfm_runtime.formats.contract."""
         return {"input_ids": {0: "batch", 1: "tokens"}}
 
     @property
     def outputs(self) -> Axes:
-        """Of the contract."""
+        """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
         return {"inputs_embeds": {0: "batch", 1: "tokens"}}
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
-        """Three sequences of five tokens."""
+        """Return input_ids of three sequences of five tokens."""
         return {"input_ids": (random(3, 5).abs() * 10).long()}
 
 
@@ -186,12 +186,12 @@ class DecoderConfig(_Config):
 
     @property
     def torch_to_onnx_input_map(self) -> dict[str, str]:
-        """Back to the contract's names."""
+        """Names of the wrapper's inputs, mapped to the graph's."""
         return {part: name for name, part in self._past.items()}
 
     @property
     def inputs(self) -> Axes:
-        """Of the contract, under the wrapper's names."""
+        """Input names as the wrapper has them, with their dynamic axes."""
         axes: Axes = {"inputs_embeds": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "past_and_tokens"}}
         for name, part in self._past.items():
             axes[part] = {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past"}
@@ -199,7 +199,7 @@ class DecoderConfig(_Config):
 
     @property
     def outputs(self) -> Axes:
-        """Of the contract."""
+        """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
         axes: Axes = OrderedDict({"logits": {0: "batch"}})
         for name in past_names(self._config.text_config.layer_types):
             axes[present_name(name)] = (
@@ -208,7 +208,7 @@ class DecoderConfig(_Config):
         return axes
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
-        """The second sequence begins with two tokens of padding."""
+        """Return inputs of which the second sequence begins with two tokens of padding."""
         text, batch, past, tokens = self._config.text_config, 3, 7, 5
         mask = torch.ones(batch, past + tokens, dtype=torch.long)
         mask[1, :2] = 0
@@ -227,7 +227,7 @@ class DecoderConfig(_Config):
         }
 
     def flatten_output_collection_property(self, name: str, field: Any) -> dict[str, Any]:
-        """Lists of the example → the graph's inputs."""
+        """Return the tensors of one list of the example, by the graph's input names."""
         prefix = "past_conv." if name == "past_conv" else "past_key_values."
         names = [one for one in past_names(self._config.text_config.layer_types) if one.startswith(prefix)]
         return dict(zip(names, field, strict=True))

@@ -82,7 +82,7 @@ class EmbedTokens(nn.Module):
         self.table = model.model.language_model.embed_tokens
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """[B, S] → inputs_embeds [B, S, H]."""
+        """Return inputs_embeds [B, S, H] of input_ids [B, S]."""
         return {"inputs_embeds": self.table(input_ids)}
 
 

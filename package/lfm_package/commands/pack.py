@@ -12,7 +12,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it "
         "its SHA-256 and a "
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is packed, for `bundle` and `image` alike."""
+    """Add the arguments that `pack` and `stick` share: variants, profile, signing key."""
     parser.add_argument("--variant", required=True, choices=tuple(VARIANTS))
     parser.add_argument(
         "--prefill", choices=tuple(VARIANTS), metavar="VARIANT", help="also the variant whose decoder reads prompts"
@@ -41,7 +41,7 @@ def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def packed_variants(options: argparse.Namespace) -> list[str]:
-    """Those the flags name. Raises SettingError where two are one."""
+    """Return the variants to pack; raises SettingError where --prefill names the same as --variant."""
     from lfm_runtime.errors import SettingError
 
     if options.prefill == options.variant:
@@ -61,7 +61,7 @@ def packed_profile(options: argparse.Namespace) -> Profile | None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Pack, and say what was written."""
+    """Pack the bundle, print each file written with its size and return 0."""
     from lfm_runtime.errors import SettingError
 
     from lfm_package.pack import Extras, pack

@@ -10,7 +10,7 @@ from lfm_package.commands.wheelhouse import add_target_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Write a stick: wheels for a board, one variant of a bundle, a profile, install.sh. On the board, without "
         "network or root: "
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write it, and say what to do with it."""
+    """Write the stick, print its size and the command to run on the device, and return 0."""
     from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 

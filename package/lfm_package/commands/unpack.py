@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = "Unpack what lfm-edge pack packed: all of it, every byte verified, or nothing."
     parser.add_argument(
         "archive", type=Path, metavar="NAME.tar", help="parts NAME.tar.000, NAME.tar.001 … are read as one"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Unpack and say where."""
+    """Unpack the archive, print the folder and return 0."""
     from lfm_package.unpack import unpack
 
     unpack(options.archive, options.output, signers=options.signers)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Hash every file, look for files that do not belong, for weights outside the bundle, and whether every "
         "graph loads. Exit code 0; "
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look, and say what is wrong."""
+    """Print every problem of the bundle; return 1 where there is one, else 0."""
     from lfm_package.verify import verify
 
     def show(done: int, total: int) -> None:

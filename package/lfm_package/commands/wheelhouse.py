@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Fetch what lfm-edge's runtime needs on a board, for its processor, Python and C library. There, without "
         "network: "
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which machine, for `wheelhouse` and `image` alike."""
+    """Add the arguments that `wheelhouse` and `stick` share: board and Python."""
     names = "pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64, x86_64"
     parser.add_argument("--target", required=True, metavar="NAME", help=f"the board: {names}")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fetch, and say how large it is."""
+    """Fetch the wheels, print each with its size and return 0."""
     from lfm_package.targets import Platform
     from lfm_package.wheelhouse import wheelhouse
 

@@ -10,14 +10,14 @@ from lfm_runtime.errors import PromptError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = "Talk about images: one question a line; an empty line or Ctrl-D ends."
     add_model_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Talk until the input ends."""
+    """Answer questions until the input ends; return 0 on a terminal, else the last question's exit code."""
     from lfm_runtime.conversation import Session
 
     model = load_model(options)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _ask() -> str:
-    """The next line; the prompt sign only for a person."""
+    """Return the next line of input; show a prompt sign only on a terminal."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()

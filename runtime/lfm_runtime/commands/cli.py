@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, with the option that was meant."""
+    """An argument parser whose errors are one line, with the option that was meant."""
 
     def without_dashes(self, words: list[str]) -> list[str]:
         """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
 
     def error(self, message: str) -> NoReturn:
-        """Exit code 2."""
+        """Print the error in one line and exit with code 2."""
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
         meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
         hint = f"did you mean {meant[0]}? " if meant else ""
@@ -121,7 +121,7 @@ def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The user's parameters, under the same names everywhere."""
+    """Add the arguments of a command that answers: bundle, images, profile, settings, generation."""
     parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
     parser.add_argument(
@@ -156,7 +156,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a profile sets too; a flag overrides it."""
+    """Add a flag for each setting that a profile has; the flag overrides the profile."""
     model = parser.add_argument_group("model (defaults: the profile's)")
     model.add_argument("--variant", choices=tuple(VARIANTS), help="of the weights")
     model.add_argument("--threads", type=int, metavar="N", help="of each operator")
@@ -240,7 +240,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags."""
+    """Return the settings that were given as flags, by name."""
     return {name: value for name in (*_MODEL_FLAGS, *_IMAGE_FLAGS) if (value := getattr(options, name)) is not None}
 
 
@@ -255,7 +255,7 @@ def check_images(options: argparse.Namespace) -> None:
 
 
 def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Generation settings given, and the image limit."""
+    """Return the generation settings and the image limit that were given as flags, by name."""
     given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
     if options.stop:
         given["stop"] = tuple(options.stop)

@@ -13,7 +13,7 @@ from lfm_runtime.formats.contract import DECODER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Optimize a variant's graphs for this processor and keep their packed weights in BUNDLE.prepared; run "
         "and chat then use them."
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prepare each graph."""
+    """Prepare each graph of the variant, print the folder and return 0."""
     from lfm_runtime.engine.prepare import PREPARED, prepare
     from lfm_runtime.engine.prepared import folder_of
     from lfm_runtime.setup.resolve import resolve

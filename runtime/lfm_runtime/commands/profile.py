@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = "Device profiles: how to run on which device."
     parser.add_argument(
         "action",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do one of them."""
+    """Do the action named; raises SettingError for an argument that has no effect on it."""
     flags = setting_flags(options)
     for name, given, where in (
         ("NAME", options.names, ("show", "validate", "plan")),
@@ -194,7 +194,7 @@ def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tu
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:
-    """What is known of a machine, for people."""
+    """Return (name, text) of each fact about a machine, "not known" where nothing tells."""
     cores = " + ".join(
         f"{core.count} × {core.name or device.cpu or 'core'}{f' {core.max_mhz} MHz' if core.max_mhz else ''}"
         for core in device.cores

@@ -10,7 +10,7 @@ from lfm_runtime.commands.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+    """Set the description of `parser` and add the command's arguments."""
     parser.description = "Answer a question about images, or a question alone."
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer once."""
+    """Answer one question, print the answer or its JSON report, and return 0."""
     model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
     answer = model.answer(
         options.images,

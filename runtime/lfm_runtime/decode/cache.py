@@ -56,11 +56,11 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """In memory."""
+        """Bytes held in memory; files on disk are not counted."""
         return sum(_nbytes(arrays) for arrays in self._kept.values())
 
     def longest(self, keys: Keys, *, longer_than: int = 0) -> Snapshot | None:
-        """The snapshot of the longest prefix of `keys` there is."""
+        """Return the snapshot of the longest kept prefix of `keys`; None where none is longer than `longer_than`."""
         lengths = {*self._lengths.values(), *(int(path.name.split("-")[1]) for path in self._files("prefix-*.npz"))}
         for length in sorted((n for n in lengths if longer_than < n <= len(keys)), reverse=True):
             if (values := self._get(self._prefix_name(keys[:length]))) is not None:
@@ -68,19 +68,19 @@ class Cache:
         return None
 
     def keep(self, keys: Keys, snapshot: Snapshot) -> None:
-        """Remember the state after `keys`."""
+        """Keep a snapshot of the state after `keys`."""
         name = self._prefix_name(keys)
         self._put(name, snapshot.values)
         if name in self._kept:
             self._lengths[name] = len(keys)
 
     def features(self, image: int) -> NDArray[np.float32] | None:
-        """Features [image tokens, H] of an image, by its key."""
+        """Return the features [image tokens, H] kept for an image's key; None where there are none."""
         found = self._get(self._name("image", str(image).encode()))
         return None if found is None else found["features"]
 
     def keep_features(self, image: int, features: NDArray[np.float32]) -> None:
-        """Remember an image's features."""
+        """Keep the features [image tokens, H] of an image under its key."""
         self._put(self._name("image", str(image).encode()), {"features": features})
 
     def _prefix_name(self, keys: Keys) -> str:

@@ -52,7 +52,7 @@ class Context:
 
     @property
     def length(self) -> int:
-        """Tokens processed."""
+        """Number of tokens processed so far."""
         return len(self.keys)
 
     def find(self, keys: Keys) -> Known:
@@ -125,7 +125,7 @@ class Context:
             self._cache.keep(self.keys, self._state.snapshot())
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state here."""
+        """Return a copy of the state after the tokens processed so far."""
         assert self._state is not None
         return self._state.snapshot()
 

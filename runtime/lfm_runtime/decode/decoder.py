@@ -13,7 +13,7 @@ from lfm_runtime.decode.states import ConcatenatedState, SharedState
 
 
 class Decoder(DecoderGraphs):
-    """See DecoderGraphs."""
+    """The graphs of a decoder, and the states that its sequences begin with."""
 
     def __init__(
         self,

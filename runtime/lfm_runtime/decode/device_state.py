@@ -37,15 +37,15 @@ class Memory(Protocol):
     """Where the tensors of a decode loop lie."""
 
     def place(self, array: NDArray[Any]) -> Value:
-        """A copy there."""
+        """Return a copy of `array` in that memory."""
         ...
 
     def write(self, value: Value, array: NDArray[Any]) -> None:
-        """Overwrite what lies there, at the same address."""
+        """Overwrite `value` with `array`, at the same address."""
         ...
 
     def read(self, value: Value) -> NDArray[Any]:
-        """A copy here."""
+        """Return a copy of `value` in this process's memory."""
         ...
 
 
@@ -56,15 +56,15 @@ class OrtMemory:
         self._device = device
 
     def place(self, array: NDArray[Any]) -> Value:
-        """See Memory."""
+        """Implement Memory.place with a new OrtValue on the device."""
         return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._device, 0)
 
     def write(self, value: Value, array: NDArray[Any]) -> None:
-        """See Memory."""
+        """Implement Memory.write with OrtValue.update_inplace."""
         value.update_inplace(np.ascontiguousarray(array))
 
     def read(self, value: Value) -> NDArray[Any]:
-        """See Memory."""
+        """Implement Memory.read with a new numpy array."""
         return np.array(value.numpy())
 
 
@@ -145,7 +145,7 @@ class DeviceLoop:
         return options
 
     def look_up(self, token: int) -> None:
-        """The token's embedding, on the device."""
+        """Write the embedding of `token` to `embeds`, on the device."""
         self.memory.write(self.token, np.array([[token]], np.int64))
         binding, options = self._look_up or (self._bound_look_up(), self.graphs.uncaptured)
         self.sessions.embed.run_with_iobinding(binding, options)
@@ -174,7 +174,7 @@ class DeviceLoop:
 
 
 class DeviceState:
-    """See state.State."""
+    """A state whose tensors stay on the device; implements state.State."""
 
     def __init__(self, loop: DeviceLoop, capacity: int, after: Snapshot | None = None) -> None:
         self._loop, self._buffers = loop, loop.take(capacity)
@@ -187,7 +187,7 @@ class DeviceState:
         self.length = after.length if after else 0
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """See state.State."""
+        """Implement State.step; the logits are copied to the host."""
         loop, memory, tokens = self._loop, self._loop.memory, embeds.shape[1]
         positions = 1 if tokens >= MANY_TOKENS or not loop.info.gives_few else tokens
         logits = (
@@ -210,7 +210,7 @@ class DeviceState:
         return last
 
     def step_token(self, token: int) -> NDArray[np.float32] | Top:
-        """See state.State."""
+        """Implement State.step_token; returns Top where the decoder has outputs for it."""
         loop, buffers = self._loop, self._buffers
         if loop.is_fixed and self._mask_for != self.length + 1:
             loop.memory.write(
@@ -232,20 +232,20 @@ class DeviceState:
         return row
 
     def mark(self) -> Mark:
-        """See state.State."""
+        """Implement State.mark; the convolution states are copied to the host."""
         return Mark(self.length, self._read())
 
     def rewind(self, mark: Mark) -> None:
-        """See state.State."""
+        """Implement State.rewind; the mark's convolution states are copied to the device."""
         self._write(mark.convs)
         self.length, self._mask_for = mark.length, -1
 
     def snapshot(self) -> Snapshot:
-        """See state.State."""
+        """Implement State.snapshot; all states are copied to the host."""
         return Snapshot(self.length, self._read(attention=True))
 
     def _read(self, *, attention: bool = False) -> dict[str, NDArray[Any]]:
-        """What the convolutions hold now, and attention, by input."""
+        """Return the convolution states, and attention's if asked for, by input name."""
         found = {}
         for state in self._loop.info.states:
             if state.is_conv:

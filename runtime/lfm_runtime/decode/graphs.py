@@ -27,7 +27,7 @@ class DecoderSessions:
 
 
 class DecoderGraphs:
-    """What every state of one decoder works with."""
+    """The sessions and run options that all states of one decoder share."""
 
     def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False) -> None:
         """`path`: of the decoder's graph; `shrink`: after a step of many tokens its memory goes back to the operating
@@ -44,7 +44,7 @@ class DecoderGraphs:
             self.many_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def load(self) -> DecoderSessions:
-        """The graphs, loaded now if they are not."""
+        """Return the sessions, which are loaded now if they are not."""
         if self._sessions is None:
             self._sessions = self._load()
             self._info = DecoderInfo.of(self._sessions.decoder, self.path)
@@ -52,23 +52,23 @@ class DecoderGraphs:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether they are in memory."""
+        """Whether the sessions are in memory."""
         return self._sessions is not None
 
     @property
     def info(self) -> DecoderInfo:
-        """What the decoder is; loads it the first time."""
+        """Shapes and abilities of the decoder, which is loaded the first time."""
         if self._info is None:
             self.load()
         assert self._info is not None
         return self._info
 
     def release(self) -> None:
-        """Give back the graphs' memory."""
+        """Drop the sessions, which gives back their memory; the next use loads them again."""
         self._sessions = None
 
     def embed(self, ids: Sequence[int]) -> Embeds:
-        """Embeddings [1, tokens, H]."""
+        """Return the embeddings float32 [1, tokens, H] of `ids`."""
         (embeds,) = self.load().embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured)
         return np.asarray(embeds, np.float32)
 

@@ -19,7 +19,7 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """One decoder."""
+    """Shapes and abilities of one decoder, as its graph shows them."""
 
     states: tuple[StateInput, ...]
     vocabulary: int

@@ -50,7 +50,7 @@ class GenerationSettings:
     speculate: int = 0  # speculative tokens a step, from prompt lookup; 0 off
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
+        """Raise SettingError for a value outside its range."""
         for name, ok, allowed in (
             ("temperature", 0 <= self.temperature < 1e6, "0 (greedy) or above"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),

@@ -76,7 +76,7 @@ class PromptLookup:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """One more token, of the prompt or said."""
+        """Add one token of the prompt or of the answer."""
         for length in _LENGTHS:
             if len(self._tokens) >= length:
                 self._after[tuple(self._tokens[-length:])] = len(self._tokens)

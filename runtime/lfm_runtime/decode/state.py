@@ -36,12 +36,12 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays."""
+        """Bytes of all arrays together."""
         return sum(array.nbytes for array in self.values.values())
 
 
 class State(Protocol):
-    """Everything remembered of the tokens so far."""
+    """What a decoder remembers of the tokens processed so far."""
 
     length: int
     capacity: int
@@ -63,7 +63,7 @@ class State(Protocol):
         ...
 
     def snapshot(self) -> Snapshot:
-        """A copy that can start other states."""
+        """Return a copy that can start other states."""
         ...
 
 
@@ -77,5 +77,5 @@ class StateInput:
 
     @property
     def is_conv(self) -> bool:
-        """Of a convolution, or else of an attention layer."""
+        """Whether the state is a convolution's; else it is an attention layer's."""
         return self.name.startswith("past_conv.")

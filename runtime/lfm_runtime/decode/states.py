@@ -53,12 +53,12 @@ class SharedState:
                 (target if array.shape == target.shape else target[:, :, : after.length])[...] = array
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """See State."""
+        """Implement State.step; the logits are a view that the next step overwrites."""
         logits: NDArray[np.float32] = self._run(embeds, windows=False)[-1]
         return logits
 
     def step_token(self, token: int) -> NDArray[np.float32]:
-        """See State."""
+        """Implement State.step_token; returns all logits, as `step` does."""
         return self.step(self._graphs.embed([token]))
 
     def step_all(self, embeds: Embeds) -> NDArray[np.float32]:
@@ -76,7 +76,7 @@ class SharedState:
         self.length += tokens - fed
 
     def _run(self, embeds: Embeds, *, windows: bool) -> NDArray[np.float32]:
-        """Logits [positions, vocabulary]."""
+        """Run one step; return the logits [positions, vocabulary]."""
         sessions, tokens = self._graphs.load(), embeds.shape[1]
         many = tokens >= MANY_TOKENS
         # Guesses are checked by the graph that would have said them.
@@ -96,20 +96,20 @@ class SharedState:
         return logits
 
     def mark(self) -> Mark:
-        """See State."""
+        """Implement State.mark; the convolution states are copied."""
         return Mark(
             self.length,
             {s.name: self._buffers[s.name][self._turn].copy() for s in self._graphs.info.states if s.is_conv},
         )
 
     def rewind(self, mark: Mark) -> None:
-        """See State."""
+        """Implement State.rewind; keys and values beyond the mark are not cleared, but no longer read."""
         self.length = mark.length
         for name, array in mark.convs.items():
             self._buffers[name][self._turn][...] = array
 
     def snapshot(self) -> Snapshot:
-        """See State."""
+        """Implement State.snapshot; every array is a copy."""
         attention = {
             s.name: self._buffers[s.name][0][:, :, : self.length].copy()
             for s in self._graphs.info.states
@@ -118,7 +118,7 @@ class SharedState:
         return Snapshot(self.length, {**attention, **self.mark().convs})
 
     def unbind(self) -> None:
-        """Let go of the sessions; the next step binds anew."""
+        """Drop the bindings, which hold the sessions; the next step binds anew."""
         self._bindings.clear()
 
     def _binding(self, session: ort.InferenceSession, positions: int, windows: bool) -> list[ort.IOBinding]:
@@ -159,7 +159,7 @@ class BatchState:
         self._bindings: list[ort.IOBinding] = []
 
     def put(self, row: int, snapshot: Snapshot) -> None:
-        """Continue a sequence here."""
+        """Write a snapshot into `row`, where its sequence continues."""
         self.lengths[row] = snapshot.length
         for name, array in snapshot.values.items():
             buffers = self._buffers[name]
@@ -167,7 +167,7 @@ class BatchState:
             (target if len(buffers) == 2 else target[:, : snapshot.length])[...] = array[0]
 
     def leave(self, row: int) -> None:
-        """Nobody is there any more."""
+        """Mark `row` as free; its buffers are not cleared."""
         self.lengths[row] = 0
 
     def moved(self, rows: int, capacity: int) -> BatchState:
@@ -222,7 +222,7 @@ def _bind(
 
 
 class ConcatenatedState:
-    """Past in, present out, through plain session runs."""
+    """A state that each session run takes as past and replaces by its present outputs."""
 
     def __init__(self, graphs: DecoderGraphs, capacity: int, after: Snapshot | None = None) -> None:
         self.length, self.capacity = (after.length if after else 0), capacity
@@ -232,7 +232,7 @@ class ConcatenatedState:
         self._outputs = ["logits", *(present_name(s.name) for s in graphs.info.states)]
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """See State."""
+        """Implement State.step; the logits stay valid after the next step."""
         new = embeds.shape[1]
         feeds: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeds.astype(self._graphs.info.embeds_type, copy=False),
@@ -247,19 +247,19 @@ class ConcatenatedState:
         return np.asarray(logits[0, -1], np.float32)
 
     def step_token(self, token: int) -> NDArray[np.float32]:
-        """See State."""
+        """Implement State.step_token; returns all logits, as `step` does."""
         return self.step(self._graphs.embed([token]))
 
     def mark(self) -> Mark:
-        """See State."""
+        """Implement State.mark; nothing is copied, since no step writes into these arrays."""
         return Mark(self.length, {s.name: self._past[s.name] for s in self._graphs.info.states if s.is_conv})
 
     def rewind(self, mark: Mark) -> None:
-        """See State."""
+        """Implement State.rewind; attention's past is cut to the mark's length."""
         attention = {s.name: self._past[s.name][:, :, : mark.length] for s in self._graphs.info.states if not s.is_conv}
         self._past |= {**attention, **mark.convs}
         self.length = mark.length
 
     def snapshot(self) -> Snapshot:
-        """See State."""
+        """Implement State.snapshot; nothing is copied."""
         return Snapshot(self.length, dict(self._past))  # each step makes new arrays: nobody writes into these

@@ -24,7 +24,7 @@ _FATAL_SEVERITY = 4  # errors are raised as well, and said once
 
 @dataclass(frozen=True)
 class Execution:
-    """How a graph is run."""
+    """How sessions are made and run: threads, memory, providers."""
 
     threads: int  # of each operator
     affinity: tuple[int, ...] = ()  # processors, one for each thread; empty: wherever the system puts them
@@ -104,7 +104,7 @@ class Execution:
         )
 
     def options(self) -> ort.SessionOptions:
-        """For a session."""
+        """Return the SessionOptions that a session of this execution is made with."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -153,5 +153,5 @@ class Execution:
 
 @functools.cache
 def _say_not_pinned(processor: int, why: str) -> None:
-    """Once a process."""
+    """Warn that the thread cannot be pinned, once a process for the same reason."""
     _log.warning("lfm-edge: affinity: this process may not move to processor %d: %s", processor, why)

@@ -41,7 +41,7 @@ def reason(e: BaseException | None) -> str:
 
 
 def is_onnxruntimes(e: Exception) -> bool:
-    """Whether onnxruntime raised it."""
+    """Whether the exception was raised by onnxruntime."""
     return isinstance(e, _FAILURES) or (
         type(e) is RuntimeError and ("onnxruntime" in str(e) or str(e).startswith("Error in execution"))
     )

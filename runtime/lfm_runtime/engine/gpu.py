@@ -150,7 +150,7 @@ def is_of_a_gpu(message: str) -> bool:
 
 
 def full(graphs: Iterable[Path], message: str) -> GpuError:
-    """The error for it, with the sizes."""
+    """Return the error for a full GPU, with what was wanted, what is free and what weights take."""
     memory, wanted = gpu_memory(), re.search(r"requested buffer of size (\d+)", message)
     more = f" when {int(wanted[1]) // MIB + 1} MiB more were wanted" if wanted else ""
     free = f"{memory[0]} of {memory[1]} MiB are free now, " if memory else ""

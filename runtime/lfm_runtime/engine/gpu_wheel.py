@@ -142,12 +142,12 @@ def _entries(data: mmap.mmap, at: int) -> list[str]:
 
 
 def compute_capability(device: Device) -> int | None:
-    """87 is 8.7; None where nothing tells."""
+    """Return the GPU's compute capability times ten, 87 for 8.7; None where nothing tells."""
     return _OF_SOC[device.soc] if device.soc in _OF_SOC else _asked_capability(gpu_in_use())
 
 
 def gpu_in_use() -> str:
-    """As nvidia-smi's -i takes it: the first that CUDA_VISIBLE_DEVICES names."""
+    """Return the first GPU that CUDA_VISIBLE_DEVICES names, else "0", as nvidia-smi's -i takes it."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
 
 

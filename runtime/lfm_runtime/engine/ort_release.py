@@ -1,4 +1,4 @@
-"""Which onnxruntime this is, where releases differ."""
+"""Tells which onnxruntime this is, where releases differ."""
 
 from __future__ import annotations
 

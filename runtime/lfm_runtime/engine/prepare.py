@@ -62,7 +62,7 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
 
 
 def space_needed(source: Path) -> int:
-    """Bytes that the prepared form of a graph may take."""
+    """Return how many bytes the prepared form of a graph may take."""
     weights = source.with_name(f"{source.name}_data")
     return int((weights.stat().st_size if weights.exists() else 0) * _GROWTH)
 
@@ -73,7 +73,7 @@ def _check_ours(place: Path) -> None:
 
 
 def _example(graph: Graph, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
-    """Small inputs of the right kind."""
+    """Return small inputs of the graph's names, types and ranks, for one run."""
     rng = np.random.default_rng(0)
     if graph is VISION_ENCODER:
         mask_type = next(i.type for i in session.get_inputs() if i.name == "pixel_attention_mask")

@@ -32,7 +32,7 @@ class Found:
 
 
 def folder_of(bundle: Path) -> Path:
-    """Everything prepared for this machine."""
+    """Return the folder for graphs prepared by this onnxruntime for this processor."""
     bundle = bundle.resolve()
     key = hashlib.sha256(" ".join(cpu_features()).encode()).hexdigest()[:12]
     return bundle.with_name(f"{bundle.name}.prepared") / f"onnxruntime-{ort.__version__}-{key}"

@@ -111,7 +111,7 @@ def present_name(past: str) -> str:
 
 
 def graph_file(stem: str, variant: str) -> str:
-    """Where a graph of a variant lies in a bundle."""
+    """Return the path of a variant's graph, relative to the bundle."""
     return f"onnx/{stem}{VARIANTS[variant].suffix}.onnx"
 
 

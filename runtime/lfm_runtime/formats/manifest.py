@@ -29,14 +29,14 @@ TOOL = "lfm-edge"
 
 @dataclass(frozen=True)
 class File:
-    """A file of the bundle."""
+    """Size and SHA-256 of a file of the bundle."""
 
     bytes: int
     sha256: str  # hex
 
     @staticmethod
     def of(path: Path) -> File:
-        """Read whole."""
+        """Return size and SHA-256 of the file at `path`, which is read whole."""
         return File(path.stat().st_size, file_hash(path))
 
 
@@ -150,26 +150,26 @@ class Manifest:
                 raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
 
     def to_text(self) -> str:
-        """As it is written."""
+        """Return the text of manifest.json."""
         return to_json(as_json(self), indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Into a folder that nobody else reads yet."""
+        """Write manifest.json into a folder that nobody else reads yet; the write is not atomic."""
         (folder / MANIFEST).write_text(self.to_text(), encoding="utf-8")
 
     @property
     def is_ours(self) -> bool:
-        """Whether lfm-edge wrote it."""
+        """Whether the manifest names lfm-edge as its writer."""
         return self.tool.get("name") == TOOL
 
     def weights_bytes(self, graph: str) -> int:
-        """Of all files of weights that a graph reads from."""
+        """Return the bytes of all files of weights that a graph reads from."""
         return sum(self.files[name].bytes for name in self.graphs[graph].data)
 
     # ----------------------------------------------------------------------------------------- a changed manifest
 
     def only(self, variants: Sequence[str]) -> Manifest:
-        """Of these variants alone, the first of them first."""
+        """Return the manifest reduced to these variants, in this order."""
         graphs = {name for variant in variants for name in self.variants[variant].values()}
         weights = {name for graph in graphs for name in self.graphs[graph].data}
         kept = graphs | weights | {recipe_file(variant) for variant in variants}
@@ -190,7 +190,7 @@ class Manifest:
         )
 
     def with_files(self, files: Mapping[str, File]) -> Manifest:
-        """With more files, or other content of them."""
+        """Return the manifest with these files added or replaced."""
         return replace(self, files={**self.files, **files})
 
     def with_variant(
@@ -240,7 +240,7 @@ def recipe_file(variant: str) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256, hex."""
+    """Return the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -249,5 +249,5 @@ def file_hash(path: Path) -> str:
 
 
 def hashed(folder: Path, names: Iterable[str]) -> dict[str, File]:
-    """These files of a folder, read whole."""
+    """Return size and SHA-256 of these files of a folder, which are read whole."""
     return {name: File.of(folder / name) for name in names}

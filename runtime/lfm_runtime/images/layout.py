@@ -68,7 +68,7 @@ class ImageSettings:
 
     @property
     def cell(self) -> int:
-        """Pixels a side that one image token covers."""
+        """Side in pixels of the square that one image token covers."""
         return self.encoder_patch_size * self.downsample_factor
 
     @staticmethod
@@ -189,12 +189,12 @@ class ImageLayout:
 
     @property
     def tiled(self) -> bool:
-        """Cut into more than one tile."""
+        """Whether the image is cut into more than one tile."""
         return self.rows * self.columns > 1
 
     @property
     def thumbnail(self) -> View | None:
-        """The whole image beside its tiles."""
+        """View of the whole image beside its tiles; None where there is none."""
         return self.views[-1] if len(self.views) > self.rows * self.columns else None
 
     @property

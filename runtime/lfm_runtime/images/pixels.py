@@ -106,7 +106,7 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
 
 
 def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
-    """`grey`: see grey_levels."""
+    """Return the image as 8-bit RGB, transparency over white; `grey` is what grey_levels returned."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":

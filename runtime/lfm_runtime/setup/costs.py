@@ -33,11 +33,11 @@ class Costs:
     valid: bool  # whether the audit was
 
     def vision_ms(self, patches: int) -> float:
-        """Of one view."""
+        """Return the time to encode one view of so many patches, in ms."""
         return _along(self.vision, patches)
 
     def prefill_ms(self, tokens: int) -> float:
-        """Of a prompt."""
+        """Return the time to process a prompt of so many tokens, in ms."""
         return _along(self.prefill, tokens)
 
 
@@ -72,7 +72,7 @@ def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, 
 
 
 def fingerprint(bundle: Bundle, variant: str) -> str:
-    """Tells a variant's weights from others."""
+    """Return a SHA-256 that tells a variant's weights from others."""
     parts = [part for _, path in sorted(bundle.graphs(variant)[1].items()) for part in bundle.fingerprint(path)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _along(pairs: tuple[tuple[int, float], ...], at: int) -> float:
-    """Linear between what was measured; beyond it in proportion."""
+    """Return ms at `at`: interpolated linearly between the pairs, in proportion beyond them; 0 without any."""
     if not pairs or not at:
         return 0.0
     if at <= pairs[0][0]:

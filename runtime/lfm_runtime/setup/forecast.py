@@ -20,7 +20,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Resident."""
+        """Resident memory in MiB, anonymous and mapped together."""
         return self.anonymous + self.mapped
 
     def __add__(self, other: Memory) -> Memory:
@@ -35,7 +35,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One run, foreseen."""
+    """What one run is expected to take: tokens, memory, disk."""
 
     images: tuple[ImageLayout, ...]
     image_tokens: int
@@ -47,7 +47,7 @@ class Forecast:
 
     @property
     def views(self) -> int:
-        """How often the encoder runs."""
+        """Number of views that the vision encoder processes."""
         return sum(len(image.views) for image in self.images)
 
     def times_ms(self, costs: Costs, *, low_memory: bool) -> dict[str, float]:

@@ -21,12 +21,12 @@ class Machine:
 
     @property
     def usable_providers(self) -> tuple[str, ...]:
-        """Those that can compute here."""
+        """Providers of this onnxruntime that can compute on this machine."""
         return tuple(name for name in self.providers if not (name == CUDA and self.gpu_problem))
 
 
 @functools.cache
 def this_machine() -> Machine:
-    """Looked at when it is first asked for."""
+    """Return this machine, which is looked at once, at the first call."""
     device = this_device()
     return Machine(device, tuple(ort.get_available_providers()), gpu_problem(device))

@@ -34,7 +34,7 @@ _GPU_OVERHEAD_MIB = 600
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a bundle decides about memory."""
+    """Sizes of a bundle that its memory depends on."""
 
     hidden: int
     feed_forward: int
@@ -96,7 +96,7 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
 
 
 def variant_bytes(bundle: Bundle, variant: str) -> int:
-    """Of a variant's weights."""
+    """Return the bytes of a variant's weights, all graphs together."""
     return sum(_weights(bundle, path) for path in bundle.graphs(variant)[1].values())
 
 
@@ -112,7 +112,7 @@ def check_gpu_memory(bundle: Bundle, variant: str) -> None:
 
 
 def _weights(bundle: Bundle, graph: Path) -> int:
-    """Bytes of the weights that a graph reads."""
+    """Return the bytes of the weights that a graph reads."""
     name = bundle.name_of(graph)
     if bundle.manifest and name in bundle.manifest.graphs:
         with damage_is(BundleError, bundle.folder / MANIFEST, "export the bundle again"):
@@ -190,7 +190,7 @@ _END = Memory(1.0, 1.0)
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A graph in memory."""
+    """Memory of one graph: what it keeps, and what it takes while it is loaded."""
 
     kept: Memory
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
@@ -203,7 +203,7 @@ def _number(graph: Graph, path: Path) -> Number:
 
 
 def _cutting(size: Size, plan: ImageLayout, tile_size: int) -> float:
-    """MiB for opening, resizing and cutting one image."""
+    """Return the MiB for opening, resizing and cutting one image."""
     width, height = (plan.columns * tile_size, plan.rows * tile_size) if plan.tiled else plan.whole_size
     between = width * size[1]  # columns are resized first
     return 3 * (_IMAGE_COPIES * size[0] * size[1] + between + 2 * width * height) / MIB

@@ -115,7 +115,7 @@ def _check_gpu(bundle: Bundle, profile: Profile) -> None:
 
 
 def _one_large_image(images: ImageSettings) -> Ask:
-    """As much work as one image can be."""
+    """Return an Ask for one image of the most tiles that the settings allow."""
     tiles = images.max_tiles if images.do_image_splitting else 1
     return Ask(((images.tile_size * tiles, images.tile_size),) if tiles > 1 else ((images.tile_size,) * 2,))
 
@@ -124,7 +124,7 @@ def _one_large_image(images: ImageSettings) -> Ask:
 
 
 def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
-    """`first`, or what it steps down to until it fits."""
+    """Return `first`, or what it steps down to until it fits the memory."""
     start = Memory.of_this_process()
     free, whole = device.free_mib, device.usable_mib
     budget = first.profile.budget.peak_rss_mib
@@ -184,7 +184,7 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> st
 
 @functools.cache
 def _say_memory_is_unknown() -> None:
-    """Once a process."""
+    """Warn once a process that free memory is not known."""
     _log.warning(
         "lfm-edge: how much memory is free cannot be known here (/proc/meminfo); whether a run fits is not checked"
     )

@@ -82,18 +82,18 @@ class Setup:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The variant's graphs by stem."""
+        """Paths of the variant's graphs, by stem."""
         return dict(self.bundle.graphs(self.variant)[1])
 
     @property
     def summary(self) -> str:
-        """In half a line: variant, prefill decoder, threads, profile."""
+        """Variant, prefill decoder, threads and profile, in half a line."""
         prefill = f", prefill {self.prefill}" if self.prefill else ""
         low = ", one graph at a time" if self.execution.low_memory else ""
         return f"{self.variant}{prefill}{low}, {self.execution.threads} threads, profile {self.profile.name}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the setup and its forecast as plain values for JSON."""
         of = self.forecast
         foreseen: dict[str, Any] = (
             {}

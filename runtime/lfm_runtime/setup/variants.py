@@ -1,4 +1,4 @@
-"""Which variants of a bundle a profile comes to."""
+"""Chooses the variants of a bundle that a profile comes to."""
 
 from __future__ import annotations
 

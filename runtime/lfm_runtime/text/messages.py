@@ -15,7 +15,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Place(Enum):
-    """What stands in a message beside text."""
+    """A place in a message's content for something that is not text."""
 
     IMAGE = "image"
 
@@ -48,17 +48,17 @@ class Message:
 
     @staticmethod
     def user(text: str, images: int = 0) -> Message:
-        """A user's turn with so many images before the text."""
+        """Return a user's turn with places for so many images before the text."""
         return Message("user", (IMAGE,) * images + (text,) if images else text)
 
     @property
     def images(self) -> int:
-        """How many places for images it has."""
+        """Number of places for images in the content."""
         return 0 if isinstance(self.content, str) else self.content.count(IMAGE)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Its texts, in order."""
+        """All texts of the content, in order, without places for images."""
         return (
             (self.content,)
             if isinstance(self.content, str)
@@ -102,7 +102,7 @@ def mapped_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is said to the model beside the images themselves."""
+    """All that a prompt is made of, without the images themselves."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the model may call

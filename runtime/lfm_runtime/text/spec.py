@@ -46,7 +46,7 @@ class ChatFormat:
 
     @cached_property
     def parsed(self) -> Template:
-        """Raises PromptError where the template has something unknown."""
+        """The parsed template; raises PromptError where it has something unknown."""
         return Template(self.template)
 
     def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
@@ -88,7 +88,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """All of prompt.json."""
+    """Contents of prompt.json: tokenizer, chat template, image tokens."""
 
     vocabulary: Vocabulary
     chat: ChatFormat

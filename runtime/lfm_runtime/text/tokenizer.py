@@ -267,5 +267,5 @@ class TextStream:
         return self._decoder.decode(self.tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What is left; an incomplete character becomes U+FFFD."""
+        """Return the text held back; an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)

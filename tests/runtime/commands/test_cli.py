@@ -23,7 +23,7 @@ def test_help_says_what_each_command_does(capsys) -> None:
 
 
 def test_misspelt_options(capsys) -> None:
-    """One line, with what was meant."""
+    """The error is one line, with the option that was meant."""
     with pytest.raises(SystemExit) as e:
         main(["run", "bundle", "-p", "hi", "--max-imge-tokens", "64"])
     assert e.value.code == 2

@@ -142,7 +142,7 @@ def test_conversation_goes_on_after_speculation(demo_model) -> None:
 
 
 def test_context_limit(bundle_copy, demo_model) -> None:
-    """Guesses never reach beyond the context's end."""
+    """Speculative tokens never reach beyond the context's end."""
     import json
 
     manifest = json.loads((bundle_copy / "manifest.json").read_text())

@@ -104,7 +104,7 @@ CUDA_KERNELS = {
 
 
 def kinds_of(path: Path) -> dict[str, str]:
-    """Value → its type, as onnxruntime's CPU computes it."""
+    """Return the type of each value by name, as onnxruntime's CPU computes it."""
     import onnx
 
     model = onnx.load(str(path))
@@ -167,7 +167,7 @@ def test_graphs_can_be_captured(bundle, variant) -> None:
 
 
 def test_trt_takes_the_encoder_whole(bundle, photo) -> None:
-    """Standard operators, no branches; the same features, over fp16's file."""
+    """fp16-trt's encoder has standard operators, no branches, fp16's file of weights and fp16's features."""
     import onnx
 
     paths = [Bundle.open(bundle).graphs(v)[1][VISION_ENCODER.stem] for v in ("fp16", "fp16-trt")]
@@ -412,7 +412,7 @@ def test_settings_that_do_not_go_together(bundle, demo_model, machine, monkeypat
 
 
 def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
-    """It is run all the same, and that is said."""
+    """The graph is run without CUDA graphs, and the log says so."""
     path = Bundle.open(bundle).graphs("fp16")[1][DECODER.stem]
     asked = []
 
@@ -439,7 +439,7 @@ def on_cuda(bundle: Path) -> Graphs:
 
 
 class Broken(DeviceState):
-    """A step that fails while it is captured."""
+    """A state whose step fails while it is captured."""
 
     def step_token(self, token: int):
         if self._loop.is_fixed:
@@ -481,7 +481,7 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
 
 
 def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
-    """Not where a captured Concat goes wrong at replays."""
+    """Steps are captured from onnxruntime 1.30 on; before, a captured Concat goes wrong at replays."""
     machine()
     for version, wanted in (("1.23.2", False), ("1.29.0", False), ("1.30.0", True), ("1.31.1", True)):
         monkeypatch.setattr("lfm_runtime.engine.ort_release.ort.__version__", version)
@@ -489,7 +489,7 @@ def test_captured_steps_since_when(bundle, machine, monkeypatch) -> None:
 
 
 def test_memory_of_the_gpu(monkeypatch) -> None:
-    """nvidia-smi's rows; what it cannot say is nothing."""
+    """Memory is read from nvidia-smi's rows; what nvidia-smi cannot say is None."""
     said = {
         "--query-gpu=memory.free,memory.total": "7000, 8192\n",
         "--query-compute-apps=pid,used_memory": "11, 300\n12, 40\n11, 5\n13, [N/A]\n",

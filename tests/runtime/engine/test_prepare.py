@@ -154,7 +154,7 @@ def test_foreign_folder_stays(demo_bundle, tmp_path, capsys) -> None:
 
 
 def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
-    """Whatever is there afterwards is whole."""
+    """Prepared graphs are whole after one of three processes has been killed."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(['prepare', sys.argv[1]]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -68,7 +68,7 @@ class ExistingPath(type(Path())):
 
 @pytest.fixture(autouse=True)
 def start(monkeypatch) -> None:
-    """As if the process had only the libraries loaded."""
+    """Make this process seem to have only the libraries loaded."""
     monkeypatch.setattr(Memory, "of_this_process", staticmethod(lambda: START))
 
 
@@ -209,7 +209,7 @@ def test_what_a_450m_comes_to_on_boards(as_450m, tree, fits, tmp_path) -> None:
 
 
 def on(monkeypatch, board: Device) -> None:
-    """Pretend this machine to be another."""
+    """Make this machine seem to be `board`."""
     here = replace(this_machine(), device=board)
     monkeypatch.setattr("lfm_runtime.setup.resolve.this_machine", lambda: here)
     monkeypatch.setattr("lfm_runtime.setup.resolve.now", lambda found: found)

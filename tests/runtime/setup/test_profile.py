@@ -25,7 +25,7 @@ QUESTION = "What is in this image?"
 
 @pytest.fixture
 def sessions(monkeypatch) -> list[dict]:
-    """What every session is created with."""
+    """A list that gets the options of every session that is created."""
     created: list[dict] = []
     real = ort.InferenceSession
 
@@ -65,7 +65,7 @@ def sessions(monkeypatch) -> list[dict]:
     ],
 )
 def test_exact_int8_products_only_where_they_would_overflow(monkeypatch, features, wanted) -> None:
-    """The request for them slows other processors down."""
+    """Exact products are not requested elsewhere, where they would be slower."""
 
     monkeypatch.setattr("lfm_profiles.cpu.cpu_features", lambda: features)
     try:
@@ -87,7 +87,7 @@ def test_one_graph_at_a_time_without_an_arena(demo_bundle, photo) -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in CUDA])
 def test_each_shipped_profile_is_honoured(name, demo_bundle, photo, sessions) -> None:
-    """Forced: tests keep more memory than a small board has."""
+    """Models are loaded with force: tests keep more memory than a small board has."""
     profile = find_profile(name)
     model = Model.load(demo_bundle, profile=name, force=True)
     answer = model.answer([Image.open(photo).resize((900, 600))], QUESTION, temperature=0)

@@ -20,7 +20,7 @@ DEMO = Path(__file__).resolve().parents[3] / "demo" / "checkpoint" / "tokenizer.
 
 @pytest.fixture(scope="module")
 def pair():
-    """(reference, ours) for the demo tokenizer."""
+    """Return (reference, ours) for the demo tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
     from lfm_export.prompt import reference_ranges
 
@@ -97,7 +97,7 @@ def same(reference, ours, text: str) -> None:
 
 @pytest.mark.newest_python
 def test_random_strings(pair, large_pair) -> None:
-    """100,000 strings over all Unicode planes, each both ways."""
+    """100,000 strings over all Unicode planes are encoded as by the reference, and decoded back."""
     rng = random.Random(0)
     for i in range(100_000):
         same(*(pair if i % 2 else large_pair), random_text(rng))
@@ -106,7 +106,7 @@ def test_random_strings(pair, large_pair) -> None:
 @pytest.mark.slow
 @pytest.mark.newest_python
 def test_standard_library(large_pair, pair) -> None:
-    """Every source file of the standard library."""
+    """Every source file of the standard library is encoded as by the reference, and decoded back."""
     reference, ours = large_pair
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [p for p in files if "site-packages" not in p.parts]

@@ -20,7 +20,7 @@ class LFM2VLExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the flags."""
+        """Add the command's arguments to `parser`; nothing is parsed here."""
         parser.add_argument("-m", "--model", required=True, help="checkpoint folder, or a model of the hub")
         parser.add_argument("output", help="folder to write into")
 

@@ -59,7 +59,7 @@ class Parser:
         return token.value
 
     def _new_name(self) -> str:
-        """A name that a template may set."""
+        """Read a name that the template sets; raises TemplateError for anything else."""
         name: str = self._expect(kind="name")
         if name in _CONSTANTS:
             raise syntax(self._token.line, f"{name} cannot be set")

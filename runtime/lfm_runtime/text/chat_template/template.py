@@ -1,4 +1,4 @@
-"""A template parsed into statements, and run."""
+"""Parses a chat template into statements and runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Statement = Callable[[Scope, list[str]], None]
 
 
 class Template(Parser):
-    """A parsed chat template."""
+    """A parsed chat template; raises TemplateError for what is not known here."""
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
@@ -108,7 +108,7 @@ class Template(Parser):
         return step
 
     def _body_until(self, *until: str, inner: bool = False) -> Statement:
-        """`inner`: a block with names of its own."""
+        """Parse a block up to one of these tags; `inner`: it has names of its own."""
         self._expect(kind="end")
         self._depth += inner
         body = self._statements(until)

@@ -65,7 +65,7 @@ def tokenize(source: str) -> Iterator[Token]:
 
 
 def _tag(source: str, at: int, closing: re.Pattern[str], line: int) -> tuple[int, list[Token]]:
-    """The tokens of one tag, and where it ends."""
+    """Return (where a tag ends, its tokens)."""
     tokens: list[Token] = []
     open_brackets: list[str] = []
     while True:
@@ -97,5 +97,5 @@ def _tag(source: str, at: int, closing: re.Pattern[str], line: int) -> tuple[int
 
 
 def syntax(line: int, what: str) -> TemplateError:
-    """An error at a line of the template."""
+    """Return the error for a line of the template."""
     return TemplateError(f"chat template, line {line}: {what}")

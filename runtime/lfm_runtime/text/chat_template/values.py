@@ -99,7 +99,7 @@ class Namespace:
 
 
 class Loop:
-    """`loop` inside a for."""
+    """The variable `loop` inside `{% for %}`."""
 
     def __init__(self, items: Sequence[Any], at: int) -> None:
         self._items, self._at = items, at
@@ -108,7 +108,7 @@ class Loop:
         return f"<LoopContext {self._at + 1}/{len(self._items)}>"
 
     def get(self, name: str) -> Any:
-        """One of its attributes."""
+        """Return an attribute of `loop`; raises TemplateError for one that is not known."""
         at, count = self._at, len(self._items)
         known = {
             "index": at + 1,
@@ -134,7 +134,7 @@ class Scope(dict[str, Any]):
         self.outer = outer
 
     def find(self, name: str) -> Any:
-        """The value of a name."""
+        """Return the value of a name, from the innermost block that has it, else Undefined."""
         scope: Scope | None = self
         while scope is not None:
             if name in scope:
@@ -144,11 +144,11 @@ class Scope(dict[str, Any]):
 
 
 class Break(Exception):  # noqa: N818  (a signal, not an error)
-    """`{% break %}`."""
+    """Raised by `{% break %}`, caught by the loop."""
 
 
 class Continue(Exception):  # noqa: N818
-    """`{% continue %}`."""
+    """Raised by `{% continue %}`, caught by the loop."""
 
 
 @dataclass(repr=False)
@@ -334,7 +334,7 @@ def _raise_exception(message: str) -> None:
 
 
 def known_names(now: datetime) -> dict[str, Any]:
-    """What every template may call."""
+    """Return the functions that every template may call, by name."""
     return {
         "namespace": Namespace,
         "range": _range,
