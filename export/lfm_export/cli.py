@@ -11,7 +11,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = "Convert a Hugging Face LFM2-VL checkpoint folder to a bundle of ONNX graphs."
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="folder with config.json, safetensors and tokenizer files; with --static, a bundle made with --portable",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to"
     )
@@ -25,11 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--portable", action="store_true", help="standard ONNX operators alone, for other engines (extra optimum)"
     )
+    parser.add_argument(
+        "--static", action="store_true", help="write a portable bundle's graphs with every shape fixed (NPU compilers)"
+    )
+    parser.add_argument(
+        "--grid", metavar="RxC", help="with --static: patches of a view, rows x columns (default 32x32: 512×512 pixels)"
+    )
+    parser.add_argument("--prefill", type=int, metavar="N", help="with --static: tokens of a prompt step (default 128)")
+    parser.add_argument("--context", type=int, metavar="N", help="with --static: tokens in all (default 512)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export the checkpoint, print the bundle's folder, size and time taken, and return 0."""
+    """Export the checkpoint, print what was written, its size and the time taken, and return 0."""
+    from lfm_export.checkpoint.config import CheckpointError
+
+    if options.static:
+        return _run_static(options)
+    for flag in ("grid", "prefill", "context"):
+        if getattr(options, flag) is not None:
+            raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
     from lfm_export.export import export
 
     started = time.perf_counter()
@@ -48,6 +67,31 @@ def run(options: argparse.Namespace) -> int:
         print(f"lfm-edge: {warning}", file=sys.stderr)
     size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
     print(f"{options.output}  {size / 1e6:,.1f} MB  {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _run_static(options: argparse.Namespace) -> int:
+    from lfm_export.checkpoint.config import CheckpointError
+
+    for flag, given in (
+        ("portable", options.portable),
+        ("dtype", options.dtype != "fp32"),
+        ("adapter", options.adapter),
+        ("graphs", options.graphs),
+    ):
+        if given:
+            raise CheckpointError(f"--{flag} has no effect beside --static, which reads a bundle; leave it out")
+    from lfm_export.portable.static import StaticShape, write_static
+
+    default = StaticShape()
+    shape = StaticShape.parse(
+        options.grid or f"{default.rows}x{default.columns}",
+        default.prefill if options.prefill is None else options.prefill,
+        default.context if options.context is None else options.context,
+    )
+    for path in write_static(options.checkpoint, options.output, shape):
+        size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
+        print(f"{path}  {size / 1e6:,.1f} MB", file=sys.stderr)
     return 0
 
 

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 CONTRIB = "com.microsoft"
+POSITION_TABLE = "vision.embeddings.position_embedding.weight"
+"""The encoder's position table: interpolated by a product, which is not one of those that are quantized."""
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, DecodeError, ir.serde.SerdeError)
 """What reading a damaged graph or array raises."""
 INLINE_BYTES = 1 << 12
@@ -171,10 +173,8 @@ def linears(model: ir.Model, nodes: Iterable[ir.Node] | None = None) -> dict[str
     """
     found = {}
     for node in model.graph if nodes is None else nodes:
-        if node.op_type not in ("MatMul", "Gemm") or node.name == "vision.positions":
-            continue
-        weight = node.inputs[1]
-        if weight is None or weight.const_value is None:
+        weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+        if weight is None or weight.const_value is None or weight.name == POSITION_TABLE:
             continue
         by_output = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
         shape = tuple(weight.const_value.shape.numpy())
@@ -287,6 +287,7 @@ def save(
         over: constants mapped from a file stay in it; it lies, or will lie, in that folder too.
     """
     places: dict[str, ir.ExternalTensor] = {}
+    inside: dict[str, ir.TensorProtocol] = {}
     data = path.with_name(f"{path.name}_data")
     with data.open("wb") as file:
         for name, tensor in [(n, v.const_value) for n, v in model.graph.initializers.items()]:
@@ -302,9 +303,11 @@ def save(
                 file.seek(start)
                 tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx-ir has it
                 places[name] = _at(tensor, data.name, start)
+            elif isinstance(tensor, ir.ExternalTensor):  # others keep small ones in a file, too
+                inside[name] = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
     if not data.stat().st_size:
         data.unlink()
-    path.write_bytes(_serialized(model, places))
+    path.write_bytes(_serialized(model, {**inside, **places}))
     return Written(places)
 
 

@@ -76,7 +76,7 @@ def quantize(
     settings.check()
     folder = folder.resolve()
     bundle, manifest = Bundle.open(folder), Manifest.of(folder)
-    source = Source.open(bundle)
+    source = Source.open(bundle, settings.variant)
     recipe = _recipe(settings, source) if settings.rounds() else None
     check_replaceable(folder)
     check_space(folder, bundle, source.variant)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from lfm_profiles import FINEST
+from lfm_profiles import FINEST, VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
@@ -31,11 +31,16 @@ class Source:
     tied: bool
 
     @staticmethod
-    def open(bundle: Bundle) -> Source:
+    def open(bundle: Bundle, asked: str) -> Source:
         """Open a bundle's finest graphs.
 
+        Args:
+            bundle: where they are.
+            asked: the variant to make. Graphs of lfm-edge export --portable do for int8-static, which changes the
+                encoder alone.
+
         Raises:
-            QuantizeError: it has neither fp32 nor fp16 graphs, or they are portable ones.
+            QuantizeError: it has neither fp32 nor fp16 graphs, or portable ones that do not do.
         """
         variant = next((v for v in FINEST if v in bundle.variants), None)
         if variant is None:
@@ -47,17 +52,17 @@ class Source:
             Widen()(open_graph(files[g.stem])).model for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)
         )
         head = linears(decoder).get("head")
-        if head is None:
+        if head is None and not VARIANTS[asked].static:
             raise QuantizeError(
-                f"{files[DECODER.stem]} is a portable graph; quantize needs those that export builds without "
-                "--portable; for fixed ranges see scripts/shape_static.py --int8"
+                f"{files[DECODER.stem]} is a portable graph, of which quantize makes int8-static alone; for {asked} "
+                "export the checkpoint without --portable"
             )
         for value in [v for v in decoder.graph.outputs if v.name in (TOP_LOGITS, TOP_IDS, NEXT_MASK)]:
             decoder.graph.outputs.remove(value)
         drop_unused(decoder.graph)
         table: Float = constant(look_up(embed).inputs[0])
-        weights = constant(head.weight)
-        tied = weights.shape == table.shape and np.array_equal(weights, table)
+        weights = constant(head.weight) if head else None
+        tied = weights is not None and weights.shape == table.shape and np.array_equal(weights, table)
         for model in (embed, decoder):
             release(model)
         return Source(variant, vision, embed, decoder, table, tied)

@@ -32,15 +32,21 @@ class Block:
     linears: tuple[str, ...]
 
 
+_VISION = ("vision.embeddings", "vision.encoder.layers.{}.layer_norm1", "vision.post_layernorm")
+_TEXT = ("text.embeddings", "text.layers.{}.operator_norm", "text.embedding_norm")
+"""What comes before the first layer, the norm that each layer begins with, the last norm."""
+
+
+def has_blocks(model: ir.Model) -> bool:
+    """Whether lfm-edge export built this encoder or decoder, so that its layers are known by name."""
+    return not {_VISION[-1], _TEXT[-1]}.isdisjoint(n.name for n in model.graph)
+
+
 def blocks_of(model: ir.Model) -> list[Block]:
     """The blocks of a vision encoder or decoder graph, in order; a block ends where the next layer's norm begins."""
     nodes = {n.name: n for n in model.graph}
-    vision = model.graph.name == "vision_encoder"
-    first, norm, last = (
-        ("vision.embeddings", "vision.encoder.layers.{}.layer_norm1", "vision.post_layernorm")
-        if vision
-        else ("text.embeddings", "text.layers.{}.operator_norm", "text.embedding_norm")
-    )
+    vision = _VISION[-1] in nodes
+    first, norm, last = _VISION if vision else _TEXT
     count = next(i for i in range(10_000) if norm.format(i) not in nodes)
     names = [norm.format(i) for i in range(count)] + [last]
     cuts = [_residual(nodes[name]) for name in names]

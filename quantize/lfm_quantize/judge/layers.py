@@ -10,7 +10,7 @@ from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering
-from lfm_quantize.calibrate.blocks import Block, Feeds, Values, blocks_of, decoder_feeds
+from lfm_quantize.calibrate.blocks import Block, Feeds, Values, blocks_of, decoder_feeds, has_blocks
 from lfm_quantize.calibrate.observe import KINDS
 from lfm_quantize.calibrate.samples import Question, Sample, prepare
 from lfm_quantize.graph import open_graph, part, session
@@ -23,13 +23,13 @@ Float = NDArray[np.float32]
 
 
 def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Question]) -> list[LayerError]:
-    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge did
-    not make.
+    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge
+    export did not build: theirs have no names to find layers by.
     """
     bundle = exact.bundle
     files = bundle.graphs(exact.variant)[1]
     vision, decoder = (Widen()(open_graph(files[stem])).model for stem in (VISION_ENCODER.stem, DECODER.stem))
-    if (vision.graph.name, decoder.graph.name) != (VISION_ENCODER.stem, DECODER.stem):
+    if not has_blocks(vision) or not has_blocks(decoder):
         return []
     decoder = rewritten(decoder, AllPositions())
     samples = [prepare(bundle, q, split=False) for q in questions]

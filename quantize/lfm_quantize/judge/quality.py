@@ -114,7 +114,7 @@ def check_floor(quality: Quality, floor: float) -> None:
         worst = sorted(
             (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
         )[:3]
-        keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst)
+        keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst) or "more calibration images"
         raise GateError(
             f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"
         )

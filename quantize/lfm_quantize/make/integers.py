@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.block import Change, quantize_block
 from lfm_quantize.calibrate.blocks import FedGraph, Values, blocks_of, prompt_feeds
-from lfm_quantize.graph import linears
+from lfm_quantize.graph import POSITION_TABLE, linears
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.passes.stored_half import StoredAsHalf
@@ -22,7 +22,6 @@ from lfm_quantize.search import choose, survey
 from lfm_quantize.variant import Graphs, NewGraph
 
 Float = NDArray[np.float32]
-_POSITIONS = "vision.embeddings.position_embedding.weight"
 
 
 def as_integers(run: Run) -> Made:
@@ -35,7 +34,7 @@ def as_integers(run: Run) -> Made:
     decoder = _quantize_decoder(run, recipe, features, table)
     encoder = rewritten(source.vision, *vision.passes(tied=False))
     if any(recipe.precision(name).bits < 32 for name in linears(source.vision)):
-        encoder = rewritten(encoder, StoredAsHalf(_POSITIONS))
+        encoder = rewritten(encoder, StoredAsHalf(POSITION_TABLE))
     graphs: Graphs = {
         VISION_ENCODER.stem: NewGraph(encoder),
         EMBED_TOKENS.stem: NewGraph(rewritten(source.embed, QuantizedTable(table)) if table else source.embed),

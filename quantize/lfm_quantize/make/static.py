@@ -13,14 +13,12 @@ import onnx_ir as ir
 from lfm_runtime.formats.contract import VISION_ENCODER
 
 from lfm_quantize.calibrate.blocks import Feeds
-from lfm_quantize.graph import linears, open_graph, save
+from lfm_quantize.graph import POSITION_TABLE, linears, open_graph, save
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.standard import WithoutBranches
 from lfm_quantize.recipe import matching
 from lfm_quantize.run import Made, Run
 from lfm_quantize.variant import NewGraph
-
-EXCLUDED = ("vision.positions",)
 
 
 def with_static_ranges(run: Run) -> Made:
@@ -56,6 +54,7 @@ def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -
         plain = rewritten(vision, WithoutBranches())
         save(plain, source)
         model = onnx.load(str(source))
+        interpolated = [str(n.name) for n in plain.graph if POSITION_TABLE in (v.name for v in n.inputs if v)]
         for linear in linears(plain).values():  # behind attention, which is not ONNX's own, it cannot tell types
             for name in (linear.input, str(linear.node.outputs[0].name)):
                 model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -68,8 +67,8 @@ def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*EXCLUDED, *keep],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            nodes_to_exclude=[*interpolated, *keep],
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
             use_external_data_format=False,
         )
         made = open_graph(target)

@@ -4,6 +4,7 @@ fixed ranges is close.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ pytest.importorskip("optimum.exporters.onnx")
 if reference.TRANSFORMERS_5:
     pytest.skip("Optimum's exporter needs transformers 4.57", allow_module_level=True)
 
-import shape_static  # noqa: E402
 from lfm_export.export import export  # noqa: E402
+from lfm_export.portable.static import StaticShape, write_static  # noqa: E402
+from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_runtime.errors import EdgeError  # noqa: E402
 from lfm_runtime.formats.contract import present_name  # noqa: E402
+from lfm_runtime.images.layout import ImageSettings  # noqa: E402
+from lfm_runtime.images.pixels import patchify  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_graph_parity import cosine, decode  # noqa: E402
 from test_portable import OpenVino  # noqa: E402
@@ -39,7 +43,7 @@ def portable(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def static(portable, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("static")
-    list(shape_static.write_static(portable, folder, "8x12", PREFILL, CONTEXT))
+    write_static(portable, folder, StaticShape(8, 12, PREFILL, CONTEXT))
     return folder
 
 
@@ -98,78 +102,103 @@ def test_a_prompt_and_what_follows(static, portable) -> None:
     np.testing.assert_allclose(logits, decode(session, embeds, [17] + [1] * 10), atol=1e-3)
 
 
-def test_int8(portable, tmp_path) -> None:
-    """Calibrated with the demo's images; an image it has not seen."""
+def test_int8_ranges_are_kept_when_shapes_are_fixed(portable, tmp_path) -> None:
+    """quantize makes the portable encoder's ranges fixed, calibrated with the demo's images; then the shapes are. An
+    image it has not seen.
+    """
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
+
+    bundle = Path(shutil.copytree(portable, tmp_path / "bundle"))
     images = tmp_path / "images"
     images.mkdir()
-    for path in sorted((ROOT / "demo" / "calibration" / "images").iterdir())[:8]:
-        (images / path.name).write_bytes(path.read_bytes())
-    list(shape_static.write_static(portable, tmp_path / "int8", "16x16", PREFILL, CONTEXT, images))
-    list(shape_static.write_static(portable, tmp_path / "fp32", "16x16", PREFILL, CONTEXT))
-    model = onnx.load(tmp_path / "int8" / "vision_encoder.onnx", load_external_data=False)
+    for path in sorted((ROOT / "demo" / "calibration" / "images").iterdir())[::40]:
+        shutil.copy(path, images)
+    quantize(bundle, Settings("int8-static", images, floor=0.1), warn=lambda _: None)
+    written = write_static(bundle, tmp_path / "static", StaticShape(16, 16, PREFILL, CONTEXT))
+    assert {path.stem for path in written} == {
+        "vision_encoder",
+        "vision_encoder_int8_static",
+        "decoder_prefill",
+        "decoder_decode",
+    }
+    model = onnx.load(tmp_path / "static" / "vision_encoder_int8_static.onnx", load_external_data=False)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
     assert {node.domain for node in model.graph.node} == {""}
-    pixels = shape_static.patches(Image.open(ROOT / "demo/eval/images/0005.png"), 16, 16)
+    image = Image.open(ROOT / "demo/eval/images/0005.png").convert("RGB").resize((256, 256))
+    pixels = patchify(np.asarray(image), ImageSettings())[None]
     wanted, got = (
-        ort.InferenceSession(tmp_path / n / "vision_encoder.onnx").run(None, {"pixel_values": pixels})[0]
-        for n in ("fp32", "int8")
+        ort.InferenceSession(tmp_path / "static" / f"{name}.onnx").run(None, {"pixel_values": pixels})[0]
+        for name in ("vision_encoder", "vision_encoder_int8_static")
     )
     assert np.median(cosine(got, wanted)) >= 0.99
-    sizes = [(tmp_path / n / "vision_encoder.onnx_data").stat().st_size for n in ("fp32", "int8")]
+    sizes = [
+        (tmp_path / "static" / f"{n}.onnx_data").stat().st_size
+        for n in ("vision_encoder", "vision_encoder_int8_static")
+    ]
     assert sizes[1] < 0.4 * sizes[0]
 
 
-def test_patches_as_the_runtime_cuts_them() -> None:
-    from lfm_runtime.images.layout import ImageSettings
-    from lfm_runtime.images.pixels import patchify
+def test_a_portable_bundle_gets_no_other_variant(portable) -> None:
+    from lfm_quantize.graph import QuantizeError
+    from lfm_quantize.quantize import quantize
+    from lfm_quantize.settings import Settings
 
-    image = Image.open(ROOT / "demo/eval/images/0001.png").convert("RGB").resize((12 * 16, 8 * 16))
-    wanted = patchify(np.asarray(image), ImageSettings())
-    np.testing.assert_allclose(shape_static.patches(image, 8, 12)[0], np.asarray(wanted).reshape(96, 768), atol=1e-6)
+    with pytest.raises(QuantizeError, match="of which quantize makes int8-static alone"):
+        quantize(portable, Settings("int8"), warn=lambda _: None)
 
 
 @pytest.mark.parametrize(
-    ("grid", "prefill", "context", "said"),
+    ("words", "said"),
     [
-        ("8", 4, 8, "--grid 8 is impossible"),
-        ("7x8", 4, 8, "multiples of 2"),
-        ("0x8", 4, 8, "impossible"),
-        ("8x8", 8, 8, "1 <= prefill < context"),
+        (["--grid", "8"], "--grid 8 is impossible"),
+        (["--grid", "7x8"], "multiples of 2"),
+        (["--grid", "0x8"], "impossible"),
+        (["--prefill", "8", "--context", "8"], "1 <= prefill < context"),
+        (["--portable"], "--portable has no effect beside --static"),
+        (["--dtype", "fp16"], "--dtype has no effect beside --static"),
+        (["--adapter", "x"], "--adapter has no effect beside --static"),
     ],
 )
-def test_sizes_that_cannot_be(portable, tmp_path, grid, prefill, context, said) -> None:
-    with pytest.raises(EdgeError, match=said):
-        list(shape_static.write_static(portable, tmp_path, grid, prefill, context))
+def test_wishes_that_cannot_be_are_refused_in_a_line(portable, tmp_path, capsys, words, said) -> None:
+    assert main(["export", str(portable), "-o", str(tmp_path / "s"), "--static", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
-def test_bundles_that_are_not_portable(demo_bundle, portable, tmp_path) -> None:
+def test_sizes_without_static_are_refused(tmp_path, capsys) -> None:
+    assert main(["export", str(ROOT / "demo" / "checkpoint"), "-o", str(tmp_path / "b"), "--grid", "8x8"]) == 2
+    assert "--grid has no effect without --static" in capsys.readouterr().err
+
+
+def test_the_command_writes_all_graphs(portable, tmp_path, capsys) -> None:
+    out = tmp_path / "static"
+    words = ["--static", "--grid", "8x8", "--prefill", "4", "--context", "8"]
+    assert main(["export", str(portable), "-o", str(out), *words]) == 0
+    assert capsys.readouterr().err.count(" MB") == 3
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        f"{stem}.onnx{end}" for stem in ("vision_encoder", "decoder_prefill", "decoder_decode") for end in ("", "_data")
+    )
+
+
+def test_a_bundle_that_is_not_portable_is_refused(demo_bundle, tmp_path) -> None:
     with pytest.raises(EdgeError, match="is not portable; make it with"):
-        list(shape_static.write_static(demo_bundle, tmp_path / "s", "8x8", 4, 8))
-    with pytest.raises(EdgeError, match="has no PNG or JPEG"):
-        list(shape_static.write_static(portable, tmp_path / "s", "8x8", 4, 8, tmp_path))
+        write_static(demo_bundle, tmp_path / "s", StaticShape(8, 8, 4, 8))
+    with pytest.raises(EdgeError, match="is not a folder"):
+        write_static(tmp_path / "nowhere", tmp_path / "s", StaticShape(8, 8, 4, 8))
 
 
-def test_nothing_is_written_of_what_cannot_be(portable, tmp_path) -> None:
-    """An image that is none, an output that is a file or the bundle itself, a graph that is cut off: an error in a
-    line, no file.
-    """
-    images = tmp_path / "images"
-    images.mkdir()
-    (images / "a.png").write_bytes(b"\x89PNG no")
+def test_nothing_is_written_where_it_cannot_be(portable, tmp_path) -> None:
+    """An output that is a file or the bundle itself, a graph that is cut off: an error in a line, no file."""
     out = tmp_path / "out"
-    with pytest.raises(EdgeError, match=r"a\.png"):
-        list(shape_static.write_static(portable, out, "8x8", 4, 8, images))
-    assert not out.exists()
     out.write_text("a file")
-    with pytest.raises(EdgeError, match="cannot be made"):
-        list(shape_static.write_static(portable, out, "8x8", 4, 8))
+    with pytest.raises(EdgeError, match="cannot be written"):
+        write_static(portable, out, StaticShape(8, 8, 4, 8))
     with pytest.raises(EdgeError, match="holds the graphs that are read"):
-        list(shape_static.write_static(portable, portable / "onnx", "8x8", 4, 8))
-    cut = tmp_path / "cut"
-    (cut / "onnx").mkdir(parents=True)
-    (cut / "config.json").write_bytes((portable / "config.json").read_bytes())
-    for path in (portable / "onnx").glob("*.onnx"):
-        (cut / "onnx" / path.name).write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(EdgeError, match="cannot be read"):
-        list(shape_static.write_static(cut, tmp_path / "s", "8x8", 4, 8))
+        write_static(portable, portable / "onnx", StaticShape(8, 8, 4, 8))
+    cut = Path(shutil.copytree(portable, tmp_path / "cut"))
+    graph = cut / "onnx" / "vision_encoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    with pytest.raises(EdgeError):
+        write_static(cut, tmp_path / "s", StaticShape(8, 8, 4, 8))
     assert not (tmp_path / "s").exists()
