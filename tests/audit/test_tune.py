@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lfm_audit import tune as tuning_module
 from lfm_audit.measure.trial import AnswerTimes, Outcome, Trial, TrialError, start
-from lfm_audit.tune import axes_of, tune
-from lfm_audit.tuning import Tuning
+from lfm_audit.tune import search as tuning_module
+from lfm_audit.tune.search import axes_of, tune
+from lfm_audit.tune.tuning import Tuning
 from lfm_profiles import Device, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.bundle import Bundle

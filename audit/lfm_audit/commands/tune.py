@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.setup.machine import this_machine
     from lfm_runtime.setup.resolve import resolve
 
-    from lfm_audit.tune import axes_of, tune
-    from lfm_audit.tuning import FLOOR, Tuning
+    from lfm_audit.tune.search import axes_of, tune
+    from lfm_audit.tune.tuning import FLOOR, Tuning
 
     if not 0 <= options.minutes <= 1e5:
         raise SettingError(

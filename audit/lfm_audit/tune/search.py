@@ -33,7 +33,7 @@ from lfm_runtime.setup.setup import Ask
 from lfm_audit.measure.power import Power
 from lfm_audit.measure.trial import Trial, TrialError, start
 from lfm_audit.measure.watch import Watch
-from lfm_audit.tuning import Measured, Point, Tuning
+from lfm_audit.tune.tuning import Measured, Point, Tuning
 
 _SEARCHING = 0.7  # of the time; what is left goes into measuring the best more often
 _IN_A_ROUND = 6  # points known to be good, and as many new ones
