@@ -137,6 +137,46 @@ def _sincos(side: int, width: int) -> torch.Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|pad|>",
+    "image_token": "<image>",
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "image_thumbnail": "<|img_thumbnail|>",
+    "model_max_length": 4096,
+    "add_bos_token": True,
+    "clean_up_tokenization_spaces": False,
+}
+PREPROCESSOR_CONFIG = {
+    "image_processor_type": "Lfm2VlImageProcessorFast",
+    "processor_class": "Lfm2VlProcessor",
+    "do_convert_rgb": True,
+    "do_image_splitting": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "downsample_factor": 2,
+    "encoder_patch_size": 16,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "max_image_tokens": 64,
+    "max_num_patches": 256,
+    "max_pixels_tolerance": 2.0,
+    "max_tiles": 10,
+    "min_image_tokens": 16,
+    "min_tiles": 2,
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "return_row_col_info": True,
+    "tile_size": 256,
+    "use_thumbnail": True,
+}
+
+
 def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files of a hub checkpoint, weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,51 +205,9 @@ def save_checkpoint(model: Lfm2VlForConditionalGeneration, tokenizer: Tokenizer,
         },
     )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
-    _write(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|pad|>",
-            "image_token": "<image>",
-            "image_start_token": "<|image_start|>",
-            "image_end_token": "<|image_end|>",
-            "image_thumbnail": "<|img_thumbnail|>",
-            "model_max_length": 4096,
-            "add_bos_token": True,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    _write(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "Lfm2VlImageProcessorFast",
-            "processor_class": "Lfm2VlProcessor",
-            "do_convert_rgb": True,
-            "do_image_splitting": True,
-            "do_normalize": True,
-            "do_pad": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "downsample_factor": 2,
-            "encoder_patch_size": 16,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "max_image_tokens": 64,
-            "max_num_patches": 256,
-            "max_pixels_tolerance": 2.0,
-            "max_tiles": 10,
-            "min_image_tokens": 16,
-            "min_tiles": 2,
-            "resample": 2,
-            "rescale_factor": 1 / 255,
-            "return_row_col_info": True,
-            "tile_size": 256,
-            "use_thumbnail": True,
-        },
-    )
+    _write(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
 
 
 def _without_defaults(config: dict) -> dict:

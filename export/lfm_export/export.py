@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from lfm_runtime import __version__
 from lfm_runtime.bundle import end_tokens
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import SettingError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, SCHEMA_VERSION, VISION_ENCODER, graph_file
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import read_json_object
-from lfm_runtime.formats.manifest import TOOL, Edge, File, GraphEntry, Manifest, ModelFacts, Source
+from lfm_runtime.formats.manifest import GraphEntry, Manifest
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images.layout import ImageSettings
@@ -25,13 +24,12 @@ from lfm_runtime.text.spec import PromptSpec
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
 from lfm_export.checkpoint.checkpoint import Checkpoint, copy_hub_files
 from lfm_export.checkpoint.config import CheckpointError
-from lfm_export.decoder import build_decoder, build_embed_tokens, context_length
+from lfm_export.decoder import build_decoder, build_embed_tokens
+from lfm_export.manifest import Exported, described, manifest_of
 from lfm_export.prompt import compile_prompt
 from lfm_export.vision import build_vision_encoder
 
 _log = logging.getLogger(__name__)
-
-MIN_ONNXRUNTIME = "1.20.0"
 
 
 def export(
@@ -87,38 +85,54 @@ def export(
         carry_over(bundle, folder, kept)
         copy_hub_files(checkpoint_folder, folder)
         prompt.save(folder / "prompt.json")
-
-        described = {name: entry for name, entry in old.graphs.items() if name in kept} if old else {}
-
-        def write(stem: str, build: Callable[[GraphBuilder], Any]) -> Any:
-            name = graph_file(stem, dtype)
-            data = DataFile(folder / f"{name}_data", progress)
-            graph = GraphBuilder(stem, data, dtype)
-            try:
-                result = build(graph)
-            finally:
-                data.close()
-            graph.save(folder / name)
-            described[name] = _describe(graph, OPSET, IR_VERSION)
-            return result
-
+        entries = {name: entry for name, entry in old.graphs.items() if name in kept} if old else {}
         if portable:
-            from lfm_export.portable.portable import write_portable
-
-            for path in write_portable(folder, checkpoint, progress):
-                model = ir.load(path)
-                described[f"onnx/{path.name}"] = _describe(model.graph, model.opset_imports[""], model.ir_version)
-            wanted = set()
-        table = None
-        if VISION_ENCODER.stem in wanted:
-            write(VISION_ENCODER.stem, lambda g: build_vision_encoder(g, checkpoint))
-        if EMBED_TOKENS.stem in wanted:
-            table = write(EMBED_TOKENS.stem, lambda g: build_embed_tokens(g, checkpoint)).const_value
-        if DECODER.stem in wanted:
-            shared = table if isinstance(table, ir.ExternalTensor) else None
-            write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
-        _manifest(folder, checkpoint, dtype, old, kept, described, tools, image_token_id).write(folder)
+            entries |= _write_portable(folder, checkpoint, progress)
+        else:
+            entries |= _write_graphs(folder, checkpoint, dtype, wanted, progress)
+        exported = Exported(checkpoint, dtype, image_token_id, entries, tools)
+        manifest_of(folder, exported, old, kept).write(folder)
         return add_golden(folder, dtype)
+
+
+def _write_graphs(
+    folder: Path, checkpoint: Checkpoint, dtype: str, wanted: set[str], progress: Progress
+) -> dict[str, GraphEntry]:
+    """Build the graphs wanted, one after the other; the decoder's tied head points into the embeddings' data file."""
+    entries = {}
+
+    def write(stem: str, build: Callable[[GraphBuilder], Any]) -> Any:
+        name = graph_file(stem, dtype)
+        data = DataFile(folder / f"{name}_data", progress)
+        graph = GraphBuilder(stem, data, dtype)
+        try:
+            result = build(graph)
+        finally:
+            data.close()
+        graph.save(folder / name)
+        entries[name] = described(graph, OPSET, IR_VERSION)
+        return result
+
+    table = None
+    if VISION_ENCODER.stem in wanted:
+        write(VISION_ENCODER.stem, lambda g: build_vision_encoder(g, checkpoint))
+    if EMBED_TOKENS.stem in wanted:
+        table = write(EMBED_TOKENS.stem, lambda g: build_embed_tokens(g, checkpoint)).const_value
+    if DECODER.stem in wanted:
+        shared = table if isinstance(table, ir.ExternalTensor) else None
+        write(DECODER.stem, lambda g: build_decoder(g, checkpoint, shared))
+    return entries
+
+
+def _write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) -> dict[str, GraphEntry]:
+    """Trace transformers' own layers; its imports are heavy, and wanted here alone."""
+    from lfm_export.portable.portable import write_portable
+
+    models = {path: ir.load(path) for path in write_portable(folder, checkpoint, progress)}
+    return {
+        f"onnx/{path.name}": described(model.graph, model.opset_imports[""], model.ir_version)
+        for path, model in models.items()
+    }
 
 
 def _look_at_settings(checkpoint: Checkpoint) -> None:
@@ -218,88 +232,3 @@ def _portable_tools() -> dict[str, str]:
             )
         raise CheckpointError(f"--portable cannot import what it needs ({said}); {do}") from e
     return found
-
-
-def _describe(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> GraphEntry:
-    def edges(values: Sequence[ir.Value]) -> dict[str, Edge]:
-        return {
-            str(v.name): Edge(
-                v.dtype.name if v.dtype else None, tuple(n if isinstance(n, int) else str(n) for n in v.shape or ())
-            )
-            for v in values
-        }
-
-    constants = (value.const_value for value in graph.initializers.values())
-    data = sorted({f"onnx/{t.location}" for t in constants if isinstance(t, ir.ExternalTensor)})
-    return GraphEntry(edges(graph.inputs), edges(graph.outputs), opset, ir_version, MIN_ONNXRUNTIME, tuple(data))
-
-
-def _manifest(
-    folder: Path,
-    checkpoint: Checkpoint,
-    dtype: str,
-    old: Manifest | None,
-    kept: list[str],
-    described: dict[str, GraphEntry],
-    tools: dict[str, str],
-    image_token_id: int,
-) -> Manifest:
-    text = checkpoint.config.text
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    # A kept file keeps its hash: hashing it again would make a damaged one look sound.
-    known = {name: old.files[name] for name in kept} if old else {}
-
-    def others(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """What quantize wrote about the other variants stays true: they are of the same weights."""
-        return {v: entry for v, entry in entries.items() if v != dtype and kept}
-
-    return Manifest(
-        SCHEMA_VERSION,
-        {"name": TOOL, "version": __version__, "onnx_ir": ir.__version__, **tools},
-        MIN_ONNXRUNTIME,
-        Source(
-            checkpoint.folder.resolve().name,
-            _revision(checkpoint.folder),
-            _license(checkpoint.folder),
-            checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
-            checkpoint.fingerprint(),
-        ),
-        ModelFacts(
-            text.layers,
-            text.hidden,
-            text.kv_heads,
-            text.head_dim,
-            text.kernel,
-            text.vocabulary,
-            context_length(text),
-            image_token_id,
-            text.feed_forward,
-        ),
-        {**(old.variants if old else {}), dtype: {graph.stem: graph_file(graph.stem, dtype) for graph in GRAPHS}},
-        dict(sorted(described.items())),
-        {name: known.get(name) or File.of(folder / name) for name in names},
-        others(old.quantization) if old else {},
-        others(old.quality) if old else {},
-        others(old.golden) if old else {},
-    )
-
-
-def _revision(folder: Path) -> str | None:
-    """The hub's commit: the snapshot folder's name in the hub cache (…/snapshots/<commit>)."""
-    resolved = folder.resolve()
-    return resolved.name if resolved.parent.name == "snapshots" else None
-
-
-def _license(folder: Path) -> str | None:
-    """The `license` of the model card's front matter (`license_name` where it says "other")."""
-    card = folder / "README.md"
-    if not card.exists():
-        return None
-    found: dict[str, str] = {}
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[1:60]:
-        if line.strip() == "---":
-            break
-        key, _, value = line.partition(":")
-        if key in ("license", "license_name"):
-            found[key] = value.strip()
-    return found.get("license_name") or found.get("license")

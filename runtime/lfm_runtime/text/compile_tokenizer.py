@@ -170,18 +170,9 @@ def translate_pattern(pattern: str) -> str:
             atoms, atomic = levels[-1][1], opening == "(?>"
             atoms.append(f"{'(?:' if atomic or opening == '(' else opening}{''.join(inner)})")
         elif kind == "quantifier" and atoms and atoms[-1] != "|" and before != "quantifier":
-            atomic = (
-                text[-1] == "+" and len(text) == 2
-            )  # an interval's + is no part of it: Oniguruma repeats the whole once more
-            repeated = (
-                f"(?:{atoms[-1]}{text[:-1]})+"
-                if text.endswith("}+")
-                else atoms[-1] + text.removesuffix("+" if atomic else "")
-            )
-            atoms[-1] = repeated
-        elif (
-            kind == "end"
-        ):  # the end of every line, to Oniguruma; behind what took all white space, the end of the text
+            atoms[-1], atomic = _repeated(atoms[-1], text)
+        elif kind == "end":
+            # The end of every line, to Oniguruma; behind what took all white space, the end of the text.
             if not pattern[: at - 1].endswith(r"\s++"):
                 raise _cannot("'$' in the pre_tokenizer's pattern", r"it behind \s++ alone")
             atoms.append(r"\Z")
@@ -208,6 +199,16 @@ def translate_pattern(pattern: str) -> str:
     if len(levels) > 1:
         raise _cannot("a group that is not closed in the pre_tokenizer's pattern", _KNOWN)
     return found
+
+
+def _repeated(atom: str, quantifier: str) -> tuple[str, bool]:
+    """(the atom repeated, whether it gives nothing back). An interval's + is no part of it: Oniguruma repeats the whole
+    once more.
+    """
+    if quantifier.endswith("}+"):
+        return f"(?:{atom}{quantifier[:-1]})+", False
+    atomic = len(quantifier) == 2 and quantifier[-1] == "+"
+    return atom + quantifier.removesuffix("+" if atomic else ""), atomic
 
 
 def _characters(text: str) -> str:
