@@ -90,8 +90,7 @@ def export(
             entries |= _write_portable(folder, checkpoint, progress)
         else:
             entries |= _write_graphs(folder, checkpoint, dtype, wanted, progress)
-        exported = Exported(checkpoint, dtype, image_token_id, entries, tools)
-        manifest_of(folder, exported, old, kept).write(folder)
+        manifest_of(folder, Exported(checkpoint, dtype, image_token_id, entries, tools), old, kept).write(folder)
         return add_golden(folder, dtype)
 
 

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from lfm_runtime.bundle import Bundle
@@ -37,96 +38,91 @@ PLAN = """if True:
 """
 
 
+@dataclass(frozen=True)
+class Case:
+    """One run: a bundle's variant, how, with an image of which size."""
+
+    bundle: Path
+    variant: str
+    low_memory: bool
+    prepared: bool
+    size: tuple[int, int] | None
+
+    @property
+    def settings(self) -> dict:
+        """What both sides are told."""
+        return {"variant": self.variant, "low_memory": self.low_memory, "prepared": self.prepared, "threads": 2}
+
+
+def foreseen(case: Case) -> tuple[float, float, int]:
+    """(anonymous, mapped, prompt tokens) as the plan has it, MiB."""
+    images = [case.size] if case.size else []
+    words = [sys.executable, "-c", PLAN, str(case.bundle), json.dumps(case.settings), json.dumps(images), QUESTION]
+    return tuple(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+
+
+def measured(case: Case, folder: Path) -> dict:
+    """The memory of a whole `run` in a process of its own, MiB."""
+    profile, image = folder / "p.toml", folder / "image.jpg"
+    profile.write_text(
+        f"extends = 'generic'\nprepared = {str(case.prepared).lower()}\nlow_memory = "
+        f"{str(case.low_memory).lower()}\nthreads = 2\n"
+    )
+    if case.size:
+        Image.open(PHOTO).convert("RGB").resize(case.size).save(image)
+    command = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", command, "run", str(case.bundle), *([str(image)] if case.size else [])]
+    words += ["-p", QUESTION, "--json", "--profile", str(profile), "--variant", case.variant]
+    words += ["--max-new-tokens", "32", "--temperature", "0", "--force"]
+    return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["memory_mib"]
+
+
+def row_of(case: Case, folder: Path) -> dict:
+    """Run a case both ways and print its line."""
+    anonymous, mapped, tokens = foreseen(case)
+    memory = measured(case, folder)
+    ratio = (anonymous + mapped) / memory["peak"]
+    off = not 0.95 <= ratio <= 1.10
+    how = ", ".join(n for n, on in (("low memory", case.low_memory), ("prepared", case.prepared)) if on) or "–"
+    name = f"{case.size[0]}×{case.size[1]}" if case.size else "–"
+    print(
+        f"{case.bundle.name:12s} {case.variant:9s} {how:22s} {name:10s} {tokens:6d} {anonymous + mapped:9.0f} "
+        f"{memory['peak']:8.0f}  {ratio:.3f}{' OFF' if off else ''}   {anonymous:.0f}, {memory['rss_anon']:.0f}",
+        flush=True,
+    )
+    foreseen_mib = {"anonymous": anonymous, "mapped": mapped}
+    return {
+        "bundle": case.bundle.name,
+        **case.settings,
+        "size": case.size,
+        **foreseen_mib,
+        "measured": memory,
+        "off": off,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--variants", help="comma-separated; default: all of the bundle but fp16")
     parser.add_argument("--sizes", type=int, nargs="*", help="which of the image sizes, by number")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows, off = [], 0
+    sizes = [SIZES[i] for i in options.sizes] if options.sizes else SIZES
+    rows = []
     print(
         f"{'bundle':12s} {'variant':9s} {'how':22s} {'image':10s} {'tokens':>6s} {'predicted':>9s} "
         f"{'measured':>8s}  ratio   anonymous at the end: predicted, measured"
     )
     with tempfile.TemporaryDirectory() as folder:
-        images = {}
-        for size in SIZES:
-            if size:
-                images[size] = Path(folder) / f"{size[0]}x{size[1]}.jpg"
-                Image.open(PHOTO).convert("RGB").resize(size).save(images[size])
         for bundle in options.bundles:
-            variants = (
-                options.variants.split(",")
-                if options.variants
-                else [v for v in Bundle.open(Path(bundle)).variants if v in ("fp32", "int8", "int4", "int4-kv8")]
-            )
-            for variant, low, prepared, size in itertools.product(
-                variants, (False, True), (True, False), [SIZES[i] for i in options.sizes] if options.sizes else SIZES
-            ):
-                settings = {"variant": variant, "low_memory": low, "prepared": prepared, "threads": 2}
-                words = [
-                    sys.executable,
-                    "-c",
-                    PLAN,
-                    bundle,
-                    json.dumps(settings),
-                    json.dumps([size] if size else []),
-                    QUESTION,
-                ]
-                anonymous, mapped, tokens = json.loads(
-                    subprocess.run(words, check=True, capture_output=True, text=True).stdout
-                )
-                (Path(folder) / "p.toml").write_text(
-                    f"extends = 'generic'\nprepared = {str(prepared).lower()}\nlow_memory = "
-                    f"{str(low).lower()}\nthreads = 2\n"
-                )
-                words = [
-                    sys.executable,
-                    "-c",
-                    "import sys; from lfm_runtime.commands.cli import main; sys.exit(main())",
-                    "run",
-                    bundle,
-                    *([str(images[size])] if size else []),
-                    "-p",
-                    QUESTION,
-                    "--json",
-                    "--profile",
-                    str(Path(folder) / "p.toml"),
-                    "--variant",
-                    variant,
-                    "--max-new-tokens",
-                    "32",
-                    "--temperature",
-                    "0",
-                    "--force",
-                ]
-                memory = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)[
-                    "memory_mib"
-                ]
-                ratio = (anonymous + mapped) / memory["peak"]
-                off += not 0.95 <= ratio <= 1.10
-                how = ", ".join(name for name, on in (("low memory", low), ("prepared", prepared)) if on) or "–"
-                name = f"{size[0]}×{size[1]}" if size else "–"
-                print(
-                    f"{Path(bundle).name:12s} {variant:9s} {how:22s} {name:10s} {tokens:6d} "
-                    f"{anonymous + mapped:9.0f} {memory['peak']:8.0f}  "
-                    f"{ratio:.3f}{'' if 0.95 <= ratio <= 1.1 else ' OFF'}"
-                    f"   {anonymous:.0f}, {memory['rss_anon']:.0f}",
-                    flush=True,
-                )
-                rows.append(
-                    {
-                        "bundle": Path(bundle).name,
-                        **settings,
-                        "size": size,
-                        "anonymous": anonymous,
-                        "mapped": mapped,
-                        "measured": memory,
-                    }
-                )
+            known = [v for v in Bundle.open(bundle).variants if v in ("fp32", "int8", "int4", "int4-kv8")]
+            variants = options.variants.split(",") if options.variants else known
+            for variant, low, prepared, size in itertools.product(variants, (False, True), (True, False), sizes):
+                rows.append(row_of(Case(bundle, variant, low, prepared, size), Path(folder)))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    off = sum(row["off"] for row in rows)
     print(f"{len(rows)} runs, {off} off")
     return int(off > 0)
 

@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +88,25 @@ def bits_per_weight(bundle: Path) -> float:
     return 8 * stored / weights
 
 
+def methods_of(calibration: Path) -> dict[str, Callable[[Path], None]]:
+    """What is compared: name → what makes int4 of a bundle so."""
+
+    def rtn(block: int) -> Callable[[Path], None]:
+        config = nbits.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, accuracy_level=4)
+        return lambda bundle: onnxruntimes(bundle, config)
+
+    def of_ours(block: int, method: str) -> Callable[[Path], None]:
+        return lambda bundle: ours(bundle, block, method, calibration)
+
+    return {
+        **{f"onnxruntime RTN, block {block}": rtn(block) for block in (32, 64, 128)},
+        "onnxruntime k_quant, block 32": lambda b: onnxruntimes(b, nbits.KQuantWeightOnlyQuantConfig()),
+        "onnxruntime HQQ, block 64": lambda b: onnxruntimes(b, nbits.HQQWeightOnlyQuantConfig(block_size=64, bits=4)),
+        "lfm-edge rtn, block 64": of_ours(64, "rtn"),
+        **{f"lfm-edge gptq, block {block}": of_ours(block, "gptq") for block in (32, 64, 128)},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
@@ -98,23 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.disable(logging.INFO)  # onnxruntime's quantizer tells of every node
-    methods = {
-        "onnxruntime RTN, block 32": lambda b: onnxruntimes(
-            b, nbits.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
-        ),
-        "onnxruntime RTN, block 64": lambda b: onnxruntimes(
-            b, nbits.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, accuracy_level=4)
-        ),
-        "onnxruntime RTN, block 128": lambda b: onnxruntimes(
-            b, nbits.DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4)
-        ),
-        "onnxruntime k_quant, block 32": lambda b: onnxruntimes(b, nbits.KQuantWeightOnlyQuantConfig()),
-        "onnxruntime HQQ, block 64": lambda b: onnxruntimes(b, nbits.HQQWeightOnlyQuantConfig(block_size=64, bits=4)),
-        "lfm-edge rtn, block 64": lambda b: ours(b, 64, "rtn", options.calibration),
-        "lfm-edge gptq, block 32": lambda b: ours(b, 32, "gptq", options.calibration),
-        "lfm-edge gptq, block 64": lambda b: ours(b, 64, "gptq", options.calibration),
-        "lfm-edge gptq, block 128": lambda b: ours(b, 128, "gptq", options.calibration),
-    }
+    methods = methods_of(options.calibration)
     if find_spec("torch") is None:
         parser.error("HQQ needs torch: pip install torch")
     names = ("onnxruntime", "onnx", "numpy", "torch")

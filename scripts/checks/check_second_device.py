@@ -138,6 +138,18 @@ def session(path: Path) -> Any:
     return found
 
 
+class Difference:
+    """The largest difference seen, and the largest value."""
+
+    worst = 0.0
+    size = 0.0
+
+    def add(self, wanted: Any, got: Any) -> None:
+        """Compare two rows of logits."""
+        self.worst = max(self.worst, float(abs(wanted - got).max()))
+        self.size = max(self.size, float(abs(wanted).max()))
+
+
 def inside(bundle: Path) -> int:
     """Compare an answer about a photo on WebGPU with the CPU's and print it; return 0 where they agree."""
     import numpy as np
@@ -161,46 +173,37 @@ def inside(bundle: Path) -> int:
     sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
     here, there = model.decoder.start(512), other.start(512)
-    worst, size = 0.0, 0.0
-
-    def compare(a: Any, b: Any) -> None:
-        nonlocal worst, size
-        worst, size = max(worst, float(np.abs(a - b).max())), max(size, float(np.abs(a).max()))
-
+    difference = Difference()
     for at in range(embeds.shape[1]):
         wanted = here.step(embeds[:, at : at + 1]).copy()
-        compare(wanted, there.step(np.ascontiguousarray(embeds[:, at : at + 1])))
+        difference.add(wanted, there.step(np.ascontiguousarray(embeds[:, at : at + 1])))
     marks, texts = (here.mark(), there.mark()), []
     for _ in range(2):  # the second time from the mark
         tokens = [[int(wanted.argmax())], [int(wanted.argmax())]]
         for _ in range(TOKENS):
             row, top = here.step_token(tokens[0][-1]).copy(), there.step_token(tokens[1][-1])
             assert isinstance(top, Top)
-            compare(row, top.whole())
+            difference.add(row, top.whole())
             tokens[0].append(int(row.argmax()))
             tokens[1].append(int(top.ids[0]))
         texts.append([model.prompts.tokenizer.decode(ids) for ids in tokens])
         here.rewind(marks[0])
         there.rewind(marks[1])
     larger = model.decoder.start(1024, here.snapshot()), other.start(1024, there.snapshot())
-    compare(larger[0].step_token(7), larger[1].step_token(7).whole())
+    difference.add(larger[0].step_token(7), larger[1].step_token(7).whole())
     same = all(a == b for a, b in texts) and texts[0] == texts[1]
-    print(
-        json.dumps(
-            {
-                "onnxruntime": ort.__version__,
-                "prompt_tokens": embeds.shape[1],
-                "tokens": 2 * TOKENS,
-                "text": texts[0][1],
-                "same_text": same,
-                "largest_difference": round(worst, 7),
-                "largest_logit": round(size, 3),
-                "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
-            },
-            indent=2,
-        )
-    )
-    return 0 if same and worst < 1e-4 * size else 1
+    found = {
+        "onnxruntime": ort.__version__,
+        "prompt_tokens": embeds.shape[1],
+        "tokens": 2 * TOKENS,
+        "text": texts[0][1],
+        "same_text": same,
+        "largest_difference": round(difference.worst, 7),
+        "largest_logit": round(difference.size, 3),
+        "left_to_cpu": left_to_cpu(sessions.decoder, HOME / "decoder.onnx"),
+    }
+    print(json.dumps(found, indent=2))
+    return 0 if same and difference.worst < 1e-4 * difference.size else 1
 
 
 if __name__ == "__main__":
