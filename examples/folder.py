@@ -1,4 +1,4 @@
-"""Every image of a folder, four answers decoded together, a line of JSON each: folder.py BUNDLE FOLDER"""
+"""Every image of a folder, four answers decoded together, one JSON line per image: folder.py BUNDLE FOLDER"""
 
 import json
 import sys
@@ -10,6 +10,6 @@ from lfm_runtime.batch import answer_all
 bundle, folder = sys.argv[1:]
 images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 questions = (([image], "What is in this image?") for image in images)
-for index, answer in answer_all(Model.load(bundle), questions, rows=4, max_new_tokens=32):  # as they are finished
+for index, answer in answer_all(Model.load(bundle), questions, rows=4, max_new_tokens=32):  # in the order they finish
     said = {"error": str(answer)} if isinstance(answer, EdgeError) else {"text": answer.text}
     print(json.dumps({"image": images[index].name, **said}), flush=True)

@@ -5,7 +5,7 @@ import sys
 from lfm_runtime import Model
 
 bundle, image = sys.argv[1:]
-model = Model.load(bundle, max_image_tokens=128)  # any setting of a profile
+model = Model.load(bundle, max_image_tokens=128)  # any profile setting can be given
 for _ in range(3):
     answer = model.answer([image], "What is in this image?", temperature=0, max_new_tokens=16)
     answer.text()

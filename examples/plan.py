@@ -1,4 +1,4 @@
-"""What a run would take on this machine, before anything is loaded: plan.py BUNDLE IMAGE…"""
+"""The tokens and memory that a run would need here, before anything is loaded: plan.py BUNDLE IMAGE…"""
 
 import sys
 
