@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow  # an environment of its own, and a GPU in software
 def test_same_text(demo_bundle) -> None:
     pytest.importorskip("onnx")
-    script = [sys.executable, str(ROOT / "scripts" / "check_second_device.py"), str(demo_bundle)]
+    script = [sys.executable, str(ROOT / "scripts" / "checks" / "check_second_device.py"), str(demo_bundle)]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     if "no Vulkan driver" in done.stderr:
         pytest.skip("no Vulkan driver in software: apt install chromium")
