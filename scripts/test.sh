@@ -31,12 +31,14 @@ make_environment .venv "$python" '.[test]'
 add_torchvision .venv
 add_real_tokenizer .venv
 
-echo "== lint, format, import rules, types"
+echo "== lint, format, import rules, types, site"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 mkdir -p build
 .venv/bin/lint-imports --no-cache >build/imports.log 2>&1 || { cat build/imports.log && exit 1; }
 .venv/bin/mypy
+
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 if [ "${1:-}" = --fast ]; then
     echo "== units"

@@ -84,12 +84,19 @@ def _where_it_lies(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor
     )
 
 
-def release(model: ir.Model) -> None:
-    """Give back the memory of weights that were read: pages of the file count as ours while they are mapped."""
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
-            tensor.raw.madvise(mmap.MADV_DONTNEED)
+def release(*mapped: ir.Model | Array) -> None:
+    """Give back the memory of weights, or of arrays mapped from files, that were read: pages of a file count as ours
+    while they are mapped.
+    """
+    for each in mapped:
+        if isinstance(each, ir.Model):
+            tensors = [value.const_value for value in each.graph.initializers.values()]
+            places = [tensor.raw for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+        else:
+            places = [each._mmap] if isinstance(each, np.memmap) else []  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
+        for place in filter(None, places):
+            if hasattr(mmap, "MADV_DONTNEED"):
+                place.madvise(mmap.MADV_DONTNEED)
 
 
 # ---------------------------------------------------------------------------------------------------------- constants

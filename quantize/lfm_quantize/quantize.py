@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -102,7 +103,9 @@ def quantize(
             for gone in sorted(set(VARIANTS[settings.variant].dependents).intersection(now.variants)):
                 warn(f"{gone} used the old {settings.variant} weights and was removed; quantize it again")
             start = source.variant
-            del run, samples, made, source  # the fp32 model takes their place
+            # The model to judge against takes their place. Graphs refer to themselves: they go when they are collected.
+            del run, samples, made, source
+            gc.collect()
             # Judge: below the floor, the bundle stays as it was.
             quality = None
             if questions.judge:

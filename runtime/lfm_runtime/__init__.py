@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from lfm_runtime.report import Report
     from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
 
-__version__ = "0.1.0"
+try:
+    from lfm_runtime._version import __version__  # written when the package is built or installed in place
+except ImportError:
+    __version__ = "0.dev0"  # sources that were never installed
 
 __all__ = [
     "IMAGE",

@@ -192,7 +192,9 @@ class Model:
             **generation: settings that differ from the setup's: temperature, max_new_tokens, stop …
 
         Raises:
-            ImageError, PromptError, SettingError.
+            ImageError: an image cannot be opened, or is too large.
+            PromptError: the question does not fit the context, or names more images than there are.
+            SettingError: a generation setting is impossible, or has no effect.
         """
         messages = [Message("system", system)] if system else []
         messages.append(Message.user(question, len(images)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.blocks import Block, FedGraph, Values
 from lfm_quantize.calibrate.observe import Observed, observe
 from lfm_quantize.calibrate.smooth import Fit, find_fit, fold, sources
-from lfm_quantize.graph import Array, QuantizeError, linears
+from lfm_quantize.graph import Array, QuantizeError, linears, release
 from lfm_quantize.passes.constants import Constants
 from lfm_quantize.passes.integers import Integers, Product
 from lfm_quantize.recipe import Recipe
@@ -34,6 +34,11 @@ class Change:
         self.products |= other.products
         self.constants |= other.constants
         self.layers += other.layers
+
+    def release(self) -> None:
+        """Give back the memory of arrays that were read from their files."""
+        codes = [product.rounded.codes for product in self.products.values()]
+        release(*codes, *self.constants.values())
 
     def passes(self, *, tied: bool) -> tuple[ir.passes.InPlacePass, ...]:
         """What makes the change in a graph; `tied` as for `Integers`."""

@@ -89,7 +89,7 @@ def _through_blocks(run: Run, recipe: Recipe, fed: FedGraph, table: Rounded | No
         if fed.feeds and block.name != "head":  # nobody reads the logits of every position, and they are large
             quantized = fed.rewritten(*change.passes(tied=False))
             states = quantized.run(block, states)
-            quantized.release()
+        change.release()
         fed.release()
         total.add(change)
         run.progress(f"quantizes {fed.model.graph.name}", i + 1, len(blocks))
