@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+from cache import cached_bundle  # noqa: E402
+
 os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
 
 
@@ -44,9 +46,10 @@ def demo_bundle(tmp_path_factory) -> Path:
     pytest.importorskip("onnx_ir")
     from lfm_export.export import export
 
-    bundle = tmp_path_factory.mktemp("demo") / "bundle"
-    export(ROOT / "demo" / "checkpoint", bundle)
-    return bundle
+    def make(folder: Path) -> None:
+        export(ROOT / "demo" / "checkpoint", folder)
+
+    return cached_bundle("demo", make, tmp_path_factory.mktemp("demo") / "bundle")
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +59,12 @@ def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
 
-    folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("gpu") / "bundle"))
-    for variant in ("fp16", "int4", "int4-fp16", "fp16-trt"):
-        quantize(folder, Settings(variant), warn=lambda _: None)
-    return folder
+    def make(folder: Path) -> None:
+        shutil.copytree(demo_bundle, folder)
+        for variant in ("fp16", "int4", "int4-fp16", "fp16-trt"):
+            quantize(folder, Settings(variant), warn=lambda _: None)
+
+    return cached_bundle("gpu", make, tmp_path_factory.mktemp("gpu") / "bundle")
 
 
 @pytest.fixture(scope="session")

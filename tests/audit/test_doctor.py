@@ -35,7 +35,7 @@ def found(machine: Machine, check) -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in check(machine)}
 
 
-def test_this_machine(demo_bundle, capsys) -> None:
+def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> None:
     """No problem where all tests run; JSON says the same as the page."""
     assert main(["doctor", str(demo_bundle), "--profile", "generic"]) == 0
     page = capsys.readouterr().out

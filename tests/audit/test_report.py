@@ -230,7 +230,7 @@ def test_tuning(tmp_path) -> None:
         (["TUNING", "GOOD"], "is a tuning"),
     ],
 )
-def test_refusals(audit, tmp_path, capsys, words, message) -> None:
+def test_a_report_of_what_is_no_audit_is_refused(audit, tmp_path, capsys, words, message) -> None:
     half = copy.deepcopy(audit)
     del half["machine"]["samples"]
     places = {

@@ -290,7 +290,7 @@ def test_boards(installed, monkeypatch, tmp_path) -> None:
         (["BUNDLE", "--variant", "int4"], "has no variant 'int4'"),
     ],
 )
-def test_refusals(demo_bundle, capsys, words, message) -> None:
+def test_selftests_of_nothing_are_refused(demo_bundle, capsys, words, message) -> None:
     assert main(["selftest", *(str(demo_bundle) if word == "BUNDLE" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
 

@@ -313,7 +313,7 @@ def test_trial_killed(demo_bundle, photo) -> None:
         start(Trial(demo_bundle, read("generic"), [photo]), watch=lambda pid: os.kill(pid, signal.SIGKILL))
 
 
-def test_command(demo_bundle, photo, tmp_path, capsys) -> None:
+def test_tune_writes_a_profile_that_run_takes(demo_bundle, photo, tmp_path, capsys) -> None:
     """`tune` writes a profile that `run` takes."""
     written = tmp_path / "mine.toml"
     words = [

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cache import cached_bundle
 
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("reference")
@@ -39,9 +40,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory) -> Path:
     """The demo checkpoint, exported as portable graphs."""
-    bundle = tmp_path_factory.mktemp("portable") / "bundle"
-    export(reference.DEMO, bundle, portable=True)
-    return bundle
+
+    def make(folder: Path) -> None:
+        export(reference.DEMO, folder, portable=True)
+
+    return cached_bundle("portable", make, tmp_path_factory.mktemp("portable") / "bundle")
 
 
 def sessions_of(bundle: Path) -> dict[str, ort.InferenceSession]:

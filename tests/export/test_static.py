@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cache import cached_bundle
 
 pytest.importorskip("torch")
 reference = pytest.importorskip("reference")
@@ -35,9 +36,10 @@ PREFILL, CONTEXT = 24, 40
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory) -> Path:
-    bundle = tmp_path_factory.mktemp("portable") / "bundle"
-    export(reference.DEMO, bundle, portable=True)
-    return bundle
+    def make(folder: Path) -> None:
+        export(reference.DEMO, folder, portable=True)
+
+    return cached_bundle("portable", make, tmp_path_factory.mktemp("portable") / "bundle")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def packed(demo_bundle, tmp_path) -> Path:
     return tmp_path / "cam.tar"
 
 
-def test_there_and_back(demo_bundle, packed, tmp_path) -> None:
+def test_unpacked_is_what_was_packed(demo_bundle, packed, tmp_path) -> None:
     unpack(packed, tmp_path / "there")
     assert verify(tmp_path / "there") == []
     there = Bundle.open(tmp_path / "there")
@@ -118,7 +118,7 @@ def test_parts(demo_bundle, packed, tmp_path) -> None:
     assert verify(tmp_path / "joined") == []
 
 
-def test_command(demo_bundle, tmp_path, capsys) -> None:
+def test_packed_and_unpacked_by_command_is_whole(demo_bundle, tmp_path, capsys) -> None:
     assert main(["pack", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "x.tar")]) == 0
     assert "x.tar.sha256" in capsys.readouterr().out
     assert main(["unpack", str(tmp_path / "x.tar"), "-o", str(tmp_path / "x")]) == 0
@@ -138,7 +138,9 @@ def test_command(demo_bundle, tmp_path, capsys) -> None:
         (["--variant", "fp32", "--profile", "zzz", "-o", "x.tar"], "there is no profile 'zzz'"),
     ],
 )
-def test_refusals(demo_bundle, tmp_path, monkeypatch, capsys, words, message) -> None:
+def test_a_pack_that_cannot_be_leaves_nothing_behind(
+    demo_bundle, tmp_path, monkeypatch, capsys, words, message
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["pack", str(demo_bundle), *words]) == 2
     assert message in capsys.readouterr().err

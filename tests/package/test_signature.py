@@ -70,7 +70,7 @@ def test_changed_after_signing(demo_bundle, keys, tmp_path) -> None:
         verify(tmp_path / "there", signers=keys / "signers")
 
 
-def test_errors(demo_bundle, keys, tmp_path, monkeypatch) -> None:
+def test_keys_that_cannot_sign_are_refused(demo_bundle, keys, tmp_path, monkeypatch) -> None:
     with pytest.raises(SettingError, match="does not exist; make a key with: ssh-keygen"):
         pack(demo_bundle, ["fp32"], tmp_path / "x.tar", Extras(sign_with=keys / "nobody"))
     (tmp_path / "text").write_text("no key")

@@ -229,7 +229,7 @@ def test_our_own_wheel_is_made_again_from_where_it_was_installed(tmp_path) -> No
     assert (a.sha256, a.name) == (b.sha256, "lfm-edge")
 
 
-def test_errors(tmp_path, monkeypatch, capsys) -> None:
+def test_targets_that_do_not_exist_are_refused(tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SettingError, match="no target; there are pi5, pi4"):
         Platform.of("pi6")
     with pytest.raises(SettingError, match=r"pi5 has no Python 3.9; it has 3.13 \(Raspberry Pi OS trixie\), 3.11"):

@@ -229,7 +229,7 @@ def test_32_bit_userland(tmp_path) -> None:
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_this_machine(capsys) -> None:
+def test_what_is_detected_agrees_with_psutil(capsys) -> None:
     """What is detected agrees with psutil and the operating system."""
     found = detect()
     assert abs(found.ram_total_mib - psutil.virtual_memory().total / 2**20) < 2

@@ -120,7 +120,7 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ("arena = 1\n", "arena = 1 is impossible"),
     ],
 )
-def test_refusals(text, says, tmp_path, capsys) -> None:
+def test_a_profile_with_a_wrong_value_is_refused_with_its_place(text, says, tmp_path, capsys) -> None:
     path = profile(tmp_path, text)
     with pytest.raises(ProfileError, match=re.escape(says)):
         read(path)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cache import cached_bundle
 
 pytest.importorskip("onnx_ir")
 
@@ -53,8 +54,10 @@ def quantized(demo_bundle, tmp_path_factory) -> Path:
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
 
-    folder = _first_images(tmp_path_factory.mktemp("calibration"), 64)
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("quantized") / "bundle"))
-    for variant in ("fp16", "int8", "int4"):
-        quantize(bundle, Settings(variant, folder / "images", folder / "calibration.jsonl", threads=2))
-    return bundle
+    def make(folder: Path) -> None:
+        shutil.copytree(demo_bundle, folder)
+        images = _first_images(tmp_path_factory.mktemp("calibration"), 64)
+        for variant in ("fp16", "int8", "int4"):
+            quantize(folder, Settings(variant, images / "images", images / "calibration.jsonl", threads=2))
+
+    return cached_bundle("quantized", make, tmp_path_factory.mktemp("quantized") / "bundle")

@@ -154,7 +154,7 @@ def test_from_an_fp16_export(tmp_path) -> None:
         assert ({TOP_LOGITS, TOP_IDS, NEXT_MASK}.isdisjoint(names)) is not wanted, variant
 
 
-def test_bad_wishes(demo_bundle, few, capsys) -> None:
+def test_gpu_variants_without_their_base_are_refused(demo_bundle, few, capsys) -> None:
     for words, said in [
         (["--variant", "int4-fp16"], "has no variant 'int4'"),
         (["--variant", "fp16-trt"], "has no variant 'fp16'"),

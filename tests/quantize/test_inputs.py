@@ -186,7 +186,7 @@ def test_bad_recipe(text, says, tmp_path) -> None:
         ({"variant": "int4", "recipe": Path("r"), "method": "rtn"}, "--method has no effect beside --recipe"),
     ],
 )
-def test_bad_settings(settings, says) -> None:
+def test_quantize_settings_without_effect_are_refused(settings, says) -> None:
     with pytest.raises(QuantizeError) as caught:
         Settings(**settings).check()
     assert says in str(caught.value)

@@ -157,7 +157,7 @@ def test_a_new_base_takes_it_away(bundle, few, tmp_path) -> None:
     )
 
 
-def test_bad_wishes(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
+def test_int8_keys_without_base_or_images_are_refused(demo_bundle, bundle, few, capsys, monkeypatch) -> None:
     for words, said in [
         (["--variant", "int4-kv8"], "needs --calibration"),
         (["--variant", "int4-kv8", "--calibration", str(few / "images")], "no variant 'int4'"),

@@ -401,7 +401,7 @@ def test_bad_bundle(case, demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     assert tree(bundle) == before
 
 
-def test_bad_wishes(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+def test_a_refused_quantization_leaves_the_bundle_as_it_was(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     """Each one line, exit 2, the bundle as before."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     before = tree(bundle)

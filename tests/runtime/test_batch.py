@@ -92,7 +92,7 @@ def test_one_bad_image_does_not_stop_the_rest(demo_model) -> None:
     assert list(answer_all(demo_model, [])) == []
 
 
-def test_refusals(demo_model, demo_bundle) -> None:
+def test_batches_that_cannot_be_are_refused(demo_model, demo_bundle) -> None:
     with pytest.raises(SettingError, match="rows 0"):
         list(answer_all(demo_model, [], rows=0))
     with pytest.raises(SettingError, match="temperature"):

@@ -108,7 +108,7 @@ def test_finish_reasons(demo_model, drawing) -> None:
     assert stopped.report.finish_reason == "stop"
 
 
-def test_context_limit(bundle_copy, drawing) -> None:
+def test_an_answer_ends_at_the_context_limit(bundle_copy, drawing) -> None:
     """The answer ends at the context limit; a prompt beyond it is refused before any work."""
     path = bundle_copy / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -193,7 +193,7 @@ def test_stop_strings(pieces, stops, wanted) -> None:
 
 
 @pytest.mark.parametrize("names", ["hub", "older"])
-def test_hub_folder(demo_bundle, demo_model, drawing, tmp_path, names) -> None:
+def test_a_hub_folder_runs_without_manifest(demo_bundle, demo_model, drawing, tmp_path, names) -> None:
     """Only the hub's files: no manifest, no prompt.json; also with the names older repositories use, beside
     config.json.
     """
@@ -337,7 +337,7 @@ def test_flags_arrive(demo_bundle, photo, capsys) -> None:
     assert tiles("--min-image-tokens", 60)[1] >= tokens - 64 + 60 - 16
 
 
-def test_chat(demo_bundle, drawing, capsys, monkeypatch) -> None:
+def test_chat_answers_each_line(demo_bundle, drawing, capsys, monkeypatch) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many shapes?\nWhat is in this image?\n\n"))
@@ -378,7 +378,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "_"))
-def test_bad_input(case, demo_bundle, drawing, tmp_path, capsys) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(case, demo_bundle, drawing, tmp_path, capsys) -> None:
     """One line on stderr, exit code 2, nothing on stdout, nothing left behind."""
     words, says = BAD[case]
     before = sorted(p.name for p in demo_bundle.rglob("*"))

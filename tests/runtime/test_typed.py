@@ -48,7 +48,7 @@ def read(value) -> Outer:
     return read_as(Outer, value, Path("file.json"), BundleError, "make it again")
 
 
-def test_there_and_back() -> None:
+def test_types_read_what_they_write() -> None:
     found = read(GOOD)
     assert found.parts["p"] == Inner(3)
     assert found.sizes == (1, 2)

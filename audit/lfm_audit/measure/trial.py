@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -131,7 +132,7 @@ def start(
                 watch(process.pid)
             given = {name: getattr(trial.profile, name) for name in trial.profile.origin}
             profile = {"name": trial.profile.name, "origin": dict(trial.profile.origin), "settings": given}
-            request = {**vars(trial), "profile": profile, "spawned": spawned}
+            request = {**vars(trial), "profile": profile, "spawned": spawned, "parent": os.getpid()}
             out, complaints = process.communicate(json.dumps(request, default=str), timeout=_LONGEST_S)
         except BaseException:
             process.kill()
@@ -162,6 +163,8 @@ def main() -> int:
     entered = time.perf_counter()
     _end_with_parent()
     request = json.load(sys.stdin)
+    if os.getppid() != request.pop("parent"):
+        return 1  # it was killed before this process could ask to end with it
     try:
         print(json.dumps(_measured(request, entered)))
     except EdgeError as e:

@@ -335,7 +335,7 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
         (["--cache", str(ROOT / "README.md")], "cannot be a cache folder"),
     ],
 )
-def test_bad_wishes(demo_bundle, flags, says, capsys) -> None:
+def test_cache_flags_without_effect_are_refused_in_a_line(demo_bundle, flags, says, capsys) -> None:
     assert main(["run", str(demo_bundle), "-p", "x", *flags]) == 2
     err = capsys.readouterr().err
     assert says in err

@@ -90,7 +90,7 @@ def test_seed_and_greedy() -> None:
     ],
     ids=str,
 )
-def test_bad_settings(bad) -> None:
+def test_generation_settings_that_cannot_be_are_refused(bad) -> None:
     with pytest.raises(SettingError):
         GenerationSettings().with_changes(bad)
 

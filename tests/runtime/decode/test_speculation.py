@@ -141,7 +141,7 @@ def test_conversation_goes_on_after_speculation(demo_model) -> None:
     assert right > 0
 
 
-def test_context_limit(bundle_copy, demo_model) -> None:
+def test_speculative_tokens_stay_inside_the_context(bundle_copy, demo_model) -> None:
     """Speculative tokens never reach beyond the context's end."""
     import json
 
@@ -154,7 +154,7 @@ def test_context_limit(bundle_copy, demo_model) -> None:
     assert {answer.report.finish_reason for answer in answers} <= {"context", "eos"}
 
 
-def test_refusals(demo_bundle, tmp_path, capsys) -> None:
+def test_speculation_that_cannot_be_is_refused(demo_bundle, tmp_path, capsys) -> None:
     for value in ("-1", str(MANY_TOKENS - 1)):
         assert main(["run", str(demo_bundle), "-p", "x", "--speculate", value]) == 2
         assert "speculate" in capsys.readouterr().err

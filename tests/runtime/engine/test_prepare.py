@@ -174,7 +174,7 @@ def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
     assert answer(bundle) == demo_model.answer([PICTURE], QUESTION).text()
 
 
-def test_refusals(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -210,7 +210,7 @@ def test_it_prepares_what_run_takes(gpu_bundle, tmp_path, capsys, caplog) -> Non
     assert f"; run: lfm-edge prepare {bundle} --variant {variant}" in record.getMessage()
 
 
-def test_hub_folder(demo_bundle, tmp_path, caplog) -> None:
+def test_a_hub_folder_is_prepared_by_size_and_time(demo_bundle, tmp_path, caplog) -> None:
     """Without a manifest a graph is known by size and time."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     (bundle / "manifest.json").unlink()

@@ -244,7 +244,7 @@ def test_plan_for_people(demo_bundle, photo, capsys) -> None:
     assert "MiB are free" in out
 
 
-def test_bad_input(demo_bundle, tmp_path, capsys) -> None:
+def test_a_plan_of_nothing_is_refused(demo_bundle, tmp_path, capsys) -> None:
     assert main(["profile", "plan"]) == 2
     assert "plan needs a bundle" in capsys.readouterr().err
     assert main(["profile", "plan", str(tmp_path / "none")]) == 2

@@ -290,7 +290,7 @@ def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
         ),
     ],
 )
-def test_bad_wishes(words, says, capsys) -> None:
+def test_profile_commands_that_cannot_be_are_refused(words, says, capsys) -> None:
     assert main(["profile", *words]) == 2
     assert says in capsys.readouterr().err
 
