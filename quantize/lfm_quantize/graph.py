@@ -56,7 +56,7 @@ def open_graph(path: Path) -> ir.Model:
         model = ir.load(path)
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _where_it_lies(value.const_value, path.parent)
+                value.const_value = _mapped(value.const_value, path.parent)
     except DAMAGE as e:
         reason = " ".join(str(e.__cause__ or e).split())[:200]
         raise QuantizeError(f"{path} cannot be read ({reason}); export the bundle again") from e
@@ -68,20 +68,17 @@ def open_graph(path: Path) -> ir.Model:
     return model
 
 
-def _where_it_lies(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
-    """The tensor by its absolute path. onnx-ir refuses data behind links, which the hub's cache and a bundle that is
-    being replaced are made of; so the name is held against the folder here.
+def _mapped(tensor: ir.ExternalTensor, folder: Path) -> Mapped:
+    """The tensor mapped. onnx-ir refuses data behind links, which the hub's cache and a bundle that is being replaced
+    are made of; so the name is held against the folder here.
     """
     name = str(tensor.location)
     if Path(name).name != name:
         raise ValueError(f"{tensor.name} names the data file {name!r}, which is not beside the graph")
-    file = folder.resolve() / name
-    size = tensor.nbytes
-    if (tensor.length or size) != size or (tensor.offset or 0) + size > file.stat().st_size:
+    file, offset, size = folder.resolve() / name, tensor.offset or 0, tensor.nbytes
+    if (tensor.length or size) != size or offset + size > file.stat().st_size:
         raise ValueError(f"{name} is shorter than {tensor.name} says")
-    return ir.ExternalTensor(
-        file, tensor.offset or 0, size, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or ""
-    )
+    return Mapped(file, offset, tensor)
 
 
 def release(*mapped: ir.Model | Array) -> None:
@@ -91,12 +88,9 @@ def release(*mapped: ir.Model | Array) -> None:
     for each in mapped:
         if isinstance(each, ir.Model):
             tensors = [value.const_value for value in each.graph.initializers.values()]
-            places = [tensor.raw for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
-        else:
-            places = [each._mmap] if isinstance(each, np.memmap) else []  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
-        for place in filter(None, places):
-            if hasattr(mmap, "MADV_DONTNEED"):
-                place.madvise(mmap.MADV_DONTNEED)
+            release(*(t.mapped for t in tensors if isinstance(t, Mapped) and t.mapped is not None))
+        elif isinstance(each, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            each._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001  (numpy has no other way)
 
 
 # ---------------------------------------------------------------------------------------------------------- constants
@@ -107,6 +101,26 @@ def constant(value: ir.Value | None) -> Array:
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()
+
+
+class Mapped(ir.LazyTensor):
+    """A constant in a data file, mapped when it is used. (ir.ExternalTensor maps the whole file for each tensor: fifty
+    times the weights in address space, which `ulimit -v` counts.)
+    """
+
+    def __init__(self, file: Path, offset: int, like: ir.TensorProtocol) -> None:
+        self.file = file
+        self.offset = offset
+        self.mapped: Array | None = None
+        super().__init__(self._map, like.dtype, ir.Shape(like.shape.numpy()), name=like.name)
+
+    def _map(self) -> ir.TensorProtocol:
+        packed = self.dtype == ir.DataType.UINT4
+        if self.mapped is None:
+            shape = (self.nbytes,) if packed else tuple(self.shape.numpy())
+            kind = np.dtype(np.uint8) if packed else self.dtype.numpy()
+            self.mapped = np.memmap(self.file, kind, "r", self.offset, shape)
+        return ir.PackedTensor(self.mapped, self.dtype, shape=self.shape.numpy()) if packed else ir.Tensor(self.mapped)
 
 
 class Retyped(ir.LazyTensor):
@@ -252,13 +266,13 @@ def session(model: ir.Model, threads: int) -> ort.InferenceSession:
     quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in model.graph)
     options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
     tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
-    folder = next((Path(t.location).parent for t in tensors.values() if isinstance(t, ir.ExternalTensor)), "")
+    folder = next((t.file.parent for t in tensors.values() if isinstance(t, Mapped)), "")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     written: dict[str, ir.TensorProtocol] = {}
     handed: dict[str, ort.OrtValue] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, ir.ExternalTensor):
-            written[name] = _at(tensor, Path(tensor.location).name, tensor.offset or 0)
+        if isinstance(tensor, Mapped):
+            written[name] = _at(tensor, tensor.file.name, tensor.offset)
         elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
             written[name] = _at(tensor, _HANDED, 0)
             handed[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
@@ -301,8 +315,8 @@ def save(
             assert tensor is not None, name
             if shared and name in shared:
                 places[name] = _at(tensor, str(shared[name].location), shared[name].offset or 0)
-            elif over and isinstance(tensor, ir.ExternalTensor):
-                places[name] = _at(tensor, Path(tensor.location).name, tensor.offset or 0)
+            elif over and isinstance(tensor, Mapped):
+                places[name] = _at(tensor, tensor.file.name, tensor.offset)
             elif tensor.nbytes >= INLINE_BYTES:
                 step = 1 << 16 if tensor.nbytes >= LARGE_BYTES else 64
                 start = -(-file.tell() // step) * step
@@ -310,7 +324,7 @@ def save(
                 file.seek(start)
                 tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx-ir has it
                 places[name] = _at(tensor, data.name, start)
-            elif isinstance(tensor, ir.ExternalTensor):  # others keep small ones in a file, too
+            elif isinstance(tensor, Mapped):  # others keep small ones in a file, too
                 inside[name] = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
     if not data.stat().st_size:
         data.unlink()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from lfm_profiles import FINEST
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
 from lfm_quantize.calibrate.samples import Question, Sample, prepare
-from lfm_quantize.graph import QuantizeError, linears, open_graph
+from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence
 from lfm_quantize.judge.layers import layer_errors
 from lfm_quantize.judge.quality import Quality
@@ -157,7 +156,7 @@ def _bytes(bundle: Bundle, variant: str) -> int:
     """Of all files of a variant's graphs, those it shares with another variant included."""
     graphs = set(bundle.graphs(variant)[1].values())
     constants = [v.const_value for path in graphs for v in open_graph(path).graph.initializers.values()]
-    data = {Path(tensor.location) for tensor in constants if isinstance(tensor, ir.ExternalTensor)}
+    data = {tensor.file for tensor in constants if isinstance(tensor, Mapped)}
     return sum(path.stat().st_size for path in graphs | data)
 
 
