@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("device")
     group.addoption("--bundle", type=Path, help="the installed bundle")
     group.addoption("--profile", default="", help="how to run: a name of lfm-edge profile list, or a .toml file")
-    group.addoption("--variant", help="of the weights (default: the profile's)")
+    group.addoption("--variant", help="variant to test (default: the profile's)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

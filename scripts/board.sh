@@ -16,7 +16,7 @@ check_bits() {
     case $(uname -m) in
     aarch64 | arm64) ;;
     arm*) fail "this system is 32-bit ($(uname -m)): onnxruntime, numpy and pillow have no wheels for it. Install the 64-bit system" ;;
-    *) fail "this machine is $(uname -m), no 64-bit Arm; see README.md for PCs and servers" ;;
+    *) fail "this machine is $(uname -m), not 64-bit Arm; see README.md for PCs and servers" ;;
     esac
 }
 
@@ -29,7 +29,7 @@ find_python() { # sets $python and $version; the newest that onnxruntime has whe
         case $version in 3.1[0-9]) break ;; esac
         version=
     done
-    [ "${version:-}" ] || fail "lfm-edge needs Python 3.10 or newer, here is${found:- none}. ${1:-Install it: sudo apt install python3 python3-venv}"
+    [ "${version:-}" ] || fail "lfm-edge needs Python 3.10 or newer; found:${found:- none}. ${1:-Install it: sudo apt install python3 python3-venv}"
     [ "$("$python" -c 'import struct; print(8 * struct.calcsize("P"))')" = 64 ] ||
         fail "this Python is 32-bit, on a 64-bit kernel: onnxruntime, numpy and pillow have no wheels for it. Install the 64-bit system"
 }
@@ -44,13 +44,13 @@ explain() { # LOG STATUS : the cause and the fix of a failure that is known; els
     elif grep -q 'no kernel image' "$1"; then
         say "the GPU wheel has no code for this GPU. Fix: pip uninstall -y onnxruntime-gpu; pip install onnxruntime"
     elif grep -q -i 'not a supported wheel' "$1"; then
-        say "a wheel is for another Python or processor. Fix: make the wheels again with lfm-edge wheelhouse, for the Python that python3 --version says"
+        say "a wheel is for another Python or processor. Fix: make the wheels again with lfm-edge wheelhouse, for the Python version that python3 --version prints"
     elif grep -q -i -E 'name resolution|connection|timed out|network is unreachable' "$1"; then
-        say "the package index cannot be reached. Fix: see to the network, or install from a stick: lfm-edge stick on a PC"
+        say "the package index cannot be reached. Fix: check the network, or install from a stick: lfm-edge stick on a PC"
     elif grep -q 'No matching distribution' "$1"; then
         say "$(grep 'No matching distribution' "$1" | head -n 1 | sed 's/^ERROR: //'): no wheel for this Python ($version) on $(uname -m). Fix: a 64-bit system with Python 3.11 or newer"
     elif grep -q 'No space left' "$1"; then
-        say "the disk is full. Fix: make 400 MB of room, or clone to another disk"
+        say "the disk is full. Fix: free 400 MB, or clone to another disk"
     elif grep -q -E 'ensurepip|No module named (venv|pip)' "$1"; then
         say "Python cannot make environments here. Fix: sudo apt install python3-venv"
     else
@@ -67,13 +67,13 @@ try() { # COMMAND… : quietly; a failure is explained
 }
 
 install_runtime() { # REQUIREMENT… : into .venv of this clone
-    say "installing the runtime into .venv (some 200 MB)"
+    say "installing the runtime into .venv (about 200 MB)"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # also where venv was cut off half-way
         rm -rf .venv
         try "$python" -m venv .venv
     fi
     try .venv/bin/python -m pip install --disable-pip-version-check --only-binary numpy,onnxruntime,pillow -e . "$@"
     try .venv/bin/python -c 'import os; os.environ["ORT_DISABLE_TELEMETRY"] = "1"; import numpy, onnxruntime, PIL, psutil'
-    .venv/bin/lfm-edge doctor || say "see to the problems above"
+    .venv/bin/lfm-edge doctor || say "fix the problems above"
     say "next: copy a bundle here, then: .venv/bin/lfm-edge prepare BUNDLE && .venv/bin/lfm-edge run BUNDLE photo.jpg -p 'What is in this image?'"
 }

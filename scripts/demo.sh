@@ -24,4 +24,4 @@ ask() {
 ask demo/eval/images/0000.png "What is in this image?"
 ask demo/photos/coffee.jpg "What is in this image?"
 echo
-echo "The demo model knows coloured shapes and printed words. On a photo it shows what tiles cost; its words mean nothing there."
+echo "The demo model knows coloured shapes and printed words. On a photo it shows what tiles cost; its answers are meaningless there."

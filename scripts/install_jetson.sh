@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 model=$(board_file proc/device-tree/model)
 release=$(board_file etc/nv_tegra_release | sed -n 's/^# R\([0-9]*\) .*REVISION: \([0-9.]*\).*/\1.\2/p')
 case $model in
-*"Raspberry Pi"*) fail "this is ${model}, no Jetson; use scripts/install_raspberry_pi.sh" ;;
+*"Raspberry Pi"*) fail "this is ${model}, not a Jetson; use scripts/install_raspberry_pi.sh" ;;
 esac
-[ "$release" ] || fail "this is ${model:-no board with a device tree}: /etc/nv_tegra_release is missing, so it is no Jetson with JetPack; see README.md"
+[ "$release" ] || fail "this is ${model:-no board with a device tree}: /etc/nv_tegra_release is missing, so it is not a Jetson with JetPack; see README.md"
 check_bits
 case $release in
 32.*) fail "L4T $release is JetPack 4 (Python 3.6): too old for onnxruntime. Install JetPack 6; a Nano, TX1 or TX2 has none and cannot run lfm-edge" ;;

@@ -11,8 +11,8 @@ model=$(board_file proc/device-tree/model)
 case $model in
 *"Raspberry Pi Zero 2"* | *"Raspberry Pi 3"* | *"Raspberry Pi 4"* | *"Raspberry Pi 5"* | *"Raspberry Pi Compute Module "[345]*) ;;
 *"Raspberry Pi"*) fail "$model has a 32-bit processor; a Raspberry Pi 3, 4, 5 or Zero 2 W is needed" ;;
-*NVIDIA* | *Jetson*) fail "this is ${model}, no Raspberry Pi; use scripts/install_jetson.sh" ;;
-*) fail "this is ${model:-no board with a device tree}, no Raspberry Pi; see README.md for other machines" ;;
+*NVIDIA* | *Jetson*) fail "this is ${model}, not a Raspberry Pi; use scripts/install_jetson.sh" ;;
+*) fail "this is ${model:-no board with a device tree}, not a Raspberry Pi; see README.md for other machines" ;;
 esac
 check_bits
 find_python "Raspberry Pi OS bookworm or trixie has one: install it anew, 64-bit"

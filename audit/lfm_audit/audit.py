@@ -72,8 +72,8 @@ def measure(work: Workload, device: Device, sensors: Sensors, progress: Progress
     """
     if not sees_the_machine():
         raise SettingError(
-            "/proc has no stat and meminfo here (systemd's ProcSubset=pid?): other programs' load cannot be seen, "
-            "and no figure trusted; run the audit without that"
+            "/proc/stat and /proc/meminfo are missing (systemd's ProcSubset=pid?), so the load of other programs "
+            "cannot be measured; run the audit without that restriction"
         )
     begun, begun_unix = time.perf_counter(), time.time()
     idle = _watch_idle(sensors, progress)
@@ -96,7 +96,7 @@ def measure(work: Workload, device: Device, sensors: Sensors, progress: Progress
 
 
 def _watch_idle(sensors: Sensors, progress: Progress) -> Watch:
-    progress("watching the machine idle")
+    progress("measuring the idle machine")
     idle = Watch(sensors)
     idle.of(os.getpid())
     time.sleep(_IDLE_S)
@@ -185,7 +185,7 @@ def _prepare_ms(work: Workload, progress: Progress) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for subject in work.subjects:
         if not subject.profile.prepared:
-            found[subject.variant] = "the profile does not use what prepare writes"
+            found[subject.variant] = "the profile does not use prepared graphs"
             continue
         progress(f"{subject.variant}, prepare for the first time")
         prefill = settle(work.bundle, subject.profile).prefill

@@ -45,7 +45,7 @@ _IMPORT_FAILURES = (
         "cannot open shared object file",
         "a library is missing; for a GPU wheel it is CUDA's or cuDNN's: install them, or the CPU wheel",
     ),
-    ("numpy", "numpy and onnxruntime do not fit each other: pip install --upgrade numpy onnxruntime"),
+    ("numpy", "numpy and onnxruntime are incompatible: pip install --upgrade numpy onnxruntime"),
 )
 
 
@@ -102,16 +102,14 @@ def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> 
     except EdgeError as e:
         yield Finding(check.__name__.strip("_"), "problem", str(e))
     except Exception as e:  # noqa: BLE001
-        yield Finding(
-            check.__name__.strip("_"), "warning", f"could not be looked at ({type(e).__name__}: {e})", "report it"
-        )
+        yield Finding(check.__name__.strip("_"), "warning", f"this check failed ({type(e).__name__}: {e})", "report it")
 
 
 # ------------------------------------------------------------------------------------------------ software
 
 
 def _python(machine: Machine) -> Iterator[Finding]:
-    where = "in an environment of its own" if sys.prefix != sys.base_prefix else "the system's own"
+    where = "in a virtual environment" if sys.prefix != sys.base_prefix else "the system's own"
     said = f"{sys.version.split()[0]}, {machine.device.pointer_bits} bits, {where}"
     if machine.device.pointer_bits != 64:
         fix = (
@@ -146,7 +144,7 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         fix = "install another version; 1.21.0 does this on Cortex-A53 and A72: pip install 'onnxruntime!=1.21.0'"
-        yield Finding("onnxruntime", "problem", f"{installed} dies when imported ({name})", fix)
+        yield Finding("onnxruntime", "problem", f"{installed} crashes when imported ({name})", fix)
     elif done.returncode:
         said = last_line(done.stderr)
         fix = next((fix for part, fix in _IMPORT_FAILURES if part in said), "pip install --force-reinstall onnxruntime")
@@ -156,7 +154,7 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
             "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu, then install the "
             "one you want"
         )
-        yield Finding("onnxruntime", "problem", f"{installed} at once", fix)
+        yield Finding("onnxruntime", "problem", f"{installed} are both installed", fix)
     else:
         yield Finding("onnxruntime", "ok", f"{installed}, providers {done.stdout.strip()}")
     if wheels.get("onnxruntime") == "1.21.0" and machine.device.machine in ("aarch64", "arm64"):
@@ -172,7 +170,7 @@ def _gpu(machine: Machine) -> Iterator[Finding]:
     device, library = machine.device, gpu_wheel.cuda_library()
     if not device.gpu:
         unused = "; the GPU wheel is larger and has no use here" if library else ""
-        yield _judged("gpu", library is not None and "warning", f"none, the CPU computes{unused}", _CPU_WHEEL)
+        yield _judged("gpu", library is not None and "warning", f"none, the CPU is used{unused}", _CPU_WHEEL)
     elif library is None:
         yield Finding("gpu", "ok", f"{device.gpu}; this onnxruntime is for the CPU and does not use it")
     else:
@@ -232,8 +230,8 @@ def _swap(machine: Machine) -> Iterator[Finding]:
     names = [row[0] for row in rows if row]
     little = (machine.device.ram_total_mib or 0) < 2100
     if not names:
-        fix = "add some in compressed memory: sudo apt install systemd-zram-generator"
-        yield _judged("swap", little and "warning", "none: too much memory ends a process at once", fix)
+        fix = "add compressed swap in memory: sudo apt install systemd-zram-generator"
+        yield _judged("swap", little and "warning", "none: a process that needs too much memory is killed at once", fix)
     elif on_card := [name for name in names if "zram" not in name and not name.startswith("/dev/nvme")]:
         fix = "slow, and wears an SD card; better: sudo apt install systemd-zram-generator"
         yield _judged("swap", bool(used or little) and "warning", f"{', '.join(on_card)}, {used} MiB used", fix)
@@ -260,9 +258,9 @@ def _clocks(machine: Machine) -> Iterator[Finding]:
     governor = machine.device.governor
     if governor in ("powersave", "conservative"):
         fix = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
-        yield Finding("governor", "warning", f"{governor}: slow by choice", fix)
+        yield Finding("governor", "warning", f"{governor}: keeps the CPU slow", fix)
     else:
-        yield Finding("governor", "ok", governor or "the kernel has none here")
+        yield Finding("governor", "ok", governor or "the kernel has no governor here")
     if machine.device.jetpack and (program := shutil.which("nvpmodel")):
         done = subprocess.run([program, "-q"], capture_output=True, text=True, check=False)  # noqa: S603
         yield Finding("power mode", "ok", " ".join(done.stdout.split()) or "unknown")
@@ -276,10 +274,7 @@ def _throttling(machine: Machine) -> Iterator[Finding]:
     now, before = ([b for b in bits if b.endswith(" before") == past] for past in (False, True))
     power = any("voltage" in bit for bit in bits)
     fix = "a stronger power supply (5 V at the board, 27 W for a Pi 5)" if power else "a heat sink or a fan"
-    said = (
-        f"now: {', '.join(now) or 'no'}; since it started: "
-        f"{', '.join(b.removesuffix(' before') for b in before) or 'no'}"
-    )
+    said = f"now: {', '.join(now) or 'no'}; since boot: {', '.join(b.removesuffix(' before') for b in before) or 'no'}"
     yield _judged("throttling", "problem" if now else bool(before) and "warning", said, fix)
 
 
@@ -290,7 +285,7 @@ def _sensors(machine: Machine) -> Iterator[Finding]:
     if warmest is None:
         yield Finding("temperature", "ok", machine.sensors.missing.get("temperature", "no sensor"))
     else:
-        fix = "a heat sink or a fan: it will be slowed down"
+        fix = "add a heat sink or a fan, or the board will be throttled"
         yield _judged("temperature", warmest >= _HOT_C and "warning", f"{warmest:.0f} °C", fix)
     yield Finding("power", "ok", power)
 
@@ -299,7 +294,7 @@ def _profile(machine: Machine) -> Iterator[Finding]:
     chosen = choose(machine.device, ["CPUExecutionProvider"])
     named = machine.profile or os.environ.get("LFM_EDGE_PROFILE", "")
     yield Finding(
-        "profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is named" if named else "")
+        "profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is selected" if named else "")
     )
 
 
@@ -316,7 +311,7 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
         fix = "make a bundle with: lfm-edge export"
         yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
         return
-    steps = f"; memory does not suffice for all of it: {'; '.join(setup.steps)}" if setup.steps else ""
+    steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
     yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
 
 
@@ -338,7 +333,7 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
     setup = _setup(machine)
     bundle, variant, prefill = setup.bundle, setup.variant, setup.prefill
     if not setup.execution.prepared:
-        yield Finding("prepared", "ok", f"profile {setup.profile.name} loads graphs as they are")
+        yield Finding("prepared", "ok", f"profile {setup.profile.name} does not use prepared graphs")
         return
     paths = [setup.paths[graph.stem] for graph in (VISION_ENCODER, DECODER)]
     paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
@@ -350,7 +345,9 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
     elif all(one.path != path for one, path in zip(found, paths, strict=True)):
         yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
     else:
-        yield Finding("prepared", "warning", f"{variant} is not: it starts more slowly and takes more memory", fix)
+        yield Finding(
+            "prepared", "warning", f"{variant} is not prepared: it starts more slowly and takes more memory", fix
+        )
 
 
 CHECKS = (

@@ -84,9 +84,9 @@ class WorkloadFacts:
 
 @dataclass(frozen=True)
 class Start:
-    """From the start of a process until it can be asked."""
+    """From the start of a process until it is ready for a question."""
 
-    ready_ms: Annotated[Figure, "from the start of the process until it can be asked"]
+    ready_ms: Annotated[Figure, "from the start of the process until it is ready for a question"]
     python_ms: Annotated[Figure, "until the first line of ours"]
     import_ms: Figure
     open_ms: Annotated[Figure, "reading and checking what describes the bundle"]

@@ -130,8 +130,8 @@ def _golden(on: Installed) -> str:
             )
         features, logits = VARIANTS[variant].tolerance
         found.append(
-            f"{variant}: features {deviation.features:.1g} of {features:g} off, logits {deviation.logits:.1g} of "
-            f"{logits:g}"
+            f"{variant}: error of features {deviation.features:.1g} (allowed {features:g}), of logits "
+            f"{deviation.logits:.1g} (allowed {logits:g})"
         )
     if not found:
         raise Skipped("the bundle has no golden values of this variant; export or quantize it again to have them")
@@ -146,7 +146,8 @@ def _answers(on: Installed) -> str:
     ]
     if said[0] != said[1]:
         raise CheckError(
-            f"one question was answered with {said[0]!r} and {said[1]!r}; check memory (memtester) and power supply"
+            f"the same question was answered with {said[0]!r} and {said[1]!r}; check memory (memtester) and power "
+            "supply"
         )
     return repr(said[0][:40])
 
@@ -185,8 +186,8 @@ def _steady_memory(on: Installed) -> str:
 
     before, grown = _growth(answers)
     if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
-        more = f"{_ANSWERS} answers took {grown:.1f} MiB more ({grown / before:.1%})"
-        raise CheckError(f"{more}, and again each time; restart the process now and then, and report it")
+        more = f"memory grew by {grown:.1f} MiB ({grown / before:.1%}) in {_ANSWERS} answers"
+        raise CheckError(f"{more}, each time they were repeated; restart the process now and then, and report it")
     return f"{grown:+.1f} MiB of {before:.0f} after {_ANSWERS} answers"
 
 
@@ -202,7 +203,9 @@ def _cancel(on: Installed) -> str:
 
     before, grown = _growth(cancelled)
     if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
-        raise CheckError(f"10 answers that were cancelled took {grown:.1f} MiB, and again each time; report it")
+        raise CheckError(
+            f"memory grew by {grown:.1f} MiB in 10 cancelled answers, each time they were repeated; report it"
+        )
     if _small_answer(on, 8).text() != wanted:
         raise CheckError("after a cancelled answer the same question is answered differently; report it")
     return f"{grown:+.1f} MiB"
@@ -211,7 +214,7 @@ def _cancel(on: Installed) -> str:
 def _full_disk(on: Installed) -> str:
     """No block can be written anywhere: an answer comes all the same, also with a cache folder on that disk."""
     if sys.platform == "win32":
-        raise Skipped("the file size limit that stands for a full disk is not on Windows")
+        raise Skipped("a full disk is simulated with a file size limit, which Windows does not have")
     # 512 bytes, not 0: qemu's user emulation writes what it shows as /proc/self/stat into a file first.
     full = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -264,7 +267,7 @@ def _read_only(on: Installed) -> str:
         )
     as_root = hasattr(os, "geteuid") and os.geteuid() == 0
     return "answers, writes nothing" + (
-        " (for root no folder is read-only: run this as the user as well)" if as_root else ""
+        " (root can write to read-only folders: also run this as a normal user)" if as_root else ""
     )
 
 
@@ -293,7 +296,7 @@ def _sensors(_: Installed) -> str:
     sensors = Sensors()
     found = sensors.read()
     if found.throttled_now:
-        raise CheckError(f"the board is throttled now (bits {found.throttle_bits:#x}): see to power supply and cooling")
+        raise CheckError(f"the board is throttled now (bits {found.throttle_bits:#x}): check power supply and cooling")
     if not found.temperature_c and found.power_w is None and found.energy_uj is None:
         raise Skipped("; ".join(f"no {name}: {reason}" for name, reason in sensors.missing.items()))
     warmest = max(found.temperature_c.values(), default=None)

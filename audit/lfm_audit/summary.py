@@ -288,8 +288,8 @@ def _per_stage(outcome: Outcome, timeline: Sequence[MemoryAt]) -> dict[str, Stag
 def _why_no_gpu(run: Run) -> str:
     if not run.watch.gpu:
         return "no GPU provider is used"
-    why = "in a container it has another number, a Jetson's GPU has the machine's memory"
-    return f"nvidia-smi tells nothing of this process: {why}"
+    why = "in a container the process has another number; on a Jetson the GPU uses the machine's memory"
+    return f"nvidia-smi does not list this process: {why}"
 
 
 def _machine(measured: Measured, runs: Sequence[Run]) -> MachineResult:

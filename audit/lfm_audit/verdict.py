@@ -16,7 +16,7 @@ LIMITS = {
     "decode_tok_s": "tokens a second, every image, at least",
     "peak_rss_mib": "largest resident memory, MiB at most",
     "anonymous_mib": "of it anonymous, MiB at most",
-    "ready_ms": "a warm start until it can be asked, ms at most",
+    "ready_ms": "a warm start until it is ready, ms at most",
     "cold_ready_ms": "the same with files from disk, ms at most",
     "energy_per_answer_j": "of an answer, every image, J at most",
 }
@@ -60,7 +60,7 @@ def judge(audit: Audit, *, changed_files: bool, elapsed: tuple[float, float]) ->
         spread = headline.figure.spread
         if headline.figure.n >= FEWEST_RUNS and headline.name != "cold_ready_ms" and spread > MOST_SPREAD:
             about = f"{headline.variant} ({headline.image})" if headline.image else headline.variant
-            reasons.append(f"spread: {headline.name} of {about} lies {spread:.0%} around its median")
+            reasons.append(f"spread: the MAD of {headline.name} of {about} is {spread:.0%} of its median")
     return Verdict(not reasons, tuple(reasons))
 
 
@@ -69,10 +69,13 @@ def _disturbed(audit: Audit) -> Iterator[str]:
     own = max((v.memory.swap_mib.max for v in audit.variants.values() if v.memory.swap_mib), default=0.0)
     if max(machine.swapped_mib, own) > _SWAPPED_MIB:
         went = f"{machine.swapped_mib:.0f} MiB went to or came from swap"
-        yield f"swapped: {went}, {own:.0f} MiB of the process were there"
+        yield f"swapped: {went}, {own:.0f} MiB of the measured process were in swap"
     share = machine.background_share
     if share.mean > MOST_BACKGROUND:
-        others = f"others had {share.mean:.0%} of the processors, {share.max:.0%} at worst"
+        others = (
+            f"other programs, or the host of a virtual machine, used {share.mean:.0%} of the processors, "
+            f"{share.max:.0%} at most"
+        )
         yield f"background load: {others}; close them, or wait for the host"
 
 
@@ -86,7 +89,10 @@ def _clock(audit: Audit, elapsed: tuple[float, float]) -> Iterator[str]:
 def _throttled(machine: MachineResult) -> Iterator[str]:
     before, after = machine.throttle_bits_before or 0, machine.throttle_bits_after or 0
     if machine.throttled_while_measured or after & ~before:
-        yield f"throttled: the firmware's bits were {before:#x} before and {after:#x} after; see to power and cooling"
+        yield (
+            f"throttled: the firmware's bits were {before:#x} before and {after:#x} after; check power supply and "
+            "cooling"
+        )
     speeds = [s.frequency_mhz for s in machine.samples if s.frequency_mhz]
     third = len(speeds) // 3
     if third:

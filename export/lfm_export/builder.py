@@ -110,7 +110,9 @@ class GraphBuilder:
 
     def _typed(self, piece: Array, name: str) -> Array:
         if self.dtype == "fp16" and np.abs(piece).max(initial=0) > np.finfo(np.float16).max:
-            raise CheckpointError(f"{name} holds {np.abs(piece).max():g}, more than fp16 can; leave --dtype fp16 out")
+            raise CheckpointError(
+                f"{name} has the value {np.abs(piece).max():g}, which overflows fp16; leave --dtype fp16 out"
+            )
         return piece.astype(self.numpy_type, copy=False)
 
     def shared_weight(self, name: str, shape: Sequence[int], other: ir.ExternalTensor) -> ir.Value:

@@ -1,4 +1,4 @@
-"""`lfm-edge export`: a Hugging Face checkpoint becomes a bundle of ONNX graphs."""
+"""`lfm-edge export`: export a Hugging Face checkpoint as a bundle of ONNX graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)"
     )
     parser.add_argument(
-        "--portable", action="store_true", help="standard ONNX operators alone, for other engines (extra optimum)"
+        "--portable",
+        action="store_true",
+        help="use only standard ONNX operators, for other engines (needs the extra optimum)",
     )
     parser.add_argument(
         "--static", action="store_true", help="write a portable bundle's graphs with every shape fixed (NPU compilers)"

@@ -153,9 +153,9 @@ def _look_at_settings(checkpoint: Checkpoint) -> None:
     if not in_config and not any(
         (folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")
     ):
-        do = "copy it from the model this one was made of"
+        do = "copy it from the base model"
         _log.warning(
-            "lfm-edge: %s has no preprocessor_config.json, and images are cut as Hugging Face does by default; %s",
+            "lfm-edge: %s has no preprocessor_config.json, so Hugging Face's default image settings are used; %s",
             folder,
             do,
         )
@@ -215,7 +215,7 @@ def _portable_tools() -> dict[str, str]:
     if not found["transformers"].startswith("4.57."):
         have = found["transformers"]
         raise CheckpointError(
-            f"--portable traces transformers 4.57, here is {have}; install it with: {install_advice('optimum')}"
+            f"--portable needs transformers 4.57, but {have} is installed; install it with: {install_advice('optimum')}"
         )
     try:
         import lfm_export.portable.portable  # noqa: F401
@@ -227,7 +227,8 @@ def _portable_tools() -> dict[str, str]:
         do = f"install it anew: {install_advice('optimum')}"
         if "torchvision" in said:
             do = (
-                "torchvision is not of torch's release: install the one that is, or uninstall it, nothing here needs it"
+                "torchvision does not match torch: install the matching release, or uninstall torchvision "
+                "(lfm-edge does not need it)"
             )
         raise CheckpointError(f"--portable cannot import what it needs ({said}); {do}") from e
     return found

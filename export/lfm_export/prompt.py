@@ -263,9 +263,9 @@ def check_chat(chat: ChatFormat, image: str) -> None:
             places, wanted_places = wanted.count(image), sum(message.images for message in conversation.messages)
             if places != wanted_places:
                 raise PromptError(
-                    f"chat template: no place for images: for {_describe(conversation)} it writes {image} {places} "
-                    "times instead of "
-                    f"{wanted_places}; it is a text model's, take the one of the vision-language model"
+                    f"chat template: no place for images: for {_describe(conversation)} it writes {image} "
+                    f"{places} times instead of {wanted_places}; it is a text model's template; use the "
+                    "vision-language model's"
                 )
             if not all(text in wanted for message in conversation.messages for text in message.texts):
                 raise PromptError(

@@ -2,11 +2,11 @@
 # Installs the model and the runtime that lie beside this script: no network, no root, nothing outside of one folder.
 #
 #   sh install.sh [--prefix FOLDER] [--signers FILE]     install, prepare for this processor, test, then make it the current version
-#   sh install.sh [--prefix FOLDER] --rollback           back to the version before; once more: forth again
+#   sh install.sh [--prefix FOLDER] --rollback           back to the previous version; run it again to undo
 #   sh install.sh [--prefix FOLDER] --uninstall          remove everything this script made
 #
-# FOLDER/bin/lfm-edge-install is this script, kept for what comes later: it needs no --prefix, and installs a stick with --stick FOLDER. Where
-# signatures matter, use that one: a stick's own install.sh is not checked by anybody.
+# FOLDER/bin/lfm-edge-install is a copy of this script for later use: it needs no --prefix, and installs a stick with --stick FOLDER. If
+# signatures matter, use that copy: nobody checks a stick's own install.sh.
 #
 # FOLDER/versions/NAME-HASH holds one version each (an environment, the bundle, its prepared graphs); the links FOLDER/current and
 # FOLDER/previous name two of them. `current` is switched by one rename, after everything else is on disk: whenever this is killed or
@@ -101,7 +101,7 @@ setting() { sed -n "s/^$1=//p" "$stick/stick.conf"; }
 
 check_stick() { # every file, then who signed
     for file in SHA256SUMS stick.conf; do
-        [ -s "$stick/$file" ] || fail "$stick/$file is missing: this is no stick of lfm-edge, or is half copied; copy it again"
+        [ -s "$stick/$file" ] || fail "$stick/$file is missing: this is not a stick of lfm-edge, or is half copied; copy it again"
     done
     command -v sha256sum >/dev/null 2>&1 || fail "sha256sum is missing; install coreutils"
     said=$(cd "$stick" && LC_ALL=C sha256sum -c --strict SHA256SUMS 2>&1) ||
@@ -109,17 +109,17 @@ check_stick() { # every file, then who signed
     pip=$(listed 'wheels/pip-[^/]*\.whl')
     archive=$(setting name).tar
     for file in stick.conf install.sh wheels/requirements.txt "${pip:-wheels/pip}"; do # what is used must be summed
-        [ "$(listed "$file")" = "$file" ] || fail "$stick/SHA256SUMS does not name $file: this is no stick of lfm-edge; copy it again"
+        [ "$(listed "$file")" = "$file" ] || fail "$stick/SHA256SUMS does not name $file: this is not a stick of lfm-edge; copy it again"
     done
     [ "$(listed "$archive")$(listed "$archive\.000")" ] || fail "$stick/SHA256SUMS does not name $archive; copy the stick again"
     [ -n "$signers" ] || { [ -f "$prefix/signers" ] && signers=$prefix/signers; } || return 0
-    [ -f "$signers" ] || fail "$signers does not exist; it names who may sign, as ssh's allowed_signers does"
+    [ -f "$signers" ] || fail "$signers does not exist; give a file with the allowed signers, as in ssh's allowed_signers"
     command -v ssh-keygen >/dev/null 2>&1 || fail "signatures need ssh-keygen; install it: sudo apt install openssh-client"
-    [ -f "$stick/SHA256SUMS.sig" ] || fail "$stick is not signed, and $signers asks for that; have it made with: lfm-edge stick --sign KEY"
+    [ -f "$stick/SHA256SUMS.sig" ] || fail "$stick is not signed, but $signers requires a signature; make the stick with: lfm-edge stick --sign KEY"
     who=$(ssh-keygen -Y find-principals -s "$stick/SHA256SUMS.sig" -f "$signers" 2>/dev/null | head -n 1) || true
-    [ -n "$who" ] || fail "$stick is signed by nobody of $signers; do not use it"
+    [ -n "$who" ] || fail "$stick is not signed by anyone in $signers; do not use it"
     ssh-keygen -Y verify -f "$signers" -I "$who" -n lfm-edge -s "$stick/SHA256SUMS.sig" <"$stick/SHA256SUMS" >/dev/null 2>&1 ||
-        fail "$stick is not what $who signed; do not use it"
+        fail "$stick does not match $who's signature; do not use it"
     say "signed by $who"
 }
 
@@ -137,7 +137,7 @@ check_machine() { # sets $python
     "$version 64") ;;
     *" 32") fail "this system is 32-bit; there are no wheels for it: install the 64-bit system (Raspberry Pi OS 64-bit)" ;;
     "") fail "there is no Python $version here; install it: sudo apt install python3" ;;
-    *) fail "this stick is for Python $version, here is ${found% *}; make one with: lfm-edge stick --target $target --python ${found% *}" ;;
+    *) fail "this stick is for Python $version, but this system has ${found% *}; make one with: lfm-edge stick --target $target --python ${found% *}" ;;
     esac
     have=$("$python" -I -c 'import platform; print(*platform.libc_ver())')
     case $have in
@@ -149,7 +149,7 @@ check_machine() { # sets $python
 check_space() {
     free=$(df -Pk "$prefix" | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/')
     missing=$((($(setting need_kib) - free + 1023) / 1024))
-    [ "$missing" -le 0 ] || fail "$prefix has $((free / 1024)) MiB free, $(($(setting need_kib) / 1024)) are needed: $missing MiB more; make room, or name another disk with --prefix"
+    [ "$missing" -le 0 ] || fail "$prefix has $((free / 1024)) MiB free, $(($(setting need_kib) / 1024)) are needed: $missing MiB more; free some space, or name another disk with --prefix"
 }
 
 # ------------------------------------------------------------------------------------------------ the installation
@@ -170,7 +170,7 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     "$edge" selftest "$1/bundle" || status=$?
     case $status in
     0) ;;
-    3) say "warning: it works, but not as the profile wishes (above); see: $prefix/bin/lfm-edge doctor $prefix/current/bundle" ;;
+    3) say "warning: it works, but a budget of the profile is exceeded or the board is throttled (see above); see: $prefix/bin/lfm-edge doctor $prefix/current/bundle" ;;
     *) return 1 ;;
     esac
 }
@@ -216,7 +216,7 @@ install() {
     fi
     if [ ! -f "$prefix/versions/$id/complete" ]; then
         check_space
-        trap 'discard "$id"; fail "$id could not be installed; ${before:-nothing} is installed as before"' EXIT
+        trap 'discard "$id"; fail "$id could not be installed; still installed: ${before:-nothing}"' EXIT
         trap 'exit 130' INT TERM HUP
         mkdir "$prefix/versions/$id"
         fill "$prefix/versions/$id"

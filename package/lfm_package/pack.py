@@ -71,7 +71,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     if extras.sign_with:
         texts[SIGNATURE] = _signature(texts[SUMS], extras.sign_with)
     if output.suffix != ".tar":
-        raise SettingError(f"{output} is not a .tar; name such a file: weights hardly become smaller when compressed")
+        raise SettingError(f"{output} is not a .tar; the output must be one (compression hardly makes weights smaller)")
     top = output.name.removesuffix(".tar")
     _check_space(output, sum(file.bytes for file in manifest.files.values()))
     parts = _Parts(output, extras.split)
@@ -84,7 +84,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
                     _add(tar, folder / name, f"{top}/{name}", manifest.files[name])
         return parts.finish({f"{output.name}.sha256": parts.sum, f"{top}.cdx.json": sbom(top, manifest, extras.wheels)})
     except OSError as e:
-        raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
+        raise BundleError(f"cannot write {output}: {e.strerror or e}; existing files are unchanged") from e
     finally:
         parts.discard()
 

@@ -40,24 +40,26 @@ def check_signature(path: Path, signers: Path) -> str:
         BundleError: not signed, by nobody of these, or changed since.
     """
     if not signers.is_file():
-        raise SettingError(f"{signers} does not exist; it names who may sign, as ssh's allowed_signers does")
+        raise SettingError(
+            f"{signers} does not exist; give a file with the allowed signers, as in ssh's allowed_signers"
+        )
     signature = path.with_name(path.name + SUFFIX)
     if not path.is_file():
-        raise BundleError(f"{path} is missing, so nothing is signed; ask for a signed one, or do not ask for signers")
+        raise BundleError(f"{path} is missing, so there is no signature; get a signed bundle, or leave --signers out")
     if not signature.is_file():
         raise BundleError(
-            f"{path} is not signed: {signature.name} is missing; ask for a signed one, or do not ask for signers"
+            f"{path} is not signed: {signature.name} is missing; get a signed bundle, or leave --signers out"
         )
     found = _ssh_keygen("find-principals", "-s", str(signature), "-f", str(signers))
     who = found.stdout.decode(errors="replace").splitlines()
     if found.returncode or not who:
-        raise BundleError(f"{path} is signed by nobody of {signers}; do not use it")
+        raise BundleError(f"{path} is not signed by anyone in {signers}; do not use it")
     with path.open("rb") as f:
         done = _ssh_keygen(
             "verify", "-f", str(signers), "-I", who[0], "-n", NAMESPACE, "-s", str(signature), stdin=f.read()
         )
     if done.returncode:
-        raise BundleError(f"{path} is not what {who[0]} signed ({_said(done)}); do not use it")
+        raise BundleError(f"{path} does not match {who[0]}'s signature ({_said(done)}); do not use it")
     return who[0]
 
 

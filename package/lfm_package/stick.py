@@ -66,7 +66,7 @@ def write_stick(
         _as_tar(work / name, work / output.name)
         (work / output.name).replace(output)
     except OSError as e:
-        raise BundleError(f"cannot write {output}: {e.strerror or e}; what was there is as before") from e
+        raise BundleError(f"cannot write {output}: {e.strerror or e}; existing files are unchanged") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return wheels

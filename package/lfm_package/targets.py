@@ -59,7 +59,7 @@ class Platform:
     def of(name: str, python: str = "") -> Platform:
         """Raises SettingError for an unknown target, or a Python that its systems lack; both name what there is."""
         if name not in TARGETS:
-            raise SettingError(f"{name!r} is no target; there are {', '.join(TARGETS)}")
+            raise SettingError(f"unknown target {name!r}; targets are {', '.join(TARGETS)}")
         target = TARGETS[name]
         for system in target.systems:
             if python in ("", system.python):

@@ -115,7 +115,7 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     if archive.suffix == ".zst":
         raise SettingError(f"{archive} is compressed; unpack it first: zstd -d {archive}")
     if archive.exists() and parts:
-        raise BundleError(f"{archive} and {parts[0].name} are both there, of different times perhaps; remove one")
+        raise BundleError(f"both {archive} and {parts[0].name} exist, perhaps from different runs; remove one")
     if not parts:
         with tarfile.open(archive, mode, tarinfo=_Entry) as tar:
             yield tar

@@ -253,7 +253,9 @@ def _pip(*words: str) -> str:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"]
         said = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
         without = "No module named pip" in said
-        advice = f"install it: {sys.executable} -m ensurepip" if without else "is the package index reached from here?"
+        advice = (
+            f"install it: {sys.executable} -m ensurepip" if without else "check that the package index can be reached"
+        )
         raise WheelhouseError(f"pip {words[0]} failed: {said.removeprefix('ERROR: ')}; {advice}")
     return done.stdout
 

@@ -80,7 +80,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     """
     path = path_of(name)
     if path.resolve() in (p.resolve() for p in _below):
-        raise ProfileError(f"{path}: extends goes in a circle: {' → '.join(p.stem for p in (*_below, path))}")
+        raise ProfileError(f"{path}: extends is circular: {' → '.join(p.stem for p in (*_below, path))}")
     text, raw = _parsed(path)
     raw = dict(raw)
     parent = Profile(path.stem)
@@ -121,7 +121,7 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
         raise ProfileError(f"{path} is not TOML ({e}); see profiles/README.md") from e
     for key in _TEXTS:
         if not isinstance(raw.get(key, ""), str):
-            raise ProfileError(f"{_where(path, text, key)}: {key} is a text in quotes")
+            raise ProfileError(f"{_where(path, text, key)}: {key} must be a string in quotes")
     return text, raw
 
 
@@ -134,7 +134,7 @@ def read_match(name: str) -> Match:
 
 def _section(path: Path, text: str, table: Any, section: str, kind: Any) -> dict[str, Any]:
     if not isinstance(table, dict):
-        raise ProfileError(f"{_where(path, text, section)}: {section} is a table: [{section}]")
+        raise ProfileError(f"{_where(path, text, section)}: {section} must be a table: [{section}]")
     metadata = {f.name: f.metadata for f in fields(kind)}
     return {key: _value(path, text, key, value, metadata, section) for key, value in table.items()}
 

@@ -66,24 +66,26 @@ class Match:
 
     board: tuple[str, ...] = _setting(
         (),
-        "any of these patterns fits the device tree's model or a compatible entry",
-        "a list of texts, * fits anything",
+        "one of these patterns matches the device tree's model or a compatible entry",
+        "a list of strings, * matches anything",
         _texts,
     )
-    machine: tuple[str, ...] = _setting((), "architecture as `uname -m` names it", "a list of texts", _texts)
+    machine: tuple[str, ...] = _setting((), "architecture as `uname -m` names it", "a list of strings", _texts)
     system: str = _setting(
-        "", "operating system as `uname -s` names it", "a text", lambda v: isinstance(v, str) and bool(v)
+        "", "operating system as `uname -s` names it", "a string", lambda v: isinstance(v, str) and bool(v)
     )
     cpu: tuple[str, ...] = _setting(
-        (), "every one of these patterns fits a feature in /proc/cpuinfo", "a list of texts, * fits anything", _texts
+        (), "each of these patterns matches a feature in /proc/cpuinfo", "a list of strings, * matches anything", _texts
     )
     gpu: str = _setting(
         "", "a GPU of this kind is there, and onnxruntime has the profile's first provider", "cuda", _one_of("cuda")
     )
     min_ram_mib: int = _setting(
-        0, "memory this process may use at most, at least so much", "1 and above", _whole(1, 1 << 30), "MiB"
+        0, "the memory that this process may use is at least this", "1 and above", _whole(1, 1 << 30), "MiB"
     )
-    max_ram_mib: int = _setting(0, "the same, at most so much", "1 and above", _whole(1, 1 << 30), "MiB")
+    max_ram_mib: int = _setting(
+        0, "the memory that this process may use is at most this", "1 and above", _whole(1, 1 << 30), "MiB"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,7 @@ class Budget:
     ttft_ms: float | None = _setting(
         None, "from the question to the first token, model loaded", "1 and above", _number(1, 1e9), "ms"
     )
-    decode_tok_s: float | None = _setting(
-        None, "tokens written a second, at least", "above 0", _number(1e-3, 1e6), "tok/s"
-    )
+    decode_tok_s: float | None = _setting(None, "lowest decode speed", "above 0", _number(1e-3, 1e6), "tok/s")
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class Profile:
     )
     prefill: str | None = _setting(
         None,
-        "variant whose decoder reads prompts, where the bundle has it and memory allows",
+        "variant whose decoder does the prefill, if the bundle has it and memory allows",
         "none, " + ", ".join(VARIANTS),
         _one_of("none", *VARIANTS),
     )
     kv: str = _setting(
         "float",
-        "how keys and values are remembered: int8 takes the variant's -kv8 form where the bundle has it",
+        "KV cache format: int8 uses the variant's -kv8 form if the bundle has it",
         "float, int8",
         _one_of("float", "int8"),
     )
@@ -144,50 +144,53 @@ class Profile:
     )
     strict_placement: bool = _setting(
         False,
-        "an operator of the decode loop that the GPU's provider leaves to the CPU is an error, not a warning",
+        "on a GPU, an operator of the decode loop that runs on the CPU is an error, not a warning",
         "true, false",
         _is_bool,
     )
     threads: int | None = _setting(
-        None, "of each operator; the physical cores by default", "1 to 1024", _whole(1, 1024)
+        None, "threads for each operator; the number of physical cores by default", "1 to 1024", _whole(1, 1024)
     )
     affinity: str | tuple[int, ...] = _setting(
         "none",
-        "keep each thread on one core: cores takes one processor of each physical core, the fastest first; or a "
-        "list of processors",
+        "pin each thread to one processor: cores uses one processor of each physical core, the fastest first; or "
+        "a list of processors",
         "none, cores, a list of processor numbers",
         _cores,
     )
     spinning: bool | int = _setting(
         True,
-        "threads wait for the next operator spinning: true as onnxruntime does, false never, or so long",
+        "how long threads spin while they wait for the next operator: true is onnxruntime's default, false is "
+        "never, or a time",
         "true, false, 1 to 1000000",
         lambda v: _is_bool(v) or _whole(1, 1_000_000)(v),
         "µs",
     )
     arena: bool = _setting(
         True,
-        "onnxruntime keeps freed memory for the next step; off takes less of it and more time",
+        "onnxruntime keeps freed memory for the next step; false takes less memory and more time",
         "true, false",
         _is_bool,
     )
     low_memory: bool = _setting(False, "one graph in memory at a time", "true, false", _is_bool)
     prepared: bool = _setting(True, "use what `lfm-edge prepare` wrote", "true, false", _is_bool)
     context: int | None = _setting(
-        None, "prompt and answer together, at most", "64 to 1048576", _whole(64, 1 << 20), "tokens"
+        None, "maximum of prompt and answer together", "64 to 1048576", _whole(64, 1 << 20), "tokens"
     )
     min_image_tokens: int | None = _setting(
-        None, "of one view, at least: smaller images are enlarged", "1 to 65536", _whole(1, 1 << 16), "tokens"
+        None, "minimum of one view: smaller images are enlarged", "1 to 65536", _whole(1, 1 << 16), "tokens"
     )
-    max_image_tokens: int | None = _setting(None, "of one view, at most", "1 to 65536", _whole(1, 1 << 16), "tokens")
+    max_image_tokens: int | None = _setting(
+        None, "maximum of one view: larger images are reduced", "1 to 65536", _whole(1, 1 << 16), "tokens"
+    )
     do_image_splitting: bool | None = _setting(None, "cut large images into tiles", "true, false", _is_bool)
-    min_tiles: int | None = _setting(None, "of a large image", "1 to 1024", _whole(1, 1024), "tiles")
-    max_tiles: int | None = _setting(None, "of a large image", "1 to 1024", _whole(1, 1024), "tiles")
+    min_tiles: int | None = _setting(None, "minimum of a large image", "1 to 1024", _whole(1, 1024), "tiles")
+    max_tiles: int | None = _setting(None, "maximum of a large image", "1 to 1024", _whole(1, 1024), "tiles")
     use_thumbnail: bool | None = _setting(None, "add the whole image to its tiles", "true, false", _is_bool)
-    max_new_tokens: int | None = _setting(None, "of an answer", "1 to 1048576", _whole(1, 1 << 20), "tokens")
+    max_new_tokens: int | None = _setting(None, "maximum of an answer", "1 to 1048576", _whole(1, 1 << 20), "tokens")
     speculate: int | None = _setting(
         None,
-        "propose up to so many tokens from the prompt and the answer so far",
+        "propose up to this many tokens from the prompt and the answer so far",
         "0 (off) to 14",
         _whole(0, 14),
         "tokens",

@@ -86,7 +86,7 @@ class Sensors:
             if milli is not None and _COLDEST_C <= milli / 1000 <= _HOTTEST_C:
                 found[name if name not in found else f"{name} {zone.name.removeprefix('thermal_zone')}"] = milli / 1000
             else:
-                said = "cannot be read" if milli is None else f"reads {milli / 1000:g} °C, which is none"
+                said = "cannot be read" if milli is None else f"reads {milli / 1000:g} °C, which is impossible"
                 self.missing["temperature"] = f"{zone / 'temp'} {said}"
         if not found and "temperature" not in self.missing:
             self.missing["temperature"] = "the kernel has no thermal zones here (virtual machines)"
@@ -99,7 +99,7 @@ class Sensors:
         found = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]+)", (text or "").strip())
         if not found:
             self.missing["throttle"] = (
-                f"throttle bits read {text!r}" if text else "only a Raspberry Pi's firmware tells"
+                f"throttle bits read {text!r}" if text else "only a Raspberry Pi's firmware reports throttling"
             )
         return int(found[1], 16) if found else None
 

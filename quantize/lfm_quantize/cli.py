@@ -1,4 +1,4 @@
-"""`lfm-edge quantize`: int8, int4 and fp16 variants of a bundle, calibrated with images and judged."""
+"""`lfm-edge quantize`: add int8, int4 and fp16 variants to a bundle, and measure their quality."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)"
     )
     parser.add_argument(
-        "--max-size", type=float, metavar="MB", help="of the variant's files: search the best precision for each layer"
+        "--max-size",
+        type=float,
+        metavar="MB",
+        help="largest size of the variant's files; searches the best precision for each layer",
     )
     parser.add_argument(
         "--floor", type=float, metavar="KL", help="highest KL divergence allowed, nats (default int8 0.01, int4 0.1)"

@@ -96,7 +96,8 @@ def quantize(
             now = Manifest.of(folder)  # another variant may have been added meanwhile
             if now.source != manifest.source:
                 raise QuantizeError(
-                    f"{folder} was exported anew from other weights while {settings.variant} was made; start again"
+                    f"{folder} was exported again from other weights while {settings.variant} was being made; "
+                    "start again"
                 )
             carry_over(folder, new, [n for n in now.files if n not in outdated_files(settings.variant)])
             written = _write(new, now, made, run, time.perf_counter() - started)
@@ -139,13 +140,13 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
 def _questions(settings: Settings, warn: Warn) -> _Questions:
     """Read the questions and set some apart; warn of what makes them few."""
     if settings.calibration is None:
-        rounded = "weights are rounded without looking at what they do, and " if settings.rounds() else ""
-        warn(f"no --calibration images: {rounded}the result is not judged")
+        rounded = "weights are rounded without calibration, and " if settings.rounds() else ""
+        warn(f"no --calibration images: {rounded}the quality is not measured")
         return _Questions([], [])
     questions, skipped = read_questions(settings.calibration, settings.prompts)
     images = len({q.image for q in questions})
     if settings.prompts is None and (left := sorted(settings.calibration.glob("*.jsonl"))):
-        warn(f"built-in questions are asked; {left[0].name} beside the images has others: --prompts {left[0]}")
+        warn(f"the built-in questions are used; to use those in {left[0].name}: --prompts {left[0]}")
     if skipped:
         warn(f"{skipped} of {images + skipped} images could not be opened and are left out")
     if images > MANY_IMAGES:
@@ -157,8 +158,10 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
     calibrate, judge = split_off(questions, HELD_OUT, seed=0)
     if not judge:
         if settings.floor is not None:
-            raise QuantizeError(f"--floor needs a second image to judge with; {settings.calibration} has one")
-        warn("with one image nothing is left to judge with: the result is not judged")
+            raise QuantizeError(
+                f"--floor needs a second image to measure the quality with; {settings.calibration} has one"
+            )
+        warn("there is only one image, so none is held out: the quality is not measured")
     return _Questions(calibrate, judge, skipped)
 
 

@@ -126,7 +126,7 @@ def _rule(entry: Any, where: str) -> Rule:
     if bits == 4 and (type(block) is not int or block not in BLOCKS):
         raise QuantizeError(f"{where}: block {block!r}; allowed: {', '.join(map(str, BLOCKS))}")
     if bits != 4 and ("block" in entry or "zero_points" in entry):
-        raise QuantizeError(f"{where}: block and zero_points have an effect with bits = 4 alone; leave them out")
+        raise QuantizeError(f"{where}: block and zero_points have an effect only with bits = 4; leave them out")
     if not isinstance(method, str) or method not in METHODS:
         raise QuantizeError(f"{where}: unknown method {method!r}; allowed: {', '.join(METHODS)}")
     if not isinstance(entry.get("zero_points", False), bool):

@@ -152,7 +152,7 @@ def _effects(fed: FedGraph, distance: Distance, progress: Progress) -> _Survey:
             found.effects[name] = {option: effect * error / max(plain, 1e-20) for option, error in errors.items()}
             if effect > largest:
                 largest, found.worst = effect, end
-        progress(f"surveys {fed.model.graph.name}", i + 1, len(blocks))
+        progress(f"searches precisions for {fed.model.graph.name}", i + 1, len(blocks))
     return found
 
 

@@ -36,7 +36,7 @@ class Settings:
         if not self.rounds() and (self.method or self.recipe):
             raise QuantizeError(f"--method and --recipe have no effect on {self.variant}; leave them out")
         if VARIANTS[self.variant].needs_images and not self.calibration:
-            raise QuantizeError(f"{self.variant} needs --calibration: its ranges are those of the images")
+            raise QuantizeError(f"{self.variant} needs --calibration: its ranges are measured on the images")
         if self.keeps_weights() and self.keep:
             raise QuantizeError(
                 f"--keep has no effect on {self.variant}, whose weights are another variant's; leave it out"
@@ -44,7 +44,7 @@ class Settings:
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
         if self.method == "gptq" and not self.calibration:
-            raise QuantizeError("--method gptq needs --calibration: it rounds weights by what images put through them")
+            raise QuantizeError("--method gptq needs --calibration: it uses the activations that the images cause")
         if self.prompts and not self.calibration:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
         if self.floor is not None and not (self.calibration and self.floor > 0):

@@ -54,8 +54,8 @@ class Source:
         head = linears(decoder).get("head")
         if head is None and not VARIANTS[asked].static:
             raise QuantizeError(
-                f"{files[DECODER.stem]} is a portable graph, of which quantize makes int8-static alone; for {asked} "
-                "export the checkpoint without --portable"
+                f"{files[DECODER.stem]} is a portable graph, from which quantize can make only int8-static; for "
+                f"{asked} export the checkpoint without --portable"
             )
         for value in [v for v in decoder.graph.outputs if v.name in (TOP_LOGITS, TOP_IDS, NEXT_MASK)]:
             decoder.graph.outputs.remove(value)

@@ -116,8 +116,8 @@ def check_size(folder: Path, variant: str, megabytes: float) -> None:
     )
     if size > megabytes * 1e6:
         raise QuantizeError(
-            f"the files came out at {size / 1e6:.2f} MB, --max-size is {megabytes:g}; the bundle is as before: ask "
-            "for less"
+            f"the files have {size / 1e6:.2f} MB, more than --max-size {megabytes:g}; the bundle is unchanged: "
+            "try a smaller --max-size"
         )
 
 
@@ -127,5 +127,6 @@ def check_space(folder: Path, bundle: Bundle, start: str) -> None:
     free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
     if free < wanted:
         raise QuantizeError(
-            f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; make room"
+            f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; free some "
+            "space"
         )

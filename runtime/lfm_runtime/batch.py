@@ -63,17 +63,16 @@ def answer_all(
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
     if model.graphs.execution.low_memory:
         raise SettingError(
-            "answering several at once needs encoder and decoder in memory, low_memory allows one; load without it"
+            "answer_all needs encoder and decoder in memory at the same time; load the model without low_memory"
         )
     if model.graphs.execution.on_gpu:
-        raise SettingError(
-            "answering several at once computes on the CPU; load the model with another profile: --profile generic"
-        )
+        raise SettingError("answer_all runs only on the CPU; load the model with another profile: profile='generic'")
     model.setup.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):
         if not model.decoder.info.shares_kv:
             raise SettingError(
-                f"{model.decoder.path} has no attention with a shared past; export the bundle with lfm-edge"
+                f"{model.decoder.path} cannot decode several answers at once; export the bundle with lfm-edge, "
+                "without --portable"
             )
         yield from _answer_all(model, enumerate(questions), rows, system, generation)
 

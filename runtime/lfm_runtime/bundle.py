@@ -53,7 +53,7 @@ class Bundle:
                 f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
             )
         if folder.is_file():
-            raise BundleError(f"{folder} is a file; a bundle is a folder, and comes before the images")
+            raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; make a bundle with: lfm-edge export CHECKPOINT -o {folder}")
         manifest = Manifest.read(folder)
@@ -124,8 +124,8 @@ class Bundle:
         for graph in GRAPHS:
             if graph.stem not in graphs or not graphs[graph.stem].exists():
                 raise BundleError(
-                    f"{self.folder}: variant {name} has no {graph.stem}; create it with: lfm-edge export --graphs "
-                    f"{graph.stem}"
+                    f"{self.folder}: variant {name} has no {graph.stem}; create it with: lfm-edge export "
+                    f"CHECKPOINT -o {self.folder} --graphs {graph.stem}"
                 )
         return name, graphs
 
@@ -172,14 +172,12 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
         size = len(prompt.vocabulary.tokens)
         if not all(type(i) is int and 0 <= i < size for i in ids):
             raise BundleError(
-                f"{folder}: {place} has eos_token_id {str(found)[:60]}; a token's id, below {size}, is needed"
+                f"{folder}: eos_token_id in {place} is {str(found)[:60]}; it must be a token id below {size}"
             )
         return tuple(ids)
     name = token_text(read_json_object(folder / "tokenizer_config.json", BundleError, required=False).get("eos_token"))
     if name is None or name not in prompt.vocabulary.tokens:
-        raise BundleError(
-            f"{folder}: nothing says which token ends an answer; write eos_token_id into generation_config.json"
-        )
+        raise BundleError(f"{folder}: no file defines the end token; add eos_token_id to generation_config.json")
     return (prompt.vocabulary.tokens.index(name),)
 
 

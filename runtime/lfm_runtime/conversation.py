@@ -49,7 +49,7 @@ class Session:
             ImageError, PromptError: the conversation is as before.
         """
         if self._answering:
-            raise SettingError("the answer before is not finished; read it to its end, or close its iterator")
+            raise SettingError("the previous answer is not finished; read it to its end, or close its iterator")
         new = [i if isinstance(i, OpenedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
         turn = Message.user(question, len(new))
         answer = self.model.converse(
@@ -64,7 +64,7 @@ class Session:
             SettingError: an answer is being made.
         """
         if self._answering:
-            raise SettingError("an answer is being made; fork before or after it")
+            raise SettingError("an answer is still being generated; fork before or after it")
         other = Session(self.model)
         other.messages, other._images = list(self.messages), list(self._images)
         other._context = self._context.fork()

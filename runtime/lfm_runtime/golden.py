@@ -113,20 +113,21 @@ class Deviation:
     def problems(self, variant: str) -> list[str]:
         """Return a message for each deviation beyond the variant's tolerance."""
         features, logits = VARIANTS[variant].tolerance
-        found = [f"{text!r} becomes other tokens" for text in self.texts]
-        found += ["the golden prompt becomes other tokens"] if self.prompt else []
+        found = [f"the tokenizer gives other ids for {text!r}" for text in self.texts]
+        found += ["the golden prompt has other token ids"] if self.prompt else []
         if not self.pixels <= _PIXELS:
             found.append(
-                f"the golden image's patches differ by up to {self.pixels:.3f} (allowed {_PIXELS:.3f}): another Pillow?"
+                f"the golden image's patches differ by up to {self.pixels:.3f} (allowed {_PIXELS:.3f}); perhaps "
+                "another Pillow version"
             )
         if not self.features <= features:
             found.append(
-                f"image features differ by {self.features:.4f} of their size (allowed for {variant}: {features:g})"
+                f"the relative error of the image features is {self.features:.4f} (allowed for {variant}: {features:g})"
             )
         if not self.logits <= logits:
-            found.append(f"logits differ by {self.logits:.4f} of their size (allowed for {variant}: {logits:g})")
+            found.append(f"the relative error of the logits is {self.logits:.4f} (allowed for {variant}: {logits:g})")
         if self.tokens:
-            found.append("another token wins where the golden one was clearly ahead")
+            found.append("another token is most likely where the golden token was clearly ahead")
         return found
 
 
@@ -141,7 +142,7 @@ def record(model: Model) -> Golden:
     for what, values in (("image features", features), ("logits", np.stack(answer))):
         if not np.isfinite(values).all():
             of = f"{model.bundle.folder}: the {what} of {model.setup.variant}"
-            raise BundleError(f"{of} are no numbers (NaN or infinity): check its weights")
+            raise BundleError(f"{of} are NaN or infinite: check its weights")
     steps = tuple(Step.of(logits) for logits in answer)
     return Golden(
         ort.__version__,

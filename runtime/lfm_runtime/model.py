@@ -141,7 +141,7 @@ class Model:
         """
         setup = resolve(folder, profile, ask, force=force, verify=verify, **flags)
         for step in setup.steps:
-            _log.warning("lfm-edge: %s MiB are free: %s", setup.free_mib, step)
+            _log.warning("lfm-edge: reduced to fit the memory (%s MiB are free): %s", setup.free_mib, step)
         return Model.of(setup, cache_mib=cache_mib, cache_folder=cache_folder)
 
     @staticmethod
@@ -235,8 +235,8 @@ class Model:
         if settings.speculate and not self.setup.verifies:
             do = "leave it out" if self.graphs.execution.on_gpu else "take a variant for CPUs, or export again"
             raise SettingError(
-                "speculate needs a decoder that can take tokens back: one on the CPU that gives out what its "
-                f"convolutions read; {do}"
+                "speculate needs a decoder on the CPU that can undo rejected tokens (a graph that also outputs "
+                f"its convolutions' inputs); {do}"
             )
         with report.stage("image"):
             opened = [i if isinstance(i, OpenedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
@@ -367,9 +367,9 @@ class Model:
         limit = self.setup.context_length
         if len(prompt.ids) >= limit:
             raise PromptError(
-                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), the "
-                f"context holds {limit} "
-                "with the answer; shorten the text, or lower --max-image-tokens or --max-tiles"
+                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), but "
+                f"prompt and answer together may have at most {limit}; shorten the text, or lower "
+                "--max-image-tokens or --max-tiles"
             )
 
 

@@ -84,7 +84,7 @@ class Report:
         head = "  ".join(a.rjust(w) for (a, _), w in zip(columns, widths, strict=True))
         body = "  ".join(b.rjust(w) for (_, b), w in zip(columns, widths, strict=True))
         prompt = f"{self.image_tokens} image, {self.tiles} view{'s' if self.tiles != 1 else ''}"
-        prompt += f"; {self.cached_tokens} known" if self.cached_tokens else ""
+        prompt += f"; {self.cached_tokens} cached" if self.cached_tokens else ""
         ended = self.finish_reason
         ended += (
             f"; {self.accepted_tokens} of {self.speculative_tokens} speculative tokens accepted"

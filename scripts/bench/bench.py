@@ -159,7 +159,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("--variant")
-    parser.add_argument("--prefill", help="variant whose decoder reads the prompt")
+    parser.add_argument("--prefill", help="variant whose decoder does the prefill")
     parser.add_argument("--baseline", help="variant to measure beside it; default: the bundle's first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7)

@@ -180,7 +180,7 @@ def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
     assert times["vision"] == pytest.approx(known["stages"]["vision_ms"]["median"], rel=0.5)
     assert times["prefill"] == pytest.approx(known["stages"]["prefill_ms"]["median"], rel=0.01)
     assert main(["profile", "plan", str(demo_bundle), "--profile", "generic", "--threads", "1"]) == 0
-    assert "not known before the first audit" in capsys.readouterr().out or os.cpu_count() == 1
+    assert "unknown until this variant is audited" in capsys.readouterr().out or os.cpu_count() == 1
 
 
 @pytest.mark.skipif(not Path("/usr/bin/time").exists(), reason="needs /usr/bin/time")
@@ -373,7 +373,7 @@ def test_a_late_failure_keeps_what_was_measured(demo_bundle, images, tmp_path, m
 
     def fails(trial, **more):
         if next(calls) == 2:
-            raise TrialError("the process measured was ended by signal 9")
+            raise TrialError("the measured process was killed by signal 9")
         return start(trial, **more)
 
     monkeypatch.setattr(audit_module, "start", fails)
@@ -495,10 +495,10 @@ def test_images_found(tmp_path, images) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "soon"], "--budget soon is no time"),
+        (["--budget", "soon"], "--budget soon is not a time"),
         (["--budget", "0.001s", "--quiet"], "is too short: one process took"),
         (["--limit", "speed=3"], "there is no 'speed'"),
-        (["--limit", "ttft_ms=fast"], "'fast' is no number"),
+        (["--limit", "ttft_ms=fast"], "'fast' is not a number"),
         (["--limit", "ttft_ms=-5"], "is impossible"),
         (["--variants", "int2"], "has no variant 'int2'"),
         (["--variants", "fp32,fp32"], "names one twice"),

@@ -103,13 +103,13 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
             "powersave",
             {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"},
         ),
-        ("pi5-4gb", doctor._throttling, "throttling", "ok", "now: no; since it started: no", {}),
+        ("pi5-4gb", doctor._throttling, "throttling", "ok", "now: no; since boot: no", {}),
         (
             "pi5-4gb",
             doctor._throttling,
             "throttling",
             "problem",
-            "now: under-voltage, throttled; since it started: under-voltage, throttled",
+            "now: under-voltage, throttled; since boot: under-voltage, throttled",
             {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x50005\n"},
         ),
         (
@@ -117,7 +117,7 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
             doctor._throttling,
             "throttling",
             "warning",
-            "now: no; since it started: soft temperature limit",
+            "now: no; since boot: soft temperature limit",
             {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x80000\n"},
         ),
         ("x86-avx2", doctor._throttling, "throttling", "ok", "only a Raspberry Pi", {}),
@@ -161,7 +161,7 @@ def test_a_32_bit_system(tmp_path) -> None:
     [
         (
             "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
-            "dies when imported (SIGILL)",
+            "crashes when imported (SIGILL)",
             "onnxruntime!=1.21.0",
         ),
         ('raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.29\' not found")', "GLIBCXX_3.4.29", "JetPack 6"),

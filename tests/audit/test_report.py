@@ -122,7 +122,7 @@ def test_two_audits(audit, tmp_path) -> None:
     assert main(["report", *map(str, paths), "-o", str(tmp_path / "both.html")]) == 0
     page = Page((tmp_path / "both.html").read_text())
     said = " ".join(page.words)
-    assert {"Limits", "What changed", "Soak", "The machine meanwhile"} <= set(page.headings)
+    assert {"Limits", "What changed", "Soak", "The machine during the audit"} <= set(page.headings)
     assert "throttled: <b>bits</b> & more" in said, "shown as it is, not as markup"
     assert "+30.0%" in said and "0x20002" in said and "broken" in said
 
@@ -227,7 +227,7 @@ def test_tuning(tmp_path) -> None:
         (["nowhere.json"], "nowhere.json is missing"),
         (["CUT"], "is not valid JSON"),
         (["HALF"], "machine has no samples"),
-        (["TUNING", "GOOD"], "is a tuning"),
+        (["TUNING", "GOOD"], "is a result of lfm-edge tune"),
     ],
 )
 def test_a_report_of_what_is_no_audit_is_refused(audit, tmp_path, capsys, words, message) -> None:

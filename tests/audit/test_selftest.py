@@ -90,12 +90,12 @@ def damaged(kept: dict, where: str) -> dict:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("texts", "becomes other tokens"),
-        ("prompt", "golden prompt becomes"),
+        ("texts", "the tokenizer gives other ids for"),
+        ("prompt", "golden prompt has other token ids"),
         ("patches", "patches differ by up to 0.1"),
-        ("features", "image features differ by 0.0"),
-        ("logits", "logits differ by"),
-        ("tokens", "another token wins"),
+        ("features", "the relative error of the image features is 0.0"),
+        ("logits", "the relative error of the logits is"),
+        ("tokens", "another token is most likely"),
     ],
 )
 def test_differences_are_found(demo_bundle, demo_model, where, message) -> None:
@@ -116,7 +116,7 @@ def test_wrong_weights_are_found(bundle_copy) -> None:
     data.tofile(weights)
     with pytest.raises(CheckError, match="is damaged"):
         check("files and hashes").run(on)
-    with pytest.raises(CheckError, match="image features differ"):
+    with pytest.raises(CheckError, match="error of the image features"):
         check("golden values").run(on)
 
 
@@ -215,8 +215,8 @@ def test_memory_that_grows_is_found(demo_bundle) -> None:
     words = [sys.executable, "-c", LEAKING, str(demo_bundle)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     steady, cancelled = done.stdout.splitlines()
-    assert "FAILED 20 answers took" in steady
-    assert "FAILED 10 answers that were cancelled took" in cancelled
+    assert "FAILED memory grew by" in steady
+    assert "FAILED memory grew by" in cancelled
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_resumed_with_other_flags(demo_bundle, photo, monkeypatch) -> None:
 def test_failed_points_are_not_chosen(demo_bundle, photo, monkeypatch) -> None:
     found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.03)
     best = found.chosen()
-    found.points[best].failed = "ended by signal 9"
+    found.points[best].failed = "killed by signal 9"
     assert found.chosen() != best and best not in found.front()
 
 
@@ -211,7 +211,7 @@ def test_everything_fails(demo_bundle, photo, monkeypatch) -> None:
     found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
 
     def fails(trial, **_):
-        raise TrialError("ended by signal 9")
+        raise TrialError("killed by signal 9")
 
     monkeypatch.setattr(tuning_module, "start", fails)
     with pytest.raises(TrialError, match="signal 9"):
@@ -309,7 +309,7 @@ def test_trial_killed(demo_bundle, photo) -> None:
     import os
     import signal
 
-    with pytest.raises(TrialError, match="ended by signal 9"):
+    with pytest.raises(TrialError, match="killed by signal 9"):
         start(Trial(demo_bundle, read("generic"), [photo]), watch=lambda pid: os.kill(pid, signal.SIGKILL))
 
 

@@ -249,7 +249,7 @@ def test_without_image_settings(tmp_path, caplog) -> None:
     folder = Path(shutil.copytree(reference.DEMO, tmp_path / "checkpoint"))
     (folder / "preprocessor_config.json").unlink()
     export(folder, tmp_path / "bundle")
-    assert "has no preprocessor_config.json, and images are cut as Hugging Face does by default" in caplog.text
+    assert "has no preprocessor_config.json, so Hugging Face's default image settings are used" in caplog.text
     (folder / "preprocessor_config.json").write_text('{"max_image_tokens": "many"}')
     with pytest.raises(EdgeError, match="preprocessor_config"):
         export(folder, tmp_path / "other")

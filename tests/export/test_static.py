@@ -146,7 +146,7 @@ def test_a_portable_bundle_gets_no_other_variant(portable) -> None:
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
 
-    with pytest.raises(QuantizeError, match="of which quantize makes int8-static alone"):
+    with pytest.raises(QuantizeError, match="quantize can make only int8-static"):
         quantize(portable, Settings("int8"), warn=lambda _: None)
 
 

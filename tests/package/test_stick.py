@@ -103,7 +103,7 @@ def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--target", "pi6", "--variant", "fp32"], "'pi6' is no target; there are pi5"),
+        (["--target", "pi6", "--variant", "fp32"], "unknown target 'pi6'; targets are pi5"),
         (["--target", "pi5", "--variant", "int8"], "has no variant 'int8'"),
         (["--target", "pi5", "--variant", "fp32", "--profile", "zzz"], "there is no profile 'zzz'"),
         (["--target", "pi5", "--variant", "fp32", "--sign", "/no/key"], "/no/key does not exist; make a key"),

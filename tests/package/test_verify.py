@@ -39,7 +39,7 @@ def test_whole(demo_bundle, bundle_copy, capsys) -> None:
     assert seen == sorted(seen) and seen[-1] == 1
     assert verify(with_sums(bundle_copy)) == []
     assert main(["verify", str(bundle_copy)]) == 0
-    assert "is whole" in capsys.readouterr().out
+    assert "is complete and verified" in capsys.readouterr().out
 
 
 def test_every_flipped_byte_is_found(bundle_copy) -> None:

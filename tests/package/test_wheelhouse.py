@@ -230,16 +230,16 @@ def test_our_own_wheel_is_made_again_from_where_it_was_installed(tmp_path) -> No
 
 
 def test_targets_that_do_not_exist_are_refused(tmp_path, monkeypatch, capsys) -> None:
-    with pytest.raises(SettingError, match="no target; there are pi5, pi4"):
+    with pytest.raises(SettingError, match="targets are pi5, pi4"):
         Platform.of("pi6")
     with pytest.raises(SettingError, match=r"pi5 has no Python 3.9; it has 3.13 \(Raspberry Pi OS trixie\), 3.11"):
         Platform.of("pi5", "3.9")
     assert main(["wheelhouse", "--target", "jetson-jp5", "-o", str(tmp_path / "w")]) == 2
-    assert "'jetson-jp5' is no target" in capsys.readouterr().err
+    assert "unknown target 'jetson-jp5'" in capsys.readouterr().err
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(WheelhouseError, match="is the package index reached"):
+    with pytest.raises(WheelhouseError, match="check that the package index can be reached"):
         resolve(PI5, OURS)
     (tmp_path / "bad.whl").write_bytes(b"PK")
     with pytest.raises(WheelhouseError, match="is not a wheel"):

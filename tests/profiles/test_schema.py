@@ -110,9 +110,9 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ('low_memory = true\nprefill = "int8"\n', "line 2: prefill has no effect beside low_memory"),
         ("[budget]\nttft = 3\n", "line 2: unknown key 'ttft'; allowed: peak_rss_mib, ttft_ms"),
         ("[match]\nmin_ram_mib = -5\n", "line 2: min_ram_mib = -5 is impossible; allowed: 1 and above (MiB)"),
-        ("budget = 3\n", "line 1: budget is a table: [budget]"),
+        ("budget = 3\n", "line 1: budget must be a table: [budget]"),
         ("threads = 3\n[match]\nthreads = 3\n", "line 3: unknown key 'threads'"),
-        ("extends = 3\n", "line 1: extends is a text"),
+        ("extends = 3\n", "line 1: extends must be a string"),
         ('extends = "nothing"\n', "there is no profile 'nothing'; shipped: auto, apple-silicon"),
         ('extends = "mine"\n', "there is no profile"),
         ("[[rules]]\n", "unknown key 'rules'"),
@@ -133,7 +133,7 @@ def test_a_profile_with_a_wrong_value_is_refused_with_its_place(text, says, tmp_
 def test_cycles_and_missing_files(tmp_path) -> None:
     profile(tmp_path, 'extends = "two"\n', "one")
     profile(tmp_path, 'extends = "one"\n', "two")
-    with pytest.raises(ProfileError, match="circle: one → two → one"):
+    with pytest.raises(ProfileError, match="circular: one → two → one"):
         read(str(tmp_path / "one.toml"))
     with pytest.raises(ProfileError, match="cannot be read"):
         read(str(tmp_path / "none.toml"))

@@ -184,7 +184,7 @@ def test_what_stays_fp32_in_fp16_stays_in_the_others(demo_bundle, few, tmp_path)
         Model.load(folder, variant="int4-fp16", threads=1).answer([], "x", temperature=0, max_new_tokens=3).text()
         is not None
     )
-    with pytest.raises(QuantizeError, match="is kept fp32, since fp16 does not hold its values or --keep names it"):
+    with pytest.raises(QuantizeError, match="stays fp32, because its values overflow fp16 or --keep names it"):
         quantize(folder, Settings("fp16-trt"), warn=lambda _: None)
 
 

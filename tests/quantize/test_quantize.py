@@ -343,7 +343,7 @@ def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
     """Said plainly, and nothing is claimed about quality."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     assert main(["quantize", str(bundle), "--variant", "int4", "--quiet"]) == 0
-    assert "rounded without looking" in capsys.readouterr().err
+    assert "rounded without calibration" in capsys.readouterr().err
     manifest = read_manifest(bundle)
     assert manifest["quantization"]["int4"]["calibration"] == {"images": 0, "questions": 0, "skipped": 0}
     assert "int4" not in manifest.get("quality", {})

@@ -119,7 +119,7 @@ def test_an_answer_ends_at_the_context_limit(bundle_copy, drawing) -> None:
     answer.text()
     assert answer.report.finish_reason == "context"
     assert answer.report.prompt_tokens + answer.report.new_tokens == 81  # the last token is said, not fed
-    with pytest.raises(PromptError, match="context holds 80"):
+    with pytest.raises(PromptError, match="together may have at most 80"):
         model.answer([drawing], "word " * 100)
 
 
@@ -367,7 +367,10 @@ BAD = {
     "threads": (["run", "{bundle}", "{image}", "-p", "x", "--threads", "-1"], "threads -1"),
     "image in text": (["run", "{bundle}", "{image}", "-p", "<image>"], "2 places for 1 images"),
     "image in text alone": (["run", "{bundle}", "-p", "<image>"], "1 places for 0 images"),
-    "long prompt": (["run", "{bundle}", "{image}", "-p", "word " * 5000], "context holds"),
+    "long prompt": (
+        ["run", "{bundle}", "{image}", "-p", "word " * 5000],
+        "prompt and answer together may have at most",
+    ),
     "negative seed": (
         ["run", "{bundle}", "{image}", "-p", "x", "--temperature", "1", "--seed", "-1"],
         "seed -1 is impossible",

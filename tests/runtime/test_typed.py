@@ -59,16 +59,16 @@ def test_types_read_what_they_write() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": 5}, "file.json: name is 5, a text belongs there; make it again"),
-        ({"kind": "c"}, "kind is 'c', 'a' or 'b' belongs there"),
-        ({"sizes": [1, True]}, r"sizes\[1\] is True, a whole number"),
-        ({"sizes": "12"}, "sizes is '12', a list"),
-        ({"pair": [1]}, "pair is a list, a list of 2"),
+        ({"name": 5}, "file.json: name is 5, expected a string; make it again"),
+        ({"kind": "c"}, "kind is 'c', expected 'a' or 'b'"),
+        ({"sizes": [1, True]}, r"sizes\[1\] is True, expected a whole number"),
+        ({"sizes": "12"}, "sizes is '12', expected a list"),
+        ({"pair": [1]}, "pair is a list, expected a list of 2"),
         ({"parts": {"p": {}}}, "parts.p has no n"),
-        ({"parts": {"p": {"n": 1, "share": "x"}}}, "parts.p.share is 'x', a number"),
-        ({"parts": []}, "parts is a list, an object"),
-        ({"either": 1.5}, "either is 1.5, a whole number or a text"),
-        ({"more": {"k": None}}, "more.k is null, a text"),
+        ({"parts": {"p": {"n": 1, "share": "x"}}}, "parts.p.share is 'x', expected a number"),
+        ({"parts": []}, "parts is a list, expected an object"),
+        ({"either": 1.5}, "either is 1.5, expected a whole number or a string"),
+        ({"more": {"k": None}}, "more.k is null, expected a string"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(change, message) -> None:

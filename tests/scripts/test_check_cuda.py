@@ -99,7 +99,8 @@ def test_graphs_for_the_cpu(gpu_bundle) -> None:
         f"text.layers.{i}.self_attn (GroupQueryAttention)" for i in (1, 3, 5)
     ]
     assert (
-        "left to the CPU, at the cost of copies at every token: text.layers.1.self_attn (GroupQueryAttention)" in said
+        "these operators run on the CPU, which costs copies at every token: text.layers.1.self_attn (GroupQueryAttention)"
+        in said
     )
     assert found["load"]["captured"] == []
     assert len(found["step 2"]["to_host"]) > 10
@@ -120,7 +121,7 @@ def test_out_of_memory(gpu_bundle, memory, where) -> None:
     assert "onnxruntime" not in said
     found, _, _ = check(gpu_bundle, "fp16", "--memory", "500")
     assert found["error"].startswith(
-        "the GPU has 500 of 500 MiB free, 11 MiB of weights and about 600 to work in are needed"
+        "the GPU has 500 of 500 MiB free, but 11 MiB for weights and about 600 MiB of working memory are needed"
     )
 
 

@@ -1,4 +1,4 @@
-"""`lfm-edge audit`: what a bundle costs on this machine, as a table, a JSON file and an exit code."""
+"""`lfm-edge audit`: measure time, memory and energy of a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Measure times, memory, temperature and energy of a bundle here, each start in a process of its own, and "
-        "judge whether the "
-        "measurement is to be trusted. Exit code 0; 1 a limit is broken; 3 the run is not valid."
+        "Measure time, memory, temperature and energy of a bundle here, with each start in its own process, and "
+        "decide whether the measurement is valid. Exit code 0: valid; 1: a limit is broken; 3: not valid."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write everything measured as JSON")
@@ -36,19 +35,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="ask about these (default: made ones of three sizes)"
+        "--images", type=Path, metavar="FOLDER", help="folder of images to ask about (default: three generated images)"
     )
-    parser.add_argument("--variants", metavar="A,B", help="measure these in turns (default: the profile's)")
+    parser.add_argument("--variants", metavar="A,B", help="variants to measure, alternating (default: the profile's)")
     parser.add_argument("-p", "--prompt", default="", metavar="QUESTION")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of every answer (default 32)")
-    parser.add_argument("--budget", default="3m", metavar="TIME", help="measure for so long: 90s, 3m, 1h (default 3m)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer (default 32)")
+    parser.add_argument("--budget", default="3m", metavar="TIME", help="time to measure: 90s, 3m, 1h (default 3m)")
     parser.add_argument(
-        "--soak", type=float, default=0.0, metavar="MINUTES", help="then answer without a pause, until nothing changes"
+        "--soak",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="afterwards, answer without a pause for at most MINUTES, or until the times are steady",
     )
     parser.add_argument(
-        "--limit", action="append", default=[], metavar="NAME=N", help="fail above it: ttft_ms=500; repeatable"
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="exit code 1 if a figure breaks this limit: ttft_ms=500; repeatable",
     )
-    parser.add_argument("--meter", type=Path, metavar="CSV", help="of a power meter: time_s (Unix time), power_w")
+    parser.add_argument(
+        "--meter", type=Path, metavar="CSV", help="a power meter's file with the columns time_s (Unix time) and power_w"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_setting_arguments(parser)
 
@@ -71,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         if path:
             check_writable(path)
     if options.meter and not options.meter.exists():
-        print(f"lfm-edge: {options.meter} is not there yet; it is read when all is measured", file=sys.stderr)
+        print(f"lfm-edge: {options.meter} does not exist yet; it is read at the end", file=sys.stderr)
     interrupt_on_termination()
     progress = status_line(quiet=options.quiet)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
@@ -153,7 +162,11 @@ def _subject(setup: Setup) -> Subject:
     try:
         unprepared = changed(setup.profile, {"prepared": False}, "audit")
         steps = resolve(setup.bundle, unprepared, setup.ask).steps
-        too_large = f"unprepared it does not fit the memory without {steps[0]}" if steps else None
+        too_large = (
+            f"without prepared graphs it does not fit the memory; the first step down would be: {steps[0]}"
+            if steps
+            else None
+        )
     except DoesNotFitError as e:
         too_large = str(e)
     return Subject(setup.variant, setup.profile, setup.steps, too_large)
@@ -173,7 +186,7 @@ def _limits(given: list[str], profile: Any) -> dict[str, float]:
         try:
             limits[name] = float(value)
         except ValueError as e:
-            raise SettingError(f"--limit {text}: {value!r} is no number; write {name}=500") from e
+            raise SettingError(f"--limit {text}: {value!r} is not a number; write {name}=500") from e
         if not 0 < limits[name] < float("inf"):
             raise SettingError(f"--limit {text} is impossible; allowed: above 0")
     return limits
@@ -186,5 +199,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise SettingError(f"--budget {text} is no time; write 90s, 3m or 1h")
+        raise SettingError(f"--budget {text} is not a time; write 90s, 3m or 1h")
     return seconds

@@ -1,4 +1,4 @@
-"""`lfm-edge compare`: did it get worse? For people, and for CI by its exit code."""
+"""`lfm-edge compare`: compare two audits; the exit code says whether a figure got worse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument("--fail-over", default="5%", metavar="PERCENT", help="of a figure's median (default 5%%)")
+    parser.add_argument(
+        "--fail-over", default="5%", metavar="PERCENT", help="how much worse a figure's median may be (default 5%%)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,13 +32,16 @@ def run(options: argparse.Namespace) -> int:
     try:
         allowed = float(options.fail_over.removesuffix("%")) / 100
     except ValueError as e:
-        raise SettingError(f"--fail-over {options.fail_over} is no percentage; write 5%") from e
+        raise SettingError(f"--fail-over {options.fail_over} is not a percentage; write 5%") from e
     if not 0 <= allowed < float("inf"):
         raise SettingError(f"--fail-over {options.fail_over} is impossible; allowed: 0% and above")
     before, after = Audit.read(options.before), Audit.read(options.after)
     found = changes(before, after)
     if not found:
-        raise SettingError(f"{options.before} and {options.after} have no figure in common: other variants or images")
+        raise SettingError(
+            f"{options.before} and {options.after} have no figure in common; compare audits of the same variants and "
+            "images"
+        )
     for path, audit in ((options.before, before), (options.after, after)):
         if not audit.verdict.valid:
             print(f"NOT VALID {path}: {'; '.join(audit.verdict.reasons)}")
@@ -56,7 +61,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:32s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip())
     print(f"\n{worse} of {len(found)} figures are worse by more than {allowed:.1%}")
     if unknown:
-        print(f"{unknown} more may be, and have too few samples to tell (six are needed): raise the audits' --budget")
+        print(
+            f"{unknown} more may be worse, but have too few samples to tell (six are needed): raise the audits' "
+            "--budget"
+        )
     if worse:
         return WORSE
     if unknown:

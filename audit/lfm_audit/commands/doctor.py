@@ -1,4 +1,4 @@
-"""`lfm-edge doctor`: what matters on this machine, on one page."""
+"""`lfm-edge doctor`: check this machine, and say how to fix problems."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = (
-        "Look at what matters on this machine, and say what to do about it. Exit code 0; 1 there is a problem."
-    )
+    parser.description = "Check this machine, and say how to fix problems. Exit code 0; 1: there is a problem."
     parser.add_argument(
-        "bundle", type=Path, nargs="?", help="also whether this bundle fits, and is prepared for, this machine"
+        "bundle", type=Path, nargs="?", help="also check whether this bundle fits this machine and is prepared for it"
     )
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how it is run: a name of lfm-edge profile list, or a .toml file"

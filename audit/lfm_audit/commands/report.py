@@ -1,4 +1,4 @@
-"""`lfm-edge report`: one page from one or several audits, or from a tuning."""
+"""`lfm-edge report`: write a report from audits, or from the results of lfm-edge tune."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Make a page of audits (several are shown side by side, the first is what the others are compared with), "
-        "or of what lfm-edge tune "
-        "measured."
+        "Make a report from audits (several are shown side by side, compared with the first), or from the "
+        "results of lfm-edge tune."
     )
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE.json", help="written by lfm-edge audit or lfm-edge tune"
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=".html (opens offline) or .md; default: beside the first, .html",
+        help="output, .html (opens offline) or .md; default: the first FILE's name with .html",
     )
 
 
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     tuning = read_tuning(options.files[0])
     if tuning is not None:
         if len(options.files) > 1:
-            raise SettingError(f"{options.files[0]} is a tuning: it has a page of its own; name it alone")
+            raise SettingError(f"{options.files[0]} is a result of lfm-edge tune; give no other file with it")
         text = tuning_page(tuning) if as_page else tuning_markdown(tuning)
     else:
         audits = named_audits(options.files)

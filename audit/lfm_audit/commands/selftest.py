@@ -1,4 +1,4 @@
-"""`lfm-edge selftest`: does this bundle work on this device?"""
+"""`lfm-edge selftest`: check that a bundle works on this device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _WORKS = 3  # install.sh takes it for a warning
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Check an installed bundle on this device. Exit code 0; 1 a check failed; 3 it works, but over a budget, "
-        "or the board is throttled."
+        "Check an installed bundle on this device. Exit code 0; 1: a check failed; 3: it works, but a budget is "
+        "exceeded or the board is throttled."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )
-    parser.add_argument("--variant", choices=tuple(VARIANTS), help="of the weights (default: the profile's)")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="variant to test (default: the profile's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         found = {"profile": on.profile.name, "failed": failed, "checks": [asdict(result) for result in results]}
         print_json(found)
     else:
-        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all well'} (profile {on.profile.name})")
+        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'} (profile {on.profile.name})")
     if not failed:
         return 0
     return _WORKS if all(check.of_the_machine for check in CHECKS if check.name in failed) else 1

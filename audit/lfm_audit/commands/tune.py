@@ -1,4 +1,4 @@
-"""`lfm-edge tune`: the settings that suit this machine, found by measuring, as a profile."""
+"""`lfm-edge tune`: find the best settings for this machine by measuring, and write a profile."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Measure which settings suit BUNDLE and images like IMAGE on this machine, and write them as a profile. "
-        "What a flag sets is not "
-        "tried. Run again with the same -o it goes on from what was measured."
+        "Settings given by flags are not varied. Run again with the same -o to continue."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="images like those it will be asked about"
+        "images", nargs="+", type=Path, metavar="IMAGE", help="sample images, like those of later questions"
     )
     parser.add_argument(
-        "--profile", default="", metavar="NAME", help="begin with it: a name of lfm-edge profile list, or a .toml file"
+        "--profile",
+        default="",
+        metavar="NAME",
+        help="starting profile: a name of lfm-edge profile list, or a .toml file",
     )
     parser.add_argument("-p", "--prompt", default="Describe this image.", metavar="QUESTION")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="measure for so long (default 10)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="minutes to measure (default 10)")
     parser.add_argument(
-        "--objective", choices=("latency", "memory", "energy"), default="latency", help="choose by it (default latency)"
+        "--objective",
+        choices=("latency", "memory", "energy"),
+        default="latency",
+        help="what to optimize (default latency)",
     )
     parser.add_argument(
         "--floor", type=float, metavar="KL", help="highest KL divergence to the best variant, nats (default 0.1)"
@@ -39,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("tuned.toml"),
         metavar="FILE",
-        help="write it here (default tuned.toml)",
+        help="profile to write (default tuned.toml)",
     )
     add_setting_arguments(parser)
 
@@ -73,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     profile = resolve(bundle, options.profile, force=True, **setting_flags(options)).profile
     if CUDA in profile.providers:
         raise SettingError(
-            f"tune searches what suits a processor, {profile.name} computes on a GPU; name another: --profile generic"
+            f"tune works only for CPUs, but profile {profile.name} uses a GPU; choose another: --profile generic"
         )
     tuning = Tuning(
         bundle,
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     )
     kept = output.with_suffix(".json")
     if tuning.resume(kept):
-        print(f"going on from {len(tuning.points)} points in {kept}", file=sys.stderr)
+        print(f"continuing with {len(tuning.points)} points from {kept}", file=sys.stderr)
     interrupt_on_termination()
     progress = status_line()
     tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)

@@ -99,7 +99,7 @@ class Outcome:
     import_ms: float
     open_ms: float
     graphs_ms: Mapping[str, float]
-    ready_ms: float  # from the start of the process until it can be asked
+    ready_ms: float  # from the start of the process until it is ready for a question
     answers: Sequence[AnswerTimes]
     loaded_mib: Mapping[str, float | None]
     memory_mib: Mapping[str, float | None]
@@ -139,7 +139,7 @@ def start(
             raise
     if process.returncode < 0:
         raise TrialError(
-            f"{trial.bundle}: the process measured was ended by signal {-process.returncode}"
+            f"{trial.bundle}: the measured process was killed by signal {-process.returncode}"
             f"{' (the system does that when memory is short)' if process.returncode == -9 else ''}"
         )
     lines = out.splitlines()

@@ -39,7 +39,7 @@ def audit_page(audits: Sequence[Named]) -> str:
             "Medians; the first answer of each process is left out.",
         ),
         (
-            "Until it can be asked",
+            "Time until ready",
             [plots.starts(series)],
             "Warm: files in the page cache. Cold: the bundle's are not. First-ever: neither "
             "are the libraries, and nothing is prepared.",
@@ -51,10 +51,10 @@ def audit_page(audits: Sequence[Named]) -> str:
             "anonymous memory cannot.",
         ),
         ("Evenness", [plots.over_time(audits, series)], "Each point is an answer; red: throttled."),
-        ("The machine meanwhile", [plots.machine(audits), machine_table(audits)], ""),
+        ("The machine during the audit", [plots.machine(audits), machine_table(audits)], ""),
         ("Soak", [plots.soak(audits)], ""),
         (
-            "Quality beside cost",
+            "Quality and cost",
             [plots.quality(series)],
             "As measured when the variant was quantized, on images calibration did not see.",
         ),
@@ -109,7 +109,7 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
             [plots.pareto(tuning, chosen)] if measured else [],
             f"{len(measured)} points, {tuning['rounds']} rounds; numbers are rows of the front.",
         ),
-        ("The front", [front], "Points that no other beats in latency, memory and quality."),
+        ("The front", [front], "Points of the Pareto front: no other point is better in latency, memory and quality."),
     ]
     notes = sorted({p["failed"] for p in tuning["points"] if p["failed"]})
     return _render(f"Tuned for {tuning['objective']}", [], sections, notes)

@@ -109,7 +109,7 @@ def waterfall(series: Sequence[Series]) -> str:
 
 @_styled
 def starts(series: Sequence[Series]) -> str:
-    """From the start of a process until it can be asked."""
+    """From the start of a process until it is ready for a question."""
     rows = [
         (f"{one.label}, {kind.replace('_', '-')}", start) for one in series for kind, start in one.result.starts.items()
     ]
@@ -135,7 +135,7 @@ def starts(series: Sequence[Series]) -> str:
     axis.margins(x=0.12)
     axis.set_xlabel("ms")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return _svg(figure, "Milliseconds from the start of a process until it can be asked")
+    return _svg(figure, "Milliseconds from the start of a process until it is ready for a question")
 
 
 @_styled
@@ -251,7 +251,7 @@ def quality(series: Sequence[Series]) -> str:
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("KL divergence to fp32, nats")
-    return _svg(figure, "Quality lost beside cost")
+    return _svg(figure, "Quality lost, and cost")
 
 
 @_styled

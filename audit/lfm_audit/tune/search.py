@@ -151,7 +151,7 @@ def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Call
             fits_as_it_is(tuning, find_profile("generic", **settings))
         except DoesNotFitError:
             continue
-        progress(f"reading the images with {variant} and the checkpoint's own settings, to compare with")
+        progress(f"computing the reference answers with {variant} and the checkpoint's own settings")
         profile = find_profile("generic", **settings)
         start(Trial(tuning.bundle.folder, profile, tuning.images, tuning.question, repeats=0, reference=folder))
         return variant

@@ -176,7 +176,7 @@ class Tuning:
                 f"{m.kl or 0:8.4f}{joules} {len(samples):3d}"
             )
         if len(front) > _SHOWN:
-            lines.append(f"  … and {len(front) - _SHOWN} more that no other beats in everything")
+            lines.append(f"  … and {len(front) - _SHOWN} more on the Pareto front")
         return "\n".join(lines)
 
     def summary(self) -> str:

@@ -83,7 +83,8 @@ class Checkpoint:
             if prefix + probe in self.store:
                 return prefix
         raise CheckpointError(
-            f"{self.folder}: no tensor {prefixes[0]}{probe} (or its other spellings) in the checkpoint"
+            f"{self.folder}: the checkpoint has no tensor {prefixes[0]}{probe} (or its names in other releases); "
+            "check that it is a complete LFM2-VL checkpoint"
         )
 
     def _as_the_tensors_say(self, config: Config) -> Config:
@@ -96,7 +97,7 @@ class Checkpoint:
         def decided(key: str, said: Any, found: Any, because: str) -> Any:
             if said != found:
                 self.notes.append(
-                    f"config.json says {key} {json.dumps(said)}, the checkpoint {because}: {json.dumps(found)} is taken"
+                    f"config.json says {key} {json.dumps(said)}, the checkpoint {because}: {json.dumps(found)} is used"
                 )
             return found
 
@@ -127,7 +128,7 @@ class Checkpoint:
                 "the feed-forward width",
                 width,
                 entry.shape[0],
-                "has another, as if block_auto_adjust_ff_dim were otherwise",
+                "has another, as with the opposite block_auto_adjust_ff_dim",
             )
         return replace(
             config,

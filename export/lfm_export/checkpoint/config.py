@@ -115,7 +115,7 @@ class Section:
         if value is None:
             return default
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise self.wrong(name, value, "a number above 0, below a million million,")
+            raise self.wrong(name, value, "a number above 0 and below 1e12")
         return float(value)
 
     def flag(self, *names: str) -> bool | None:
@@ -191,8 +191,7 @@ def _check(config: Config, path: Path) -> None:
     if text.heads % text.kv_heads or text.head_dim % 2 or vision.hidden % vision.heads:
         raise CheckpointError(
             f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and "
-            f"{vision.heads} vision heads in "
-            f"{vision.hidden}, do not divide"
+            f"{vision.heads} vision heads in {vision.hidden}, do not divide; correct config.json"
         )
 
 

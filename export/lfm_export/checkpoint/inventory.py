@@ -170,7 +170,6 @@ def check_tensors(folder: Path, entries: Mapping[str, Entry], name_of: Mapping[s
             )
     others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise CheckpointError(
-        f"{entries[unknown[0]].file}: tensor {unknown[0]}{others} has no place in the architecture that "
-        "config.json describes; "
-        "is config.json of the same checkpoint?"
+        f"{entries[unknown[0]].file}: tensor {unknown[0]}{others} is not part of the architecture that "
+        "config.json describes; check that config.json belongs to this checkpoint"
     )

@@ -72,7 +72,8 @@ class Adapter:
         """
         if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER_WEIGHTS).exists():
             raise CheckpointError(
-                f"{folder} has adapter_model.bin alone; load it with peft and save it again: save_pretrained"
+                f"{folder} has only adapter_model.bin; load it with peft and save it again with save_pretrained, "
+                "as safetensors"
             )
         config = read_json_object(folder / "adapter_config.json", CheckpointError)
         _check_config(folder, config)
@@ -118,8 +119,7 @@ class Adapter:
         shape = self.store.entries[a_name].shape
         if len(shape) != 2 or not shape[0]:
             raise CheckpointError(
-                f"{self.folder}: {a_name} has shape {list(shape)}, a rank and a width are needed; save the adapter "
-                "again"
+                f"{self.folder}: {a_name} has shape {list(shape)}, expected [rank, width]; save the adapter again"
             )
         rank = shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
@@ -170,7 +170,7 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
         )
     except re.error as e:
         raise CheckpointError(
-            f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is no regular expression ({e})"
+            f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is not a regular expression ({e})"
         ) from e
 
 

@@ -45,7 +45,8 @@ class TensorStore:
             for name, entry in _header(file).items():
                 if name in self.entries:
                     raise CheckpointError(
-                        f"tensor {name} stands in {self.entries[name].file.name} and in {file}; remove one of them"
+                        f"tensor {name} is in both {self.entries[name].file.name} and {file}; remove it from one "
+                        "of them"
                     )
                 self.entries[name] = entry
 
@@ -95,9 +96,7 @@ def _finite(values: Floats, name: str, entry: Entry) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         total = values.sum()
     if not np.isfinite(total) and not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{entry.file}: tensor {name} holds values that are no numbers (NaN or infinity); training may have failed"
-        )
+        raise CheckpointError(f"{entry.file}: tensor {name} has NaN or infinite values; training may have failed")
     return values
 
 
@@ -165,7 +164,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{folder} has {found[0]}, no model.safetensors; load it with transformers and save it: save_pretrained"
             )
-        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+        raise CheckpointError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json; download the checkpoint again"
+        )
     weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
@@ -181,7 +182,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return found
 
 

@@ -243,7 +243,8 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as e:  # no network, no such model, no rights; a name that cannot be
         cause = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise CheckpointError(
-            f"{name} is neither a folder nor a model that the hub gives ({cause}); name a checkpoint's folder"
+            f"{name} is neither a folder nor a model that can be downloaded from the hub ({cause}); give a "
+            "checkpoint folder"
         ) from e
 
 

@@ -1,4 +1,4 @@
-"""`lfm-edge pack`: what is carried to a device, as one file."""
+"""`lfm-edge pack`: pack one variant of a bundle into one file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Pack one variant of a bundle: its files alone, manifest, SHA256SUMS, licence and model card; beside it "
-        "its SHA-256 and a "
-        "CycloneDX bill of materials. The same inputs give the same bytes. On the device: lfm-edge unpack NAME.tar "
-        "-o FOLDER."
+        "Pack one variant of a bundle into a .tar: only its files, manifest, SHA256SUMS, licence and model card. "
+        "Also writes the .tar's SHA-256 and a CycloneDX bill of materials. The same inputs give the same bytes. "
+        "On the device: lfm-edge unpack NAME.tar -o FOLDER."
     )
     parser.add_argument("bundle", type=Path)
     add_packing_arguments(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.tar")
     parser.add_argument(
-        "--wheelhouse", type=Path, metavar="FOLDER", help="whose wheels belong into the bill of materials"
+        "--wheelhouse", type=Path, metavar="FOLDER", help="wheelhouse whose wheels are listed in the bill of materials"
     )
     parser.add_argument(
-        "--split", default="0", metavar="SIZE", help="in parts of at most so much: 4G for FAT; unpack joins them"
+        "--split", default="0", metavar="SIZE", help="write parts of at most SIZE: 4G for FAT; unpack joins them"
     )
 
 
@@ -34,10 +33,10 @@ def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `pack` and `stick` share: variants, profile, signing key."""
     parser.add_argument("--variant", required=True, choices=tuple(VARIANTS))
     parser.add_argument(
-        "--prefill", choices=tuple(VARIANTS), metavar="VARIANT", help="also the variant whose decoder reads prompts"
+        "--prefill", choices=tuple(VARIANTS), metavar="VARIANT", help="also pack this variant, for prefill"
     )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
-    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this key of ssh (ssh-keygen -Y)")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key (ssh-keygen -Y)")
 
 
 def packed_variants(options: argparse.Namespace) -> list[str]:

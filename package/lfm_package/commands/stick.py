@@ -1,4 +1,4 @@
-"""`lfm-edge stick`: what goes on a USB stick."""
+"""`lfm-edge stick`: write a USB stick: wheels, one variant of a bundle, install.sh."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
     )
     size = sum(path.stat().st_size for path in files)
     print(
-        f"{options.output}: {size / 1e6:.1f} MB, of it {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB wheels, "
-        f"for {platform}"
+        f"{options.output}: {size / 1e6:.1f} MB, of which {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB are "
+        f"wheels, for {platform}"
     )
     print(f"on the device: sh {options.output.name.removesuffix('.tar')}/install.sh")
     return 0

@@ -1,4 +1,4 @@
-"""`lfm-edge unpack`: a packed bundle becomes a folder, verified."""
+"""`lfm-edge unpack`: unpack and verify a packed bundle."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = "Unpack what lfm-edge pack packed: all of it, every byte verified, or nothing."
+    parser.description = (
+        "Unpack a file made by lfm-edge pack. Every byte is verified; if anything is wrong, nothing is written."
+    )
     parser.add_argument(
         "archive", type=Path, metavar="NAME.tar", help="parts NAME.tar.000, NAME.tar.001 … are read as one"
     )
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument(
-        "--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers"
+        "--signers",
+        type=Path,
+        metavar="FILE",
+        help="require a signature by one of these signers (a file like ssh's allowed_signers)",
     )
 
 
@@ -23,5 +28,5 @@ def run(options: argparse.Namespace) -> int:
     from lfm_package.unpack import unpack
 
     unpack(options.archive, options.output, signers=options.signers)
-    print(f"{options.output} is whole")
+    print(f"{options.output} is complete and verified")
     return 0

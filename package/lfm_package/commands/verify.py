@@ -1,4 +1,4 @@
-"""`lfm-edge verify`: is a bundle whole, unchanged, and of itself alone?"""
+"""`lfm-edge verify`: check that a bundle is complete, unchanged and without other files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Hash every file, look for files that do not belong, for weights outside the bundle, and whether every "
-        "graph loads. Exit code 0; "
-        "1 something is wrong."
+        "Check every file's hash, and that there are no unknown files and no weights outside the bundle, and "
+        "that every graph loads. Exit code 0; 1: something is wrong."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
-        "--signers", type=Path, metavar="FILE", help="ask for a signature by one of these, as in ssh's allowed_signers"
+        "--signers",
+        type=Path,
+        metavar="FILE",
+        help="require a signature by one of these signers (a file like ssh's allowed_signers)",
     )
 
 
@@ -33,5 +35,5 @@ def run(options: argparse.Namespace) -> int:
         print("\r\x1b[K", end="", file=sys.stderr)
     for problem in problems:
         print(problem)
-    print(f"{options.bundle}: {len(problems)} problems" if problems else f"{options.bundle} is whole")
+    print(f"{options.bundle}: {len(problems)} problems" if problems else f"{options.bundle} is complete and verified")
     return 1 if problems else 0

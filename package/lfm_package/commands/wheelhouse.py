@@ -1,4 +1,4 @@
-"""`lfm-edge wheelhouse`: the runtime's wheels for another machine."""
+"""`lfm-edge wheelhouse`: download the runtime's wheels for another machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--python",
         default="",
         metavar="X.Y",
-        help="of that system, where it is not the newest release: 3.11 on bookworm",
+        help="Python version of the board, if its system is not the newest release: 3.11 on bookworm",
     )
 
 

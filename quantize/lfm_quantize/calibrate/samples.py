@@ -176,7 +176,7 @@ def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
     rendered = bundle.prompts.render([Message.user(question.text, 1)], [plan])
     ids = list(rendered.ids)
     if len(ids) + MOST_ANSWER_TOKENS > bundle.context_length:
-        size = f"{len(ids)} tokens, the context holds {bundle.context_length} with the answer"
+        size = f"{len(ids)} tokens, but prompt and answer together may have at most {bundle.context_length}"
         raise QuantizeError(f"the question about {question.image} has {size}; leave it out")
     return Sample(question, views, ids, len(ids), extra)
 

@@ -1,4 +1,4 @@
-"""`lfm-edge quality`: judge a variant that is there, on images of your own."""
+"""`lfm-edge quality`: measure the quality of an existing variant on your own images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = "Compare a variant of a bundle with another: cosines, KL divergence, answers, accuracy, size."
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export and quantize")
-    parser.add_argument("--variant", required=True, metavar="NAME", help="what to judge")
+    parser.add_argument("--variant", required=True, metavar="NAME", help="variant to evaluate")
     parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with (default fp32)")
     parser.add_argument(
         "--images",

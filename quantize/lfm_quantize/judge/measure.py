@@ -60,7 +60,7 @@ def measure(
         decoder = judged.decoder()
         for sample, reference, mine in zip(samples, references, features, strict=True):
             found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
-            progress(f"judges {variant}", len(found.same_answer), len(questions))
+            progress(f"evaluates {variant}", len(found.same_answer), len(questions))
         del decoder
     layers = layer_errors(exact, judged, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES])
     all_cosines, divergence = np.concatenate(found.cosines), np.concatenate(found.divergence)

@@ -20,7 +20,7 @@ class AllPositions(ir.passes.InPlacePass):
         """Connect the readers of the slices with what is sliced, in place."""
         slices = [n for n in model.graph if n.op_type == "Slice" and str(n.name).startswith("text.read.")]
         if len(slices) != 2:
-            raise QuantizeError(f"{model.graph.name} is of an older lfm-edge; export the bundle again")
+            raise QuantizeError(f"{model.graph.name} was made by an older lfm-edge; export the bundle again")
         for n in slices:
             sliced = n.inputs[0]
             assert sliced is not None

@@ -44,7 +44,8 @@ class StandardOperators(ir.passes.InPlacePass):
         attention = [n for n in graph if n.op_type == "If"]
         if not attention:
             raise QuantizeError(
-                f"{graph.name} has no attention of onnxruntime's own: it is in standard operators as it is"
+                f"{graph.name} has no onnxruntime attention operators: it already has only standard operators; "
+                "use the variant fp16"
             )
         for n in list(graph):
             if n.op_type == "If":
@@ -83,8 +84,8 @@ def _attention(graph: ir.Graph, choice: ir.Node) -> list[ir.Node]:
     weight = graph.initializers.get(f"{name.removesuffix('.attention')}.qkv.weight")
     if weight is None or weight.const_value is None:
         raise QuantizeError(
-            f"{graph.name}: {name} is kept fp32, since fp16 does not hold its values or --keep names it; "
-            "TensorRT's graph is of one type: stay with fp16"
+            f"{graph.name}: {name} stays fp32, because its values overflow fp16 or --keep names it, but TensorRT "
+            "needs a graph of one type; use the variant fp16"
         )
     heads, width = inner[0].attributes["num_heads"].as_int(), int(weight.const_value.shape.numpy()[1]) // 3
     kind = weight.const_value.dtype.numpy()

@@ -1,4 +1,4 @@
-"""`lfm-edge chat`: several turns about the same images; a question costs its own tokens, not those before."""
+"""`lfm-edge chat`: chat about images; each question prefills only its own tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfm_runtime.errors import PromptError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = "Talk about images: one question a line; an empty line or Ctrl-D ends."
+    parser.description = "Chat about images: one question per line; an empty line or Ctrl-D ends the chat."
     add_model_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
 

@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] not in commands:
         parser = Parser(
             prog="lfm-edge",
-            description="LFM2-VL on small machines: export, run, measure. lfm-edge COMMAND --help tells more.",
+            description="LFM2-VL on small machines: export, run, measure. Help for a command: lfm-edge COMMAND --help",
             epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
-        parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of those below")
+        parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of the commands below")
         parser.parse_args(words[:1] or ["--help"])
     try:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
         meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
         hint = f"did you mean {meant[0]}? " if meant else ""
-        self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}{self.prog} --help tells more\n")
+        self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}for help: {self.prog} --help\n")
 
 
 def _what(point: EntryPoint) -> str:
@@ -123,34 +123,38 @@ def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that answers: bundle, images, profile, settings, generation."""
     parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, asked about together")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; the question is about all of them")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )
     parser.add_argument(
-        "--cache", metavar="FOLDER", help="keep images and prompts read, for later questions about the same image"
+        "--cache",
+        metavar="FOLDER",
+        help="cache image features and prompt prefixes in FOLDER, for later questions about the same image",
     )
     parser.add_argument("--verify", action="store_true", help="hash every file before loading")
     parser.add_argument(
-        "--force", action="store_true", help="run as the profile says even where the memory does not suffice"
+        "--force", action="store_true", help="run as the profile says even if there is not enough memory"
     )
     add_setting_arguments(parser)
     text = parser.add_argument_group(
         "generation (defaults: the profile's, generation_config.json, else the model card's)"
     )
     text.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    text.add_argument("--min-p", type=float, metavar="P")
-    text.add_argument("--top-k", type=int, metavar="K")
-    text.add_argument("--top-p", type=float, metavar="P")
-    text.add_argument("--repetition-penalty", type=float, metavar="R")
-    text.add_argument("--max-new-tokens", type=int, metavar="N")
+    text.add_argument("--min-p", type=float, metavar="P", help="leave out tokens below P times the highest probability")
+    text.add_argument("--top-k", type=int, metavar="K", help="choose from the K likeliest tokens")
+    text.add_argument(
+        "--top-p", type=float, metavar="P", help="choose from the likeliest tokens, up to P of the probability"
+    )
+    text.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum tokens of an answer")
     text.add_argument(
         "--speculate",
         type=int,
         metavar="N",
         help="propose up to N tokens from the prompt and the answer so far, and check them in one step",
     )
-    text.add_argument("--seed", type=int, metavar="N")
+    text.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers")
     text.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     text.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
 
@@ -158,35 +162,43 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting that a profile has; the flag overrides the profile."""
     model = parser.add_argument_group("model (defaults: the profile's)")
-    model.add_argument("--variant", choices=tuple(VARIANTS), help="of the weights")
-    model.add_argument("--threads", type=int, metavar="N", help="of each operator")
+    model.add_argument("--variant", choices=tuple(VARIANTS), help="variant of the bundle to run")
+    model.add_argument("--threads", type=int, metavar="N", help="threads for each operator")
     model.add_argument(
-        "--affinity", type=_affinity, metavar="CORES", help="keep threads on processors: cores, none, or 0,2,…"
+        "--affinity",
+        type=_affinity,
+        metavar="CORES",
+        help="pin threads to processors: cores, none, or a list such as 0,2",
     )
     model.add_argument(
         "--spinning",
         type=_spinning,
         metavar="US",
-        help="how long threads wait without sleeping: on, off, or microseconds",
+        help="how long threads spin before they sleep: on, off, or microseconds",
     )
     model.add_argument(
         "--prefill",
         choices=("none", *VARIANTS),
         metavar="VARIANT",
-        help="variant whose decoder reads the prompt: int8 is faster at that than int4, and takes its memory",
+        help="variant whose decoder does the prefill: int8 is faster there than int4, and needs the memory of a "
+        "second decoder",
     )
     model.add_argument(
         "--strict-placement",
         action=argparse.BooleanOptionalAction,
-        help="on a GPU: an operator of the decode loop that is left to the CPU is an error",
+        help="on a GPU: fail if an operator of the decode loop runs on the CPU",
     )
     model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
     image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
-    image.add_argument("--min-image-tokens", type=int, metavar="N", help="upscale images below this")
-    image.add_argument("--max-image-tokens", type=int, metavar="N", help="of one view; downscale above this")
+    image.add_argument(
+        "--min-image-tokens", type=int, metavar="N", help="minimum tokens of one view; smaller images are enlarged"
+    )
+    image.add_argument(
+        "--max-image-tokens", type=int, metavar="N", help="maximum tokens of one view; larger images are reduced"
+    )
     image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
-    image.add_argument("--min-tiles", type=int, metavar="N")
-    image.add_argument("--max-tiles", type=int, metavar="N")
+    image.add_argument("--min-tiles", type=int, metavar="N", help="minimum tiles of a large image")
+    image.add_argument("--max-tiles", type=int, metavar="N", help="maximum tiles of a large image")
     image.add_argument(
         "--use-thumbnail", action=argparse.BooleanOptionalAction, help="add the whole image to its tiles"
     )
@@ -235,7 +247,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     ask, flags = Ask(sizes, question, special), setting_flags(options)
     setup = resolve(options.bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
     for step in setup.steps:
-        print(f"lfm-edge: {setup.free_mib} MiB are free: {step}", file=sys.stderr)
+        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
     return Model.of(setup, cache_folder=options.cache)
 
 

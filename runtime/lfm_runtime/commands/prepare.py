@@ -1,4 +1,4 @@
-"""`lfm-edge prepare`: on the device, graphs as its processor wants them: starts are faster, memory is mapped files."""
+"""`lfm-edge prepare`: optimize graphs for this device's processor: faster starts, weights mapped from disk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and chat then use them."
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the one that run takes here")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the variant that lfm-edge run uses here")
     parser.add_argument(
         "--prefill",
         choices=tuple(VARIANTS),
         metavar="VARIANT",
-        help="also the decoder of this variant (default: the one that run reads prompts with)",
+        help="also prepare this variant's decoder (default: the one that lfm-edge run uses for prefill)",
     )
 
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     bundle, variant = setup.bundle, setup.variant
     prefill = options.prefill or setup.prefill
     if VARIANTS[variant].for_gpu:
-        print(f"{variant} is for GPUs, which load it as it is: there is nothing to prepare")
+        print(f"{variant} is for GPUs and needs no preparing")
         return 0
     wanted = [(graph, setup.paths[graph.stem]) for graph in PREPARED]
     if prefill and prefill != variant:

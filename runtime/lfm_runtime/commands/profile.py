@@ -1,4 +1,4 @@
-"""`lfm-edge profile`: which profile this machine gets, what it sets, and what a run with it will cost."""
+"""`lfm-edge profile`: show profiles, this machine, and what a run will cost."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("list", "show", "validate", "detect", "plan"),
-        help="list the profiles shipped; show what one "
-        "comes to (default: the one for this machine); validate files; detect what this machine is; plan a run of "
-        "BUNDLE "
-        "[IMAGE …]: tokens, memory, disk",
+        help="list: the shipped profiles; show: the settings of one (default: this machine's); validate: check "
+        "profile files; detect: show this machine; plan: tokens, memory and disk of a run of BUNDLE [IMAGE …]",
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a profile's name or .toml file; plan: the bundle and images"
@@ -66,7 +64,7 @@ def _list(_: argparse.Namespace) -> None:
     here = detected().profile.name
     for name in names():
         print(f"{'*' if name == here else ' '} {name:22s} {read(name).description}")
-    print(f"\n* is this machine's; lfm-edge profile show {here} tells what it sets")
+    print(f"\n* fits this machine; show its settings with: lfm-edge profile show {here}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -130,7 +128,7 @@ def _detect(options: argparse.Namespace) -> None:
         print(f"{name:10s} {value}")
     print(f"\nprofile    {choice.profile.name}: {', '.join(choice.reasons)}")
     if holds.name != choice.profile.name:
-        print(f"           {VARIABLE} names {holds.name}, which holds")
+        print(f"           {VARIABLE} is set to {holds.name}, which is used instead")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -146,7 +144,9 @@ def _plan(options: argparse.Namespace) -> None:
     ask = Ask(tuple(image_size(name) for name in images), options.prompt)
     setup = resolve(folder, options.profile, ask, **setting_flags(options))
     if setup.forecast is None:
-        raise SettingError(f"{folder} does not say the sizes of its model, from which plans are made")
+        raise SettingError(
+            f"{folder}: config.json does not have the model's sizes, which a plan needs; copy it from the checkpoint"
+        )
     costs = find_costs(
         setup.bundle, setup.variant, setup.prefill, setup.execution.threads, low_memory=setup.execution.low_memory
     )
@@ -172,7 +172,7 @@ def _foreseen(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterat
     yield "tokens", f"{tokens}, an answer of at most {forecast.new_tokens}"
     memory = forecast.memory
     parts = f"{memory.anonymous:.0f} anonymous, {memory.mapped:.0f} mapped files"
-    free = "what is free is not known" if setup.free_mib is None else f"{setup.free_mib:,} MiB are free"
+    free = "free memory is unknown" if setup.free_mib is None else f"{setup.free_mib:,} MiB are free"
     yield "memory", f"{memory.peak:,.0f} MiB at the peak ({parts}); {free}"
     yield "disk", f"{forecast.disk_mib:,.0f} MiB of weights"
 
@@ -180,7 +180,7 @@ def _foreseen(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterat
 def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tuple[str, str]]:
     if costs is None:
         advice = f"lfm-edge audit {setup.bundle.folder}"
-        yield "time", f"not known before the first audit of this variant here: {advice}"
+        yield "time", f"unknown until this variant is audited on this machine: {advice}"
         return
     times = forecast.times_ms(costs, low_memory=setup.execution.low_memory)
     stages = ", ".join(f"{name} {ms:,.0f}" for name, ms in times.items() if name != "per_token")
@@ -188,9 +188,9 @@ def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tu
     yield "time", f"{stages} ms; then {times['per_token']:.1f} ms a token, as the last audit here measured{unfair}"
     budget, rate = setup.profile.budget, 1e3 / times["per_token"]
     if budget.ttft_ms is not None and times["ttft"] > budget.ttft_ms:
-        yield "budget", f"ttft_ms {budget.ttft_ms:g} is not kept: {times['ttft']:,.0f}"
+        yield "budget", f"ttft_ms {budget.ttft_ms:g} is exceeded: {times['ttft']:,.0f}"
     if budget.decode_tok_s is not None and rate < budget.decode_tok_s:
-        yield "budget", f"decode_tok_s {budget.decode_tok_s:g} is not kept: {rate:,.1f}"
+        yield "budget", f"decode_tok_s {budget.decode_tok_s:g} is not reached: {rate:,.1f}"
 
 
 def device_lines(device: Device) -> list[tuple[str, str]]:

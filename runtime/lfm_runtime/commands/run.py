@@ -1,4 +1,4 @@
-"""`lfm-edge run`: one question about images, the answer streamed, then what it cost."""
+"""`lfm-edge run`: answer one question about images, then print time and memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from lfm_runtime.commands.console import print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = "Answer a question about images, or a question alone."
+    parser.description = "Answer a question about images, or a question without images."
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument(
-        "--no-special", action="store_true", help="take special tokens that QUESTION and TEXT spell out as text"
+        "--no-special",
+        action="store_true",
+        help="treat special tokens in QUESTION and TEXT as plain text (for untrusted input)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 

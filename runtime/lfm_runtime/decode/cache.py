@@ -106,7 +106,11 @@ class Cache:
                 _write(self._folder / f"{name}.npz", arrays)
                 self._trim_disk()
             except OSError as e:
-                _log.warning("lfm-edge: %s is not written to any more: %s", self._folder, e.strerror or e)
+                _log.warning(
+                    "lfm-edge: the cache folder %s cannot be written and is no longer used: %s",
+                    self._folder,
+                    e.strerror or e,
+                )
                 self._folder = None
 
     def _keep_in_memory(self, name: str, arrays: Arrays) -> None:

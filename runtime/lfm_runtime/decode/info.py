@@ -50,7 +50,9 @@ class DecoderInfo:
         inputs, outputs = ({v.name: v for v in values} for values in (session.get_inputs(), session.get_outputs()))
         states = tuple(_state_input(i) for n, i in inputs.items() if n.startswith(("past_conv.", "past_key_values.")))
         if missing := [s.name for s in states if present_name(s.name) not in outputs]:
-            raise GraphContractError(f"{path}: no output carries on {', '.join(missing)}; export the graph again")
+            raise GraphContractError(
+                f"{path}: no output for the next state of {', '.join(missing)}; export the graph again"
+            )
         logits, embeds = outputs["logits"], inputs["inputs_embeds"]
         vocabulary, hidden = logits.shape[2], embeds.shape[2]
         if not (isinstance(vocabulary, int) and isinstance(hidden, int)):

@@ -180,9 +180,7 @@ def _likeliest(logits: Logits) -> int:
 
 
 def _no_numbers() -> BundleError:
-    return BundleError(
-        "the decoder gave logits that are not numbers; check the bundle with --verify, or export it again"
-    )
+    return BundleError("the decoder's logits are NaN or infinite; check the bundle with --verify, or export it again")
 
 
 def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:

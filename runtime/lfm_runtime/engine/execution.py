@@ -73,7 +73,9 @@ class Execution:
             len(profile.affinity) if isinstance(profile.affinity, tuple) else default_threads()
         )
         if threads > len(usable):
-            _log.warning("lfm-edge: %d threads on %d processors only wait for each other", threads, len(usable))
+            _log.warning(
+                "lfm-edge: %d threads on %d processors slow each other down; use fewer threads", threads, len(usable)
+            )
         cores: tuple[int, ...] = ()
         if profile.affinity != "none":
             cores = profile.affinity if isinstance(profile.affinity, tuple) else tuple(physical_cores())
@@ -89,7 +91,8 @@ class Execution:
         spinning = profile.spinning
         if type(spinning) is int and not onnxruntime_is("1.26"):
             _log.warning(
-                "lfm-edge: onnxruntime %s cannot limit spinning, 1.26 can; threads spin as it does", ort.__version__
+                "lfm-edge: onnxruntime %s cannot limit spinning (1.26 or later can); its default is used",
+                ort.__version__,
             )
             spinning = True
         return Execution(

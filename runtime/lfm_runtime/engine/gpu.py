@@ -92,7 +92,10 @@ def _made(engines: Path) -> bool:
         engines.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         _log.warning(
-            "lfm-edge: TensorRT makes its engine anew at every start, which takes minutes: %s: %s", engines, e.strerror
+            "lfm-edge: TensorRT builds its engine again at every start, which takes minutes, because %s cannot "
+            "be made: %s",
+            engines,
+            e.strerror,
         )
         return False
     return True
@@ -102,9 +105,8 @@ def check_tensorrt(vision: Path) -> None:
     """Raise SettingError for an encoder that TensorRT could only take in pieces."""
     if "MultiHeadAttention" in operators(vision, nested=True):
         raise SettingError(
-            f"TensorRT does not know the attention of {vision}; make graphs for it (lfm-edge quantize BUNDLE "
-            "--variant fp16-trt) and take "
-            "--variant fp16-trt, or a profile without TensorrtExecutionProvider"
+            f"TensorRT does not support the attention in {vision}; run lfm-edge quantize BUNDLE --variant "
+            "fp16-trt and use --variant fp16-trt, or use a profile without TensorrtExecutionProvider"
         )
 
 
@@ -194,7 +196,7 @@ def check_placement(left: list[str] | None, path: Path, *, strict: bool) -> str 
     if not left:
         return None
     shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-    said = f"{path}: left to the CPU, at the cost of copies at every token: {shown}"
+    said = f"{path}: these operators run on the CPU, which costs copies at every token: {shown}"
     if strict:
         raise SettingError(f"{said}; take a variant for GPUs (fp16, int4-fp16), or leave strict_placement out")
     return said
@@ -208,9 +210,7 @@ def unusable(path: Path, provider: str, reason: str = "") -> GpuError:
     )
     wanted = provider.removesuffix("ExecutionProvider")
     why = f" ({' '.join(reason.split())[:300]})" if reason else ""
-    return GpuError(
-        f"{path} was to run with {wanted}, which could not be started{why}; {how}; --profile generic runs on the CPU"
-    )
+    return GpuError(f"{path}: {wanted} could not be started{why}; {how}; to run on the CPU, use --profile generic")
 
 
 def cannot_be_captured(error: BundleError) -> bool:

@@ -54,9 +54,7 @@ def gpu_problem(device: Device) -> str | None:
         return "there is no NVIDIA GPU with a driver"
     library = cuda_library()
     if library is None:
-        return (
-            "the onnxruntime installed is for the CPU alone (install onnxruntime-gpu; on a Jetson NVIDIA's own wheel)"
-        )
+        return "the onnxruntime installed is only for the CPU (install onnxruntime-gpu; on a Jetson NVIDIA's own wheel)"
     capability = compute_capability(device)
     if capability is not None and not has_kernels(_names(library), capability, integrated=device.soc is not None):
         built = ", ".join(sorted(kernel_architectures(library))) or "no GPU"

@@ -118,8 +118,8 @@ class Graphs:
         prefill = self._loader.load(DECODER, self.prefill_path) if self.prefill_path else None
         if prefill and _form_of_states(prefill) != _form_of_states(decoder):
             raise SettingError(
-                f"{self.prefill_path} keeps keys and values in another form than {self.variant}'s decoder; take two "
-                "variants with -kv8, quantized with the same images, two with fp16, or two with neither"
+                f"the KV cache formats of {self.prefill_path} and of {self.variant}'s decoder differ; use two "
+                "-kv8 variants quantized with the same images, two fp16 variants, or two that are neither"
             )
         embed = self._loader.load(EMBED_TOKENS, self.paths[EMBED_TOKENS.stem])
         return DecoderSessions(decoder, embed, prefill, self.execution.on_gpu and self._all_on_device(decoder, embed))

@@ -145,4 +145,4 @@ def _in_utf8(path: Path) -> str:
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise BundleError(f"{str(path)!a} is no path in UTF-8, which onnxruntime needs; rename the folder") from e
+        raise BundleError(f"{str(path)!a} is not a path in UTF-8, which onnxruntime needs; rename the folder") from e

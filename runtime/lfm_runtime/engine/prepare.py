@@ -44,14 +44,14 @@ def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
     free = shutil.disk_usage(bundle.folder.resolve().parent).free
     if free < wanted:
         raise BundleError(
-            f"{bundle.folder} has {free >> 20} MiB free beside it, {source.name} prepared takes {wanted >> 20}; "
-            "make room"
+            f"not enough disk space beside {bundle.folder}: {free >> 20} MiB are free, preparing {source.name} "
+            f"needs {wanted >> 20}; free some space"
         )
     with replacing(place, check=_check_ours) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
         if not _same(unprepared, load_session(new / source.name, graph, Execution(1)), _example(graph, unprepared)):
             raise BundleError(
-                f"{source} computes something else when prepared with onnxruntime {ort.__version__}; it is left "
+                f"{source} gives different results when prepared with onnxruntime {ort.__version__}; it stays "
                 "unprepared"
             )
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(new.iterdir())}
@@ -69,7 +69,7 @@ def space_needed(source: Path) -> int:
 
 def _check_ours(place: Path) -> None:
     if place.exists() and not (place / NOTE).exists():
-        raise BundleError(f"{place} is not something lfm-edge prepared; move it away")
+        raise BundleError(f"{place} was not made by lfm-edge prepare; move it away")
 
 
 def _example(graph: Graph, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:

@@ -44,12 +44,14 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
     if not place.is_dir():
         others = place.parent.parent.glob(f"*/{source.stem}")
         if any(others):
-            return Found(source, f"{place.parent.parent} is of another processor or onnxruntime and not used")
+            return Found(
+                source, f"{place.parent.parent} was prepared for another processor or onnxruntime and is not used"
+            )
         return Found(source)
     try:
         note = read_json_object(place / NOTE, BundleError)
         if note["source"] != bundle.fingerprint(source):
-            return Found(source, f"{place} is of an older {source.name} and not used")
+            return Found(source, f"{place} was prepared from an older {source.name} and is not used")
         for name, wanted in note["files"].items():
             path = place / name
             if path.stat().st_size != wanted["bytes"]:

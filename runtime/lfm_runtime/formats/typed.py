@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from lfm_runtime.errors import EdgeError
 
 T = TypeVar("T")
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 _SCHEMA_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 
 
@@ -131,7 +131,7 @@ def _read_dataclass(kind: Any, value: Any, at: str) -> Any:
 
 
 def _wrong(at: str, value: Any, wanted: str) -> Any:
-    raise _WrongError(f"{at or 'it'} is {_shown(value)}, {wanted} belongs there")
+    raise _WrongError(f"{at or 'it'} is {_shown(value)}, expected {wanted}")
 
 
 def _shown(value: Any) -> str:

@@ -49,7 +49,7 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iter
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if full and bundle.parent.is_dir() else ""
-        do = "make room, or choose another output" if full else "choose another output"
+        do = "free some space, or choose another output" if full else "choose another output"
         raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; nothing has changed there; {do}") from e
 
 

@@ -126,7 +126,8 @@ def read_stream(source: str | os.PathLike[str]) -> Piped:
             left = ends - time.monotonic()
             if left <= 0:
                 raise ImageError(
-                    f"{source} gave {_mb(parts)} and no end within {MAX_SECONDS:g} s; is somebody writing to it?"
+                    f"{source} gave {_mb(parts)} and was not closed within {MAX_SECONDS:g} s; check the program "
+                    "that writes to it"
                 )
             ready, _, _ = select.select([descriptor], [], [], left)
             part = _read(descriptor) if ready else None

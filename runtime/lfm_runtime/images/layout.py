@@ -63,7 +63,7 @@ class ImageSettings:
             values = getattr(self, name)
             if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and 0 in values):
                 raise SettingError(
-                    f"{name} {list(values)} is impossible; three numbers are needed, of image_std none 0"
+                    f"{name} {list(values)} is impossible; three numbers are needed, and image_std must not have a 0"
                 )
 
     @property

@@ -106,8 +106,9 @@ def check_gpu_memory(bundle: Bundle, variant: str) -> None:
     weights = int(variant_bytes(bundle, variant) / MIB)
     if memory and memory[0] < weights + _GPU_OVERHEAD_MIB:
         raise GpuError(
-            f"the GPU has {memory[0]} of {memory[1]} MiB free, {weights} MiB of weights and about {_GPU_OVERHEAD_MIB} "
-            "to work in are needed; end other programs on it, or take a smaller variant (int4-fp16)"
+            f"the GPU has {memory[0]} of {memory[1]} MiB free, but {weights} MiB for weights and about "
+            f"{_GPU_OVERHEAD_MIB} MiB of working memory are needed; end other programs on it, or use a smaller "
+            "variant (int4-fp16)"
         )
 
 

@@ -102,7 +102,7 @@ def _check_gpu(bundle: Bundle, profile: Profile) -> None:
     name = choose_variant(bundle, profile)
     if not VARIANTS[name].on_gpu and not profile.is_flag("variant"):
         raise GpuError(
-            f"{bundle.folder} has no variant that a GPU computes as a whole, only {', '.join(bundle.variants)}; "
+            f"{bundle.folder} has no variant that runs completely on a GPU, only {', '.join(bundle.variants)}; "
             f"make one: lfm-edge quantize {bundle.folder} --variant {profile.variant[0]}"
         )
     if TENSORRT in profile.providers:
@@ -174,20 +174,18 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
 def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> str:
     assert smallest.forecast is not None
     memory, budget = smallest.forecast.memory, first.profile.budget.peak_rss_mib
-    wanted = f"{memory.peak:.0f} MiB at its smallest ({memory.anonymous:.0f} anonymous; {smallest.variant})"
-    there = f"{device.usable_mib} MiB are there ({device.limit_by or 'the machine'}), "
-    there += f"{device.free_mib} free beside this process's {start.peak:.0f}"
-    there += f", and the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
+    wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"
+    there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
+    there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
+    there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
     do = "Close other programs, take a smaller model, or use --force"
-    return f"{first.bundle.folder} would take {wanted}; {there}. {do}"
+    return f"{first.bundle.folder} needs {wanted}; {there}. {do}"
 
 
 @functools.cache
 def _say_memory_is_unknown() -> None:
     """Warn once a process that free memory is not known."""
-    _log.warning(
-        "lfm-edge: how much memory is free cannot be known here (/proc/meminfo); whether a run fits is not checked"
-    )
+    _log.warning("lfm-edge: the free memory is unknown here (/proc/meminfo); memory is not checked before a run")
 
 
 def _steps_down(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:

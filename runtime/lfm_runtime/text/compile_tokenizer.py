@@ -50,7 +50,7 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
     added = spec.get("added_tokens") or []
     ids = [*vocab.values(), *(t["id"] for t in added)]
     if not all(type(i) is int and 0 <= i < _MOST_TOKENS for i in ids):
-        raise _cannot("a token whose id is no number below 4,194,304", "such ids")
+        raise _cannot("a token id that is not a number below 4,194,304", "ids from 0 to 4,194,303")
     tokens: list[str | None] = [None] * (1 + max(ids, default=-1))
     for token, i in vocab.items():
         tokens[i] = token
@@ -61,11 +61,13 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
         if tokens[entry["id"]] not in (None, entry["content"]):
             raise _cannot(
                 f"id {entry['id']} for {tokens[entry['id']]!r} and for added token {entry['content']!r}",
-                "one token an id",
+                "one token per id",
             )
         tokens[entry["id"]] = entry["content"]
     if missing := [c for c in byte_alphabet() if c not in vocab]:
-        raise _cannot(f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "all of them")
+        raise _cannot(
+            f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "vocabularies with all 256"
+        )
     splits, named = _splits(spec.get("pre_tokenizer"))
     kinds = LETTER_KINDS if named & {*LETTER_KINDS} else ("L",)
     told_apart = [*kinds, "N", "s", *(["M"] if "M" in named else [])]
@@ -174,7 +176,7 @@ def translate_pattern(pattern: str) -> str:
         elif kind == "end":
             # The end of every line, to Oniguruma; behind what took all white space, the end of the text.
             if not pattern[: at - 1].endswith(r"\s++"):
-                raise _cannot("'$' in the pre_tokenizer's pattern", r"it behind \s++ alone")
+                raise _cannot("'$' in the pre_tokenizer's pattern", r"only \s++$")
             atoms.append(r"\Z")
         elif (
             kind in ("name", "set")
@@ -250,4 +252,4 @@ def _type(part: Any) -> Any:
 
 
 def _cannot(what: str, known: str) -> PromptError:
-    return PromptError(f"tokenizer.json: {what} cannot be compiled for the runtime; it knows {known}")
+    return PromptError(f"tokenizer.json: {what} cannot be compiled for the runtime; supported: {known}")

@@ -44,7 +44,7 @@ class Message:
     def __post_init__(self) -> None:
         """Refuse a role that could be more than a role: templates write it as it is."""
         if not re.fullmatch("[a-z_]+", self.role):
-            raise PromptError(f"the role {self.role!r} is none; known are system, user, assistant and tool")
+            raise PromptError(f"{self.role!r} is not a role; roles are system, user, assistant and tool")
 
     @staticmethod
     def user(text: str, images: int = 0) -> Message:

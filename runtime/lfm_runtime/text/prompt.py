@@ -57,7 +57,8 @@ class PromptBuilder:
         if found.replace(guard, "") == plain and self._specials(found, guard) == self._specials(everywhere, guard):
             return found
         raise PromptError(
-            "the chat template changes texts, so that special tokens in them cannot be told from its own; allow them"
+            "the chat template changes the texts, so special tokens in them cannot be told from the template's "
+            "own; run without --no-special (special=True)"
         )
 
     def _specials(self, text: str, guard: str) -> list[int]:
@@ -79,8 +80,8 @@ class PromptBuilder:
         pieces = text.split(self.spec.image_tokens.image)
         if len(pieces) - 1 != len(layouts):
             raise PromptError(
-                f"the prompt has {len(pieces) - 1} places for {len(layouts)} images; "
-                f"leave {self.spec.image_tokens.image} out of the text, places are made for the images given"
+                f"the prompt has {len(pieces) - 1} places for {len(layouts)} images; do not write "
+                f"{self.spec.image_tokens.image} in the text: it is added for each image"
             )
         text = pieces[0] + "".join(
             self.spec.image_tokens.expand(layout) + piece for layout, piece in zip(layouts, pieces[1:], strict=True)

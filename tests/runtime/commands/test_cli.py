@@ -28,12 +28,12 @@ def test_misspelt_options(capsys) -> None:
         main(["run", "bundle", "-p", "hi", "--max-imge-tokens", "64"])
     assert e.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("did you mean --max-image-tokens? lfm-edge run --help tells more")
+    assert line.endswith("did you mean --max-image-tokens? for help: lfm-edge run --help")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("cam.tar", "unpack it first: lfm-edge unpack"), ("photo.png", "is a file; a bundle is a folder")],
+    [("cam.tar", "unpack it first: lfm-edge unpack"), ("photo.png", "is a file; give the bundle folder first")],
 )
 def test_files_that_are_no_bundle(tmp_path, capsys, name, said) -> None:
     (tmp_path / name).touch()

@@ -96,7 +96,7 @@ def test_generation_settings_that_cannot_be_are_refused(bad) -> None:
 
 
 def test_logits_that_are_not_numbers() -> None:
-    with pytest.raises(BundleError, match="not numbers"):
+    with pytest.raises(BundleError, match="NaN or infinite"):
         Sampler(GenerationSettings(), 4, []).next(np.full(4, np.nan, np.float32))
 
 

@@ -79,8 +79,8 @@ def test_nothing_else_in_the_bundle_changes(prepared, demo_bundle) -> None:
         ("graph", "is damaged"),
         ("note", "cannot be read"),
         ("no note", "cannot be read"),
-        ("other version", "of another processor or onnxruntime"),
-        ("older", "is of an older"),
+        ("other version", "prepared for another processor or onnxruntime"),
+        ("older", "was prepared from an older"),
         ("wrong note", "cannot be read"),
         ("protobuf", "is not used"),
     ],
@@ -149,7 +149,7 @@ def test_foreign_folder_stays(demo_bundle, tmp_path, capsys) -> None:
     place.mkdir(parents=True)
     (place / "diary.txt").write_text("dear")
     assert main(["prepare", str(bundle)]) == 2
-    assert "is not something lfm-edge prepared" in capsys.readouterr().err
+    assert "was not made by lfm-edge prepare" in capsys.readouterr().err
     assert (place / "diary.txt").read_text() == "dear"
 
 
@@ -182,7 +182,7 @@ def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) 
             lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20),
         )
         assert main(["prepare", str(bundle)]) == 2
-        assert "1 MiB free" in capsys.readouterr().err
+        assert ": 1 MiB are free, preparing" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("lfm_runtime.engine.prepare.ort.__version__", "1.22.1")
         assert main(["prepare", str(bundle)]) == 2
@@ -190,7 +190,7 @@ def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) 
     with monkeypatch.context() as patch:
         patch.setattr("lfm_runtime.engine.prepare._same", lambda *_: False)
         assert main(["prepare", str(bundle)]) == 2
-        assert "something else when prepared" in capsys.readouterr().err
+        assert "different results when prepared" in capsys.readouterr().err
     assert not list((tmp_path / "bundle.prepared").rglob("*.onnx"))
     assert main(["prepare", str(bundle), "--prefill", "int8"]) == 2
     assert "has no variant 'int8'" in capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_a_hub_folder_is_prepared_by_size_and_time(demo_bundle, tmp_path, caplog
     place = prepare(opened, DECODER, source)
     assert find(opened, source).path.parent == place
     os.utime(source, (1, 1))
-    assert "is of an older" in find(opened, source).note
+    assert "was prepared from an older" in find(opened, source).note
 
 
 def test_cpu_features(tmp_path) -> None:

@@ -66,7 +66,7 @@ class Parser:
         return name
 
     def _unknown(self, what: str) -> TemplateError:
-        return syntax(self._token.line, f"{what} is not known here ({self._token.value!r})")
+        return syntax(self._token.line, f"{what} is not supported ({self._token.value!r})")
 
     def _tuple(self, *, conditional: bool = True) -> Expression:
         parse = self._expression if conditional else self._or
@@ -177,7 +177,7 @@ class Parser:
             if name in _CONSTANTS:
                 return _constant(_CONSTANTS[name])
             if name in ("varargs", "kwargs", "caller"):
-                raise syntax(token.line, f"{name} is not known here")
+                raise syntax(token.line, f"{name} is not supported")
             if self._depth:
                 self._read_inside.add(name)
             return lambda scope: scope.find(name)
@@ -273,7 +273,7 @@ class Parser:
         def call(scope: Scope) -> Any:
             function = value(scope)
             if isinstance(function, Undefined):
-                raise TemplateError(f"chat template: {function.name} is not known here; it is called")
+                raise TemplateError(f"chat template: {function.name} is not supported; it is called")
             return function(*(g(scope) for g in given), **{name: n(scope) for name, n in named.items()})
 
         return call
@@ -284,7 +284,7 @@ class Parser:
                 name = self._expect(kind="name")
                 if name not in FILTERS:
                     raise syntax(
-                        self._token.line, f"the filter {name} is not known here; known are {', '.join(FILTERS)}"
+                        self._token.line, f"the filter {name} is not supported; supported are {', '.join(FILTERS)}"
                     )
                 given, named = self._arguments() if self._is("(") else ([], {})
                 value = _applied(FILTERS[name], value, given, named)
@@ -299,7 +299,7 @@ class Parser:
         negated = self._skip("not")
         name = self._expect(kind="name")
         if name not in TESTS:
-            raise syntax(self._token.line, f"the test {name} is not known here; known are {', '.join(TESTS)}")
+            raise syntax(self._token.line, f"the test {name} is not supported; supported are {', '.join(TESTS)}")
         given: list[Expression] = []
         named: dict[str, Expression] = {}
         plain = self._token.kind in ("name", "string", "number") and not self._is(

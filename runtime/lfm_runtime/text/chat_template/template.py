@@ -48,7 +48,7 @@ class Template(Parser):
         """
         if late := sorted(self._set_late & values.keys()):
             raise TemplateError(
-                f"chat template: {late[0]} is set after a loop or macro has read it, which is not known here"
+                f"chat template: {late[0]} is set after a loop or macro has read it, which is not supported"
             )
         out: list[str] = []
         try:
@@ -190,7 +190,7 @@ class Template(Parser):
                 return
             target = scope.find(name)
             if not isinstance(target, Namespace):
-                raise TemplateError(f"chat template: {name}.{attribute} cannot be set, {name} is no namespace")
+                raise TemplateError(f"chat template: {name}.{attribute} cannot be set, {name} is not a namespace")
             target.values[attribute] = value(scope)
 
         return run

@@ -80,13 +80,13 @@ def _tag(source: str, at: int, closing: re.Pattern[str], line: int) -> tuple[int
         if kind == "operator" and text in _CLOSES:
             open_brackets.append(_CLOSES[text])
         elif kind == "operator" and text in _CLOSES.values() and (not open_brackets or open_brackets.pop() != text):
-            raise syntax(line, f"{text!r} closes nothing")
+            raise syntax(line, f"{text!r} matches no open bracket")
         value: Any = text
         if kind == "string":
             try:
                 value = text[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
             except UnicodeDecodeError as e:
-                raise syntax(line, f"{text[:20]} has an escape that is none") from e
+                raise syntax(line, f"{text[:20]} has an invalid escape sequence") from e
         elif kind in ("integer", "float"):
             if len(text) > 100:
                 raise syntax(line, "a number of more than 100 digits")

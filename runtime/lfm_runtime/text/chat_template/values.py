@@ -122,7 +122,7 @@ class Loop:
             "nextitem": self._items[at + 1] if at + 1 < count else Undefined("nextitem"),
         }
         if name not in known:
-            raise TemplateError(f"chat template: loop.{name} is not known here; known are {', '.join(known)}")
+            raise TemplateError(f"chat template: loop.{name} is not supported; supported are {', '.join(known)}")
         return known[name]
 
 
@@ -192,7 +192,7 @@ def attribute(value: Any, name: str) -> Any:
     if hasattr(value, name):
         if name in _METHODS.get(type(value), ()):
             return getattr(value, name)
-        raise TemplateError(f"chat template: .{name} of a {type(value).__name__} is not known here")
+        raise TemplateError(f"chat template: .{name} of a {type(value).__name__} is not supported")
     return value[name] if isinstance(value, dict) and name in value else Undefined(name)
 
 
