@@ -2,11 +2,11 @@
 
 import sys
 
-from lfm_runtime import Model, Session
+from lfm_runtime import Chat, Model
 
 bundle, image = sys.argv[1:]
-session = Session(Model.load(bundle))
-print(session.ask("What is in this image?", [image]).text())
-other = session.fork()  # same conversation so far; the image is not encoded again
-print(session.ask("How many shapes?").text())
+chat = Chat(Model.load(bundle))
+print(chat.ask("What is in this image?", [image]).text())
+other = chat.fork()  # same conversation so far; the image is not encoded again
+print(chat.ask("How many shapes?").text())
 print(other.ask("What colour is the first?").text())

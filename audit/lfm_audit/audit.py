@@ -98,7 +98,7 @@ def measure(work: Workload, device: Device, sensors: Sensors, progress: Progress
 def _watch_idle(sensors: Sensors, progress: Progress) -> Watch:
     progress("measuring the idle machine")
     idle = Watch(sensors)
-    idle.of(os.getpid())
+    idle.start(os.getpid())
     time.sleep(_IDLE_S)
     idle.end()
     return idle
@@ -161,7 +161,7 @@ def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
             repeats=2 if kind == "warm" else 1,
         )
         try:
-            outcome = start(trial, environment=environment, watch=seen.of)
+            outcome = start(trial, environment=environment, watch=seen.start)
         finally:
             seen.end()
     return Run(subject.variant, kind, outcome, seen)
@@ -229,7 +229,7 @@ def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
         soak_s=work.soak_minutes * 60,
     )
     try:
-        outcome = start(trial, watch=seen.of)
+        outcome = start(trial, watch=seen.start)
     finally:
         seen.end()
     return Run(subject.variant, "soak", outcome, seen)

@@ -95,7 +95,7 @@ def _files(on: Installed) -> str:
 def _loads(on: Installed) -> str:
     """Load decoder and vision encoder, and check that each runs on the provider of the profile."""
     try:
-        graphs = on.model.graphs
+        graphs = on.model.sessions
         sessions = {DECODER: on.model.decoder.load().decoder, VISION_ENCODER: graphs.vision()}
     except EdgeError as e:
         raise CheckError(f"{e}; if it loads elsewhere, run: lfm-edge prepare {on.folder}") from e

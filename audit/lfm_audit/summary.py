@@ -191,7 +191,7 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
     energy = [j for j in joules if j is not None]
     one, begun = answers[0], runs[0].outcome.spawned
     decodes = one.new_tokens > 1
-    prefill = [a.prompt_tokens / ms * 1e3 for a in answers if (ms := sum(a.of("prefill"))) > 0]
+    prefill = [a.prompt_tokens / ms * 1e3 for a in answers if (ms := sum(a.stage_ms("prefill"))) > 0]
     return Answers(
         one.prompt_tokens,
         one.image_tokens,
@@ -201,7 +201,7 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
         Figure.of([ttft(a) for a in answers]),
         Figure.of([a.total_ms for a in answers]),
         _stages(answers),
-        Figure.of([ms for a in answers for ms in a.of("vision")]) if one.views else None,
+        Figure.of([ms for a in answers for ms in a.stage_ms("vision")]) if one.views else None,
         Figure.of([ms for a in answers for ms in inter_token(a)]) if decodes else None,
         Figure.of(prefill or [0.0]),
         Figure.of([_decode_rate(a) for a in answers]) if decodes else None,
@@ -220,9 +220,9 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
 
 
 def _stages(answers: Sequence[AnswerTimes]) -> Stages:
-    parts = [[sum(a.of(stage)) for a in answers] for stage in STAGES]
-    decode = [a.token_times[-1] - a.token_times[0] - sum(a.of(WRITTEN)[:-1]) for a in answers]
-    written = [sum(a.of(WRITTEN)) for a in answers]
+    parts = [[sum(a.stage_ms(stage)) for a in answers] for stage in STAGES]
+    decode = [a.token_times[-1] - a.token_times[0] - sum(a.stage_ms(WRITTEN)[:-1]) for a in answers]
+    written = [sum(a.stage_ms(WRITTEN)) for a in answers]
     known = [sum(values) for values in zip(*parts, decode, written, strict=True)]
     other = [a.total_ms - ms for a, ms in zip(answers, known, strict=True)]
     return Stages(*(Figure.of(values) for values in (*parts, decode, written, other)))

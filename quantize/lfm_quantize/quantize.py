@@ -19,7 +19,7 @@ from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 
 from lfm_quantize.calibrate.answers import Progress, add_answers
-from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, prepare, read_questions, split_off
+from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, read_questions, split_off, to_sample
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import Quality, check_floor
@@ -85,7 +85,7 @@ def quantize(
 
     with Work.open(folder, settings.variant, _key(settings, recipe, manifest, source, questions)) as work:
         # Calibrate: questions and answers that the source's variant is led through.
-        samples = [prepare(bundle, q, split=False) for q in questions.calibrate]
+        samples = [to_sample(bundle, q, split=False) for q in questions.calibrate]
         run = Run(settings, bundle, source, recipe, samples, work, progress)
         add_answers(run.exact, samples, CALIBRATION_TOKENS, progress)
         # Smooth and round, or rewrite.

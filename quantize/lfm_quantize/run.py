@@ -15,7 +15,7 @@ from lfm_quantize.calibrate.samples import Sample
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.settings import Settings
 from lfm_quantize.source import Source
-from lfm_quantize.variant import Graphs
+from lfm_quantize.variant import VariantGraphs
 from lfm_quantize.work import Work
 
 
@@ -23,7 +23,7 @@ from lfm_quantize.work import Work
 class Made:
     """A variant's graphs, and how they were made, for the manifest."""
 
-    graphs: Graphs
+    graphs: VariantGraphs
     record: dict[str, Any]
     recipe: Recipe | None = None  # where weights became integers
 
@@ -49,7 +49,7 @@ class Run:
         """For each sample, which of its tokens are image tokens."""
         return image_positions(self.samples, self.bundle.prompts.image_id)
 
-    def files(self, variant: str) -> Graphs:
+    def files(self, variant: str) -> VariantGraphs:
         """The graph files of a variant that is there, by stem."""
         found = self.bundle.graphs(variant)[1]
         return {stem: path.relative_to(self.bundle.folder).as_posix() for stem, path in found.items()}

@@ -40,13 +40,16 @@ class Source:
                 encoder alone.
 
         Raises:
-            QuantizeError: it has neither fp32 nor fp16 graphs, or portable ones that do not do.
+            QuantizeError: it has neither fp32 nor fp16 graphs, or nothing finer than `asked`, or portable graphs that
+                do not do.
         """
         variant = next((v for v in FINEST if v in bundle.variants), None)
         if variant is None:
             raise QuantizeError(
                 f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export"
             )
+        if variant == asked:
+            raise QuantizeError(f"{bundle.folder} has {asked} from lfm-edge export and nothing finer to make it from")
         files = bundle.graphs(variant)[1]
         vision, embed, decoder = (
             Widen()(open_graph(files[g.stem])).model for g in (VISION_ENCODER, EMBED_TOKENS, DECODER)

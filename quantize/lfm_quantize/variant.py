@@ -31,13 +31,13 @@ class NewGraph:
     over: bool = False
 
 
-Graphs = dict[str, "NewGraph | str"]
+VariantGraphs = dict[str, "NewGraph | str"]
 """Stem → a new graph, or the file of one that is there."""
 Files = Mapping[str, list[str]]
 """Stem → the data files of a new graph, in `onnx`."""
 
 
-def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> Files:
+def save_graphs(folder: Path, variant: str, graphs: VariantGraphs, source: Source) -> Files:
     """Write the graphs that are new; a head tied to the embedding table points into the table's file. Returns each
     one's data files by stem.
     """
@@ -62,7 +62,7 @@ def save_graphs(folder: Path, variant: str, graphs: Graphs, source: Source) -> F
     return files
 
 
-def with_graphs(old: Manifest, folder: Path, variant: str, start: str, graphs: Graphs, files: Files) -> Manifest:
+def with_graphs(old: Manifest, folder: Path, variant: str, start: str, graphs: VariantGraphs, files: Files) -> Manifest:
     """The old manifest with a variant's files, and no word on its quality yet.
 
     Args:

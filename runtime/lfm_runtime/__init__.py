@@ -18,7 +18,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
 
 if TYPE_CHECKING:
-    from lfm_runtime.conversation import Session
+    from lfm_runtime.conversation import Chat
     from lfm_runtime.model import Answer, Model
     from lfm_runtime.report import Report
     from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
@@ -32,6 +32,7 @@ __all__ = [
     "IMAGE",
     "Answer",
     "BundleError",
+    "Chat",
     "Conversation",
     "EdgeError",
     "GraphContractError",
@@ -40,7 +41,6 @@ __all__ = [
     "Model",
     "PromptError",
     "Report",
-    "Session",
     "SettingError",
     "ToolCall",
     "__version__",
@@ -51,7 +51,7 @@ _LATER = {
     "Answer": "model",
     "Model": "model",
     "Report": "report",
-    "Session": "conversation",
+    "Chat": "conversation",
     "IMAGE": "text.prompt",
     "Conversation": "text.prompt",
     "Message": "text.prompt",

@@ -61,11 +61,11 @@ def answer_all(
     """
     if rows < 1:
         raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
-    if model.graphs.execution.low_memory:
+    if model.sessions.execution.low_memory:
         raise SettingError(
             "answer_all needs encoder and decoder in memory at the same time; load the model without low_memory"
         )
-    if model.graphs.execution.on_gpu:
+    if model.sessions.execution.on_gpu:
         raise SettingError("answer_all runs only on the CPU; load the model with another profile: profile='generic'")
     model.setup.generation.with_changes(generation)  # a wrong setting is everyone's
     with failures_are_ours(model.bundle.folder):

@@ -15,7 +15,7 @@ from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, Graph
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
@@ -233,12 +233,12 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _nearest(places: list[Path], graph: Graph, variant: Variant) -> Path | None:
+def _nearest(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
     others = ("fp16", "fp32", "int8", "int4") if variant.activations == "fp16" else ("int8", "fp16", "fp32", "int4")
     rows = [variant, *(VARIANTS[name] for name in others)]
     return next((path for row in rows if (path := _find(places, graph, row)) is not None), None)
 
 
-def _find(places: list[Path], graph: Graph, variant: Variant) -> Path | None:
+def _find(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
     names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
     return next((place / name for place in places for name in names if (place / name).exists()), None)

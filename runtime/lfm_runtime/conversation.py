@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
-class Session:
+class Chat:
     """Questions and answers about images, in turns. `fork` gives a second conversation with the same past.
 
-    session = Session(model)
-    print(session.ask("What is this?", ["photo.jpg"]).text())
-    print(session.ask("What colour is it?").text())
+    chat = Chat(model)
+    print(chat.ask("What is this?", ["photo.jpg"]).text())
+    print(chat.ask("What colour is it?").text())
     """
 
     def __init__(self, model: Model, *, system: str = "") -> None:
@@ -57,7 +57,7 @@ class Session:
         )
         return Answer(self._keep(turn, new, answer), answer.report)
 
-    def fork(self) -> Session:
+    def fork(self) -> Chat:
         """Another conversation with this one's past; the two go on apart.
 
         Raises:
@@ -65,7 +65,7 @@ class Session:
         """
         if self._answering:
             raise SettingError("an answer is still being generated; fork before or after it")
-        other = Session(self.model)
+        other = Chat(self.model)
         other.messages, other._images = list(self.messages), list(self._images)
         other._context = self._context.fork()
         return other

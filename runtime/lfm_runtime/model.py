@@ -24,7 +24,7 @@ from lfm_runtime.decode.context import Context, image_key, prompt_keys
 from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
 from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
-from lfm_runtime.engine.graphs import Graphs
+from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, open_image
@@ -98,13 +98,13 @@ class Model:
     def __init__(self, setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None) -> None:
         """As the setup says; nothing is loaded yet. The caches: see `load`."""
         self.setup, self.bundle = setup, setup.bundle
-        self.graphs = Graphs(setup.bundle, setup.variant, setup.prefill, setup.execution, verify=setup.verify)
-        self.decoder = self.graphs.decoder
+        self.sessions = Sessions(setup.bundle, setup.variant, setup.prefill, setup.execution, verify=setup.verify)
+        self.decoder = self.sessions.decoder
         self.prompts = setup.bundle.prompts
         self.cache = None
         if cache_mib or cache_folder:
             folder = Path(cache_folder) if cache_folder else None
-            self.cache = Cache(self.graphs.identity(), max_bytes=cache_mib << 20, folder=folder)
+            self.cache = Cache(self.sessions.identity(), max_bytes=cache_mib << 20, folder=folder)
         self.load_ms = 0.0
 
     @staticmethod
@@ -155,17 +155,17 @@ class Model:
         started = time.perf_counter()
         model, failure = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder), ""
         try:
-            model.graphs.load()
+            model.sessions.load()
         except GpuError as e:
             if not setup.profile.automatic:
                 raise
             failure = str(e)  # and not the exception, which holds on to what was loaded
         if failure:
             _log.warning("lfm-edge: computing on the CPU: %s", failure)
-            model.graphs.release()
+            model.sessions.release()
             setup = resolve(setup.bundle, on_cpu(setup.profile), setup.ask)
             model = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder)
-            model.graphs.load()
+            model.sessions.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
 
@@ -212,7 +212,7 @@ class Model:
         **generation: Unpack[Generation],
     ) -> Answer:
         """As `answer`, for several turns, with images at any place in them, and tools. What `context` has processed of
-        them is not computed again (see Session).
+        them is not computed again (see Chat).
         """
         job = self.prepare_answer(chat, images, max_megapixels=max_megapixels, **generation)
         return Answer(self._computed(self._answer(job, context, progress)), job.reply.report)
@@ -233,7 +233,7 @@ class Model:
         report.timing_ms["load"] = self.load_ms
         settings = self.setup.generation.with_changes(generation)
         if settings.speculate and not self.setup.verifies:
-            do = "leave it out" if self.graphs.execution.on_gpu else "take a variant for CPUs, or export again"
+            do = "leave it out" if self.sessions.execution.on_gpu else "take a variant for CPUs, or export again"
             raise SettingError(
                 "speculate needs a decoder on the CPU that can undo rejected tokens (a graph that also outputs "
                 f"its convolutions' inputs); {do}"
@@ -323,7 +323,7 @@ class Model:
 
         if todo:
             with report.stage("load"):
-                vision = self.graphs.vision()
+                vision = self.sessions.vision()
             for i in todo:
                 features[i] = made = np.concatenate(list(self._encode_views(vision, opened[i], report, tell)))
                 if self.cache:
@@ -336,7 +336,7 @@ class Model:
     ) -> Iterator[NDArray[np.float32]]:
         mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
         cut = cut_views(opened.image, opened.layout, opened.settings)
-        at_once = VIEWS_AT_ONCE if self.graphs.execution.on_gpu else 1
+        at_once = VIEWS_AT_ONCE if self.sessions.execution.on_gpu else 1
         for views in _of_one_size(opened.layout.views, at_once):
             for _ in views:
                 tell()
@@ -355,9 +355,9 @@ class Model:
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
         """The pieces; while one is made, errors are ours and this thread stays on its processor."""
-        with closing(pieces), self.graphs.failures_are_ours():
+        with closing(pieces), self.sessions.failures_are_ours():
             while True:
-                with self.graphs.execution.pinned():
+                with self.sessions.execution.pinned():
                     piece = next(pieces, None)
                 if piece is None:
                     return

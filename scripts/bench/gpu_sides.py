@@ -43,7 +43,7 @@ class Ours:
         self.model = Model.load(
             options.bundle, profile=cuda if options.device == "cuda" else "generic", variant=variant
         )
-        self.vision, self.decoder = self.model.graphs.vision(), self.model.decoder
+        self.vision, self.decoder = self.model.sessions.vision(), self.model.decoder
         # Beyond so many views, TensorRT makes another engine.
         self.batches = [b for b in options.batch if variant != "fp16-trt" or b <= VIEWS_AT_ONCE]
         self.prompt = self.decoder.embed([10 + i % 300 for i in range(PROMPT)])
@@ -52,7 +52,7 @@ class Ours:
         """What measured."""
         import onnxruntime as ort
 
-        return {"onnxruntime": ort.__version__, "providers": self.model.graphs.execution.providers}
+        return {"onnxruntime": ort.__version__, "providers": self.model.sessions.execution.providers}
 
     def measures(self) -> dict[str, Measure]:
         """By name, with the unit."""

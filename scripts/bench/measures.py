@@ -104,7 +104,7 @@ def bare_encode(model: Model, image: Image.Image) -> Callable[[], float]:
         "pixel_attention_mask": np.ones((1, len(patches)), np.int64),
         "spatial_shapes": np.array([[view.rows, view.columns]], np.int64),
     }
-    session = model.graphs.vision()
+    session = model.sessions.vision()
     return lambda: timed_ms(lambda: session.run(None, feeds))
 
 

@@ -283,7 +283,7 @@ def check(options: argparse.Namespace, recorder: Recorder, found: dict[str, Any]
     )
     found["load"] = {name: happened[name] for name in ("captured", "prohibited", "stale")}
     (model,) = loaded
-    graphs, decoder = model.graphs, model.decoder
+    graphs, decoder = model.sessions, model.decoder
     sessions = {DECODER: decoder.load().decoder, EMBED_TOKENS: decoder.load().embed, VISION_ENCODER: graphs.vision()}
     found["left_to_cpu"] = {
         graph.stem: left_to_cpu(session, graphs.paths[graph.stem]) for graph, session in sessions.items()
@@ -320,7 +320,7 @@ def check_encoder(model: Any, recorder: Recorder, lines: dict[str, list[str]]) -
     import numpy as np
 
     host_ms: dict[str, float] = {}
-    images, run = model.bundle.images, model.graphs.vision().run
+    images, run = model.bundle.images, model.sessions.vision().run
     side = int((images.max_image_tokens * images.downsample_factor**2) ** 0.5)
     recorder.reads(1, 1)  # a condition: nothing is padded
     for count, name in ((1, "1 view"), (8, "8 views")):

@@ -170,7 +170,7 @@ def inside(bundle: Path) -> int:
         temperature=0,
     )
     embeds = model.decoder.embed_prompt(job.prompt.ids, model.encode(job.images), model.prompts.image_id)
-    sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.graphs.paths[EMBED_TOKENS.stem]))
+    sessions = DecoderSessions(session(HOME / "decoder.onnx"), session(model.sessions.paths[EMBED_TOKENS.stem]))
     other = Decoder(lambda: sessions, HOME / "decoder.onnx", memory=WebGpuMemory())
     here, there = model.decoder.start(512), other.start(512)
     difference = Difference()

@@ -267,9 +267,9 @@ def test_a_trial_is_what_the_model_does(demo_bundle, photo) -> None:
             answer.report.tiles,
             12,
         )
-        assert len(times.of("vision")) == times.views and len(times.token_times) == 12
+        assert len(times.stage_ms("vision")) == times.views and len(times.token_times) == 12
         assert all(times.started <= s <= e <= times.ended for _, s, e in times.spans)
-        parts = sum(sum(times.of(stage)) for stage in ("image", "preprocess", "vision", "embed", "prefill"))
+        parts = sum(sum(times.stage_ms(stage)) for stage in ("image", "preprocess", "vision", "embed", "prefill"))
         decode = times.token_times[-1] - times.token_times[0]
         assert parts + decode <= times.total_ms
     assert found.ready_ms >= found.python_ms + found.import_ms + found.open_ms

@@ -337,7 +337,7 @@ def test_a_full_disk(stick, tmp_path) -> None:
     prefix = tmp_path / "edge"
     prefix.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", str(prefix)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(prefix)], capture_output=True, check=False
     ).returncode:
         pytest.skip("this machine does not allow mounting")
     try:

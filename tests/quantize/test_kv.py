@@ -12,7 +12,7 @@ from lfm_quantize.graph import constant, open_graph
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.quantize import quantize
 from lfm_quantize.settings import Settings
-from lfm_runtime import Model, Session
+from lfm_runtime import Chat, Model
 from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
@@ -78,12 +78,12 @@ def test_everything_that_carries_state(bundle) -> None:
     """Turns, forks, batches, guesses and disk caches say what one whole computation says."""
     model = Model.load(bundle, variant="int4-kv8", threads=2)
     assert isinstance(model.decoder.start(8), SharedState)
-    session = Session(model)
-    session.ask(QUESTION, PICTURES[:1], temperature=0).text()
-    fork = session.fork()
-    second = session.ask("How many shapes are there?", temperature=0, speculate=4).text()
+    chat = Chat(model)
+    chat.ask(QUESTION, PICTURES[:1], temperature=0).text()
+    fork = chat.fork()
+    second = chat.ask("How many shapes are there?", temperature=0, speculate=4).text()
     assert second == fork.ask("How many shapes are there?", temperature=0).text()
-    assert second == model.converse(session.messages[:3], PICTURES[:1], temperature=0).text()
+    assert second == model.converse(chat.messages[:3], PICTURES[:1], temperature=0).text()
     singles = [model.answer([p], QUESTION, temperature=0).text() for p in PICTURES]
     together = dict(answer_all(model, [([p], QUESTION) for p in PICTURES], rows=2, temperature=0))
     assert [together[i].text for i in range(3)] == singles
@@ -103,7 +103,7 @@ def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
     """Only with the same scales: another variant's float past, or one calibrated otherwise, is refused."""
     for prefill in ("int8", "int8-kv8"):
         model = Model.load(bundle, variant="int4-kv8", prefill=prefill, threads=2)
-        assert model.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
+        assert model.sessions.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
         assert model.answer(PICTURES[:1], QUESTION, temperature=0).text()
     other = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     words = ["run", str(other), "-p", "x", "--variant", "int4-kv8", "--prefill", "int8"]
@@ -112,19 +112,19 @@ def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
     assert "same images" in capsys.readouterr().err
     quantize(other, Settings("int8", method="rtn"))  # takes int8-kv8 away
     assert main(words) == 2
-    assert "another form" in capsys.readouterr().err
+    assert "two that are neither" in capsys.readouterr().err
 
 
 def test_profile_takes_it_where_it_is(bundle, demo_bundle) -> None:
     chosen = Model.load(bundle, profile="small", threads=1)
-    assert (chosen.setup.variant, chosen.graphs.prefill_path, chosen.setup.execution.low_memory) == (
+    assert (chosen.setup.variant, chosen.sessions.prefill_path, chosen.setup.execution.low_memory) == (
         "int4-kv8",
         None,
         True,
     )
     split = Model.load(bundle, profile="fast", threads=1, kv="int8")
     assert split.setup.variant == "int4-kv8"
-    assert split.graphs.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
+    assert split.sessions.prefill_path == bundle / "onnx" / "decoder_model_merged_int8_kv8.onnx"
     assert resolve(demo_bundle, "small", force=True).variant == "fp32"
 
 

@@ -14,7 +14,7 @@ import pytest
 from bundles import read_manifest
 from lfm_export.export import export
 from lfm_quantize import variant as variant_files
-from lfm_quantize.calibrate.samples import prepare
+from lfm_quantize.calibrate.samples import to_sample
 from lfm_quantize.graph import QuantizeError, linears, open_graph, session
 from lfm_quantize.judge.distances import cosines, kl_divergence
 from lfm_quantize.judge.measure import measure
@@ -145,7 +145,7 @@ def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
         x = n.inputs[0].producer().inputs[0]
         whole = node(n.op_type, [x, *n.inputs[1:]], scaled.outputs[0].name, domain="com.microsoft")
         exchange(coarse.graph, scaled, [whole])
-    views = [prepare(bundle, q, split=False).views[0] for q in questions[1][:8]]
+    views = [to_sample(bundle, q, split=False).views[0] for q in questions[1][:8]]
     a, b = session(exact, 1), session(coarse, 1)
     found = np.concatenate([cosines(a.run(None, v.feeds())[0], b.run(None, v.feeds())[0]) for v in views])
     assert found.min() < 0.99
@@ -399,6 +399,16 @@ def test_bad_bundle(case, demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     assert err[-1].startswith("lfm-edge: ")
     assert says in err[-1]
     assert tree(bundle) == before
+
+
+def test_a_variant_is_not_made_from_itself(demo_bundle, tmp_path, capsys) -> None:
+    """In a bundle as export --dtype fp16 makes it."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["variants"] = {"fp16": manifest["variants"]["fp32"]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["quantize", str(bundle), "--variant", "fp16"]) == 2
+    assert "has fp16 from lfm-edge export and nothing finer to make it from" in capsys.readouterr().err
 
 
 def test_a_refused_quantization_leaves_the_bundle_as_it_was(demo_bundle, tmp_path, capsys, monkeypatch) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from lfm_runtime import (
     BundleError,
+    Chat,
     EdgeError,
     GraphContractError,
     ImageError,
     Message,
     Model,
     PromptError,
-    Session,
     SettingError,
 )
 from lfm_runtime.commands.cli import main
@@ -124,11 +124,11 @@ def test_an_answer_ends_at_the_context_limit(bundle_copy, drawing) -> None:
 
 
 def test_several_turns(demo_model, drawing) -> None:
-    """A session gives the same answers as the whole conversation computed again, and reads its own tokens alone."""
-    session = Session(demo_model)
-    session.ask("How many shapes?", [drawing]).text()
-    kept = session.ask("What is in this image?")
-    again = demo_model.converse([*session.messages[:2], Message.user("What is in this image?")], [drawing])
+    """A chat gives the same answers as the whole conversation computed again, and reads its own tokens alone."""
+    chat = Chat(demo_model)
+    chat.ask("How many shapes?", [drawing]).text()
+    kept = chat.ask("What is in this image?")
+    again = demo_model.converse([*chat.messages[:2], Message.user("What is in this image?")], [drawing])
     assert kept.text() == again.text()
     assert kept.report.timing_ms["vision"] is None
     assert again.report.timing_ms["vision"]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from lfm_profiles import Profile
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import damage_is
@@ -74,7 +75,7 @@ class AnswerTimes:
         """Time from the question to the last token, in ms."""
         return self.ended - self.started
 
-    def of(self, stage: str) -> list[float]:
+    def stage_ms(self, stage: str) -> list[float]:
         """Return the length in ms of each span of `stage`."""
         return [end - start for name, start, end in self.spans if name == stage]
 
@@ -163,7 +164,7 @@ def main() -> int:
     entered = time.perf_counter()
     _end_with_parent()
     request = json.load(sys.stdin)
-    if os.getppid() != request.pop("parent"):
+    if _has_ended(request.pop("parent")):
         return 1  # it was killed before this process could ask to end with it
     try:
         print(json.dumps(_measured(request, entered)))
@@ -206,13 +207,13 @@ def _measured(request: dict[str, Any], entered: float) -> dict[str, Any]:
     return {
         "spawned": spawned,
         "variant": model.setup.variant,
-        "prefill": model.graphs.prefill,
+        "prefill": model.sessions.prefill,
         "threads": model.setup.execution.threads,
-        "prepared": model.graphs.is_prepared,
+        "prepared": model.sessions.is_prepared,
         "python_ms": (entered - spawned) * 1e3,
         "import_ms": (imported - entered) * 1e3,
         "open_ms": (opened - imported) * 1e3,
-        "graphs_ms": model.graphs.load_ms,
+        "graphs_ms": model.sessions.load_ms,
         "ready_ms": (ready - spawned) * 1e3,
         "answers": answers,
         "loaded_mib": loaded,
@@ -277,6 +278,13 @@ def _end_with_parent() -> None:
     """Linux: when the process that measures is killed, this one is as well."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _memory() -> dict[str, float | None]:

@@ -105,7 +105,7 @@ class Watch:
     _watching: bool = False
     _threads: list[threading.Thread] = field(default_factory=list)
 
-    def of(self, pid: int) -> None:
+    def start(self, pid: int) -> None:
         """Start to sample process `pid` and the machine, in daemon threads."""
         self.states.append(machine_state(self.sensors))
         self.begun, self._watching = counters(), True

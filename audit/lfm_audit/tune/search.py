@@ -120,7 +120,7 @@ def _measure(tuning: Tuning, point: Point, reference: Path, sensors: Sensors) ->
         reference=reference if known.kl is None else None,
     )
     try:
-        outcome = start(trial, watch=seen.of)
+        outcome = start(trial, watch=seen.start)
     except EdgeError as e:
         known.failed = str(e)
         tuning.points[point] = known

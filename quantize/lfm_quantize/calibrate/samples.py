@@ -160,7 +160,7 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def prepare(bundle: Bundle, question: Question, *, split: bool) -> Sample:
+def to_sample(bundle: Bundle, question: Question, *, split: bool) -> Sample:
     """The question as the runtime would put it. Without `split`, the image is one view, and a tile of a large one goes
     to `extra`.
     """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.answers import Answering
 from lfm_quantize.calibrate.blocks import Block, Feeds, Values, blocks_of, decoder_feeds, has_blocks
 from lfm_quantize.calibrate.observe import KINDS
-from lfm_quantize.calibrate.samples import Question, Sample, prepare
+from lfm_quantize.calibrate.samples import Question, Sample, to_sample
 from lfm_quantize.graph import open_graph, part, session
 from lfm_quantize.judge.quality import LayerError
 from lfm_quantize.passes.nodes import rewritten
@@ -32,7 +32,7 @@ def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Questi
     if not has_blocks(vision) or not has_blocks(decoder):
         return []
     decoder = rewritten(decoder, AllPositions())
-    samples = [prepare(bundle, q, split=False) for q in questions]
+    samples = [to_sample(bundle, q, split=False) for q in questions]
     views = [view for sample in samples for view in sample.views]
     image_id = bundle.prompts.image_id
     kinds = (

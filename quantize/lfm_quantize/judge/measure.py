@@ -16,7 +16,7 @@ from lfm_runtime.decode.decoder import Decoder
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
-from lfm_quantize.calibrate.samples import Question, Sample, prepare
+from lfm_quantize.calibrate.samples import Question, Sample, to_sample
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence
 from lfm_quantize.judge.layers import layer_errors
@@ -54,7 +54,7 @@ def measure(
     judged = Answering(bundle, variant, threads)
     found = _Found(bundle)
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * JUDGED_TOKENS))):
-        samples = [prepare(bundle, q, split=True) for q in part]
+        samples = [to_sample(bundle, q, split=True) for q in part]
         references = _reference(exact, samples)
         features = judged.features_of(samples)
         decoder = judged.decoder()

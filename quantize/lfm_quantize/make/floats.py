@@ -17,7 +17,7 @@ from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.standard import StandardOperators
 from lfm_quantize.recipe import matching
 from lfm_quantize.run import Made, Run
-from lfm_quantize.variant import Graphs, NewGraph
+from lfm_quantize.variant import NewGraph, VariantGraphs
 
 FOR_GPUS = (Likeliest(), FusedConvolutions())
 """A decoder that stays on the device: see the passes."""
@@ -54,7 +54,7 @@ def over_int4(run: Run) -> Made:
     names = [str(n.name) for n in model.graph]
     stay = [name for name in names if kept.intersection((name, name.removesuffix(".matmul")))]
     decoder = NewGraph(rewritten(model, Half(stay), *FOR_GPUS), over=True)
-    graphs: Graphs = {**fp16, EMBED_TOKENS.stem: int4[EMBED_TOKENS.stem], DECODER.stem: decoder}
+    graphs: VariantGraphs = {**fp16, EMBED_TOKENS.stem: int4[EMBED_TOKENS.stem], DECODER.stem: decoder}
     return Made(graphs, {"base": list(VARIANTS[run.settings.variant].bases)})
 
 

@@ -19,7 +19,7 @@ from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.run import Made, Run
 from lfm_quantize.search import choose, survey
-from lfm_quantize.variant import Graphs, NewGraph
+from lfm_quantize.variant import NewGraph, VariantGraphs
 
 Float = NDArray[np.float32]
 
@@ -35,7 +35,7 @@ def as_integers(run: Run) -> Made:
     encoder = rewritten(source.vision, *vision.passes(tied=False))
     if any(recipe.precision(name).bits < 32 for name in linears(source.vision)):
         encoder = rewritten(encoder, StoredAsHalf(POSITION_TABLE))
-    graphs: Graphs = {
+    graphs: VariantGraphs = {
         VISION_ENCODER.stem: NewGraph(encoder),
         EMBED_TOKENS.stem: NewGraph(rewritten(source.embed, QuantizedTable(table)) if table else source.embed),
         DECODER.stem: NewGraph(rewritten(source.decoder, *decoder.passes(tied=source.tied))),

@@ -18,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer questions until the input ends; return 0 on a terminal, else the last question's exit code."""
-    from lfm_runtime.conversation import Session
+    from lfm_runtime.conversation import Chat
 
     model = load_model(options)
     changes = answer_changes(options)
-    session = Session(model, system=options.system)
+    chat = Chat(model, system=options.system)
     limit = {"max_megapixels": changes.pop("max_megapixels")} if "max_megapixels" in changes else {}
     images = [model.open(image, **limit) for image in options.images]
     code = 0
     while question := _ask():
         try:
-            answer = session.ask(question, images, progress=show_progress, **changes)
+            answer = chat.ask(question, images, progress=show_progress, **changes)
             for piece in answer:
                 print(piece, end="", flush=True)
         except PromptError as e:  # a question that does not fit must not end the conversation

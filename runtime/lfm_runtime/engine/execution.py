@@ -49,7 +49,7 @@ class Execution:
         return CUDA in self.providers
 
     @staticmethod
-    def of(profile: Profile) -> Execution:
+    def from_profile(profile: Profile) -> Execution:
         """What a profile asks for, here.
 
         Raises:

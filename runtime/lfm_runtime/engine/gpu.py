@@ -18,7 +18,7 @@ from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT, gpu_in_use
 from lfm_runtime.engine.ort_release import PLACEMENT_SINCE, onnxruntime_is
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, Graph
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.onnx_file import external_bytes, host_nodes, operators
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class GpuError(SettingError):
     """The GPU cannot be used as was asked; the CPU can."""
 
 
-def provider_options(execution: Execution, graph: Graph) -> list[tuple[str, dict[str, str]]]:
+def provider_options(execution: Execution, graph: GraphSpec) -> list[tuple[str, dict[str, str]]]:
     """What a session of a graph is given, provider by provider, in order. TensorRT is for the encoder alone: the
     decoder has operators that it lacks.
     """

@@ -20,7 +20,7 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import EMBED_TOKENS, Graph
+from lfm_runtime.formats.contract import EMBED_TOKENS, GraphSpec
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Loader:
         self.unprepared: set[str] = set()
         self._said_unprepared = False
 
-    def load(self, graph: Graph, path: Path) -> ort.InferenceSession:
+    def load(self, graph: GraphSpec, path: Path) -> ort.InferenceSession:
         """One graph.
 
         Raises:
@@ -70,7 +70,7 @@ class Loader:
                 raise
             raise (full(self._paths.values(), why) if is_full(why) else unusable(path, CUDA, why)) from e
 
-    def _prepared(self, graph: Graph, path: Path) -> ort.InferenceSession | None:
+    def _prepared(self, graph: GraphSpec, path: Path) -> ort.InferenceSession | None:
         """What was prepared for a processor, where it fits and works: its weights are packed and its casts made."""
         if not self.execution.prepared or self.execution.on_gpu:
             return None
@@ -88,7 +88,7 @@ class Loader:
 
 
 def load_session(
-    path: Path, graph: Graph, execution: Execution, *, save_as: Path | None = None
+    path: Path, graph: GraphSpec, execution: Execution, *, save_as: Path | None = None
 ) -> ort.InferenceSession:
     """Load one graph file and check it against its contract. A GPU's provider that cannot capture its steps as a CUDA
     graph runs them uncaptured.

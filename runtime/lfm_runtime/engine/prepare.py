@@ -17,7 +17,7 @@ from lfm_runtime.engine.loader import load_session
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import NOTE, folder_of
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import to_json
 from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
@@ -28,7 +28,7 @@ _FIRST_VERSION = "1.23"  # that saves packed weights
 _GROWTH = 2.6  # what is written, against the graph's weights: they and their packed form
 
 
-def prepare(bundle: Bundle, graph: Graph, source: Path) -> Path:
+def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
     """Write the prepared form of one graph and check that it computes the same. Returns its folder.
 
     Raises:
@@ -72,7 +72,7 @@ def _check_ours(place: Path) -> None:
         raise BundleError(f"{place} was not made by lfm-edge prepare; move it away")
 
 
-def _example(graph: Graph, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
+def _example(graph: GraphSpec, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
     """Return small inputs of the graph's names, types and ranks, for one run."""
     rng = np.random.default_rng(0)
     if graph is VISION_ENCODER:

@@ -54,7 +54,7 @@ scales.
 
 
 @dataclass(frozen=True)
-class Graph:
+class GraphSpec:
     """One graph: its file stem, the names other tools use for it, and the names the runtime binds."""
 
     stem: str
@@ -78,16 +78,16 @@ class Graph:
             raise GraphContractError(f"{path}: not a {self.stem} graph: it {' and '.join(parts)}; export it again")
 
 
-VISION_ENCODER = Graph(
+VISION_ENCODER = GraphSpec(
     "vision_encoder",
     ("vision_encoder", "embed_images"),
     ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # f32 [n, p, 768], i64 [n, p], i64 [n, 2] rows × cols
     ("image_features",),  # f32 [image tokens of all views, H]
 )
-EMBED_TOKENS = Graph(
+EMBED_TOKENS = GraphSpec(
     "embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",)
 )  # i64 [B, S] → f32 [B, S, H]
-DECODER = Graph(
+DECODER = GraphSpec(
     "decoder_model_merged",
     ("decoder_model_merged", "decoder", "decoder_model"),
     ("inputs_embeds", "attention_mask"),  # f32 [B, S, H], i64 [B, P + S]
@@ -115,6 +115,6 @@ def graph_file(stem: str, variant: str) -> str:
     return f"onnx/{stem}{VARIANTS[variant].suffix}.onnx"
 
 
-def variant_of(path: PurePath, graph: Graph) -> Variant | None:
+def variant_of(path: PurePath, graph: GraphSpec) -> Variant | None:
     """The variant whose own file this is: a variant can take a graph of another. None for a name that none has."""
     return next((v for v in VARIANTS.values() for a in graph.aliases for s in v.suffixes if path.stem == a + s), None)

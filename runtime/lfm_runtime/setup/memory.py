@@ -16,7 +16,7 @@ from lfm_runtime.decode.context import MOST_AT_ONCE
 from lfm_runtime.engine.gpu import GpuError, gpu_memory
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, Graph, variant_of
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec, variant_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST, ModelFacts
 from lfm_runtime.formats.onnx_file import external_bytes
@@ -156,7 +156,7 @@ def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:
     return own + max(stages, key=lambda stage: stage.peak)
 
 
-def _loaded(setup: Setup, shapes: Shapes, graph: Graph, path: Path) -> _Loaded:
+def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Loaded:
     weights, number = _weights(setup.bundle, path) / MIB, _number(graph, path)
     head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[number] / MIB if graph is DECODER else 0.0
     found = find(setup.bundle, path).path if setup.execution.prepared else path
@@ -197,7 +197,7 @@ class _Loaded:
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
 
 
-def _number(graph: Graph, path: Path) -> Number:
+def _number(graph: GraphSpec, path: Path) -> Number:
     """What a graph's weights are, as the row of the variant says whose file it is."""
     row = variant_of(path, graph) or VARIANTS["fp32"]
     return row.vision if graph is VISION_ENCODER else row.weights

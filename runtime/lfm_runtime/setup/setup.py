@@ -125,7 +125,7 @@ def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool
         BundleError: the bundle lacks a variant.
         SettingError: the profile or a flag cannot hold.
     """
-    execution = Execution.of(profile)
+    execution = Execution.from_profile(profile)
     variant, prefill = choose_variants(bundle, profile)
     _, paths = bundle.graphs(variant)
     if prefill:

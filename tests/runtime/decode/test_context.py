@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_profiles import Device, read
-from lfm_runtime import EdgeError, Message, Model, Session, SettingError
+from lfm_runtime import Chat, EdgeError, Message, Model, SettingError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, image_key, prompt_keys
@@ -90,10 +90,10 @@ def test_keys_tell_images_apart(demo_model) -> None:
 
 def test_session_equals_the_whole_conversation(demo_model) -> None:
     """Three turns with a new image in the second, each against a conversation computed from nothing."""
-    session = Session(demo_model, system="Be short.")
+    chat = Chat(demo_model, system="Be short.")
     messages, images = [Message("system", "Be short.")], []
     for question, new in (("How many shapes?", PICTURES[:1]), (QUESTION, PICTURES[1:2]), ("How many shapes?", [])):
-        answer = session.ask(question, new, max_new_tokens=12)
+        answer = chat.ask(question, new, max_new_tokens=12)
         turn = Message.user(question, len(new))
         images += new
         wanted = demo_model.converse([*messages, turn], images, max_new_tokens=12).text()
@@ -103,55 +103,54 @@ def test_session_equals_the_whole_conversation(demo_model) -> None:
 
 
 def test_fork_goes_its_own_way(demo_model) -> None:
-    session = Session(demo_model)
-    session.ask("How many shapes?", PICTURES[:1]).text()
-    other = session.fork()
-    apart = session.ask(QUESTION).text(), other.ask("How many shapes?").text()
+    chat = Chat(demo_model)
+    chat.ask("How many shapes?", PICTURES[:1]).text()
+    other = chat.fork()
+    apart = chat.ask(QUESTION).text(), other.ask("How many shapes?").text()
     assert apart == (
-        demo_model.converse([*session.messages[:2], Message("user", QUESTION)], PICTURES[:1]).text(),
-        demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text(),
+        demo_model.converse([*chat.messages[:2], Message("user", QUESTION)], PICTURES[:1]).text(),
+        demo_model.converse([*chat.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text(),
     )
-    assert len(session.messages) == len(other.messages) == 4
+    assert len(chat.messages) == len(other.messages) == 4
 
 
 def test_closed_answers_are_part_of_the_talk(demo_model) -> None:
-    session = Session(demo_model)
-    answer = session.ask(QUESTION, PICTURES[:1])
+    chat = Chat(demo_model)
+    answer = chat.ask(QUESTION, PICTURES[:1])
     pieces = iter(answer)
     next(pieces)
     with pytest.raises(SettingError, match="not finished"):
-        session.ask("x")
+        chat.ask("x")
     with pytest.raises(SettingError, match="fork before or after"):
-        session.fork()
+        chat.fork()
     pieces.close()
-    assert session.messages[-1] == Message("assistant", answer.report.text)
-    wanted = demo_model.converse([*session.messages, Message("user", "How many shapes?")], PICTURES[:1]).text()
-    assert session.ask("How many shapes?").text() == wanted
+    assert chat.messages[-1] == Message("assistant", answer.report.text)
+    wanted = demo_model.converse([*chat.messages, Message("user", "How many shapes?")], PICTURES[:1]).text()
+    assert chat.ask("How many shapes?").text() == wanted
 
 
 def test_failed_turn_leaves_the_conversation(demo_model) -> None:
-    session = Session(demo_model)
-    session.ask("How many shapes?", PICTURES[:1]).text()
+    chat = Chat(demo_model)
+    chat.ask("How many shapes?", PICTURES[:1]).text()
     with pytest.raises(EdgeError):
-        session.ask("x", [ROOT / "README.md"])
-    assert len(session.messages) == 2
-    assert session.ask(QUESTION).report.cached_tokens == 0  # nothing happens before the answer is read
-    assert len(session.messages) == 2
+        chat.ask("x", [ROOT / "README.md"])
+    assert len(chat.messages) == 2
+    assert chat.ask(QUESTION).report.cached_tokens == 0  # nothing happens before the answer is read
+    assert len(chat.messages) == 2
 
 
 def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
     """A context whose state broke half-way starts from nothing rather than from a wrong state."""
-    session = Session(demo_model)
-    wanted = session.ask(QUESTION, PICTURES[:1]).text()
+    chat = Chat(demo_model)
+    wanted = chat.ask(QUESTION, PICTURES[:1]).text()
     with monkeypatch.context() as patch:
         patch.setattr(SharedState, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            session.ask("How many shapes?").text()
-    assert len(session.messages) == 2
-    again = session.ask("How many shapes?")
+            chat.ask("How many shapes?").text()
+    assert len(chat.messages) == 2
+    again = chat.ask("How many shapes?")
     assert (
-        again.text()
-        == demo_model.converse([*session.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
+        again.text() == demo_model.converse([*chat.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
     )
     assert wanted
 
@@ -276,17 +275,17 @@ def test_low_memory_gives_the_same_answers(demo_bundle, demo_model) -> None:
     """One graph at a time: the encoder is gone when the decoder comes, and the other way round, in a conversation too."""
     model = Model.load(demo_bundle, threads=2, low_memory=True)
     assert not model.decoder.is_loaded
-    session = Session(model)
-    assert session.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
-    messages = list(session.messages)
-    second = session.ask(
+    chat = Chat(model)
+    assert chat.ask(QUESTION, PICTURES[:1]).text() == demo_model.answer(PICTURES[:1], QUESTION).text()
+    messages = list(chat.messages)
+    second = chat.ask(
         "How many shapes?", PICTURES[1:2]
     ).text()  # loads the encoder again: the state outlives its decoder
     assert second == demo_model.converse([*messages, Message.user("How many shapes?", 1)], PICTURES[:2]).text()
-    gone = weakref.ref(model.graphs.vision())
+    gone = weakref.ref(model.sessions.vision())
     assert gone() is None
     assert not model.decoder.is_loaded
-    assert model.graphs._vision is None
+    assert model.sessions._vision is None
 
 
 def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, monkeypatch) -> None:
@@ -313,7 +312,7 @@ def test_prefill_through_another_variant(demo_bundle, tmp_path, capsys, caplog, 
     other = plain.decoder.start(64, state.snapshot())
     np.testing.assert_array_equal(state.step(split.decoder.embed([7])).copy(), other.step(split.decoder.embed([7])))
     assert split.answer(PICTURES[:1], QUESTION).text()
-    assert split.graphs.identity() != plain.graphs.identity()
+    assert split.sessions.identity() != plain.sessions.identity()
     wish = replace(read("generic"), variant=("int4",), prefill="int8", threads=2)
     both = resolve(bundle, wish)
     assert both.prefill == "int8"

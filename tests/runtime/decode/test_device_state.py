@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.conversation import Session
+from lfm_runtime.conversation import Chat
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.decode.device_state import DeviceState, OrtMemory
@@ -164,9 +164,9 @@ def test_answers_of_a_device(gpu_bundle, photo, variant, how) -> None:
     load = {"variant": variant, "threads": 2, "max_image_tokens": 64, "do_image_splitting": False, "cache_mib": 64}
     said = []
     for model in (Model.load(gpu_bundle, **load), on_device(Model.load(gpu_bundle, **load))):
-        session = Session(model)
+        chat = Chat(model)
         texts = [
-            session.ask(q, i, max_new_tokens=12, **how).text()
+            chat.ask(q, i, max_new_tokens=12, **how).text()
             for q, i in ((QUESTION, [photo]), ("What colour is it?", []))
         ]
         again = model.answer([photo], QUESTION, max_new_tokens=12, **how)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lfm_runtime import Message, Model, Session
+from lfm_runtime import Chat, Message, Model
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.speculation import PromptLookup
 from lfm_runtime.decode.states import SharedState
@@ -127,15 +127,15 @@ def test_conversation_goes_on_after_speculation(demo_model) -> None:
     """Answers that end in the middle of a run of right guesses leave a state that equals recomputation."""
     right = 0
     for limit in range(2, 9):
-        session = Session(demo_model)
+        chat = Chat(demo_model)
         settings = {"temperature": 0, "speculate": 6}
-        session.ask(QUESTION, PICTURES[:1], **settings).text()
-        cut = session.ask(QUESTION, max_new_tokens=limit, **settings)
+        chat.ask(QUESTION, PICTURES[:1], **settings).text()
+        cut = chat.ask(QUESTION, max_new_tokens=limit, **settings)
         cut.text()
         right += cut.report.accepted_tokens
-        third = session.ask("How many shapes?", **settings).text()
+        third = chat.ask("How many shapes?", **settings).text()
         again = demo_model.converse(
-            [*session.messages[:4], Message("user", "How many shapes?")], PICTURES[:1], temperature=0
+            [*chat.messages[:4], Message("user", "How many shapes?")], PICTURES[:1], temperature=0
         )
         assert third == again.text()
     assert right > 0

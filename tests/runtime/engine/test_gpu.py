@@ -18,12 +18,12 @@ from lfm_runtime.batch import answer_all
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.device_state import DeviceState, OrtMemory
-from lfm_runtime.engine import failures, gpu, gpu_wheel, graphs
+from lfm_runtime.engine import failures, gpu, gpu_wheel, sessions
 from lfm_runtime.engine.execution import RECORD_PLACEMENT, Execution
 from lfm_runtime.engine.gpu import GpuError, check_placement, host_nodes, left_to_cpu, provider_options
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA, TENSORRT
-from lfm_runtime.engine.graphs import Graphs
 from lfm_runtime.engine.loader import load_session
+from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
 from lfm_runtime.model import _of_one_size
@@ -390,7 +390,7 @@ def test_memory_runs_out_while_answering(message, bundle, machine, monkeypatch, 
     failure, message = RuntimeError, f"Error in execution: {message}"  # as a run with bindings raises it
     with pytest.raises(BundleError, match="does not work with onnxruntime"):
         model.answer([photo], QUESTION).text()
-    model.graphs.execution = replace(model.graphs.execution, providers=(CUDA, CPU))
+    model.sessions.execution = replace(model.sessions.execution, providers=(CUDA, CPU))
     with pytest.raises(GpuError) as error:
         model.answer([photo], QUESTION).text()
     assert "120 of 8192 MiB are free now, the graphs' weights take 11 MiB" in str(error.value)
@@ -430,9 +430,9 @@ def test_a_graph_that_cannot_be_captured(bundle, monkeypatch, caplog) -> None:
     assert "is run without CUDA graphs: onnxruntime: This session cannot use" in caplog.text
 
 
-def on_cuda(bundle: Path) -> Graphs:
+def on_cuda(bundle: Path) -> Sessions:
     setup = settle(Bundle.open(bundle), find_profile("x86-cuda"))
-    return Graphs(setup.bundle, setup.variant, setup.prefill, setup.execution)
+    return Sessions(setup.bundle, setup.variant, setup.prefill, setup.execution)
 
 
 class Broken(DeviceState):
@@ -449,14 +449,14 @@ def test_a_step_that_cannot_be_captured(bundle, machine, monkeypatch, caplog) ->
     machine()
     decoder = Model.load(bundle, variant="fp16", threads=1).decoder
     monkeypatch.setattr("lfm_runtime.decode.decoder.DeviceState", Broken)
-    monkeypatch.setattr(graphs, "OrtMemory", lambda _: OrtMemory("cpu"))
+    monkeypatch.setattr(sessions, "OrtMemory", lambda _: OrtMemory("cpu"))
     loaded = []
 
-    def load(self: Graphs):
+    def load(self: Sessions):
         loaded.append(self.execution.cuda_graphs)
         return replace(decoder.load(), all_on_device=self.execution.cuda_graphs)
 
-    monkeypatch.setattr(Graphs, "_load_decoder", load)
+    monkeypatch.setattr(Sessions, "_load_decoder", load)
     monkeypatch.setattr("lfm_runtime.engine.loader.Loader.load", lambda *_: None)
     monkeypatch.setattr("lfm_runtime.setup.setup.onnxruntime_is", lambda _: True)
     monkeypatch.setattr(gpu_wheel, "library_problem", lambda _: None)
@@ -553,7 +553,7 @@ def test_little_memory_of_the_machine_is_not_the_gpus(bundle, machine) -> None:
 )
 def test_wrong_settings_before_anything_is_loaded(flags, said, bundle, machine, monkeypatch) -> None:
     machine()
-    monkeypatch.setattr(Graphs, "load", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr(Sessions, "load", lambda _: pytest.fail("it was loaded"))
     with pytest.raises(SettingError, match=said):
         Model.load(bundle, profile="x86-cuda", **flags)
 

@@ -158,7 +158,7 @@ def test_a_profile_of_ones_own(spinning, allowed, us, demo_bundle, photo, sessio
     model = Model.load(demo_bundle, profile=tmp_path / "mine.toml")
     answer = model.answer([Image.open(photo).resize((900, 600))], QUESTION, temperature=0)
     answer.text()
-    assert (model.setup.variant, model.graphs.prefill_path) == ("fp32", None)  # wishes the bundle cannot meet
+    assert (model.setup.variant, model.sessions.prefill_path) == ("fp32", None)  # wishes the bundle cannot meet
     assert [(s["threads"], s["arena"]) for s in sessions if not s["graph"].startswith("embed")] == [(1, False)] * 2
     assert {(s["spinning"], s["spin_us"]) for s in sessions if not s["graph"].startswith("embed")} == {(allowed, us)}
     assert answer.report.tiles == 2

@@ -27,7 +27,7 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISIO
 _log = logging.getLogger(__name__)
 
 
-class Graphs:
+class Sessions:
     """Loaded all at once, or with `low_memory` one stage at a time."""
 
     def __init__(
