@@ -4,15 +4,9 @@ choice.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass  # type: ignore[import-not-found,unused-ignore]
 
 from lfm_profiles.variants import VARIANTS
 

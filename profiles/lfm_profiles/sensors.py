@@ -76,7 +76,16 @@ class Sensors:
         if not frequency:
             self.missing["frequency"] = "the kernel has no cpufreq here (virtual machines and some boards)"
         governor, bits = read(self.root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"), self._throttle_bits()
-        return Reading(temperature, frequency, governor, bits, *(self._power() if self._power else (None, None, None)))
+        watts, energy, wraps_at = self._power() if self._power else (None, None, None)
+        return Reading(
+            temperature_c=temperature,
+            frequency_mhz=frequency,
+            governor=governor,
+            throttle_bits=bits,
+            power_w=watts,
+            energy_uj=energy,
+            energy_range_uj=wraps_at,
+        )
 
     def _temperatures(self) -> dict[str, float]:
         found: dict[str, float] = {}

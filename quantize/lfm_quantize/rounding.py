@@ -1,5 +1,6 @@
 """Weights to integers. Each method is one function: a weight matrix, how many bits and inputs a scale, and what was
-observed of the inputs. METHODS names them; nothing else has to know a new one.
+observed of the inputs. METHODS names them. Elsewhere only gptq is named: what it needs, and where
+it is the default.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); the scale search is that of AWQ's clipping, Lin et al. 2023
 (arXiv 2306.00978), weighted by the inputs' second moments.

@@ -125,7 +125,7 @@ class Model:
             folder: the bundle, opened or not.
             profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one
                 for this machine.
-            ask: the sizes of the images and the question that memory is foreseen for; by default one large image.
+            ask: the sizes of the images and the question that memory is forecast for; by default one large image.
             force: load it whether it fits or not.
             verify: hash large files as well, not only small ones.
             cache_mib: memory for prompts' beginnings and image features; a later question about the same image starts

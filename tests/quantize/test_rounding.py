@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lfm_quantize.cli import add_arguments
 from lfm_quantize.rounding import METHODS, Precision, clipped, gptq, output_error, rtn
 
 PRECISIONS = [Precision(8), *(Precision(4, b, zero_points=z) for b in (32, 64, 128) for z in (False, True))]
@@ -68,9 +71,7 @@ def test_rtn_is_onnxruntimes(block) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_methods_are_better_in_order(precision) -> None:
-    """On correlated inputs: the output error of gptq is well below that of clipped scales, and that not above round to
-    nearest.
-    """
+    """On correlated inputs: no method is worse than round to nearest, and gptq is well below clipped scales."""
     weight, x = weights(64, 256), correlated_inputs(2000, 256)
     moments = x.T @ x / np.float32(len(x))
     error = {
@@ -78,9 +79,17 @@ def test_methods_are_better_in_order(precision) -> None:
         for name, method in METHODS.items()
     }
     assert error["gptq"] < 0.6 * error["clipped"]
-    assert error["clipped"] <= error["rtn"] * 1.05
+    for name in METHODS:
+        assert error[name] <= error["rtn"] * 1.05, name
     direct = np.square(x @ (gptq(weight, precision, moments).weight() - weight).T).sum() / np.square(x @ weight.T).sum()
     assert error["gptq"] == pytest.approx(direct, rel=1e-2)
+
+
+def test_the_help_names_every_method() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    said = next(action.help for action in parser._actions if action.dest == "method")
+    assert all(name in said for name in METHODS)
 
 
 def test_gptq_with_dead_inputs_and_odd_width() -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lfm_profiles.schema import GENERATION_SETTINGS, SETTINGS
-from lfm_runtime.commands.cli import add_model_arguments
+from lfm_runtime.commands.cli import add_model_arguments, answer_changes, setting_flags
 from lfm_runtime.decode.sampling import Generation, GenerationSettings
 from lfm_runtime.setup.setup import Flags
 
@@ -30,6 +30,16 @@ def test_the_command_line_has_no_setting_of_its_own() -> None:
     of_a_command = {"help", "bundle", "images", "profile", "cache", "verify", "force", "max_megapixels"}
     said = {action.dest for action in parser._actions} - of_a_command
     assert said <= Flags.__annotations__.keys() | Generation.__annotations__.keys()
+
+
+def test_every_flag_is_passed_on() -> None:
+    """Whatever the command line can say of a setting reaches the setup or the answer."""
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    said = argparse.Namespace(**{**{action.dest: 1 for action in parser._actions}, "stop": ["x"]})
+    passed = setting_flags(said).keys() | answer_changes(said).keys()
+    of_a_command = {"help", "bundle", "images", "profile", "cache", "verify", "force"}
+    assert passed == {action.dest for action in parser._actions} - of_a_command
 
 
 def test_every_setting_is_documented() -> None:

@@ -13,7 +13,7 @@ import importlib.util
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -218,20 +218,6 @@ def _spinning(text: str) -> bool | int:
         raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
 
 
-_MODEL_FLAGS = ("variant", "threads", "affinity", "spinning", "prefill", "low_memory", "strict_placement")
-_IMAGE_FLAGS = ("min_image_tokens", "max_image_tokens", "do_image_splitting", "min_tiles", "max_tiles", "use_thumbnail")
-_GENERATION_FLAGS = (
-    "temperature",
-    "min_p",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "max_new_tokens",
-    "seed",
-    "speculate",
-)
-
-
 def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
     """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
     Model.answer.
@@ -253,26 +239,35 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given as flags, by name."""
-    return {name: value for name in (*_MODEL_FLAGS, *_IMAGE_FLAGS) if (value := getattr(options, name)) is not None}
+    from lfm_runtime.decode.sampling import Generation
+    from lfm_runtime.setup.setup import Flags
+
+    return _given(options, (name for name in Flags.__annotations__ if name not in Generation.__annotations__))
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 def check_images(options: argparse.Namespace) -> None:
     """Image settings need an image that they could apply to. Images that come through pipes are read, once."""
+    from lfm_profiles.schema import IMAGE_SETTINGS
+
     from lfm_runtime.images.files import is_stream, read_stream
 
     options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
-    given = [name for name in (*_IMAGE_FLAGS, "max_megapixels") if getattr(options, name) is not None]
+    given = list(_given(options, (*IMAGE_SETTINGS, "max_megapixels")))
     if given and not options.images:
         raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")
 
 
 def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
     """Return the generation settings and the image limit that were given as flags, by name."""
-    given = {name: value for name in _GENERATION_FLAGS if (value := getattr(options, name)) is not None}
+    from lfm_runtime.decode.sampling import Generation
+
+    given = _given(options, (*Generation.__annotations__, "max_megapixels"))
     if options.stop:
         given["stop"] = tuple(options.stop)
-    if options.max_megapixels is not None:
-        given["max_megapixels"] = options.max_megapixels
     return given
 
 

@@ -154,13 +154,13 @@ def _plan(options: argparse.Namespace) -> None:
         times = setup.forecast.times_ms(costs, low_memory=setup.execution.low_memory) if costs else None
         print_json({**setup.as_dict(), "times_ms": times})
         return
-    for name, value in (*_foreseen(setup, setup.forecast, images), *_times(setup, setup.forecast, costs)):
+    for name, value in (*_forecast_rows(setup, setup.forecast, images), *_times(setup, setup.forecast, costs)):
         print(f"{name:10s} {value}")
     for step in setup.steps:
         print(f"{'to fit':10s} {step}")
 
 
-def _foreseen(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _forecast_rows(setup: Setup, forecast: Forecast, images: Sequence[str]) -> Iterator[tuple[str, str]]:
     reads = f", prefill {setup.prefill}" if setup.prefill else ""
     low = ", one graph at a time" if setup.execution.low_memory else ""
     yield "profile", f"{setup.profile.name}: {setup.variant}{reads}{low}"

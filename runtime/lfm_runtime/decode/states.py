@@ -79,7 +79,7 @@ class SharedState:
         """Run one step; return the logits [positions, vocabulary]."""
         sessions, tokens = self._graphs.load(), embeds.shape[1]
         many = tokens >= MANY_TOKENS
-        # Guesses are checked by the graph that would have said them.
+        # Speculative tokens are checked by the graph that would have generated them.
         reads = sessions.prefill is not None and tokens >= PREFILL_TOKENS and not windows
         session = sessions.prefill if reads and sessions.prefill else sessions.decoder
         positions = 1 if many or not self._graphs.info.gives_few else tokens

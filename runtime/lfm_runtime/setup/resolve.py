@@ -129,7 +129,7 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
     free, whole = device.free_mib, device.usable_mib
     budget = first.profile.budget.peak_rss_mib
 
-    def foreseen(setup: Setup) -> Setup:
+    def with_forecast(setup: Setup) -> Setup:
         return replace(setup, forecast=forecast(setup, start), free_mib=free)
 
     def peak(setup: Setup) -> float:
@@ -146,10 +146,10 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
         profile = first.profile
         for _, settings in steps:
             profile = stepped_down(profile, settings)
-        found = foreseen(settle(first.bundle, profile, first.ask, verify=first.verify))
+        found = with_forecast(settle(first.bundle, profile, first.ask, verify=first.verify))
         return replace(found, steps=tuple(words for words, _ in steps))
 
-    first = foreseen(first)
+    first = with_forecast(first)
     if first.execution.on_gpu or first.forecast is None:  # a GPU's memory is another, and was looked at
         return first
     if free is None:

@@ -54,7 +54,7 @@ class Flags(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What a run is expected to be asked, for which memory is foreseen."""
+    """What a run is expected to be asked, which memory is forecast for."""
 
     images: tuple[Size, ...]  # asked about together
     question: str = ""
@@ -95,7 +95,7 @@ class Setup:
     def as_dict(self) -> dict[str, Any]:
         """Return the setup and its forecast as plain values for JSON."""
         of = self.forecast
-        foreseen: dict[str, Any] = (
+        expected: dict[str, Any] = (
             {}
             if of is None
             else {
@@ -113,7 +113,7 @@ class Setup:
             "prefill": self.prefill,
             "threads": self.execution.threads,
             "steps": list(self.steps),
-            **foreseen,
+            **expected,
             "free_mib": self.free_mib,
         }
 
