@@ -13,7 +13,7 @@ from lfm_runtime.decode.sampling import Generation, Sampler
 from lfm_runtime.decode.states import BatchState
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
-from lfm_runtime.images.pixels import ImageLike
+from lfm_runtime.images.pixels import ImageLike, each_image
 from lfm_runtime.model import Job, Model
 from lfm_runtime.report import Report
 from lfm_runtime.text.messages import Message
@@ -36,7 +36,7 @@ class _Row:
 
 def answer_all(
     model: Model,
-    questions: Iterable[tuple[Sequence[ImageLike], str]],
+    questions: Iterable[tuple[ImageLike | Sequence[ImageLike], str]],
     *,
     rows: int = 4,
     system: str = "",
@@ -79,7 +79,7 @@ def answer_all(
 
 def _answer_all(
     model: Model,
-    questions: Iterator[tuple[int, tuple[Sequence[ImageLike], str]]],
+    questions: Iterator[tuple[int, tuple[ImageLike | Sequence[ImageLike], str]]],
     rows: int,
     system: str,
     generation: Generation,
@@ -94,8 +94,9 @@ def _answer_all(
                 more = False
                 break
             index, (images, question) = asked
-            messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
+            images = each_image(images)
             try:
+                messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
                 job = model.prepare_answer(messages, images, **generation)
             except EdgeError as e:
                 yield index, e

@@ -35,14 +35,15 @@ class Chat:
     def ask(
         self,
         question: str,
-        images: Sequence[ImageLike | OpenedImage] = (),
+        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage] = (),
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
         **generation: Unpack[Generation],
     ) -> Answer:
         """The next turn, about new images and all before; parameters as for `Model.answer`. What was said of an answer
-        that is closed early is part of the conversation; a turn that fails is not.
+        that is closed early or interrupted is part of the conversation; a turn that fails, or is interrupted before it
+        says anything, is not.
 
         Raises:
             SettingError: the answer before is not finished.
@@ -50,7 +51,7 @@ class Chat:
         """
         if self._answering:
             raise SettingError("the previous answer is not finished; read it to its end, or close its iterator")
-        new = [i if isinstance(i, OpenedImage) else self.model.open(i, max_megapixels=max_megapixels) for i in images]
+        new = self.model.open_all(images, max_megapixels=max_megapixels)
         turn = Message.user(question, len(new))
         answer = self.model.converse(
             [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation
@@ -75,7 +76,14 @@ class Chat:
         try:
             with suppress(GeneratorExit):
                 yield from answer
-            self.messages += [turn, Message("assistant", answer.report.text)]
-            self._images += images
+            self._add(turn, images, answer)
+        except KeyboardInterrupt:
+            if answer.report.text:
+                self._add(turn, images, answer)
+            raise
         finally:
             self._answering = False
+
+    def _add(self, turn: Message, images: Sequence[OpenedImage], answer: Answer) -> None:
+        self.messages += [turn, Message("assistant", answer.report.text)]
+        self._images += images

@@ -27,7 +27,7 @@ from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
-from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, open_image
+from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, each_image, open_image
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report
 from lfm_runtime.setup.profile import on_cpu
@@ -171,7 +171,7 @@ class Model:
 
     def answer(
         self,
-        images: Sequence[ImageLike],
+        images: ImageLike | Sequence[ImageLike],
         question: str,
         *,
         system: str = "",
@@ -183,7 +183,7 @@ class Model:
         """Answer a question about images (or about none). Bad input raises here; the work starts with the iteration.
 
         Args:
-            images: paths, bytes, PIL images or uint8 arrays [height, width, 3].
+            images: one or several of: paths, bytes, PIL images, uint8 arrays [height, width, 3].
             question: the user's text, after the images.
             system: a system prompt.
             special: False takes special tokens that the texts spell out as text: for texts of strangers.
@@ -196,6 +196,7 @@ class Model:
             PromptError: the question does not fit the context, or names more images than there are.
             SettingError: a generation setting is impossible, or has no effect.
         """
+        images = each_image(images)
         messages = [Message("system", system)] if system else []
         messages.append(Message.user(question, len(images)))
         chat = Conversation(messages, special=special)
@@ -204,7 +205,7 @@ class Model:
     def converse(
         self,
         chat: Conversation | Sequence[Message],
-        images: Sequence[ImageLike | OpenedImage],
+        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage],
         *,
         context: Context | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
@@ -220,7 +221,7 @@ class Model:
     def prepare_answer(
         self,
         chat: Conversation | Sequence[Message],
-        images: Sequence[ImageLike | OpenedImage],
+        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage],
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         **generation: Unpack[Generation],
@@ -239,7 +240,7 @@ class Model:
                 f"its convolutions' inputs); {do}"
             )
         with report.stage("image"):
-            opened = [i if isinstance(i, OpenedImage) else self.open(i, max_megapixels=max_megapixels) for i in images]
+            opened = self.open_all(images, max_megapixels=max_megapixels)
         with report.stage("prompt"):
             prompt = self.prompts.render(chat, [p.layout for p in opened])
         self._check_context(prompt)
@@ -253,6 +254,14 @@ class Model:
         """Open one image and lay it out; nothing is encoded."""
         found = open_image(image, max_megapixels=max_megapixels)
         return OpenedImage(found, lay_out(found.width, found.height, self.setup.images), self.setup.images)
+
+    def open_all(
+        self, images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage], *, max_megapixels: float
+    ) -> list[OpenedImage]:
+        """Open one or several images; those that are open already stay as they are."""
+        return [
+            i if isinstance(i, OpenedImage) else self.open(i, max_megapixels=max_megapixels) for i in each_image(images)
+        ]
 
     def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Generator[str]:
         returning = context is not None or self.cache is not None

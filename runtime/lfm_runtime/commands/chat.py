@@ -3,52 +3,246 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import glob
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lfm_runtime.commands.cli import add_model_arguments, answer_changes, load_model, show_progress
-from lfm_runtime.errors import PromptError
+from lfm_runtime.commands.cli import add_model_arguments, add_output_arguments, answer_changes, load_model, progress_of
+from lfm_runtime.commands.console import print_json
+from lfm_runtime.errors import EdgeError, SettingError
+
+if TYPE_CHECKING:
+    from lfm_runtime.model import Model, OpenedImage
+
+HELP = """\
+/image FILE   add an image to the next question
+/clear        forget the conversation and its images
+/save FILE    write the conversation to a new JSON file
+/help         show this list
+/exit         end the chat; so does Ctrl-D
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next line."""
+_COMMANDS = ("/image", "/clear", "/save", "/help", "/exit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = "Chat about images: one question per line; an empty line or Ctrl-D ends the chat."
+    parser.description = (
+        "Chat about images. On a terminal, /help lists the commands of the chat. From a pipe, each line is a question, "
+        "and each answer is one line; line breaks in it become spaces."
+    )
     add_model_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    add_output_arguments(parser, " for each question")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer questions until the input ends; return 0 on a terminal, else the last question's exit code."""
-    from lfm_runtime.conversation import Chat
-
+    """Answer questions until the input ends; return 0 on a terminal, else the first failed question's exit code."""
     model = load_model(options)
-    changes = answer_changes(options)
-    chat = Chat(model, system=options.system)
-    limit = {"max_megapixels": changes.pop("max_megapixels")} if "max_megapixels" in changes else {}
-    images = [model.open(image, **limit) for image in options.images]
-    code = 0
-    while question := _ask():
-        try:
-            answer = chat.ask(question, images, progress=show_progress, **changes)
-            for piece in answer:
-                print(piece, end="", flush=True)
-        except PromptError as e:  # a question that does not fit must not end the conversation
-            print(f"lfm-edge: {e}", file=sys.stderr)
-            code = e.exit_code
-            continue
-        code = 0
-        report = answer.report
-        new = report.prompt_tokens - report.cached_tokens
-        print(
-            f"\n  [{new} prompt tokens, {report.new_tokens} generated, "
-            f"first token after {report.timing_ms['ttft'] or 0:.0f} ms]",
-            file=sys.stderr,
-        )
-        images = []
-    return 0 if sys.stdin.isatty() else code  # a script is told of its last question
-
-
-def _ask() -> str:
-    """Return the next line of input; show a prompt sign only on a terminal."""
+    talk = Talk(model, options)
     if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+        _on_terminal(talk)
+        return 0
+    failed = 0
+    for line in sys.stdin:
+        code = talk.ask(line.strip()) if line.strip() else talk.say_nothing()
+        failed = failed or code
+    return failed
+
+
+class Talk:
+    """A conversation and what the command line says of it: images for the next question, settings, output."""
+
+    def __init__(self, model: Model, options: argparse.Namespace) -> None:
+        self._model = model
+        self._system, self._json, self._quiet = options.system, options.json, options.quiet
+        self._progress = progress_of(options)
+        self._generation = answer_changes(options)
+        most = self._generation.pop("max_megapixels", None)
+        self._limit = {} if most is None else {"max_megapixels": most}
+        self.clear()
+        for image in options.images:
+            self.add_image(image)
+
+    def clear(self) -> None:
+        """Forget the conversation and its images."""
+        from lfm_runtime.conversation import Chat
+
+        self._chat = Chat(self._model, system=self._system)
+        self._waiting: list[tuple[str, OpenedImage]] = []  # for the next question
+        self._asked: list[str] = []  # images of the questions before
+
+    def add_image(self, path: str) -> None:
+        """Open an image for the next question."""
+        self._waiting.append((path if isinstance(path, str) else "-", self._model.open(path, **self._limit)))
+
+    def ask(self, question: str) -> int:
+        """Print the answer to a question; return the exit code. A question that fails, or is interrupted before its
+        answer begins, is not part of the conversation.
+        """
+        said = len(self._chat.messages)
+        try:
+            answer = self._chat.ask(
+                question, [image for _, image in self._waiting], progress=self._progress, **self._generation
+            )
+            for piece in answer:
+                if not self._json:
+                    print(piece if sys.stdin.isatty() else _on_one_line(piece), end="", flush=True)
+        except EdgeError as e:
+            print_json({"question": question, "error": str(e)}) if self._json else self.say_nothing()
+            print(f"lfm-edge: {e}", file=sys.stderr)
+            return e.exit_code
+        finally:
+            if len(self._chat.messages) > said:
+                self._asked += [path for path, _ in self._waiting]
+                self._waiting = []
+        report = answer.report
+        if self._json:
+            print_json({"question": question, **report.as_dict()})
+            sys.stdout.flush()
+            return 0
+        print(flush=True)
+        if not self._quiet:
+            new = report.prompt_tokens - report.cached_tokens
+            print(
+                f"  [{new} prompt tokens, {report.new_tokens} generated, "
+                f"first token after {report.timing_ms['ttft'] or 0:.0f} ms]",
+                file=sys.stderr,
+            )
+        return 0
+
+    def say_nothing(self) -> int:
+        """In a pipe, an empty line for a line without an answer: line N answers line N."""
+        if not self._json and not sys.stdin.isatty():
+            print(flush=True)
+        return 0
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as transformers' chat templates take it, with the images' paths.
+
+        Raises:
+            SettingError: the file exists.
+            EdgeError: it cannot be written.
+        """
+        from lfm_runtime.formats.files import to_json, write_whole
+
+        if path.exists():
+            raise SettingError(f"{path} exists; choose a new name")
+        paths: Iterator[str] = iter(self._asked)
+        turns = [message.as_dict() for message in self._chat.messages]
+        for turn in turns:
+            for part in turn["content"] if isinstance(turn["content"], list) else ():
+                if part["type"] == "image":
+                    part["path"] = next(paths)
+        write_whole(path, to_json(turns, indent=1) + "\n")
+
+
+def _on_one_line(piece: str) -> str:
+    return re.sub(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", " ", piece)
+
+
+# ---------------------------------------------------------------------------------------------------- on a terminal
+
+
+def _on_terminal(talk: Talk) -> None:
+    """Read lines with history and editing until Ctrl-D, /exit, or Ctrl-C twice at the prompt."""
+    _edit_lines()
+    print("/help lists commands; Ctrl-C stops an answer; Ctrl-D ends the chat", file=sys.stderr)
+    stopped = True
+    while stopped:
+        stopped = _turns(talk)
+
+
+def _turns(talk: Talk) -> bool:
+    """Questions and commands to the end of the chat (False) or to a Ctrl-C (True). A Ctrl-C before anything is typed
+    is raised: it is the second in a row.
+    """
+    lines = 0
+    try:
+        while (line := _read_question()) is not None and line != "/exit":
+            lines += 1
+            if line:
+                _do(talk, line)
+    except KeyboardInterrupt:
+        if not lines:
+            raise
+        print("\n[stopped; Ctrl-C again or Ctrl-D ends the chat]", file=sys.stderr)
+        return True
+    return False
+
+
+def _do(talk: Talk, line: str) -> None:
+    """Carry out a command, or ask a question. `/home/me/photo.jpg …` is a question: a command is one word."""
+    word, _, rest = line.partition(" ")
+    rest = rest.strip().strip("\"'")
+    try:
+        if not re.fullmatch(r"/[a-z?]*", word):
+            talk.ask(line)
+        elif word == "/image" and rest:
+            talk.add_image(str(Path(rest).expanduser()))
+            print("[added to the next question]", file=sys.stderr)
+        elif word == "/save" and rest:
+            talk.save(Path(rest).expanduser())
+            print(f"[written: {rest}]", file=sys.stderr)
+        elif word == "/clear":
+            talk.clear()
+            print("[forgotten]", file=sys.stderr)
+        elif word == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            wanted = word in ("/image", "/save")
+            meant = difflib.get_close_matches(word, _COMMANDS, 1)
+            hint = f"{word} needs a file" if wanted else f"did you mean {meant[0]}?" if meant else "see /help"
+            raise SettingError(hint if wanted else f"{word} is not a command; {hint}")
+    except EdgeError as e:
+        print(f"lfm-edge: {e}", file=sys.stderr)
+
+
+def _read_question() -> str | None:
+    r"""A line, with those that follow while it ends in \; None at the end of the input."""
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(_read_line("… " if lines else "> "))
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        if not lines[-1].endswith("\\"):
+            return "\n".join(lines).strip()
+        lines[-1] = lines[-1][:-1]
+
+
+def _read_line(prompt: str) -> str:
+    """A line of the terminal. readline writes its prompt to standard output, so only where that is the terminal."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _edit_lines() -> None:
+    """Let `input` edit lines, remember them, and complete commands and file names with Tab."""
+    try:
+        import readline  # not there on every Python
+    except ImportError:
+        return
+
+    def complete(text: str, state: int) -> str | None:
+        line = readline.get_line_buffer()
+        if line.startswith(("/image ", "/save ")):
+            found = sorted(glob.glob(glob.escape(str(Path(text).expanduser()) if text else "") + "*"))  # noqa: PTH207
+            found = [f"{name}/" if Path(name).is_dir() else name for name in found]
+        else:
+            found = [command for command in _COMMANDS if command.startswith(line)] if line.startswith("/") else []
+        return found[state] if state < len(found) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")

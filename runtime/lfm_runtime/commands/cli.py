@@ -24,7 +24,7 @@ from lfm_runtime import __version__
 from lfm_runtime.errors import EdgeError
 
 if TYPE_CHECKING:
-    from lfm_runtime.model import Model
+    from lfm_runtime.model import Model, Progress
 
 _GROUP = "lfm_edge.commands"
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
@@ -159,6 +159,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (default 100)")
 
 
+def add_output_arguments(parser: argparse.ArgumentParser, each: str = "") -> None:
+    """Add --json and --quiet to a command that answers; `each`: what there is one JSON object for."""
+    parser.add_argument("--json", action="store_true", help=f"print one JSON object{each} and nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no figures")
+
+
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting that a profile has; the flag overrides the profile."""
     model = parser.add_argument_group("model (defaults: the profile's)")
@@ -222,6 +228,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
     Model.answer.
     """
+    from lfm_runtime.commands.console import status_line
     from lfm_runtime.images.pixels import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
     from lfm_runtime.setup.resolve import resolve
@@ -234,7 +241,12 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     setup = resolve(options.bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
     for step in setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
-    return Model.of(setup, cache_folder=options.cache)
+    say = status_line(quiet=options.quiet or not sys.stderr.isatty())
+    say(f"loading {setup.bundle.folder.resolve().name}, {setup.summary}")
+    try:
+        return Model.of(setup, cache_folder=options.cache)
+    finally:
+        say("")
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -282,8 +294,16 @@ def interrupt_on_termination() -> None:
             signal.signal(getattr(signal, name), interrupt)
 
 
-def show_progress(done: int, total: int) -> None:
-    """Views encoded, on a terminal, where there is more than one."""
-    if total > 1 and sys.stderr.isatty():
-        end = "\r\x1b[K" if done == total else f"\r\x1b[Kencoding view {done + 1} of {total}"
-        print(end, end="", file=sys.stderr, flush=True)
+def progress_of(options: argparse.Namespace) -> Progress | None:
+    """What shows the views encoded: on a terminal, where there is more than one."""
+    from lfm_runtime.commands.console import status_line
+
+    if options.quiet or not sys.stderr.isatty():
+        return None
+    say = status_line()
+
+    def show(done: int, total: int) -> None:
+        if total > 1:
+            say("" if done == total else f"encoding view {done + 1} of {total}")
+
+    return show

@@ -5,33 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lfm_runtime.commands.cli import add_model_arguments, answer_changes, load_model, show_progress
+from lfm_runtime.commands.cli import add_model_arguments, add_output_arguments, answer_changes, load_model, progress_of
 from lfm_runtime.commands.console import print_json
+from lfm_runtime.errors import SettingError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
-    parser.description = "Answer a question about images, or a question without images."
+    parser.description = "Answer a question about images, or one without images. On a terminal, without -p: chat."
     add_model_arguments(parser)
-    parser.add_argument("-p", "--prompt", required=True, metavar="QUESTION")
+    parser.add_argument("-p", "--prompt", metavar="QUESTION", help="the question")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--no-special",
         action="store_true",
         help="treat special tokens in QUESTION and TEXT as plain text (for untrusted input)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add_output_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer one question, print the answer or its JSON report, and return 0."""
+    if options.prompt is None:
+        return _chat(options)
     model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
     answer = model.answer(
         options.images,
         options.prompt,
         system=options.system,
         special=not options.no_special,
-        progress=show_progress,
+        progress=progress_of(options),
         **answer_changes(options),
     )
     for piece in answer:
@@ -42,5 +45,15 @@ def run(options: argparse.Namespace) -> int:
     else:
         print()
         sys.stdout.flush()
-        print(f"\n{model.bundle.folder.name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
+        if not options.quiet:
+            name = model.bundle.folder.resolve().name
+            print(f"\n{name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
     return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from lfm_runtime.commands import chat
+
+    if options.no_special or options.json or not sys.stdin.isatty():
+        raise SettingError('the question is missing: -p "What is in this image?"; for many questions: lfm-edge chat')
+    return chat.run(options)

@@ -57,6 +57,8 @@ class Context:
 
     def find(self, keys: Keys) -> Known:
         """The longest known prefix of `keys`, short of their last: its logits are wanted."""
+        if self._state is None:  # a step failed or was interrupted: what it had processed is lost
+            self.keys, self._marks = self.keys[:0], []
         common = _common(self.keys, keys[:-1])
         here = [common] if common == self.length else [m.length for m in self._marks if m.length <= common]
         length = max(here, default=0)
@@ -85,8 +87,8 @@ class Context:
         state, self._state = self._state, None  # a step that fails leaves no state to trust
         for part in np.array_split(embeds, -(-len(keys) // MOST_AT_ONCE), axis=1):
             logits = state.step(part)
-        self._state = state
         self.keys = np.concatenate([self.keys, keys])
+        self._state = state
         return logits
 
     def feed_token(self, token: int) -> NDArray[np.float32] | Top:
@@ -94,8 +96,8 @@ class Context:
         assert self._state is not None
         state, self._state = self._state, None
         logits = state.step_token(token)
-        self._state = state
         self.keys = np.append(self.keys, token)
+        self._state = state
         return logits
 
     def feed_all(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
@@ -105,8 +107,8 @@ class Context:
         state, self._state = self._state, None
         assert isinstance(state, SharedState)
         logits = state.step_all(embeds)
-        self._state = state
         self.keys = np.concatenate([self.keys, keys])
+        self._state = state
         self._speculated = len(keys)
         return logits
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -25,6 +25,14 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[A
 Patches = NDArray[np.float32]
 
 MAX_MEGAPIXELS = 100.0
+
+
+def each_image(images: Any) -> list[Any]:
+    """The images of a list, or the one that is no list: a path is not taken letter by letter, nor an array row by
+    row.
+    """
+    one = isinstance(images, (str, os.PathLike, bytes, Image.Image)) or not isinstance(images, Iterable)
+    return [images] if one or (isinstance(images, np.ndarray) and images.ndim <= 3) else list(images)
 
 
 def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:

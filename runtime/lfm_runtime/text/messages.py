@@ -45,6 +45,9 @@ class Message:
         """Refuse a role that could be more than a role: templates write it as it is."""
         if not re.fullmatch("[a-z_]+", self.role):
             raise PromptError(f"{self.role!r} is not a role; roles are system, user, assistant and tool")
+        parts = self.content if isinstance(self.content, tuple) else (self.content,)
+        if wrong := [part for part in parts if not isinstance(part, (str, Place))]:
+            raise PromptError(f"a text is a {type(wrong[0]).__name__} ({str(wrong[0])[:40]!r}); it must be a str")
 
     @staticmethod
     def user(text: str, images: int = 0) -> Message:

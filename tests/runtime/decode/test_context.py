@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_profiles import Device, read
-from lfm_runtime import Chat, EdgeError, Message, Model, SettingError
+from lfm_runtime import Chat, EdgeError, ImageError, Message, Model, PromptError, SettingError
+from lfm_runtime.batch import answer_all
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, image_key, prompt_keys
 from lfm_runtime.decode.state import Snapshot
 from lfm_runtime.decode.states import ConcatenatedState, SharedState
 from lfm_runtime.setup.resolve import resolve
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = [ROOT / "demo" / "eval" / "images" / f"{i:04d}.png" for i in range(3)]
@@ -139,6 +141,30 @@ def test_failed_turn_leaves_the_conversation(demo_model) -> None:
     assert len(chat.messages) == 2
 
 
+def test_interrupted_answers(demo_model, monkeypatch) -> None:
+    """Of an answer that Ctrl-C ends, what was said stays; one that had said nothing is forgotten with its question."""
+    chat, real, steps = Chat(demo_model), SharedState.step_token, iter(range(2))
+
+    def interrupted(state, token):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return real(state, token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedState, "step_token", interrupted)
+        answer = chat.ask(QUESTION, PICTURES[0])
+        with pytest.raises(KeyboardInterrupt):
+            answer.text()
+    assert chat.messages == [Message.user(QUESTION, 1), Message("assistant", answer.report.text)]
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedState, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("x").text()
+    assert len(chat.messages) == 2
+    wanted = demo_model.converse([*chat.messages, Message.user("How many shapes?")], PICTURES[:1])
+    assert chat.ask("How many shapes?").text() == wanted.text()
+
+
 def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
     """A context whose state broke half-way starts from nothing rather than from a wrong state."""
     chat = Chat(demo_model)
@@ -153,6 +179,25 @@ def test_step_that_fails_is_computed_again(demo_model, monkeypatch) -> None:
         again.text() == demo_model.converse([*chat.messages[:2], Message.user("How many shapes?")], PICTURES[:1]).text()
     )
     assert wanted
+    assert again.report.cached_tokens == 0
+
+
+def test_one_image_is_a_list_of_one(demo_model) -> None:
+    """A path is not taken letter by letter, nor an array row by row."""
+    wanted = demo_model.answer([PICTURES[0]], QUESTION, temperature=0).text()
+    picture = Image.open(PICTURES[0]).convert("RGB")
+    for image in (str(PICTURES[0]), PICTURES[0], PICTURES[0].read_bytes(), picture, np.asarray(picture)):
+        assert demo_model.answer(image, QUESTION, temperature=0).text() == wanted
+    assert Chat(demo_model).ask(QUESTION, PICTURES[0], temperature=0).text() == wanted
+    ((_, report),) = answer_all(demo_model, [(PICTURES[0], QUESTION)], temperature=0)
+    assert report.text == wanted
+    with pytest.raises(ImageError, match=r"What is in this image\? does not exist"):
+        demo_model.answer(QUESTION, str(PICTURES[0]))
+    for question in ([QUESTION], None, 5):
+        with pytest.raises(PromptError, match="must be a str"):
+            demo_model.answer(PICTURES[0], question)
+    with pytest.raises(ImageError, match="NoneType"):
+        demo_model.answer(None, QUESTION)
 
 
 def cached_model(bundle, folder=None, **more) -> Model:

@@ -1,0 +1,200 @@
+"""`lfm-edge chat`: at a pseudo-terminal, driven by pexpect, and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pexpect = pytest.importorskip("pexpect")
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal of POSIX")]
+WAIT_S = 120  # for a machine that is busy; nothing is asserted of it
+UP, DOWN, CTRL_C, CTRL_D, TAB = "\x1b[A", "\x1b[B", "\x03", "\x04", "\t"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "200"}
+ENDLESS = ("--temperature", "100", "--min-p", "0", "--seed", "1", "--max-new-tokens", "100000")
+"""Random tokens: the answer ends where the context does."""
+
+
+class Terminal:
+    """A chat at a pseudo-terminal."""
+
+    def __init__(self, *words: object, command: str = "chat") -> None:
+        arguments = ["-m", "lfm_runtime", command, *map(str, words), "--threads", "1"]
+        self.child = pexpect.spawn(
+            sys.executable, arguments, env=ENVIRONMENT, encoding="utf-8", timeout=WAIT_S, dimensions=(40, 200)
+        )
+        self.sees("ends the chat")
+        self.prompt()
+
+    def sees(self, text: str) -> str:
+        """Wait for a text; return what came before it."""
+        self.child.expect_exact(text)
+        return self.child.before
+
+    def prompt(self) -> str:
+        return self.sees("> ")
+
+    def types(self, text: str) -> None:
+        self.child.send(text)
+
+    def asks(self, question: str) -> str:
+        """Return what is shown until the next prompt."""
+        self.types(question + "\r")
+        return self.prompt()
+
+    def ends(self) -> int:
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def image(demo_bundle):
+    from conftest import ROOT
+
+    return ROOT / "demo" / "eval" / "images" / "0000.png"
+
+
+def test_a_conversation(demo_bundle, image) -> None:
+    """Figures of the second question show that the first was remembered; an empty line is no question."""
+    terminal = Terminal(demo_bundle, image)
+    first = terminal.asks("What is in this image?")
+    assert "generated, first token after" in first
+    assert terminal.asks("").strip() == ""
+    second = terminal.asks("How many shapes?")
+    assert int(second.split("[")[-1].split()[0]) < int(first.split("[")[-1].split()[0])
+    terminal.types(CTRL_D)
+    assert terminal.ends() == 0
+
+
+def test_lines_are_edited_and_remembered(demo_bundle) -> None:
+    """An arrow is not a question; the line before comes back, and can be changed."""
+    terminal = Terminal(demo_bundle)
+    terminal.asks("How many red shapes?")
+    terminal.types(UP + "\x7f" * 7 + "stars?\r")
+    shown = terminal.prompt()
+    assert "stars?" in shown
+    assert "[A" not in shown
+    terminal.types("/exit\r")
+    assert terminal.ends() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(demo_bundle, image) -> None:
+    """What was said until then is part of the conversation, and the next answer is the one of a fresh process."""
+    terminal = Terminal(demo_bundle, image, *ENDLESS)
+    terminal.types("What is in this image?\r")
+    terminal.sees("image?\r\n")
+    terminal.child.expect(r"[^\r\n]{40}")  # it streams
+    terminal.types(CTRL_C)
+    terminal.sees("[stopped; ")
+    terminal.prompt()
+    assert "added" in terminal.asks(f"/image {image}")
+    terminal.types("How many shapes?\r")
+    terminal.sees("shapes?\r\n")
+    terminal.child.expect(r"[^\r\n]{40}")
+    terminal.types(CTRL_C)
+    terminal.sees("[stopped; ")
+    terminal.prompt()
+    terminal.types(CTRL_C)  # nothing was typed since: the second in a row
+    assert terminal.ends() == 130
+
+
+def test_commands(demo_bundle, image, tmp_path) -> None:
+    terminal = Terminal(demo_bundle)
+    assert "/save FILE" in terminal.asks("/help")
+    assert "did you mean /clear?" in terminal.asks("/cler")
+    assert "/image needs a file" in terminal.asks("/image")
+    assert "does not exist" in terminal.asks("/image nowhere.png")
+    assert "added" in terminal.asks(f"/image '{image}'")
+    terminal.asks("What is in this image?")
+    terminal.asks("How many\\\rshapes?")
+    file = tmp_path / "my talk.json"
+    assert "written" in terminal.asks(f"/save {file}")
+    turns = json.loads(file.read_text())
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert turns[0]["content"] == [
+        {"type": "image", "path": str(image)},
+        {"type": "text", "text": "What is in this image?"},
+    ]
+    assert turns[2]["content"] == "How many\nshapes?"
+    assert "exists; choose a new name" in terminal.asks(f"/save {file}")
+    assert "forgotten" in terminal.asks("/clear")
+    terminal.asks("/var/log is a folder")  # a path is no command
+    terminal.types("/exit\r")
+    assert terminal.ends() == 0
+
+
+def test_tab_completes_file_names(demo_bundle, tmp_path) -> None:
+    (tmp_path / "kitchen.png").write_bytes(b"no image")
+    terminal = Terminal(demo_bundle)
+    terminal.types(f"/image {tmp_path}/kit{TAB}")
+    terminal.sees("kitchen.png")
+    assert "not a readable image" in terminal.asks("")
+    terminal.types(CTRL_D)
+    assert terminal.ends() == 0
+
+
+def test_a_pasted_text_is_one_question(demo_bundle, tmp_path) -> None:
+    """Terminals bracket what is pasted; readline keeps its line breaks."""
+    terminal = Terminal(demo_bundle)
+    terminal.types("\x1b[200~How many\nshapes?\x1b[201~\r")
+    terminal.sees("generated")
+    terminal.prompt()
+    terminal.asks(f"/save {tmp_path}/talk.json")
+    assert json.loads((tmp_path / "talk.json").read_text())[0]["content"].split() == ["How", "many", "shapes?"]
+    terminal.types(CTRL_D)
+    assert terminal.ends() == 0
+
+
+def test_run_without_a_question_is_a_chat(demo_bundle, image) -> None:
+    terminal = Terminal(demo_bundle, image, command="run")
+    assert "generated" in terminal.asks("How many shapes?")
+    terminal.types(CTRL_D)
+    assert terminal.ends() == 0
+
+
+def piped(text: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lfm_runtime", "chat", *map(str, words), "--threads", "1"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def test_in_a_pipe_each_answer_is_a_line(demo_bundle, image) -> None:
+    """Line N answers line N, also where there is no answer; a command of the terminal is a question there."""
+    found = piped(
+        "What is in this image?\n\nHow many shapes?\n" + "word " * 9000 + "\n/exit\nHow many?", demo_bundle, image
+    )
+    lines = found.stdout.split("\n")
+    assert len(lines) == 7, found.stdout
+    assert [bool(line) for line in lines[:4]] == [True, False, True, False]
+    assert found.returncode == 2
+    assert "may have at most" in found.stderr
+
+
+def test_in_a_pipe_line_breaks_are_spaces(demo_bundle) -> None:
+    found = piped("What?\nWhich?\n", demo_bundle, *ENDLESS[:-1], "300")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("\n") == 2
+    assert len(found.stdout.splitlines()) == 2
+
+
+def test_json_of_each_answer(demo_bundle, image) -> None:
+    found = piped("How many shapes?\n" + "word " * 9000 + "\n", demo_bundle, image, "--json", "--quiet")
+    good, bad = map(json.loads, found.stdout.splitlines())
+    assert good["question"] == "How many shapes?"
+    assert good["text"]
+    assert good["new_tokens"] >= 1
+    assert "may have at most" in bad["error"]
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_run_without_a_question_in_a_pipe(demo_bundle) -> None:
+    command = [sys.executable, "-m", "lfm_runtime", "run", str(demo_bundle)]
+    found = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert found.returncode == 2
+    assert "the question is missing" in found.stderr
