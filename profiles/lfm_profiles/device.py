@@ -90,6 +90,7 @@ class Device:
     limit_mib: int | None = None  # of this process's control group, or of its address space
     limit_free_mib: int | None = None  # the least of all such limits
     limit_by: str | None = None
+    address_free_mib: int | None = None  # of the address space, which `ulimit -v` limits
     gpu: str | None = None
     cuda: bool = False
     jetpack: str | None = None
@@ -144,6 +145,7 @@ def detect(
         limit_mib=limit[0],
         limit_free_mib=limit[1],
         limit_by=limit[2],
+        address_free_mib=_address_free(root),
         gpu=gpu,
         cuda=bool(gpu),
         jetpack=f"{_JETPACK.get(int(l4t[1]), '?')} (L4T {l4t[1]}.{l4t[2]})" if l4t else None,
@@ -160,7 +162,12 @@ def this_device() -> Device:
 
 def now(device: Device, root: Path = Path("/")) -> Device:
     """Return `device` with the memory that is free now."""
-    return replace(device, ram_available_mib=_memory_of(root, device.system)[1], limit_free_mib=_limits(root)[1])
+    return replace(
+        device,
+        ram_available_mib=_memory_of(root, device.system)[1],
+        limit_free_mib=_limits(root)[1],
+        address_free_mib=_address_free(root),
+    )
 
 
 def read(path: Path) -> str | None:
@@ -269,6 +276,11 @@ def _address_space() -> tuple[int, int | None, str] | None:
     if most in (resource.RLIM_INFINITY, -1) or most >= 1 << 60:
         return None
     return most // MIB, max(0, most - psutil.Process().memory_info().vms) // MIB, "ulimit -v"
+
+
+def _address_free(root: Path) -> int | None:
+    space = _address_space() if root == Path("/") else None
+    return space[1] if space else None
 
 
 def _page_size() -> int:

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.failures import failures_are_ours
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, unreadable
 from lfm_runtime.formats.manifest import Edge
 from numpy.typing import NDArray
 
@@ -58,7 +58,10 @@ def open_graph(path: Path) -> ir.Model:
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _mapped(value.const_value, path.parent)
     except DAMAGE as e:
-        reason = " ".join(str(e.__cause__ or e).split())[:200]
+        cause = e.__cause__ or e
+        if isinstance(cause, OSError):
+            raise unreadable(path, cause, QuantizeError, "copy the bundle again") from e
+        reason = " ".join(str(cause).split())[:200]
         raise QuantizeError(f"{path} cannot be read ({reason}); export the bundle again") from e
     edges = {*model.graph.inputs, *model.graph.outputs}
     for value in [*model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]:

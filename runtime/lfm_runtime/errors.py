@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class EdgeError(Exception):
     """A problem we can explain: what, where, and what to do next. No traceback."""
@@ -27,3 +30,54 @@ class PromptError(EdgeError, ValueError):
 
 class SettingError(EdgeError, ValueError):
     """A setting has an impossible value, or could have no effect."""
+
+
+class OutOfMemoryError(EdgeError, MemoryError):
+    """Memory ran out; no file is at fault."""
+
+
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad_array_new_length",
+    "MemoryError",
+    "not enough memory",
+    "Cannot allocate memory",
+    "Unable to allocate",
+    "Failed to allocate",
+    "pthread_create failed",  # the stack of a thread does not fit
+    "can't start new thread",
+)
+"""How the C++ library, numpy, onnxruntime, Python and the system say it."""
+
+
+def is_out_of_memory(cause: BaseException | str | None) -> bool:
+    """Whether an exception, what caused it, or the words of a program that failed say that memory ran out."""
+    while isinstance(cause, BaseException):
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return True
+        if any(sign in str(cause) for sign in _OUT_OF_MEMORY):
+            return True
+        cause = cause.__cause__
+    return cause is not None and any(sign in cause for sign in _OUT_OF_MEMORY)
+
+
+_DO = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EIO: "the disk or card fails; copy the file to another",
+    errno.EMFILE: "close files, or raise ulimit -n",
+    errno.ENFILE: "close other programs",
+    errno.EISDIR: "name a file",
+}
+
+
+def unreadable(path: Path, cause: OSError, error: type[EdgeError], missing: str) -> EdgeError:
+    """The error for a file that the system did not read. `missing`: what to do if the file is not there; another copy
+    or another export helps against nothing else.
+    """
+    if is_out_of_memory(cause):
+        return OutOfMemoryError(f"not enough memory to read {path}; close other programs")
+    if isinstance(cause, (FileNotFoundError, NotADirectoryError)):
+        return error(f"{path} is missing; {missing}")
+    do = _DO.get(cause.errno or 0)
+    return error(f"{path} cannot be read: {cause.strerror or cause}{f'; {do}' if do else ''}")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.context import Context
-from lfm_runtime.errors import BundleError, EdgeError
+from lfm_runtime.errors import BundleError, EdgeError, is_out_of_memory
 from lfm_runtime.formats.files import damage_is, to_json
 from lfm_runtime.formats.manifest import MANIFEST, Manifest
 from lfm_runtime.formats.typed import as_json, read_as
@@ -41,7 +41,6 @@ SIZE = (256, 192)
 STEPS = 8
 _PIXELS = 2.5 / 255 * 2  # of patches, whose values lie in [-1, 1]: Pillow's versions differ by a step or two of 255
 _TOP, _SPREAD, _SAMPLES = 16, 16, 64
-_OUT_OF_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "Unable to allocate", "Failed to allocate")
 _ADVICE = "export and quantize again"
 _SMALL = 256 << 20  # bytes of weights that are run in this process
 TEXTS = (
@@ -221,7 +220,7 @@ def add_golden(folder: Path, variant: str) -> str | None:
 def _not_recorded(variant: str, said: str, cause: BaseException, *, out_of_memory: bool) -> str:
     """The reason, where it is memory; an error for any other."""
     message = f"golden answers of {variant} could not be recorded ({said})"
-    if out_of_memory or any(sign in said for sign in _OUT_OF_MEMORY):
+    if out_of_memory or is_out_of_memory(said):
         return message
     raise BundleError(message) from cause
 

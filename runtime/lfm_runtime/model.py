@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -151,11 +151,13 @@ class Model:
         Raises:
             BundleError, GraphContractError: a graph cannot be used.
             GpuError: the GPU that was named cannot be used, or its memory is full.
+            OutOfMemoryError: loading took more memory than there is.
         """
         started = time.perf_counter()
         model, failure = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder), ""
         try:
-            model.sessions.load()
+            with _memory_is_told(setup):
+                model.sessions.load()
         except GpuError as e:
             if not setup.profile.automatic:
                 raise
@@ -165,7 +167,8 @@ class Model:
             model.sessions.release()
             setup = resolve(setup.bundle, on_cpu(setup.profile), setup.ask)
             model = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder)
-            model.sessions.load()
+            with _memory_is_told(setup):
+                model.sessions.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
 
@@ -239,7 +242,7 @@ class Model:
                 "speculate needs a decoder on the CPU that can undo rejected tokens (a graph that also outputs "
                 f"its convolutions' inputs); {do}"
             )
-        with report.stage("image"):
+        with report.stage("image"), _memory_is_told(self.setup):
             opened = self.open_all(images, max_megapixels=max_megapixels)
         with report.stage("prompt"):
             prompt = self.prompts.render(chat, [p.layout for p in opened])
@@ -364,7 +367,7 @@ class Model:
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
         """The pieces; while one is made, errors are ours and this thread stays on its processor."""
-        with closing(pieces), self.sessions.failures_are_ours():
+        with closing(pieces), _memory_is_told(self.setup), self.sessions.failures_are_ours():
             while True:
                 with self.sessions.execution.pinned():
                     piece = next(pieces, None)
@@ -380,6 +383,15 @@ class Model:
                 f"prompt and answer together may have at most {limit}; shorten the text, or lower "
                 "--max-image-tokens or --max-tiles"
             )
+
+
+@contextmanager
+def _memory_is_told(setup: Setup) -> Iterator[None]:
+    """Where memory runs out, the error has the numbers of the forecast."""
+    try:
+        yield
+    except MemoryError as e:
+        raise setup.out_of_memory(e) from e
 
 
 def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:

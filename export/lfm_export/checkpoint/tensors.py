@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_runtime.errors import unreadable
 from lfm_runtime.formats.files import read_json_object
 from numpy.typing import NDArray
 
@@ -86,7 +87,7 @@ class TensorStore:
                         raise CheckpointError(f"{entry.file} became shorter while it was read; export again")
                     yield _finite(_to_float32(data, entry.dtype), name, entry)
         except OSError as e:
-            raise CheckpointError(f"{entry.file} cannot be read: {e.strerror or e}") from e
+            raise unreadable(entry.file, e, CheckpointError, "copy or download it again") from e
 
 
 def _finite(values: Floats, name: str, entry: Entry) -> Floats:
@@ -197,10 +198,8 @@ def _header(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(first[:8], "little")
             f.seek(8)
             text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{file} is missing; the export needs it") from e
     except OSError as e:
-        raise CheckpointError(f"{file} cannot be read: {e.strerror or e}") from e
+        raise unreadable(file, e, CheckpointError, "the export needs it") from e
     if first == _POINTER:
         raise CheckpointError(f"{file} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
     if size < 8 or len(text) != length:

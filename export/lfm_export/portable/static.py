@@ -25,6 +25,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import unreadable
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -115,6 +116,8 @@ def _load(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path)
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as e:
+        if isinstance(e, OSError):
+            raise unreadable(path, e, CheckpointError, "copy the bundle again") from e
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({reason}); export the bundle again") from e
 

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lfm_profiles import VARIANTS
 
 from lfm_runtime import __version__
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, is_out_of_memory
 
 if TYPE_CHECKING:
     from lfm_runtime.model import Model, Progress
 
 _GROUP = "lfm_edge.commands"
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
+_MORE_MEMORY = "close other programs, or use a machine with more"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
         sys.stderr.close()
         return 0
+    except MemoryError as e:
+        return _fail(
+            f"not enough memory ({e or 'Python has none left'}); close other programs, or use a machine with more"
+        )
     except OSError as e:  # a file or disk failed where no better message was made
+        if is_out_of_memory(e):
+            return _fail(f"not enough memory ({e}); close other programs, or use a machine with more")
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, EdgeError, OutOfMemoryError, is_out_of_memory
 
 _IN_ITS_SOURCE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? "
@@ -23,10 +23,16 @@ _FAILURES: tuple[type[Exception], ...] = tuple(
 
 @contextmanager
 def failures_are_ours(what: object) -> Iterator[None]:
-    """An exception of onnxruntime becomes a BundleError about `what`, in one line."""
+    """An exception of onnxruntime becomes a BundleError about `what`, in one line; one about memory, and numpy's and
+    Python's, an OutOfMemoryError.
+    """
     try:
         yield
     except Exception as e:
+        if (is_onnxruntimes(e) or isinstance(e, MemoryError)) and is_out_of_memory(e):
+            if isinstance(e, EdgeError):
+                raise
+            raise OutOfMemoryError(f"not enough memory for {what} ({reason(e)[:200]}); close other programs") from e
         if not is_onnxruntimes(e):
             raise
         raise BundleError(

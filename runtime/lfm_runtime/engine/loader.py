@@ -19,7 +19,7 @@ from lfm_runtime.engine.gpu import cannot_be_captured, full, is_full, is_of_a_gp
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import find
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, OutOfMemoryError
 from lfm_runtime.formats.contract import EMBED_TOKENS, GraphSpec
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Loader:
         """What is about the GPU becomes a GpuError, with the sizes where its memory is full."""
         try:
             yield
-        except BundleError as e:
+        except (BundleError, OutOfMemoryError) as e:
             why = reason(e.__cause__)
             if not (self.execution.on_gpu and is_of_a_gpu(why)):
                 raise

@@ -21,7 +21,7 @@ from lfm_runtime.engine.failures import failures_are_ours, is_onnxruntimes, reas
 from lfm_runtime.engine.gpu import GpuError, check_placement, full, is_full, left_to_cpu, unusable
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.loader import Loader, check_onnxruntime
-from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISION_ENCODER
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Sessions:
         try:
             with failures_are_ours(self._bundle.folder):
                 yield
-        except BundleError as e:
+        except (BundleError, OutOfMemoryError) as e:
             if self.execution.on_gpu and is_full(reason(e.__cause__)):
                 raise full(self.paths.values(), reason(e.__cause__)) from e
             raise

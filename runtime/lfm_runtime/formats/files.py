@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, unreadable
 
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
 
@@ -30,12 +30,10 @@ def read_json_object(
         if text.startswith("version https://git-lfs"):
             raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
         value = json.loads(text)
-    except FileNotFoundError as e:
-        if not required:
-            return {}
-        raise error(f"{path} is missing; {advice}") from e
     except OSError as e:
-        raise error(f"{path} cannot be read: {e.strerror}") from e
+        if isinstance(e, FileNotFoundError) and not required:
+            return {}
+        raise unreadable(path, e, error, advice) from e
     except EdgeError:
         raise
     except (ValueError, RecursionError) as e:  # JSON and UTF-8 errors alike

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, unreadable
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # message → field number → message it holds
@@ -72,7 +72,7 @@ def _damage_is_ours(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise BundleError(f"{path} cannot be read: {e.strerror}; copy the bundle again") from e
+        raise unreadable(path, e, BundleError, "copy the bundle again") from e
     except (IndexError, ValueError, StopIteration) as e:
         raise BundleError(f"{path} is not an ONNX graph, or is cut off ({e}); copy the bundle again") from e
 

@@ -71,7 +71,7 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
             image = _read(source)
             _check_size(image, name, max_megapixels)
             yield image
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except FileNotFoundError as e:
         raise ImageError(f"{name} does not exist; check the path") from e

@@ -44,6 +44,7 @@ class Forecast:
     start: Memory  # what the process has before it
     memory: Memory  # at its peak
     disk_mib: float  # of weights
+    address_mib: float = 0.0  # address space that the run adds, which `ulimit -v` limits
 
     @property
     def views(self) -> int:

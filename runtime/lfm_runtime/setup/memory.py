@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
     prefill = [bundle.graphs(setup.prefill)[1][DECODER.stem]] if setup.prefill else []
     disk = sum(_weights(bundle, path) for path in {*setup.paths.values(), *prefill}) / MIB
     found = Forecast(layouts, prompt.image_tokens, len(prompt.ids), new, start, start, disk)
-    return replace(found, memory=start + _run_memory(setup, shapes, found))
+    memory = _run_memory(setup, shapes, found)
+    return replace(found, memory=start + memory, address_mib=memory.peak + _address_mib(setup))
 
 
 def variant_bytes(bundle: Bundle, variant: str) -> int:
@@ -156,6 +158,23 @@ def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:
     return own + max(stages, key=lambda stage: stage.peak)
 
 
+def _address_mib(setup: Setup) -> float:
+    """Address space that is reserved beside what becomes resident: each thread of a session has a stack, and glibc
+    reserves a heap for it.
+    """
+    sessions = 1 if setup.execution.low_memory else 3 if setup.prefill else 2  # those with threads of their own
+    return _RESERVED_MIB + sessions * (setup.execution.threads - 1) * (_stack_mib() + _HEAP_MIB)
+
+
+def _stack_mib() -> float:
+    if sys.platform == "win32":
+        return 1.0
+    import resource
+
+    size = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return _STACK_MIB if size in (resource.RLIM_INFINITY, -1) else size / MIB
+
+
 def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Loaded:
     weights, number = _weights(setup.bundle, path) / MIB, _number(graph, path)
     head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[number] / MIB if graph is DECODER else 0.0
@@ -185,6 +204,10 @@ in vectors of the feed-forward's size.
 _HEAD_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 0.5}
 _IMAGE_COPIES = 0.6
 """Of the decoded image, beside itself, while it is opened and resized."""
+_HEAP_MIB, _STACK_MIB = 64.0, 8.0
+"""HEAP_MAX_SIZE of glibc's malloc on 64 bits, reserved for each thread; the usual stack."""
+_RESERVED_MIB = 180.0
+"""Address space beside all that, at most (measured with LFM2-VL-450M: 38 to 162)."""
 _END = Memory(1.0, 1.0)
 """Of the answer itself."""
 

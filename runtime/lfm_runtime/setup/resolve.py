@@ -136,8 +136,10 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
         return setup.forecast.memory.peak if setup.forecast else 0.0
 
     def fits(setup: Setup) -> bool:
+        address = setup.forecast.address_mib if setup.forecast else 0.0
         return (
-            (free is None or peak(setup) - start.peak <= free)
+            (device.address_free_mib is None or address <= device.address_free_mib)
+            and (free is None or peak(setup) - start.peak <= free)
             and (whole is None or peak(setup) <= whole)
             and (budget is None or peak(setup) <= budget)
         )
@@ -177,6 +179,9 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> st
     wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
+    if device.address_free_mib is not None:
+        there += f"; ulimit -v leaves {device.address_free_mib} MiB of address space"
+        there += f", {smallest.forecast.address_mib:.0f} are needed"
     there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
     do = "Close other programs, take a smaller model, or use --force"
     return f"{first.bundle.folder} needs {wanted}; {there}. {do}"

@@ -12,10 +12,11 @@ from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.engine.execution import Execution
+from lfm_runtime.engine.failures import reason
 from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, OutOfMemoryError
 from lfm_runtime.formats.contract import CONV_WINDOW, DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings
@@ -91,6 +92,22 @@ class Setup:
         prefill = f", prefill {self.prefill}" if self.prefill else ""
         low = ", one graph at a time" if self.execution.low_memory else ""
         return f"{self.variant}{prefill}{low}, {self.execution.threads} threads, profile {self.profile.name}"
+
+    def out_of_memory(self, cause: MemoryError) -> OutOfMemoryError:
+        """The error for a run that memory did not suffice for, with what was expected and what was free."""
+        peak = f"about {self.forecast.memory.peak:.0f} MiB" if self.forecast else "an unknown amount"
+        free = "" if self.free_mib is None else f", {self.free_mib} MiB were free"
+        low = self.execution.low_memory or self.execution.on_gpu
+        less = (
+            "a smaller variant or fewer image tokens"
+            if low
+            else "--low-memory, a smaller variant or fewer image tokens"
+        )
+        said = reason(cause.__cause__ or cause)[:200] or type(cause).__name__
+        return OutOfMemoryError(
+            f"not enough memory for {self.bundle.folder}, {self.summary} ({said}): {peak} was forecast{free}; "
+            f"close other programs, or use {less}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the setup and its forecast as plain values for JSON."""

@@ -1,0 +1,177 @@
+"""What a message says of its cause: a table of causes, and memory that really runs out."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_export.checkpoint import tensors
+from lfm_quantize.graph import open_graph
+from lfm_runtime import EdgeError
+from lfm_runtime.engine.failures import failures_are_ours
+from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, unreadable
+from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.onnx_file import external_bytes
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def onnxruntimes(message: str) -> Exception:
+    from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
+
+    return RuntimeException(message)
+
+
+def numpys() -> MemoryError:
+    try:
+        np.empty(1 << 46)
+    except MemoryError as e:
+        return e
+    raise AssertionError
+
+
+CAUSES = [
+    (onnxruntimes("Exception during initialization: std::bad_alloc"), True),
+    (onnxruntimes("Failed to allocate memory for requested buffer of size 123"), True),
+    (onnxruntimes("pthread_create failed, error code: 11"), True),
+    (onnxruntimes("Load model from x.onnx failed:Protobuf parsing failed"), False),
+    (numpys(), True),
+    (MemoryError(), True),
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
+    (RuntimeError("can't start new thread"), True),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+    (OSError(errno.EIO, os.strerror(errno.EIO)), False),
+    (BundleError("x is damaged"), False),
+]
+
+
+@pytest.mark.parametrize(("cause", "memory"), CAUSES, ids=lambda value: str(value)[:40])
+def test_memory_is_told_from_damage(cause, memory) -> None:
+    assert is_out_of_memory(cause) == memory
+    wrapped = EdgeError("wrapped")
+    wrapped.__cause__ = cause
+    assert is_out_of_memory(wrapped) == memory
+
+
+@pytest.mark.parametrize(("cause", "memory"), [c for c in CAUSES if "onnxruntime" in type(c[0]).__module__], ids=str)
+def test_onnxruntimes_failures(cause, memory) -> None:
+    """Only what is not about memory is blamed on the bundle."""
+    with pytest.raises(EdgeError) as raised, failures_are_ours("decoder.onnx"):
+        raise cause
+    assert isinstance(raised.value, OutOfMemoryError) == memory
+    assert ("export it again" in str(raised.value)) != memory
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOENT, "is missing; copy it again"),
+        (errno.ENOTDIR, "is missing; copy it again"),
+        (errno.ENOMEM, "not enough memory to read x.json; close other programs"),
+        (errno.EACCES, "cannot be read: Permission denied; change its permissions"),
+        (errno.EIO, "cannot be read: Input/output error; the disk or card fails"),
+        (errno.EMFILE, "cannot be read: Too many open files; close files"),
+        (errno.EISDIR, "cannot be read: Is a directory; name a file"),
+        (errno.ELOOP, "cannot be read: Too many levels of symbolic links"),
+    ],
+)
+def test_files_that_cannot_be_read(number, said, monkeypatch, tmp_path, demo_bundle) -> None:
+    """Another copy or export is advised only where the file is missing, by every reader."""
+    error = unreadable(Path("x.json"), OSError(number, os.strerror(number)), BundleError, "copy it again")
+    assert said in str(error)
+    assert "export" not in str(error)
+    assert isinstance(error, OutOfMemoryError) == (number == errno.ENOMEM)
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    graph = demo_bundle / "onnx" / "decoder_model_merged.onnx"
+    readers = [
+        (Path, "read_text", lambda: read_json_object(tmp_path / "x.json", BundleError)),
+        (Path, "read_bytes", lambda: external_bytes(graph)),
+        (Path, "stat", lambda: tensors._header(graph)),
+        (builtins, "open", lambda: open_graph(graph)),
+    ]
+    for owner, name, read in readers:
+        with monkeypatch.context() as patch, pytest.raises(EdgeError) as raised:
+            patch.setattr(owner, name, fails)
+            read()
+        assert os.strerror(number) in str(raised.value) or isinstance(raised.value, OutOfMemoryError)
+        assert "export" not in str(raised.value)
+        assert "copy the bundle" not in str(raised.value)
+
+
+def limited(kib: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """`lfm-edge WORDS` with so much address space."""
+    script = f'ulimit -v {kib}; exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, "-m", "lfm_runtime", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def says_memory(found: subprocess.CompletedProcess[str]) -> None:
+    assert found.returncode == 2, found.stderr
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("lfm-edge: ")][-1:]
+    assert "memory" in line or "needs at least" in line
+    assert "Traceback" not in found.stderr
+    assert "export" not in line
+    assert "--verify" not in line
+
+
+@pytest.fixture(scope="session")
+def start_kib(demo_bundle) -> int:
+    """Address space of a process that has imported everything and loaded nothing."""
+    code = (
+        "import psutil, lfm_runtime.model, lfm_runtime.golden, lfm_quantize.quantize, lfm_runtime.commands.prepare;"
+        "print(psutil.Process().memory_info().vms >> 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v")
+@pytest.mark.parametrize("more_mib", [20, 40, 60, 90, 130, 180, 250])
+def test_memory_that_runs_out(bundle_copy, photo, start_kib, more_mib) -> None:
+    """Wherever it does, loading or answering, the message says so; with enough, there is an answer."""
+    limit = start_kib + (more_mib << 10)
+    words = ("run", bundle_copy, photo, "-p", "x", "--variant", "fp32", "--max-new-tokens", 2, "--threads", 2)
+    forced = limited(limit, *words, "--force")
+    if forced.returncode:
+        says_memory(forced)
+    planned = limited(limit, *words)
+    if planned.returncode:  # before anything is loaded
+        assert "needs at least" in planned.stderr, planned.stderr
+        assert "ulimit -v leaves" in planned.stderr
+    prepared = limited(limit, "prepare", bundle_copy, "--variant", "fp32")
+    if prepared.returncode:
+        says_memory(prepared)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v")
+@pytest.mark.parametrize("more_mib", [1, 40])
+def test_the_api_says_it_too(demo_bundle, more_mib) -> None:
+    code = (
+        "import sys, resource, json; from lfm_runtime import Model, EdgeError\n"
+        "model = Model.load(sys.argv[1], threads=1, force=True)\n"
+        "import psutil, numpy as np; image = np.zeros((5000, 5000, 3), np.uint8)\n"
+        "most = psutil.Process().memory_info().vms + (int(sys.argv[2]) << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "try: model.answer(image, 'x', max_new_tokens=2).text()\n"
+        "except MemoryError as e: print(json.dumps([isinstance(e, EdgeError), str(e)]))"
+    )
+    command = [sys.executable, "-c", code, str(demo_bundle), str(more_mib)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    ours, said = json.loads(done.stdout)
+    assert ours
+    assert "not enough memory" in said
+    assert "was forecast" in said
