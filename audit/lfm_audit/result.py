@@ -1,4 +1,4 @@
-"""audit.json: what an audit is, written and read here alone. Its JSON Schema, audit.schema.json, is made of its types.
+"""audit.json: what an audit is. reading.py reads it. Its JSON Schema, audit.schema.json, is made of its types.
 
 Units are in the names: _ms, _s, _mib, _w, _j, _c (°C), _mhz, _tok_s; a share is of 1.
 """
@@ -8,24 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.files import to_json
 from lfm_runtime.formats.manifest import Source
-from lfm_runtime.formats.typed import as_json, read_as, schema_of
+from lfm_runtime.formats.typed import as_json, schema_of
 
 from lfm_audit.figures import Figure
 
 SCHEMA: Literal[1] = 1
 TOOL = "lfm-edge audit"
-_ROUNDING = 1.1e-3
-_AGAIN = "make the audit again"
-
-
-class AuditError(EdgeError, ValueError):
-    """A file is not an audit that can be read here."""
 
 
 @dataclass(frozen=True)
@@ -338,25 +330,6 @@ class Audit:
                     if (figure := getattr(answers, name)) is not None:
                         yield Headline(variant, image, name, figure)
 
-    @staticmethod
-    def read(path: Path) -> Audit:
-        """A file of an audit.
-
-        Raises:
-            AuditError: missing, cut off, edited, or of another schema.
-        """
-        raw = read_json_object(path, AuditError, advice=f"name a file written by {TOOL}")
-        tool = raw.get("tool")
-        if not (isinstance(tool, dict) and tool.get("name") == TOOL):
-            raise AuditError(f"{path} is not an audit; name a file written by {TOOL} -o")
-        if raw.get("schema") != SCHEMA:
-            shown = str(raw.get("schema"))[:20]
-            raise AuditError(f"{path} is an audit of schema {shown}, this lfm-edge reads {SCHEMA}; {_AGAIN}")
-        found = read_as(Audit, raw, path, AuditError, _AGAIN)
-        if any(not _agrees(headline.figure) for headline in found.headlines()):
-            raise AuditError(f"{path} was edited: a figure does not agree with its samples; {_AGAIN}")
-        return found
-
     def to_text(self) -> str:
         """Return the text of audit.json; numbers are rounded to a ten-thousandth."""
         return to_json(_rounded(as_json(self)), indent=1) + "\n"
@@ -367,19 +340,6 @@ def audit_schema() -> dict[str, Any]:
     said = "What a bundle cost on a machine. Units are in the names: _ms, _s, _mib, _w, _j, _c (°C), _mhz, _tok_s; a "
     said += "share is of 1. null: not measured, with the reason beside it or in machine.missing."
     return schema_of(Audit, TOOL, said)
-
-
-def _agrees(figure: Figure) -> bool:
-    """Whether a figure agrees with its samples, up to the rounding of written audits."""
-    if not figure.samples:
-        return False
-    computed = Figure.of(figure.samples)
-    pairs = [(getattr(computed, f.name), getattr(figure, f.name)) for f in dataclasses.fields(Figure)]
-    return all(
-        a is b if a is None or b is None else abs(a - b) <= _ROUNDING * (1 + abs(a))
-        for a, b in pairs
-        if not isinstance(a, tuple)
-    )
 
 
 def _rounded(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lfm_audit.figures import Figure
 from lfm_audit.result import Audit, VariantResult
+from lfm_audit.verdict import grouped
 
 _HEAD = (
     "image",
@@ -27,7 +28,7 @@ _HEAD = (
 
 def table(audit: Audit) -> str:
     """Return the audit as text for a terminal: verdict and limits, then what was measured."""
-    lines = [verdict_line(audit), *(f"  {reason}" for reason in audit.verdict.reasons)]
+    lines = [verdict_line(audit), *(f"  {reason}" for reason in grouped(audit.verdict.reasons))]
     for limit in audit.limits:
         about = " ".join(part for part in (limit.variant, limit.image) if part)
         measured = "not measured" if limit.measured is None else f"{limit.measured:,.4g}"

@@ -14,6 +14,7 @@ from lfm_audit.audit import audit
 from lfm_audit.figures import Figure
 from lfm_audit.images import SIZES, find_images, make_images
 from lfm_audit.measure.trial import start
+from lfm_audit.reading import read_audit
 from lfm_audit.result import Audit, Limit, Verdict
 from lfm_audit.workload import QUESTION, Subject, Workload
 from lfm_profiles import detect, read, with_flags
@@ -253,7 +254,7 @@ def test_frequency_that_falls_and_swap(made) -> None:
     """The verdict is judged from a machine's figures; nothing is measured."""
     from lfm_audit.verdict import judge
 
-    whole = Audit.read(made)
+    whole = read_audit(made)
 
     def machine(**more) -> Audit:
         speeds = more.pop("speeds", [2400.0] * 30)
@@ -438,7 +439,7 @@ def test_limits(written, demo_bundle, capsys, processes) -> None:
 def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
     for valid, holds, code in ((True, True, 0), (True, False, 1), (False, True, 3), (False, False, 3)):
         limit = Limit("ttft_ms", 1.0, "fp32", None, 2.0, holds)
-        changed = replace(Audit.read(written), verdict=Verdict(valid, ()), limits=(limit,))
+        changed = replace(read_audit(written), verdict=Verdict(valid, ()), limits=(limit,))
         monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
         assert main(["audit", str(demo_bundle), "--quiet"]) == code
 

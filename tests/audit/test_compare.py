@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from edits import figure, images_of, resampled
 from lfm_audit.compare import changes, differences
-from lfm_audit.figures import Figure
-from lfm_audit.result import Audit, AuditError
+from lfm_audit.reading import AuditError, read_audit
+from lfm_audit.result import Audit, Verdict
 from lfm_runtime.commands.cli import main
-from lfm_runtime.formats.typed import as_json, read_as
+from lfm_runtime.formats.typed import read_as
 
 
 @pytest.fixture
@@ -18,14 +19,9 @@ def written(made) -> Path:
     return made
 
 
-def figure(samples) -> dict:
-    return as_json(Figure.of(samples))
-
-
 def made_slower(result: dict, factor: float) -> dict:
-    for found in result["variants"].values():
-        for image in found["images"].values():
-            image["ttft_ms"] = figure([x * factor for x in image["ttft_ms"]["samples"]])
+    for image in images_of(result):
+        resampled(image, lambda samples: [x * factor for x in samples])
     return result
 
 
@@ -34,12 +30,11 @@ def many(result: dict) -> dict:
     for found in result["variants"].values():
         figures = [found["starts"]["warm"]["ready_ms"], found["starts"]["cold"]["ready_ms"]]
         figures += [found["memory"][name] for name in ("peak_mib", "anonymous_mib")]
-        figures += [
-            image[name] for image in found["images"].values() for name in ("ttft_ms", "total_ms", "decode_tok_s")
-        ]
+        figures += [image["decode_tok_s"] for image in found["images"].values()]
         for of in figures:
             of.update(figure([of["median"] * (1 + 0.001 * n) for n in range(10)]))
-    result["verdict"] = {"valid": True, "reasons": []}
+    for image in images_of(result):
+        resampled(image, lambda samples: [samples[0] * (1 + 0.001 * n) for n in range(10)])
     return result
 
 
@@ -55,24 +50,60 @@ def test_compare(written, tmp_path, capsys) -> None:
     assert main(["compare", str(a), str(b), "--fail-over", "25"]) == 0
     noisy = json.loads(a.read_text())
     for image in noisy["variants"]["int4"]["images"].values():
-        image["ttft_ms"] = figure([x * (1 if n % 2 else 3) for n, x in enumerate(image["ttft_ms"]["samples"])])
+        resampled(image, lambda samples: [x * (1 if n % 2 else 3) for n, x in enumerate(samples)])
     b.write_text(json.dumps(noisy))
-    assert main(["compare", str(a), str(b)]) == 0, "within noise is not worse"
+    assert main(["compare", str(a), str(b)]) == 3, "a spread that wide is not valid"
     assert "within noise" in capsys.readouterr().out
     few = made_slower(json.loads(a.read_text()), 1.5)
-    for image in (image for found in few["variants"].values() for image in found["images"].values()):
-        image["ttft_ms"] = figure(image["ttft_ms"]["samples"][:4])
+    for image in images_of(few):
+        resampled(image, lambda samples: samples[:4])
     b.write_text(json.dumps(few))
     assert main(["compare", str(a), str(b)]) == 3, "four samples do not tell, and that is not well"
     assert "too few samples to tell" in capsys.readouterr().out
-    invalid = json.loads(a.read_text())
-    invalid["verdict"] = {"valid": False, "reasons": ["throttled"]}
+    invalid = made_slower(json.loads(a.read_text()), 1.2)
+    invalid["machine"]["throttled_while_measured"] = True
     b.write_text(json.dumps(invalid))
-    assert main(["compare", str(a), str(b)]) == 3
+    assert main(["compare", str(a), str(b)]) == 3, "before 1, as in lfm-edge audit"
+    assert "throttled: " in capsys.readouterr().out
+
+
+def test_verdicts_and_limits_are_judged_again(written, tmp_path) -> None:
+    """What a file says of itself is not believed, but for what no figure shows."""
+    raw = json.loads(written.read_text())
+    path = tmp_path / "a.json"
+
+    def read() -> Audit:
+        path.write_text(json.dumps(raw))
+        return read_audit(path)
+
+    assert read().verdict == read_audit(written).verdict
+    share = raw["machine"]["background_share"]
+    raw["machine"]["background_share"] = figure([0.7] * share["n"])
+    raw["verdict"] = {"valid": True, "reasons": []}
+    assert not read().verdict.valid
+    raw["machine"]["background_share"] = share
+    raw["verdict"] = {"valid": False, "reasons": ["throttled", "the clock stood still or jumped: 1 s, 2 s"]}
+    assert read().verdict == Verdict(valid=False, reasons=("the clock stood still or jumped: 1 s, 2 s",))
+    raw["limits"] = [
+        {"name": "ttft_ms", "limit": 1.0, "variant": "int4", "image": "small", "measured": 0.5, "holds": True}
+    ]
+    assert {limit.holds for limit in read().limits} == {False}
+
+
+def test_times_that_do_not_add_up_were_edited(written, tmp_path) -> None:
+    path = tmp_path / "a.json"
+    for name in ("ttft_ms", "total_ms"):
+        for factor in (0.5, 2.0):
+            raw = json.loads(written.read_text())
+            for image in images_of(raw):
+                image[name] = figure([x * factor for x in image[name]["samples"]])
+            path.write_text(json.dumps(raw))
+            with pytest.raises(AuditError, match="was edited: the stages of"):
+                read_audit(path)
 
 
 def test_differences(written) -> None:
-    before, raw = Audit.read(written), json.loads(written.read_text())
+    before, raw = read_audit(written), json.loads(written.read_text())
     assert differences(before, before) == []
     raw["software"]["onnxruntime"] = "1.20.0"
     raw["profile"]["settings"]["threads"] = 7

@@ -11,11 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lfm_audit.figures import Figure
 from lfm_runtime.commands.cli import main
-from lfm_runtime.formats.typed import as_json
 
 pytest.importorskip("matplotlib")
+from edits import figure, resampled
 from lfm_audit.report.page import audit_page
 from lfm_audit.report.source import all_series, named_audits
 from lfm_audit.report.tables import Row, Table, changes_table
@@ -30,10 +29,6 @@ def audit(made) -> dict:
     return json.loads(made.read_text())
 
 
-def figure(samples) -> dict:
-    return as_json(Figure.of(samples))
-
-
 def write(folder: Path, name: str, result: dict) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result))
@@ -45,7 +40,7 @@ def changed(result: dict, factor: float = 1.3) -> dict:
     other = copy.deepcopy(result)
     for found in other["variants"].values():
         for image in found["images"].values():
-            image["ttft_ms"] = figure([x * factor for x in image["ttft_ms"]["samples"]])
+            resampled(image, lambda samples: [x * factor for x in samples])
             image["energy_per_answer_j"] = figure([1.5, 1.6, 1.7])
     machine = other["machine"]
     for n, sample in enumerate(machine["samples"]):
@@ -53,7 +48,7 @@ def changed(result: dict, factor: float = 1.3) -> dict:
     machine.update(
         temperature_max_c=70.0, throttle_bits_before=0, throttle_bits_after=0x20002, mean_w=5.0, peak_w=6.0, idle_w=2.0
     )
-    other["verdict"] = {"valid": False, "reasons": ["throttled: <b>bits</b> & more"]}
+    other["verdict"] = {"valid": False, "reasons": ["the clock <b>jumped</b> & more"]}
     other["limits"] = [
         {"name": "ttft_ms", "limit": 10.0, "variant": "int4", "image": "small", "measured": 60.0, "holds": False}
     ]
@@ -123,7 +118,7 @@ def test_two_audits(audit, tmp_path) -> None:
     page = Page((tmp_path / "both.html").read_text())
     said = " ".join(page.words)
     assert {"Limits", "What changed", "Soak", "The machine during the audit"} <= set(page.headings)
-    assert "throttled: <b>bits</b> & more" in said, "shown as it is, not as markup"
+    assert "the clock <b>jumped</b> & more" in said, "shown as it is, not as markup"
     assert "+30.0%" in said and "0x20002" in said and "broken" in said
 
 
@@ -161,6 +156,7 @@ def test_markdown(audit, tmp_path) -> None:
 
 TUNING = {
     "tool": "lfm-edge tune",
+    "version": "0.1.0",
     "objective": "latency",
     "floor_kl": 0.1,
     "reference": "fp32",
@@ -194,7 +190,9 @@ TUNING = {
     ]
     + [
         {
-            "settings": {},
+            "settings": dict.fromkeys(
+                ("variant", "prefill", "threads", "low_memory", "arena", "max_image_tokens", "tiles"), 0
+            ),
             "latency_ms": {},
             "ttft_ms": {},
             "peak_mib": 0.0,

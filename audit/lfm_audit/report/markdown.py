@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lfm_audit.report.source import Named, all_series
 from lfm_audit.report.tables import changes_table, headline_table, limits_table, tuning_tables
 from lfm_audit.table import verdict_line
+from lfm_audit.tune.result import TuningResult
+from lfm_audit.verdict import grouped
 
 
 def audit_markdown(audits: Sequence[Named]) -> str:
@@ -15,7 +16,7 @@ def audit_markdown(audits: Sequence[Named]) -> str:
     parts = []
     for one in audits:
         parts.append(f"**{one.name}**: {verdict_line(one.audit)} ({one.where}, {one.when})")
-        parts += [f"- {reason}" for reason in one.audit.verdict.reasons]
+        parts += [f"- {reason}" for reason in grouped(one.audit.verdict.reasons)]
     tables = [
         ("What it costs", headline_table(all_series(audits))),
         ("Limits", limits_table(audits)),
@@ -25,7 +26,8 @@ def audit_markdown(audits: Sequence[Named]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def tuning_markdown(tuning: Mapping[str, Any]) -> str:
+def tuning_markdown(tuning: TuningResult) -> str:
     """Return the chosen settings and the front of a tuning as Markdown."""
-    _, front, settings = tuning_tables(tuning)
-    return f"### Tuned for {tuning['objective']}\n\n{settings.markdown()}\n\n### The front\n\n{front.markdown()}\n"
+    front, settings = tuning_tables(tuning)
+    chosen = f"### Tuned for {tuning.objective}\n\n{tuning.why}\n\n{settings.markdown()}"
+    return f"{chosen}\n\n### The front\n\n{front.markdown()}\n"

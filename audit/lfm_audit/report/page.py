@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +23,8 @@ from lfm_audit.report.tables import (
 )
 from lfm_audit.result import Audit
 from lfm_audit.table import verdict_line
+from lfm_audit.tune.result import TuningResult
+from lfm_audit.verdict import grouped
 
 Section = tuple[str, list[Any], str]
 """Title, plots and tables, a note below the title."""
@@ -70,7 +74,7 @@ def audit_page(audits: Sequence[Named]) -> str:
         {
             "name": named.name,
             "valid": named.audit.verdict.valid,
-            "reasons": named.audit.verdict.reasons,
+            "reasons": grouped(named.audit.verdict.reasons),
             "broken": sum(not limit.holds for limit in named.audit.limits),
             "limits": len(named.audit.limits),
             "line": verdict_line(named.audit).partition(": ")[2],
@@ -93,26 +97,30 @@ def _notes(audit: Audit) -> Iterator[str]:
     yield from (f"no {sensor}: {why}" for sensor, why in audit.machine.missing.items())
 
 
-def tuning_page(tuning: Mapping[str, Any]) -> str:
+def tuning_page(tuning: TuningResult) -> str:
     """Return a tuning as an HTML page: the chosen settings, all points measured, the front."""
-    chosen, front, settings = tuning_tables(tuning)
-    measured = [p for p in tuning["points"] if p["latency_ms"]]
+    front, settings = tuning_tables(tuning)
+    images = [Path(str(name)).name for name in tuning.key.get("images") or ()]
+    day = time.strftime("%Y-%m-%d", time.gmtime(tuning.created_unix_s)) if tuning.created_unix_s else ""
+    title = " · ".join(part for part in (f"Tuned for {tuning.objective}", tuning.bundle, tuning.machine, day) if part)
+    question = tuning.key.get("question")
+    asked = f"{', '.join(images)}: {question}" if images else str(question or "")
     sections: list[Section] = [
-        (
-            "Chosen",
-            [settings],
-            f"Best by {tuning['objective']} with a KL divergence of at most {tuning['floor_kl']:g} to "
-            f"{tuning['reference']} with the checkpoint's own image settings.",
-        ),
+        ("Chosen", [settings], f"{tuning.why[:1].upper()}{tuning.why[1:]}." if tuning.why else ""),
         (
             "All points",
-            [plots.pareto(tuning, chosen)] if measured else [],
-            f"{len(measured)} points, {tuning['rounds']} rounds; numbers are rows of the front.",
+            [plots.pareto(tuning)],
+            f"{len(tuning.measured)} points, {tuning.rounds} rounds. Numbers are rows of the front. "
+            f"KL: against {tuning.reference} with the checkpoint's own image settings. Asked: {asked}",
         ),
-        ("The front", [front], "Points of the Pareto front: no other point is better in latency, memory and quality."),
+        (
+            "The front",
+            [front],
+            "The Pareto front: no other point is faster beyond chance, takes no more memory and loses no more quality.",
+        ),
     ]
-    notes = sorted({p["failed"] for p in tuning["points"] if p["failed"]})
-    return _render(f"Tuned for {tuning['objective']}", [], sections, notes)
+    notes = sorted({p.failed for p in tuning.points if p.failed})
+    return _render(title, [], sections, notes)
 
 
 def _render(

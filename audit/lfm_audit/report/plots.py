@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lfm_audit.report.source import Named, Series, images_of
 from lfm_audit.result import MachineAt
+from lfm_audit.tune.result import TuningResult
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
     "#e69f00",
@@ -274,27 +275,24 @@ def soak(audits: Sequence[Named]) -> str:
 
 
 @_styled
-def pareto(tuning: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """Every point by latency and memory; those on the front named."""
-    points = [p for p in tuning["points"] if p["latency_ms"]]
-    fronts = [p for p in points if p["settings"] in tuning["front"]]
+def pareto(tuning: TuningResult) -> str:
+    """Every point by latency and memory; those on the front have their row's number."""
+    points, chosen = tuning.measured, tuning.point(tuning.chosen)
+    fronts = [tuning.point(settings) for settings in tuning.front]
     figure, (axis,) = _panels(1, 4.2)
-    floor = tuning["floor_kl"]
-    good, rest = ([p for p in points if ((p["kl"] or 0) <= floor) is wanted] for wanted in (True, False))
+    floor = tuning.floor_kl
+    good, rest = ([p for p in points if ((p.kl or 0) <= floor) is wanted] for wanted in (True, False))
     for label, group, colour, marker in ((f"KL ≤ {floor:g}", good, BLUE, "o"), (f"KL > {floor:g}", rest, ORANGE, "x")):
         if group:
-            ms, mib = [p["ms"] for p in group], [p["peak_mib"] for p in group]
+            ms, mib = [p.ms for p in group], [p.peak_mib for p in group]
             axis.scatter(ms, mib, color=colour, marker=marker, s=22, alpha=0.8, label=label)
-    for point in fronts:
-        samples = point["latency_ms"].values()
-        axis.plot([min(samples), max(samples)], [point["peak_mib"]] * 2, color="#888888", linewidth=0.7)
+    for number, point in enumerate(fronts, 1):
+        samples = point.latency_ms.values()
+        axis.plot([min(samples), max(samples)], [point.peak_mib] * 2, color="#888888", linewidth=0.7)
+        axis.annotate(str(number), (point.ms, point.peak_mib), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.scatter(
-        [chosen["ms"]], [chosen["peak_mib"]], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen"
+        [chosen.ms], [chosen.peak_mib], facecolors="none", edgecolors=RED, s=130, linewidths=1.8, label="chosen"
     )
-    for number, settings in enumerate(tuning["front"], 1):  # the table's rows
-        point = next(p for p in fronts if p["settings"] == settings)
-        at = point["ms"], point["peak_mib"]
-        axis.annotate(str(number), at, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("ms of an answer (line: fastest to slowest)")
     axis.set_ylabel("MiB at the peak")
     axis.set_xlim(left=0)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lfm_runtime.formats.files import damage_is, read_json_object
-
-from lfm_audit.result import Audit, AuditError, VariantResult
+from lfm_audit.reading import AuditError, read_audit
+from lfm_audit.result import Audit, VariantResult
+from lfm_audit.tune.result import TuningResult
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def named_audits(paths: Sequence[Path]) -> list[Named]:
         path.stem if stems.count(path.stem) == 1 else f"{path.absolute().parent.name}/{path.stem}" for path in paths
     ]
     names = [name if names.count(name) == 1 else f"{name} ({n + 1})" for n, name in enumerate(names)]
-    return [Named(name, Audit.read(path)) for name, path in zip(names, paths, strict=True)]
+    return [Named(name, read_audit(path)) for name, path in zip(names, paths, strict=True)]
 
 
 def all_series(audits: Sequence[Named]) -> list[Series]:
@@ -76,22 +74,10 @@ def images_of(series: Sequence[Series]) -> list[str]:
     return list(dict.fromkeys(name for one in series for name in one.result.images))
 
 
-def read_tuning(path: Path) -> dict[str, Any] | None:
+def read_tuning(path: Path) -> TuningResult | None:
     """What lfm-edge tune measured; None where the file is something else.
 
     Raises:
         AuditError: it is not JSON, or a damaged tuning.
     """
-    found = read_json_object(path, AuditError, advice="name a file written by lfm-edge audit or lfm-edge tune")
-    if found.get("tool") != "lfm-edge tune":
-        return None
-    with damage_is(AuditError, path, "tune again"):
-        for point in found["points"]:
-            if point["latency_ms"]:
-                point["ms"] = statistics.median(point["latency_ms"].values())
-                _ = point["peak_mib"] + (point["kl"] or 0.0), point["settings"]["variant"]
-        _ = found["objective"], found["floor_kl"], found["reference"], found["rounds"]
-        settings = [point["settings"] for point in found["points"] if point["latency_ms"]]
-        if found["chosen"] not in settings or not all(point in settings for point in found["front"]):
-            raise AuditError(f"{path} was edited: a point of the front is not among those measured; tune again")
-    return found
+    return TuningResult.read(path, AuditError, "name a file written by lfm-edge audit or lfm-edge tune, or tune again")

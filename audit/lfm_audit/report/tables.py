@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from lfm_audit.compare import Change, changes, differences
 from lfm_audit.figures import Figure
 from lfm_audit.report.source import Named, Series
 from lfm_audit.result import ImageFacts, VariantResult
+from lfm_audit.tune.result import TuningResult
 
 NONE = "–"
 
@@ -237,45 +238,29 @@ def settings_table(audits: Sequence[Named]) -> Table:
     return Table(["", *(audit.name for audit in audits)], shown, tuple(range(1, len(audits) + 1)))
 
 
-def tuning_tables(tuning: Mapping[str, Any]) -> tuple[Mapping[str, Any], Table, Table]:
-    """Return (the chosen point, the front, the chosen point's settings)."""
-    by_settings = {_key(p["settings"]): p for p in tuning["points"] if p["latency_ms"]}
-    front = [by_settings[_key(settings)] for settings in tuning["front"]]
-    chosen = by_settings[_key(tuning["chosen"])]
-    names = list(tuning["front"][0])
+def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:
+    """Return (the Pareto front, the chosen point's settings and costs)."""
+    chosen, names = tuning.point(tuning.chosen), list(tuning.chosen)
     rows = [
         Row(
             [
-                str(number),
-                *(_value(p["settings"][name]) for name in names),
-                f"{p['ms']:,.0f}",
-                f"{min(p['latency_ms'].values()):,.0f}",
-                f"{max(p['latency_ms'].values()):,.0f}",
-                f"{p['peak_mib']:,.0f}",
-                f"{p['anonymous_mib']:,.0f}",
-                f"{p['kl'] or 0:.4f}",
-                str(len(p["latency_ms"])),
+                f"{number}{' chosen' if p is chosen else ''}",
+                *(_value(p.settings[name]) for name in names),
+                f"{p.ms:,.0f}",
+                f"{min(p.latency_ms.values()):,.0f}",
+                f"{max(p.latency_ms.values()):,.0f}",
+                f"{p.peak_mib:,.0f}",
+                f"{p.anonymous_mib:,.0f}",
+                _number(p.kl, 4),
+                str(len(p.latency_ms)),
             ]
         )
-        for number, p in enumerate(front, 1)
+        for number, p in enumerate(map(tuning.point, tuning.front), 1)
     ]
-    cost = {
-        "answer, ms": f"{chosen['ms']:,.0f}",
-        "peak, MiB": f"{chosen['peak_mib']:,.0f}",
-        "KL": f"{chosen['kl'] or 0:.4f}",
-    }
-    settings = [
-        Row([name, value]) for name, value in {**{n: _value(v) for n, v in chosen["settings"].items()}, **cost}.items()
-    ]
-    return (
-        chosen,
-        Table(["", *names, "ms", "min", "max", "MiB", "anonymous", "KL", "n"], rows),
-        Table(["", ""], settings),
-    )
-
-
-def _key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(sorted(settings.items()))
+    cost = {"answer, ms": f"{chosen.ms:,.0f}", "peak, MiB": f"{chosen.peak_mib:,.0f}", "KL": _number(chosen.kl, 4)}
+    settings = {**{name: _value(chosen.settings[name]) for name in names}, **cost}
+    head = ["", *names, "answer, ms", "min", "max", "peak, MiB", "anonymous", "KL", "rounds"]
+    return Table(head, rows), Table(["", ""], [Row([name, value]) for name, value in settings.items()])
 
 
 def _of(figure: Figure | None, digits: int) -> str:

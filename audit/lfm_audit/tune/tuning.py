@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import platform
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnxruntime as ort
 from lfm_profiles import VARIANTS, Profile, changed, cpu_features, default_threads
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import SettingError
-from lfm_runtime.formats.files import damage_is, read_json_object, to_json, write_whole
+from lfm_runtime.formats.files import write_whole
+from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.setup import settle
 
+from lfm_audit.tune.result import PointResult, TuningResult
+
+Objective = Literal["latency", "memory", "energy"]
 OBJECTIVES = ("latency", "memory", "energy")
 
 
@@ -71,7 +76,7 @@ class Tuning:
     profile: Profile
     images: Sequence[Path]
     question: str
-    objective: str
+    objective: Objective
     floor: float
     axes: Mapping[str, Sequence[Any]]
     points: dict[Point, Measured] = field(default_factory=dict)
@@ -88,12 +93,26 @@ class Tuning:
         """The best for the objective. Of several that chance may have put in this order those of the least memory, and
         of these the one nearest to the profile.
         """
-        first, *others = self.front()
-        same = [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
+        same = self._alike()
         least = min(self.points[p].peak_mib for p in same)
         same = [p for p in same if self.points[p].peak_mib <= least * _SAME_MEMORY]
         base = dict(self.first_point())
         return min(same, key=lambda p: (sum(value != base[axis] for axis, value in p), self._rank(p)))
+
+    def why(self) -> str:
+        """Why the chosen point was chosen, in words that agree with the table."""
+        best, chosen, alike = self.front()[0], self.chosen(), self._alike()
+        allowed = f"KL ≤ {self.floor:g}" if self.good_enough(chosen) else "whatever its KL"
+        if len(alike) == 1:
+            return f"best by {self.objective} with {allowed}"
+        among = f"of {len(alike)} points whose {self.objective} differs by no more than chance ({allowed})"
+        least = "the one with the least memory" if chosen != best else "the best, which also takes the least memory"
+        return f"{among}, {least} and the settings nearest to profile {self.profile.name}"
+
+    def _alike(self) -> list[Point]:
+        """The best for the objective, and those that chance may have put behind it."""
+        first, *others = self.front()
+        return [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
 
     def first_point(self) -> Point:
         """Return the point of the axes that is nearest to the profile's own settings."""
@@ -186,7 +205,7 @@ class Tuning:
             self.table(),
             f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the "
             "checkpoint's "
-            f"own image settings; * is best by {self.objective} with KL ≤ {self.floor:g}",
+            f"own image settings; *: {self.why()}",
         ]
         if failed:
             lines.append(f"{len(failed)} points could not be measured: {failed[0]}")
@@ -210,52 +229,77 @@ class Tuning:
             "question": self.question,
         }
 
-    def save(self, path: Path) -> None:
-        """Write all points, the front and the chosen point to `path` as JSON."""
-        write_whole(
-            path,
-            to_json(
-                {
-                    "tool": "lfm-edge tune",
-                    "version": __version__,
-                    "key": self.key(),
-                    "objective": self.objective,
-                    "floor_kl": self.floor,
-                    "rounds": self.rounds,
-                    "reference": self.reference,
-                    "profile": self.profile.name,
-                    "front": [dict(p) for p in self.front()],
-                    "chosen": dict(self.chosen()),
-                    "points": [{"settings": dict(p), **vars(m)} for p, m in self.points.items()],
-                },
-                indent=1,
-            )
-            + "\n",
+    def result(self) -> TuningResult:
+        """All points, the front and the chosen point, as they are kept."""
+        device = this_machine().device
+        return TuningResult(
+            tool="lfm-edge tune",
+            version=__version__,
+            key=self.key(),
+            objective=self.objective,
+            floor_kl=self.floor,
+            rounds=self.rounds,
+            reference=self.reference,
+            profile=self.profile.name,
+            front=tuple(dict(p) for p in self.front()),
+            chosen=dict(self.chosen()),
+            points=tuple(_kept(p, m) for p, m in self.points.items()),
+            bundle=self.bundle.folder.resolve().name,
+            machine=device.board or device.cpu or device.machine,
+            created_unix_s=round(time.time(), 3),
+            why=self.why(),
         )
+
+    def save(self, path: Path) -> None:
+        """Write the result to `path` as JSON."""
+        write_whole(path, self.result().to_text())
 
     def resume(self, path: Path) -> bool:
         """Take up what an earlier search of the same kind measured; whether there was one.
 
         Raises:
-            SettingError: the file is of another search, or damaged.
+            SettingError: the file is of another search or another program, or damaged.
         """
         if not path.exists():
             return False
-        found = read_json_object(path, SettingError, advice="remove it to begin anew")
-        if found.get("key") != self.key():
+        found = TuningResult.read(path, SettingError, "remove it to begin anew")
+        if found is None:
+            raise SettingError(f"{path} was not written by lfm-edge tune; write another profile with -o")
+        if found.key != self.key():
             raise SettingError(
                 f"{path} is of another bundle, machine, images or question; remove it, or write another profile with -o"
             )
-        with damage_is(SettingError, path, "remove it to begin anew"):
-            self.rounds, self.reference = int(found["rounds"]), str(found["reference"])
-            for entry in found["points"]:
-                point = tuple(sorted(entry.pop("settings").items()))
-                if any(value not in self.axes.get(axis, ()) for axis, value in point):
-                    continue  # a flag leaves it out now
-                for name in ("latency_ms", "ttft_ms", "energy_j"):
-                    entry[name] = {int(k): float(v) for k, v in entry[name].items()}
-                self.points[point] = Measured(**entry)
+        self.rounds, self.reference = found.rounds, found.reference
+        for kept in found.points:
+            point = tuple(sorted(kept.settings.items()))
+            if all(value in self.axes.get(axis, ()) for axis, value in point):  # else a flag leaves it out now
+                self.points[point] = Measured(
+                    latency_ms=_by_round(kept.latency_ms),
+                    ttft_ms=_by_round(kept.ttft_ms),
+                    peak_mib=kept.peak_mib,
+                    anonymous_mib=kept.anonymous_mib,
+                    energy_j=_by_round(kept.energy_j),
+                    kl=kept.kl,
+                    failed=kept.failed,
+                )
         return True
+
+
+def _kept(point: Point, m: Measured) -> PointResult:
+    return PointResult(
+        settings=dict(point),
+        latency_ms={str(n): ms for n, ms in m.latency_ms.items()},
+        ttft_ms={str(n): ms for n, ms in m.ttft_ms.items()},
+        peak_mib=m.peak_mib,
+        anonymous_mib=m.anonymous_mib,
+        energy_j={str(n): joules for n, joules in m.energy_j.items()},
+        kl=m.kl,
+        failed=m.failed,
+    )
+
+
+def _by_round(samples: Mapping[str, float]) -> dict[int, float]:
+    return {int(n): value for n, value in samples.items()}
 
 
 def _nearest(value: Any, values: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.formats.typed import read_as
 from lfm_runtime.images.layout import ImageLayout
 from lfm_runtime.text.chat_template import Template
 from lfm_runtime.text.compile_tokenizer import compile_tokenizer, unicode_ranges
@@ -31,6 +32,7 @@ CHATML = (
 _STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
 
 
+_AGAIN = "export the bundle again"
 PROMPT_SCHEMA = 2
 """Of prompt.json. 1 had the chat template as text around messages; it is read too, with the template of the bundle's
 own files.
@@ -126,7 +128,7 @@ class PromptSpec:
             BundleError: damaged, incomplete, or of a newer schema.
         """
         raw = read_json_object(path, BundleError)
-        with damage_is(BundleError, path, "export the bundle again"):
+        with damage_is(BundleError, path, _AGAIN):
             if raw["schema"] > PROMPT_SCHEMA:
                 raise BundleError(
                     f"{path} has schema {raw['schema']}, this lfm-edge reads {PROMPT_SCHEMA}; update lfm-edge"
@@ -143,18 +145,37 @@ class PromptSpec:
                 }
                 vocabulary["splits"] = [split.translate(_STAND_INS_1) for split in vocabulary["splits"]]
             else:
-                chat = ChatFormat(str(raw["chat"]["template"]), dict(raw["chat"]["specials"]))
+                chat = read_as(ChatFormat, raw["chat"], path, BundleError, _AGAIN)
                 tokens: list[str | None] = [token or None for token in vocabulary["tokens"].split("\n")]
                 for i, token in vocabulary["odd_tokens"].items():
                     tokens[int(i)] = token
                 merges = array("I", base64.b64decode(vocabulary["merges"]))
                 vocabulary.update(tokens=tokens, merges=_little_endian(merges))
-            vocabulary["classes"] = {name: [int(code) for code in flat] for name, flat in vocabulary["classes"].items()}
+            small = read_as(_Small, vocabulary, path, BundleError, _AGAIN)
             return PromptSpec(
-                Vocabulary(**_known(Vocabulary, vocabulary)),
+                Vocabulary(
+                    tokens=vocabulary["tokens"],
+                    merges=vocabulary["merges"],
+                    ignore_merges=small.ignore_merges,
+                    splits=list(small.splits),
+                    added=[list(contents) for contents in small.added],
+                    special=list(small.special),
+                    classes={name: list(flat) for name, flat in small.classes.items()},
+                ),
                 chat,
-                ImageTokens(**_known(ImageTokens, raw["image_tokens"])),
+                read_as(ImageTokens, raw["image_tokens"], path, BundleError, _AGAIN),
             )
+
+
+@dataclass(frozen=True)
+class _Small:
+    """What of a vocabulary is stored as it is."""
+
+    ignore_merges: bool
+    splits: tuple[str, ...]
+    added: tuple[tuple[str, ...], ...]
+    special: tuple[int, ...]
+    classes: Mapping[str, tuple[int, ...]]
 
 
 def _little_endian(values: array[int]) -> array[int]:
@@ -163,10 +184,6 @@ def _little_endian(values: array[int]) -> array[int]:
     if sys.byteorder == "big":
         values.byteswap()
     return values
-
-
-def _known(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
-    return {f.name: raw[f.name] for f in fields(cls)}
 
 
 # ------------------------------------------------------------------------------------- folders without a prompt.json

@@ -88,6 +88,9 @@ class Tokenizer:
         self.special = frozenset(vocabulary.special)
         self.id_of: dict[str, int] = dict(zip(vocabulary.tokens, range(len(vocabulary.tokens)), strict=True))  # type: ignore[arg-type]
         self.id_of.pop(None, None)  # type: ignore[call-overload]
+        without_id = [c for contents in vocabulary.added for c in contents if c not in self.id_of]
+        if without_id:
+            raise ValueError(f"the added token {without_id[0]!r} has no id")
         self._alphabet = byte_alphabet()
         self._byte_ids = [self.id_of[c] for c in self._alphabet]
         # (left id, right id) → (rank, merged id), each pair as one whole number: a fifth of the time that tuples take.

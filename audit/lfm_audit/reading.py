@@ -1,0 +1,81 @@
+"""Reads audit.json, a file that somebody else may have damaged or edited."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.typed import read_as
+
+from lfm_audit.figures import Figure
+from lfm_audit.result import SCHEMA, TOOL, Answers, Audit
+from lfm_audit.summary import STAGES
+from lfm_audit.verdict import judged_again
+
+_ROUNDING = 1.1e-3
+_STAGES_MS = 0.02
+"""Of a sum of stages, each rounded to a ten-thousandth."""
+_AGAIN = "make the audit again"
+
+
+class AuditError(EdgeError, ValueError):
+    """A file is not an audit that can be read here."""
+
+
+def read_audit(path: Path) -> Audit:
+    """Read a file of an audit. Its verdict and limits are judged again from its figures; only what no figure shows (the
+    clock, files that were changed) is taken from the file.
+
+    Raises:
+        AuditError: missing, cut off, edited (figures that disagree with their samples or with each other), or of
+            another schema.
+    """
+    raw = read_json_object(path, AuditError, advice=f"name a file written by {TOOL}")
+    tool = raw.get("tool")
+    if not (isinstance(tool, dict) and tool.get("name") == TOOL):
+        raise AuditError(f"{path} is not an audit; name a file written by {TOOL} -o")
+    if raw.get("schema") != SCHEMA:
+        shown = str(raw.get("schema"))[:20]
+        raise AuditError(f"{path} is an audit of schema {shown}, this lfm-edge reads {SCHEMA}; {_AGAIN}")
+    found = read_as(Audit, raw, path, AuditError, _AGAIN)
+    if not found.variants or any(not variant.images for variant in found.variants.values()):
+        raise AuditError(f"{path} has a variant without figures, or none; {_AGAIN}")
+    if any(not _agrees(headline.figure) for headline in found.headlines()):
+        raise AuditError(f"{path} was edited: a figure does not agree with its samples; {_AGAIN}")
+    for name, variant in found.variants.items():
+        for image, answers in variant.images.items():
+            if not _adds_up(answers):
+                raise AuditError(f"{path} was edited: the stages of {name}, {image} are not its total; {_AGAIN}")
+    return judged_again(found)
+
+
+def _agrees(figure: Figure) -> bool:
+    """Whether a figure agrees with its samples, up to the rounding of written audits."""
+    if not figure.samples:
+        return False
+    computed = Figure.of(figure.samples)
+    pairs = [(getattr(computed, f.name), getattr(figure, f.name)) for f in dataclasses.fields(Figure)]
+    return all(
+        a is b if a is None or b is None else abs(a - b) <= _ROUNDING * (1 + abs(a))
+        for a, b in pairs
+        if not isinstance(a, tuple)
+    )
+
+
+def _adds_up(answers: Answers) -> bool:
+    """Whether the stages of every answer add up to its total, and those before the first token take no longer than it
+    took.
+    """
+    stages = dict(answers.stages.items())
+    totals, firsts = answers.total_ms.samples, answers.ttft_ms.samples
+    if any(len(of.samples) != len(totals) for of in (*stages.values(), answers.ttft_ms)):
+        return False
+    before = [stages[f"{name}_ms"].samples for name in STAGES]
+    return all(
+        abs(sum(of.samples[n] for of in stages.values()) - total) <= _STAGES_MS
+        and sum(of[n] for of in before) <= first + _STAGES_MS
+        and first <= total + _STAGES_MS
+        for n, (first, total) in enumerate(zip(firsts, totals, strict=True))
+    )

@@ -1,0 +1,25 @@
+"""Changes of an audit's JSON whose figures still agree: with their samples, and the stages with the total."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lfm_audit.figures import Figure
+from lfm_runtime.formats.typed import as_json
+
+
+def figure(samples) -> dict[str, Any]:
+    return as_json(Figure.of(samples))
+
+
+def resampled(image: dict[str, Any], change: Callable[[list[float]], list[float]]) -> None:
+    """The times of all answers about an image, changed alike: stages, first token and total."""
+    for name, stage in image["stages"].items():
+        image["stages"][name] = figure(change(stage["samples"]))
+    image["ttft_ms"] = figure(change(image["ttft_ms"]["samples"]))
+    image["total_ms"] = figure([sum(of) for of in zip(*(s["samples"] for s in image["stages"].values()), strict=True)])
+
+
+def images_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [image for found in result["variants"].values() for image in found["images"].values()]
