@@ -327,7 +327,7 @@ def _setup(machine: Machine) -> Setup:
 
 
 def _prepared(machine: Machine) -> Iterator[Finding]:
-    from lfm_runtime.engine.prepared import find
+    from lfm_runtime.engine.prepared import find, remove_damaged
     from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 
     setup = _setup(machine)
@@ -337,8 +337,9 @@ def _prepared(machine: Machine) -> Iterator[Finding]:
         return
     paths = [setup.paths[graph.stem] for graph in (VISION_ENCODER, DECODER)]
     paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
+    notes = remove_damaged(bundle, paths)
     found = [find(bundle, path) for path in paths]
-    notes = [one.note for one in found if one.note]
+    notes += [one.note for one in found if one.note]
     fix = f"lfm-edge prepare {machine.bundle} --variant {variant}" + (f" --prefill {prefill}" if prefill else "")
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)

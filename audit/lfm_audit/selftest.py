@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from lfm_profiles import VARIANTS, to_toml
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import golden
 from lfm_runtime.engine.gpu import provider_options
+from lfm_runtime.engine.prepared import remove_damaged
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
@@ -82,11 +84,13 @@ class Installed:
 
 
 def _files(on: Installed) -> str:
-    """Check the SHA-256 of every file that the manifest names."""
+    """Check the SHA-256 of every file that the manifest names, and of what was prepared."""
     try:
         on.bundle.verify()
     except EdgeError as e:
         raise CheckError(str(e)) from e
+    if damaged := remove_damaged(on.bundle, [path for of in on.bundle.variants.values() for path in of.values()]):
+        raise CheckError(f"{damaged[0]}; make it again: lfm-edge prepare {shlex.quote(str(on.folder))}")
     if not on.bundle.files:
         raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
     return f"{len(on.bundle.files)} files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import check_onnxruntime, load_session
+from lfm_runtime.engine.prepared import remove_damaged
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash
@@ -115,6 +117,16 @@ def _outside(folder: Path, name: str, files: Mapping[str, File]) -> list[str]:
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or inside.as_posix() not in files:
             found.append(f"{name} takes weights from {place}, which is not a file of the bundle; do not use it")
     return found
+
+
+def verify_prepared(folder: Path) -> list[str]:
+    """What is damaged of the graphs that lfm-edge prepare wrote beside a bundle; it is removed."""
+    bundle = Bundle.open(folder)
+    sources = [path for graphs in bundle.variants.values() for path in graphs.values()]
+    return [
+        f"{problem}; make it again: lfm-edge prepare {shlex.quote(str(folder))}"
+        for problem in remove_damaged(bundle, sources)
+    ]
 
 
 def _unloadable(folder: Path) -> list[str]:

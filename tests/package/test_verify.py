@@ -200,3 +200,39 @@ def test_graphs_that_need_a_newer_onnxruntime(bundle_copy) -> None:
     found = verify(bundle_copy)
     assert len(found) == 3
     assert all("needs onnxruntime 9.9.0, this is" in problem for problem in found)
+
+
+def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo, capsys, monkeypatch) -> None:
+    """What runs is what is checked: after a flipped byte nothing is answered from it, and prepare makes it again."""
+    from lfm_audit import selftest  # noqa: F401  (the command)
+
+    question = ["run", str(bundle_copy), str(photo), "-p", "What is this?", "--variant", "fp32", "--temperature", "0"]
+
+    def prepared() -> tuple[str, Path]:
+        assert main(["prepare", str(bundle_copy), "--variant", "fp32"]) == 0
+        capsys.readouterr()
+        assert main(question) == 0
+        return capsys.readouterr().out, next(kept.rglob("decoder_model_merged.onnx_data"))
+
+    kept = bundle_copy.with_name(f"{bundle_copy.name}.prepared")
+    answer, weights = prepared()
+    for command in (
+        ["verify", str(bundle_copy)],
+        ["doctor", str(bundle_copy), "--profile", "generic"],
+        ["selftest", str(bundle_copy)],
+    ):
+        data = bytearray(weights.read_bytes())
+        data[:: 1 << 14] = bytes(255 - byte for byte in data[:: 1 << 14])
+        weights.write_bytes(data)
+        code = main(command)
+        said = capsys.readouterr().out
+        assert code == 1 or command[0] == "doctor", said
+        assert "is damaged" in said
+        assert "lfm-edge prepare" in said
+        assert not weights.exists()
+        assert main(question) == 0
+        assert capsys.readouterr().out == answer
+        assert prepared()[0] == answer
+        assert main(["verify", str(bundle_copy)]) == 0
+    weights.with_name("prepared.json").write_text("{}")
+    assert main(["verify", str(bundle_copy)]) == 1

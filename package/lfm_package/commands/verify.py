@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Check every file's hash, and that there are no unknown files and no weights outside the bundle, and "
-        "that every graph loads. Exit code 0; 1: something is wrong."
+        "that every graph loads; also what lfm-edge prepare wrote beside it, of which damaged graphs are removed. Exit "
+        "code 0; 1: something is wrong."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
@@ -24,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print every problem of the bundle; return 1 where there is one, else 0."""
-    from lfm_package.verify import verify
+    from lfm_package.verify import verify, verify_prepared
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
 
     problems = verify(options.bundle, show, signers=options.signers)
+    problems += verify_prepared(options.bundle) if not problems else []
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     for problem in problems:

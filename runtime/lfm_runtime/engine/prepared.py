@@ -9,6 +9,8 @@ not fit is not used, and `find` tells why. Threads do not change the layout.
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Found:
 
     path: Path
     note: str | None = None
+    damaged: bool = False  # what was prepared is not what prepare wrote
 
 
 def folder_of(bundle: Path) -> Path:
@@ -55,9 +58,28 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
         for name, wanted in note["files"].items():
             path = place / name
             if path.stat().st_size != wanted["bytes"]:
-                return Found(source, f"{path} is cut off and not used")
+                return Found(source, f"{path} is cut off and not used", damaged=True)
             if (verify or path.suffix == ".onnx") and file_hash(path) != wanted["sha256"]:
-                return Found(source, f"{path} is damaged and not used")
+                return Found(source, f"{path} is damaged and not used", damaged=True)
     except (BundleError, OSError, KeyError, TypeError, AttributeError) as e:
-        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})")
+        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})", damaged=True)
     return Found(place / source.name)
+
+
+def remove_damaged(bundle: Bundle, sources: Iterable[Path]) -> list[str]:
+    """Hash everything that was prepared from `sources` for this processor, and remove what is damaged, so that nothing
+    is answered from it. Returns a message for each.
+    """
+    said = []
+    for source in dict.fromkeys(sources):
+        place = folder_of(bundle.folder) / source.stem
+        found = find(bundle, source, verify=True)
+        if not found.damaged:
+            continue
+        try:
+            shutil.rmtree(place)
+            did = "it was removed"
+        except OSError as e:
+            did = f"remove {place} ({e.strerror or e})"
+        said.append(f"{found.note}: {did}")
+    return said
