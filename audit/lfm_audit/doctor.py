@@ -302,6 +302,8 @@ def _profile(machine: Machine) -> Iterator[Finding]:
 
 
 def _bundle(machine: Machine) -> Iterator[Finding]:
+    from lfm_runtime.setup.variants import unmet
+
     setup = _setup(machine)
     bundle = setup.bundle
     size = sum(file.bytes for file in bundle.files.values())
@@ -311,6 +313,11 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
         fix = "make a bundle with: lfm-edge export"
         yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
         return
+    for wish in unmet(bundle, setup.profile):
+        why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
+        yield Finding(
+            "variants", "warning", why, f"on the PC: lfm-edge quantize BUNDLE --variant {wish}, then stick again"
+        )
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
     yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
 

@@ -79,3 +79,9 @@ def _adds_up(answers: Answers) -> bool:
         and first <= total + _STAGES_MS
         for n, (first, total) in enumerate(zip(firsts, totals, strict=True))
     )
+
+
+def is_audit(path: Path) -> bool:
+    """Whether lfm-edge audit wrote this file; raises AuditError where it is not JSON."""
+    tool = read_json_object(path, AuditError).get("tool")
+    return isinstance(tool, dict) and tool.get("name") == TOOL

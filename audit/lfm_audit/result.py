@@ -208,6 +208,12 @@ class VariantResult:
     memory: MemoryUse
     warnings: tuple[str, ...]
 
+    @property
+    def kl(self) -> float | None:
+        """KL divergence from fp32 in nats a token, where quantize or quality measured it."""
+        found = (self.quality or {}).get("kl")
+        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
 
 @dataclass(frozen=True)
 class MachineAt:

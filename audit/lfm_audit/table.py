@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 from lfm_audit.figures import Figure
@@ -152,3 +153,10 @@ def _cell(value: float) -> float:
 
 def _median(figure: Figure | None) -> float | str:
     return _cell(figure.median) if figure else ""
+
+
+def is_csv(path: Path) -> bool:
+    """Whether the file begins as `rows_for_csv` writes it: rows can be appended."""
+    with path.open(encoding="utf-8") as f:
+        first = f.readline()
+    return first.startswith("created_unix_s,valid,bundle,")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
         SettingError: an output of another kind; a key that cannot sign.
     """
     manifest = reduced(folder, variants)
-    texts = {PROFILE: to_toml(extras.profile).encode()} if extras.profile else {}
+    texts = {PROFILE: to_toml(extras.profile, named=True).encode()} if extras.profile else {}
     for name, data in texts.items():
         manifest = manifest.with_files({name: File(len(data), hashlib.sha256(data).hexdigest())})
     manifest = replace(manifest, files=dict(sorted(manifest.files.items())))
@@ -87,6 +88,16 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
         raise BundleError(f"cannot write {output}: {e.strerror or e}; existing files are unchanged") from e
     finally:
         parts.discard()
+
+
+def is_packed(archive: Path) -> bool:
+    """Whether lfm-edge pack or stick wrote this file: a tar of one folder with its name and what they put into it."""
+    top, ours = archive.name.removesuffix(".tar"), {MANIFEST, SUMS, "install.sh"}
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            return any(member.name.removeprefix(f"{top}/") in ours for member in itertools.islice(tar, 100))
+    except tarfile.TarError:
+        return False
 
 
 def reduced(folder: Path, variants: Sequence[str]) -> Manifest:

@@ -16,14 +16,19 @@ NAMESPACE = "lfm-edge"
 SUFFIX = ".sig"
 
 
+def check_key(key: Path) -> None:
+    """Before long work: raise SettingError where there is no such key."""
+    if not key.is_file():
+        raise SettingError(f"{key} does not exist; make a key with: ssh-keygen -t ed25519 -f {key}")
+
+
 def sign(path: Path, key: Path) -> Path:
     """Write PATH.sig with a private key, or with a public one whose private part ssh-agent holds.
 
     Raises:
         SettingError: no such key, or ssh-keygen cannot use it.
     """
-    if not key.is_file():
-        raise SettingError(f"{key} does not exist; make a key with: ssh-keygen -t ed25519 -f {key}")
+    check_key(key)
     signature = path.with_name(path.name + SUFFIX)
     signature.unlink(missing_ok=True)  # ssh-keygen would ask
     done = _ssh_keygen("sign", "-f", str(key), "-n", NAMESPACE, str(path))

@@ -28,6 +28,7 @@ SETTINGS = "stick.conf"
 _LARGEST_FILE = 4_000_000_000  # FAT32 holds no larger ones
 _WITH_BYTECODE = 1.4  # what installed wheels take, against their files
 _SPARE = 32 << 20
+_LEAST_WHEELS = 40 << 20  # what the runtime's wheels take at least, before they are downloaded
 
 
 def write_stick(
@@ -38,6 +39,7 @@ def write_stick(
     *,
     profile: Profile | None = None,
     sign_with: Path | None = None,
+    force: bool = False,
 ) -> list[Wheel]:
     """Write a stick's content as a folder, or as NAME.tar. What was there before stays until all is written.
 
@@ -48,17 +50,25 @@ def write_stick(
         output: a folder, or NAME.tar.
         profile: goes into the bundle as profile.toml; None leaves the choice to the device.
         sign_with: a key of ssh; install.sh then can tell who made the stick.
+        force: also replace the stick of another board, or a signed one by one that is not.
 
     Raises:
         BundleError: as `pack`; or the target's onnxruntime is too old for the bundle; or the output cannot be written.
         WheelhouseError: the wheels cannot be had.
     """
     manifest = reduced(folder, variants)
+    _check_space(output, sum(file.bytes for file in manifest.files.values()) + _LEAST_WHEELS)
     name = output.name.removesuffix(".tar")
     if not name:
         raise SettingError(f"{output} has no name; name a folder or a .tar")
     if output.suffix != ".tar":
-        with replacing(output, check=_check_ours) as stick:
+
+        def check(there: Path) -> None:
+            _check_ours(there)
+            if not force:
+                _check_like(there, platform, signed=bool(sign_with))
+
+        with replacing(output, check=check) as stick:
             return _fill(stick, name, folder, variants, manifest, platform, Extras(profile, (), sign_with))
     work = output.with_name(f".{output.name}.partial")
     try:
@@ -137,6 +147,28 @@ def _as_tar(stick: Path, output: Path) -> None:
             with path.open("rb") as f:
                 name = f"{stick.name}/{path.relative_to(stick).as_posix()}"
                 tar.addfile(entry(name, path.stat().st_size, 0o755 if path.name == INSTALL else 0o644), f)
+
+
+def _check_space(output: Path, size: int) -> None:
+    """Raise BundleError where the stick has no room, before anything is downloaded for it."""
+    place = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise BundleError(
+            f"{place} has {free >> 20} MiB free, {output.name} takes {size >> 20} at least; free some space"
+        )
+
+
+def _check_like(folder: Path, platform: Platform, *, signed: bool) -> None:
+    """Raise BundleError where a stick would replace one for another board, or one that is signed."""
+    settings = folder / SETTINGS
+    if not settings.is_file():
+        return
+    target = next((line[7:] for line in settings.read_text().splitlines() if line.startswith("target=")), "")
+    if target != platform.target.name:
+        raise BundleError(f"{folder} is a stick for {target}; choose another output, or replace it with --force")
+    if (folder / SIGNATURE).exists() and not signed:
+        raise BundleError(f"{folder} is a signed stick; sign this one too: --sign KEY, or replace it with --force")
 
 
 def _check_ours(folder: Path) -> None:

@@ -31,6 +31,7 @@ class Target:
 
     name: str
     machine: str  # as uname -m
+    profile: str  # that the device will choose, for its CPU: the stick's onnxruntime has no GPU
     systems: tuple[System, ...]
 
 
@@ -39,11 +40,11 @@ _ANY_LINUX = tuple(System("Linux with glibc 2.28", python, 28) for python in ("3
 TARGETS = {
     target.name: target
     for target in (
-        *(Target(name, "aarch64", _RASPBERRY_PI_OS) for name in ("pi5", "pi4", "pi3", "pi-zero2w")),
-        Target("jetson-jp6", "aarch64", (System("JetPack 6", "3.10", 35),)),
-        Target("jetson-jp7", "aarch64", (System("JetPack 7", "3.12", 39),)),
-        Target("aarch64", "aarch64", _ANY_LINUX),
-        Target("x86_64", "x86_64", _ANY_LINUX),
+        *(Target(name, "aarch64", name, _RASPBERRY_PI_OS) for name in ("pi5", "pi4", "pi3", "pi-zero2w")),
+        Target("jetson-jp6", "aarch64", "jetson-orin-cpu", (System("JetPack 6", "3.10", 35),)),
+        Target("jetson-jp7", "aarch64", "jetson-orin-cpu", (System("JetPack 7", "3.12", 39),)),
+        Target("aarch64", "aarch64", "generic-arm64", _ANY_LINUX),
+        Target("x86_64", "x86_64", "generic-x86", _ANY_LINUX),
     )
 }
 

@@ -10,12 +10,12 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS
 from lfm_runtime.formats.writer import replacing
 
 from lfm_package.verify import verify
@@ -60,11 +60,27 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
             if problems := verify(new, signers=signers):
                 raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
     except _DAMAGE as e:
-        raise BundleError(f"{archive} is not a tar file, or is cut off; copy it again") from e
+        raise BundleError(f"{archive} {_no_tar(archive)}") from e
     except FileNotFoundError as e:
         raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
     except OSError as e:
         raise BundleError(f"{archive} cannot be read: {e.strerror or e}") from e
+
+
+def _no_tar(archive: Path) -> str:
+    """What is wrong with a file that cannot be read as a tar, and what to do."""
+    begin = b""
+    with suppress(FileNotFoundError), archive.open("rb") as f:  # there may be parts of it alone
+        begin = f.read(6)
+    if begin[:2] == b"\x1f\x8b":
+        return f"is compressed; unpack it first: gunzip {archive}"
+    if begin[:6] == b"\xfd7zXZ\0":
+        return f"is compressed; unpack it first: unxz {archive}"
+    if begin[:4] == b"\x28\xb5\x2f\xfd":
+        return f"is compressed; unpack it first: zstd -d {archive}"
+    if re.fullmatch(r"\.\d{3}", archive.suffix):
+        return f"is one part of several; name the whole, whose parts are found: {archive.with_suffix('')}"
+    return "is not a tar file, or is cut off; copy it again"
 
 
 def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
@@ -73,9 +89,19 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
     tops = set()
     with _opened(archive) as tar:
         for entry in tar:
-            path = PurePosixPath(entry.name)
+            path = PurePosixPath(entry.name)  # "./cam/x" is cam/x
+            if entry.isdir() and not path.is_absolute() and ".." not in path.parts:
+                continue  # other programs name folders as well
             if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(entry.name) or len(path.parts) < 2:
-                raise BundleError(f"{archive} holds {entry.name!r}, a name outside of its folder; do not use it")
+                alone = len(path.parts) == 1 and not path.is_absolute() and path.name in (SUMS, MANIFEST, "config.json")
+                raise BundleError(
+                    f"{archive} holds {entry.name!r}, "
+                    + (
+                        "outside of a folder; make it with lfm-edge pack, or with the folder's name: tar cf cam.tar cam"
+                        if alone
+                        else "a name outside of its folder; do not use it"
+                    )
+                )
             if not entry.isreg() or entry.issparse():
                 raise BundleError(f"{archive} holds {entry.name!r}, which is a link, a device or sparse; do not use it")
             tops.add(path.parts[0])
@@ -112,8 +138,6 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     parts = [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
     mode: Any = "r:"  # no compression: what is not looked at cannot do harm
-    if archive.suffix == ".zst":
-        raise SettingError(f"{archive} is compressed; unpack it first: zstd -d {archive}")
     if archive.exists() and parts:
         raise BundleError(f"both {archive} and {parts[0].name} exist, perhaps from different runs; remove one")
     if not parts:

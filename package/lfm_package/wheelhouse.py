@@ -250,6 +250,11 @@ def _pip(*words: str) -> str:
     program = [sys.executable, "-m", "pip", *words, "--quiet", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run(program, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
+        if "No space left on device" in done.stderr or "Disk quota exceeded" in done.stderr:
+            raise WheelhouseError(
+                f"pip {words[0]} failed: no space is left in the output's folder or in {tempfile.gettempdir()}; free "
+                "some, or set TMPDIR"
+            )
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"]
         said = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
         without = "No module named pip" in said

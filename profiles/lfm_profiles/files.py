@@ -23,16 +23,20 @@ SHIPPED = Path(__file__).parent
 _SECTIONS: dict[str, Any] = {"match": Match, "budget": Budget}
 
 
-_TEXTS = ("description", "extends")
+_TEXTS = ("name", "description", "extends")
 
 
-def to_toml(profile: Profile) -> str:
-    """A file that gives all that this profile gives, by itself. The rules of `auto` are left out."""
+def to_toml(profile: Profile, *, named: bool = False) -> str:
+    """A file that gives all that this profile gives, by itself. The rules of `auto` are left out. `named`: the file's
+    name is not the profile's, which is written into it.
+    """
     useless = {
         *(TILE_SETTINGS if profile.do_image_splitting is False else ()),
         *(("prefill",) if profile.low_memory else ()),
     }
-    lines = [f"description = {json.dumps(profile.description, ensure_ascii=False)}", ""]
+    texts = {"name": profile.name} if named else {}
+    texts["description"] = profile.description
+    lines = [*(f"{key} = {json.dumps(text, ensure_ascii=False)}" for key, text in texts.items()), ""]
     lines += [
         f"{name} = {_toml(getattr(profile, name))}"
         for name in SETTINGS
@@ -94,7 +98,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     sections = {
         section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()
     }
-    description = raw.pop("description", "")
+    description, said = raw.pop("description", ""), raw.pop("name", path.stem)
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
     _check_together(path, text, values)
     budget = {f.name: getattr(parent.budget, f.name) for f in fields(Budget)} | sections["budget"]
@@ -102,7 +106,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     return Profile(
         **{
             **{f.name: getattr(made, f.name) for f in fields(Profile)},
-            "name": path.stem,
+            "name": said,
             "description": description,
             "match": Match(**sections["match"]),
             "budget": Budget(**budget),

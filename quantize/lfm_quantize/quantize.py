@@ -19,7 +19,7 @@ from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 
 from lfm_quantize.calibrate.answers import Progress, add_answers
-from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, read_questions, split_off, to_sample
+from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, named, read_questions, split_off, to_sample
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import Quality, check_floor
@@ -148,7 +148,7 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
     if settings.prompts is None and (left := sorted(settings.calibration.glob("*.jsonl"))):
         warn(f"the built-in questions are used; to use those in {left[0].name}: --prompts {left[0]}")
     if skipped:
-        warn(f"{skipped} of {images + skipped} images could not be opened and are left out")
+        warn(f"{len(skipped)} of {images + len(skipped)} images are left out: {named(skipped)}")
     if images > MANY_IMAGES:
         chosen = set(random.Random(0).sample(sorted({q.image for q in questions}), MANY_IMAGES))  # noqa: S311
         questions = [q for q in questions if q.image in chosen]
@@ -162,7 +162,7 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
                 f"--floor needs a second image to measure the quality with; {settings.calibration} has one"
             )
         warn("there is only one image, so none is held out: the quality is not measured")
-    return _Questions(calibrate, judge, skipped)
+    return _Questions(calibrate, judge, len(skipped))
 
 
 def _key(

@@ -111,6 +111,8 @@ class Bundle:
             BundleError: the bundle lacks the variant or one of its graphs; says which it has.
         """
         name = variant or next(iter(self.variants))
+        if name not in VARIANTS:
+            raise BundleError(f"there is no variant {name!r}; {self.folder} has {', '.join(self.variants)}")
         if name not in self.variants:
             how = (
                 f"lfm-edge export CHECKPOINT -o {self.folder}"

@@ -162,7 +162,9 @@ def compare(model: Model, golden: Golden) -> Deviation:
         BundleError: the golden values do not fit the model.
     """
     patches, features, ids = _seen(model)
-    with damage_is(BundleError, model.bundle.folder / MANIFEST, _ADVICE):
+    if max(golden.tokens, default=0) >= model.decoder.info.vocabulary:
+        raise BundleError(f"{model.bundle.folder / MANIFEST} has golden tokens that the model does not know; {_ADVICE}")
+    with damage_is(BundleError, model.bundle.folder / MANIFEST, _ADVICE), model.sessions.failures_are_ours():
         texts = tuple(text for text, wanted in zip(TEXTS, golden.texts, strict=True) if _ids(model, text) != wanted)
         pixels = float(np.max(np.abs(_spaced(patches) - np.array(golden.patches))))
         wanted = np.array(golden.features)

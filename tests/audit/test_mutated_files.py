@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from lfm_audit.report.source import read_tuning
-from lfm_audit.tune.result import PointResult, TuningResult
+from lfm_audit.tune.result import Key, PointResult, TuningResult
 from lfm_profiles import ProfileError, read
 from lfm_runtime import EdgeError, Model
 from lfm_runtime.bundle import Bundle
@@ -115,7 +115,7 @@ def tuning() -> TuningResult:
     found = TuningResult(
         "lfm-edge tune",
         "1",
-        {"images": ["/x.png"], "question": "?"},
+        Key(("x",), "1.24.0", "aarch64", ("asimddp",), ("/x.png",), "?"),
         "latency",
         0.1,
         2,

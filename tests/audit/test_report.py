@@ -162,7 +162,14 @@ TUNING = {
     "reference": "fp32",
     "rounds": 3,
     "profile": "generic",
-    "key": {},
+    "key": {
+        "bundle": ["x"],
+        "onnxruntime": "1.24.0",
+        "machine": "aarch64",
+        "cpu_features": ["asimddp"],
+        "images": ["/photos/a.jpg"],
+        "question": "?",
+    },
     "points": [
         {
             "settings": {

@@ -16,6 +16,7 @@ from lfm_profiles.sensors import Sensors
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
+from lfm_runtime.formats.files import is_sealed, sealed
 
 pytestmark = pytest.mark.newest_python
 
@@ -356,3 +357,23 @@ def test_command_refuses(demo_bundle, photo, capsys, words, message) -> None:
     places = {"BUNDLE": str(demo_bundle), "PHOTO": str(photo)}
     assert main([places.get(word, word) for word in words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_profile_written_by_hand_is_not_replaced(demo_bundle, photo, tmp_path, capsys) -> None:
+    """Nor one of tune's that somebody edited; --force replaces it."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "pi5"  # ours\n')
+    words = ["tune", str(demo_bundle), str(photo), "--minutes", "0", "-o", str(mine)]
+    assert main(words) == 2
+    assert f"{mine} exists, and lfm-edge tune did not write it" in capsys.readouterr().err
+    assert mine.read_text() == 'extends = "pi5"  # ours\n'
+    text = sealed("threads = 2\n", "lfm-edge tune")
+    mine.write_text(text)
+    assert is_sealed(mine)
+    assert read(str(mine)).threads == 2
+    mine.write_text(text.replace("threads = 2", "threads = 3"))
+    assert not is_sealed(mine)
+    assert main(words) == 2
+    mine.with_suffix(".json").write_text('{"tool": "mine"}')
+    assert main([*words, "--force"]) == 2
+    assert "mine.json exists, and lfm-edge tune did not write it" in capsys.readouterr().err

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from lfm_package.verify import verify
 from lfm_profiles import read
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.errors import BundleError
 from lfm_runtime.model import Model
 
 QUESTION = "What is in this image?"
@@ -289,14 +291,63 @@ def test_compressed_by_something_else(packed, tmp_path) -> None:
     import gzip
 
     (tmp_path / "cam.tar.gz").write_bytes(gzip.compress(packed.read_bytes(), 1))
-    with pytest.raises(BundleError, match="is not a tar file"):
+    with pytest.raises(BundleError, match="is compressed; unpack it first: gunzip"):
         unpack(tmp_path / "cam.tar.gz", tmp_path / "there")
 
 
-def test_a_compressed_archive_is_for_zstd(tmp_path) -> None:
-    (tmp_path / "cam.tar.zst").write_bytes(b"")
-    with pytest.raises(SettingError, match="zstd -d"):
-        unpack(tmp_path / "cam.tar.zst", tmp_path / "there")
+@pytest.mark.parametrize(
+    ("name", "begins", "do"),
+    [
+        ("cam.tar.zst", b"\x28\xb5\x2f\xfd", "zstd -d"),
+        ("cam.tar.gz", b"\x1f\x8b\x08", "gunzip"),
+        ("cam.tar.xz", b"\xfd7zXZ\0", "unxz"),
+        ("cam.tar.000", b"", "is one part of several; name the whole"),
+        ("cam.tar", b"<html>", "is not a tar file, or is cut off; copy it again"),
+    ],
+)
+def test_what_is_no_tar_is_told_from_a_damaged_one(tmp_path, name, begins, do) -> None:
+    (tmp_path / name).write_bytes(begins + bytes(range(256)) * 8)
+    with pytest.raises(BundleError, match=re.escape(do)):
+        unpack(tmp_path / name, tmp_path / "there")
+
+
+def test_an_archive_of_tar_itself(packed, tmp_path) -> None:
+    """`tar cf` names folders as well, and may begin names with ./; that is honest."""
+    unpack(packed, tmp_path / "cam")
+    for words in (["cam"], ["./cam"]):
+        subprocess.run(["tar", "cf", "own.tar", *words], cwd=tmp_path, check=True)
+        unpack(tmp_path / "own.tar", tmp_path / "again")
+        assert list(Bundle.open(tmp_path / "again").variants) == ["fp32"]
+    subprocess.run(
+        ["tar", "cf", "flat.tar", "-C", "cam", *sorted(p.name for p in (tmp_path / "cam").iterdir())],
+        cwd=tmp_path,
+        check=True,
+    )
+    with pytest.raises(BundleError, match=r"outside of a folder; make it with .*tar cf cam\.tar cam"):
+        unpack(tmp_path / "flat.tar", tmp_path / "flat")
+
+
+def test_only_what_pack_wrote_is_replaced(demo_bundle, tmp_path, capsys) -> None:
+    words = ["pack", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "cam.tar")]
+    (tmp_path / "cam.tar").write_bytes(b"my backup")
+    assert main(words) == 2
+    assert "exists, and lfm-edge pack did not write it" in capsys.readouterr().err
+    assert (tmp_path / "cam.tar").read_bytes() == b"my backup"
+    assert main([*words, "--force"]) == 0
+    assert main(words) == 0
+
+
+def test_what_the_profile_would_choose_is_packed(demo_bundle, tmp_path, capsys) -> None:
+    """Without --variant; and what the profile changes of the checkpoint's settings is said, and what it lacks."""
+    assert main(["pack", str(demo_bundle), "-o", str(tmp_path / "cam.tar")]) == 2
+    assert "name --variant, or the profile of the device" in capsys.readouterr().err
+    assert main(["pack", str(demo_bundle), "--profile", "pi5", "-o", str(tmp_path / "cam.tar")]) == 0
+    said = capsys.readouterr().out
+    assert "profile pi5: fp32\n" in said
+    assert "do_image_splitting off instead of on" in said
+    assert "it would also use int8, which the bundle lacks: lfm-edge quantize" in said
+    unpack(tmp_path / "cam.tar", tmp_path / "cam")
+    assert read(str(tmp_path / "cam" / "profile.toml")).name == "pi5"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import tarfile
 
@@ -119,3 +120,56 @@ def test_tar_holds_no_owner_or_time(demo_bundle, no_fetching, tmp_path) -> None:
     module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / "cam.tar")
     with tarfile.open(tmp_path / "cam.tar") as tar:
         assert {(entry.uid, entry.gid, entry.mtime) for entry in tar} == {(0, 0, 0)}
+
+
+def test_a_stick_of_another_board_or_a_signed_one_stays(demo_bundle, no_fetching, tmp_path, capsys) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    words = ["stick", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "cam")]
+    assert main([*words, "--target", "pi5", "--sign", str(key)]) == 0
+    before = (tmp_path / "cam" / "SHA256SUMS").read_bytes()
+    for more, said in (
+        (["--target", "x86_64", "--sign", str(key)], "is a stick for pi5"),
+        (["--target", "pi5"], "is a signed stick; sign this one too"),
+        (["--target", "pi5", "--profile", "jetson-orin-cuda"], "runs on a GPU, and the stick's onnxruntime does not"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+        assert (tmp_path / "cam" / "SHA256SUMS").read_bytes() == before
+    assert main([*words, "--target", "pi5", "--sign", str(key)]) == 0
+    assert main([*words, "--target", "pi5", "--force"]) == 0
+
+
+def test_a_stick_takes_what_its_board_will_choose(bundle_copy, no_fetching, tmp_path, capsys) -> None:
+    """pi5 reads prompts with int8's decoder: where the bundle has one, it is on the stick."""
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for stem, name in manifest["variants"]["fp32"].items():
+        for suffix, other in (("int8", "_int8"), ("int4", "_q4")):
+            copy = name if stem == "embed_tokens" else name.replace(".onnx", f"{other}.onnx")
+            manifest["variants"].setdefault(suffix, {})[stem] = copy
+            for old, new in ((name, copy), (f"{name}_data", f"{copy}_data")):
+                if old != new and (bundle_copy / old).exists():
+                    shutil.copy(bundle_copy / old, bundle_copy / new)
+                    manifest["files"][new] = manifest["files"][old]
+            if name != copy:
+                manifest["graphs"][copy] = manifest["graphs"][name]
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["stick", str(bundle_copy), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 0
+    said = capsys.readouterr().out
+    assert "profile pi5: int4, int8 for the prefill" in said
+    settings = (tmp_path / "cam" / "stick.conf").read_text()
+    assert "variant=int4\n" in settings
+    assert "prefill=int8\n" in settings
+    assert (
+        main(["stick", str(bundle_copy), "--target", "pi5", "--prefill", "none", "-o", str(tmp_path / "cam.tar")]) == 0
+    )
+    assert "tar xf cam.tar && sh cam/install.sh" in capsys.readouterr().out
+
+
+def test_room_is_looked_at_before_wheels_are_fetched(demo_bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "wheelhouse", lambda *_: pytest.fail("downloads"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=3 << 20))
+    for name in ("cam", "cam.tar"):
+        with pytest.raises(BundleError, match=r"has 3 MiB free, .* takes .* at least; free some space"):
+            module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / name)

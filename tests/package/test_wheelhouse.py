@@ -95,7 +95,8 @@ def test_the_tags_are_those_packaging_says_of_this_machine() -> None:
     if libc != "glibc" or platform_module.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("compared on x86 Linux")
     here = Platform(
-        Target("here", "x86_64", ()), System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1]))
+        Target("here", "x86_64", "generic-x86", ()),
+        System("here", f"3.{sys.version_info.minor}", int(version.split(".")[1])),
     )
     wanted = {
         str(tag)

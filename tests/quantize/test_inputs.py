@@ -39,7 +39,7 @@ def test_a_folder_of_images(images) -> None:
         ("a.jpg", BUILT_IN[0], None),
         ("b.JPG", BUILT_IN[2], None),
     ]
-    assert skipped == 1  # broken.png; notes.txt is not taken for an image
+    assert [path.name for path in skipped] == ["broken.png"]  # broken.png; notes.txt is not taken for an image
 
 
 def test_prompts_one_a_line(images, tmp_path) -> None:
@@ -66,19 +66,33 @@ def test_jsonl_and_lists(images, tmp_path) -> None:
     (images / "list.txt").write_text("a.jpg\nmore/b.JPG\nmissing.png\n")
     questions, skipped = read_questions(images / "list.txt", None)
     assert [q.image.name for q in questions] == ["a.jpg", "b.JPG"]
-    assert skipped == 1
+    assert [path.name for path in skipped] == ["missing.png"]
 
 
 BAD = {
     "no folder": (lambda d: read_questions(d / "nowhere", None), "does not exist"),
     "no images": (lambda d: read_questions(d, None), "has no usable image"),
-    "only broken ones": (lambda d: ((d / "x.png").write_bytes(b"x"), read_questions(d, None)), "1 could not be opened"),
+    "only broken ones": (
+        lambda d: ((d / "x.png").write_bytes(b"x"), read_questions(d, None)),
+        "x.png could not be opened",
+    ),
     "an image for a folder": (
         lambda d: read_questions(PHOTOS / "coffee.jpg", None),
         "neither a folder nor a text file",
     ),
     "empty prompts": (lambda d: ((d / "p").write_text(""), read_questions(PHOTOS, d / "p")), "is empty"),
     "binary prompts": (lambda d: read_questions(PHOTOS, PHOTOS / "coffee.jpg"), "cannot be read as text"),
+    "a JSON array": (
+        lambda d: ((d / "p.json").write_text('[{"image": "x.png"}]'), read_questions(PHOTOS, d / "p.json")),
+        "is a JSON array; write one object a line",
+    ),
+    "a wrong path": (
+        lambda d: (
+            (d / "p.jsonl").write_text('{"image": "nowhere.png", "question": "What?"}'),
+            read_questions(PHOTOS, d / "p.jsonl"),
+        ),
+        "p.jsonl, line 1: nowhere.png is not in",
+    ),
     "missing prompts": (lambda d: read_questions(PHOTOS, d / "p"), "cannot be read"),
     "broken JSONL": (
         lambda d: (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm_runtime.commands.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--meter", type=Path, metavar="CSV", help="a power meter's file with the columns time_s (Unix time) and power_w"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_force_argument(parser)
     add_setting_arguments(parser)
 
 
@@ -68,17 +69,19 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_profiles.sensors import Sensors
     from lfm_runtime.commands.console import status_line
-    from lfm_runtime.formats.files import check_writable, write_whole
+    from lfm_runtime.formats.files import check_output, write_or_rescue
     from lfm_runtime.setup.machine import this_machine
 
     from lfm_audit.audit import audit
     from lfm_audit.images import find_images, make_images
     from lfm_audit.measured import keep_measured
-    from lfm_audit.table import rows_for_csv, table
+    from lfm_audit.reading import is_audit
+    from lfm_audit.table import is_csv, rows_for_csv, table
 
-    for path in (options.output, options.csv):
-        if path:
-            check_writable(path)
+    if options.output:
+        check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
+    if options.csv:
+        check_output(options.csv, "lfm-edge audit", is_csv, force=False)
     if options.meter and not options.meter.exists():
         print(f"lfm-edge: {options.meter} does not exist yet; it is read at the end", file=sys.stderr)
     interrupt_on_termination()
@@ -90,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     progress("")
     print(table(result))
     if options.output:
-        write_whole(options.output, result.to_text())
+        write_or_rescue(options.output, result.to_text())
         print(
             f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o "
             f"{options.output.with_suffix('.html')}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lfm_runtime.commands.cli import add_force_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
@@ -22,22 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="output, .html (opens offline) or .md; default: the first FILE's name with .html",
     )
+    add_force_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write a page of the audits, or of the tuning, as .html or .md; return 0."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.formats.files import write_whole
+    from lfm_runtime.formats.files import check_output, write_whole
 
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
-    from lfm_audit.report.source import named_audits, read_tuning
+    from lfm_audit.report.source import is_report, named_audits, read_tuning
 
     output = options.output or options.files[0].with_suffix(".html")
     if output.suffix not in (".html", ".md"):
         raise SettingError(f"{output}: a report is .html or .md")
-    if not output.absolute().parent.is_dir():
-        raise SettingError(f"{output.absolute().parent} is not a folder; make it, or write elsewhere")
+    check_output(output, "lfm-edge report", is_report, force=options.force)
     as_page = output.suffix == ".html"
     tuning = read_tuning(options.files[0])
     if tuning is not None:

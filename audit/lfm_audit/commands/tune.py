@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.commands.cli import add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
 
 
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="profile to write (default tuned.toml)",
     )
+    add_force_argument(parser)
     add_setting_arguments(parser)
 
 
@@ -56,11 +57,12 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.engine.gpu_wheel import CUDA
-    from lfm_runtime.formats.files import check_writable, write_whole
+    from lfm_runtime.formats.files import check_output, is_sealed, sealed, write_or_rescue
     from lfm_runtime.images.pixels import image_size
     from lfm_runtime.setup.machine import this_machine
     from lfm_runtime.setup.resolve import resolve
 
+    from lfm_audit.tune.result import is_tuning
     from lfm_audit.tune.search import axes_of, tune
     from lfm_audit.tune.tuning import FLOOR, Tuning
 
@@ -71,7 +73,9 @@ def run(options: argparse.Namespace) -> int:
     output: Path = options.output
     if output.suffix != ".toml":
         raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
-    check_writable(output)
+    kept = output.with_suffix(".json")
+    check_output(output, "lfm-edge tune", is_sealed, force=options.force)
+    check_output(kept, "lfm-edge tune", is_tuning, force=False)
     for image in options.images:
         image_size(image)  # better now than in the first process
     bundle, device = Bundle.open(options.bundle), this_machine().device
@@ -89,7 +93,6 @@ def run(options: argparse.Namespace) -> int:
         FLOOR if options.floor is None else options.floor,
         axes_of(bundle, profile, options.images),
     )
-    kept = output.with_suffix(".json")
     if tuning.resume(kept):
         print(f"continuing with {len(tuning.points)} points from {kept}", file=sys.stderr)
     interrupt_on_termination()
@@ -101,6 +104,6 @@ def run(options: argparse.Namespace) -> int:
     best = tuning.points[chosen]
     where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
     said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
-    write_whole(output, to_toml(tuning.profile_of(chosen, said)))
+    write_or_rescue(output, sealed(to_toml(tuning.profile_of(chosen, said)), "lfm-edge tune"))
     print(f"\nwritten: {output}; use it with --profile {output}. Measurements: {kept}; plot: lfm-edge report {kept}")
     return 0

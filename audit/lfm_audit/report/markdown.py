@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lfm_audit.report.source import Named, all_series
+from lfm_audit.report.source import MARK, Named, all_series
 from lfm_audit.report.tables import changes_table, headline_table, limits_table, tuning_tables
 from lfm_audit.table import verdict_line
 from lfm_audit.tune.result import TuningResult
@@ -23,11 +23,11 @@ def audit_markdown(audits: Sequence[Named]) -> str:
         ("What changed", changes_table(audits)),
     ]
     lines = ["\n".join(parts), *(f"### {title}\n\n{table.markdown()}" for title, table in tables if table)]
-    return "\n\n".join(lines) + "\n"
+    return "\n\n".join([*lines, MARK]) + "\n"
 
 
 def tuning_markdown(tuning: TuningResult) -> str:
     """Return the chosen settings and the front of a tuning as Markdown."""
     front, settings = tuning_tables(tuning)
     chosen = f"### Tuned for {tuning.objective}\n\n{tuning.why}\n\n{settings.markdown()}"
-    return f"{chosen}\n\n### The front\n\n{front.markdown()}\n"
+    return f"{chosen}\n\n### The front\n\n{front.markdown()}\n\n{MARK}\n"

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from lfm_audit.report import plots
-from lfm_audit.report.source import Named, all_series
+from lfm_audit.report.source import MARK, Named, all_series
 from lfm_audit.report.tables import (
     Table,
     changes_table,
@@ -100,11 +100,10 @@ def _notes(audit: Audit) -> Iterator[str]:
 def tuning_page(tuning: TuningResult) -> str:
     """Return a tuning as an HTML page: the chosen settings, all points measured, the front."""
     front, settings = tuning_tables(tuning)
-    images = [Path(str(name)).name for name in tuning.key.get("images") or ()]
+    images = [Path(name).name for name in tuning.key.images]
     day = time.strftime("%Y-%m-%d", time.gmtime(tuning.created_unix_s)) if tuning.created_unix_s else ""
     title = " · ".join(part for part in (f"Tuned for {tuning.objective}", tuning.bundle, tuning.machine, day) if part)
-    question = tuning.key.get("question")
-    asked = f"{', '.join(images)}: {question}" if images else str(question or "")
+    asked = f"{', '.join(images)}: {tuning.key.question}"
     sections: list[Section] = [
         ("Chosen", [settings], f"{tuning.why[:1].upper()}{tuning.why[1:]}." if tuning.why else ""),
         (
@@ -140,5 +139,5 @@ def _render(
     ]
     shown = [section for section in shown if section["parts"]]
     return environment.get_template("page.html.jinja").render(
-        title=title, verdicts=verdicts, sections=shown, notes=notes
+        title=title, verdicts=verdicts, sections=shown, notes=notes, mark=MARK
     )

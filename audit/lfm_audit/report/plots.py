@@ -220,7 +220,7 @@ def machine(audits: Sequence[Named]) -> str:
 @_styled
 def quality(series: Sequence[Series]) -> str:
     """What a variant costs beside what it loses; "" where no variant's quality was measured."""
-    there = [one for one in series if "kl" in (one.result.quality or {}) and one.result.memory.peak_mib]
+    there = [one for one in series if one.result.kl is not None and one.result.memory.peak_mib]
     if not there:
         return ""
     image = images_of(there)[-1]
@@ -237,16 +237,8 @@ def quality(series: Sequence[Series]) -> str:
             )
             if of:
                 at = of.median
-                axis.scatter(
-                    [at], [(one.result.quality or {})["kl"]], color=colour, marker=marker, s=36, label=one.label
-                )
-                axis.annotate(
-                    one.label,
-                    (at, (one.result.quality or {})["kl"]),
-                    xytext=(6, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+                axis.scatter([at], [one.result.kl], color=colour, marker=marker, s=36, label=one.label)
+                axis.annotate(one.label, (at, one.result.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axis.set_xlabel(label)
         axis.margins(0.25)
         axis.set_xlim(left=0)

@@ -81,3 +81,12 @@ def read_tuning(path: Path) -> TuningResult | None:
         AuditError: it is not JSON, or a damaged tuning.
     """
     return TuningResult.read(path, AuditError, "name a file written by lfm-edge audit or lfm-edge tune, or tune again")
+
+
+MARK = "<!-- lfm-edge report -->"
+"""In every report, HTML and Markdown."""
+
+
+def is_report(path: Path) -> bool:
+    """Whether lfm-edge report wrote this file."""
+    return MARK in path.read_text(encoding="utf-8")

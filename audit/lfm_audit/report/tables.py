@@ -48,12 +48,11 @@ def headline_table(series: Sequence[Series]) -> Table:
     rows = []
     for one in series:
         found = one.result
-        quality = found.quality or {}
         kept = [
             _of(found.memory.peak_mib, 0),
             _of(found.memory.anonymous_mib, 0),
             _of(found.starts.warm.ready_ms, 0),
-            f"{quality['kl']:.2g}" if "kl" in quality else NONE,
+            NONE if found.kl is None else f"{found.kl:.2g}",
         ]
         for n, (name, image) in enumerate(found.images.items()):
             cells = [

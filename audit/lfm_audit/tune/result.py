@@ -38,12 +38,24 @@ class PointResult:
 
 
 @dataclass(frozen=True)
+class Key:
+    """What measurements must have in common to be of one search."""
+
+    bundle: tuple[Any, ...]  # fingerprints of its graphs
+    onnxruntime: str
+    machine: str  # as uname -m
+    cpu_features: tuple[str, ...]
+    images: tuple[str, ...]
+    question: str
+
+
+@dataclass(frozen=True)
 class TuningResult:
     """A search, as it is kept on disk."""
 
     tool: Literal["lfm-edge tune"]
     version: str
-    key: Mapping[str, Any]  # what measurements must have in common to be of one search
+    key: Key
     objective: Literal["latency", "memory", "energy"]
     floor_kl: float
     rounds: int
@@ -95,3 +107,8 @@ class TuningResult:
     def to_text(self) -> str:
         """Return the text of the file."""
         return to_json(as_json(self), indent=1) + "\n"
+
+
+def is_tuning(path: Path) -> bool:
+    """Whether lfm-edge tune wrote this file; raises EdgeError where it is not JSON."""
+    return read_json_object(path, EdgeError).get("tool") == TOOL

@@ -20,7 +20,7 @@ from lfm_runtime.formats.files import write_whole
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.setup import settle
 
-from lfm_audit.tune.result import PointResult, TuningResult
+from lfm_audit.tune.result import Key, PointResult, TuningResult
 
 Objective = Literal["latency", "memory", "energy"]
 OBJECTIVES = ("latency", "memory", "energy")
@@ -217,17 +217,17 @@ class Tuning:
 
     # --------------------------------------------------------------------------------------------------- kept on disk
 
-    def key(self) -> dict[str, Any]:
-        """What measurements must have in common to be of one search."""
+    def key(self) -> Key:
+        """Return what measurements must have in common to be of this search."""
         paths = {path for graphs in self.bundle.variants.values() for path in graphs.values()}
-        weights = sorted(part for path in paths for part in self.bundle.fingerprint(path))
-        machine = {"onnxruntime": ort.__version__, "machine": platform.machine(), "cpu_features": list(cpu_features())}
-        return {
-            "bundle": weights,
-            **machine,
-            "images": [str(p.resolve()) for p in self.images],
-            "question": self.question,
-        }
+        return Key(
+            bundle=tuple(sorted(part for path in paths for part in self.bundle.fingerprint(path))),
+            onnxruntime=ort.__version__,
+            machine=platform.machine(),
+            cpu_features=tuple(cpu_features()),
+            images=tuple(str(p.resolve()) for p in self.images),
+            question=self.question,
+        )
 
     def result(self) -> TuningResult:
         """All points, the front and the chosen point, as they are kept."""

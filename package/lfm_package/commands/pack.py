@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from lfm_profiles import VARIANTS, Profile
+from lfm_runtime.commands.cli import add_force_argument
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -31,49 +33,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `pack` and `stick` share: variants, profile, signing key."""
-    parser.add_argument("--variant", required=True, choices=tuple(VARIANTS))
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the one that the profile would choose")
     parser.add_argument(
-        "--prefill", choices=tuple(VARIANTS), metavar="VARIANT", help="also pack this variant, for prefill"
+        "--prefill",
+        choices=("none", *VARIANTS),
+        metavar="VARIANT",
+        help="also pack this variant, for prefill; default: the one that the profile would choose",
     )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key (ssh-keygen -Y)")
+    add_force_argument(parser)
 
 
-def packed_variants(options: argparse.Namespace) -> list[str]:
-    """Return the variants to pack; raises SettingError where --prefill names the same as --variant."""
+@dataclass(frozen=True)
+class Contents:
+    """What is packed: variants, the first being the default of the device, and a profile if one was named."""
+
+    variants: list[str]
+    profile: Profile | None
+
+
+def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
+    """What the flags say, and where they say nothing, what the profile comes to with this bundle: the one named, else
+    `board`'s. Prints what the profile changes of the checkpoint's settings, and what it misses.
+
+    Raises:
+        SettingError: neither a variant nor a profile is named, or a flag has no effect.
+    """
+    from lfm_runtime.bundle import Bundle
     from lfm_runtime.errors import SettingError
+    from lfm_runtime.setup.profile import departures, find_profile
+    from lfm_runtime.setup.variants import choose_variants, unmet
 
-    if options.prefill == options.variant:
-        raise SettingError(
-            f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
+    name = options.profile or board
+    if not name and not options.variant:
+        raise SettingError("name --variant, or the profile of the device: --profile pi5")
+    bundle = Bundle.open(options.bundle)
+    if not name:
+        if options.prefill == options.variant:
+            raise SettingError(
+                f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
+            )
+        return Contents([options.variant, *([options.prefill] if options.prefill not in (None, "none") else [])], None)
+    profile = find_profile(name, variant=options.variant, prefill=options.prefill)
+    variant, prefill = choose_variants(bundle, profile)
+    print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""))
+    if changes := departures(profile, bundle.images, bundle.generation):
+        print(f"  it changes the checkpoint's settings: {', '.join(changes)}")
+    for wish in unmet(bundle, profile):
+        print(
+            f"  it would also use {wish}, which the bundle lacks: lfm-edge quantize {options.bundle} --variant {wish}"
         )
-    return [options.variant, *([options.prefill] if options.prefill else [])]
-
-
-def packed_profile(options: argparse.Namespace) -> Profile | None:
-    """The profile named, with the variants that are packed: the device runs what was meant."""
-    from lfm_runtime.setup.profile import find_profile
-
-    if not options.profile:
-        return None
-    return find_profile(options.profile, variant=options.variant, prefill=options.prefill)
+    packed = find_profile(name, variant=variant, prefill=prefill) if options.profile else None
+    return Contents([variant, *([prefill] if prefill else [])], packed)
 
 
 def run(options: argparse.Namespace) -> int:
     """Pack the bundle, print each file written with its size and return 0."""
     from lfm_runtime.errors import SettingError
+    from lfm_runtime.formats.files import check_output
 
-    from lfm_package.pack import Extras, pack
+    from lfm_package.pack import Extras, is_packed, pack
+    from lfm_package.signature import check_key
     from lfm_package.wheelhouse import read_wheelhouse
 
     found = re.fullmatch(r"(\d+)([kMG]?)", options.split)
     split = int(found[1]) * _UNITS[found[2]] if found else -1
     if split < 0 or 0 < split < 10**6:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
-    profile = packed_profile(options)
+    check_output(options.output, "lfm-edge pack", is_packed, force=options.force)
+    if options.sign:
+        check_key(options.sign)
+    contents = chosen_contents(options)
     wheels = read_wheelhouse(options.wheelhouse) if options.wheelhouse else []
     for path in pack(
-        options.bundle, packed_variants(options), options.output, Extras(profile, wheels, options.sign, split)
+        options.bundle, contents.variants, options.output, Extras(contents.profile, wheels, options.sign, split)
     ):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     return 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
-from lfm_package.commands.pack import add_packing_arguments, packed_profile, packed_variants
+from lfm_package.commands.pack import add_packing_arguments, chosen_contents
 from lfm_package.commands.wheelhouse import add_target_arguments
 
 
@@ -24,13 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the stick, print its size and the command to run on the device, and return 0."""
+    from lfm_runtime.engine.gpu_wheel import CUDA
+    from lfm_runtime.errors import SettingError
+    from lfm_runtime.formats.files import check_output
+
+    from lfm_package.pack import is_packed
+    from lfm_package.signature import check_key
     from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
-    profile = packed_profile(options)
+    if options.sign:
+        check_key(options.sign)
+    if options.output.suffix == ".tar":
+        check_output(options.output, "lfm-edge stick", is_packed, force=options.force)
+    contents = chosen_contents(options, platform.target.profile)
+    if contents.profile and CUDA in contents.profile.providers:
+        raise SettingError(
+            f"profile {contents.profile.name} runs on a GPU, and the stick's onnxruntime does not; choose another: "
+            f"--profile {platform.target.profile}"
+        )
     wheels = write_stick(
-        options.bundle, packed_variants(options), platform, options.output, profile=profile, sign_with=options.sign
+        options.bundle,
+        contents.variants,
+        platform,
+        options.output,
+        profile=contents.profile,
+        sign_with=options.sign,
+        force=options.force,
     )
     files = (
         [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
@@ -40,5 +62,7 @@ def run(options: argparse.Namespace) -> int:
         f"{options.output}: {size / 1e6:.1f} MB, of which {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB are "
         f"wheels, for {platform}"
     )
-    print(f"on the device: sh {options.output.name.removesuffix('.tar')}/install.sh")
+    install = f"sh {shlex.quote(options.output.name.removesuffix('.tar') + '/install.sh')}"
+    first = f"tar xf {shlex.quote(options.output.name)} && " if options.output.is_file() else ""
+    print(f"on the device: {first}{install}")
     return 0

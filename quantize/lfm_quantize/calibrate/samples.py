@@ -79,8 +79,8 @@ class Sample:
         return self.ids[self.prompt_tokens :]
 
 
-def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Question], int]:
-    """Questions about the usable images, and how many images could not be used.
+def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Question], list[Path]]:
+    """Questions about the usable images, and the images that could not be opened.
 
     Args:
         images: a folder (searched with its subfolders) or a text file of paths, one a line.
@@ -101,14 +101,19 @@ def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Ques
     for question in questions:
         if question.image not in usable:
             usable[question.image] = _opens(question.image)
-    skipped = sum(not ok for ok in usable.values())
+    skipped = [path for path, ok in usable.items() if not ok]
     questions = [q for q in questions if usable[q.image]]
     if not questions:
         where = images or prompts
-        raise QuantizeError(
-            f"{where} has no usable image ({skipped} could not be opened); name a folder with JPEG or PNG files"
-        )
+        why = f" ({named(skipped)})" if skipped else ""
+        raise QuantizeError(f"{where} has no usable image{why}; name a folder with JPEG or PNG files")
     return questions, skipped
+
+
+def named(paths: Sequence[Path]) -> str:
+    """Name images that could not be opened, the first three by name."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{', '.join(path.name for path in paths[:3])}{more} could not be opened"
 
 
 def _find_images(images: Path) -> list[Path]:
@@ -130,7 +135,12 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
         raise QuantizeError(f"{path} cannot be read as text ({e}); prompts are one a line, or JSONL") from e
     if not lines:
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
-    if not lines[0].lstrip().startswith("{"):
+    first = lines[0].lstrip()
+    if first.startswith("["):
+        raise QuantizeError(
+            f"{path} is a JSON array; write one object a line instead: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+        )
+    if not first.startswith("{"):
         return lines
     folders = [path.parent, *([images] if images else [])]
     return [_read_question(line, folders, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
@@ -139,17 +149,17 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
 def _read_question(line: str, folders: Sequence[Path], where: str) -> Question:
     try:
         entry = json.loads(line)
-        image = next(
-            (f / entry["image"] for f in folders if (f / entry["image"]).exists()), folders[0] / entry["image"]
-        )
-        answer = entry.get("answer")
-        return Question(
-            image, str(entry["question"]), None if answer is None else str(answer), str(entry.get("task", "all"))
-        )
+        name, question, answer = str(entry["image"]), str(entry["question"]), entry.get("answer")
+        task = str(entry.get("task", "all"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise QuantizeError(
             f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
         ) from e
+    image = next((folder / name for folder in folders if (folder / name).exists()), None)
+    if image is None:
+        places = " or ".join(str(folder) for folder in dict.fromkeys(folders))
+        raise QuantizeError(f"{where}: {name} is not in {places}; correct the path")
+    return Question(image, question, None if answer is None else str(answer), task)
 
 
 def _opens(path: Path) -> bool:

@@ -33,20 +33,20 @@ def run(options: argparse.Namespace) -> int:
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
     from lfm_runtime.engine.failures import failures_are_ours
-    from lfm_runtime.formats.files import check_writable
+    from lfm_runtime.formats.files import check_output
 
-    from lfm_quantize.calibrate.samples import read_questions
+    from lfm_quantize.calibrate.samples import named, read_questions
     from lfm_quantize.cli import Printer, check_threads
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
     from lfm_quantize.variant import keep_quality
 
     if options.plot:
-        from lfm_quantize.judge.plot import error_plot
+        from lfm_quantize.judge.plot import error_plot, is_plot
 
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
             raise QuantizeError(f"--plot {options.plot}: name a .svg, .png or .pdf")
-        check_writable(options.plot)
+        check_output(options.plot, "lfm-edge quality", is_plot, force=False)
     images, prompts = options.images or DEMO_SET, options.prompts
     if options.images is None and not DEMO_SET.exists():
         raise QuantizeError("--images is needed: a folder, a text file of paths or a JSONL file of questions")
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     questions, skipped = read_questions(images, prompts)
     printer = Printer(not options.quiet)
     if skipped:
-        printer.warn(f"{skipped} images could not be opened and are left out")
+        printer.warn(f"{len(skipped)} images are left out: {named(skipped)}")
     try:
         threads = default_threads() if options.threads is None else check_threads(options.threads)
         with failures_are_ours(options.bundle):

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from lfm_quantize.judge.quality import Quality
 
 _COLOURS = {"image": "#0072b2", "text": "#e69f00"}  # Okabe and Ito's
+_TITLE = "lfm-edge quality"
 _HEIGHT = 0.38  # of a bar; two a row
 
 
@@ -25,4 +26,9 @@ def error_plot(quality: Quality, path: Path) -> None:
     axis.set_xlabel("relative error of the hidden state after the layer")
     axis.set_title(f"{quality.variant} against {quality.against}", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, metadata={"Title": _TITLE, **({"Date": None} if path.suffix == ".svg" else {})})
+
+
+def is_plot(path: Path) -> bool:
+    """Whether `error_plot` wrote this file."""
+    return _TITLE.encode() in path.read_bytes()

@@ -172,6 +172,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, each: str = "") -> Non
     parser.add_argument("--quiet", action="store_true", help="no progress and no figures")
 
 
+def add_force_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --force to a command that writes a file."""
+    parser.add_argument("--force", action="store_true", help="replace an output that lfm-edge did not write")
+
+
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting that a profile has; the flag overrides the profile."""
     model = parser.add_argument_group("model (defaults: the profile's)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """Before long work, raise EdgeError where write_whole could not write this file."""
+    if path.is_dir():
+        raise EdgeError(f"{path} is a folder; name a file")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise EdgeError(f"{folder} is not a folder; make it, or write elsewhere")
@@ -75,6 +79,64 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as e:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
+
+
+def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, force: bool) -> None:
+    """Before long work: whether an output can be written, and replaces only what this program wrote.
+
+    Args:
+        path: the output.
+        program: what writes such files, for the message.
+        ours: whether a file that exists was written by it; it may raise what reading a strange file raises.
+        force: replace whatever is there.
+
+    Raises:
+        EdgeError: it cannot be written, or is somebody else's.
+    """
+    check_writable(path)
+    if force or not path.exists() or not path.stat().st_size:
+        return
+    try:
+        known = ours(path)
+    except (OSError, ValueError, EdgeError):
+        known = False
+    if not known:
+        raise EdgeError(
+            f"{path} exists, and {program} did not write it; choose another name, or replace it with --force"
+        )
+
+
+def write_or_rescue(path: Path, text: str) -> None:
+    """As write_whole, for what took long to measure: where its place fails, it is written to a temporary folder.
+
+    Raises:
+        EdgeError: it was written elsewhere, or nowhere; the message says where.
+    """
+    try:
+        write_whole(path, text)
+    except EdgeError as e:
+        for folder in (tempfile.gettempdir(), Path.home(), Path.cwd()):
+            rescued = Path(folder) / f"{path.stem}-{secrets.token_hex(4)}{path.suffix}"
+            with suppress(OSError):
+                _write_whole(rescued, text)
+                raise EdgeError(f"{str(e).partition(';')[0]}; it was written to {rescued} instead") from e
+        raise
+
+
+_SEALED = re.compile(r"# Written by (?P<program>[^\n]*?); sha256 of what follows: (?P<digest>[0-9a-f]{16})\.[^\n]*\n")
+
+
+def sealed(text: str, program: str) -> str:
+    """A text file with comments (#) that can tell later whether somebody edited it: see `is_sealed`."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# Written by {program}; sha256 of what follows: {digest}. Edited, it is not replaced.\n{text}"
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `sealed` made the file, and nobody edited it since."""
+    text = path.read_text(encoding="utf-8")
+    found = _SEALED.match(text)
+    return found is not None and hashlib.sha256(text[found.end() :].encode()).hexdigest()[:16] == found["digest"]
 
 
 def _write_whole(path: Path, text: str) -> None:

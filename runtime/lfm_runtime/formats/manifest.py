@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,6 +146,12 @@ class Manifest:
         for key in ("variants", "files"):
             if not getattr(self, key):
                 raise BundleError(f"{path} has no {key}; export the bundle again")
+        for name, graph in self.graphs.items():
+            if not re.fullmatch(r"\d+(\.\d+)*", graph.min_onnxruntime):
+                raise BundleError(
+                    f"{path}: graphs.{name}.min_onnxruntime is {graph.min_onnxruntime!r}, not a version; export the "
+                    "bundle again"
+                )
         for name in [*self.files, *(file for graphs in self.variants.values() for file in graphs.values())]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")

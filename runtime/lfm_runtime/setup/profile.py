@@ -95,3 +95,18 @@ def generation_changes(profile: Profile, checkpoint: GenerationSettings, *, veri
     if not verifies and not profile.is_flag("speculate"):
         given.pop("speculate", None)
     return given
+
+
+def departures(profile: Profile, images: ImageSettings, generation: GenerationSettings) -> list[str]:
+    """What a profile changes of a checkpoint's settings, a few words each: "max_image_tokens 128 instead of 256"."""
+    found = []
+    for changes, checkpoint in (
+        (image_changes(profile, images), images),
+        (generation_changes(profile, generation, verifies=False), generation),
+    ):
+        for name, value in changes.items():
+            old = getattr(checkpoint, name)
+            if value != old:
+                words = [("on" if v else "off") if isinstance(v, bool) else str(v) for v in (value, old)]
+                found.append(f"{name} {words[0]} instead of {words[1]}")
+    return found

@@ -50,3 +50,15 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
     if row.keys == "int8" and other.int8_keys in bundle.variants:
         other = VARIANTS[other.int8_keys or name]
     return other.name if asked or (other.name in bundle.variants and other.shares_states_with(row)) else None
+
+
+def unmet(bundle: Bundle, profile: Profile) -> list[str]:
+    """Variants that a profile would rather use, and the bundle does not have: the best decoder, the prefill decoder."""
+    variant, prefill = choose_variants(bundle, profile)
+    found = []
+    if profile.variant and variant != profile.variant[0] and VARIANTS[variant].float_keys != profile.variant[0]:
+        found.append(profile.variant[0])
+    wish = profile.prefill
+    if wish not in (None, "none") and not prefill and not profile.low_memory and wish not in bundle.variants:
+        found.append(wish)
+    return [name for name in dict.fromkeys(found) if name not in bundle.variants]
