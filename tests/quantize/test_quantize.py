@@ -287,7 +287,7 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
     assert read_manifest(bundle)["quality"]["int8"]["kl"] == found["kl"]
     Bundle.open(bundle).verify()
     assert main(["quality", str(bundle), "--variant", "int3", "--images", str(tmp_path / "q.jsonl")]) == 2
-    assert "has no variant 'int3'" in capsys.readouterr().err
+    assert "there is no variant 'int3'" in capsys.readouterr().err
     assert main(["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "nothing")]) == 2
 
 
@@ -492,3 +492,47 @@ def test_memory_at_full_size(full_size, peak_mib, tmp_path, size, limit_mib) -> 
             tmp_path / "images" / f"{i}.jpg"
         )
     assert peak_mib(QUANTIZE, tmp_path / "bundle", tmp_path / "images") <= limit_mib
+
+
+def test_quality_as_a_profile_runs_it(quantized, tmp_path, capsys) -> None:
+    """pi5 shows the model one view where the checkpoint would see tiles: that costs more than int8 does, and is told."""
+    bundle = quantized
+    photo = ROOT / "demo" / "photos" / "coffee.jpg"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(photo), "question": "What is in this image?"}))
+    words = ["quality", str(bundle), "--images", str(tmp_path / "q.jsonl"), "--quiet", "--json"]
+
+    def found(*more: str) -> dict:
+        assert main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before = (bundle / "manifest.json").read_bytes()
+    board = found("--profile", "pi5", "--variant", "int8")
+    assert (bundle / "manifest.json").read_bytes() == before, "figures of a board are not the variant's own"
+    plain = found("--variant", "int8")
+    assert plain["board"] is None
+    assert board["board"]["profile"] == "pi5"
+    assert board["board"]["changes"] == ["do_image_splitting off instead of on"]
+    assert board["board"]["image_tokens"] < board["board"]["checkpoint_image_tokens"] / 4
+    assert board["cosine_min"] is None
+    assert board["kl"] > 10 * plain["kl"]
+    few = found("--variant", "int8", "--max-image-tokens", "32", "--no-do-image-splitting")
+    assert few["board"]["image_tokens"] <= 32
+    same = found("--variant", "int8", "--profile", "generic")
+    assert same["kl"] == pytest.approx(plain["kl"], rel=1e-3), "a profile that changes nothing"
+    assert main([*words, "--profile", "pi5", "--layers"]) == 2
+    assert main(words) == 2
+    assert "--variant is needed, or --profile" in capsys.readouterr().err
+
+
+def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
+    """Accuracy with a board's image settings and prefill decoder is accuracy by a Model of that profile."""
+    from lfm_quantize.judge.measure import Board
+
+    asked = questions[1][:60]
+    model = Model.load(quantized, variant="int4", prefill="int8", max_image_tokens=16, min_image_tokens=4, threads=1)
+    board = Board("pi5", "int8", model.setup.images, ())
+    quality = measure(quantized, "int4", "fp32", asked, 1, board=board)
+    right = [model.answer(q.image, q.text, temperature=0).text() == q.answer for q in asked]
+    total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
+    assert total == pytest.approx(sum(right))
+    assert 0 < sum(right) < len(right), "so few tokens cost some answers"

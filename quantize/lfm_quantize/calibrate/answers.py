@@ -30,6 +30,7 @@ class Answering:
     variant: str
     threads: int
     packed: bool = True
+    prefill: str | None = None  # the variant whose decoder processes prompts
 
     def features(self, views: Sequence[Sequence[View]], progress: Progress = lambda *_: None) -> list[Float]:
         """Image features [tokens, H] of each sample's views."""
@@ -52,7 +53,12 @@ class Answering:
         """Load the decoder and the embeddings."""
         graphs = self.bundle.graphs(self.variant)[1]
         decoder = load_session(graphs[DECODER.stem], DECODER, Execution(self.threads, packed=self.packed))
-        sessions = DecoderSessions(decoder, load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1)))
+        prefill = None
+        if self.prefill:
+            other = self.bundle.graphs(self.prefill)[1][DECODER.stem]
+            prefill = load_session(other, DECODER, Execution(self.threads, packed=self.packed))
+        embed = load_session(graphs[EMBED_TOKENS.stem], EMBED_TOKENS, Execution(1))
+        sessions = DecoderSessions(decoder, embed, prefill)
         return Decoder(lambda: sessions, graphs[DECODER.stem])
 
     def embed(self, decoder: Decoder, sample: Sample, features: Float) -> Float:

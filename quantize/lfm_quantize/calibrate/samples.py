@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError
-from lfm_runtime.images.layout import lay_out
+from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.images.pixels import cut_views, open_image
 from lfm_runtime.text.messages import Message
 from numpy.typing import NDArray
@@ -170,12 +170,12 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def to_sample(bundle: Bundle, question: Question, *, split: bool) -> Sample:
-    """The question as the runtime would put it. Without `split`, the image is one view, and a tile of a large one goes
-    to `extra`.
+def to_sample(bundle: Bundle, question: Question, *, split: bool, images: ImageSettings | None = None) -> Sample:
+    """The question as the runtime would put it, with the checkpoint's image settings or others. Without `split`, the
+    image is one view, and a tile of a large one goes to `extra`.
     """
     image = open_image(question.image)
-    settings = bundle.images if split else replace(bundle.images, do_image_splitting=False)
+    settings = images or (bundle.images if split else replace(bundle.images, do_image_splitting=False))
     plan = lay_out(image.width, image.height, settings)
     views = _views(image, plan, settings)
     extra = []

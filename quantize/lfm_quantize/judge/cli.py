@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfm_runtime.commands.cli import add_image_arguments, given_flags
+
+if TYPE_CHECKING:
+    from lfm_quantize.judge.measure import Board
 
 DEMO_SET = Path(__file__).resolve().parents[3] / "demo" / "eval" / "eval.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.description = "Compare a variant of a bundle with another: cosines, KL divergence, answers, accuracy, size."
+    parser.description = (
+        "Compare a variant of a bundle with another: cosines, KL divergence, answers, accuracy, size. With --profile "
+        "or image flags, the variant runs as on that device, the other with the checkpoint's own settings."
+    )
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export and quantize")
-    parser.add_argument("--variant", required=True, metavar="NAME", help="variant to evaluate")
+    parser.add_argument("--variant", metavar="NAME", help="variant to evaluate; default with --profile: its choice")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="use the image settings and the prefill decoder of this profile"
+    )
     parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with (default fp32)")
     parser.add_argument(
         "--images",
@@ -26,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_image_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,21 +70,48 @@ def run(options: argparse.Namespace) -> int:
             raise QuantizeError("--prompts has no effect beside a JSONL file, which has the questions; leave it out")
         images, prompts = None, images
     questions, skipped = read_questions(images, prompts)
+    variant, board = _judged(options)
     printer = Printer(not options.quiet)
     if skipped:
         printer.warn(f"{len(skipped)} images are left out: {named(skipped)}")
     try:
         threads = default_threads() if options.threads is None else check_threads(options.threads)
         with failures_are_ours(options.bundle):
-            quality = measure(options.bundle, options.variant, options.against, questions, threads, printer.progress)
+            quality = measure(
+                options.bundle, variant, options.against, questions, threads, printer.progress, board=board
+            )
     finally:
         printer.clear()
     if options.json:
         print_json(quality.to_dict())
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
-    if problem := keep_quality(options.bundle, quality):
+    if board is None and (problem := keep_quality(options.bundle, quality)):
         printer.warn(problem)
     if options.plot:
         error_plot(quality, options.plot)
     return 0
+
+
+def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
+    """The variant, and how a device runs it where a profile or an image flag says so."""
+    from lfm_profiles.schema import IMAGE_SETTINGS
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.setup.profile import departures, find_profile
+    from lfm_runtime.setup.setup import settle
+
+    from lfm_quantize.graph import QuantizeError
+    from lfm_quantize.judge.measure import Board
+
+    flags = given_flags(options, IMAGE_SETTINGS)
+    if not options.profile and not flags:
+        if options.variant is None:
+            raise QuantizeError("--variant is needed, or --profile, which chooses one")
+        return options.variant, None
+    if options.layers or options.plot:
+        raise QuantizeError("--layers and --plot have no effect with --profile or image flags; leave them out")
+    bundle = Bundle.open(options.bundle)
+    profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
+    setup = settle(bundle, profile)
+    changes = departures(profile, bundle.images, bundle.generation)
+    return setup.variant, Board(profile.name, setup.prefill, setup.images, tuple(changes))

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lfm_profiles import FINEST
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
+from lfm_runtime.images.layout import ImageSettings
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
@@ -32,6 +34,27 @@ LAYER_SAMPLES = 4
 Float = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Board:
+    """How a device runs a variant: what a profile comes to with a bundle."""
+
+    profile: str
+    prefill: str | None
+    images: ImageSettings
+    changes: tuple[str, ...]  # of the checkpoint's settings
+
+    def described(self, tokens: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """For the report. `tokens`: image tokens with the checkpoint's settings and with these, of each question."""
+        before, after = (float(np.mean([pair[n] for pair in tokens])) for n in (0, 1))
+        return {
+            "profile": self.profile,
+            "prefill": self.prefill,
+            "changes": list(self.changes),
+            "image_tokens": after,
+            "checkpoint_image_tokens": before,
+        }
+
+
 def measure(
     folder: Path,
     variant: str,
@@ -39,8 +62,10 @@ def measure(
     questions: Sequence[Question],
     threads: int,
     progress: Progress = lambda *_: None,
+    *,
+    board: Board | None = None,
 ) -> Quality:
-    """Compare two variants of a bundle.
+    """Compare two variants of a bundle; the other one with the checkpoint's own settings, this one as on a board.
 
     Raises:
         BundleError: a variant is missing.
@@ -51,19 +76,26 @@ def measure(
     started = time.perf_counter()
     bundle = Bundle.open(folder)
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
-    judged = Answering(bundle, variant, threads)
+    judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     found = _Found(bundle)
+    tokens: list[tuple[int, int]] = []
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * JUDGED_TOKENS))):
         samples = [to_sample(bundle, q, split=True) for q in part]
         references = _reference(exact, samples)
+        if board:
+            samples = [to_sample(bundle, q, split=True, images=board.images) for q in part]
         features = judged.features_of(samples)
         decoder = judged.decoder()
         for sample, reference, mine in zip(samples, references, features, strict=True):
             found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
+            tokens.append((len(reference.features), len(mine)))
             progress(f"evaluates {variant}", len(found.same_answer), len(questions))
         del decoder
-    layers = layer_errors(exact, judged, questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES])
-    all_cosines, divergence = np.concatenate(found.cosines), np.concatenate(found.divergence)
+    few = questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES]
+    layers = [] if board else layer_errors(exact, judged, few)
+    # Of images that are cut alike; what is cut in another way has other features.
+    all_cosines = np.concatenate(found.cosines) if found.cosines else np.full(1, np.nan, np.float32)
+    divergence = np.concatenate(found.divergence)
     size = _bytes(bundle, variant)
     return Quality(
         variant=variant,
@@ -82,6 +114,7 @@ def measure(
         against_bytes=_bytes(bundle, against),
         bits_per_weight=8 * size / _weights(bundle),
         layers=layers,
+        board=None if board is None else board.described(tokens),
         seconds=time.perf_counter() - started,
     )
 
@@ -120,7 +153,8 @@ class _Found:
     def add(self, sample: Sample, reference: _Reference, features: Float, decoder: Decoder, embeds: Float) -> None:
         """Compare one question: the judged decoder is led through the other's answer."""
         eos = self.bundle.eos
-        self.cosines.append(cosines(reference.features, features))
+        if reference.features.shape == features.shape:
+            self.cosines.append(cosines(reference.features, features))
         logits = follow(decoder, embeds, reference.answer)
         self.divergence.append(kl_divergence(reference.logits, logits))
         self.same_token.append(reference.logits.argmax(1) == logits.argmax(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class Quality:
     bits_per_weight: float
     layers: list[LayerError]
     seconds: float
+    board: dict[str, Any] | None = None  # the profile whose image settings and prefill decoder were used
     onnxruntime: str = field(default_factory=lambda: str(ort.__version__))
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,8 +82,11 @@ class Quality:
         lines = [
             f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, "
             f"{self.answer_tokens} answer tokens",
+            *self._board_lines(),
             f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean "
-            f"{self.cosine_mean:.5f}",
+            f"{self.cosine_mean:.5f}"
+            if not math.isnan(self.cosine_min)
+            else "  image features   not comparable: every image is cut in another way",
             f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
@@ -98,6 +103,17 @@ class Quality:
             f"{self.bits_per_weight:.2f} bits a weight, all files"
         )
         return "\n".join(lines)
+
+    def _board_lines(self) -> list[str]:
+        if self.board is None:
+            return []
+        prefill = f", {self.board['prefill']} for the prefill" if self.board["prefill"] else ""
+        lines = [f"  as profile       {self.board['profile']}: {self.variant}{prefill}"]
+        if self.board["changes"]:
+            lines.append(f"  it changes       {', '.join(self.board['changes'])}")
+        before, after = self.board["checkpoint_image_tokens"], self.board["image_tokens"]
+        lines.append(f"  image tokens     {after:.0f} a question, {before:.0f} with the checkpoint's settings")
+        return lines
 
 
 def check_floor(quality: Quality, floor: float) -> None:
@@ -121,6 +137,8 @@ def check_floor(quality: Quality, floor: float) -> None:
 
 
 def _five_digits(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):  # NaN: could not be compared
+        return None
     if isinstance(value, float):
         return float(f"{value:.5g}") if abs(value) < 0.9 else round(value, 6)
     if isinstance(value, dict):

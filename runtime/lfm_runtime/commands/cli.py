@@ -207,6 +207,11 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a GPU: fail if an operator of the decode loop runs on the CPU",
     )
     model.add_argument("--low-memory", action=argparse.BooleanOptionalAction, help="one graph in memory at a time")
+    add_image_arguments(parser)
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each image setting."""
     image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
     image.add_argument(
         "--min-image-tokens", type=int, metavar="N", help="minimum tokens of one view; smaller images are enlarged"
@@ -266,10 +271,11 @@ def setting_flags(options: argparse.Namespace) -> dict[str, Any]:
     from lfm_runtime.decode.sampling import Generation
     from lfm_runtime.setup.setup import Flags
 
-    return _given(options, (name for name in Flags.__annotations__ if name not in Generation.__annotations__))
+    return given_flags(options, (name for name in Flags.__annotations__ if name not in Generation.__annotations__))
 
 
-def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+def given_flags(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of the flags that were given, by name; flags that a command does not have are none."""
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
@@ -280,7 +286,7 @@ def check_images(options: argparse.Namespace) -> None:
     from lfm_runtime.images.files import is_stream, read_stream
 
     options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
-    given = list(_given(options, (*IMAGE_SETTINGS, "max_megapixels")))
+    given = list(given_flags(options, (*IMAGE_SETTINGS, "max_megapixels")))
     if given and not options.images:
         raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")
 
@@ -289,7 +295,7 @@ def answer_changes(options: argparse.Namespace) -> dict[str, Any]:
     """Return the generation settings and the image limit that were given as flags, by name."""
     from lfm_runtime.decode.sampling import Generation
 
-    given = _given(options, (*Generation.__annotations__, "max_megapixels"))
+    given = given_flags(options, (*Generation.__annotations__, "max_megapixels"))
     if options.stop:
         given["stop"] = tuple(options.stop)
     return given
