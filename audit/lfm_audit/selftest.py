@@ -29,6 +29,7 @@ from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.model import Answer, Model, OpenedImage
 from lfm_runtime.process import last_line, run_command
+from lfm_runtime.questions import GoldenSet, differing
 from lfm_runtime.report import memory_mib
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.resolve import resolve
@@ -307,6 +308,24 @@ def _sensors(_: Installed) -> str:
     return "" if warmest is None else f"{warmest:.0f} °C"
 
 
+def _golden_questions(on: Installed) -> str:
+    """Ask the user's own golden set. Of int8 and int4, processors differ in a rounding now and then, so few answers may
+    differ.
+    """
+    kept = GoldenSet.of(on.bundle)
+    if kept is None:
+        raise Skipped("the bundle has no golden set of its own; add one: lfm-edge stick … --golden questions.jsonl")
+    others = list(differing(on.model, kept))
+    said = f"{len(kept.answers) - len(others)} of {len(kept.answers)} answers are those of {kept.setup}"
+    if others:
+        one, here = others[0]
+        said += f"; {one.image}, {one.question!r}: {here!r} instead of {one.answer!r}"
+    if len(others) > _MOST_DIFFERING * len(kept.answers):
+        raise CheckError(f"{said}; at most {_MOST_DIFFERING:.0%} may differ. Here: {on.model.setup.summary}")
+    return said
+
+
+_MOST_DIFFERING = 0.1
 CHECKS = (  # those that start processes or load a model of their own come before the model that stays
     Check("files and hashes", "cpu", _files),
     Check("full disk", "cpu", _full_disk),
@@ -315,6 +334,7 @@ CHECKS = (  # those that start processes or load a model of their own come befor
     Check("golden values", "cpu", _golden),
     Check("graphs load", "cpu", _loads),
     Check("answers", "cpu", _answers),
+    Check("golden questions", "cpu", _golden_questions),
     Check("steady memory", "cpu", _steady_memory),
     Check("cancelled answers", "cpu", _cancel),
     Check("arm", "arm", _arm),

@@ -13,14 +13,14 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 from lfm_profiles import Profile, to_toml
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest
+from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest, file_hash
 
 from lfm_package.sbom import sbom
 from lfm_package.signature import sign
@@ -36,13 +36,14 @@ class Extras:
     profile: Profile | None = None  # packed as profile.toml, all values resolved
     wheels: Sequence[Wheel] = ()  # that it will run on, for the bill of materials
     sign_with: Path | None = None  # a key of ssh: SHA256SUMS.sig is packed as well
+    golden: Mapping[str, Path | bytes] = field(default_factory=dict)  # a golden set: name in the bundle → content
     split: int = 0  # largest size of a part in bytes, for media that hold no larger files; 0 is one file
 
 
-_NOTHING = Extras()
+NOTHING = Extras()
 
 
-def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _NOTHING) -> list[Path]:
+def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = NOTHING) -> list[Path]:
     """Write variants of a bundle as a tar file, or as parts of it. What was there before stays until all is written.
 
     Args:
@@ -61,6 +62,9 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
     """
     manifest = reduced(folder, variants)
     texts = {PROFILE: to_toml(extras.profile, named=True).encode()} if extras.profile else {}
+    texts |= {name: data for name, data in extras.golden.items() if isinstance(data, bytes)}
+    places = {name: path for name, path in extras.golden.items() if isinstance(path, Path)}
+    manifest = manifest.with_files({n: File(path.stat().st_size, file_hash(path)) for n, path in places.items()})
     for name, data in texts.items():
         manifest = manifest.with_files({name: File(len(data), hashlib.sha256(data).hexdigest())})
     manifest = replace(manifest, files=dict(sorted(manifest.files.items())))
@@ -82,7 +86,7 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = _
                 if name in texts:
                     tar.addfile(entry(f"{top}/{name}", len(texts[name])), io.BytesIO(texts[name]))
                 else:
-                    _add(tar, folder / name, f"{top}/{name}", manifest.files[name])
+                    _add(tar, places.get(name, folder / name), f"{top}/{name}", manifest.files[name])
         return parts.finish({f"{output.name}.sha256": parts.sum, f"{top}.cdx.json": sbom(top, manifest, extras.wheels)})
     except OSError as e:
         raise BundleError(f"cannot write {output}: {e.strerror or e}; existing files are unchanged") from e

@@ -7,9 +7,9 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lfm_profiles import Profile
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
@@ -18,7 +18,7 @@ from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
 
-from lfm_package.pack import Extras, entry, pack, reduced
+from lfm_package.pack import NOTHING, Extras, entry, pack, reduced
 from lfm_package.signature import sign
 from lfm_package.targets import Platform
 from lfm_package.wheelhouse import Wheel, glibc_needed, wheelhouse
@@ -36,9 +36,8 @@ def write_stick(
     variants: Sequence[str],
     platform: Platform,
     output: Path,
+    extras: Extras = NOTHING,
     *,
-    profile: Profile | None = None,
-    sign_with: Path | None = None,
     force: bool = False,
 ) -> list[Wheel]:
     """Write a stick's content as a folder, or as NAME.tar. What was there before stays until all is written.
@@ -48,8 +47,8 @@ def write_stick(
         variants: the first is what the device takes by default.
         platform: the device.
         output: a folder, or NAME.tar.
-        profile: goes into the bundle as profile.toml; None leaves the choice to the device.
-        sign_with: a key of ssh; install.sh then can tell who made the stick.
+        extras: a profile (without one, the device chooses), a golden set, a key of ssh, with which install.sh can tell
+            who made the stick.
         force: also replace the stick of another board, or a signed one by one that is not.
 
     Raises:
@@ -66,13 +65,13 @@ def write_stick(
         def check(there: Path) -> None:
             _check_ours(there)
             if not force:
-                _check_like(there, platform, signed=bool(sign_with))
+                _check_like(there, platform, signed=bool(extras.sign_with))
 
         with replacing(output, check=check) as stick:
-            return _fill(stick, name, folder, variants, manifest, platform, Extras(profile, (), sign_with))
+            return _fill(stick, name, folder, variants, manifest, platform, extras)
     work = output.with_name(f".{output.name}.partial")
     try:
-        wheels = write_stick(folder, variants, platform, work / name, profile=profile, sign_with=sign_with)
+        wheels = write_stick(folder, variants, platform, work / name, extras)
         _as_tar(work / name, work / output.name)
         (work / output.name).replace(output)
     except OSError as e:
@@ -95,7 +94,7 @@ def _fill(
     _check_onnxruntime(folder, manifest, wheels, platform)
     size = sum(file.bytes for file in manifest.files.values())
     split = _LARGEST_FILE if size > _LARGEST_FILE else 0
-    pack(folder, variants, stick / f"{name}.tar", Extras(extras.profile, wheels, extras.sign_with, split))
+    pack(folder, variants, stick / f"{name}.tar", replace(extras, wheels=wheels, split=split))
     (stick / f"{name}.tar.sha256").unlink()  # SHA256SUMS has it
     shutil.copyfile(Path(__file__).with_name(INSTALL), stick / INSTALL)
     (stick / INSTALL).chmod(0o755)

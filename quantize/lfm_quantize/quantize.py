@@ -17,9 +17,10 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.formats.manifest import Manifest, file_hash, outdated_files, recipe_file, variant_files
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
+from lfm_runtime.questions import Question
 
 from lfm_quantize.calibrate.answers import Progress, add_answers
-from lfm_quantize.calibrate.samples import FEW_IMAGES, Question, named, read_questions, split_off, to_sample
+from lfm_quantize.calibrate.samples import FEW_IMAGES, named, read_questions, split_off, to_sample
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import Quality, check_floor

@@ -20,6 +20,7 @@ from lfm_profiles import read
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.manifest import File, Manifest, file_hash
 from lfm_runtime.model import Model
 
 QUESTION = "What is in this image?"
@@ -377,3 +378,44 @@ def test_the_profile_says_what_is_packed(demo_bundle, tmp_path) -> None:
     assert main(["pack", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
     unpack(tmp_path / "x.tar", tmp_path / "there")
     assert read(str(tmp_path / "there" / "profile.toml")).variant == ("fp32",)
+
+
+def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> None:
+    """selftest asks its questions on the device, and fails where more than one in ten answers differ."""
+    from lfm_audit import selftest
+    from lfm_runtime.questions import GOLDEN_QUESTIONS, GoldenSet
+
+    images = Path(__file__).resolve().parents[2] / "demo" / "eval" / "images"
+    lines = [{"image": f"{n:04d}.png", "question": "What is in this image?"} for n in range(12)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["pack", str(demo_bundle), "--variant", "fp32", "--golden", str(tmp_path / "mine.jsonl")]
+    assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 2
+    assert "mine.jsonl, line 1: 0000.png is not in" in capsys.readouterr().err
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({**o, "image": f"images/{o['image']}"}) for o in lines))
+    assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 0
+    unpack(tmp_path / "cam.tar", tmp_path / "cam")
+    assert verify(tmp_path / "cam") == []
+    golden = GoldenSet.of(Bundle.open(tmp_path / "cam"))
+    model = Model.load(demo_bundle, threads=1)
+    wanted = [model.answer(images / o["image"], o["question"], temperature=0).text() for o in lines]
+    assert [one.answer for one in golden.answers] == wanted
+
+    def checked(wrong: int) -> str:
+        answers = [
+            *({**vars(one), "answer": "x"} for one in golden.answers[:wrong]),
+            *map(vars, golden.answers[wrong:]),
+        ]
+        path = tmp_path / "cam" / GOLDEN_QUESTIONS
+        path.write_text(json.dumps({"schema": 1, "setup": "s", "answers": answers}))
+        manifest = Manifest.of(tmp_path / "cam")
+        manifest.with_files({GOLDEN_QUESTIONS: File(path.stat().st_size, file_hash(path))}).write(tmp_path / "cam")
+        return selftest._golden_questions(selftest.Installed(tmp_path / "cam", "generic"))
+
+    assert checked(0) == "12 of 12 answers are those of s"
+    assert "instead of 'x'" in checked(1)
+    with pytest.raises(selftest.CheckError, match=r"10 of 12 answers .* at most 10% may differ"):
+        checked(2)
+    pack(tmp_path / "cam", ["fp32"], tmp_path / "again.tar")
+    unpack(tmp_path / "again.tar", tmp_path / "again")
+    assert GoldenSet.of(Bundle.open(tmp_path / "again")) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key (ssh-keygen -Y)")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="pack these questions {image, question} with their images and answers; selftest asks them on the device",
+    )
     add_force_argument(parser)
 
 
@@ -51,6 +58,7 @@ class Contents:
 
     variants: list[str]
     profile: Profile | None
+    golden: Mapping[str, Path | bytes]
 
 
 def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
@@ -74,7 +82,9 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
             raise SettingError(
                 f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
             )
-        return Contents([options.variant, *([options.prefill] if options.prefill not in (None, "none") else [])], None)
+        prefill = None if options.prefill == "none" else options.prefill
+        golden = _golden(options, find_profile("", variant=options.variant, prefill=prefill))
+        return Contents([options.variant, *([prefill] if prefill else [])], None, golden)
     profile = find_profile(name, variant=options.variant, prefill=options.prefill)
     variant, prefill = choose_variants(bundle, profile)
     print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""))
@@ -84,8 +94,25 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         print(
             f"  it would also use {wish}, which the bundle lacks: lfm-edge quantize {options.bundle} --variant {wish}"
         )
-    packed = find_profile(name, variant=variant, prefill=prefill) if options.profile else None
-    return Contents([variant, *([prefill] if prefill else [])], packed)
+    packed = find_profile(name, variant=variant, prefill=prefill)
+    golden = _golden(options, packed)
+    return Contents([variant, *([prefill] if prefill else [])], packed if options.profile else None, golden)
+
+
+def _golden(options: argparse.Namespace, profile: Profile) -> Mapping[str, Path | bytes]:
+    """The golden set as this machine answers it with the profile's variants and image settings."""
+    if options.golden is None:
+        return {}
+    from lfm_profiles import default_threads
+    from lfm_runtime.model import Model
+    from lfm_runtime.questions import GOLDEN_QUESTIONS, read_jsonl, record
+    from lfm_runtime.setup.profile import on_this_machine
+
+    questions = read_jsonl(options.golden, [options.golden.parent])
+    model = Model.load(options.bundle, profile=on_this_machine(profile), threads=default_threads(), prepared=False)
+    golden, images = record(model, questions)
+    print(f"golden set: {len(questions)} questions about {len(images)} images, answered by {model.setup.summary}")
+    return {GOLDEN_QUESTIONS: golden.to_text().encode(), **images}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -107,7 +134,11 @@ def run(options: argparse.Namespace) -> int:
     contents = chosen_contents(options)
     wheels = read_wheelhouse(options.wheelhouse) if options.wheelhouse else []
     for path in pack(
-        options.bundle, contents.variants, options.output, Extras(contents.profile, wheels, options.sign, split)
+        options.bundle,
+        contents.variants,
+        options.output,
+        Extras(contents.profile, wheels, options.sign, contents.golden, split),
     ):
-        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+        size = path.stat().st_size
+        print(f"{path}  {size / 1e6:,.1f} MB" if size >= 1e5 else f"{path}  {size / 1e3:,.1f} kB")
     return 0

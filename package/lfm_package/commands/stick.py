@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import check_output
 
-    from lfm_package.pack import is_packed
+    from lfm_package.pack import Extras, is_packed
     from lfm_package.signature import check_key
     from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
@@ -45,15 +45,8 @@ def run(options: argparse.Namespace) -> int:
             f"profile {contents.profile.name} runs on a GPU, and the stick's onnxruntime does not; choose another: "
             f"--profile {platform.target.profile}"
         )
-    wheels = write_stick(
-        options.bundle,
-        contents.variants,
-        platform,
-        options.output,
-        profile=contents.profile,
-        sign_with=options.sign,
-        force=options.force,
-    )
+    extras = Extras(contents.profile, (), options.sign, contents.golden)
+    wheels = write_stick(options.bundle, contents.variants, platform, options.output, extras, force=options.force)
     files = (
         [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
     )

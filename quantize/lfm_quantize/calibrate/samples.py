@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError
 from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.images.pixels import cut_views, open_image
+from lfm_runtime.questions import Question, read_jsonl
 from lfm_runtime.text.messages import Message
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,16 +34,6 @@ BUILT_IN = (
     "Is there a person in the picture?",
     "What is happening here?",
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image; with its answer where it is known, and the task it belongs to."""
-
-    image: Path
-    text: str
-    answer: str | None = None
-    task: str = "all"
 
 
 @dataclass
@@ -135,31 +125,9 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
         raise QuantizeError(f"{path} cannot be read as text ({e}); prompts are one a line, or JSONL") from e
     if not lines:
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
-    first = lines[0].lstrip()
-    if first.startswith("["):
-        raise QuantizeError(
-            f"{path} is a JSON array; write one object a line instead: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-        )
-    if not first.startswith("{"):
+    if not lines[0].lstrip().startswith(("{", "[")):
         return lines
-    folders = [path.parent, *([images] if images else [])]
-    return [_read_question(line, folders, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _read_question(line: str, folders: Sequence[Path], where: str) -> Question:
-    try:
-        entry = json.loads(line)
-        name, question, answer = str(entry["image"]), str(entry["question"]), entry.get("answer")
-        task = str(entry.get("task", "all"))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise QuantizeError(
-            f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
-        ) from e
-    image = next((folder / name for folder in folders if (folder / name).exists()), None)
-    if image is None:
-        places = " or ".join(str(folder) for folder in dict.fromkeys(folders))
-        raise QuantizeError(f"{where}: {name} is not in {places}; correct the path")
-    return Question(image, question, None if answer is None else str(answer), task)
+    return list(read_jsonl(path, [path.parent, *([images] if images else [])], QuantizeError))
 
 
 def _opens(path: Path) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.questions import Question
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering
 from lfm_quantize.calibrate.blocks import Block, Feeds, Values, blocks_of, decoder_feeds, has_blocks
 from lfm_quantize.calibrate.observe import KINDS
-from lfm_quantize.calibrate.samples import Question, Sample, to_sample
+from lfm_quantize.calibrate.samples import Sample, to_sample
 from lfm_quantize.graph import open_graph, part, session
 from lfm_quantize.judge.quality import LayerError
 from lfm_quantize.passes.nodes import rewritten

@@ -15,10 +15,11 @@ from lfm_profiles import FINEST
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.images.layout import ImageSettings
+from lfm_runtime.questions import Question
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
-from lfm_quantize.calibrate.samples import Question, Sample, to_sample
+from lfm_quantize.calibrate.samples import Sample, to_sample
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence
 from lfm_quantize.judge.layers import layer_errors

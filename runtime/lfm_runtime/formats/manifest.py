@@ -180,7 +180,8 @@ class Manifest:
         graphs = {name for variant in variants for name in self.variants[variant].values()}
         weights = {name for graph in graphs for name in self.graphs[graph].data}
         kept = graphs | weights | {recipe_file(variant) for variant in variants}
-        files = {n: file for n, file in self.files.items() if n in kept or not n.startswith(("onnx/", "recipes/"))}
+        left_out = ("onnx/", "recipes/", "golden/")
+        files = {n: file for n, file in self.files.items() if n in kept or not n.startswith(left_out)}
         files.pop(PROFILE, None)
 
         def chosen(entries: Mapping[str, Any]) -> dict[str, Any]:

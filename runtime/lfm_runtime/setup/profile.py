@@ -110,3 +110,8 @@ def departures(profile: Profile, images: ImageSettings, generation: GenerationSe
                 words = [("on" if v else "off") if isinstance(v, bool) else str(v) for v in (value, old)]
                 found.append(f"{name} {words[0]} instead of {words[1]}")
     return found
+
+
+def on_this_machine(profile: Profile) -> Profile:
+    """A device's profile without what is its hardware's: cores and a GPU. Variants and image settings stay."""
+    return replace(profile, providers=("CPUExecutionProvider",), affinity="none", threads=None)

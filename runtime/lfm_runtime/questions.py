@@ -1,0 +1,136 @@
+"""Questions about images from a JSONL file, and a user's own golden set: questions that a device must answer alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import BundleError, EdgeError, PromptError
+from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.typed import as_json, read_as
+from lfm_runtime.model import Model
+
+GOLDEN_FOLDER = "golden"
+GOLDEN_QUESTIONS = f"{GOLDEN_FOLDER}/questions.json"
+GOLDEN_TOKENS = 64
+"""Of a golden answer, at most."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about an image. `answer` is known, or None."""
+
+    image: Path
+    text: str
+    answer: str | None = None
+    task: str = "all"
+
+
+def read_jsonl(path: Path, folders: Sequence[Path], error: type[EdgeError] = PromptError) -> list[Question]:
+    """Questions of a JSONL file, an object {"image", "question", "answer", "task"} a line; the last two may be missing.
+
+    Args:
+        path: the file.
+        folders: where images are looked for, in this order.
+        error: what is raised.
+
+    Raises:
+        error: not such a file, empty, or an image that is in none of the folders; with the line.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, OSError) as e:
+        raise error(f"{path} cannot be read as text ({e}); questions are JSONL: one object a line") from e
+    if not lines:
+        raise error(f'{path} is empty; write one object a line: {{"image": …, "question": …}}')
+    if lines[0].lstrip().startswith("["):
+        raise error(
+            f"{path} is a JSON array; write one object a line instead: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+        )
+    return [_read(line, folders, f"{path}, line {number}", error) for number, line in enumerate(lines, 1)]
+
+
+def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]) -> Question:
+    try:
+        entry = json.loads(line)
+        name, question, answer = str(entry["image"]), str(entry["question"]), entry.get("answer")
+        task = str(entry.get("task", "all"))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise error(
+            f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
+        ) from e
+    image = next((folder / name for folder in folders if (folder / name).exists()), None)
+    if image is None:
+        places = " or ".join(str(folder) for folder in dict.fromkeys(folders))
+        raise error(f"{where}: {name} is not in {places}; correct the path")
+    return Question(image, question, None if answer is None else str(answer), task)
+
+
+# ----------------------------------------------------------------------------------------------- a golden set
+
+
+@dataclass(frozen=True)
+class GoldenAnswer:
+    """A question of the golden set, and the greedy answer where the bundle was packed."""
+
+    image: str  # a file of the bundle
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """golden/questions.json of a packed bundle."""
+
+    schema: Literal[1]
+    setup: str  # what answered: variant, prefill decoder, profile
+    answers: tuple[GoldenAnswer, ...]
+
+    @staticmethod
+    def of(bundle: Bundle) -> GoldenSet | None:
+        """Read a bundle's golden set; None where it has none.
+
+        Raises:
+            BundleError: damaged.
+        """
+        path = bundle.folder / GOLDEN_QUESTIONS
+        if not path.exists():
+            return None
+        return read_as(GoldenSet, read_json_object(path, BundleError), path, BundleError, "pack the bundle again")
+
+    def to_text(self) -> str:
+        """Return the text of the file."""
+        return to_json(as_json(self), indent=1) + "\n"
+
+
+def record(model: Model, questions: Sequence[Question]) -> tuple[GoldenSet, dict[str, Path]]:
+    """A golden set as this model answers it, and the images it is about, by their names in the bundle.
+
+    Raises:
+        ImageError, PromptError: a question cannot be asked.
+    """
+    images: dict[Path, str] = {}
+    for question in questions:
+        images.setdefault(question.image, f"{GOLDEN_FOLDER}/{len(images):04d}{question.image.suffix.lower()}")
+    answers = tuple(
+        GoldenAnswer(images[q.image], q.text, answer)
+        for q, answer in zip(questions, _answers(model, [(q.image, q.text) for q in questions]), strict=True)
+    )
+    return GoldenSet(1, model.setup.summary, answers), {name: path for path, name in images.items()}
+
+
+def differing(model: Model, golden: GoldenSet) -> Iterator[tuple[GoldenAnswer, str]]:
+    """Yield (golden answer, what this model says instead) for each question that is answered in another way."""
+    asked = [(model.bundle.folder / one.image, one.question) for one in golden.answers]
+    for one, said in zip(golden.answers, _answers(model, asked), strict=True):
+        if said != one.answer:
+            yield one, said
+
+
+def _answers(model: Model, asked: Sequence[tuple[Path, str]]) -> Iterator[str]:
+    for image, question in asked:
+        yield model.answer(image, question, temperature=0, max_new_tokens=GOLDEN_TOKENS).text()
