@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 # A user's own setting stands.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from lfm_runtime.errors import BundleError, EdgeError, GraphContractError, ImageError, PromptError, SettingError
+from lfm_runtime.errors import (
+    BundleError,
+    EdgeError,
+    GraphContractError,
+    ImageError,
+    OutOfMemoryError,
+    PromptError,
+    SettingError,
+)
 
 if TYPE_CHECKING:
     from lfm_runtime.conversation import Chat
@@ -39,6 +47,7 @@ __all__ = [
     "ImageError",
     "Message",
     "Model",
+    "OutOfMemoryError",
     "PromptError",
     "Report",
     "SettingError",
@@ -52,10 +61,10 @@ _LATER = {
     "Model": "model",
     "Report": "report",
     "Chat": "conversation",
-    "IMAGE": "text.prompt",
-    "Conversation": "text.prompt",
-    "Message": "text.prompt",
-    "ToolCall": "text.prompt",
+    "IMAGE": "text.messages",
+    "Conversation": "text.messages",
+    "Message": "text.messages",
+    "ToolCall": "text.messages",
 }
 
 

@@ -45,3 +45,9 @@ def test_every_flag_is_passed_on() -> None:
 def test_every_setting_is_documented() -> None:
     told = set(re.findall(r"`(\w+)`", (ROOT / "profiles" / "README.md").read_text()))
     assert SETTINGS.keys() <= told, SETTINGS.keys() - told
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import lfm_runtime
+
+    assert all(getattr(lfm_runtime, name) is not None for name in lfm_runtime.__all__)
