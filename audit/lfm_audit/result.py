@@ -337,7 +337,7 @@ class Audit:
                         yield Headline(variant, image, name, figure)
 
     def to_text(self) -> str:
-        """Return the text of audit.json; numbers are rounded to a ten-thousandth."""
+        """Return the text of audit.json; numbers are rounded to a ten-thousandth, those below 1 to four digits."""
         return to_json(_rounded(as_json(self)), indent=1) + "\n"
 
 
@@ -350,7 +350,7 @@ def audit_schema() -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 4)
+        return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, list) else value

@@ -39,9 +39,12 @@ def table(audit: Audit) -> str:
         lines += _variant_lines(variant, found)
     if audit.soak:
         soak = audit.soak
-        change = f"first token {soak.ttft_change:+.1%}, per token {soak.inter_token_change:+.1%}"
         steady = "" if soak.steady else " (not steady yet)"
-        lines.append(f"soak, {len(soak.minutes)} minutes{steady}: {change} against the first minute")
+        if len(soak.minutes) > 1:
+            change = f"first token {soak.ttft_change:+.1%}, per token {soak.inter_token_change:+.1%} against the first"
+            lines.append(f"soak, {len(soak.minutes)} minutes{steady}: {change}")
+        else:
+            lines.append("soak: ended within its first minute, which has nothing to be compared with")
     machine = audit.machine
     if machine.temperature_max_c is not None:
         lines.append(f"temperature  at most {machine.temperature_max_c:.0f} °C")
@@ -50,8 +53,20 @@ def table(audit: Audit) -> str:
         peak = machine.peak_w or 0.0
         lines.append(f"power, W     mean {machine.mean_w:.2f}, peak {peak:.2f}{idle} ({machine.power_from})")
     lines += [f"no {sensor}: {reason}" for sensor, reason in machine.missing.items()]
-    lines += [f"left out: {image.name}: {image.reason}" for image in audit.workload.skipped_images]
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(audit)])
+
+
+def left_out(audit: Audit) -> list[str]:
+    """The images that were not measured, by reason: one line for each."""
+    reasons: dict[str, list[str]] = {}
+    for image in audit.workload.skipped_images:
+        reasons.setdefault(image.reason, []).append(image.name)
+    return [
+        f"left out: {names[0]}: {reason}"
+        if len(names) == 1
+        else f"{len(names)} images left out: {reason} ({names[0]} to {names[-1]})"
+        for reason, names in reasons.items()
+    ]
 
 
 def _variant_lines(variant: str, found: VariantResult) -> list[str]:
@@ -65,7 +80,9 @@ def _variant_lines(variant: str, found: VariantResult) -> list[str]:
     lines.append(f"  start, ms    {', '.join(starts)}{prepare}")
     memory = found.memory
     kinds = ("peak", memory.peak_mib), ("anonymous", memory.anonymous_mib), ("mapped", memory.mapped_mib)
-    kept = [f"{name} {of.median:,.0f}" for name, of in (*kinds, ("pss", memory.pss_mib)) if of]
+    kept = [
+        f"{name} {of.max if name == 'peak' else of.median:,.0f}" for name, of in (*kinds, ("pss", memory.pss_mib)) if of
+    ]
     lines.append(f"  memory, MiB  {', '.join(kept)}; {found.disk_mib:,.0f} on disk")
     rows = [_HEAD]
     for name, image in found.images.items():

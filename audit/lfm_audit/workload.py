@@ -10,6 +10,8 @@ from lfm_profiles import Profile
 from lfm_runtime.bundle import Bundle
 
 QUESTION = "Describe this image."
+SHORTEST_SOAK = 2
+"""Minutes."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import pytest
 from lfm_runtime.commands.cli import main
 
 pytest.importorskip("matplotlib")
-from edits import figure, resampled
+from edits import figure, images_of, resampled
 from lfm_audit.report.page import audit_page
+from lfm_audit.report.plots import waterfall
 from lfm_audit.report.source import all_series, named_audits
 from lfm_audit.report.tables import Row, Table, changes_table
 
@@ -100,13 +101,16 @@ def test_one_audit(audit, tmp_path) -> None:
     text = path.with_suffix(".html").read_text()
     page = Page(text)
     assert page.loads == [] and not re.search(r"url\(\s*['\"]?http", text)
-    assert page.headings[:2] == ["What it costs", "What changed"]
+    assert page.headings[:2] == ["What it costs", "Variants compared"]
     assert {"Where the time of an answer goes", "Memory", "Every figure", "Settings"} <= set(page.headings)
     assert "Soak" not in page.headings
     assert page.svgs >= 5
     said = " ".join(page.words)
     for found in audit["variants"].values():
-        assert f"{found['memory']['peak_mib']['median']:,.0f}" in said
+        assert f"{found['memory']['peak_mib']['max']:,.0f} MiB at the peak" in said, (
+            "largest, above the fold as in table and chart"
+        )
+        assert f"peak {found['memory']['peak_mib']['max']:,.0f}" in said
         for image in found["images"].values():
             assert f"{image['ttft_ms']['median']:,.0f}" in said
     assert "no temperature" in said
@@ -128,7 +132,7 @@ def test_changes(audit, tmp_path) -> None:
         [write(tmp_path, "a", audit), write(tmp_path, "b", changed(audit, 3.0)), write(tmp_path, "c", audit)]
     )
     rows = [row.cells for row in changes_table(audits).rows]
-    ttft = [cells for cells in rows if cells[2] == "ttft_ms"]
+    ttft = [cells for cells in rows if cells[2] == "first token, ms"]
     assert {cells[6] for cells in ttft if cells[0] == "b"} == {"worse"}
     assert {cells[6] for cells in ttft if cells[0] == "c"} == {"within noise"}
 
@@ -280,3 +284,49 @@ def test_in_a_browser(audit, tmp_path) -> None:
         [CHROMIUM, *flags, f"--print-to-pdf={pdf}", path.as_uri()], capture_output=True, timeout=120, check=True
     )
     assert len(re.findall(rb"/Type\s*/Page[^s]", pdf.read_bytes())) >= 2
+
+
+def test_the_first_screen(audit, tmp_path) -> None:
+    """One sentence a variant, a title that tells the pages of a fleet apart, and reasons grouped."""
+    audit["bundle"]["source"] = {
+        "name": "LFM2-VL-450M",
+        "revision": None,
+        "license": None,
+        "adapter": "cam",
+        "weights": "x",
+    }
+    audit["device"]["board"] = "Raspberry Pi 5 Model B"
+    for image in images_of(audit):
+        resampled(image, lambda samples: [x * (1 + n % 3) for n, x in enumerate(samples)])
+    text = audit_page(named_audits([write(tmp_path, "a", audit)]))
+    page = Page(text)
+    title = re.search("<title>(.*)</title>", text)[1]
+    assert title.startswith("LFM2-VL-450M with cam int8, int4 · Raspberry Pi 5 Model B · 20")
+    said = " ".join(" ".join(page.words).split())
+    large = audit["variants"]["int8"]["images"]["large"]
+    rate = large["decode_tok_s"]["median"]
+    assert f"then {rate:,.1f} tokens a second" in said
+    assert "LFM2-VL-450M with cam, int8, on Raspberry Pi 5 Model B: first token" in said
+    assert said.count("spread: ") == 1
+    assert "energy, J" not in said, "a column that says nothing is left out"
+    assert "Quality and cost" in page.headings
+    for name in ("Every figure", "Settings", "Notes"):
+        assert f"<details><summary><h2>{name}</h2>" in text
+
+
+def test_bars_end_where_the_table_says(audit, tmp_path) -> None:
+    """The answer that is drawn has the median total, and its stages add up; all images have one scale."""
+    drawn = waterfall(all_series(named_audits([write(tmp_path, "a", audit)])))
+    for image in images_of(audit):
+        total = sorted(image["total_ms"]["samples"])[(image["total_ms"]["n"] - 1) // 2]
+        assert f" {total:,.0f} ms" in drawn
+
+
+def test_two_audits_alike_are_not_worse_in_bold(audit, tmp_path) -> None:
+    """As compare: within 5 % nothing is highlighted, beyond noise or not."""
+    other = copy.deepcopy(audit)
+    for image in images_of(other):
+        resampled(image, lambda samples: [x * 1.04 for x in samples])
+    rows = changes_table(named_audits([write(tmp_path, "a", audit), write(tmp_path, "b", other)])).rows
+    assert any(row.cells[6] == "worse" for row in rows)
+    assert not any(row.bad for row in rows)

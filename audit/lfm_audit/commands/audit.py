@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_audit.audit import audit
     from lfm_audit.images import find_images, make_images
+    from lfm_audit.measure.power import check_meter
     from lfm_audit.measured import keep_measured
     from lfm_audit.reading import is_audit
     from lfm_audit.table import is_csv, rows_for_csv, table
@@ -82,8 +83,8 @@ def run(options: argparse.Namespace) -> int:
         check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
     if options.csv:
         check_output(options.csv, "lfm-edge audit", is_csv, force=False)
-    if options.meter and not options.meter.exists():
-        print(f"lfm-edge: {options.meter} does not exist yet; it is read at the end", file=sys.stderr)
+    if options.meter:
+        check_meter(options.meter)
     interrupt_on_termination()
     progress = status_line(quiet=options.quiet)
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
@@ -115,7 +116,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
 
-    from lfm_audit.workload import QUESTION, Workload
+    from lfm_audit.workload import QUESTION, SHORTEST_SOAK, Workload
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -131,8 +132,11 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
         raise SettingError(f"--variants {options.variants} names one twice")
     if not 1 <= options.new_tokens <= 4096:
         raise SettingError(f"new-tokens {options.new_tokens} is impossible; allowed: 1 to 4096")
-    if not options.soak >= 0:
-        raise SettingError(f"soak {options.soak} is impossible; allowed: 0 and above")
+    if options.soak and not options.soak >= SHORTEST_SOAK:
+        raise SettingError(
+            f"soak {options.soak:g} is impossible; allowed: {SHORTEST_SOAK} and above, since minutes are compared with "
+            "the first"
+        )
     for variant in variants:
         bundle.graphs(variant)
     subjects = [_subject(resolve(bundle, profile, ask, variant=variant)) for variant in variants]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,22 @@ def integral(times: Sequence[float], values: Sequence[float], begin: float, end:
     inside = [(t, v) for t, v in zip(times, values, strict=True) if begin < t < end]
     points = [(begin, float(np.interp(begin, times, values))), *inside, (end, float(np.interp(end, times, values)))]
     return sum((t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in itertools.pairwise(points))
+
+
+def check_meter(path: Path) -> None:
+    """Before long work: raise SettingError where the meter's file, which is read at the end, has other columns."""
+    if not path.exists():
+        print(f"lfm-edge: {path} does not exist yet; it is read at the end", file=sys.stderr)
+        return
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            columns = csv.DictReader(f).fieldnames
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise SettingError(f"{path} cannot be read as a meter's CSV ({e})") from e
+    if columns is not None and not {"time_s", "power_w"} <= set(columns):
+        raise SettingError(
+            f"{path} has the columns {', '.join(columns)}; a meter's CSV has time_s (Unix time) and power_w"
+        )
 
 
 def read_meter(path: Path) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lfm_audit.report.source import MARK, Named, all_series
-from lfm_audit.report.tables import changes_table, headline_table, limits_table, tuning_tables
+from lfm_audit.report.tables import answers_table, changes_table, limits_table, tuning_tables, variants_table
 from lfm_audit.table import verdict_line
 from lfm_audit.tune.result import TuningResult
 from lfm_audit.verdict import grouped
@@ -18,7 +18,8 @@ def audit_markdown(audits: Sequence[Named]) -> str:
         parts.append(f"**{one.name}**: {verdict_line(one.audit)} ({one.where}, {one.when})")
         parts += [f"- {reason}" for reason in grouped(one.audit.verdict.reasons)]
     tables = [
-        ("What it costs", headline_table(all_series(audits))),
+        ("What it costs", answers_table(all_series(audits))),
+        ("Memory and start", variants_table(all_series(audits))),
         ("Limits", limits_table(audits)),
         ("What changed", changes_table(audits)),
     ]

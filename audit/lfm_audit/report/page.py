@@ -4,93 +4,156 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from lfm_audit.report import plots
-from lfm_audit.report.source import MARK, Named, all_series
+from lfm_audit.report.source import MARK, Named, Series, all_series
 from lfm_audit.report.tables import (
     Table,
+    answers_table,
     changes_table,
     figures_table,
-    headline_table,
     limits_table,
     machine_table,
     settings_table,
     tuning_tables,
+    variants_table,
 )
-from lfm_audit.result import Audit
-from lfm_audit.table import verdict_line
+from lfm_audit.result import Audit, VariantResult
+from lfm_audit.table import left_out, verdict_line
 from lfm_audit.tune.result import TuningResult
 from lfm_audit.verdict import grouped
 
-Section = tuple[str, list[Any], str]
-"""Title, plots and tables, a note below the title."""
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: plots and tables below a title and a note. `folded`: it is opened by a click."""
+
+    title: str
+    parts: Sequence[Any]
+    note: str = ""
+    folded: bool = False
 
 
 def audit_page(audits: Sequence[Named]) -> str:
-    """Verdicts and headlines first, then where time and memory go, then everything else."""
+    """The sentence, verdicts and costs first, then where time and memory go; details are folded."""
     series = all_series(audits)
-    sections: list[Section] = [
-        ("What it costs", [headline_table(series)], ""),
-        ("Limits", [limits_table(audits)], ""),
-        ("What changed", [changes_table(audits)], "Within noise: the medians' 95 % intervals overlap."),
-        (
+    compared = "What changed" if len(audits) > 1 else "Variants compared"
+    sections = [
+        Section(
+            "What it costs",
+            [answers_table(series), variants_table(series)],
+            "Medians; the peak is the largest. ± is the median absolute deviation: half of the answers are within it. "
+            "The first answer of each process is left out."
+            + (" KL divergence as measured when the variant was made." if any(one.result.kl for one in series) else ""),
+        ),
+        Section("Limits", [limits_table(audits)]),
+        Section(
+            compared,
+            [changes_table(audits)],
+            "Within noise: the medians' 95 % intervals overlap."
+            + (" Bold: worse by more than 5 %." if len(audits) > 1 else ""),
+        ),
+        Section(
             "Where the time of an answer goes",
             [plots.waterfall(series)],
-            "Medians; the first answer of each process is left out.",
+            "The answer whose total is the median, for each image. One scale for all.",
         ),
-        (
+        Section(
             "Time until ready",
             [plots.starts(series)],
-            "Warm: files in the page cache. Cold: the bundle's are not. First-ever: neither "
-            "are the libraries, and nothing is prepared.",
+            "Warm: files in the page cache. Cold: the bundle's are not. First-ever: neither are the libraries, and "
+            "nothing is prepared." + _missing_starts(series),
         ),
-        (
+        Section(
             "Memory",
             [plots.memory(series)],
-            "One process: load, then every image twice. Mapped files can be evicted and read again; "
-            "anonymous memory cannot.",
+            "One process: load, then every image twice. Mapped files can be evicted and read again; anonymous memory "
+            "cannot. The peak is the largest of all processes.",
         ),
-        ("Evenness", [plots.over_time(audits, series)], "Each point is an answer; red: throttled."),
-        ("The machine during the audit", [plots.machine(audits), machine_table(audits)], ""),
-        ("Soak", [plots.soak(audits)], ""),
-        (
+        Section(
+            "Evenness", [plots.over_time(audits, series)], "Each point is an answer: a step is a change of the machine."
+        ),
+        Section("The machine during the audit", [plots.machine(audits), machine_table(audits)]),
+        Section("Soak", [plots.soak(audits)]),
+        Section(
             "Quality and cost",
             [plots.quality(series)],
             "As measured when the variant was quantized, on images calibration did not see.",
         ),
-        (
+        Section(
             "Every figure",
             [figures_table(series)],
             "MAD: median absolute deviation. 95 %: the median's confidence interval.",
+            folded=True,
         ),
-        ("Settings", [settings_table(audits)], ""),
+        Section("Settings", [settings_table(audits)], folded=True),
     ]
-    notes = [f"{named.name}: {note}" for named in audits for note in _notes(named.audit)]
-    verdicts = [
-        {
-            "name": named.name,
-            "valid": named.audit.verdict.valid,
-            "reasons": grouped(named.audit.verdict.reasons),
-            "broken": sum(not limit.holds for limit in named.audit.limits),
-            "limits": len(named.audit.limits),
-            "line": verdict_line(named.audit).partition(": ")[2],
-            "where": named.where,
-            "when": named.when,
-        }
-        for named in audits
-    ]
-    one = f"{audits[0].audit.bundle.name} on {audits[0].where}"
-    title = one if len(audits) == 1 else f"{len(audits)} audits"
-    return _render(title, verdicts, sections, notes)
+    several = len(audits) > 1
+    notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
+    title = title_of(audits[0]) if len(audits) == 1 else f"{len(audits)} audits: {', '.join(a.name for a in audits)}"
+    return _render(title, [_verdict(named) for named in audits], sections, notes)
+
+
+def title_of(named: Named) -> str:
+    """Model, variants, machine and day: what tells one page of a fleet from another."""
+    audit, day = named.audit, named.when.partition(" ")[0]
+    return f"{_model(audit)} {', '.join(audit.variants)} · {named.where} · {day}"
+
+
+def _model(audit: Audit) -> str:
+    source = audit.bundle.source
+    if source is None:
+        return audit.bundle.name
+    return f"{source.name} with {source.adapter}" if source.adapter else source.name
+
+
+def _verdict(named: Named) -> dict[str, Any]:
+    """What stands above the fold: the verdict, and a sentence for each variant."""
+    audit = named.audit
+    broken = sum(not limit.holds for limit in audit.limits)
+    return {
+        "name": named.name,
+        "good": audit.verdict.valid and not broken,
+        "word": "Valid" if audit.verdict.valid else "Not valid",
+        "limits": f", {len(audit.limits) - broken} of {len(audit.limits)} limits hold" if audit.limits else "",
+        "reasons": grouped(audit.verdict.reasons),
+        "sentences": [_sentence(variant, found, audit, named.where) for variant, found in audit.variants.items()],
+        "line": f"{verdict_line(audit).partition(': ')[2]} · {named.when}",
+    }
+
+
+def _sentence(variant: str, found: VariantResult, audit: Audit, where: str) -> str:
+    """What a variant costs here, about the largest image."""
+    sizes = audit.workload.images
+    name = max(found.images, key=lambda image: sizes[image].width * sizes[image].height if image in sizes else 0)
+    answers, size = found.images[name], sizes.get(name)
+    pixels = f"{size.width}×{size.height} pixels" if size else name
+    rate = f", then {answers.decode_tok_s.median:,.1f} tokens a second" if answers.decode_tok_s else ""
+    peak = f"; {found.memory.peak_mib.max:,.0f} MiB at the peak" if found.memory.peak_mib else ""
+    first = answers.ttft_ms.median
+    after = f"{first / 1e3:.2f} s" if first >= 100 else f"{first:.0f} ms"
+    return f"{_model(audit)}, {variant}, on {where}: first token {after} after an image of {pixels}{rate}{peak}."
+
+
+def _missing_starts(series: Sequence[Series]) -> str:
+    missing = []
+    for one in series:
+        starts = one.result.starts
+        if starts.cold is None:
+            missing.append(f"{one.label} has no cold start: the time was over; raise --budget")
+        if starts.first_ever is None:
+            why = one.result.first_ever_reason or "the time was over; raise --budget"
+            missing.append(f"{one.label} has no first-ever start: {why}")
+    return f" {'. '.join(missing)}." if missing else ""
 
 
 def _notes(audit: Audit) -> Iterator[str]:
-    for image in audit.workload.skipped_images:
-        yield f"left out: {image.name}: {image.reason}"
+    yield from left_out(audit)
     for variant, found in audit.variants.items():
         yield from (f"{variant}: to fit the memory: {step}" for step in found.steps_down)
         yield from (f"{variant}: {warning}" for warning in found.warnings)
@@ -104,15 +167,15 @@ def tuning_page(tuning: TuningResult) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(tuning.created_unix_s)) if tuning.created_unix_s else ""
     title = " · ".join(part for part in (f"Tuned for {tuning.objective}", tuning.bundle, tuning.machine, day) if part)
     asked = f"{', '.join(images)}: {tuning.key.question}"
-    sections: list[Section] = [
-        ("Chosen", [settings], f"{tuning.why[:1].upper()}{tuning.why[1:]}." if tuning.why else ""),
-        (
+    sections = [
+        Section("Chosen", [settings], f"{tuning.why[:1].upper()}{tuning.why[1:]}." if tuning.why else ""),
+        Section(
             "All points",
             [plots.pareto(tuning)],
             f"{len(tuning.measured)} points, {tuning.rounds} rounds. Numbers are rows of the front. "
             f"KL: against {tuning.reference} with the checkpoint's own image settings. Asked: {asked}",
         ),
-        (
+        Section(
             "The front",
             [front],
             "The Pareto front: no other point is faster beyond chance, takes no more memory and loses no more quality.",
@@ -131,11 +194,12 @@ def _render(
     )
     shown = [
         {
-            "title": name,
-            "note": note,
-            "parts": [{"table": part} if isinstance(part, Table) else {"svg": part} for part in parts if part],
+            "title": section.title,
+            "note": section.note,
+            "folded": section.folded,
+            "parts": [{"table": part} if isinstance(part, Table) else {"svg": part} for part in section.parts if part],
         }
-        for name, parts, note in sections
+        for section in sections
     ]
     shown = [section for section in shown if section["parts"]]
     return environment.get_template("page.html.jinja").render(

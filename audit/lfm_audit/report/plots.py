@@ -79,18 +79,22 @@ def _styled(draw: Callable[_Given, str]) -> Callable[_Given, str]:
 
 @_styled
 def waterfall(series: Sequence[Series]) -> str:
-    """Where the time of an answer goes: a row of stages for each series, a panel for each image."""
+    """Where the time of an answer goes: a row of stages for each series, a panel for each image, one scale for all. The
+    answer drawn is the one whose total is the median, so that its stages add up.
+    """
     images = images_of(series)
     figure, axes = _panels(len(images), 0.5 + 0.34 * len(series))
+    longest = max(one.result.images[name].total_ms.median for one in series for name in one.result.images)
     for axis, name in zip(axes, images, strict=True):
         there = [one for one in series if name in one.result.images]
         for row, one in enumerate(there):
             found, left = one.result.images[name], 0.0
+            middle = found.total_ms.samples.index(sorted(found.total_ms.samples)[(found.total_ms.n - 1) // 2])
             for key, (label, colour, hatch) in STAGES.items():
-                ms = getattr(found.stages, key).median
+                ms = getattr(found.stages, key).samples[middle]
                 _part(axis, row, left, ms, (label, colour, hatch))
                 left += ms
-            first = found.ttft_ms.median
+            first = found.ttft_ms.samples[middle]
             axis.plot(
                 [first, first], [row - 0.42, row + 0.42], color=BLACK, linewidth=1.6, label="" if row else "first token"
             )
@@ -99,9 +103,9 @@ def waterfall(series: Sequence[Series]) -> str:
         axis.invert_yaxis()
         of = there[0].result.images[name]
         views = f"{of.views} view{'s' if of.views != 1 else ''}"
-        axis.set_title(f"{name}: {views}, {of.image_tokens} image tokens, {of.new_tokens} written", loc="left")
+        axis.set_title(f"{name}: {views}, {of.image_tokens} image tokens, {of.new_tokens} generated", loc="left")
         axis.grid(axis="y", visible=False)
-        axis.margins(x=0.12)
+        axis.set_xlim(0, longest * 1.15)
     axes[-1].set_xlabel("ms")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
@@ -141,20 +145,29 @@ def starts(series: Sequence[Series]) -> str:
 
 @_styled
 def over_time(audits: Sequence[Named], series: Sequence[Series]) -> str:
-    """Milliseconds a token in the course of the audit, with throttling marked."""
-    figure, axes = _panels(len(audits), 1.9)
+    """Milliseconds a token in the course of the audit, a point an answer: colours tell images, markers variants.
+    Throttling is marked.
+    """
+    figure, axes = _panels(len(audits), 2.1)
+    images = images_of(series)
     for axis, named in zip(axes, audits, strict=True):
-        for n, one in enumerate(one for one in series if one.named is named):
-            colour, marker, _ = _LINES[n % len(_LINES)]
-            answers = [p for image in one.result.images.values() for p in image.over_time if p.inter_token_ms]
-            times, ms = zip(*sorted((p.at_s, p.inter_token_ms) for p in answers), strict=True) if answers else ((), ())
-            axis.plot(times, ms, marker=marker, markersize=3, linewidth=0.6, color=colour, label=one.label)
+        mine = [one for one in series if one.named is named]
+        for n, one in enumerate(mine):
+            for at, (name, image) in enumerate(one.result.images.items()):
+                colour = _LINES[images.index(name) % len(_LINES)][0]
+                points = [(p.at_s, p.inter_token_ms) for p in image.over_time if p.inter_token_ms]
+                label = f"{one.variant}, {name}" if len(mine) > 1 else name
+                if points:
+                    marker = _LINES[n % len(_LINES)][1]
+                    axis.scatter(
+                        *zip(*points, strict=True), marker=marker, s=11, color=colour, label=label, zorder=3 + at
+                    )
         _mark_throttling(axis, named.audit.machine.samples)
         axis.set_ylabel("ms a token")
         axis.set_ylim(bottom=0)
         axis.set_title(named.name if len(audits) > 1 else "", loc="left")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=4)
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     axes[-1].set_xlabel("s")
     return _svg(figure, "Milliseconds a token over time")
 
@@ -219,9 +232,9 @@ def machine(audits: Sequence[Named]) -> str:
 
 @_styled
 def quality(series: Sequence[Series]) -> str:
-    """What a variant costs beside what it loses; "" where no variant's quality was measured."""
+    """What a variant costs beside what it loses; "" where fewer than two variants' quality was measured."""
     there = [one for one in series if one.result.kl is not None and one.result.memory.peak_mib]
-    if not there:
+    if len(there) < 2:
         return ""
     image = images_of(there)[-1]
     figure, axes = _panels(1, 2.6, columns=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,12 @@ class Table:
     def __bool__(self) -> bool:
         return bool(self.rows)
 
+    def without_empty(self) -> Table:
+        """Return the table without columns that say nothing in any row."""
+        there = [n for n in range(len(self.head)) if n == 0 or any(row.cells[n] not in ("", NONE) for row in self.rows)]
+        rows = [Row([row.cells[n] for n in there], row.bad) for row in self.rows]
+        return Table([self.head[n] for n in there], rows, [at for at, n in enumerate(there) if n in self.texts])
+
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown; the cells of bad rows are bold."""
         line = [" --- " if n == 0 or n in self.texts else " ---: " for n in range(len(self.head))]
@@ -43,20 +49,49 @@ class Table:
         return "\n".join([head, "|" + "|".join(line) + "|", *body])
 
 
-def headline_table(series: Sequence[Series]) -> Table:
-    """Return a row for each variant and image, with medians and their spread."""
-    rows = []
-    for one in series:
-        found = one.result
-        kept = [
-            _of(found.memory.peak_mib, 0),
-            _of(found.memory.anonymous_mib, 0),
-            _of(found.starts.warm.ready_ms, 0),
-            NONE if found.kl is None else f"{found.kl:.2g}",
-        ]
-        for n, (name, image) in enumerate(found.images.items()):
-            cells = [
-                one.label if n == 0 else "",
+WORDS = {
+    "ttft_ms": "first token, ms",
+    "total_ms": "answer, ms",
+    "decode_tok_s": "tokens a second",
+    "energy_per_answer_j": "energy of an answer, J",
+    "energy_per_token_j": "energy of a token, J",
+    "peak_rss_mib": "peak memory, MiB",
+    "peak_mib": "peak memory, MiB",
+    "anonymous_mib": "anonymous memory, MiB",
+    "mapped_mib": "mapped files, MiB",
+    "pss_mib": "memory with shares of what others map too (PSS), MiB",
+    "swap_mib": "in swap, MiB",
+    "ready_ms": "ready, warm start, ms",
+    "cold_ready_ms": "ready, cold start, ms",
+    "first_ttft_ms": "first token of a process's first answer, ms",
+    "vision_per_view_ms": "vision of one view, ms",
+    "inter_token_ms": "between two tokens, ms",
+    "prefill_tok_s": "prefill, tokens a second",
+    "python_ms": "Python starts, ms",
+    "import_ms": "imports, ms",
+    "open_ms": "bundle read, ms",
+    "image_ms": "decode image, ms",
+    "prompt_ms": "prompt, ms",
+    "preprocess_ms": "preprocess, ms",
+    "load_ms": "load graphs, ms",
+    "vision_ms": "vision, ms",
+    "embed_ms": "embed, ms",
+    "prefill_ms": "prefill, ms",
+    "decode_ms": "decode, ms",
+    "detokenize_ms": "detokenize, ms",
+    "other_ms": "other, ms",
+}
+"""A figure's name in JSON → in words."""
+_MUCH = 0.05
+"""Of a figure that got worse, from when on it is highlighted: compare's default."""
+
+
+def answers_table(series: Sequence[Series]) -> Table:
+    """Return a row for each variant and image: times, speed and energy of an answer."""
+    rows = [
+        Row(
+            [
+                one.label,
                 name,
                 _spread(image.ttft_ms),
                 _of(image.stages.vision_ms, 0),
@@ -64,21 +99,40 @@ def headline_table(series: Sequence[Series]) -> Table:
                 _of(image.decode_tok_s, 1),
                 _of(image.energy_per_answer_j, 2),
             ]
-            rows.append(Row([*cells, *(kept if n == 0 else [""] * len(kept))]))
+        )
+        for one in series
+        for name, image in one.result.images.items()
+    ]
+    head = ["", "image", "first token, ms", "vision, ms", "answer, ms", "tokens/s", "energy, J"]
+    return Table(head, rows, (1,)).without_empty()
+
+
+def variants_table(series: Sequence[Series]) -> Table:
+    """Return a row for each variant: memory, start, size and quality."""
+    rows = []
+    for one in series:
+        found, starts = one.result, dict(one.result.starts.items())
+        peak = found.memory.peak_mib
+        cells = [
+            one.label,
+            NONE if not peak else f"{peak.max:,.0f}",
+            _of(found.memory.anonymous_mib, 0),
+            *(_of(starts[kind].ready_ms, 0) if kind in starts else NONE for kind in ("warm", "cold", "first_ever")),
+            f"{found.disk_mib:,.0f}",
+            NONE if found.kl is None else f"{found.kl:.2g}",
+        ]
+        rows.append(Row(cells))
     head = [
         "",
-        "image",
-        "first token, ms",
-        "vision, ms",
-        "answer, ms",
-        "tok/s",
-        "J",
         "peak, MiB",
-        "anonymous",
+        "anonymous, MiB",
         "start, ms",
+        "cold start",
+        "first-ever start",
+        "on disk, MiB",
         "KL to fp32",
     ]
-    return Table(head, rows, (1,))
+    return Table(head, rows).without_empty()
 
 
 def limits_table(audits: Sequence[Named]) -> Table:
@@ -87,7 +141,7 @@ def limits_table(audits: Sequence[Named]) -> Table:
         Row(
             [
                 named.name,
-                limit.name,
+                WORDS.get(limit.name, limit.name),
                 f"{limit.limit:g}",
                 limit.variant or NONE,
                 limit.image or NONE,
@@ -99,7 +153,7 @@ def limits_table(audits: Sequence[Named]) -> Table:
         for named in audits
         for limit in named.audit.limits
     ]
-    return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows)
+    return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows, (1,)).without_empty()
 
 
 def changes_table(audits: Sequence[Named]) -> Table:
@@ -112,7 +166,7 @@ def changes_table(audits: Sequence[Named]) -> Table:
             rows.append(Row([other.name, "differs", difference, "", "", "", ""]))
         for change in changes(audits[0].audit, other.audit):
             of = f"{change.variant} {change.image}".strip()
-            rows.append(_change(other.name, of, change.name, change.before, change.after, change.word()))
+            rows.append(_change(other.name, of, change, regression=True))
     return Table(["", "of", "figure", "before", "after", "change", ""], rows, (1, 2, 6))
 
 
@@ -125,15 +179,18 @@ def _variants_compared(named: Named) -> list[Row]:
                 before, after = (getattr(named.audit.variants[v].images[image], name) for v in (first, other))
                 if before is None or after is None:
                     continue
-                word = Change(other, image, name, before, after).word()
-                rows.append(_change(f"{other} against {first}", image, name, before, after, word))
+                change = Change(f"{other} against {first}", image, name, before, after)
+                rows.append(_change(change.variant, image, change, regression=False))
     return rows
 
 
-def _change(name: str, of: str, figure: str, before: Figure, after: Figure, word: str) -> Row:
-    ratio = f"{after.median / before.median - 1:+.1%}" if before.median else NONE
-    cells = [name, of, figure, f"{before.median:,.1f}", f"{after.median:,.1f}", ratio, word]
-    return Row(cells, bad=word == "worse")
+def _change(name: str, of: str, change: Change, *, regression: bool) -> Row:
+    """A row; highlighted where a later audit is worse by more than `compare` allows by default."""
+    ratio = NONE if change.ratio is None else f"{change.ratio - 1:+.1%}"
+    before, after = f"{change.before.median:,.1f}", f"{change.after.median:,.1f}"
+    word = change.word()
+    bad = regression and word == "worse" and change.worse_by() > _MUCH
+    return Row([name, of, WORDS.get(change.name, change.name), before, after, ratio, word], bad=bad)
 
 
 def machine_table(audits: Sequence[Named]) -> Table:
@@ -148,7 +205,7 @@ def machine_table(audits: Sequence[Named]) -> Table:
             _hex(m.throttle_bits_before),
             _hex(m.throttle_bits_after),
             _number(m.available_min_mib, 0),
-            f"{m.background_share.median:.1%}",
+            f"{m.background_share.mean:.1%}",
             _number(m.swapped_mib, 0),
             _number(m.idle_w, 2),
             _number(m.mean_w, 2),
@@ -161,21 +218,21 @@ def machine_table(audits: Sequence[Named]) -> Table:
         "°C at most",
         "throttle bits before",
         "after",
-        "MiB free, least",
-        "others' share",
-        "MiB swapped",
-        "W idle",
-        "mean",
-        "peak",
+        "least free, MiB",
+        "others' share of the processors, mean",
+        "swapped, MiB",
+        "idle, W",
+        "mean, W",
+        "peak, W",
     ]
-    return Table(head, rows, (1,))
+    return Table(head, rows, (1,)).without_empty()
 
 
 def figures_table(series: Sequence[Series]) -> Table:
     """Return a row of statistics for each figure of each series."""
     rows = []
     for one in series:
-        rows += [Row([one.label, name, *_statistics(of)]) for name, of in _figures(one.result) if of]
+        rows += [Row([one.label, _words(name), *_statistics(of)]) for name, of in _figures(one.result) if of]
     return Table(["", "figure", "n", "median", "MAD", "mean", "p90", "p95", "min", "max", "95 %"], rows, (1,))
 
 
@@ -203,6 +260,12 @@ def _figures(found: VariantResult) -> Iterator[tuple[str, Figure | None]]:
         yield from ((f"{image}: {key}", of) for key, of in answers.stages.items())
 
 
+def _words(name: str) -> str:
+    """Return "small: first token, ms" for "small: ttft_ms"."""
+    about, colon, key = name.rpartition(": ")
+    return f"{about}{colon}{WORDS.get(key, key)}"
+
+
 def _statistics(of: Figure) -> list[str]:
     digits = 0 if of.median >= 1000 else 1 if of.median >= 10 else 3
     between = NONE if of.low is None or of.high is None else f"{of.low:,.{digits}f} … {of.high:,.{digits}f}"
@@ -220,10 +283,20 @@ def settings_table(audits: Sequence[Named]) -> Table:
         ("machine", [named.where for named in audits]),
         ("cores", cores),
         ("memory, MiB", [audit.device.get("ram_total_mib") for audit in found]),
+        ("model", [audit.bundle.source.name if audit.bundle.source else None for audit in found]),
+        ("adapter", [audit.bundle.source.adapter if audit.bundle.source else None for audit in found]),
+        ("bundle", [audit.bundle.name for audit in found]),
+        (
+            "weights",
+            [", ".join(f"{v}: {mark[:12]}" for v, mark in audit.bundle.fingerprint.items()) for audit in found],
+        ),
+        ("measured variants", [", ".join(map(_run, audit.variants.items())) for audit in found]),
         ("profile", [audit.profile.name for audit in found]),
     ]
-    for of in ([audit.profile.settings for audit in found], [audit.software for audit in found]):
+    settings = [{name: v for name, v in audit.profile.settings.items() if name not in _RUN} for audit in found]
+    for of in (settings, [audit.software for audit in found]):
         rows += [(name, [one.get(name) for one in of]) for name in of[0]]
+    rows.append(("lfm-edge", [audit.tool.version for audit in found]))
     rows += [
         (f"image {name}", [_pixels(audit.workload.images.get(name)) for audit in found])
         for name in found[0].workload.images
@@ -235,6 +308,20 @@ def settings_table(audits: Sequence[Named]) -> Table:
         if any(v not in (None, [], "") for v in values)
     ]
     return Table(["", *(audit.name for audit in audits)], shown, tuple(range(1, len(audits) + 1)))
+
+
+_RUN = ("variant", "prefill", "threads")
+"""Settings of a profile that are wishes; what was run stands beside the variants."""
+
+
+def _weights(marks: Mapping[str, str]) -> str:
+    return ", ".join(f"{variant}: {mark[:12]}" for variant, mark in marks.items())
+
+
+def _run(measured: tuple[str, VariantResult]) -> str:
+    name, found = measured
+    prefill = f", {found.prefill} for the prefill" if found.prefill else ""
+    return f"{name} ({found.threads} threads{prefill})"
 
 
 def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:
