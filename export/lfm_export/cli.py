@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     progress.clear()
     if warning:
         print(f"lfm-edge: {warning}", file=sys.stderr)
+    if options.adapter:
+        print(f"merged the adapter {options.adapter} into the weights", file=sys.stderr)
     size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
     print(f"{options.output}  {size / 1e6:,.1f} MB  {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0

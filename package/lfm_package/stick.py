@@ -25,6 +25,19 @@ from lfm_package.wheelhouse import Wheel, glibc_needed, wheelhouse
 
 INSTALL = "install.sh"
 SETTINGS = "stick.conf"
+README = "README.txt"
+_README = """\
+lfm-edge stick "{name}"
+for {platform}
+
+It installs a vision-language model and what runs it. It needs neither network nor root:
+
+    sh install.sh              installs into ~/.local/share/lfm-edge, and tests it
+    sh install.sh --help       other places, signatures
+    lfm-edge-install --rollback, --uninstall      afterwards, in ~/.local/share/lfm-edge/bin
+
+Every file here is checked against SHA256SUMS before anything is installed.
+"""
 _LARGEST_FILE = 4_000_000_000  # FAT32 holds no larger ones
 _WITH_BYTECODE = 1.4  # what installed wheels take, against their files
 _SPARE = 32 << 20
@@ -109,6 +122,7 @@ def _fill(
         "need_kib": _needed(folder, variants, size, wheels) >> 10,
     }
     (stick / SETTINGS).write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
+    (stick / README).write_text(_README.format(name=name, platform=platform), encoding="utf-8")
     sums = {path.relative_to(stick).as_posix(): path for path in stick.rglob("*") if path.is_file()}
     lines = [f"{file_hash(path)}  {place}\n" for place, path in sorted(sums.items())]
     (stick / SUMS).write_text("".join(lines), encoding="utf-8")

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import Bundle, check_names
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.engine.prepared import remove_damaged
@@ -36,6 +36,12 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; name a bundle")
+    check_names(folder)
+    if (folder / "stick.conf").is_file():
+        raise BundleError(
+            f"{folder} is a stick, not a bundle; its install.sh checks it before it installs: sh "
+            f"{shlex.quote(str(folder / 'install.sh'))}"
+        )
     if problems := _not_plain(folder):
         return problems  # what is not a plain file is not read
     manifest = Manifest.read(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -147,7 +148,9 @@ def _value(
     path: Path, text: str, key: str, value: Any, known: Mapping[str, Mapping[str, Any]], section: str = ""
 ) -> Any:
     if key not in known:
-        raise ProfileError(f"{_where(path, text, key, section)}: unknown key {key!r}; allowed: {', '.join(known)}")
+        meant = difflib.get_close_matches(key, known, 1)
+        do = f"did you mean {meant[0]}?" if meant else f"allowed: {', '.join(known)}"
+        raise ProfileError(f"{_where(path, text, key, section)}: unknown key {key!r}; {do}")
     return _checked(key, value, known[key], _where(path, text, key, section))
 
 

@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder made by lfm-edge export, with fp32 or fp16 weights")
     parser.add_argument("--variant", required=True, metavar="NAME", help=", ".join(v for v in VARIANTS if v != "fp32"))
     parser.add_argument(
-        "--calibration", type=Path, metavar="IMAGES", help="folder of images, or a text file of paths; a few dozen"
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGES",
+        help="folders of images, image files, or text files of paths; a few dozen images",
     )
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}"
@@ -56,10 +61,11 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
+    from lfm_quantize.work import work_folder
 
     settings = Settings(
         options.variant,
-        options.calibration,
+        tuple(options.calibration),
         options.prompts,
         options.method,
         options.recipe,
@@ -72,10 +78,19 @@ def run(options: argparse.Namespace) -> int:
     try:
         with failures_are_ours(options.bundle):
             quality = quantize(options.bundle, settings, printer.progress, printer.warn)
+    except KeyboardInterrupt:
+        printer.clear()
+        left = work_folder(options.bundle, options.variant)
+        if left.is_dir():
+            print(f"interrupted; the same command goes on from {left}, lfm-edge clean removes it", file=sys.stderr)
+        raise
     finally:
         printer.clear()
     if quality:
         print(quality.table())
+        print(f"  {options.variant} is good enough: KL {quality.kl:.2g}, at most {settings.kl_floor():g} is allowed")
+    elif not options.quiet:
+        print(f"{options.bundle} has {options.variant} now; lfm-edge quality measures what it lost")
     return 0
 
 

@@ -140,13 +140,15 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
 
 def _questions(settings: Settings, warn: Warn) -> _Questions:
     """Read the questions and set some apart; warn of what makes them few."""
-    if settings.calibration is None:
+    if not settings.calibration:
         rounded = "weights are rounded without calibration, and " if settings.rounds() else ""
         warn(f"no --calibration images: {rounded}the quality is not measured")
         return _Questions([], [])
     questions, skipped = read_questions(settings.calibration, settings.prompts)
     images = len({q.image for q in questions})
-    if settings.prompts is None and (left := sorted(settings.calibration.glob("*.jsonl"))):
+    if settings.prompts is None and (
+        left := [file for place in settings.calibration for file in sorted(place.glob("*.jsonl"))]
+    ):
         warn(f"the built-in questions are used; to use those in {left[0].name}: --prompts {left[0]}")
     if skipped:
         warn(f"{len(skipped)} of {images + len(skipped)} images are left out: {named(skipped)}")
@@ -159,9 +161,7 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
     calibrate, judge = split_off(questions, HELD_OUT, seed=0)
     if not judge:
         if settings.floor is not None:
-            raise QuantizeError(
-                f"--floor needs a second image to measure the quality with; {settings.calibration} has one"
-            )
+            raise QuantizeError("--floor needs a second image to measure the quality with; there is one")
         warn("there is only one image, so none is held out: the quality is not measured")
     return _Questions(calibrate, judge, len(skipped))
 

@@ -16,7 +16,7 @@ class Settings:
     """What the user asks for. Without calibration images weights are rounded blindly, and nothing can be judged."""
 
     variant: str
-    calibration: Path | None = None
+    calibration: tuple[Path, ...] = ()  # folders, image files, or text files of paths
     prompts: Path | None = None
     method: str | None = None
     recipe: Path | None = None

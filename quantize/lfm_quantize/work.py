@@ -24,6 +24,12 @@ from lfm_quantize.recipe import Recipe
 from lfm_quantize.rounding import Precision, Rounded
 
 
+def work_folder(bundle: Path, variant: str) -> Path:
+    """Return the folder that a run leaves behind when it is interrupted: the next one goes on there."""
+    bundle = bundle.resolve()
+    return bundle.parent / f".{bundle.name}.{variant}-work"
+
+
 class Work:
     """`.NAME.VARIANT-work` beside the bundle; one run at a time, of one recipe, source and calibration."""
 
@@ -38,8 +44,7 @@ class Work:
         Raises:
             QuantizeError: another run is at it.
         """
-        bundle = bundle.resolve()
-        folder = bundle.parent / f".{bundle.name}.{variant}-work"
+        folder = work_folder(bundle, variant)
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:

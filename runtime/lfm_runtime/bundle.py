@@ -17,7 +17,7 @@ from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.formats.manifest import File, Manifest, file_hash
+from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder
@@ -55,7 +55,8 @@ class Bundle:
         if folder.is_file():
             raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
-            raise BundleError(f"{folder} is not a folder; make a bundle with: lfm-edge export CHECKPOINT -o {folder}")
+            raise BundleError(f"{folder} is not a folder; {_how_to_get(folder)}")
+        check_names(folder)
         manifest = Manifest.read(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
@@ -244,3 +245,23 @@ def _nearest(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | N
 def _find(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
     names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
     return next((place / name for place in places for name in names if (place / name).exists()), None)
+
+
+def _how_to_get(folder: Path) -> str:
+    """What to do about a bundle that is not there; `owner/name` is a checkpoint of the hub."""
+    if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir():
+        name = folder.name
+        return (
+            f"if it is a checkpoint of the hub: hf download {folder} --local-dir {name}, then lfm-edge export {name} "
+            "-o bundle"
+        )
+    return f"make a bundle with: lfm-edge export CHECKPOINT -o {folder}"
+
+
+def check_names(folder: Path) -> None:
+    """Raise BundleError for a bundle whose files are named in capitals: an old FAT mount shows them so."""
+    if not (folder / MANIFEST).exists() and (folder / MANIFEST.upper()).exists():
+        raise BundleError(
+            f"{folder} has names in capitals, as a FAT file system shows them without long names; copy it as one file: "
+            f"lfm-edge pack, then lfm-edge unpack"
+        )

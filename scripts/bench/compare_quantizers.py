@@ -46,7 +46,7 @@ def ours(bundle: Path, block: int, method: str, calibration: Path) -> None:
     prompts = calibration / f"{calibration.name}.jsonl"
     quantize(
         bundle,
-        Settings("int4", calibration, prompts if prompts.exists() else None, recipe=recipe, floor=100.0),
+        Settings("int4", (calibration,), prompts if prompts.exists() else None, recipe=recipe, floor=100.0),
         warn=lambda _: None,
     )
 

@@ -116,7 +116,7 @@ def test_int8_ranges_are_kept_when_shapes_are_fixed(portable, tmp_path) -> None:
     images.mkdir()
     for path in sorted((ROOT / "demo" / "calibration" / "images").iterdir())[::40]:
         shutil.copy(path, images)
-    quantize(bundle, Settings("int8-static", images, floor=0.1), warn=lambda _: None)
+    quantize(bundle, Settings("int8-static", (images,), floor=0.1), warn=lambda _: None)
     written = write_static(bundle, tmp_path / "static", StaticShape(16, 16, PREFILL, CONTEXT))
     assert {path.stem for path in written} == {
         "vision_encoder",

@@ -58,6 +58,6 @@ def quantized(demo_bundle, tmp_path_factory) -> Path:
         shutil.copytree(demo_bundle, folder)
         images = _first_images(tmp_path_factory.mktemp("calibration"), 64)
         for variant in ("fp16", "int8", "int4"):
-            quantize(folder, Settings(variant, images / "images", images / "calibration.jsonl", threads=2))
+            quantize(folder, Settings(variant, (images / "images",), images / "calibration.jsonl", threads=2))
 
     return cached_bundle("quantized", make, tmp_path_factory.mktemp("quantized") / "bundle")

@@ -36,7 +36,7 @@ def bundle(demo_bundle, few, tmp_path_factory) -> Path:
     for variant in ("fp16", "int4"):
         quantize(folder, Settings(variant), warn=lambda _: None)
     for variant in ("int4-fp16", "fp16-trt"):
-        quantize(folder, Settings(variant, few / "images", few / "calibration.jsonl"), warn=lambda _: None)
+        quantize(folder, Settings(variant, (few / "images",), few / "calibration.jsonl"), warn=lambda _: None)
     return folder
 
 

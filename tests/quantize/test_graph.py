@@ -96,7 +96,7 @@ def test_another_architecture(unlike, tmp_path, variant, images) -> None:
         bundle,
         Settings(
             variant,
-            images,
+            (images,) if images else (),
             floor=5.0 if images else None,
             method=None if variant == "fp16" or images is None else "gptq",
         ),

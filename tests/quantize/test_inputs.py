@@ -42,6 +42,13 @@ def test_a_folder_of_images(images) -> None:
     assert [path.name for path in skipped] == ["broken.png"]  # broken.png; notes.txt is not taken for an image
 
 
+def test_several_places(images) -> None:
+    """As a shell gives them: photos/*.jpg; an image that is named twice is taken once."""
+    one, other = images / "a.jpg", images / "more" / "b.JPG"
+    assert [q.image for q in read_questions([one, other], None)[0]] == [one, other]
+    assert [q.image for q in read_questions([other, images], None)[0]] == [other, one]
+
+
 def test_prompts_one_a_line(images, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("What is it?\n\nWhere?\n")
     questions, _ = read_questions(images, tmp_path / "prompts.txt")
@@ -76,8 +83,8 @@ BAD = {
         lambda d: ((d / "x.png").write_bytes(b"x"), read_questions(d, None)),
         "x.png could not be opened",
     ),
-    "an image for a folder": (
-        lambda d: read_questions(PHOTOS / "coffee.jpg", None),
+    "neither image nor list": (
+        lambda d: ((d / "x.bin").write_bytes(bytes(range(256))), read_questions(d / "x.bin", None)),
         "neither a folder nor a text file",
     ),
     "empty prompts": (lambda d: ((d / "p").write_text(""), read_questions(PHOTOS, d / "p")), "is empty"),
@@ -193,10 +200,10 @@ def test_bad_recipe(text, says, tmp_path) -> None:
         ({"variant": "int4", "prompts": Path("p")}, "--prompts has no effect without --calibration"),
         ({"variant": "int4", "floor": 0.1}, "--floor needs --calibration"),
         (
-            {"variant": "int4", "floor": -1, "calibration": Path("c")},
+            {"variant": "int4", "floor": -1, "calibration": (Path("c"),)},
             "--floor needs --calibration and a KL divergence above 0",
         ),
-        ({"variant": "int8", "max_size": 5, "calibration": Path("c")}, "--max-size searches precisions"),
+        ({"variant": "int8", "max_size": 5, "calibration": (Path("c"),)}, "--max-size searches precisions"),
         ({"variant": "int4", "recipe": Path("r"), "method": "rtn"}, "--method has no effect beside --recipe"),
     ],
 )

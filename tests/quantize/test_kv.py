@@ -30,7 +30,7 @@ def bundle(quantized, few, tmp_path_factory) -> Path:
     """With int4-kv8 and int8-kv8, calibrated on the same pictures."""
     folder = Path(shutil.copytree(quantized, tmp_path_factory.mktemp("kv") / "bundle"))
     for variant in ("int4-kv8", "int8-kv8"):
-        quantize(folder, Settings(variant, few / "images", few / "calibration.jsonl"))
+        quantize(folder, Settings(variant, (few / "images",), few / "calibration.jsonl"))
     return folder
 
 
@@ -107,7 +107,7 @@ def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
         assert model.answer(PICTURES[:1], QUESTION, temperature=0).text()
     other = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     words = ["run", str(other), "-p", "x", "--variant", "int4-kv8", "--prefill", "int8"]
-    quantize(other, Settings("int8-kv8", few / "images"))  # other questions, other ranges
+    quantize(other, Settings("int8-kv8", (few / "images",)))  # other questions, other ranges
     assert main(words) == 2
     assert "same images" in capsys.readouterr().err
     quantize(other, Settings("int8", method="rtn"))  # takes int8-kv8 away

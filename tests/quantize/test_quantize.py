@@ -128,7 +128,7 @@ def test_outliers_change_no_answer(outliers, demo_model) -> None:
 
 @pytest.mark.parametrize(("variant", "kl"), [("int8", 0.005), ("int4", 0.02)])
 def test_outliers_are_survived(outliers, few, questions, variant, kl) -> None:
-    quantize(outliers, Settings(variant, few / "images", few / "calibration.jsonl"))
+    quantize(outliers, Settings(variant, (few / "images",), few / "calibration.jsonl"))
     quality = measure(outliers, variant, "fp32", questions[1][::8], 2)
     assert quality.cosine_min >= 0.99
     assert quality.kl <= kl
@@ -155,7 +155,7 @@ def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypatch) -> None:
-    settings = Settings("int4", few / "images", few / "calibration.jsonl", method="gptq")
+    settings = Settings("int4", (few / "images",), few / "calibration.jsonl", method="gptq")
     undisturbed = Path(shutil.copytree(demo_bundle, tmp_path / "undisturbed"))
     quantize(undisturbed, settings)
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
         quantize(bundle, settings, kill)
     blocks.clear()
     quantize(
-        bundle, Settings("int4", few / "images", few / "calibration.jsonl", method="gptq", keep=("head",))
+        bundle, Settings("int4", (few / "images",), few / "calibration.jsonl", method="gptq", keep=("head",))
     )  # another recipe: from the start
     assert len(blocks) == 13
 
@@ -199,11 +199,11 @@ def test_two_runs_at_once(demo_bundle, few, tmp_path) -> None:
     def again(what: str, done: int, _: int) -> None:
         if what == "quantizes vision_encoder" and done == 1:
             with pytest.raises(QuantizeError, match="another run is making int8"):
-                quantize(bundle, Settings("int8", few / "images", few / "calibration.jsonl"))
+                quantize(bundle, Settings("int8", (few / "images",), few / "calibration.jsonl"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(bundle, Settings("int8", few / "images", few / "calibration.jsonl"), again)
+        quantize(bundle, Settings("int8", (few / "images",), few / "calibration.jsonl"), again)
 
 
 # ------------------------------------------------------------------------------------------------------------- gate
@@ -325,7 +325,7 @@ def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
 def test_static_int8(demo_bundle, few, questions, tmp_path) -> None:
     """QDQ nodes around every product, ranges in the graph, no If; good enough on pictures it did not see."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    quantize(bundle, Settings("int8-static", few / "images", few / "calibration.jsonl"))
+    quantize(bundle, Settings("int8-static", (few / "images",), few / "calibration.jsonl"))
     graph = onnx.load(bundle / "onnx" / "vision_encoder_int8_static.onnx", load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("QuantizeLinear") >= 19
@@ -353,7 +353,7 @@ def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
 @pytest.mark.slow  # blind, and for GPUs: test_gpu_variants.py
 def test_starting_from_fp16(few, tmp_path) -> None:
     export(CHECKPOINT, tmp_path / "bundle", dtype="fp16")
-    quality = quantize(tmp_path / "bundle", Settings("int8", few / "images", few / "calibration.jsonl"))
+    quality = quantize(tmp_path / "bundle", Settings("int8", (few / "images",), few / "calibration.jsonl"))
     assert quality.against == "fp16"
     assert quality.cosine_min > 0.998
     with pytest.raises(QuantizeError, match="nothing finer to make it from"):
@@ -477,7 +477,7 @@ import sys
 from pathlib import Path
 from lfm_quantize.quantize import quantize
 from lfm_quantize.settings import Settings
-quantize(Path(sys.argv[1]), Settings("int4", Path(sys.argv[2]), method="gptq", floor=1000.0))
+quantize(Path(sys.argv[1]), Settings("int4", (Path(sys.argv[2]),), method="gptq", floor=1000.0))
 """
 
 

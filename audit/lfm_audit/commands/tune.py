@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -105,5 +106,6 @@ def run(options: argparse.Namespace) -> int:
     where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
     said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
     write_or_rescue(output, sealed(to_toml(tuning.profile_of(chosen, said)), "lfm-edge tune"))
-    print(f"\nwritten: {output}; use it with --profile {output}. Measurements: {kept}; plot: lfm-edge report {kept}")
+    use, plot = (shlex.quote(str(path)) for path in (output, kept))
+    print(f"\nwritten: {output}; use it with --profile {use}. Measurements: {kept}; plot: lfm-edge report {plot}")
     return 0

@@ -69,19 +69,20 @@ class Sample:
         return self.ids[self.prompt_tokens :]
 
 
-def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Question], list[Path]]:
+def read_questions(images: Path | Sequence[Path] | None, prompts: Path | None) -> tuple[list[Question], list[Path]]:
     """Questions about the usable images, and the images that could not be opened.
 
     Args:
-        images: a folder (searched with its subfolders) or a text file of paths, one a line.
+        images: folders (searched with their subfolders), image files, or text files of paths, one a line.
         prompts: questions, one a line, dealt out to the images in turn; or JSONL {image, question, answer, task}, whose
             images lie beside the file or in `images`. Without prompts, a few built-in questions.
 
     Raises:
         QuantizeError: nothing usable, or a file that is not what it should be.
     """
-    found = _find_images(images) if images else []
-    given = _read_prompts(prompts, images) if prompts else []
+    places = [] if images is None else [images] if isinstance(images, Path) else list(images)
+    found = list(dict.fromkeys(path for place in places for path in _find_images(place)))
+    given = _read_prompts(prompts, [place for place in places if place.is_dir()]) if prompts else []
     if given and isinstance(given[0], Question):
         questions: list[Question] = [q for q in given if isinstance(q, Question)]
     else:
@@ -94,7 +95,7 @@ def read_questions(images: Path | None, prompts: Path | None) -> tuple[list[Ques
     skipped = [path for path, ok in usable.items() if not ok]
     questions = [q for q in questions if usable[q.image]]
     if not questions:
-        where = images or prompts
+        where = ", ".join(map(str, places)) or prompts
         why = f" ({named(skipped)})" if skipped else ""
         raise QuantizeError(f"{where} has no usable image{why}; name a folder with JPEG or PNG files")
     return questions, skipped
@@ -111,6 +112,8 @@ def _find_images(images: Path) -> list[Path]:
         return sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not images.exists():
         raise QuantizeError(f"{images} does not exist; name a folder of images, or a text file with one path a line")
+    if images.suffix.lower() in SUFFIXES:
+        return [images]
     try:
         lines = images.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as e:
@@ -118,7 +121,7 @@ def _find_images(images: Path) -> list[Path]:
     return [images.parent / line.strip() for line in lines if line.strip()]
 
 
-def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]:
+def _read_prompts(path: Path, folders: Sequence[Path]) -> list[Question] | list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (UnicodeDecodeError, OSError) as e:
@@ -127,7 +130,7 @@ def _read_prompts(path: Path, images: Path | None) -> list[Question] | list[str]
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
     if not lines[0].lstrip().startswith(("{", "[")):
         return lines
-    return list(read_jsonl(path, [path.parent, *([images] if images else [])], QuantizeError))
+    return list(read_jsonl(path, [path.parent, *folders], QuantizeError))
 
 
 def _opens(path: Path) -> bool:

@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(e), e.exit_code)
     except ModuleNotFoundError as e:
         return _fail(_missing(commands[words[0]], e))
+    except ImportError as e:
+        return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _EXIT_INTERRUPTED

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from lfm_runtime.formats.files import to_json
+
+_PAUSE_S = 10.0
 
 
 def ready_streams() -> None:
@@ -41,10 +44,18 @@ def print_json(value: Any) -> None:
 
 def status_line(*, quiet: bool = False) -> Callable[[str], None]:
     """A function that says on stderr what is being done: on a terminal each text replaces the one before, and "" clears
-    the line.
+    the line; elsewhere there is a line every ten seconds at most.
     """
     if quiet:
         return lambda _: None
     if sys.stderr.isatty():
         return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    return lambda text: print(text, file=sys.stderr, flush=True) if text else None
+    last = -_PAUSE_S
+
+    def say(text: str) -> None:
+        nonlocal last
+        if text and time.monotonic() - last >= _PAUSE_S:
+            print(text, file=sys.stderr, flush=True)
+            last = time.monotonic()
+
+    return say

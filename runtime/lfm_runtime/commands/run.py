@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     """Answer one question, print the answer or its JSON report, and return 0."""
     if options.prompt is None:
         return _chat(options)
+    if not options.prompt.strip():
+        raise SettingError('the question is empty; write one: -p "What is in this image?"')
     model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
     answer = model.answer(
         options.images,

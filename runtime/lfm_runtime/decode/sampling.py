@@ -57,7 +57,7 @@ class GenerationSettings:
             ("top_k", self.top_k >= 0, "0 (off) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
             ("repetition_penalty", 0 < self.repetition_penalty < 1e6, "above 0; 1 is off"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or above"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 1 << 20, "1 to 1048576"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("speculate", 0 <= self.speculate <= MANY_TOKENS - 2, f"0 (off) to {MANY_TOKENS - 2}"),

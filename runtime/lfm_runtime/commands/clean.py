@@ -1,0 +1,61 @@
+"""`lfm-edge clean`: remove what interrupted commands and earlier onnxruntimes left beside a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the description of `parser` and add the command's arguments."""
+    parser.description = (
+        "Remove what lies beside a bundle and is of no use any more: work of interrupted quantize runs, half-written "
+        "bundles, graphs prepared for another processor or onnxruntime. The bundle stays as it is."
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be removed")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is removed, with sizes, and return 0."""
+    import shutil
+
+    from lfm_runtime.bundle import Bundle
+
+    bundle = Bundle.open(options.bundle).folder.resolve()
+    total = 0
+    for path in _leftovers(bundle):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        total += size
+        print(f"{path}  {size / 1e6:,.1f} MB")
+        if not options.dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    print(f"{total / 1e6:,.1f} MB {'would be removed' if options.dry_run else 'removed'}")
+    return 0
+
+
+def _leftovers(bundle: Path) -> list[Path]:
+    """Folders of interrupted runs that no process is writing, and prepared graphs that do not fit this machine."""
+    from lfm_runtime.engine.prepared import folder_of
+
+    here = folder_of(bundle)
+    found = [*bundle.parent.glob(f".{bundle.name}.*-work"), *bundle.parent.glob(f".{bundle.name}.partial-*")]
+    found += [path for path in here.parent.glob("*") if path != here and path.name.startswith("onnxruntime-")]
+    return sorted(path for path in found if not _in_use(path))
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder, or of the folder around a half-written bundle."""
+    import fcntl
+    import os
+
+    place = folder if folder.name.endswith("-work") else folder.parent
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

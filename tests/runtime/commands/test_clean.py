@@ -1,0 +1,33 @@
+"""`lfm-edge clean`: what it removes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from lfm_runtime.commands.cli import main
+from lfm_runtime.engine.prepared import folder_of
+
+
+def test_only_leftovers_are_removed(bundle_copy, capsys) -> None:
+    place, name = bundle_copy.parent, bundle_copy.name
+    here = folder_of(bundle_copy)
+    gone = [place / f".{name}.int8-work", place / f".{name}.partial-abc", here.parent / "onnxruntime-1.0-0123456789ab"]
+    kept = [here, place / f".{name}.int4-work", place / f".{name}2.int8-work", place / "other", here.parent / "notes"]
+    for folder in (*gone, *kept):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(1000))
+    before = {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
+    descriptor = os.open(kept[1], os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # a run that is at it
+    try:
+        assert main(["clean", str(bundle_copy), "--dry-run"]) == 0
+        assert all(folder.exists() for folder in gone)
+        assert main(["clean", str(bundle_copy)]) == 0
+    finally:
+        os.close(descriptor)
+    said = capsys.readouterr().out
+    assert all(said.count(str(folder)) == 2 for folder in gone)
+    assert not any(folder.exists() for folder in gone)
+    assert all(folder.exists() for folder in kept)
+    assert before == {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
