@@ -35,6 +35,7 @@ NOT_RUN = (
     (r"lfm-edge export .*--portable|--static", "minutes; tests/export/test_portable.py, test_static.py"),
     (r"lfm-edge .*/tmp/", "a 450M; docs/performance.md says how long"),
     (r"lfm-edge --version", "not a command"),
+    (r"lfm-edge completion .*>", "writes into a shell; tests/runtime/commands/test_completion.py"),
     (r"lfm-edge quantize bundle --variant fp16 --calibration", "for a GPU; tests/quantize/test_gpu_variants.py"),
 )
 NAMES = {
@@ -75,6 +76,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "command"), ALL, ids=lambda value: value if isinstance(value, str) else value.name)
 def test_it_parses(page, command) -> None:
     """Flags in brackets as well; of alternatives the first."""
+    command = command.partition(" > ")[0]
     full = re.sub(r"\[([^\]|]*?)(\|[^\]]*)?\]", r"\1", with_names(command)).replace("…", "")
     name, *words = shlex.split(full)[1:]
     points = {point.name: point for point in entry_points(group="lfm_edge.commands")}

@@ -39,11 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prefill", type=int, metavar="N", help="with --static: tokens of a prompt step (default 128)")
     parser.add_argument("--context", type=int, metavar="N", help="with --static: tokens in all (default 512)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: bundle, bytes, seconds, warning")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(options: argparse.Namespace) -> int:
     """Export the checkpoint, print what was written, its size and the time taken, and return 0."""
+    from lfm_runtime.commands.console import print_json
+
     from lfm_export.checkpoint.config import CheckpointError
 
     if options.static:
@@ -70,7 +73,11 @@ def run(options: argparse.Namespace) -> int:
     if options.adapter:
         print(f"merged the adapter {options.adapter} into the weights", file=sys.stderr)
     size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
-    print(f"{options.output}  {size / 1e6:,.1f} MB  {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    seconds = time.perf_counter() - started
+    if options.json:
+        print_json({"bundle": str(options.output), "bytes": size, "seconds": round(seconds, 3), "warning": warning})
+    elif not options.quiet:
+        print(f"{options.output}  {size / 1e6:,.1f} MB  {seconds:.1f} s", file=sys.stderr)
     return 0
 
 

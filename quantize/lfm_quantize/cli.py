@@ -51,12 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave these layers fp32; * matches all; repeatable",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(options: argparse.Namespace) -> int:
     """Quantize and say what it cost."""
     from lfm_profiles import default_threads
+    from lfm_runtime.commands.console import print_json
     from lfm_runtime.engine.failures import failures_are_ours
 
     from lfm_quantize.quantize import quantize
@@ -86,7 +88,9 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:
         printer.clear()
-    if quality:
+    if options.json:
+        print_json(quality.to_dict() if quality else None)
+    elif quality:
         print(quality.table())
         print(f"  {options.variant} is good enough: KL {quality.kl:.2g}, at most {settings.kl_floor():g} is allowed")
     elif not options.quiet:

@@ -142,3 +142,16 @@ def edited(variants: dict, to: str = "") -> dict:
     of = next(iter(variants.values()))["images"]["small"]["ttft_ms"]
     of["median"] = of[to] if to else of["median"] / 10
     return variants
+
+
+def test_json(written, tmp_path, capsys) -> None:
+    """The same words and exit code as the table's."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(many(json.loads(written.read_text()))))
+    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
+    assert main(["compare", str(a), str(b), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["worse"] == sum(change["word"] == "worse beyond --fail-over" for change in found["changes"]) > 0
+    assert found["not_valid"] == {}
+    change = next(c for c in found["changes"] if c["figure"] == "ttft_ms")
+    assert change["ratio"] == pytest.approx(1.2, rel=0.01)

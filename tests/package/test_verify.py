@@ -235,4 +235,7 @@ def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo,
         assert prepared()[0] == answer
         assert main(["verify", str(bundle_copy)]) == 0
     weights.with_name("prepared.json").write_text("{}")
-    assert main(["verify", str(bundle_copy)]) == 1
+    capsys.readouterr()
+    assert main(["verify", str(bundle_copy), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "cannot be read and is not used" in problem

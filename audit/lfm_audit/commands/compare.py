@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_audit.compare import Change
+    from lfm_audit.result import Audit
 
 WORSE, INVALID = 1, 3
 
@@ -21,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-over", default="5%", metavar="PERCENT", help="how much worse a figure's median may be (default 5%%)"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare two audits, print what changed and return the exit code."""
+    from lfm_runtime.commands.console import print_json
+
     from lfm_audit.compare import changes, differences
     from lfm_audit.reading import read_audit
-    from lfm_audit.verdict import grouped
 
     try:
         allowed = float(options.fail_over.removesuffix("%")) / 100
@@ -42,30 +50,57 @@ def run(options: argparse.Namespace) -> int:
             f"{options.before} and {options.after} have no figure in common; compare audits of the same variants and "
             "images"
         )
-    for path, audit in ((options.before, before), (options.after, after)):
-        if not audit.verdict.valid:
-            print(f"NOT VALID {path}:")
-            print("".join(f"  {reason}\n" for reason in grouped(audit.verdict.reasons)), end="")
-    for difference in differences(before, after):
-        print(f"differs: {difference}")
-    worse = unknown = 0
-    print(f"\n{'':32s} {'before':>10s} {'after':>10s} {'change':>8s}")
-    for change in found:
-        bad = change.worse_by() > allowed and change.beyond_noise
-        worse += bad
-        unknown += (
-            change.worse_by() > allowed and change.too_few and change.name != "cold_ready_ms"
-        )  # of which there are six at most
-        word = "WORSE" if bad else change.word()
-        ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
-        name = " ".join(part for part in (change.variant, change.image, change.name) if part)
-        print(f"{name:32s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip())
-    print(f"\n{worse} of {len(found)} figures are worse by more than {allowed:.1%}")
-    if unknown:
-        print(
-            f"{unknown} more may be worse, but have too few samples to tell (six are needed): raise the audits' "
-            "--budget"
+    worse = [change for change in found if change.worse_by() > allowed and change.beyond_noise]
+    # Cold starts are six at most.
+    unknown = [c for c in found if c.worse_by() > allowed and c.too_few and c.name != "cold_ready_ms"]
+    audits = {str(options.before): before, str(options.after): after}
+    if options.json:
+        print_json(
+            {
+                "not_valid": {path: audit.verdict.reasons for path, audit in audits.items() if not audit.verdict.valid},
+                "differences": differences(before, after),
+                "changes": [_as_dict(change, worse=change in worse) for change in found],
+                "worse": len(worse),
+                "too_few_samples": len(unknown),
+            }
         )
+    else:
+        _print(audits, differences(before, after), found, worse)
+        print(f"\n{len(worse)} of {len(found)} figures are worse by more than {allowed:.1%}")
+        if unknown:
+            do = "raise the audits' --budget"
+            print(f"{len(unknown)} more may be worse, but have too few samples to tell (six are needed): {do}")
     if not (before.verdict.valid and after.verdict.valid):
         return INVALID
     return WORSE if worse else INVALID if unknown else 0
+
+
+def _as_dict(change: Change, *, worse: bool) -> dict[str, Any]:
+    return {
+        "variant": change.variant,
+        "image": change.image,
+        "figure": change.name,
+        "before": change.before.median,
+        "after": change.after.median,
+        "ratio": change.ratio,
+        "word": "worse beyond --fail-over" if worse else change.word(),
+    }
+
+
+def _print(
+    audits: Mapping[str, Audit], others: Sequence[str], found: Sequence[Change], worse: Sequence[Change]
+) -> None:
+    from lfm_audit.verdict import grouped
+
+    for path, audit in audits.items():
+        if not audit.verdict.valid:
+            print(f"NOT VALID {path}:")
+            print("".join(f"  {reason}\n" for reason in grouped(audit.verdict.reasons)), end="")
+    for difference in others:
+        print(f"differs: {difference}")
+    print(f"\n{'':32s} {'before':>10s} {'after':>10s} {'change':>8s}")
+    for change in found:
+        word = "WORSE" if change in worse else change.word()
+        ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
+        name = " ".join(part for part in (change.variant, change.image, change.name) if part)
+        print(f"{name:32s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip())

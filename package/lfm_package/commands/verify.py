@@ -21,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="require a signature by one of these signers (a file like ssh's allowed_signers)",
     )
+    parser.add_argument("--json", action="store_true", help='print one JSON object: {"problems": […]}')
 
 
 def run(options: argparse.Namespace) -> int:
     """Print every problem of the bundle; return 1 where there is one, else 0."""
+    from lfm_runtime.commands.console import print_json
+
     from lfm_package.verify import verify, verify_prepared
 
     def show(done: int, total: int) -> None:
@@ -35,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
     problems += verify_prepared(options.bundle) if not problems else []
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
+    if options.json:
+        print_json({"bundle": str(options.bundle), "problems": problems})
+        return 1 if problems else 0
     for problem in problems:
         print(problem)
     print(f"{options.bundle}: {len(problems)} problems" if problems else f"{options.bundle} is complete and verified")

@@ -13,7 +13,7 @@ import importlib.util
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from lfm_runtime.model import Model, Progress
 
 _GROUP = "lfm_edge.commands"
+_GROUPS = {
+    "make, on a PC": ("export", "quantize", "quality", "pack", "stick", "wheelhouse"),
+    "run": ("run", "chat", "prepare", "unpack"),
+    "measure": ("audit", "compare", "report", "tune", "profile"),
+    "check": ("doctor", "selftest", "verify", "clean"),
+}
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
 _MORE_MEMORY = "close other programs, or use a machine with more"
 
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = Parser(
             prog="lfm-edge",
             description="LFM2-VL on small machines: export, run, measure. Help for a command: lfm-edge COMMAND --help",
-            epilog="commands:\n" + "\n".join(f"  {name:12}{_what(commands[name])}" for name in sorted(commands)),
+            epilog=_by_group(commands),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
@@ -99,6 +105,30 @@ class Parser(argparse.ArgumentParser):
         meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
         hint = f"did you mean {meant[0]}? " if meant else ""
         self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}for help: {self.prog} --help\n")
+
+
+def _by_group(commands: Mapping[str, EntryPoint]) -> str:
+    """Every command with what it is for, in groups."""
+    known = {name for names in _GROUPS.values() for name in names}
+    groups = {**_GROUPS, "others": tuple(sorted(commands.keys() - known))}
+    parts = []
+    for title, names in groups.items():
+        lines = [f"  {name:12}{_what(commands[name])}" for name in names if name in commands]
+        parts += [f"{title}:", *lines, ""] if lines else []
+    return "\n".join(parts)
+
+
+def every_command(*, complete: Callable[[argparse.Action], None] = lambda _: None) -> argparse.ArgumentParser:
+    """One parser of all commands, as shell completion takes it. `complete` is called with each of their arguments."""
+    parser = argparse.ArgumentParser(prog="lfm-edge")
+    parser.add_argument("--version", action="version", version=__version__)
+    below = parser.add_subparsers(dest="command")
+    for point in sorted(entry_points(group=_GROUP)):
+        inner = below.add_parser(point.name, help=_what(point))
+        importlib.import_module(point.value).add_arguments(inner)
+        for action in inner._actions:  # noqa: SLF001  (argparse has no other way to list them)
+            complete(action)
+    return parser
 
 
 def _what(point: EntryPoint) -> str:
