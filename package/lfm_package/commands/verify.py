@@ -43,5 +43,6 @@ def run(options: argparse.Namespace) -> int:
         return 1 if problems else 0
     for problem in problems:
         print(problem)
-    print(f"{options.bundle}: {len(problems)} problems" if problems else f"{options.bundle} is complete and verified")
+    count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+    print(f"{options.bundle}: {count}" if problems else f"{options.bundle} is complete and verified")
     return 1 if problems else 0

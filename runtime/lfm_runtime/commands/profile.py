@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Device profiles: how to run on which device."
     parser.add_argument(
         "action",
+        nargs="?",
         choices=("list", "show", "validate", "detect", "plan"),
         help="list: the shipped profiles; show: the settings of one (default: this machine's); validate: check "
         "profile files; detect: show this machine; plan: tokens, memory and disk of a run of BUNDLE [IMAGE …]",
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do the action named; raises SettingError for an argument that has no effect on it."""
+    if options.action is None:
+        raise SettingError("say what to show: lfm-edge profile list, show, validate, detect or plan")
     flags = setting_flags(options)
     for name, given, where in (
         ("NAME", options.names, ("show", "validate", "plan")),
@@ -109,11 +112,21 @@ def _validate(options: argparse.Namespace) -> None:
 
     if not options.names:
         raise SettingError("validate needs a file: lfm-edge profile validate FILE")
+    wrong: list[SettingError] = []
     for name in options.names:
-        found = find_profile(name)
-        print(
-            f"{name}: sets {', '.join(sorted(k for k, who in found.origin.items() if who == found.name)) or 'nothing'}"
-        )
+        try:
+            found = find_profile(name)
+        except SettingError as e:  # the other files are looked at as well
+            wrong.append(e)
+            if len(options.names) > 1:
+                print(e)
+            continue
+        own = sorted(key for key, who in found.origin.items() if who == found.name)
+        print(f"{name}: sets {', '.join(own) or 'nothing'}")
+    if len(options.names) > 1 and wrong:
+        raise SettingError(f"{len(wrong)} of {len(options.names)} files cannot be used")
+    if wrong:
+        raise wrong[0]
 
 
 def _detect(options: argparse.Namespace) -> None:

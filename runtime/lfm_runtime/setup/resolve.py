@@ -177,6 +177,10 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> st
     assert smallest.forecast is not None
     memory, budget = smallest.forecast.memory, first.profile.budget.peak_rss_mib
     wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"
+    room = min((n for n in (device.usable_mib, device.free_mib) if n is not None), default=None)
+    if budget and (room is None or memory.peak <= room):  # planned here for a smaller machine
+        allowed = f"profile {first.profile.name} allows {budget} (peak_rss_mib)"
+        return f"{first.bundle.folder} needs {wanted}; {allowed}. Take a smaller model, another profile, or use --force"
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
     if device.address_free_mib is not None:

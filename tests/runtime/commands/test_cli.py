@@ -39,3 +39,39 @@ def test_files_that_are_no_bundle(tmp_path, capsys, name, said) -> None:
     (tmp_path / name).touch()
     assert main(["run", str(tmp_path / name), "-p", "?"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_every_profile_that_is_named_is_validated(tmp_path, capsys) -> None:
+    """A first one that is wrong does not hide the others."""
+    for name, text in (("a", "treads = 2\n"), ("b", "threads = 2\n"), ("c", 'threads = "x"\n')):
+        (tmp_path / f"{name}.toml").write_text(text)
+    assert main(["profile", "validate", *(str(tmp_path / f"{name}.toml") for name in "abc")]) == 2
+    out, err = capsys.readouterr()
+    assert "did you mean threads?" in out
+    assert "b.toml: sets threads" in out
+    assert "c.toml, line 1: threads = 'x' is impossible" in out
+    assert "2 of 3 files cannot be used" in err
+    assert main(["profile"]) == 2
+    assert "say what to show: lfm-edge profile list, show" in capsys.readouterr().err
+
+
+def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle) -> None:
+    """A hub id, a stick, a bundle whose names a FAT mount shows in capitals, an empty question."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stick").mkdir()
+    (tmp_path / "stick" / "stick.conf").write_text("name=cam\n")
+    (tmp_path / "caps").mkdir()
+    (tmp_path / "caps" / "MANIFEST.JSON").write_text("{}")
+    for words, said in (
+        (["run", "LiquidAI/LFM2-VL-450M", "-p", "x"], "hf download LiquidAI/LFM2-VL-450M --local-dir LFM2-VL-450M"),
+        (["verify", "stick"], "is a stick, not a bundle; its install.sh checks it"),
+        (["run", "caps", "-p", "x"], "has names in capitals"),
+        (["verify", "caps"], "has names in capitals"),
+        (["run", str(demo_bundle), "-p", " "], "the question is empty"),
+        (
+            ["run", str(demo_bundle), "-p", "x", "--max-new-tokens", "100000000"],
+            "max_new_tokens 100000000 is impossible",
+        ),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
