@@ -310,7 +310,7 @@ def test_the_first_screen(audit, tmp_path) -> None:
     assert said.count("spread: ") == 1
     assert "energy, J" not in said, "a column that says nothing is left out"
     assert "Quality and cost" in page.headings
-    for name in ("Every figure", "Settings", "Notes"):
+    for name in ("Every figure", "Notes"):
         assert f"<details><summary><h2>{name}</h2>" in text
 
 

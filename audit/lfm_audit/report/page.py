@@ -91,7 +91,7 @@ def audit_page(audits: Sequence[Named]) -> str:
             "MAD: median absolute deviation. 95 %: the median's confidence interval.",
             folded=True,
         ),
-        Section("Settings", [settings_table(audits)], folded=True),
+        Section("Settings", [settings_table(audits)]),
     ]
     several = len(audits) > 1
     notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]

@@ -302,7 +302,7 @@ def pareto(tuning: TuningResult) -> str:
     axis.set_ylabel("MiB at the peak")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     return _svg(figure, "Latency and memory of all points measured")
 
 

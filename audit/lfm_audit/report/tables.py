@@ -239,7 +239,7 @@ def figures_table(series: Sequence[Series]) -> Table:
 def _figures(found: VariantResult) -> Iterator[tuple[str, Figure | None]]:
     for kind, start in found.starts.items():
         for key in ("ready_ms", "python_ms", "import_ms", "open_ms"):
-            yield f"{kind} start: {key}", getattr(start, key)
+            yield f"{kind.replace('_', '-')} start: {key}", getattr(start, key)
     for name, of in found.starts.warm.graphs_ms.items():
         yield f"warm start: {name}", of
     for key in ("peak_mib", "anonymous_mib", "mapped_mib", "pss_mib", "swap_mib"):
@@ -263,6 +263,8 @@ def _figures(found: VariantResult) -> Iterator[tuple[str, Figure | None]]:
 def _words(name: str) -> str:
     """Return "small: first token, ms" for "small: ttft_ms"."""
     about, colon, key = name.rpartition(": ")
+    if key == "ready_ms" and about.endswith(" start"):
+        return f"{about}{colon}ready, ms"
     return f"{about}{colon}{WORDS.get(key, key)}"
 
 
