@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
 BOARD = ("jetson.md", "raspberry-pi.md")
 SHORTER = {
-    "audit": ["--budget", "8s", "--new-tokens", "2", "--force"],
+    "audit": ["--budget", "4s", "--new-tokens", "2", "--force"],
     "tune": ["--minutes", "0.02", "--force"],
     "report": ["--force"],
 }
@@ -121,6 +121,7 @@ def place(tmp_path_factory, demo_bundle) -> Path:
     return folder
 
 
+_DONE: set[tuple[str, ...]] = set()
 RUN = [(page, command) for page, command in ALL if not any(re.search(what, command) for what, _ in NOT_RUN)]
 
 
@@ -142,6 +143,9 @@ def test_it_runs(page, place, monkeypatch, capsys) -> None:
         words = [os.path.expanduser(word) for word in words]  # noqa: PTH111
         if words[:2] == ["report", "tuned.json"] and not Path("tuned.json").exists():
             Path("my-board.json").rename("tuned.json")
+        if tuple(words) in _DONE:  # another page has the same line
+            continue
+        _DONE.add(tuple(words))
         code = main([*words, *SHORTER.get(words[0], [])])
         said = capsys.readouterr().err
         assert code in CODES.get(words[0], {0}), f"{command}: {code}: {said[-500:]}"

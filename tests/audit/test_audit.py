@@ -389,7 +389,8 @@ def test_sigterm_keeps_what_was_measured(demo_bundle, tmp_path) -> None:
 
     import psutil
 
-    code = "import sys; from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from lfm_runtime.commands import console; console._PAUSE_S = 0  # every line\n"
+    code += "from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = [
         sys.executable,
@@ -476,7 +477,7 @@ def test_images_found(tmp_path, images) -> None:
         (["--limit", "speed=3"], "there is no 'speed'"),
         (["--limit", "ttft_ms=fast"], "'fast' is not a number"),
         (["--limit", "ttft_ms=-5"], "is impossible"),
-        (["--variants", "int2"], "has no variant 'int2'"),
+        (["--variants", "int2"], "there is no variant 'int2'"),
         (["--variants", "fp32,fp32"], "names one twice"),
         (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
         (["--new-tokens", "0"], "new-tokens 0 is impossible"),

@@ -466,7 +466,7 @@ def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> N
         main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
     )
     captured = capsys.readouterr()
-    assert "1 of 4 images could not be opened" in captured.err
+    assert "1 of 4 images are left out: broken.jpg could not be opened" in captured.err
     assert "only 3 usable images" in captured.err
     assert "fp16 against fp32" in captured.out
     assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 2, "questions": 2, "skipped": 1}

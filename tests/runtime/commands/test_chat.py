@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,11 @@ class Terminal:
 
     def sees(self, text: str) -> str:
         """Wait for a text; return what came before it."""
-        self.child.expect_exact(text)
+        if self.child.expect_exact([text, pexpect.EOF]):
+            self.child.close()
+            raise AssertionError(
+                f"ended: {self.child.exitstatus}, signal {self.child.signalstatus}: {self.child.before}"
+            )
         return self.child.before
 
     def prompt(self) -> str:
@@ -53,10 +58,8 @@ class Terminal:
 
 
 @pytest.fixture
-def image(demo_bundle):
-    from conftest import ROOT
-
-    return ROOT / "demo" / "eval" / "images" / "0000.png"
+def image() -> Path:
+    return Path(__file__).resolve().parents[3] / "demo" / "eval" / "images" / "0000.png"
 
 
 def test_a_conversation(demo_bundle, image) -> None:
