@@ -99,8 +99,11 @@ def place(tmp_path_factory, demo_bundle) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / "demo").mkdir()
     for path in (ROOT / "demo").iterdir():
-        if path.name not in ("bundle", "bundle.prepared"):
+        if path.name not in ("bundle", "bundle.prepared", "calibration"):
             (folder / "demo" / path.name).symlink_to(path)
+    (folder / "demo" / "calibration" / "images").mkdir(parents=True)  # of 130, twelve
+    for path in sorted((ROOT / "demo" / "calibration" / "images").iterdir())[:12]:
+        (folder / "demo" / "calibration" / "images" / path.name).symlink_to(path)
     (folder / "demo" / "bundle").symlink_to(folder / "bundle")
     (folder / "checkpoint").symlink_to(ROOT / "demo" / "checkpoint")
     (folder / "models").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +21,25 @@ ENDLESS = ("--temperature", "100", "--min-p", "0", "--seed", "1", "--max-new-tok
 """Random tokens: the answer ends where the context does."""
 
 
+def _as_in_a_terminal() -> None:
+    """A run in the background ignores what a terminal sends, and its children inherit that."""
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(name, signal.SIG_DFL)
+
+
 class Terminal:
     """A chat at a pseudo-terminal."""
 
     def __init__(self, *words: object, command: str = "chat") -> None:
         arguments = ["-m", "lfm_runtime", command, *map(str, words), "--threads", "1"]
         self.child = pexpect.spawn(
-            sys.executable, arguments, env=ENVIRONMENT, encoding="utf-8", timeout=WAIT_S, dimensions=(40, 200)
+            sys.executable,
+            arguments,
+            env=ENVIRONMENT,
+            encoding="utf-8",
+            timeout=WAIT_S,
+            dimensions=(40, 200),
+            preexec_fn=_as_in_a_terminal,
         )
         self.sees("ends the chat")
         self.prompt()
