@@ -309,18 +309,15 @@ def _sensors(_: Installed) -> str:
 
 
 def _golden_questions(on: Installed) -> str:
-    """Ask the user's own golden set. Of int8 and int4, processors differ in a rounding now and then, so few answers may
-    differ.
-    """
+    """Ask the user's own golden set. Processors round int8 and int4 differently now and then: few answers may differ."""
     kept = GoldenSet.of(on.bundle)
     if kept is None:
         raise Skipped("the bundle has no golden set of its own; add one: lfm-edge stick … --golden questions.jsonl")
-    others = list(differing(on.model, kept))
-    said = f"{len(kept.answers) - len(others)} of {len(kept.answers)} answers are those of {kept.setup}"
-    if others:
-        one, here = others[0]
+    others, asked = list(differing(on.model, kept)), len(kept.answers)
+    said = f"{asked - len(others)} of {asked} answers are those of {kept.setup}"
+    for one, here in others[:1]:
         said += f"; {one.image}, {one.question!r}: {here!r} instead of {one.answer!r}"
-    if len(others) > _MOST_DIFFERING * len(kept.answers):
+    if len(others) > _MOST_DIFFERING * asked:
         raise CheckError(f"{said}; at most {_MOST_DIFFERING:.0%} may differ. Here: {on.model.setup.summary}")
     return said
 
