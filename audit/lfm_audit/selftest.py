@@ -309,7 +309,7 @@ def _sensors(_: Installed) -> str:
 
 
 def _golden_questions(on: Installed) -> str:
-    """Ask the user's own golden set. Processors round int8 and int4 differently now and then: few answers may differ."""
+    """Ask the user's own golden set. Processors round int8 and int4 differently at times: few answers may differ."""
     kept = GoldenSet.of(on.bundle)
     if kept is None:
         raise Skipped("the bundle has no golden set of its own; add one: lfm-edge stick … --golden questions.jsonl")
@@ -387,8 +387,7 @@ def _growth(work: Callable[[], None]) -> tuple[float, float]:
 
 def _anonymous() -> float:
     gc.collect()
-    found = memory_mib()
-    return found["rss_anon"] or found["rss"] or 0.0
+    return (found := memory_mib())["rss_anon"] or found["rss"] or 0.0
 
 
 def _profile_file(on: Installed, folder: str) -> str:
