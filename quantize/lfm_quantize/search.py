@@ -204,6 +204,21 @@ def _bytes(n: int, k: int, precision: Precision) -> int:
     return stored + NODE_BYTES + (PADDING_BYTES if stored >= LARGE_BYTES else 0)
 
 
+def check_reachable(source: Source, kept: Sequence[str], max_bytes: float) -> None:
+    """Before the survey, which takes minutes: raise QuantizeError where not even the smallest choices fit."""
+    products = {**linears(source.vision), **linears(source.decoder)}
+    least = sum(
+        4 * of.n * of.k if name in kept else min(_bytes(of.n, of.k, precision) for precision in OPTIONS)
+        for name, of in products.items()
+    )
+    if least > max_bytes:
+        raise _too_small(least)
+
+
+def _too_small(least: float) -> QuantizeError:
+    return QuantizeError(f"--max-size cannot be met: the layers alone take {least / 1e6:.1f} MB at 4 bits; allow more")
+
+
 def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float | None) -> Recipe:
     """The recipe that costs least quality within a size; or, without a size, the smallest that is expected to keep the
     floor.
@@ -228,9 +243,7 @@ def choose(choices: Sequence[Sequence[Choice]], floor: float, max_bytes: float |
         if not steps:
             if max_bytes is None:
                 break
-            raise QuantizeError(
-                f"--max-size cannot be met: the layers alone take {size / 1e6:.1f} MB at 4 bits; allow more"
-            )
+            raise _too_small(size)
         _, which = min(steps)
         old, new = ladders[which][at[which]], ladders[which][at[which] + 1]
         if max_bytes is None and loss + new.loss(floor) - old.loss(floor) > CAUTION:

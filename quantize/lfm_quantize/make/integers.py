@@ -18,7 +18,7 @@ from lfm_quantize.passes.table import QuantizedTable
 from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rounding import METHODS, Rounded
 from lfm_quantize.run import Made, Run
-from lfm_quantize.search import choose, survey
+from lfm_quantize.search import check_reachable, choose, survey
 from lfm_quantize.variant import NewGraph, VariantGraphs
 
 Float = NDArray[np.float32]
@@ -48,8 +48,10 @@ def _search(run: Run) -> Recipe:
     if recipe := run.work.recipe():
         return recipe
     kept = matching(run.settings.keep, run.source.linears())
-    choices = survey(run.source, run.bundle, run.samples, kept, run.settings.threads, run.progress)
     size = run.settings.max_size
+    if size is not None:
+        check_reachable(run.source, kept, size * 1e6 - run.source.other_bytes())
+    choices = survey(run.source, run.bundle, run.samples, kept, run.settings.threads, run.progress)
     recipe = choose(choices, run.settings.kl_floor(), None if size is None else size * 1e6 - run.source.other_bytes())
     run.work.keep_recipe(recipe)
     return recipe
