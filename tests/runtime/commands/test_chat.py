@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import signal
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 pexpect = pytest.importorskip("pexpect")
+fdpexpect = pytest.importorskip("pexpect.fdpexpect")
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal of POSIX")]
 WAIT_S = 120  # for a machine that is busy; nothing is asserted of it
@@ -21,10 +25,16 @@ ENDLESS = ("--temperature", "100", "--min-p", "0", "--seed", "1", "--max-new-tok
 """Random tokens: the answer ends where the context does."""
 
 
-def _as_in_a_terminal() -> None:
-    """A run in the background ignores what a terminal sends, and its children inherit that."""
-    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(name, signal.SIG_DFL)
+_IN_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+for name in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # a run in the background ignores them, and so would we
+    signal.signal(name, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Makes standard input the controlling terminal, then becomes the program. pexpect's own way forks, which crashes in a
+process where torch and OpenVINO have threads.
+"""
 
 
 class Terminal:
@@ -32,25 +42,25 @@ class Terminal:
 
     def __init__(self, *words: object, command: str = "chat") -> None:
         arguments = ["-m", "lfm_runtime", command, *map(str, words), "--threads", "1"]
-        self.child = pexpect.spawn(
-            sys.executable,
-            arguments,
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _IN_A_TERMINAL, *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
             env=ENVIRONMENT,
-            encoding="utf-8",
-            timeout=WAIT_S,
-            dimensions=(40, 200),
-            preexec_fn=_as_in_a_terminal,
+            start_new_session=True,
         )
+        os.close(theirs)
+        self.child = fdpexpect.fdspawn(ours, encoding="utf-8", timeout=WAIT_S)
         self.sees("ends the chat")
         self.prompt()
 
     def sees(self, text: str) -> str:
         """Wait for a text; return what came before it."""
         if self.child.expect_exact([text, pexpect.EOF]):
-            self.child.close()
-            raise AssertionError(
-                f"ended: {self.child.exitstatus}, signal {self.child.signalstatus}: {self.child.before}"
-            )
+            raise AssertionError(f"ended: {self.process.wait()}: {self.child.before}")
         return self.child.before
 
     def prompt(self) -> str:
@@ -67,7 +77,7 @@ class Terminal:
     def ends(self) -> int:
         self.child.expect(pexpect.EOF)
         self.child.close()
-        return self.child.exitstatus
+        return self.process.wait()
 
 
 @pytest.fixture
