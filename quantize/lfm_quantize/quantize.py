@@ -96,10 +96,7 @@ def quantize(
         with replacing(folder) as new:
             now = Manifest.of(folder)  # another variant may have been added meanwhile
             if now.source != manifest.source:
-                raise QuantizeError(
-                    f"{folder} was exported again from other weights while {settings.variant} was being made; "
-                    "start again"
-                )
+                raise QuantizeError(f"{folder} was exported again from other weights meanwhile; start again")
             carry_over(folder, new, [n for n in now.files if n not in outdated_files(settings.variant)])
             written = _write(new, now, made, run, time.perf_counter() - started)
             for gone in sorted(set(VARIANTS[settings.variant].dependents).intersection(now.variants)):

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -156,7 +156,7 @@ class Model:
         started = time.perf_counter()
         model, failure = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder), ""
         try:
-            with _memory_is_told(setup):
+            with setup.memory_is_told():
                 model.sessions.load()
         except GpuError as e:
             if not setup.profile.automatic:
@@ -167,7 +167,7 @@ class Model:
             model.sessions.release()
             setup = resolve(setup.bundle, on_cpu(setup.profile), setup.ask)
             model = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder)
-            with _memory_is_told(setup):
+            with setup.memory_is_told():
                 model.sessions.load()
         model.load_ms = (time.perf_counter() - started) * 1e3
         return model
@@ -242,7 +242,7 @@ class Model:
                 "speculate needs a decoder on the CPU that can undo rejected tokens (a graph that also outputs "
                 f"its convolutions' inputs); {do}"
             )
-        with report.stage("image"), _memory_is_told(self.setup):
+        with report.stage("image"), self.setup.memory_is_told():
             opened = self.open_all(images, max_megapixels=max_megapixels)
         with report.stage("prompt"):
             prompt = self.prompts.render(chat, [p.layout for p in opened])
@@ -367,7 +367,7 @@ class Model:
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
         """The pieces; while one is made, errors are ours and this thread stays on its processor."""
-        with closing(pieces), _memory_is_told(self.setup), self.sessions.failures_are_ours():
+        with closing(pieces), self.setup.memory_is_told(), self.sessions.failures_are_ours():
             while True:
                 with self.sessions.execution.pinned():
                     piece = next(pieces, None)
@@ -383,15 +383,6 @@ class Model:
                 f"prompt and answer together may have at most {limit}; shorten the text, or lower "
                 "--max-image-tokens or --max-tiles"
             )
-
-
-@contextmanager
-def _memory_is_told(setup: Setup) -> Iterator[None]:
-    """Where memory runs out, the error has the numbers of the forecast."""
-    try:
-        yield
-    except MemoryError as e:
-        raise setup.out_of_memory(e) from e
 
 
 def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:

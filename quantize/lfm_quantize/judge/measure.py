@@ -79,7 +79,6 @@ def measure(
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     found = _Found(bundle)
-    tokens: list[tuple[int, int]] = []
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * JUDGED_TOKENS))):
         samples = [to_sample(bundle, q, split=True) for q in part]
         references = _reference(exact, samples)
@@ -89,7 +88,6 @@ def measure(
         decoder = judged.decoder()
         for sample, reference, mine in zip(samples, references, features, strict=True):
             found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
-            tokens.append((len(reference.features), len(mine)))
             progress(f"evaluates {variant}", len(found.same_answer), len(questions))
         del decoder
     few = questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES]
@@ -115,7 +113,7 @@ def measure(
         against_bytes=_bytes(bundle, against),
         bits_per_weight=8 * size / _weights(bundle),
         layers=layers,
-        board=None if board is None else board.described(tokens),
+        board=None if board is None else board.described(found.tokens),
         seconds=time.perf_counter() - started,
     )
 
@@ -146,6 +144,7 @@ class _Found:
 
     bundle: Bundle
     cosines: list[Float] = field(default_factory=list)
+    tokens: list[tuple[int, int]] = field(default_factory=list)  # image tokens of the other variant, of this one
     divergence: list[Float] = field(default_factory=list)
     same_token: list[NDArray[np.bool_]] = field(default_factory=list)
     same_answer: list[bool] = field(default_factory=list)
@@ -154,6 +153,7 @@ class _Found:
     def add(self, sample: Sample, reference: _Reference, features: Float, decoder: Decoder, embeds: Float) -> None:
         """Compare one question: the judged decoder is led through the other's answer."""
         eos = self.bundle.eos
+        self.tokens.append((len(reference.features), len(features)))
         if reference.features.shape == features.shape:
             self.cosines.append(cosines(reference.features, features))
         logits = follow(decoder, embeds, reference.answer)

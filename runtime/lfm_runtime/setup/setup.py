@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -92,6 +94,14 @@ class Setup:
         prefill = f", prefill {self.prefill}" if self.prefill else ""
         low = ", one graph at a time" if self.execution.low_memory else ""
         return f"{self.variant}{prefill}{low}, {self.execution.threads} threads, profile {self.profile.name}"
+
+    @contextmanager
+    def memory_is_told(self) -> Iterator[None]:
+        """Where memory runs out, the error has the numbers of the forecast."""
+        try:
+            yield
+        except MemoryError as e:
+            raise self.out_of_memory(e) from e
 
     def out_of_memory(self, cause: MemoryError) -> OutOfMemoryError:
         """The error for a run that memory did not suffice for, with what was expected and what was free."""

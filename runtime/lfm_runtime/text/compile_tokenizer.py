@@ -65,9 +65,8 @@ def compile_tokenizer(spec: Mapping[str, Any], ranges: CharacterRanges) -> Vocab
             )
         tokens[entry["id"]] = entry["content"]
     if missing := [c for c in byte_alphabet() if c not in vocab]:
-        raise _cannot(
-            f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)", "vocabularies with all 256"
-        )
+        what = f"a vocabulary without {len(missing)} of the 256 bytes ({missing[0]!r} …)"
+        raise _cannot(what, "vocabularies with all 256")
     splits, named = _splits(spec.get("pre_tokenizer"))
     kinds = LETTER_KINDS if named & {*LETTER_KINDS} else ("L",)
     told_apart = [*kinds, "N", "s", *(["M"] if "M" in named else [])]
