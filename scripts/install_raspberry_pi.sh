@@ -18,5 +18,5 @@ check_bits
 find_python "Raspberry Pi OS bookworm or trixie has one: install it anew, 64-bit"
 say "$model, Python $version"
 kib=$(board_file proc/meminfo | sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p')
-[ "${kib:-9999999}" -ge 900000 ] || say "warning: $((kib / 1024)) MiB of memory; see what fits: lfm-edge profile plan BUNDLE photo.jpg"
+[ "${kib:-9999999}" -ge 900000 ] || say "warning: $((kib / 1024)) MiB of memory; see what fits: lfm-edge plan BUNDLE photo.jpg"
 [ "${1:-}" = --check ] || install_runtime

@@ -218,7 +218,7 @@ def _memory(machine: Machine) -> Iterator[Finding]:
     limit = f", at most {device.limit_mib} MiB by {device.limit_by}" if device.limit_mib is not None else ""
     said = f"{device.ram_total_mib} MiB, {device.free_mib} free now{limit}"
     if (device.free_mib or 0) < _LITTLE_MEMORY_MIB:
-        fix = "end other programs, or see what fits: lfm-edge profile plan BUNDLE IMAGE"
+        fix = "end other programs, or see what fits: lfm-edge plan BUNDLE IMAGE"
         yield Finding("memory", "warning", said, fix)
     else:
         yield Finding("memory", "ok", said)

@@ -148,14 +148,12 @@ def test_what_it_says(written, demo_bundle) -> None:
 
 def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
     image = make_images(written.parent)["512x512"]
-    assert (
-        main(["profile", "plan", str(demo_bundle), str(image), "--profile", "generic", "-p", QUESTION, "--json"]) == 0
-    )
+    assert main(["plan", str(demo_bundle), str(image), "--profile", "generic", "-p", QUESTION, "--json"]) == 0
     times = json.loads(capsys.readouterr().out)["times_ms"]
     known = json.loads(written.read_text())["variants"]["fp32"]["images"]["512x512"]
     assert times["vision"] == pytest.approx(known["stages"]["vision_ms"]["median"], rel=0.5)
     assert times["prefill"] == pytest.approx(known["stages"]["prefill_ms"]["median"], rel=0.01)
-    assert main(["profile", "plan", str(demo_bundle), "--profile", "generic", "--threads", "1"]) == 0
+    assert main(["plan", str(demo_bundle), "--profile", "generic", "--threads", "1"]) == 0
     assert "unknown until this variant is audited" in capsys.readouterr().out or os.cpu_count() == 1
 
 

@@ -164,7 +164,7 @@ def test_manifests(bundle_copy, photo) -> None:
     for case, _ in each(bundle_copy / "manifest.json", "manifest"):
         survives(case, {0, 2}, *asked(bundle_copy))
         survives(case, {0, 1, 2}, "verify", bundle_copy)
-        survives(case, {0, 2}, "profile", "plan", bundle_copy, photo, "--json")
+        survives(case, {0, 2}, "plan", bundle_copy, photo, "--json")
         survives(case, {0, 1, 2}, "doctor", bundle_copy, "--json")
 
 
@@ -267,5 +267,5 @@ def test_what_prepare_and_audit_keep(bundle_copy, made) -> None:
     for path in files:
         for case, _ in each(path, path.name):
             survives(case, {0, 2}, *asked(bundle_copy))
-            survives(case, {0, 2}, "profile", "plan", bundle_copy, "--json")
+            survives(case, {0, 2}, "plan", bundle_copy, "--json")
     shutil.rmtree(kept)

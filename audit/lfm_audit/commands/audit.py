@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--variants", metavar="A,B", help="variants to measure, alternating (default: the profile's)")
     parser.add_argument("-p", "--prompt", default="", metavar="QUESTION")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer (default 32)")
-    parser.add_argument("--budget", default="3m", metavar="TIME", help="time to measure: 90s, 3m, 1h (default 3m)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer")
+    parser.add_argument("--budget", default="3m", metavar="TIME", help="time to measure: 90s, 3m, 1h")
     parser.add_argument(
         "--soak",
         type=float,

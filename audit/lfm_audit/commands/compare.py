@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument(
-        "--fail-over", default="5%", metavar="PERCENT", help="how much worse a figure's median may be (default 5%%)"
-    )
+    parser.add_argument("--fail-over", default="5%", metavar="PERCENT", help="how much worse a figure's median may be")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -29,23 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="starting profile: a name of lfm-edge profile list, or a .toml file",
     )
     parser.add_argument("-p", "--prompt", default="Describe this image.", metavar="QUESTION")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="minutes to measure (default 10)")
+    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="minutes to measure")
     parser.add_argument(
-        "--objective",
-        choices=("latency", "memory", "energy"),
-        default="latency",
-        help="what to optimize (default latency)",
+        "--objective", choices=("latency", "memory", "energy"), default="latency", help="what to optimize"
     )
     parser.add_argument(
         "--floor", type=float, metavar="KL", help="highest KL divergence to the best variant, nats (default 0.1)"
     )
     parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("tuned.toml"),
-        metavar="FILE",
-        help="profile to write (default tuned.toml)",
+        "-o", "--output", type=Path, default=Path("tuned.toml"), metavar="FILE", help="profile to write"
     )
     add_force_argument(parser)
     add_setting_arguments(parser)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="use the image settings and the prefill decoder of this profile"
     )
-    parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with (default fp32)")
+    parser.add_argument("--against", default="fp32", metavar="NAME", help="what to compare with")
     parser.add_argument(
         "--images",
         type=Path,

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _GROUP = "lfm_edge.commands"
 _GROUPS = {
     "make, on a PC": ("export", "quantize", "quality", "pack", "stick", "wheelhouse"),
-    "run": ("run", "chat", "prepare", "unpack"),
-    "measure": ("audit", "compare", "report", "tune", "profile"),
+    "run": ("run", "chat", "prepare", "plan", "profile", "unpack"),
+    "measure": ("audit", "compare", "report", "tune"),
     "check": ("doctor", "selftest", "verify", "clean"),
 }
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(words[:1] or ["--help"])
     try:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
-        inner = Parser(prog=f"lfm-edge {words[0]}")
+        inner = Parser(prog=f"lfm-edge {words[0]}", formatter_class=Help)
         module.add_arguments(inner)
         return int(module.run(inner.parse_intermixed_args(inner.without_dashes(words[1:]))))
     except EdgeError as e:
@@ -82,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_out_of_memory(e):
             return _fail(f"not enough memory ({e}); close other programs, or use a machine with more")
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+
+
+class Help(argparse.HelpFormatter):
+    """Help that ends with the default where there is one and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, "", False, argparse.SUPPRESS) and action.default != []
+        if not action.help or not action.option_strings or not shown or "default" in action.help:
+            return action.help
+        return f"{action.help} (default %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,12 +129,14 @@ def _by_group(commands: Mapping[str, EntryPoint]) -> str:
 
 
 def every_command(*, complete: Callable[[argparse.Action], None] = lambda _: None) -> argparse.ArgumentParser:
-    """One parser of all commands, as shell completion takes it. `complete` is called with each of their arguments."""
+    """One parser of all commands, for shell completion and the manual page. `complete` is called with each of their
+    arguments.
+    """
     parser = argparse.ArgumentParser(prog="lfm-edge")
     parser.add_argument("--version", action="version", version=__version__)
-    below = parser.add_subparsers(dest="command")
+    below = parser.add_subparsers(dest="command", metavar="COMMAND")
     for point in sorted(entry_points(group=_GROUP)):
-        inner = below.add_parser(point.name, help=_what(point))
+        inner = below.add_parser(point.name, help=_what(point), formatter_class=Help)
         importlib.import_module(point.value).add_arguments(inner)
         for action in inner._actions:  # noqa: SLF001  (argparse has no other way to list them)
             complete(action)

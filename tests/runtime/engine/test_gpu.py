@@ -529,7 +529,7 @@ def test_one_judgement_for_all_commands(demo_bundle, bundle, machine, capsys, ca
     monkeypatch.setattr("lfm_runtime.setup.resolve.settle", spy)
     assert main(["run", str(demo_bundle), "-p", "x", "--profile", "auto", "--max-new-tokens", "2"]) == 0
     assert Installed(demo_bundle, "auto").profile.providers == (CPU,)
-    assert main(["profile", "plan", str(demo_bundle), "--profile", "auto"]) == 0
+    assert main(["plan", str(demo_bundle), "--profile", "auto"]) == 0
     assert settled == [(CPU,)] * 3
     assert resolve(bundle, "auto").profile.providers == (CUDA, CPU)
     capsys.readouterr()

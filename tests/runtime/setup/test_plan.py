@@ -128,7 +128,7 @@ def test_memory_is_foreseen(demo_bundle, tmp_path, size, low) -> None:
         )
         return json.loads(done.stdout)
 
-    plan = run("profile", "plan", str(demo_bundle), *images, "-p", QUESTION, "--json", *words)
+    plan = run("plan", str(demo_bundle), *images, "-p", QUESTION, "--json", *words)
     report = run("run", str(demo_bundle), *images, "-p", QUESTION, "--json", "--temperature", "0", *words)
     assert plan["prompt_tokens"] == report["prompt_tokens"]
     assert 0.85 <= plan["memory_mib"]["peak"] / report["memory_mib"]["peak"] <= 1.20
@@ -224,7 +224,7 @@ def test_run_refuses_or_is_forced(demo_bundle, photo, capsys, monkeypatch) -> No
     assert "use --force" in err
     assert err.count("\n") == 1
     assert main([*words, "--force"]) == 0
-    assert main(["profile", "plan", str(demo_bundle), str(photo)]) == 2
+    assert main(["plan", str(demo_bundle), str(photo)]) == 2
 
 
 def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> None:
@@ -236,7 +236,7 @@ def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> No
 
 
 def test_plan_for_people(demo_bundle, photo, capsys) -> None:
-    assert main(["profile", "plan", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", "balanced"]) == 0
+    assert main(["plan", str(demo_bundle), str(photo), "-p", QUESTION, "--profile", "balanced"]) == 0
     out = capsys.readouterr().out
     assert "balanced: fp32" in out
     assert "2 × 2 tiles and a thumbnail" in out or "tiles" in out
@@ -245,11 +245,13 @@ def test_plan_for_people(demo_bundle, photo, capsys) -> None:
 
 
 def test_a_plan_of_nothing_is_refused(demo_bundle, tmp_path, capsys) -> None:
-    assert main(["profile", "plan"]) == 2
-    assert "plan needs a bundle" in capsys.readouterr().err
-    assert main(["profile", "plan", str(tmp_path / "none")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["plan"])
+    assert stop.value.code == 2
+    assert "bundle" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err
-    assert main(["profile", "plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
+    assert main(["plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
