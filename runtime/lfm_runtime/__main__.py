@@ -1,7 +1,7 @@
-"""`python -m lfm_runtime` is `lfm-edge`."""
+"""`python -m lfm_runtime`: the `lfm-edge` command where its script is not on the path."""
 
 import sys
 
-from lfm_runtime.commands.cli import main
+from lfm_runtime.commands import start
 
-sys.exit(main())
+sys.exit(start())

@@ -334,3 +334,22 @@ def test_no_proc_beside_processes(demo_bundle, photo) -> None:
     )
     assert done.returncode == 2
     assert b"the load of other programs cannot be measured" in done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("module", ["lfm_runtime.commands.cli", "lfm_runtime.commands.console", "lfm_runtime.model"])
+def test_ctrl_c_while_modules_load_is_quiet(module, demo_bundle) -> None:
+    """As it comes in the first tenths of a second, at any import."""
+    script = f"""import sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["lfm-edge", "run", {str(demo_bundle)!r}, "-p", "What?"]
+from lfm_runtime.commands import start
+sys.exit(start())"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 130, done.stderr
+    assert not done.stderr.strip()
