@@ -120,7 +120,6 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
             "now: no; since boot: soft temperature limit",
             {"sys/devices/platform/soc/soc:firmware/get_throttled": "0x80000\n"},
         ),
-        ("x86-avx2", doctor._throttling, "throttling", "ok", "only a Raspberry Pi", {}),
         (
             "pi5-4gb",
             doctor._sensors,
@@ -139,6 +138,10 @@ def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
     there = found(of(name, tmp_path, **files), check)[finding]
     assert (there.state, said in there.said) == (state, True), there
     assert bool(there.fix) == (state != "ok")
+
+
+def test_throttling_is_a_matter_of_boards_whose_firmware_tells(tmp_path) -> None:
+    assert not found(of("x86-avx2", tmp_path), doctor._throttling)
 
 
 def test_fixes_tell_heat_from_power(tmp_path) -> None:
