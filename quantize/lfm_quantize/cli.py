@@ -29,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, metavar="FILE", help="questions, one a line, or JSONL {image, question, answer, task}"
     )
     parser.add_argument(
-        "--method", metavar="NAME", help="rounding: gptq (default with --calibration), clipped, rtn (default without)"
+        "--method",
+        metavar="NAME",
+        help="rounding: gptq (default with --calibration), gptq-local, clipped, rtn (default without)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few minutes for a 450M: 8 of the images, short answers, GPTQ for 4-bit weights alone",
     )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="TOML: which layer at which precision (see quantize/README.md)"
@@ -75,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         options.floor,
         options.max_size,
         default_threads() if options.threads is None else check_threads(options.threads),
+        options.quick,
     )
     printer = Printer(not options.quiet)
     try:
@@ -92,10 +100,27 @@ def run(options: argparse.Namespace) -> int:
         print_json(quality.to_dict() if quality else None)
     elif quality:
         print(quality.table())
+        if other := other_run(options.bundle, options.variant):
+            print(f"  {other}")
         print(f"  {options.variant} is good enough: KL {quality.kl:.2g}, at most {settings.kl_floor():g} is allowed")
     elif not options.quiet:
         print(f"{options.bundle} has {options.variant} now; lfm-edge quality measures what it lost")
     return 0
+
+
+def other_run(bundle: Path, variant: str) -> str | None:
+    """One line on the quick run where this one was not quick, or on the full one where it was."""
+    from lfm_runtime.formats.manifest import Manifest
+
+    found = Manifest.of(bundle.resolve()).quantization[variant].get("other_run")
+    if not found:
+        return None
+    kind = "quick" if found["quick"] else "full"
+    return (
+        f"{f'{kind} run before':16s} KL {found['kl']:.5f} ± {found['kl_error']:.5f} nats  "
+        f"{found['same_answers']:.1%} identical  "
+        f"({found['questions']} questions, {found['seconds']:.0f} s to make)"
+    )
 
 
 def check_threads(count: int) -> int:

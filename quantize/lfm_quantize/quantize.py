@@ -46,10 +46,12 @@ MAKERS: Mapping[str, Callable[[Run], Made]] = {
     "fp16-trt": for_tensorrt,
 }
 """What makes each variant but fp32."""
-CALIBRATION_TOKENS = 24
+CALIBRATION_TOKENS, QUICK_TOKENS = 24, 8
 """Of each fp32 answer that calibration follows."""
 MANY_IMAGES = 256
 """Beyond these a sample is used: hidden states of all of them are in memory."""
+QUICK_IMAGES, QUICK_JUDGED = 8, 4
+"""Images that a quick run calibrates and judges with."""
 HELD_OUT = 0.25
 """Share of the images kept from calibration, to judge with."""
 
@@ -88,7 +90,7 @@ def quantize(
         # Calibrate: questions and answers that the source's variant is led through.
         samples = [to_sample(bundle, q, split=False) for q in questions.calibrate]
         run = Run(settings, bundle, source, recipe, samples, work, progress)
-        add_answers(run.exact, samples, CALIBRATION_TOKENS, progress)
+        add_answers(run.exact, samples, QUICK_TOKENS if settings.quick else CALIBRATION_TOKENS, progress)
         # Smooth and round, or rewrite.
         made = MAKERS[settings.variant](run)
         made.record.update(_origin(source, questions))
@@ -108,7 +110,8 @@ def quantize(
             # Judge: below the floor, the bundle stays as it was.
             quality = None
             if questions.judge:
-                quality = measure(new, settings.variant, start, questions.judge, settings.threads, progress)
+                judged, quick = questions.judge, settings.quick
+                quality = measure(new, settings.variant, start, judged, settings.threads, progress, quick=quick)
                 check_floor(quality, settings.kl_floor())
                 with_quality(written, quality).write(new)
             if warning := add_golden(new, settings.variant):
@@ -129,7 +132,11 @@ class _Questions:
 def _recipe(settings: Settings, source: Source) -> Recipe:
     """What the user gave, or the variant's default; layers to keep first."""
     method = settings.method or ("gptq" if settings.calibration else "rtn")
-    recipe = Recipe.read(settings.recipe) if settings.recipe else Recipe.default(settings.variant, method)
+    recipe = (
+        Recipe.read(settings.recipe)
+        if settings.recipe
+        else Recipe.default(settings.variant, method, quick=settings.quick)
+    )
     recipe = recipe.keeping(settings.keep)
     recipe.check(source.linears())
     return recipe
@@ -150,8 +157,7 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
     if skipped:
         warn(f"{len(skipped)} of {images + len(skipped)} images are left out: {named(skipped)}")
     if images > MANY_IMAGES:
-        chosen = set(random.Random(0).sample(sorted({q.image for q in questions}), MANY_IMAGES))  # noqa: S311
-        questions = [q for q in questions if q.image in chosen]
+        questions = _some(questions, MANY_IMAGES)
         warn(f"{MANY_IMAGES} of {images} images are used; more would not make a better calibration")
     if images < FEW_IMAGES:
         warn(f"only {images} usable images; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
@@ -160,7 +166,16 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
         if settings.floor is not None:
             raise QuantizeError("--floor needs a second image to measure the quality with; there is one")
         warn("there is only one image, so none is held out: the quality is not measured")
+    if settings.quick:
+        calibrate, judge = _some(calibrate, QUICK_IMAGES), _some(judge, QUICK_JUDGED)
     return _Questions(calibrate, judge, len(skipped))
+
+
+def _some(questions: list[Question], most: int) -> list[Question]:
+    """The questions about `most` of the images."""
+    images = sorted({q.image for q in questions})
+    chosen = set(random.Random(0).sample(images, min(most, len(images))))  # noqa: S311
+    return [q for q in questions if q.image in chosen]
 
 
 def _key(
@@ -192,6 +207,19 @@ def _origin(source: Source, questions: _Questions) -> dict[str, Any]:
     }
 
 
+def _other_run(manifest: Manifest, settings: Settings) -> dict[str, Any] | None:
+    """What the quick run lost where this one is not quick, and the other way round, as far as the bundle knows."""
+    record = manifest.quantization.get(settings.variant, {})
+    if record.get("quick", False) == settings.quick:
+        found = record.get("other_run")
+    else:
+        found = {**manifest.quality.get(settings.variant, {}), "seconds": record.get("seconds")}
+    kept = ("questions", "kl", "kl_error", "same_answers", "seconds")
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(key), float | int) for key in kept):
+        return None
+    return {"quick": not settings.quick, **{key: found[key] for key in kept}}
+
+
 def _write(new: Path, manifest: Manifest, made: Made, run: Run, seconds: float) -> Manifest:
     """Write the graphs, the recipe and the manifest into the new folder; returns the manifest."""
     variant, settings = run.settings.variant, run.settings
@@ -202,7 +230,9 @@ def _write(new: Path, manifest: Manifest, made: Made, run: Run, seconds: float) 
     if settings.max_size is not None:
         check_size(new, variant, settings.max_size)
     written = with_graphs(manifest, new, variant, run.source.variant, made.graphs, files)
-    record = {**made.record, "seconds": round(seconds, 1)}
+    record = {**made.record, "quick": settings.quick, "seconds": round(seconds, 1)}
+    if other := _other_run(manifest, settings):
+        record["other_run"] = other
     written = replace(written, quantization={**written.quantization, variant: record})
     written.write(new)
     return written

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_quantize.graph import QuantizeError
-from lfm_quantize.rounding import METHODS, Precision
+from lfm_quantize.rounding import COMPENSATING, METHODS, Precision
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,14 +89,15 @@ class Recipe:
         return Recipe(tuple(_rule(entry, f"{path}, layer {i}") for i, entry in enumerate(layers, 1)))
 
     @staticmethod
-    def default(variant: str, method: str) -> Recipe:
+    def default(variant: str, method: str, *, quick: bool = False) -> Recipe:
         """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder, with a scale for 128
         inputs where GPTQ makes up for what coarse scales lose (8 % more tokens a second than with 64), else for 64.
+        `quick`: without GPTQ where it gains least, on 8-bit weights, and elsewhere in parts of wide matrices.
         """
-        eight = Precision(8, 0, method)
+        eight = Precision(8, 0, "rtn" if quick else method)
         if variant == "int8":
             return Recipe((Rule("*", eight),))
-        four = Precision(4, 128 if method == "gptq" else 64, method)
+        four = Precision(4, 128 if method in COMPENSATING else 64, "gptq-local" if quick else method)
         return Recipe((Rule("vision.*", eight), Rule("projector.*", eight), Rule("*", four)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lfm_profiles import SMALLER, VARIANTS
 
 from lfm_quantize.graph import QuantizeError
-from lfm_quantize.rounding import METHODS
+from lfm_quantize.rounding import COMPENSATING, METHODS
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Settings:
     floor: float | None = None
     max_size: float | None = None  # MB
     threads: int = 2
+    quick: bool = False
 
     def check(self) -> None:
         """Raise QuantizeError for what could not be done or would have no effect."""
@@ -43,10 +44,17 @@ class Settings:
             )
         if self.recipe and self.method:
             raise QuantizeError("--method has no effect beside --recipe, which names the methods; leave one out")
-        if self.method == "gptq" and not self.calibration:
-            raise QuantizeError("--method gptq needs --calibration: it uses the activations that the images cause")
+        if self.method in COMPENSATING and not self.calibration:
+            raise QuantizeError(
+                f"--method {self.method} needs --calibration: it uses the activations that the images cause"
+            )
         if self.prompts and not self.calibration:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
+        if self.quick and (not self.calibration or not self.rounds() or self.method or self.recipe or self.max_size):
+            raise QuantizeError(
+                "--quick takes fewer --calibration images, and rounds 8-bit weights to nearest: it has no effect "
+                f"on {self.variant} without them, or beside --method, --recipe or --max-size; leave it out"
+            )
         if self.floor is not None and not (self.calibration and self.floor > 0):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
         if self.max_size is not None and not (

@@ -123,7 +123,7 @@ def main() -> None:
         parser.error("HQQ needs torch: pip install torch")
     names = ("onnxruntime", "onnx", "numpy", "torch")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names))
-    print(f"{'method':32s} bits a weight   KL, nats   same first choice   accuracy lost, points")
+    print(f"{'method':32s} bits a weight   KL, nats   ± (s.e.)   same first choice   accuracy lost, points")
     with tempfile.TemporaryDirectory() as folder:
         if options.images is None:
             demo_data.write_evaluation(Path(folder) / "fresh", 4000, -(-options.questions // 4))
@@ -137,7 +137,7 @@ def main() -> None:
             found = measure(bundle, "int4", "fp32", questions, options.threads)
             lost = found.accuracy_lost()
             print(
-                f"{name:32s} {bits_per_weight(bundle):13.3f} {found.kl:10.5f} {found.same_top1:19.2%}   "
+                f"{name:32s} {bits_per_weight(bundle):13.3f} {found.kl:10.5f} {found.kl_error:10.5f} {found.same_top1:19.2%}   "
                 f"{lost if lost is None else f'{lost:+.2f}':>21}",
                 flush=True,
             )
@@ -146,6 +146,7 @@ def main() -> None:
                     "method": name,
                     "bits_per_weight": bits_per_weight(bundle),
                     "kl": found.kl,
+                    "kl_error": found.kl_error,
                     "same_top1": found.same_top1,
                     "accuracy_lost": lost,
                 }

@@ -16,7 +16,7 @@ from lfm_export.export import export
 from lfm_quantize import variant as variant_files
 from lfm_quantize.calibrate.samples import to_sample
 from lfm_quantize.graph import QuantizeError, linears, open_graph, session
-from lfm_quantize.judge.distances import cosines, kl_divergence
+from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import GateError
 from lfm_quantize.make import integers
@@ -255,6 +255,43 @@ def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
         torch.log_softmax(torch.tensor(b), 1), torch.log_softmax(torch.tensor(a), 1), log_target=True, reduction="none"
     ).sum(1)
     np.testing.assert_allclose(kl_divergence(a, b), wanted, rtol=1e-4)
+
+
+def test_the_standard_error_is_that_of_other_questions() -> None:
+    """Against the spread of means over answers drawn again, whole (bootstrap); tokens of an answer are alike."""
+    rng = np.random.default_rng(0)
+    answers = [rng.gamma(1, rng.gamma(2, 1), rng.integers(1, 30)).astype(np.float32) for _ in range(80)]
+    means = [
+        np.concatenate([answers[i] for i in rng.integers(0, len(answers), len(answers))]).mean() for _ in range(3000)
+    ]
+    assert standard_error(answers) == pytest.approx(np.std(means), rel=0.1)
+    alone = [a[:1] for a in answers]
+    assert standard_error(alone) == pytest.approx(np.std(np.concatenate(alone), ddof=1) / len(alone) ** 0.5, rel=1e-4)
+    assert standard_error(answers[:1]) == 0
+
+
+def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> None:
+    """It uses fewer images and no GPTQ for 8 bits, is near the full one, and each prints the other's loss."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    words = ["quantize", str(bundle), "--variant", "int4", "--calibration", str(few / "images"), "--quiet"]
+    words += ["--prompts", str(few / "calibration.jsonl")]
+    assert main(words) == 0
+    assert "run before" not in capsys.readouterr().out
+    full = read_manifest(bundle)
+    assert main([*words, "--quick"]) == 0
+    said = capsys.readouterr().out
+    quick = read_manifest(bundle)
+    assert f"full run before  KL {full['quality']['int4']['kl']:.5f}" in said
+    record = quick["quantization"]["int4"]
+    assert record["quick"]
+    assert record["calibration"]["images"] == 8 < full["quantization"]["int4"]["calibration"]["images"]
+    methods = {(layer["bits"], layer["method"]) for layer in record["layers"]}
+    assert methods == {(8, "rtn"), (4, "gptq-local"), (4, "clipped")}, "the table's scales are searched"
+    assert quick["quality"]["int4"]["kl"] < 0.01
+    assert main([*words, "--quick"]) == 0
+    assert "full run before" in capsys.readouterr().out, "also after the second quick run"
+    assert main(words) == 0
+    assert f"quick run before KL {quick['quality']['int4']['kl']:.5f}" in capsys.readouterr().out
 
 
 def test_judging_follows_the_runtime(quantized, questions) -> None:

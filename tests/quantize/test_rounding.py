@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_quantize.cli import add_arguments
-from lfm_quantize.rounding import METHODS, Precision, clipped, gptq, output_error, rtn
+from lfm_quantize.rounding import METHODS, Precision, clipped, gptq, gptq_local, output_error, rtn
 
 PRECISIONS = [Precision(8), *(Precision(4, b, zero_points=z) for b in (32, 64, 128) for z in (False, True))]
 
@@ -83,6 +83,45 @@ def test_methods_are_better_in_order(precision) -> None:
         assert error[name] <= error["rtn"] * 1.05, name
     direct = np.square(x @ (gptq(weight, precision, moments).weight() - weight).T).sum() / np.square(x @ weight.T).sum()
     assert error["gptq"] == pytest.approx(direct, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", [Precision(8), Precision(4, 32), Precision(4, 64, zero_points=True)], ids=str)
+def test_gptq_is_what_the_paper_says(precision) -> None:
+    """Against the algorithm as it stands there, with the inverse of the second moments, an input at a time."""
+    weight, x = weights(16, 192), correlated_inputs(600, 192)
+    moments = x.T @ x / np.float32(len(x))
+    found = gptq(weight, precision, moments)
+    damped = moments.astype(np.float64) + 0.01 * np.diag(moments).mean() * np.eye(192)
+    order = np.argsort(-np.diag(damped), kind="stable")
+    inverse = np.linalg.inv(damped[np.ix_(order, order)])
+    left = weight[:, order].astype(np.float64)
+    block = precision.block or 192
+    top, zero = (127, 0) if precision.bits == 8 else (15, 8)
+    wanted = np.empty(weight.shape)
+    for i, at in enumerate(order):
+        scale = found.scales[:, at // block].astype(np.float64)
+        offset = zero if found.zero_points is None else found.zero_points[:, at // block]
+        wanted[:, at] = np.clip(np.round(left[:, i] / scale) + offset, -127 if precision.bits == 8 else 0, top)
+        error = (left[:, i] - (wanted[:, at] - offset) * scale) / inverse[0, 0]
+        left[:, i + 1 :] -= np.outer(error, inverse[0, 1:])
+        inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+    # A value at a tie may fall to the other side, and what follows in its row with it.
+    assert np.mean(found.codes == wanted) > 0.99
+
+
+def test_gptq_in_parts_of_wide_matrices() -> None:
+    """The same where one part is all; else between scales alone and the whole."""
+    weight, x = weights(24, 2304), correlated_inputs(3000, 2304)
+    moments = x.T @ x / np.float32(len(x))
+    narrow = Precision(4, 64), moments[:512, :512]
+    assert np.array_equal(gptq_local(weight[:, :512], *narrow).codes, gptq(weight[:, :512], *narrow).codes)
+    for precision in (Precision(4, 128), Precision(4, 64, zero_points=True)):
+        whole, parts, scales = (
+            output_error(weight, method(weight, precision, moments).weight(), moments)
+            for method in (gptq, gptq_local, clipped)
+        )
+        assert whole < parts < scales
+    assert np.array_equal(gptq_local(weight, Precision(8), moments).codes, gptq(weight, Precision(8), moments).codes)
 
 
 def test_the_help_names_every_method() -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.blocks import Block, FedGraph, Values
-from lfm_quantize.calibrate.observe import Observed, observe
+from lfm_quantize.calibrate.observe import observe
 from lfm_quantize.calibrate.smooth import Fit, find_fit, fold, sources
 from lfm_quantize.graph import Array, QuantizeError, linears, release
 from lfm_quantize.passes.constants import Constants
@@ -82,7 +82,7 @@ def quantize_block(
                 change.constants[str(linear.weight.name)] = linear.stored(weight)
             continue
         fit = fits.get(name)
-        moments = _moments(seen[name], fit) if name in seen and fit else None
+        moments = seen[name].take_moment(fit.factors) if fit and seen[name].with_moments else None
         if name == "head" and table is not None:
             rounded = table
         else:
@@ -90,11 +90,6 @@ def quantize_block(
         change.products[name] = Product(rounded, fit.negative if fit else 1.0)
         change.layers.append(_record(name, wanted[name], rounded, weight, moments, fit))
     return change
-
-
-def _moments(seen: Observed, fit: Fit) -> Float | None:
-    """Second moments of a product's inputs after smoothing."""
-    return seen.moment() / np.outer(fit.factors, fit.factors) if seen.with_moments else None
 
 
 def _record(

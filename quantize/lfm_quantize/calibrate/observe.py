@@ -15,6 +15,10 @@ Float = NDArray[np.float32]
 KINDS = ("image", "text")
 ROWS = 384
 """Input rows kept of each matrix product and kind of token, to try a precision on."""
+MOMENT_ROWS, MOMENT_ROWS_PER_INPUT = 1 << 14, 8
+"""Rows that second moments are taken of, for each kind of token: the larger of both."""
+ROWS_AT_ONCE = 2048
+"""Rows that one product of second moments is of: a product of fewer takes as long to be added up as to be computed."""
 
 
 @dataclass
@@ -29,35 +33,58 @@ class Observed:
     moments: dict[str, Float] = field(init=False, default_factory=dict)  # kind → sum of xᵀx [k, k]
     counts: dict[str, int] = field(init=False, default_factory=lambda: dict.fromkeys(KINDS, 0))
     rows: dict[str, list[Float]] = field(init=False, default_factory=lambda: {kind: [] for kind in KINDS})
+    waiting: dict[str, list[Float]] = field(init=False, default_factory=lambda: {kind: [] for kind in KINDS})
 
     def __post_init__(self) -> None:
         """Start with nothing seen."""
         self.largest = np.zeros(self.k, np.float32)
 
-    def add(self, x: Float, is_image: NDArray[np.bool_], rows: int, rng: np.random.Generator) -> None:
-        """Add inputs x [tokens, k]; up to `rows` of them are kept of each kind."""
+    def add(self, x: Float, is_image: NDArray[np.bool_], samples: int, rng: np.random.Generator) -> None:
+        """Add one of `samples` inputs x [tokens, k]; its share of the rows is taken of each kind."""
+        kept = -(-ROWS // samples)
+        measured = -(-max(MOMENT_ROWS, MOMENT_ROWS_PER_INPUT * self.k) // samples)
         np.maximum(self.largest, np.abs(x).max(0), out=self.largest)
         for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
             part = x[chosen]
             if not len(part):
                 continue
-            self.counts[kind] += len(part)
-            self.rows[kind].append(part[rng.permutation(len(part))[:rows]].copy())
+            order = rng.permutation(len(part))
+            self.rows[kind].append(part[order[:kept]].copy())
             if self.with_moments:
-                product = part.T @ part
-                if kind in self.moments:
-                    self.moments[kind] += product
-                else:
-                    self.moments[kind] = product
+                self.waiting[kind].append(part[order[:measured]] if len(part) > measured else part)
+                if sum(map(len, self.waiting[kind])) >= ROWS_AT_ONCE:
+                    self._measure(kind)
+
+    def _measure(self, kind: str) -> None:
+        """Add the rows that wait to the second moments."""
+        if not self.waiting[kind]:
+            return
+        x = np.concatenate(self.waiting[kind])
+        self.waiting[kind].clear()
+        self.counts[kind] += len(x)
+        product = x.T @ x
+        if kind in self.moments:
+            self.moments[kind] += product
+        else:
+            self.moments[kind] = product
 
     def kept(self) -> Float:
         """The rows kept, both kinds."""
         return np.concatenate([r for kind in KINDS for r in self.rows[kind]])
 
-    def moment(self) -> Float:
-        """Mean of xᵀx [k, k]; each kind of token that occurs counts the same."""
-        parts = [self.moments[kind] / np.float32(self.counts[kind]) for kind in self.moments]
-        total: Float = sum(parts[1:], parts[0]) / np.float32(len(parts))
+    def take_moment(self, factors: Float) -> Float:
+        """Mean of xᵀx [k, k] for inputs divided by `factors` [k]; each kind of token that occurs counts the same. Gives
+        the sums away: they are large.
+        """
+        for kind in KINDS:
+            self._measure(kind)
+        parts = [(self.moments.pop(kind), self.counts[kind]) for kind in list(self.moments)]
+        for moments, count in parts:
+            np.divide(moments, (factors * np.float32(count * len(parts)))[:, None], out=moments)
+            np.divide(moments, factors, out=moments)
+        total = parts.pop()[0]
+        while parts:
+            total += parts.pop()[0]
         return total
 
 
@@ -75,7 +102,6 @@ def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Map
     products = linears(fed.model)
     seen = {name: Observed(products[name].k, moments) for name, moments in with_moments.items()}
     inputs = {name: products[name].input for name in seen}
-    rows = -(-ROWS // len(fed.feeds))
     rng = np.random.default_rng(0)
 
     def note(i: int, values: Values) -> None:
@@ -83,7 +109,7 @@ def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Map
         for name, observed in seen.items():
             x = values[inputs[name]].reshape(-1, observed.k)
             kind = kinds if len(x) == len(kinds) else np.full(len(x), kinds.all())
-            observed.add(x, kind, rows, rng)
+            observed.add(x, kind, len(fed.feeds), rng)
 
     fed.run(block, states, [x for x in inputs.values() if x not in block.cut], note)
     return seen

@@ -31,7 +31,7 @@ _NORMS = {
     "w1_w3": "ffn_norm",
 }
 """A product's part of its layer → the norm that makes its inputs."""
-OUTPUTS_TRIED = 768
+OUTPUTS_TRIED = 384
 """Output channels that a candidate is judged on."""
 
 

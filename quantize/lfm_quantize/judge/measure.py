@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
 from lfm_quantize.calibrate.samples import Sample, to_sample
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
-from lfm_quantize.judge.distances import cosines, kl_divergence
+from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
 from lfm_quantize.judge.layers import layer_errors
 from lfm_quantize.judge.quality import Quality
 
@@ -65,8 +65,10 @@ def measure(
     progress: Progress = lambda *_: None,
     *,
     board: Board | None = None,
+    quick: bool = False,
 ) -> Quality:
     """Compare two variants of a bundle; the other one with the checkpoint's own settings, this one as on a board.
+    `quick`: shorter answers, and the layers of one question alone.
 
     Raises:
         BundleError: a variant is missing.
@@ -78,10 +80,11 @@ def measure(
     bundle = Bundle.open(folder)
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
-    found = _Found(bundle)
-    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * JUDGED_TOKENS))):
+    most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
+    found = _Found(bundle, most)
+    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * most))):
         samples = [to_sample(bundle, q, split=True) for q in part]
-        references = _reference(exact, samples)
+        references = _reference(exact, samples, most)
         if board:
             samples = [to_sample(bundle, q, split=True, images=board.images) for q in part]
         features = judged.features_of(samples)
@@ -90,7 +93,8 @@ def measure(
             found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
             progress(f"evaluates {variant}", len(found.same_answer), len(questions))
         del decoder
-    few = questions[:: max(1, len(questions) // LAYER_SAMPLES)][:LAYER_SAMPLES]
+    followed = 1 if quick else LAYER_SAMPLES
+    few = questions[:: max(1, len(questions) // followed)][:followed]
     layers = [] if board else layer_errors(exact, judged, few)
     # Of images that are cut alike; what is cut in another way has other features.
     all_cosines = np.concatenate(found.cosines) if found.cosines else np.full(1, np.nan, np.float32)
@@ -106,6 +110,7 @@ def measure(
         cosine_p1=float(np.percentile(all_cosines, 1)),
         cosine_mean=float(all_cosines.mean()),
         kl=float(divergence.mean()),
+        kl_error=standard_error(found.divergence),
         same_top1=float(np.concatenate(found.same_token).mean()),
         same_answers=sum(found.same_answer) / len(questions),
         accuracy=found.accuracy(against, variant),
@@ -127,14 +132,14 @@ class _Reference:
     logits: Float  # [answer tokens, V]
 
 
-def _reference(exact: Answering, samples: Sequence[Sample]) -> list[_Reference]:
-    """Features, greedy answers and the logits behind them."""
+def _reference(exact: Answering, samples: Sequence[Sample], most: int) -> list[_Reference]:
+    """Features, greedy answers of at most `most` tokens, and the logits behind them."""
     features = exact.features_of(samples)
     decoder = exact.decoder()
     found = []
     for sample, mine in zip(samples, features, strict=True):
         embeds = exact.embed(decoder, sample, mine)
-        found.append(_Reference(mine, *greedy(decoder, embeds, JUDGED_TOKENS, exact.bundle.eos)))
+        found.append(_Reference(mine, *greedy(decoder, embeds, most, exact.bundle.eos)))
     return found
 
 
@@ -143,6 +148,7 @@ class _Found:
     """What is found question by question."""
 
     bundle: Bundle
+    most: int  # tokens of an answer
     cosines: list[Float] = field(default_factory=list)
     tokens: list[tuple[int, int]] = field(default_factory=list)  # image tokens of the other variant, of this one
     divergence: list[Float] = field(default_factory=list)
@@ -161,7 +167,7 @@ class _Found:
         self.same_token.append(reference.logits.argmax(1) == logits.argmax(1))
         # Led through the same tokens and agreeing on each, the variant would have said the same by itself.
         agrees = bool(self.same_token[-1].all())
-        said = reference.answer if agrees else greedy(decoder, embeds, JUDGED_TOKENS, eos)[0]
+        said = reference.answer if agrees else greedy(decoder, embeds, self.most, eos)[0]
         self.same_answer.append(said == reference.answer)
         if sample.question.answer is not None:
             exact, judged = (self._text(ids) == sample.question.answer for ids in (reference.answer, said))

@@ -45,6 +45,7 @@ class Quality:
     cosine_p1: float
     cosine_mean: float
     kl: float  # nats, mean over the answer tokens of `against`, which both are led through
+    kl_error: float  # its standard error: how much other questions of the same kind would change it
     same_top1: float  # share of those tokens
     same_answers: float  # share of questions whose greedy answers are identical
     accuracy: dict[
@@ -87,7 +88,7 @@ class Quality:
             f"{self.cosine_mean:.5f}"
             if not math.isnan(self.cosine_min)
             else "  image features   not comparable: every image is cut in another way",
-            f"  next token       KL {self.kl:.5f} nats  same first choice {self.same_top1:.2%}",
+            f"  next token       KL {self.kl:.5f} ± {self.kl_error:.5f} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
         for task, found in sorted(self.accuracy.items()):
@@ -120,7 +121,7 @@ def check_floor(quality: Quality, floor: float) -> None:
     """Raise GateError when KL or the cosines are beyond the floor; says which layers to keep."""
     reasons = []
     if not quality.kl <= floor:
-        reasons.append(f"KL {quality.kl:.4g} is above {floor:g}")
+        reasons.append(f"KL {quality.kl:.4g} ± {quality.kl_error:.2g} is above {floor:g}")
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:

@@ -16,7 +16,7 @@ from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.passes.stored_half import StoredAsHalf
 from lfm_quantize.passes.table import QuantizedTable
 from lfm_quantize.recipe import Recipe, matching
-from lfm_quantize.rounding import METHODS, Rounded
+from lfm_quantize.rounding import COMPENSATING, METHODS, Rounded
 from lfm_quantize.run import Made, Run
 from lfm_quantize.search import check_reachable, choose, survey
 from lfm_quantize.variant import NewGraph, VariantGraphs
@@ -103,7 +103,7 @@ def _round_table(run: Run, recipe: Recipe) -> Rounded | None:
     precision = recipe.precision("head")
     if precision.bits == 32:
         return None
-    if precision.method == "gptq":
+    if precision.method in COMPENSATING:
         # Both a look-up and a product read it: each row is to be near itself, whatever meets it.
         precision = replace(precision, method="clipped")
     return METHODS[precision.method](run.source.table, precision, None)
