@@ -31,7 +31,7 @@ SHORTER = {
 """Added, so that a test does not take minutes, and may run the same line again."""
 CODES = {"audit": {0, 3}, "compare": {0, 1, 3}, "doctor": {0, 1}, "selftest": {0, 3}}
 NOT_RUN = (
-    (r"lfm-edge (stick|wheelhouse)", "fetches wheels; tests/package"),
+    (r"lfm-edge (make|stick|wheelhouse)", "fetches wheels; tests/package"),
     (r"lfm-edge export .*--portable|--static", "minutes; tests/export/test_portable.py, test_static.py"),
     (r"lfm-edge .*/tmp/", "a 450M; docs/performance.md says how long"),
     (r"lfm-edge --version", "not a command"),

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lfm_profiles import Profile
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
@@ -42,6 +44,15 @@ _LARGEST_FILE = 4_000_000_000  # FAT32 holds no larger ones
 _WITH_BYTECODE = 1.4  # what installed wheels take, against their files
 _SPARE = 32 << 20
 _LEAST_WHEELS = 40 << 20  # what the runtime's wheels take at least, before they are downloaded
+
+
+def check_profile(profile: Profile, platform: Platform) -> None:
+    """Raise SettingError for a profile that cannot run on a stick's onnxruntime."""
+    if CUDA in profile.providers:
+        raise SettingError(
+            f"profile {profile.name} runs on a GPU, and the stick's onnxruntime does not; choose another: "
+            f"--profile {platform.target.profile}"
+        )
 
 
 def write_stick(

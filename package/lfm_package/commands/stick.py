@@ -25,13 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the stick, print its size and the command to run on the device, and return 0."""
-    from lfm_runtime.engine.gpu_wheel import CUDA
-    from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import check_output
 
     from lfm_package.pack import Extras, is_packed
     from lfm_package.signature import check_key
-    from lfm_package.stick import write_stick
+    from lfm_package.stick import check_profile, write_stick
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
@@ -40,11 +38,8 @@ def run(options: argparse.Namespace) -> int:
     if options.output.suffix == ".tar":
         check_output(options.output, "lfm-edge stick", is_packed, force=options.force)
     contents = chosen_contents(options, platform.target.profile)
-    if contents.profile and CUDA in contents.profile.providers:
-        raise SettingError(
-            f"profile {contents.profile.name} runs on a GPU, and the stick's onnxruntime does not; choose another: "
-            f"--profile {platform.target.profile}"
-        )
+    if contents.profile:
+        check_profile(contents.profile, platform)
     extras = Extras(contents.profile, (), options.sign, contents.golden)
     wheels = write_stick(options.bundle, contents.variants, platform, options.output, extras, force=options.force)
     files = (

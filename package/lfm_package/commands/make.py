@@ -1,0 +1,116 @@
+"""`lfm-edge make`: from a checkpoint to a stick: export, quantize what the board's profile uses, write the stick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfm_package.commands.wheelhouse import add_target_arguments
+
+if TYPE_CHECKING:
+    from lfm_package.make import Order
+
+_NEEDED = ("onnx_ir", "jinja2", "tokenizers", "onnx", "packaging", "cyclonedx")
+"""What the commands of the steps import."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the description of `parser` and add the command's arguments."""
+    parser.description = (
+        "Export a checkpoint, quantize the variants that the board's profile uses, and write a stick. Says first how "
+        "long each step takes and how much memory. The same command goes on after the last finished step."
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
+    add_target_arguments(parser)
+    parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGES",
+        help="folders of images, image files, or text files of paths; a few dozen images",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions about them, as for lfm-edge quantize")
+    parser.add_argument("--quick", action="store_true", help="quantize in a few minutes, as lfm-edge quantize --quick")
+    parser.add_argument("--profile", default="", metavar="NAME", help="profile of the board; default: the target's own")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign the stick with this SSH key (ssh-keygen -Y)")
+    parser.add_argument("--golden", type=Path, metavar="FILE.jsonl", help="questions that selftest asks on the board")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="keep the bundle here; default: OUTPUT-bundle")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="or NAME.tar")
+    parser.add_argument("--force", action="store_true", help="replace the stick of another board, or a signed one")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, do what is not done yet, and return 0 or the exit code of the step that failed."""
+    from lfm_runtime.commands.cli import interrupt_on_termination
+
+    from lfm_package.estimate import table
+    from lfm_package.make import Done, steps_of
+
+    order = _order(options)
+    steps, done = steps_of(order), Done(order.bundle)
+    if not options.quiet:
+        print(table(order, [step for step in steps if not done.has(step)]), file=sys.stderr)
+    interrupt_on_termination()
+    for number, step in enumerate(steps, 1):
+        if not options.quiet:
+            what = "done before" if done.has(step) else f"lfm-edge {' '.join(step.words[:1])}"
+            print(f"\n{number} of {len(steps)}, {step.name}: {what}", file=sys.stderr, flush=True)
+        if done.has(step):
+            continue
+        if code := step.run():
+            print(f"lfm-edge: make stopped at {step.name}; the same command goes on from there", file=sys.stderr)
+            return code
+        done.add(step)
+    return 0
+
+
+def _order(options: argparse.Namespace) -> Order:
+    """What is to be made; everything that a later step would refuse is refused here."""
+    from lfm_runtime.errors import SettingError
+    from lfm_runtime.formats.files import check_output
+    from lfm_runtime.installation import install_advice
+    from lfm_runtime.setup.profile import find_profile
+
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        advice = install_advice("export,quantize,package")
+        raise SettingError(f"make needs the Python package {missing[0]}; install what it uses with: {advice}")
+    from lfm_package.make import Order
+    from lfm_package.pack import is_packed
+    from lfm_package.signature import check_key
+    from lfm_package.stick import check_profile
+    from lfm_package.targets import Platform
+
+    platform = Platform.of(options.target, options.python)
+    profile = find_profile(options.profile or platform.target.profile)
+    check_profile(profile, platform)
+    if options.sign:
+        check_key(options.sign)
+    for path in (*options.calibration, options.adapter, options.prompts, options.golden):
+        if path is not None and not path.exists():
+            raise SettingError(f"{path} does not exist; check the path")
+    if options.output.suffix == ".tar":
+        check_output(options.output, "lfm-edge make", is_packed, force=options.force)
+    name = options.output.name.removesuffix(".tar")
+    bundle = options.bundle or options.output.with_name(f"{name}-bundle")
+    words = ["--target", options.target]
+    for flag in ("python", "profile", "sign", "golden"):
+        if value := getattr(options, flag):
+            words += [f"--{flag}", str(value)]
+    return Order(
+        options.checkpoint,
+        bundle,
+        options.output,
+        profile,
+        options.adapter,
+        tuple(options.calibration),
+        options.prompts,
+        options.quick,
+        options.quiet,
+        (*words, *(["--force"] if options.force else [])),
+    )

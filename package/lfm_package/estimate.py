@@ -1,0 +1,142 @@
+"""How long the steps of `lfm-edge make` take and how much memory, from the model's size, the number of images and the
+speed of this machine. Measured once on a 450M (docs/performance.md): right within a third, not to be planned closer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import damage_is, read_json_object
+from PIL import Image
+
+from lfm_package.make import EXPORT, STICK, Order, Step
+
+_REFERENCE = 100.0  # GFLOP/s of the machine that the seconds below were measured on, by `_speed`
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights of a checkpoint, in billions."""
+
+    vision: float
+    table: float
+    text: float  # the decoder's layers
+    hidden: int
+
+    @staticmethod
+    def of(checkpoint: Path) -> Sizes:
+        """From config.json and the sizes of the files.
+
+        Raises:
+            EdgeError: config.json is missing, or does not tell.
+        """
+        path = checkpoint / "config.json"
+        config = read_json_object(path, EdgeError)
+        with damage_is(EdgeError, path, "download the checkpoint again"):
+            vision, text = config["vision_config"], config["text_config"]
+            wide, inner = int(vision.get("hidden_size", 768)), int(vision.get("intermediate_size", 3072))
+            encoder = int(vision.get("num_hidden_layers", 12)) * (4 * wide * wide + 2 * wide * inner)
+            hidden = int(text["hidden_size"])
+            table = int(text["vocab_size"]) * hidden
+            width = 4 if "32" in str(config.get("dtype") or config.get("torch_dtype") or "") else 2
+        stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / width
+        return Sizes(encoder / _GB, table / _GB, max(stored - encoder - table, 0) / _GB, hidden)
+
+    @property
+    def all(self) -> float:
+        """All weights."""
+        return self.vision + self.table + self.text
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes."""
+
+    seconds: float
+    memory: float  # GB, at the peak; files that are mapped count
+    disk: float  # GB that stay
+
+
+def cost(step: Step, sizes: Sizes, order: Order, images: int, speed: float) -> Cost:
+    """Of one step; `images` are there for calibration, and the machine multiplies at `speed` GFLOP/s."""
+    exported = 4 * sizes.all
+    if step.name == EXPORT:
+        return Cost(exported / 0.1 + 2, max(0.3, 0.8 * exported), exported)
+    bits = 8 if step.name == "int8" else 4
+    disk = sizes.vision + (sizes.table + sizes.text) * bits / 8
+    if step.name == STICK:
+        return Cost(15, 0.2, disk + 0.05)
+    if not images:
+        return Cost(10 + 25 * sizes.all, 0.8 * exported, disk)
+    # A quarter is held out; a quick run takes 8 and 4.
+    judged = max(1, round(images / 4)) if images > 1 else 0
+    used = min(images - judged, 8) if order.quick else images - judged
+    judged = min(judged, 4) if order.quick else judged
+    wide = sizes.text * sizes.hidden / 1024
+    vision = (23 if order.quick else 42) * sizes.vision * used
+    answers = (4.7 if order.quick else 6.7) * sizes.all * used
+    text = (280 if order.quick else 400) * wide + 7.7 * sizes.text * used
+    judging = (25 if order.quick else 33) * sizes.all * judged + 60 * sizes.all
+    return Cost((vision + answers + text + judging + 2) * _REFERENCE / speed, 1.0 + 0.7 * exported, disk)
+
+
+def table(order: Order, steps: Sequence[Step]) -> str:
+    """The steps that are left, what each takes, and all together; the steps alone where config.json does not tell."""
+    lines = [f"{order.checkpoint} → {order.output}: {', '.join([EXPORT, *order.variants(), STICK])}"]
+    images = _count(order.calibration)
+    if order.calibration:
+        lines.append(f"{images} images for calibration, a quarter of them to judge with")
+    if not any(step.made_of for step in steps):
+        return "\n".join([*lines, "all but the stick was done before"])
+    try:
+        sizes = Sizes.of(order.checkpoint)
+    except EdgeError:
+        return "\n".join(lines)
+    speed = _speed()
+    costs = {step.name: cost(step, sizes, order, images, speed) for step in steps}
+    lines.append(f"{'step':10s} {'about':>10s} {'memory':>10s} {'disk':>10s}")
+    lines += [
+        f"{name:10s} {_time(c.seconds):>10s} {f'{c.memory:.1f} GB':>10s} {f'{c.disk:.1f} GB':>10s}"
+        for name, c in costs.items()
+    ]
+    seconds, disk = (sum(getattr(c, what) for c in costs.values()) for what in ("seconds", "disk"))
+    most = max(c.memory for c in costs.values())
+    lines.append(f"{'in all':10s} {_time(seconds):>10s} {f'{most:.1f} GB':>10s} {f'{disk:.1f} GB':>10s}")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{max(round(seconds, -1), 10):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _count(places: Sequence[Path]) -> int:
+    """Images, as `lfm-edge quantize` finds them."""
+    suffixes = set(Image.registered_extensions())
+    total = 0
+    for place in places:
+        if place.is_dir():
+            total += sum(1 for file in place.rglob("*") if file.suffix.lower() in suffixes)
+        elif place.suffix.lower() in suffixes:
+            total += 1
+        else:
+            lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+            total += sum(1 for line in lines if line.strip())
+    return total
+
+
+def _speed() -> float:
+    """GFLOP/s of a matrix product here, the best of five."""
+    size = 1024
+    a = np.ones((size, size), np.float32)
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        np.matmul(a, a)
+        taken.append(time.perf_counter() - started)
+    return 2e-9 * size**3 / min(taken)

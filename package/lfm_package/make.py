@@ -1,0 +1,117 @@
+"""From a checkpoint to a stick in one go: the steps, what each is made of, and which of them were done before.
+
+Each step is a command of its own in a process of its own; this file only decides which, and remembers what a finished
+step was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lfm_profiles import SMALLER, Profile
+from lfm_runtime import __version__
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import read_json_object, to_json, write_whole
+from lfm_runtime.process import child_environment, module
+
+EXPORT, STICK = "export", "stick"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made, from what."""
+
+    checkpoint: Path
+    bundle: Path  # stays, with every variant
+    output: Path
+    profile: Profile  # of the board
+    adapter: Path | None = None
+    calibration: tuple[Path, ...] = ()
+    prompts: Path | None = None
+    quick: bool = False
+    quiet: bool = False
+    stick: tuple[str, ...] = ()  # further words for `lfm-edge stick`
+
+    def variants(self) -> list[str]:
+        """Variants that the board's profile would use, and quantize makes."""
+        wanted = [*self.profile.variant[:1]]
+        if self.profile.prefill not in (None, "none") and not self.profile.low_memory:
+            wanted.append(str(self.profile.prefill))
+        return [name for name in dict.fromkeys(wanted) if name in SMALLER]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str  # "export", a variant, "stick"
+    words: list[str]
+    made_of: str = field(repr=False)  # a digest of everything that goes in; "" is always done
+
+    def run(self) -> int:
+        """Run the command, its streams being ours; returns its exit code."""
+        process = subprocess.Popen(module("lfm_runtime", *self.words), env=child_environment())  # noqa: S603
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # on a terminal it was interrupted as well, and says how it goes on
+            process.wait()
+            raise
+
+
+def steps_of(order: Order) -> list[Step]:
+    """Every step, in order."""
+    quiet = ["--quiet"] if order.quiet else []
+    adapter = ["--adapter", str(order.adapter)] if order.adapter else []
+    made_of = _digest("", [EXPORT], [order.checkpoint, *([order.adapter] if order.adapter else [])])
+    steps = [Step(EXPORT, [EXPORT, str(order.checkpoint), *adapter, "-o", str(order.bundle), *quiet], made_of)]
+    images = ["--calibration", *map(str, order.calibration)] if order.calibration else []
+    prompts = ["--prompts", str(order.prompts)] if order.prompts else []
+    quick = ["--quick"] if order.quick else []
+    inputs = [*order.calibration, *([order.prompts] if order.prompts else [])]
+    for variant in order.variants():
+        words = ["quantize", str(order.bundle), "--variant", variant, *images, *prompts, *quick, *quiet]
+        steps.append(Step(variant, words, _digest(made_of, [variant, *quick], inputs)))
+    return [*steps, Step(STICK, [STICK, str(order.bundle), "-o", str(order.output), *order.stick], "")]
+
+
+def _digest(before: str, words: Sequence[str], inputs: Iterable[Path]) -> str:
+    """Tells these words and these versions of the input files from others."""
+    found = []
+    for place in inputs:
+        files = sorted(p for p in (place, *place.rglob("*")) if p.is_file())
+        stats = [(str(file.resolve()), file.stat()) for file in files]
+        found += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps([__version__, before, *words, found]).encode()).hexdigest()
+
+
+class Done:
+    """What finished steps were made of, in a file beside the bundle."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+        self.path = bundle.with_name(f".{bundle.name}.make.json")
+        try:
+            self._known = read_json_object(self.path, EdgeError, required=False)
+        except EdgeError:
+            self._known = {}
+
+    def has(self, step: Step) -> bool:
+        """Whether a step was done with the same inputs, and what it made is still there."""
+        if not step.made_of or self._known.get(step.name) != step.made_of:
+            return False
+        try:
+            return step.name == EXPORT or step.name in Bundle.open(self.bundle).variants
+        except EdgeError:
+            return False
+
+    def add(self, step: Step) -> None:
+        """Remember that a step is done."""
+        self._known[step.name] = step.made_of
+        write_whole(self.path, to_json(self._known, indent=1))

@@ -1,0 +1,175 @@
+"""From a checkpoint to a stick: the steps, what is done again and what is not, and what is refused before the work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from lfm_package import make as module
+from lfm_package.commands.make import _order
+from lfm_package.estimate import Sizes, cost
+from lfm_package.make import Done, Order, Step, steps_of
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.commands.cli import Parser, main
+from lfm_runtime.setup.profile import find_profile
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+PYTHON = f"3.{sys.version_info.minor}"
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    """Ten calibration images, in a folder with a space."""
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for image in sorted((ROOT / "demo" / "calibration" / "images").iterdir())[:10]:
+        shutil.copy(image, folder)
+    return folder
+
+
+def asked(*words: str) -> Order:
+    from lfm_package.commands import make
+
+    parser = Parser(prog="lfm-edge make")
+    make.add_arguments(parser)
+    return _order(parser.parse_intermixed_args(list(words)))
+
+
+@pytest.mark.process
+def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
+    """A second run makes only the stick; with another image the variants, but no export."""
+    words = ["make", str(CHECKPOINT), "--target", "x86_64", "--python", PYTHON, "--calibration", str(few), "--quick"]
+    words += ["--profile", "pi5", "-o", str(tmp_path / "cam")]
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert "10 images for calibration" in said
+    assert [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")] == sorted(
+        said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")
+    )
+    assert "in all" in said
+    bundle = Bundle.open(tmp_path / "cam-bundle")
+    assert list(bundle.variants) == ["fp32", "int4", "int8"] or set(bundle.variants) == {"fp32", "int8", "int4"}
+    conf = dict(line.split("=", 1) for line in (tmp_path / "cam" / "stick.conf").read_text().splitlines())
+    assert (conf["variant"], conf["prefill"]) == ("int4", "int8")
+
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert all(f"{step}: done before" in said for step in ("export", "int4", "int8"))
+    assert "all but the stick was done before" in said
+
+    shutil.copy(ROOT / "demo" / "photos" / "rocket.jpg", few)
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert "export: done before" in said
+    assert all(f"{step}: lfm-edge quantize" in said for step in ("int4", "int8"))
+
+
+@pytest.mark.process
+def test_a_step_that_fails_ends_with_its_code(tmp_path, capfd) -> None:
+    """Export tells why; nothing after it is done; and what is done is not forgotten."""
+    checkpoint = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    (checkpoint / "tokenizer.json").write_text("{")
+    words = ["make", str(checkpoint), "--target", "pi5", "-o", str(tmp_path / "cam")]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert "tokenizer.json" in said
+    assert "make stopped at export; the same command goes on from there" in said
+    assert not (tmp_path / "cam").exists()
+    assert not (tmp_path / "cam-bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--target", "pi9"], "unknown target 'pi9'"),
+        (["--target", "pi5", "--python", "3.9"], "pi5 has no Python 3.9"),
+        (["--target", "pi5", "--profile", "jetson-orin-cuda"], "runs on a GPU"),
+        (["--target", "pi5", "--sign", "nokey"], "nokey"),
+        (["--target", "pi5", "--calibration", "nowhere"], "nowhere does not exist"),
+        (["--target", "pi5", "--adapter", "no-lora"], "no-lora does not exist"),
+        (["--target", "pi5", "--prompts", "none.jsonl"], "none.jsonl does not exist"),
+        (["--target", "pi5", "--golden", "none.jsonl"], "none.jsonl does not exist"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_first(words, told, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["make", str(CHECKPOINT), *words, "-o", "cam"]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
+    (tmp_path / "cam.tar").write_text("mine")
+    assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / "cam.tar")]) == 2
+    assert "cam.tar" in capsys.readouterr().err
+    assert (tmp_path / "cam.tar").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("target", "variants"), [("pi5", ["int4", "int8"]), ("pi4", None), ("jetson-jp6", None), ("x86_64", None)]
+)
+def test_variants_are_what_the_profile_would_miss(target, variants, demo_bundle, tmp_path) -> None:
+    """As `doctor` says it of a bundle with fp32 alone."""
+    from lfm_runtime.setup.variants import unmet
+
+    order = asked(str(CHECKPOINT), "--target", target, "-o", str(tmp_path / "cam"))
+    fp32 = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    assert list(Bundle.open(fp32).variants) == ["fp32"]
+    assert order.variants() == unmet(Bundle.open(fp32), order.profile)
+    assert variants is None or order.variants() == variants
+
+
+def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_path) -> None:
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    order = Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"))
+    export, int4, *_, stick = steps_of(order)
+    done = Done(bundle)
+    assert not done.has(export)
+    done.add(export)
+    done.add(int4)
+    again = Done(bundle)
+    assert again.has(export)
+    assert not again.has(int4), "the bundle lacks it"
+    assert not again.has(stick)
+    other = steps_of(Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"), adapter=tmp_path))[0]
+    assert not again.has(other)
+    for text in ("", "[]", '{"export": 1}', json.dumps({"export": [export.made_of]})):
+        again.path.write_text(text)
+        assert not Done(bundle).has(export)
+
+
+def test_an_interrupted_step_is_not_done(tmp_path, monkeypatch) -> None:
+    """Ctrl-C reaches the step too, which is waited for."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(7)); print(flush=True); time.sleep(60)"
+    monkeypatch.setattr(module, "module", lambda _, *words: [sys.executable, "-c", code])
+    waited = []
+
+    class Popen(module.subprocess.Popen):
+        def wait(self, timeout=None):
+            if not waited:
+                waited.append(self)
+                self.stdout.readline()  # it is ready to be ended
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: Popen(*a, **k, stdout=module.subprocess.PIPE))
+    with pytest.raises(KeyboardInterrupt):
+        Step("export", [], "x").run()
+    assert waited[0].returncode == 7
+
+
+def test_sizes_and_costs_of_a_checkpoint() -> None:
+    """The weights that config.json comes to are those in the file; more of anything costs more."""
+    sizes = Sizes.of(CHECKPOINT)
+    stored = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
+    assert sizes.all * 1e9 == pytest.approx(stored / 2, rel=0.01)
+    order = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"), calibration=(Path(),))
+    quick = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"), calibration=(Path(),), quick=True)
+    int4 = Step("int4", [], "x")
+    assert cost(int4, sizes, quick, 40, 100).seconds < cost(int4, sizes, order, 40, 100).seconds
+    assert cost(int4, sizes, order, 40, 100).seconds < cost(int4, sizes, order, 80, 100).seconds
+    assert cost(int4, sizes, order, 40, 50).seconds == pytest.approx(2 * cost(int4, sizes, order, 40, 100).seconds)
