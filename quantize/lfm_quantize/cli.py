@@ -112,12 +112,14 @@ def other_run(bundle: Path, variant: str) -> str | None:
     """One line on the quick run where this one was not quick, or on the full one where it was."""
     from lfm_runtime.formats.manifest import Manifest
 
+    from lfm_quantize.judge.quality import with_error
+
     found = Manifest.of(bundle.resolve()).quantization[variant].get("other_run")
     if not found:
         return None
     kind = "quick" if found["quick"] else "full"
     return (
-        f"{f'{kind} run before':16s} KL {found['kl']:.5f} ± {found['kl_error']:.5f} nats  "
+        f"{f'{kind} run before':16s} KL {with_error(found['kl'], found['kl_error'])} nats  "
         f"{found['same_answers']:.1%} identical  "
         f"({found['questions']} questions, {found['seconds']:.0f} s to make)"
     )

@@ -88,7 +88,7 @@ class Quality:
             f"{self.cosine_mean:.5f}"
             if not math.isnan(self.cosine_min)
             else "  image features   not comparable: every image is cut in another way",
-            f"  next token       KL {self.kl:.5f} ± {self.kl_error:.5f} nats  same first choice {self.same_top1:.2%}",
+            f"  next token       KL {with_error(self.kl, self.kl_error)} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
         for task, found in sorted(self.accuracy.items()):
@@ -115,6 +115,12 @@ class Quality:
         before, after = self.board["checkpoint_image_tokens"], self.board["image_tokens"]
         lines.append(f"  image tokens     {after:.0f} a question, {before:.0f} with the checkpoint's settings")
         return lines
+
+
+def with_error(value: float, error: float) -> str:
+    """Both with as many decimals as two digits of the error take; five at least."""
+    decimals = min(9, max(5, 1 - math.floor(math.log10(error)))) if error > 0 else 5
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def check_floor(quality: Quality, floor: float) -> None:
