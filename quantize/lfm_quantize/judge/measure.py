@@ -81,18 +81,7 @@ def measure(
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
-    found = _Found(bundle, most)
-    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * most))):
-        samples = [to_sample(bundle, q, split=True) for q in part]
-        references = _reference(exact, samples, most)
-        if board:
-            samples = [to_sample(bundle, q, split=True, images=board.images) for q in part]
-        features = judged.features_of(samples)
-        decoder = judged.decoder()
-        for sample, reference, mine in zip(samples, references, features, strict=True):
-            found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
-            progress(f"evaluates {variant}", len(found.same_answer), len(questions))
-        del decoder
+    found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
     few = questions[:: max(1, len(questions) // followed)][:followed]
     layers = [] if board else layer_errors(exact, judged, few)
@@ -121,6 +110,31 @@ def measure(
         board=None if board is None else board.described(found.tokens),
         seconds=time.perf_counter() - started,
     )
+
+
+def _compare(
+    exact: Answering,
+    judged: Answering,
+    questions: Sequence[Question],
+    most: int,
+    board: Board | None,
+    progress: Progress,
+) -> _Found:
+    """Question by question, some at a time: the logits of answers of `most` tokens are large."""
+    bundle = exact.bundle
+    found = _Found(bundle, most)
+    for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * most))):
+        samples = [to_sample(bundle, q, split=True) for q in part]
+        references = _reference(exact, samples, most)
+        if board:
+            samples = [to_sample(bundle, q, split=True, images=board.images) for q in part]
+        features = judged.features_of(samples)
+        decoder = judged.decoder()
+        for sample, reference, mine in zip(samples, references, features, strict=True):
+            found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
+            progress(f"evaluates {judged.variant}", len(found.same_answer), len(questions))
+        del decoder
+    return found
 
 
 @dataclass
