@@ -55,6 +55,15 @@ def check_profile(profile: Profile, platform: Platform) -> None:
         )
 
 
+def check_place(folder: Path, platform: Platform, *, signed: bool, force: bool) -> None:
+    """Raise BundleError where a stick would replace what is not one; or, without `force`, another board's stick, or a
+    signed one by one that is not.
+    """
+    _check_ours(folder)
+    if not force:
+        _check_like(folder, platform, signed=signed)
+
+
 def write_stick(
     folder: Path,
     variants: Sequence[str],
@@ -87,9 +96,7 @@ def write_stick(
     if output.suffix != ".tar":
 
         def check(there: Path) -> None:
-            _check_ours(there)
-            if not force:
-                _check_like(there, platform, signed=bool(extras.sign_with))
+            check_place(there, platform, signed=bool(extras.sign_with), force=force)
 
         with replacing(output, check=check) as stick:
             return _fill(stick, name, folder, variants, manifest, platform, extras)

@@ -107,6 +107,12 @@ def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
     assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / "cam.tar")]) == 2
     assert "cam.tar" in capsys.readouterr().err
     assert (tmp_path / "cam.tar").read_text() == "mine"
+    (tmp_path / "cam").mkdir()
+    (tmp_path / "cam" / "notes.txt").write_text("mine")
+    for place in ("cam", "cam/notes.txt"):
+        assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / place)]) == 2
+        assert "not something lfm-edge stick made; choose another output" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cam", "cam.tar", "notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _order(options: argparse.Namespace) -> Order:
     from lfm_package.make import Order
     from lfm_package.pack import is_packed
     from lfm_package.signature import check_key
-    from lfm_package.stick import check_profile
+    from lfm_package.stick import check_place, check_profile
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
@@ -95,7 +95,9 @@ def _order(options: argparse.Namespace) -> Order:
         if path is not None and not path.exists():
             raise SettingError(f"{path} does not exist; check the path")
     if options.output.suffix == ".tar":
-        check_output(options.output, "lfm-edge make", is_packed, force=options.force)
+        check_output(options.output, "lfm-edge stick", is_packed, force=options.force)
+    else:
+        check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     name = options.output.name.removesuffix(".tar")
     bundle = options.bundle or options.output.with_name(f"{name}-bundle")
     words = ["--target", options.target]
