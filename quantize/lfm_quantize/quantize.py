@@ -23,7 +23,7 @@ from lfm_quantize.calibrate.answers import Progress, add_answers
 from lfm_quantize.calibrate.samples import FEW_IMAGES, named, read_questions, split_off, to_sample
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import measure
-from lfm_quantize.judge.quality import Quality, check_floor
+from lfm_quantize.judge.quality import GateError, Quality, check_floor
 from lfm_quantize.make.floats import as_fp16, for_tensorrt, over_int4
 from lfm_quantize.make.integers import as_integers
 from lfm_quantize.make.keys import with_int8_keys
@@ -112,7 +112,11 @@ def quantize(
             if questions.judge:
                 judged, quick = questions.judge, settings.quick
                 quality = measure(new, settings.variant, start, judged, settings.threads, progress, quick=quick)
-                check_floor(quality, settings.kl_floor())
+                try:
+                    check_floor(quality, settings.kl_floor())
+                except GateError:
+                    work.finished()  # the same command would come to the same
+                    raise
                 with_quality(written, quality).write(new)
             if warning := add_golden(new, settings.variant):
                 warn(warning)

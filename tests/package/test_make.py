@@ -82,6 +82,15 @@ def test_a_step_that_fails_ends_with_its_code(tmp_path, capfd) -> None:
     assert not (tmp_path / "cam-bundle").exists()
 
 
+def test_a_variant_that_is_not_good_enough_is_not_tried_again(tmp_path, monkeypatch, capsys) -> None:
+    """The floor is quantize's; what helps is told."""
+    monkeypatch.setattr(Step, "run", lambda step: 3 if step.name == "int4" else 0)
+    output = tmp_path / "my cam"
+    assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(output)]) == 3
+    said = capsys.readouterr().err
+    assert f"go on with: lfm-edge stick '{output}-bundle' -o '{output}' --target pi5" in said
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -228,6 +228,7 @@ def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     assert main([*arguments, "--method", "rtn", "--floor", "1e-9"]) == 3
     err = capsys.readouterr().err
     assert "int4 is not good enough: KL" in err
+    assert not list(bundle.parent.glob(f".{bundle.name}*")), "the same command would come to the same: nothing is kept"
     assert "--keep '" in err
     assert err.count("\n") == 1
     assert tree(bundle) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from lfm_package.commands.wheelhouse import add_target_arguments
 if TYPE_CHECKING:
     from lfm_package.make import Order
 
+NOT_GOOD_ENOUGH = 3
+"""Exit code of quantize for a variant below the floor."""
 _NEEDED = ("onnx_ir", "jinja2", "tokenizers", "onnx", "packaging", "cyclonedx")
 """What the commands of the steps import."""
 
@@ -64,7 +67,10 @@ def run(options: argparse.Namespace) -> int:
         if done.has(step):
             continue
         if code := step.run():
-            print(f"lfm-edge: make stopped at {step.name}; the same command goes on from there", file=sys.stderr)
+            how = "the same command goes on from there"
+            if code == NOT_GOOD_ENOUGH:
+                how = f"once it is made in another way, go on with: lfm-edge {shlex.join(steps[-1].words)}"
+            print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
         done.add(step)
     return 0
