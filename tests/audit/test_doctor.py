@@ -53,7 +53,6 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
         "swap",
         "disk",
         "governor",
-        "throttling",
         "temperature",
         "power",
         "profile",
