@@ -23,11 +23,7 @@ pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
 BOARD = ("jetson.md", "raspberry-pi.md")
-SHORTER = {
-    "audit": ["--budget", "4s", "--new-tokens", "2", "--force"],
-    "tune": ["--minutes", "0.02", "--force"],
-    "report": ["--force"],
-}
+SHORTER = {"audit": ["--new-tokens", "2", "--force"], "tune": ["--minutes", "0.02", "--force"], "report": ["--force"]}
 """Added, so that a test does not take minutes, and may run the same line again."""
 CODES = {"audit": {0, 3}, "compare": {0, 1, 3}, "doctor": {0, 1}, "selftest": {0, 3}}
 NOT_RUN = (
@@ -88,6 +84,15 @@ def test_it_parses(page, command) -> None:
         parser.parse_intermixed_args(parser.without_dashes(words))
 
 
+def run_short(words: list[str]) -> int:
+    """The exit code of a command made shorter; an audit gets more time where a busy machine needs it."""
+    words = [*words, *SHORTER.get(words[0], [])]
+    if words[0] != "audit":
+        return main(words)
+    codes = (main([*words, "--budget", budget]) for budget in ("4s", "40s", "10m"))
+    return next((code for code in codes if code != 2), 2)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, demo_bundle) -> Path:
     """A folder with all that the texts name."""
@@ -114,11 +119,11 @@ def place(tmp_path_factory, demo_bundle) -> Path:
             shutil.copy(ROOT / "demo" / "eval" / "images" / f"{n:04d}.png", folder / name)
     shutil.copy(ROOT / "demo" / "photos" / "coffee.jpg", folder / "photo.jpg")
     audit = str(folder / "audit.json")
-    assert main(["audit", str(folder / "bundle"), *SHORTER["audit"], "--variants", "fp32", "-o", audit]) in (0, 3)
+    assert run_short(["audit", str(folder / "bundle"), "--variants", "fp32", "-o", audit]) in (0, 3)
     for name in ("last-week", "before", "after", "pi4", "pi5"):
         shutil.copy(audit, folder / f"{name}.json")
-    words = [str(folder / "bundle"), str(folder / "photo.jpg"), *SHORTER["tune"], "-o", str(folder / "tuned.toml")]
-    assert main(["tune", *words]) == 0
+    words = [str(folder / "bundle"), str(folder / "photo.jpg"), "-o", str(folder / "tuned.toml")]
+    assert run_short(["tune", *words]) == 0
     (folder / "my-board.toml").write_text('extends = "generic"\nthreads = 1\n')
     assert main(["pack", str(folder / "bundle"), "--variant", "int4", "-o", str(folder / "cam.tar")]) == 0
     return folder
@@ -149,7 +154,7 @@ def test_it_runs(page, place, monkeypatch, capsys) -> None:
         if tuple(words) in _DONE:  # another page has the same line
             continue
         _DONE.add(tuple(words))
-        code = main([*words, *SHORTER.get(words[0], [])])
+        code = run_short(words)
         said = capsys.readouterr().err
         assert code in CODES.get(words[0], {0}), f"{command}: {code}: {said[-500:]}"
 
