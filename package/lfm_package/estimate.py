@@ -4,9 +4,10 @@ speed of this machine. Measured once on a 450M (docs/performance.md): right with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,10 @@ def cost(step: Step, sizes: Sizes, order: Order, images: int, speed: float) -> C
 def table(order: Order, steps: Sequence[Step]) -> str:
     """The steps that are left, what each takes, and all together; the steps alone where config.json does not tell."""
     lines = [f"{order.checkpoint} → {order.output}: {', '.join([EXPORT, *order.variants(), STICK])}"]
-    images = _count(order.calibration)
+    images = count_images(order.calibration)
     if order.calibration:
-        lines.append(f"{images} images for calibration, a quarter of them to judge with")
+        quick = " (quick: at most 8 and 4)" if order.quick else ""
+        lines.append(f"{images} images: three quarters calibrate, a quarter judges{quick}")
     if not any(step.made_of for step in steps):
         return "\n".join([*lines, "all but the stick was done before"])
     try:
@@ -100,7 +102,7 @@ def table(order: Order, steps: Sequence[Step]) -> str:
     except EdgeError:
         return "\n".join(lines)
     speed = _speed()
-    costs = {step.name: cost(step, sizes, order, images, speed) for step in steps}
+    costs = {step.name: _rounded(cost(step, sizes, order, images, speed)) for step in steps}
     lines.append("if nothing else runs here:")
     lines.append(f"{'step':10s} {'about':>10s} {'memory':>10s} {'disk':>10s}")
     lines += [
@@ -113,11 +115,17 @@ def table(order: Order, steps: Sequence[Step]) -> str:
     return "\n".join(lines)
 
 
+def _rounded(found: Cost) -> Cost:
+    """As it is shown, so that the shown figures add up: tens of seconds, or minutes; tenths of a GB."""
+    seconds = max(math.ceil(found.seconds / 10), 1) * 10 if found.seconds < 90 else round(found.seconds / 60) * 60
+    return replace(found, seconds=seconds, disk=math.ceil(found.disk * 10) / 10)
+
+
 def _time(seconds: float) -> str:
-    return f"{max(round(seconds, -1), 10):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def _count(places: Sequence[Path]) -> int:
+def count_images(places: Sequence[Path]) -> int:
     """Images, as `lfm-edge quantize` finds them."""
     suffixes = set(Image.registered_extensions())
     total = 0

@@ -91,7 +91,11 @@ uninstall() {
     rm -rf "$prefix/versions"
     rm -f "$prefix/.lock" "$prefix/.lfm-edge"
     rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
-    say "$prefix is removed"
+    if [ -d "$prefix" ]; then
+        say "what was installed in $prefix is removed; other files are still there"
+    else
+        say "$prefix is removed"
+    fi
 }
 
 # ------------------------------------------------------------------------------------------------ before anything is written

@@ -53,6 +53,7 @@ class Step:
     name: str  # "export", a variant, "stick"
     words: list[str]
     made_of: str = field(repr=False)  # a digest of everything that goes in; "" is always done
+    better: str = field(default="", repr=False)  # that of a step that would do as well
 
     def run(self) -> int:
         """Run the command, its streams being ours; returns its exit code."""
@@ -77,7 +78,8 @@ def steps_of(order: Order) -> list[Step]:
     inputs = [*order.calibration, *([order.prompts] if order.prompts else [])]
     for variant in order.variants():
         words = ["quantize", str(order.bundle), "--variant", variant, *images, *prompts, *quick, *quiet]
-        steps.append(Step(variant, words, _digest(made_of, [variant, *quick], inputs)))
+        full = _digest(made_of, [variant], inputs)
+        steps.append(Step(variant, words, _digest(made_of, [variant, *quick], inputs), full if order.quick else ""))
     return [*steps, Step(STICK, [STICK, str(order.bundle), "-o", str(order.output), *order.stick], "")]
 
 
@@ -104,7 +106,8 @@ class Done:
 
     def has(self, step: Step) -> bool:
         """Whether a step was done with the same inputs, and what it made is still there."""
-        if not step.made_of or self._known.get(step.name) != step.made_of:
+        known = self._known.get(step.name)
+        if not step.made_of or not known or known not in (step.made_of, step.better):
             return False
         try:
             return step.name == EXPORT or step.name in Bundle.open(self.bundle).variants

@@ -4,6 +4,7 @@ inputs.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import itertools
@@ -20,9 +21,10 @@ from typing import IO, Any, cast
 from lfm_profiles import Profile, to_toml
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.formats.files import check_output
 from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest, file_hash
 
-from lfm_package.sbom import sbom
+from lfm_package.sbom import is_bill, sbom
 from lfm_package.signature import sign
 from lfm_package.wheelhouse import Wheel
 
@@ -94,14 +96,32 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = N
         parts.discard()
 
 
-def is_packed(archive: Path) -> bool:
-    """Whether lfm-edge pack or stick wrote this file: a tar of one folder with its name and what they put into it."""
-    top, ours = archive.name.removesuffix(".tar"), {MANIFEST, SUMS, "install.sh"}
+def is_packed(archive: Path, holds: str = MANIFEST) -> bool:
+    """Whether lfm-edge pack wrote this file, or its first part: a tar of one folder with its name and a manifest.
+    `holds`: another file that tells, such as a stick's install.sh.
+    """
+    top = re.sub(r"\.tar(\.\d{3})?$", "", archive.name)
     try:
         with tarfile.open(archive, "r:") as tar:
-            return any(member.name.removeprefix(f"{top}/") in ours for member in itertools.islice(tar, 100))
+            return any(member.name == f"{top}/{holds}" for member in itertools.islice(tar, 100))
     except tarfile.TarError:
         return False
+
+
+def check_place(output: Path, *, force: bool) -> None:
+    """Before long work: raise EdgeError where `pack` would replace a file that it did not write: the archive, parts of
+    one, the sum or the bill of materials.
+    """
+    name = output.name
+    sums, bill = output.with_name(f"{name}.sha256"), output.with_name(f"{name.removesuffix('.tar')}.cdx.json")
+    parts = sorted(output.parent.glob(f"{glob.escape(name)}.[0-9][0-9][0-9]"))
+    for path, ours in (
+        (output, is_packed),
+        *((path, is_packed) for path in parts[:1]),
+        (sums, lambda path: re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(name)}\n", path.read_text()) is not None),
+        (bill, is_bill),
+    ):
+        check_output(path, "lfm-edge pack", ours, force=force)
 
 
 def reduced(folder: Path, variants: Sequence[str]) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from cyclonedx.factory.license import LicenseFactory
@@ -13,12 +14,21 @@ from cyclonedx.model.bom_ref import BomRef
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import Manifest
 from packageurl import PackageURL
 
 from lfm_package.wheelhouse import Wheel
 
 _LONGEST_LICENSE = 100  # older wheels hold the whole text there
+
+
+def is_bill(path: Path) -> bool:
+    """Whether `sbom` wrote this file; raises what reading a strange file raises."""
+    found = read_json_object(path, BundleError)
+    properties = (found.get("metadata") or {}).get("component", {}).get("properties", [])
+    return any(str(one.get("name")).startswith("lfm-edge:") for one in properties)
 
 
 def sbom(name: str, manifest: Manifest, wheels: Sequence[Wheel]) -> str:

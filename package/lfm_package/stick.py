@@ -20,7 +20,7 @@ from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
 
-from lfm_package.pack import NOTHING, Extras, entry, pack, reduced
+from lfm_package.pack import NOTHING, Extras, entry, is_packed, pack, reduced
 from lfm_package.signature import sign
 from lfm_package.targets import Platform
 from lfm_package.wheelhouse import Wheel, glibc_needed, wheelhouse
@@ -53,6 +53,11 @@ def check_profile(profile: Profile, platform: Platform) -> None:
             f"profile {profile.name} runs on a GPU, and the stick's onnxruntime does not; choose another: "
             f"--profile {platform.target.profile}"
         )
+
+
+def is_stick(archive: Path) -> bool:
+    """Whether `write_stick` wrote this file."""
+    return is_packed(archive, INSTALL)
 
 
 def check_place(folder: Path, platform: Platform, *, signed: bool, force: bool) -> None:

@@ -113,7 +113,7 @@ def quantize(
                 judged, quick = questions.judge, settings.quick
                 quality = measure(new, settings.variant, start, judged, settings.threads, progress, quick=quick)
                 try:
-                    check_floor(quality, settings.kl_floor())
+                    check_floor(quality, settings.kl_floor(), quick=settings.quick)
                 except GateError:
                     work.finished()  # the same command would come to the same
                     raise

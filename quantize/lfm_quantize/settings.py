@@ -50,11 +50,12 @@ class Settings:
             )
         if self.prompts and not self.calibration:
             raise QuantizeError("--prompts has no effect without --calibration; name the images' folder")
-        if self.quick and (not self.calibration or not self.rounds() or self.method or self.recipe or self.max_size):
-            raise QuantizeError(
-                "--quick takes fewer --calibration images, and rounds 8-bit weights to nearest: it has no effect "
-                f"on {self.variant} without them, or beside --method, --recipe or --max-size; leave it out"
-            )
+        if self.quick and not self.calibration:
+            raise QuantizeError("--quick has no effect without --calibration, of whose images it takes fewer")
+        if self.quick and not self.rounds():
+            raise QuantizeError(f"--quick has no effect on {self.variant}; leave it out")
+        if self.quick and (self.method or self.recipe or self.max_size):
+            raise QuantizeError("--quick names the methods; leave it out, or --method, --recipe and --max-size")
         if self.floor is not None and not (self.calibration and self.floor > 0):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
         if self.max_size is not None and not (

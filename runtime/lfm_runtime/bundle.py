@@ -56,6 +56,8 @@ class Bundle:
             raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; {_how_to_get(folder)}")
+        if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
+            raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
         check_names(folder)
         manifest = Manifest.read(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
@@ -116,8 +118,8 @@ class Bundle:
             raise BundleError(f"there is no variant {name!r}; {self.folder} has {', '.join(self.variants)}")
         if name not in self.variants:
             how = (
-                f"lfm-edge export CHECKPOINT -o {self.folder}"
-                if name in FINEST
+                f"lfm-edge export CHECKPOINT -o {self.folder} --dtype {name}"
+                if name in FINEST and not set(FINEST).intersection(self.variants)
                 else f"lfm-edge quantize {self.folder} --variant {name}"
             )
             raise BundleError(

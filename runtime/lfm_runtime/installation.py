@@ -18,9 +18,11 @@ _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w., -]*)\])?\s*([^;]*?)\s*(?:;.*?
 
 
 def install_advice(extra: str) -> str:
-    """A command that installs an extra here: from the clone where lfm-edge is one, else its packages by name."""
+    """A command that installs an extra here, or several with commas between: from the clone where lfm-edge is one, else
+    their packages by name.
+    """
     clone = _clone()
-    what = f"-e '{_shown(clone)}[{extra}]'" if clone else " ".join(f"'{wanted}'" for wanted in requirements(extra))
+    what = f"-e '{_shown(clone)}[{extra}]'" if clone else " ".join(f"'{name}'" for name in _all_requirements(extra))
     return f"{_shown(Path(sys.executable))} -m pip install {what}"
 
 
@@ -32,6 +34,10 @@ def extra_for(module: str, likely: str = "") -> str | None:
     found = [(name, extra) for name, _, _, extra in _requires() if extra and name.startswith(wanted)]
     exact = [extra for name, extra in found if name == wanted] or [extra for _, extra in found]
     return likely if likely in exact else min(exact, key=lambda extra: len(requirements(extra)), default=None)
+
+
+def _all_requirements(extras: str) -> list[str]:
+    return list(dict.fromkeys(name for extra in extras.split(",") for name in requirements(extra)))
 
 
 def requirements(extra: str) -> list[str]:

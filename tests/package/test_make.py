@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lfm_package import make as module
 from lfm_package.commands.make import _order
-from lfm_package.estimate import Sizes, cost
+from lfm_package.estimate import Sizes, cost, table
 from lfm_package.make import Done, Order, Step, steps_of
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import Parser, main
@@ -46,7 +47,8 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     words += ["--profile", "pi5", "-o", str(tmp_path / "cam")]
     assert main(words) == 0
     said = capfd.readouterr().err
-    assert "10 images for calibration" in said
+    assert "10 images: three quarters calibrate, a quarter judges (quick: at most 8 and 4)" in said
+    assert f"as the board runs it: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi5 --images '{few}'" in said
     assert [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")] == sorted(
         said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")
     )
@@ -77,7 +79,7 @@ def test_a_step_that_fails_ends_with_its_code(tmp_path, capfd) -> None:
     assert main(words) == 2
     said = capfd.readouterr().err
     assert "tokenizer.json" in said
-    assert "make stopped at export; the same command goes on from there" in said
+    assert "make stopped at export; once that is mended, the same command goes on from there" in said
     assert not (tmp_path / "cam").exists()
     assert not (tmp_path / "cam-bundle").exists()
 
@@ -99,6 +101,7 @@ def test_a_variant_that_is_not_good_enough_is_not_tried_again(tmp_path, monkeypa
         (["--target", "pi5", "--profile", "jetson-orin-cuda"], "runs on a GPU"),
         (["--target", "pi5", "--sign", "nokey"], "nokey"),
         (["--target", "pi5", "--calibration", "nowhere"], "nowhere does not exist"),
+        (["--target", "pi5", "--calibration", str(CHECKPOINT)], "has no images"),
         (["--target", "pi5", "--adapter", "no-lora"], "no-lora does not exist"),
         (["--target", "pi5", "--prompts", "none.jsonl"], "none.jsonl does not exist"),
         (["--target", "pi5", "--golden", "none.jsonl"], "none.jsonl does not exist"),
@@ -152,6 +155,11 @@ def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_
     assert not again.has(stick)
     other = steps_of(Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"), adapter=tmp_path))[0]
     assert not again.has(other)
+    small = Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"), quick=True)
+    done.add(replace(int4, name="fp32"))  # the bundle has that one
+    assert done.has(replace(steps_of(small)[1], name="fp32")), "a full one does for a quick one"
+    done.add(replace(steps_of(small)[1], name="fp32"))
+    assert not done.has(replace(int4, name="fp32"))
     for text in ("", "[]", '{"export": 1}', json.dumps({"export": [export.made_of]})):
         again.path.write_text(text)
         assert not Done(bundle).has(export)
@@ -188,3 +196,12 @@ def test_sizes_and_costs_of_a_checkpoint() -> None:
     assert cost(int4, sizes, quick, 40, 100).seconds < cost(int4, sizes, order, 40, 100).seconds
     assert cost(int4, sizes, order, 40, 100).seconds < cost(int4, sizes, order, 80, 100).seconds
     assert cost(int4, sizes, order, 40, 50).seconds == pytest.approx(2 * cost(int4, sizes, order, 40, 100).seconds)
+
+
+def test_shown_figures_add_up() -> None:
+    """In seconds, and in minutes."""
+    order = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"))
+    steps = [step for step in steps_of(order) if step.made_of]
+    shown = [line.split() for line in table(order, steps).splitlines() if line.endswith("GB")]
+    seconds = [int(line[-6]) * (60 if line[-5] == "min" else 1) for line in shown]
+    assert sum(seconds[:-1]) == seconds[-1]

@@ -419,3 +419,18 @@ def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> 
     pack(tmp_path / "cam", ["fp32"], tmp_path / "again.tar")
     unpack(tmp_path / "again.tar", tmp_path / "again")
     assert GoldenSet.of(Bundle.open(tmp_path / "again")) is None
+
+
+@pytest.mark.parametrize("name", ["cam.tar", "cam.tar.sha256", "cam.cdx.json", "cam.tar.000", "cam.tar.001"])
+def test_what_is_the_users_beside_a_pack_stays(name, demo_bundle, tmp_path, capsys) -> None:
+    """The sum and the bill of materials are outputs too, and parts of an archive are removed: of ours alone."""
+    words = ["pack", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "cam.tar")]
+    (tmp_path / name).write_text("mine")
+    assert main(words) == 2
+    assert f"{name} exists, and lfm-edge pack did not write it" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "mine")]
+    assert main([*words, "--force"]) == 0
+    assert main(words) == 0
+    assert main([*words, "--split", "9M"]) == 0
+    assert main(words) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cam.cdx.json", "cam.tar", "cam.tar.sha256"]

@@ -32,6 +32,9 @@ def test_in_a_clone_and_beside_a_wheel(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(installation, "_clone", lambda: None)
     assert "lfm-edge[" not in install_advice("export"), "the name on the index is not ours"
     assert "'onnx-ir>=" in install_advice("export")
+    both = install_advice("export,package")
+    assert "'onnx-ir>=" in both
+    assert "'packaging>=" in both
 
 
 def test_requirements_are_the_metadata(monkeypatch) -> None:

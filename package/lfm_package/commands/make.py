@@ -66,13 +66,22 @@ def run(options: argparse.Namespace) -> int:
             print(f"\n{number} of {len(steps)}, {step.name}: {what}", file=sys.stderr, flush=True)
         if done.has(step):
             continue
-        if code := step.run():
-            how = "the same command goes on from there"
+        try:
+            code = step.run()
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on after the last finished step", file=sys.stderr)
+            raise
+        if code:
+            how = "once that is mended, the same command goes on from there"
             if code == NOT_GOOD_ENOUGH:
                 how = f"once it is made in another way, go on with: lfm-edge {shlex.join(steps[-1].words)}"
             print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
         done.add(step)
+    if not options.quiet and order.calibration and order.variants():
+        images = shlex.join(["--images", str(order.calibration[0])])
+        judge = f"lfm-edge quality {shlex.quote(str(order.bundle))} --profile {order.profile.name} {images}"
+        print(f"judged above with the checkpoint's image settings; as the board runs it: {judge}", file=sys.stderr)
     return 0
 
 
@@ -86,10 +95,10 @@ def _order(options: argparse.Namespace) -> Order:
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         advice = install_advice("export,quantize,package")
         raise SettingError(f"make needs the Python package {missing[0]}; install what it uses with: {advice}")
+    from lfm_package.estimate import count_images
     from lfm_package.make import Order
-    from lfm_package.pack import is_packed
     from lfm_package.signature import check_key
-    from lfm_package.stick import check_place, check_profile
+    from lfm_package.stick import check_place, check_profile, is_stick
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
@@ -100,8 +109,10 @@ def _order(options: argparse.Namespace) -> Order:
     for path in (*options.calibration, options.adapter, options.prompts, options.golden):
         if path is not None and not path.exists():
             raise SettingError(f"{path} does not exist; check the path")
+    if options.calibration and not count_images(options.calibration):
+        raise SettingError(f"{options.calibration[0]} has no images; name a folder with JPEG or PNG files")
     if options.output.suffix == ".tar":
-        check_output(options.output, "lfm-edge stick", is_packed, force=options.force)
+        check_output(options.output, "lfm-edge stick", is_stick, force=options.force)
     else:
         check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     name = options.output.name.removesuffix(".tar")

@@ -118,9 +118,8 @@ def _golden(options: argparse.Namespace, profile: Profile) -> Mapping[str, Path 
 def run(options: argparse.Namespace) -> int:
     """Pack the bundle, print each file written with its size and return 0."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.formats.files import check_output
 
-    from lfm_package.pack import Extras, is_packed, pack
+    from lfm_package.pack import Extras, check_place, pack
     from lfm_package.signature import check_key
     from lfm_package.wheelhouse import read_wheelhouse
 
@@ -128,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     split = int(found[1]) * _UNITS[found[2]] if found else -1
     if split < 0 or 0 < split < 10**6:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
-    check_output(options.output, "lfm-edge pack", is_packed, force=options.force)
+    check_place(options.output, force=options.force)
     if options.sign:
         check_key(options.sign)
     contents = chosen_contents(options)

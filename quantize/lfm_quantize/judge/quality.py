@@ -123,8 +123,8 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def check_floor(quality: Quality, floor: float) -> None:
-    """Raise GateError when KL or the cosines are beyond the floor; says which layers to keep."""
+def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> None:
+    """Raise GateError when KL or the cosines are beyond the floor; says what to try: layers to keep, or not --quick."""
     reasons = []
     if not quality.kl <= floor:
         reasons.append(f"KL {quality.kl:.4g} ± {quality.kl_error:.2g} is above {floor:g}")
@@ -138,6 +138,7 @@ def check_floor(quality: Quality, floor: float) -> None:
             (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
         )[:3]
         keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst) or "more calibration images"
+        keep = "without --quick, which judges with few images" if quick else keep
         raise GateError(
             f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"
         )

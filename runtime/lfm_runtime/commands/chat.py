@@ -195,8 +195,10 @@ def _do(talk: Talk, line: str) -> None:
         else:
             wanted = word in ("/image", "/save")
             meant = difflib.get_close_matches(word, _COMMANDS, 1)
-            hint = f"{word} needs a file" if wanted else f"did you mean {meant[0]}?" if meant else "see /help"
-            raise SettingError(hint if wanted else f"{word} is not a command; {hint}")
+            hint = f"did you mean {meant[0]}?" if meant else "see /help"
+            if word in _COMMANDS:
+                raise SettingError(f"{word} needs a file" if wanted else f"{word} stands alone; leave the rest out")
+            raise SettingError(f"{word} is not a command; {hint}")
     except EdgeError as e:
         print(f"lfm-edge: {e}", file=sys.stderr)
 

@@ -98,7 +98,7 @@ def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, forc
         return
     try:
         known = ours(path)
-    except (OSError, ValueError, EdgeError):
+    except (OSError, ValueError, AttributeError, TypeError, EdgeError):
         known = False
     if not known:
         raise EdgeError(
