@@ -112,16 +112,21 @@ def quantize(
             if questions.judge:
                 judged, quick = questions.judge, settings.quick
                 quality = measure(new, settings.variant, start, judged, settings.threads, progress, quick=quick)
-                try:
-                    check_floor(quality, settings.kl_floor(), quick=settings.quick)
-                except GateError:
-                    work.finished()  # the same command would come to the same
-                    raise
+                _check(quality, settings, work)
                 with_quality(written, quality).write(new)
             if warning := add_golden(new, settings.variant):
                 warn(warning)
         work.finished()  # the new files are in the bundle
     return quality
+
+
+def _check(quality: Quality, settings: Settings, work: Work) -> None:
+    """Raise GateError below the floor; nothing is kept then, as the same command would come to the same."""
+    try:
+        check_floor(quality, settings.kl_floor(), quick=settings.quick)
+    except GateError:
+        work.finished()
+        raise
 
 
 @dataclass(frozen=True)
