@@ -85,7 +85,8 @@ def cost(step: Step, sizes: Sizes, order: Order, images: int, speed: float) -> C
     answers = (4.7 if order.quick else 6.7) * sizes.all * used
     text = (280 if order.quick else 400) * wide + 7.7 * sizes.text * used
     judging = (25 if order.quick else 33) * sizes.all * judged + 60 * sizes.all
-    return Cost((vision + answers + text + judging + 2) * _REFERENCE / speed, 1.0 + 0.7 * exported, disk)
+    memory = min(0.3 + 1.3 * exported, 1.4 + 0.6 * exported)  # a 450M took 2.4 GB, a 1.6B 5.2
+    return Cost((vision + answers + text + judging + 2) * _REFERENCE / speed, memory, disk)
 
 
 def table(order: Order, steps: Sequence[Step]) -> str:

@@ -19,6 +19,8 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import read_json_object, to_json, write_whole
 from lfm_runtime.process import child_environment, module
+from lfm_runtime.setup.profile import departures
+from lfm_runtime.setup.variants import choose_variants
 
 EXPORT, STICK = "export", "stick"
 
@@ -44,6 +46,12 @@ class Order:
         if self.profile.prefill not in (None, "none") and not self.profile.low_memory:
             wanted.append(str(self.profile.prefill))
         return [name for name in dict.fromkeys(wanted) if name in SMALLER]
+
+    def board_differs(self) -> bool:
+        """Whether the board runs the bundle otherwise than it was judged: other image settings, a prefill decoder."""
+        bundle = Bundle.open(self.bundle)
+        changes = departures(self.profile, bundle.images, bundle.generation)
+        return bool(changes or choose_variants(bundle, self.profile)[1])
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,10 @@ class Done:
         if not step.made_of or not known or known not in (step.made_of, step.better):
             return False
         try:
-            return step.name == EXPORT or step.name in Bundle.open(self.bundle).variants
+            variants = Bundle.open(self.bundle).variants
         except EdgeError:
             return False
+        return step.name == EXPORT or step.name in variants
 
     def add(self, step: Step) -> None:
         """Remember that a step is done."""

@@ -15,7 +15,7 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import Manifest
 from packageurl import PackageURL
 
@@ -25,10 +25,14 @@ _LONGEST_LICENSE = 100  # older wheels hold the whole text there
 
 
 def is_bill(path: Path) -> bool:
-    """Whether `sbom` wrote this file; raises what reading a strange file raises."""
+    """Whether `sbom` wrote this file.
+
+    Raises:
+        BundleError: it is no bill of materials at all.
+    """
     found = read_json_object(path, BundleError)
-    properties = (found.get("metadata") or {}).get("component", {}).get("properties", [])
-    return any(str(one.get("name")).startswith("lfm-edge:") for one in properties)
+    with damage_is(BundleError, path, "make it again"):
+        return any(one["name"].startswith("lfm-edge:") for one in found["metadata"]["component"]["properties"])
 
 
 def sbom(name: str, manifest: Manifest, wheels: Sequence[Wheel]) -> str:

@@ -16,6 +16,7 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.files import check_output
 from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
@@ -60,13 +61,16 @@ def is_stick(archive: Path) -> bool:
     return is_packed(archive, INSTALL)
 
 
-def check_place(folder: Path, platform: Platform, *, signed: bool, force: bool) -> None:
-    """Raise BundleError where a stick would replace what is not one; or, without `force`, another board's stick, or a
-    signed one by one that is not.
+def check_place(output: Path, platform: Platform, *, signed: bool, force: bool) -> None:
+    """Raise EdgeError where a stick, a folder or NAME.tar, would replace what is not one; or, without `force`, another
+    board's stick, or a signed one by one that is not.
     """
-    _check_ours(folder)
+    if output.suffix == ".tar":
+        check_output(output, "lfm-edge stick", is_stick, force=force)
+    else:
+        _check_ours(output)
     if not force:
-        _check_like(folder, platform, signed=signed)
+        _check_like(output, platform, signed=signed)
 
 
 def write_stick(
@@ -94,6 +98,7 @@ def write_stick(
         WheelhouseError: the wheels cannot be had.
     """
     manifest = reduced(folder, variants)
+    check_place(output, platform, signed=bool(extras.sign_with), force=force)
     _check_space(output, sum(file.bytes for file in manifest.files.values()) + _LEAST_WHEELS)
     name = output.name.removesuffix(".tar")
     if not name:
@@ -195,16 +200,30 @@ def _check_space(output: Path, size: int) -> None:
         )
 
 
-def _check_like(folder: Path, platform: Platform, *, signed: bool) -> None:
+def _check_like(output: Path, platform: Platform, *, signed: bool) -> None:
     """Raise BundleError where a stick would replace one for another board, or one that is signed."""
-    settings = folder / SETTINGS
-    if not settings.is_file():
+    settings, was_signed = _settings_of(output)
+    target = next((line[7:] for line in settings.splitlines() if line.startswith("target=")), None)
+    if target is None:
         return
-    target = next((line[7:] for line in settings.read_text().splitlines() if line.startswith("target=")), "")
     if target != platform.target.name:
-        raise BundleError(f"{folder} is a stick for {target}; choose another output, or replace it with --force")
-    if (folder / SIGNATURE).exists() and not signed:
-        raise BundleError(f"{folder} is a signed stick; sign this one too: --sign KEY, or replace it with --force")
+        raise BundleError(f"{output} is a stick for {target}; choose another output, or replace it with --force")
+    if was_signed and not signed:
+        raise BundleError(f"{output} is a signed stick; sign this one too: --sign KEY, or replace it with --force")
+
+
+def _settings_of(stick: Path) -> tuple[str, bool]:
+    """The text of a stick's settings, "" where there is none, and whether it is signed."""
+    if stick.is_dir():
+        path = stick / SETTINGS
+        return path.read_text(encoding="utf-8") if path.is_file() else "", (stick / SIGNATURE).exists()
+    if not stick.exists() or not stick.stat().st_size:
+        return "", False
+    top = stick.name.removesuffix(".tar")
+    with tarfile.open(stick, "r:") as tar:
+        names = tar.getnames()
+        file = tar.extractfile(f"{top}/{SETTINGS}") if f"{top}/{SETTINGS}" in names else None
+        return file.read().decode("utf-8", "replace") if file else "", f"{top}/{SIGNATURE}" in names
 
 
 def _check_ours(folder: Path) -> None:

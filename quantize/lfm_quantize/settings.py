@@ -81,5 +81,5 @@ class Settings:
 
     def searches(self) -> bool:
         """Whether the recipe is to be found: int4 within a size or a floor of quality."""
-        given = self.recipe is not None or self.method is not None
+        given = self.recipe is not None or self.method is not None or self.quick
         return self.variant == "int4" and not given and (self.max_size is not None or self.floor is not None)

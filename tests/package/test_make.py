@@ -54,7 +54,7 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     )
     assert "in all" in said
     bundle = Bundle.open(tmp_path / "cam-bundle")
-    assert list(bundle.variants) == ["fp32", "int4", "int8"] or set(bundle.variants) == {"fp32", "int8", "int4"}
+    assert set(bundle.variants) == {"fp32", "int8", "int4"}
     conf = dict(line.split("=", 1) for line in (tmp_path / "cam" / "stick.conf").read_text().splitlines())
     assert (conf["variant"], conf["prefill"]) == ("int4", "int8")
 
@@ -160,6 +160,9 @@ def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_
     assert done.has(replace(steps_of(small)[1], name="fp32")), "a full one does for a quick one"
     done.add(replace(steps_of(small)[1], name="fp32"))
     assert not done.has(replace(int4, name="fp32"))
+    shutil.rmtree(bundle)
+    assert not done.has(export), "what was made is gone"
+    shutil.copytree(demo_bundle, bundle)
     for text in ("", "[]", '{"export": 1}', json.dumps({"export": [export.made_of]})):
         again.path.write_text(text)
         assert not Done(bundle).has(export)

@@ -122,20 +122,26 @@ def test_tar_holds_no_owner_or_time(demo_bundle, no_fetching, tmp_path) -> None:
         assert {(entry.uid, entry.gid, entry.mtime) for entry in tar} == {(0, 0, 0)}
 
 
-def test_a_stick_of_another_board_or_a_signed_one_stays(demo_bundle, no_fetching, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("name", ["cam", "cam.tar"])
+def test_a_stick_of_another_board_or_a_signed_one_stays(demo_bundle, no_fetching, tmp_path, capsys, name) -> None:
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    words = ["stick", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "cam")]
+    output = tmp_path / name
+    words = ["stick", str(demo_bundle), "--variant", "fp32", "-o", str(output)]
     assert main([*words, "--target", "pi5", "--sign", str(key)]) == 0
-    before = (tmp_path / "cam" / "SHA256SUMS").read_bytes()
+    whole = output if name.endswith(".tar") else output / "SHA256SUMS"
+    before = whole.read_bytes()
     for more, said in (
         (["--target", "x86_64", "--sign", str(key)], "is a stick for pi5"),
         (["--target", "pi5"], "is a signed stick; sign this one too"),
-        (["--target", "pi5", "--profile", "jetson-orin-cuda"], "runs on a GPU, and the stick's onnxruntime does not"),
+        (
+            ["--target", "pi5", "--sign", str(key), "--profile", "jetson-orin-cuda"],
+            "runs on a GPU, and the stick's onnxruntime does not",
+        ),
     ):
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
-        assert (tmp_path / "cam" / "SHA256SUMS").read_bytes() == before
+        assert whole.read_bytes() == before
     assert main([*words, "--target", "pi5", "--sign", str(key)]) == 0
     assert main([*words, "--target", "pi5", "--force"]) == 0
 

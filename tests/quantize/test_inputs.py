@@ -189,6 +189,13 @@ def test_bad_recipe(text, says, tmp_path) -> None:
     assert says in str(caught.value)
 
 
+def test_a_quick_run_takes_a_floor_and_searches_nothing() -> None:
+    settings = Settings("int4", (Path("c"),), floor=0.2, quick=True)
+    settings.check()
+    assert not settings.searches()
+    assert settings.kl_floor() == 0.2
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

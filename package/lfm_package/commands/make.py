@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="IMAGES",
-        help="folders of images, image files, or text files of paths; a few dozen images",
+        help="a few dozen images, as for lfm-edge quantize",
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions about them, as for lfm-edge quantize")
     parser.add_argument("--quick", action="store_true", help="quantize in a few minutes, as lfm-edge quantize --quick")
@@ -57,19 +57,23 @@ def run(options: argparse.Namespace) -> int:
 
     order = _order(options)
     steps, done = steps_of(order), Done(order.bundle)
-    if not options.quiet:
-        print(table(order, [step for step in steps if not done.has(step)]), file=sys.stderr)
+    left = [step for step in steps if not done.has(step)]
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    say("" if options.quiet else table(order, left))
     interrupt_on_termination()
     for number, step in enumerate(steps, 1):
-        if not options.quiet:
-            what = "done before" if done.has(step) else f"lfm-edge {' '.join(step.words[:1])}"
-            print(f"\n{number} of {len(steps)}, {step.name}: {what}", file=sys.stderr, flush=True)
-        if done.has(step):
+        what = f"lfm-edge {step.words[0]}" if step in left else "done before"
+        say(f"\n{number} of {len(steps)}, {step.name}: {what}")
+        if step not in left:
             continue
         try:
             code = step.run()
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on after the last finished step", file=sys.stderr)
+            say("\ninterrupted; the same command goes on after the last finished step")
             raise
         if code:
             how = "once that is mended, the same command goes on from there"
@@ -78,17 +82,15 @@ def run(options: argparse.Namespace) -> int:
             print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
         done.add(step)
-    if not options.quiet and order.calibration and order.variants():
-        images = shlex.join(["--images", str(order.calibration[0])])
-        judge = f"lfm-edge quality {shlex.quote(str(order.bundle))} --profile {order.profile.name} {images}"
-        print(f"judged above with the checkpoint's image settings; as the board runs it: {judge}", file=sys.stderr)
+    if order.calibration and order.board_differs():
+        words = ["quality", str(order.bundle), "--profile", order.profile.name, "--images", str(order.calibration[0])]
+        say(f"judged with the checkpoint's image settings; as the board runs it: lfm-edge {shlex.join(words)}")
     return 0
 
 
 def _order(options: argparse.Namespace) -> Order:
     """What is to be made; everything that a later step would refuse is refused here."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.formats.files import check_output
     from lfm_runtime.installation import install_advice
     from lfm_runtime.setup.profile import find_profile
 
@@ -98,7 +100,7 @@ def _order(options: argparse.Namespace) -> Order:
     from lfm_package.estimate import count_images
     from lfm_package.make import Order
     from lfm_package.signature import check_key
-    from lfm_package.stick import check_place, check_profile, is_stick
+    from lfm_package.stick import check_place, check_profile
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
@@ -111,10 +113,7 @@ def _order(options: argparse.Namespace) -> Order:
             raise SettingError(f"{path} does not exist; check the path")
     if options.calibration and not count_images(options.calibration):
         raise SettingError(f"{options.calibration[0]} has no images; name a folder with JPEG or PNG files")
-    if options.output.suffix == ".tar":
-        check_output(options.output, "lfm-edge stick", is_stick, force=options.force)
-    else:
-        check_place(options.output, platform, signed=bool(options.sign), force=options.force)
+    check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     name = options.output.name.removesuffix(".tar")
     bundle = options.bundle or options.output.with_name(f"{name}-bundle")
     words = ["--target", options.target]
@@ -122,14 +121,14 @@ def _order(options: argparse.Namespace) -> Order:
         if value := getattr(options, flag):
             words += [f"--{flag}", str(value)]
     return Order(
-        options.checkpoint,
-        bundle,
-        options.output,
-        profile,
-        options.adapter,
-        tuple(options.calibration),
-        options.prompts,
-        options.quick,
-        options.quiet,
-        (*words, *(["--force"] if options.force else [])),
+        checkpoint=options.checkpoint,
+        bundle=bundle,
+        output=options.output,
+        profile=profile,
+        adapter=options.adapter,
+        calibration=tuple(options.calibration),
+        prompts=options.prompts,
+        quick=options.quick,
+        quiet=options.quiet,
+        stick=(*words, *(["--force"] if options.force else [])),
     )

@@ -25,18 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the stick, print its size and the command to run on the device, and return 0."""
-    from lfm_runtime.formats.files import check_output
-
     from lfm_package.pack import Extras
     from lfm_package.signature import check_key
-    from lfm_package.stick import check_profile, is_stick, write_stick
+    from lfm_package.stick import check_place, check_profile, write_stick
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
     if options.sign:
         check_key(options.sign)
-    if options.output.suffix == ".tar":
-        check_output(options.output, "lfm-edge stick", is_stick, force=options.force)
+    check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     contents = chosen_contents(options, platform.target.profile)
     if contents.profile:
         check_profile(contents.profile, platform)

@@ -98,7 +98,7 @@ def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, forc
         return
     try:
         known = ours(path)
-    except (OSError, ValueError, AttributeError, TypeError, EdgeError):
+    except (OSError, ValueError, EdgeError):
         known = False
     if not known:
         raise EdgeError(
