@@ -15,8 +15,6 @@ Float = NDArray[np.float32]
 KINDS = ("image", "text")
 ROWS = 384
 """Input rows kept of each matrix product and kind of token, to try a precision on."""
-MOMENT_ROWS, MOMENT_ROWS_PER_INPUT = 1 << 14, 8
-"""Rows that second moments are taken of, for each kind of token: the larger of both."""
 ROWS_AT_ONCE = 2048
 """Rows that one product of second moments is of: a product of fewer takes as long to be added up as to be computed."""
 
@@ -39,19 +37,16 @@ class Observed:
         """Start with nothing seen."""
         self.largest = np.zeros(self.k, np.float32)
 
-    def add(self, x: Float, is_image: NDArray[np.bool_], samples: int, rng: np.random.Generator) -> None:
-        """Add one of `samples` inputs x [tokens, k]; its share of the rows is taken of each kind."""
-        kept = -(-ROWS // samples)
-        measured = -(-max(MOMENT_ROWS, MOMENT_ROWS_PER_INPUT * self.k) // samples)
+    def add(self, x: Float, is_image: NDArray[np.bool_], rows: int, rng: np.random.Generator) -> None:
+        """Add inputs x [tokens, k]; up to `rows` of them are kept of each kind."""
         np.maximum(self.largest, np.abs(x).max(0), out=self.largest)
         for kind, chosen in zip(KINDS, (is_image, ~is_image), strict=True):
             part = x[chosen]
             if not len(part):
                 continue
-            order = rng.permutation(len(part))
-            self.rows[kind].append(part[order[:kept]].copy())
+            self.rows[kind].append(part[rng.permutation(len(part))[:rows]].copy())
             if self.with_moments:
-                self.waiting[kind].append(part[order[:measured]] if len(part) > measured else part)
+                self.waiting[kind].append(part)
                 if sum(map(len, self.waiting[kind])) >= ROWS_AT_ONCE:
                     self._measure(kind)
 
@@ -102,6 +97,7 @@ def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Map
     products = linears(fed.model)
     seen = {name: Observed(products[name].k, moments) for name, moments in with_moments.items()}
     inputs = {name: products[name].input for name in seen}
+    rows = -(-ROWS // len(fed.feeds))
     rng = np.random.default_rng(0)
 
     def note(i: int, values: Values) -> None:
@@ -109,7 +105,7 @@ def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Map
         for name, observed in seen.items():
             x = values[inputs[name]].reshape(-1, observed.k)
             kind = kinds if len(x) == len(kinds) else np.full(len(x), kinds.all())
-            observed.add(x, kind, len(fed.feeds), rng)
+            observed.add(x, kind, rows, rng)
 
     fed.run(block, states, [x for x in inputs.values() if x not in block.cut], note)
     return seen
