@@ -11,6 +11,7 @@ import json
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from lfm_profiles import SMALLER, Profile
@@ -18,9 +19,9 @@ from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import read_json_object, to_json, write_whole
+from lfm_runtime.images.layout import image_settings
 from lfm_runtime.process import child_environment, module
-from lfm_runtime.setup.profile import departures
-from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.setup.profile import find_profile, image_changes
 
 EXPORT, STICK = "export", "stick"
 
@@ -32,7 +33,7 @@ class Order:
     checkpoint: Path
     bundle: Path  # stays, with every variant
     output: Path
-    profile: Profile  # of the board
+    profile: str  # of the board: a name or a file
     adapter: Path | None = None
     calibration: tuple[Path, ...] = ()
     prompts: Path | None = None
@@ -40,18 +41,24 @@ class Order:
     quiet: bool = False
     stick: tuple[str, ...] = ()  # further words for `lfm-edge stick`
 
+    @cached_property
+    def board(self) -> Profile:
+        """The profile's settings."""
+        return find_profile(self.profile)
+
     def variants(self) -> list[str]:
-        """Variants that the board's profile would use, and quantize makes."""
-        wanted = [*self.profile.variant[:1]]
-        if self.profile.prefill not in (None, "none") and not self.profile.low_memory:
-            wanted.append(str(self.profile.prefill))
+        """Variants that the board's profile would use, and quantize makes; the prefill decoder's first, as the other is
+        judged with it.
+        """
+        wanted = [*self.board.variant[:1]]
+        if self.board.prefill not in (None, "none") and not self.board.low_memory:
+            wanted.insert(0, str(self.board.prefill))
         return [name for name in dict.fromkeys(wanted) if name in SMALLER]
 
-    def board_differs(self) -> bool:
-        """Whether the board runs the bundle otherwise than it was judged: other image settings, a prefill decoder."""
-        bundle = Bundle.open(self.bundle)
-        changes = departures(self.profile, bundle.images, bundle.generation)
-        return bool(changes or choose_variants(bundle, self.profile)[1])
+    def changes_images(self) -> bool:
+        """Whether the board looks at images otherwise than the checkpoint asks for; the bundle is there."""
+        images = Bundle.open(self.bundle).images
+        return image_settings(images, image_changes(self.board, images)) != images
 
 
 @dataclass(frozen=True)
@@ -80,14 +87,16 @@ def steps_of(order: Order) -> list[Step]:
     adapter = ["--adapter", str(order.adapter)] if order.adapter else []
     made_of = _digest("", [EXPORT], [order.checkpoint, *([order.adapter] if order.adapter else [])])
     steps = [Step(EXPORT, [EXPORT, str(order.checkpoint), *adapter, "-o", str(order.bundle), *quiet], made_of)]
-    images = ["--calibration", *map(str, order.calibration)] if order.calibration else []
+    images = ["--calibration", *map(str, order.calibration), "--profile", order.profile] if order.calibration else []
     prompts = ["--prompts", str(order.prompts)] if order.prompts else []
     quick = ["--quick"] if order.quick else []
     inputs = [*order.calibration, *([order.prompts] if order.prompts else [])]
     for variant in order.variants():
         words = ["quantize", str(order.bundle), "--variant", variant, *images, *prompts, *quick, *quiet]
-        full = _digest(made_of, [variant], inputs)
-        steps.append(Step(variant, words, _digest(made_of, [variant, *quick], inputs), full if order.quick else ""))
+        judged = str(order.board)  # as it runs the variant
+        full = _digest(made_of, [variant, judged], inputs)
+        now = _digest(made_of, [variant, judged, *quick], inputs)
+        steps.append(Step(variant, words, now, full if order.quick else ""))
     return [*steps, Step(STICK, [STICK, str(order.bundle), "-o", str(order.output), *order.stick], "")]
 
 

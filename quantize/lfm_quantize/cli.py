@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="leave these layers fp32; * matches all; repeatable",
     )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="NAME",
+        help="judge with the image settings and the prefill decoder of this profile; default: the checkpoint's, none",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -67,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
     from lfm_runtime.engine.failures import failures_are_ours
+    from lfm_runtime.setup.profile import find_profile
 
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
@@ -83,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         options.max_size,
         default_threads() if options.threads is None else check_threads(options.threads),
         options.quick,
+        find_profile(options.profile, variant=options.variant) if options.profile else None,
     )
     printer = Printer(not options.quiet)
     try:

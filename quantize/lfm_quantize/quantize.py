@@ -22,7 +22,7 @@ from lfm_runtime.questions import Question
 from lfm_quantize.calibrate.answers import Progress, add_answers
 from lfm_quantize.calibrate.samples import FEW_IMAGES, named, read_questions, split_off, to_sample
 from lfm_quantize.graph import QuantizeError
-from lfm_quantize.judge.measure import measure
+from lfm_quantize.judge.measure import Board, measure
 from lfm_quantize.judge.quality import GateError, Quality, check_floor
 from lfm_quantize.make.floats import as_fp16, for_tensorrt, over_int4
 from lfm_quantize.make.integers import as_integers
@@ -110,14 +110,20 @@ def quantize(
             # Judge: below the floor, the bundle stays as it was.
             quality = None
             if questions.judge:
-                judged, quick = questions.judge, settings.quick
-                quality = measure(new, settings.variant, start, judged, settings.threads, progress, quick=quick)
+                quality = _judge(new, start, questions.judge, settings, progress)
                 _check(quality, settings, work)
                 with_quality(written, quality).write(new)
             if warning := add_golden(new, settings.variant):
                 warn(warning)
         work.finished()  # the new files are in the bundle
     return quality
+
+
+def _judge(folder: Path, against: str, questions: list[Question], settings: Settings, progress: Progress) -> Quality:
+    """The new variant against another: with the checkpoint's image settings, or as a device runs both."""
+    board = Board.of(Bundle.open(folder), settings.profile, alike=True) if settings.profile else None
+    quick, threads = settings.quick, settings.threads
+    return measure(folder, settings.variant, against, questions, threads, progress, board=board, quick=quick)
 
 
 def _check(quality: Quality, settings: Settings, work: Work) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfm_profiles import SMALLER, VARIANTS
+from lfm_profiles import SMALLER, VARIANTS, Profile
 
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.rounding import COMPENSATING, METHODS
@@ -25,6 +25,7 @@ class Settings:
     max_size: float | None = None  # MB
     threads: int = 2
     quick: bool = False
+    profile: Profile | None = None  # of the device whose image settings and prefill decoder it is judged with
 
     def check(self) -> None:
         """Raise QuantizeError for what could not be done or would have no effect."""
@@ -56,6 +57,8 @@ class Settings:
             raise QuantizeError(f"--quick has no effect on {self.variant}; leave it out")
         if self.quick and (self.method or self.recipe or self.max_size):
             raise QuantizeError("--quick names the methods; leave it out, or --method, --recipe and --max-size")
+        if self.profile and not self.calibration:
+            raise QuantizeError("--profile has no effect without --calibration, which the variant is judged with")
         if self.floor is not None and not (self.calibration and self.floor > 0):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
         if self.max_size is not None and not (

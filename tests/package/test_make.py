@@ -15,7 +15,6 @@ from lfm_package.estimate import Sizes, cost, table
 from lfm_package.make import Done, Order, Step, steps_of
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import Parser, main
-from lfm_runtime.setup.profile import find_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -48,13 +47,16 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     assert main(words) == 0
     said = capfd.readouterr().err
     assert "10 images: three quarters calibrate, a quarter judges (quick: at most 8 and 4)" in said
-    assert f"as the board runs it: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi5 --images '{few}'" in said
-    assert [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")] == sorted(
-        said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int4", "int8", "stick")
-    )
+    assert f"cost together: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi5 --images '{few}'" in said
+    told = [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int8", "int4", "stick")]
+    assert told == sorted(told), "the prefill decoder is there when the other variant is judged"
     assert "in all" in said
     bundle = Bundle.open(tmp_path / "cam-bundle")
     assert set(bundle.variants) == {"fp32", "int8", "int4"}
+    assert bundle.manifest is not None
+    judged = bundle.manifest.quality["int4"]["board"]
+    assert (judged["profile"], judged["prefill"], judged["alike"]) == ("pi5", "int8", True)
+    assert judged["changes"][0] == "do_image_splitting off instead of on"
     conf = dict(line.split("=", 1) for line in (tmp_path / "cam" / "stick.conf").read_text().splitlines())
     assert (conf["variant"], conf["prefill"]) == ("int4", "int8")
 
@@ -128,7 +130,7 @@ def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "variants"), [("pi5", ["int4", "int8"]), ("pi4", None), ("jetson-jp6", None), ("x86_64", None)]
+    ("target", "variants"), [("pi5", ["int8", "int4"]), ("pi4", None), ("jetson-jp6", None), ("x86_64", None)]
 )
 def test_variants_are_what_the_profile_would_miss(target, variants, demo_bundle, tmp_path) -> None:
     """As `doctor` says it of a bundle with fp32 alone."""
@@ -137,13 +139,13 @@ def test_variants_are_what_the_profile_would_miss(target, variants, demo_bundle,
     order = asked(str(CHECKPOINT), "--target", target, "-o", str(tmp_path / "cam"))
     fp32 = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     assert list(Bundle.open(fp32).variants) == ["fp32"]
-    assert order.variants() == unmet(Bundle.open(fp32), order.profile)
+    assert set(order.variants()) == set(unmet(Bundle.open(fp32), order.board))
     assert variants is None or order.variants() == variants
 
 
 def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_path) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    order = Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"))
+    order = Order(CHECKPOINT, bundle, tmp_path / "cam", "pi5")
     export, int4, *_, stick = steps_of(order)
     done = Done(bundle)
     assert not done.has(export)
@@ -153,9 +155,9 @@ def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_
     assert again.has(export)
     assert not again.has(int4), "the bundle lacks it"
     assert not again.has(stick)
-    other = steps_of(Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"), adapter=tmp_path))[0]
+    other = steps_of(Order(CHECKPOINT, bundle, tmp_path / "cam", "pi5", adapter=tmp_path))[0]
     assert not again.has(other)
-    small = Order(CHECKPOINT, bundle, tmp_path / "cam", find_profile("pi5"), quick=True)
+    small = Order(CHECKPOINT, bundle, tmp_path / "cam", "pi5", quick=True)
     done.add(replace(int4, name="fp32"))  # the bundle has that one
     assert done.has(replace(steps_of(small)[1], name="fp32")), "a full one does for a quick one"
     done.add(replace(steps_of(small)[1], name="fp32"))
@@ -193,8 +195,8 @@ def test_sizes_and_costs_of_a_checkpoint() -> None:
     sizes = Sizes.of(CHECKPOINT)
     stored = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
     assert sizes.all * 1e9 == pytest.approx(stored / 2, rel=0.01)
-    order = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"), calibration=(Path(),))
-    quick = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"), calibration=(Path(),), quick=True)
+    order = Order(CHECKPOINT, Path("b"), Path("s"), "pi5", calibration=(Path(),))
+    quick = Order(CHECKPOINT, Path("b"), Path("s"), "pi5", calibration=(Path(),), quick=True)
     int4 = Step("int4", [], "x")
     assert cost(int4, sizes, quick, 40, 100).seconds < cost(int4, sizes, order, 40, 100).seconds
     assert cost(int4, sizes, order, 40, 100).seconds < cost(int4, sizes, order, 80, 100).seconds
@@ -203,7 +205,7 @@ def test_sizes_and_costs_of_a_checkpoint() -> None:
 
 def test_shown_figures_add_up() -> None:
     """In seconds, and in minutes."""
-    order = Order(CHECKPOINT, Path("b"), Path("s"), find_profile("pi5"))
+    order = Order(CHECKPOINT, Path("b"), Path("s"), "pi5")
     steps = [step for step in steps_of(order) if step.made_of]
     shown = [line.split() for line in table(order, steps).splitlines() if line.endswith("GB")]
     seconds = [int(line[-6]) * (60 if line[-5] == "min" else 1) for line in shown]

@@ -29,6 +29,7 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.manifest import file_hash
+from lfm_runtime.questions import Question
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -552,7 +553,7 @@ def test_quality_as_a_profile_runs_it(quantized, tmp_path, capsys) -> None:
     assert plain["board"] is None
     assert board["board"]["profile"] == "pi5"
     assert board["board"]["changes"] == ["do_image_splitting off instead of on"]
-    assert board["board"]["image_tokens"] < board["board"]["checkpoint_image_tokens"] / 4
+    assert board["board"]["image_tokens"] < board["board"]["other_image_tokens"] / 4
     assert board["cosine_min"] is None
     assert board["kl"] > 10 * plain["kl"]
     few = found("--variant", "int8", "--max-image-tokens", "32", "--no-do-image-splitting")
@@ -562,6 +563,28 @@ def test_quality_as_a_profile_runs_it(quantized, tmp_path, capsys) -> None:
     assert main([*words, "--profile", "pi5", "--layers"]) == 2
     assert main(words) == 2
     assert "--variant is needed, or --profile" in capsys.readouterr().err
+
+
+def test_a_board_for_both_variants_measures_the_variant_alone(quantized, tmp_path) -> None:
+    """One view instead of tiles for both: the features are comparable, and the loss is about the variant's own."""
+    from lfm_quantize.judge.measure import Board
+    from lfm_runtime.setup.profile import find_profile
+
+    photo = ROOT / "demo" / "photos" / "coffee.jpg"
+    asked = [Question(photo, "What is in this image?"), Question(photo, "Describe the image.")]
+    bundle = Bundle.open(quantized)
+    profile = find_profile("pi5", variant="int4")
+    one, alike = (
+        measure(quantized, "int4", "fp32", asked, 1, board=Board.of(bundle, profile, alike=a)) for a in (False, True)
+    )
+    assert one.board is not None
+    assert alike.board is not None
+    assert alike.board["prefill"] == "int8"
+    assert alike.board["image_tokens"] == alike.board["other_image_tokens"] == one.board["image_tokens"]
+    assert alike.kl < one.kl / 10
+    assert alike.cosine_min > 0.9
+    assert alike.layers
+    assert "a question, for both" in alike.table()
 
 
 def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:

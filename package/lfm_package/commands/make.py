@@ -82,9 +82,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
         done.add(step)
-    if order.calibration and order.board_differs():
-        words = ["quality", str(order.bundle), "--profile", order.profile.name, "--images", str(order.calibration[0])]
-        say(f"judged with the checkpoint's image settings; as the board runs it: lfm-edge {shlex.join(words)}")
+    if order.calibration and order.changes_images():
+        words = ["quality", str(order.bundle), "--profile", order.profile, "--images", str(order.calibration[0])]
+        say(f"profile {order.board.name} shows the model less of an image than the checkpoint asks for; what that and")
+        say(f"the variant cost together: lfm-edge {shlex.join(words)}")
     return 0
 
 
@@ -104,8 +105,8 @@ def _order(options: argparse.Namespace) -> Order:
     from lfm_package.targets import Platform
 
     platform = Platform.of(options.target, options.python)
-    profile = find_profile(options.profile or platform.target.profile)
-    check_profile(profile, platform)
+    profile = options.profile or platform.target.profile
+    check_profile(find_profile(profile), platform)
     if options.sign:
         check_key(options.sign)
     for path in (*options.calibration, options.adapter, options.prompts, options.golden):

@@ -97,8 +97,8 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
     """The variant, and how a device runs it where a profile or an image flag says so."""
     from lfm_profiles.schema import IMAGE_SETTINGS
     from lfm_runtime.bundle import Bundle
-    from lfm_runtime.setup.profile import departures, find_profile
-    from lfm_runtime.setup.setup import settle
+    from lfm_runtime.setup.profile import find_profile
+    from lfm_runtime.setup.variants import choose_variant
 
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import Board
@@ -112,6 +112,4 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
         raise QuantizeError("--layers and --plot have no effect with --profile or image flags; leave them out")
     bundle = Bundle.open(options.bundle)
     profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
-    setup = settle(bundle, profile)
-    changes = departures(profile, bundle.images, bundle.generation)
-    return setup.variant, Board(profile.name, setup.prefill, setup.images, tuple(changes))
+    return choose_variant(bundle, profile), Board.of(bundle, profile)

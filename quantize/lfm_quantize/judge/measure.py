@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_profiles import FINEST
+from lfm_profiles import FINEST, Profile
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.questions import Question
+from lfm_runtime.setup.profile import departures
+from lfm_runtime.setup.setup import settle
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
@@ -43,16 +45,29 @@ class Board:
     prefill: str | None
     images: ImageSettings
     changes: tuple[str, ...]  # of the checkpoint's settings
+    alike: bool = False  # both variants get these image settings, so that only the variant's own loss is measured
+
+    @staticmethod
+    def of(bundle: Bundle, profile: Profile, *, alike: bool = False) -> Board:
+        """What `profile` comes to with a bundle.
+
+        Raises:
+            BundleError, SettingError: the profile cannot be met.
+        """
+        setup = settle(bundle, profile)
+        changes = departures(profile, bundle.images, bundle.generation)
+        return Board(profile.name, setup.prefill, setup.images, tuple(changes), alike)
 
     def described(self, tokens: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """For the report. `tokens`: image tokens with the checkpoint's settings and with these, of each question."""
+        """For the report. `tokens`: image tokens of the other variant and of this one, of each question."""
         before, after = (float(np.mean([pair[n] for pair in tokens])) for n in (0, 1))
         return {
             "profile": self.profile,
             "prefill": self.prefill,
             "changes": list(self.changes),
+            "alike": self.alike,
             "image_tokens": after,
-            "checkpoint_image_tokens": before,
+            "other_image_tokens": before,
         }
 
 
@@ -67,8 +82,8 @@ def measure(
     board: Board | None = None,
     quick: bool = False,
 ) -> Quality:
-    """Compare two variants of a bundle; the other one with the checkpoint's own settings, this one as on a board.
-    `quick`: shorter answers, and the layers of one question alone.
+    """Compare two variants of a bundle; this one as on a board, the other one with the checkpoint's own image settings
+    or, where they are to be alike, with the board's. `quick`: shorter answers, and the layers of one question alone.
 
     Raises:
         BundleError: a variant is missing.
@@ -84,7 +99,7 @@ def measure(
     found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
     few = questions[:: max(1, len(questions) // followed)][:followed]
-    layers = [] if board else layer_errors(exact, judged, few)
+    layers = [] if board and not board.alike else layer_errors(exact, judged, few)
     # Of images that are cut alike; what is cut in another way has other features.
     all_cosines = np.concatenate(found.cosines) if found.cosines else np.full(1, np.nan, np.float32)
     divergence = np.concatenate(found.divergence)
@@ -122,16 +137,18 @@ def _compare(
 ) -> _Found:
     """Question by question, some at a time: the logits of answers of `most` tokens are large."""
     bundle = exact.bundle
+    mine = board.images if board else bundle.images
+    others = mine if board and board.alike else bundle.images
     found = _Found(bundle, most)
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * most))):
-        samples = [to_sample(bundle, q, split=True) for q in part]
+        samples = [to_sample(bundle, q, split=True, images=others) for q in part]
         references = _reference(exact, samples, most)
-        if board:
-            samples = [to_sample(bundle, q, split=True, images=board.images) for q in part]
-        features = judged.features_of(samples)
+        if mine != others:
+            samples = [to_sample(bundle, q, split=True, images=mine) for q in part]
+        encoded = judged.features_of(samples)
         decoder = judged.decoder()
-        for sample, reference, mine in zip(samples, references, features, strict=True):
-            found.add(sample, reference, mine, decoder, judged.embed(decoder, sample, mine))
+        for sample, reference, features in zip(samples, references, encoded, strict=True):
+            found.add(sample, reference, features, decoder, judged.embed(decoder, sample, features))
             progress(f"evaluates {judged.variant}", len(found.same_answer), len(questions))
         del decoder
     return found

@@ -56,7 +56,7 @@ class Quality:
     bits_per_weight: float
     layers: list[LayerError]
     seconds: float
-    board: dict[str, Any] | None = None  # the profile whose image settings and prefill decoder were used
+    board: dict[str, Any] | None = None  # the profile whose image settings and prefill decoder were used: see Board
     onnxruntime: str = field(default_factory=lambda: str(ort.__version__))
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +112,9 @@ class Quality:
         lines = [f"  as profile       {self.board['profile']}: {self.variant}{prefill}"]
         if self.board["changes"]:
             lines.append(f"  it changes       {', '.join(self.board['changes'])}")
-        before, after = self.board["checkpoint_image_tokens"], self.board["image_tokens"]
-        lines.append(f"  image tokens     {after:.0f} a question, {before:.0f} with the checkpoint's settings")
+        before, after = self.board["other_image_tokens"], self.board["image_tokens"]
+        other = "for both" if self.board["alike"] else f"{before:.0f} with the checkpoint's settings"
+        lines.append(f"  image tokens     {after:.0f} a question, {other}")
         return lines
 
 
