@@ -253,8 +253,7 @@ def _power(work: Workload, runs: Sequence[Run]) -> tuple[Power, str | None]:
 def _files_of(bundle: Bundle, subject: Subject) -> list[Path]:
     """What a start of a variant reads: what describes the bundle, its graphs and weights, or their prepared form."""
     setup = settle(bundle, subject.profile)
-    variants = [v for v in (setup.variant, setup.prefill) if v]
-    graphs = {path for variant in variants for path in bundle.graphs(variant)[1].values()}
+    graphs = bundle.graphs_read(setup.variant, setup.prefill)
     places = [folder_of(bundle.folder) / path.stem for path in graphs]
     small = [path for path in bundle.folder.iterdir() if path.is_file()]
     weights = [file for path in graphs for file in path.parent.glob(f"{path.name}*")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm_audit.figures import Figure, separable
-from lfm_audit.result import Audit
+from lfm_audit.result import Audit, VariantResult
 
 _MORE_IS_BETTER = ("decode_tok_s",)
 
@@ -76,12 +76,26 @@ def differences(before: Audit, after: Audit) -> list[str]:
             found.append(f"{what}: {', '.join(key for key in {**a, **b} if a.get(key) != b.get(key))}")
         else:
             found.append(f"{what}: {a} → {b}")
-    for variant in before.variants.keys() & after.variants.keys():
+    for variant in sorted(before.variants.keys() & after.variants.keys()):
+        old, new = before.variants[variant], after.variants[variant]
+        for (what, a), (_, b) in zip(_how(old), _how(new), strict=True):
+            if a != b:
+                found.append(f"{variant}, {what}: {a} → {b}")
         for image, answers in before.variants[variant].images.items():
             other = after.variants[variant].images.get(image)
             if other and other.text_sha256 != answers.text_sha256:
                 found.append(f"what {variant} says about {image}")
     return found
+
+
+def _how(found: VariantResult) -> list[tuple[str, str]]:
+    """How a variant was run, after stepping down."""
+    return [
+        ("prefill", found.prefill or "none"),
+        ("prepared graphs", "yes" if found.prepared else "no"),
+        ("threads", str(found.threads)),
+        ("to fit the memory", "; ".join(found.steps_down) or "nothing"),
+    ]
 
 
 def _circumstances(audit: Audit) -> list[tuple[str, Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.files import DIGEST, check_digest, read_json_object
 from lfm_runtime.formats.typed import read_as
 
 from lfm_audit.figures import Figure
@@ -14,6 +16,7 @@ from lfm_audit.result import SCHEMA, TOOL, Answers, Audit
 from lfm_audit.summary import STAGES
 from lfm_audit.verdict import judged_again
 
+_READ = (1, SCHEMA)
 _ROUNDING = 1.1e-3
 _STAGES_MS = 0.02
 """Of a sum of stages, each rounded to a ten-thousandth."""
@@ -36,19 +39,35 @@ def read_audit(path: Path) -> Audit:
     tool = raw.get("tool")
     if not (isinstance(tool, dict) and tool.get("name") == TOOL):
         raise AuditError(f"{path} is not an audit; name a file written by {TOOL} -o")
-    if raw.get("schema") != SCHEMA:
-        shown = str(raw.get("schema"))[:20]
-        raise AuditError(f"{path} is an audit of schema {shown}, this lfm-edge reads {SCHEMA}; {_AGAIN}")
+    if (schema := raw.get("schema")) not in _READ or isinstance(schema, bool):
+        raise AuditError(f"{path} is an audit of schema {str(schema)[:20]}, this lfm-edge reads {SCHEMA}; {_AGAIN}")
+    if schema == SCHEMA and DIGEST not in raw:
+        raise AuditError(f"{path} was edited: it has no {DIGEST}; {_AGAIN}")
+    check_digest(raw, path, AuditError, _AGAIN)
     found = read_as(Audit, raw, path, AuditError, _AGAIN)
     if not found.variants or any(not variant.images for variant in found.variants.values()):
         raise AuditError(f"{path} has a variant without figures, or none; {_AGAIN}")
-    if any(not _agrees(headline.figure) for headline in found.headlines()):
+    if not all(map(_agrees, _figures(found))):
         raise AuditError(f"{path} was edited: a figure does not agree with its samples; {_AGAIN}")
     for name, variant in found.variants.items():
         for image, answers in variant.images.items():
             if not _adds_up(answers):
                 raise AuditError(f"{path} was edited: the stages of {name}, {image} are not its total; {_AGAIN}")
+            if not _counts_agree(answers):
+                raise AuditError(f"{path} was edited: the tokens of {name}, {image} do not agree; {_AGAIN}")
     return judged_again(found)
+
+
+def _figures(value: Any) -> Iterator[Figure]:
+    """Every figure, wherever it stands."""
+    if isinstance(value, Figure):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _figures(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _figures(inner)
 
 
 def _agrees(figure: Figure) -> bool:
@@ -78,6 +97,23 @@ def _adds_up(answers: Answers) -> bool:
         and sum(of[n] for of in before) <= first + _STAGES_MS
         and first <= total + _STAGES_MS
         for n, (first, total) in enumerate(zip(firsts, totals, strict=True))
+    )
+
+
+def _counts_agree(answers: Answers) -> bool:
+    """Whether the rates are those of the numbers of tokens."""
+    decoded, prompt = answers.new_tokens - 1, answers.prompt_tokens
+    if (answers.inter_token_ms is None) != (decoded < 1) or (answers.decode_tok_s is None) != (decoded < 1):
+        return False
+    if answers.inter_token_ms and answers.inter_token_ms.n != decoded * answers.total_ms.n:
+        return False
+    rates, times = answers.prefill_tok_s.samples, answers.stages.prefill_ms.samples
+    if len(rates) != len(times):  # a clock that stood still gives no rate
+        return min(times) <= 0
+    return all(
+        abs(rate * ms - prompt * 1e3) <= _ROUNDING * (1 + rate + ms + prompt * 1e3)
+        for rate, ms in zip(rates, times, strict=True)
+        if ms > 0
     )
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.files import DIGEST, to_json, with_digest
 from lfm_runtime.formats.manifest import Source
 from lfm_runtime.formats.typed import as_json, schema_of
 
 from lfm_audit.figures import Figure
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 TOOL = "lfm-edge audit"
 
 
@@ -35,7 +35,9 @@ class BundleFacts:
     name: str
     source: Source | None
     licence: str | None
-    fingerprint: Annotated[Mapping[str, str], "variant → tells its weights from others"]
+    fingerprint: Annotated[
+        Mapping[str, str], "variant → tells its weights, and those of its prefill decoder, from others"
+    ]
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class VariantResult:
     prefill: str | None
     threads: int
     prepared: bool
-    disk_mib: float
+    disk_mib: Annotated[float, "graphs and weights, the prefill decoder's included"]
     quality: Annotated[Mapping[str, Any] | None, "as quantize measured it"]
     prepare_ms: float | None
     prepare_reason: Annotated[str | None, "why there is no prepare_ms"]
@@ -307,7 +309,7 @@ class Headline:
 class Audit:
     """One audit, with the fields of audit.json."""
 
-    schema: Literal[1]
+    schema: Literal[1, 2]  # 1 had no sha256
     tool: Tool
     created_unix_s: float
     duration_s: float
@@ -338,14 +340,16 @@ class Audit:
 
     def to_text(self) -> str:
         """Return the text of audit.json; numbers are rounded to a ten-thousandth, those below 1 to four digits."""
-        return to_json(_rounded(as_json(self)), indent=1) + "\n"
+        return to_json(with_digest(_rounded(as_json(self))), indent=1) + "\n"
 
 
 def audit_schema() -> dict[str, Any]:
     """Return the JSON Schema of audit.json."""
     said = "What a bundle cost on a machine. Units are in the names: _ms, _s, _mib, _w, _j, _c (°C), _mhz, _tok_s; a "
     said += "share is of 1. null: not measured, with the reason beside it or in machine.missing."
-    return schema_of(Audit, TOOL, said)
+    schema = schema_of(Audit, TOOL, said)
+    schema["properties"][DIGEST] = {"type": "string", "description": "of the other values, to tell edits and damage"}
+    return schema
 
 
 def _rounded(value: Any) -> Any:

@@ -21,6 +21,7 @@ from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime import __version__
 from lfm_runtime.formats.manifest import file_hash
+from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.pixels import image_size
 from lfm_runtime.report import WRITTEN
 from lfm_runtime.setup.costs import fingerprint
@@ -98,7 +99,7 @@ def summary(measured: Measured) -> Audit:
         measured.duration_s,
         measured.stopped is not None,
         measured.stopped,
-        _bundle(work),
+        _bundle(measured),
         measured.device.as_dict(),
         {
             "python": platform.python_version(),
@@ -127,10 +128,12 @@ def summary(measured: Measured) -> Audit:
     )
 
 
-def _bundle(work: Workload) -> BundleFacts:
-    source = work.bundle.manifest.source if work.bundle.manifest else None
-    prints = {s.variant: fingerprint(work.bundle, s.variant) for s in work.subjects}
-    return BundleFacts(work.bundle.folder.resolve().name, source, source.license if source else None, prints)
+def _bundle(measured: Measured) -> BundleFacts:
+    bundle = measured.work.bundle
+    source = bundle.manifest.source if bundle.manifest else None
+    prefill = {run.variant: run.outcome.prefill for run in measured.runs}
+    prints = {variant: fingerprint(bundle, variant, other) for variant, other in prefill.items()}
+    return BundleFacts(bundle.folder.resolve().name, source, source.license if source else None, prints)
 
 
 def _settings(profile: Profile) -> dict[str, Any]:
@@ -143,8 +146,8 @@ def _variant(measured: Measured, subject: Subject) -> VariantResult:
     warm, cold, first = ([r for r in runs if r.kind == kind] for kind in ("warm", "cold", "first_ever"))
     outcome = warm[-1].outcome
     prepare = measured.prepare_ms.get(variant, "the audit ended before")
-    paths = set(bundle.graphs(variant)[1].values())
-    files = [f for path in paths for f in (path, path.with_name(f"{path.name}_data")) if f.exists()]
+    graphs = bundle.graphs_read(variant, outcome.prefill)
+    files = {path for graph in graphs for path in (graph, *(graph.with_name(name) for name in external_files(graph)))}
     return VariantResult(
         _settings(subject.profile),
         subject.steps,

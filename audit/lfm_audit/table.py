@@ -96,7 +96,7 @@ def _variant_lines(variant: str, found: VariantResult) -> list[str]:
                 f"{stages.vision_ms.median:,.0f}",
                 f"{stages.prefill_ms.median:,.0f}",
                 f"{image.ttft_ms.median:,.0f}",
-                f"{image.inter_token_ms.median:.2f}" if image.inter_token_ms else "–",
+                f"{1e3 / rate.median:.2f}" if rate and rate.median else "–",
                 f"{rate.median:.1f}" if rate else "–",
                 f"{total.median:,.0f}",
                 f"{total.spread:.1%}" if total.median else "–",

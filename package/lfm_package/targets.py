@@ -33,6 +33,7 @@ class Target:
     machine: str  # as uname -m
     profile: str  # that the device will choose, for its CPU: the stick's onnxruntime has no GPU
     systems: tuple[System, ...]
+    others: tuple[str, ...] = ()  # profiles that some of these devices choose instead, and that use more variants
 
 
 _RASPBERRY_PI_OS = (System("Raspberry Pi OS trixie", "3.13", 41), System("Raspberry Pi OS bookworm", "3.11", 36))
@@ -43,8 +44,8 @@ TARGETS = {
         *(Target(name, "aarch64", name, _RASPBERRY_PI_OS) for name in ("pi5", "pi4", "pi3", "pi-zero2w")),
         Target("jetson-jp6", "aarch64", "jetson-orin-cpu", (System("JetPack 6", "3.10", 35),)),
         Target("jetson-jp7", "aarch64", "jetson-orin-cpu", (System("JetPack 7", "3.12", 39),)),
-        Target("aarch64", "aarch64", "generic-arm64", _ANY_LINUX),
-        Target("x86_64", "x86_64", "generic-x86", _ANY_LINUX),
+        Target("aarch64", "aarch64", "generic-arm64", _ANY_LINUX, ("pi5", "jetson-orin-cpu")),
+        Target("x86_64", "x86_64", "x86-avx2", _ANY_LINUX),
     )
 }
 

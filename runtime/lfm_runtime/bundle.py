@@ -134,6 +134,11 @@ class Bundle:
                 )
         return name, graphs
 
+    def graphs_read(self, variant: str, prefill: str | None = None) -> list[Path]:
+        """Each graph that a run of a variant reads once: its own, and the decoder of the variant that reads prompts."""
+        paths = set(self.graphs(variant)[1].values())
+        return sorted({*paths, self.graphs(prefill)[1][DECODER.stem]} if prefill else paths)
+
     def fingerprint(self, graph: Path) -> list[str]:
         """Tells a graph and its weights, whose files they may be, from others: hashes where the manifest has them, else
         sizes and times.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from lfm_audit.figures import Figure
+from lfm_runtime.formats.files import with_digest
 from lfm_runtime.formats.typed import as_json
 
 
@@ -19,6 +21,16 @@ def resampled(image: dict[str, Any], change: Callable[[list[float]], list[float]
         image["stages"][name] = figure(change(stage["samples"]))
     image["ttft_ms"] = figure(change(image["ttft_ms"]["samples"]))
     image["total_ms"] = figure([sum(of) for of in zip(*(s["samples"] for s in image["stages"].values()), strict=True)])
+    image["prefill_tok_s"] = figure(
+        [image["prompt_tokens"] / ms * 1e3 for ms in image["stages"]["prefill_ms"]["samples"]]
+    )
+    steps, wanted = image["inter_token_ms"]["samples"], (image["new_tokens"] - 1) * image["total_ms"]["n"]
+    image["inter_token_ms"] = figure([steps[n % len(steps)] for n in range(wanted)])
+
+
+def sealed(raw: dict[str, Any]) -> str:
+    """The text of a file whose writer knows of digests."""
+    return json.dumps(with_digest(raw))
 
 
 def images_of(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edits import figure, images_of, resampled
+from edits import figure, images_of, resampled, sealed
 from lfm_audit.compare import changes, differences
 from lfm_audit.reading import AuditError, read_audit
 from lfm_audit.result import Audit, Verdict
@@ -40,29 +40,29 @@ def many(result: dict) -> dict:
 
 def test_compare(written, tmp_path, capsys) -> None:
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    a.write_text(json.dumps(many(json.loads(written.read_text()))))
+    a.write_text(sealed(many(json.loads(written.read_text()))))
     for factor, code, word in ((1.0, 0, ""), (1.04, 0, ""), (1.2, 1, "WORSE"), (0.5, 0, "-50.0%")):
-        b.write_text(json.dumps(made_slower(json.loads(a.read_text()), factor)))
+        b.write_text(sealed(made_slower(json.loads(a.read_text()), factor)))
         assert main(["compare", str(a), str(b)]) == code
         assert word in capsys.readouterr().out
     assert main(["compare", str(a), str(b), "--fail-over", "200%"]) == 0
-    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
+    b.write_text(sealed(made_slower(json.loads(a.read_text()), 1.2)))
     assert main(["compare", str(a), str(b), "--fail-over", "25"]) == 0
     noisy = json.loads(a.read_text())
     for image in noisy["variants"]["int4"]["images"].values():
         resampled(image, lambda samples: [x * (1 if n % 2 else 3) for n, x in enumerate(samples)])
-    b.write_text(json.dumps(noisy))
+    b.write_text(sealed(noisy))
     assert main(["compare", str(a), str(b)]) == 3, "a spread that wide is not valid"
     assert "within noise" in capsys.readouterr().out
     few = made_slower(json.loads(a.read_text()), 1.5)
     for image in images_of(few):
         resampled(image, lambda samples: samples[:4])
-    b.write_text(json.dumps(few))
+    b.write_text(sealed(few))
     assert main(["compare", str(a), str(b)]) == 3, "four samples do not tell, and that is not well"
     assert "too few samples to tell" in capsys.readouterr().out
     invalid = made_slower(json.loads(a.read_text()), 1.2)
     invalid["machine"]["throttled_while_measured"] = True
-    b.write_text(json.dumps(invalid))
+    b.write_text(sealed(invalid))
     assert main(["compare", str(a), str(b)]) == 3, "before 1, as in lfm-edge audit"
     assert "throttled: " in capsys.readouterr().out
 
@@ -73,7 +73,7 @@ def test_verdicts_and_limits_are_judged_again(written, tmp_path) -> None:
     path = tmp_path / "a.json"
 
     def read() -> Audit:
-        path.write_text(json.dumps(raw))
+        path.write_text(sealed(raw))
         return read_audit(path)
 
     assert read().verdict == read_audit(written).verdict
@@ -90,6 +90,27 @@ def test_verdicts_and_limits_are_judged_again(written, tmp_path) -> None:
     assert {limit.holds for limit in read().limits} == {False}
 
 
+def test_an_audit_of_schema_1_is_read(written, tmp_path) -> None:
+    """It had no digest."""
+    path = tmp_path / "a.json"
+    old = {key: value for key, value in json.loads(written.read_text()).items() if key != "sha256"}
+    path.write_text(json.dumps({**old, "schema": 1}))
+    assert read_audit(path).bundle == read_audit(written).bundle
+
+
+def test_every_figure_agrees_with_its_samples(written, tmp_path) -> None:
+    path = tmp_path / "a.json"
+    for at in (("starts", "warm", "open_ms"), ("memory", "pss_mib"), ("images", "small", "stages", "embed_ms")):
+        raw = json.loads(written.read_text())
+        of = raw["variants"]["int4"]
+        for key in at:
+            of = of[key]
+        of["median"] *= 2
+        path.write_text(sealed(raw))
+        with pytest.raises(AuditError, match="does not agree with its samples"):
+            read_audit(path)
+
+
 def test_times_that_do_not_add_up_were_edited(written, tmp_path) -> None:
     path = tmp_path / "a.json"
     for name in ("ttft_ms", "total_ms"):
@@ -97,7 +118,7 @@ def test_times_that_do_not_add_up_were_edited(written, tmp_path) -> None:
             raw = json.loads(written.read_text())
             for image in images_of(raw):
                 image[name] = figure([x * factor for x in image[name]["samples"]])
-            path.write_text(json.dumps(raw))
+            path.write_text(sealed(raw))
             with pytest.raises(AuditError, match="was edited: the stages of"):
                 read_audit(path)
 
@@ -108,10 +129,13 @@ def test_differences(written) -> None:
     raw["software"]["onnxruntime"] = "1.20.0"
     raw["profile"]["settings"]["threads"] = 7
     raw["variants"]["int4"]["images"]["small"]["text_sha256"] = ["x"]
+    raw["variants"]["int4"].update(prefill="int8", prepared=True)
     after = read_as(Audit, raw, written, AuditError, "")
     assert differences(before, after) == [
         "settings: threads",
         f"onnxruntime: {before.software['onnxruntime']} → 1.20.0",
+        "int4, prefill: none → int8",
+        "int4, prepared graphs: no → yes",
         "what int4 says about small",
     ]
     one = replace(before, variants={"int8": before.variants["int8"]})
@@ -125,9 +149,13 @@ def test_differences(written) -> None:
         (lambda text: text[: len(text) // 2], "is not valid JSON"),
         (lambda text: re.sub('"schema": [0-9]+', '"schema": 99', text), "is an audit of schema 99"),
         (lambda text: text.replace('"lfm-edge audit"', '"other"'), "is not an audit"),
-        (lambda text: text.replace('"variants"', '"varieties"'), "it has no variants"),
-        (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
-        (lambda text: json.dumps({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
+        (lambda text: sealed(json.loads(text.replace('"variants"', '"varieties"'))), "it has no variants"),
+        (lambda text: sealed({**(r := json.loads(text)), "variants": edited(r["variants"])}), "was edited"),
+        (lambda text: sealed({**(r := json.loads(text)), "variants": edited(r["variants"], "min")}), "was edited"),
+        (lambda text: text.replace('"prefill": null', '"prefill": "int8"', 1), "was edited or damaged: its sha256"),
+        (lambda text: re.sub('"disk_mib": [0-9.]+', '"disk_mib": 1.0', text, count=1), "was edited or damaged"),
+        (lambda text: re.sub(',\\s*"sha256": "[0-9a-f]*"\\s*}$', "}", text.rstrip()), "it has no sha256"),
+        (lambda text: sealed({**(r := json.loads(text)), "variants": counted(r["variants"])}), "tokens of int8, small"),
         (lambda _: "[1]", "holds no JSON object"),
     ],
 )
@@ -136,6 +164,11 @@ def test_damaged_audits(written, tmp_path, capsys, damage, message) -> None:
     path.write_text(damage(written.read_text()))
     assert main(["compare", str(written), str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def counted(variants: dict) -> dict:
+    next(iter(variants.values()))["images"]["small"]["prompt_tokens"] += 1
+    return variants
 
 
 def edited(variants: dict, to: str = "") -> dict:
@@ -147,8 +180,8 @@ def edited(variants: dict, to: str = "") -> dict:
 def test_json(written, tmp_path, capsys) -> None:
     """The same words and exit code as the table's."""
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    a.write_text(json.dumps(many(json.loads(written.read_text()))))
-    b.write_text(json.dumps(made_slower(json.loads(a.read_text()), 1.2)))
+    a.write_text(sealed(many(json.loads(written.read_text()))))
+    b.write_text(sealed(made_slower(json.loads(a.read_text()), 1.2)))
     assert main(["compare", str(a), str(b), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["worse"] == sum(change["word"] == "worse beyond --fail-over" for change in found["changes"]) > 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edits import sealed
 from lfm_audit.report.source import read_tuning
 from lfm_audit.tune.result import Key, PointResult, TuningResult
 from lfm_profiles import ProfileError, read
@@ -23,6 +24,7 @@ from lfm_runtime import EdgeError, Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.manifest import Manifest, file_hash
+from lfm_runtime.formats.typed import as_json
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +78,7 @@ def survives(case: object, codes: set[int], *words: object) -> int:
 
 @pytest.fixture
 def audit(made) -> Any:
-    return json.loads(made.read_text())
+    return {key: value for key, value in json.loads(made.read_text()).items() if key != "sha256"}
 
 
 def test_audits(made, audit, tmp_path, capsys) -> None:
@@ -84,7 +86,7 @@ def test_audits(made, audit, tmp_path, capsys) -> None:
     capsys.readouterr()
     assert main(["compare", str(made), str(made)]) == 0
     for at, new, whole in mutations(audit, "audit"):
-        path.write_text(json.dumps(whole))
+        path.write_text(sealed(whole))
         survives((at, new), {0, 2, 3}, "compare", path, made)
         survives((at, new), {0, 2}, "report", path, "-o", tmp_path / "a.md")
 
@@ -94,7 +96,7 @@ def test_pages_of_audits(made, audit, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     path, drawn = tmp_path / "a.json", 0
     for at, new, whole in mutations(audit, "page"):
-        path.write_text(json.dumps(whole))
+        path.write_text(sealed(whole))
         if survives((at, new), {0, 2}, "report", path, "-o", tmp_path / "a.md") == 0:
             survives((at, new), {0, 2}, "report", path, "-o", tmp_path / "a.html")
             drawn += 1
@@ -131,8 +133,8 @@ def tuning() -> TuningResult:
 def test_tunings(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     path, drawn = tmp_path / "t.json", 0
-    for at, new, whole in mutations(json.loads(tuning().to_text()), "tuning"):
-        path.write_text(json.dumps(whole))
+    for at, new, whole in mutations(as_json(tuning()), "tuning"):
+        path.write_text(sealed(whole))
         code = survives((at, new), {0, 2}, "report", path, "-o", tmp_path / "t.md")
         if code == 0 and drawn < max(4, SAMPLE // 20):
             survives((at, new), {0}, "report", path, "-o", tmp_path / "t.html")

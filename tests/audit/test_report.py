@@ -14,7 +14,7 @@ import pytest
 from lfm_runtime.commands.cli import main
 
 pytest.importorskip("matplotlib")
-from edits import figure, images_of, resampled
+from edits import figure, images_of, resampled, sealed
 from lfm_audit.report.page import audit_page
 from lfm_audit.report.plots import waterfall
 from lfm_audit.report.source import all_series, named_audits
@@ -32,7 +32,7 @@ def audit(made) -> dict:
 
 def write(folder: Path, name: str, result: dict) -> Path:
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result))
+    path.write_text(sealed(result))
     return path
 
 
@@ -248,7 +248,7 @@ def test_a_report_of_what_is_no_audit_is_refused(audit, tmp_path, capsys, words,
         "TUNING": write(tmp_path, "tuning", TUNING),
         "CUT": tmp_path / "cut.json",
     }
-    places["CUT"].write_text(json.dumps(audit)[:500])
+    places["CUT"].write_text(sealed(audit)[:500])
     assert main(["report", *(str(places.get(word, word)) for word in words)]) == 2
     assert message in capsys.readouterr().err
 

@@ -225,6 +225,8 @@ def test_everything_fails(demo_bundle, photo, monkeypatch) -> None:
         lambda d: d.pop("rounds"),
         lambda d: d.update(points=[{"settings": 3}]),
         lambda d: d["points"][0].update(latency_ms=5),
+        lambda d: d["points"][0]["latency_ms"].update({"0": 0.001}),
+        lambda d: d["points"][0]["settings"].update(variant=float("nan")),
     ],
 )
 def test_damaged_measurements(demo_bundle, photo, monkeypatch, damage) -> None:

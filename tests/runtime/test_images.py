@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_runtime.errors import ImageError, SettingError
 from lfm_runtime.images.layout import ImageSettings, lay_out
-from lfm_runtime.images.pixels import cut_views, open_image, patchify
+from lfm_runtime.images.pixels import cut_views, image_size, open_image, patchify
 from lfm_runtime.text.spec import ImageTokens
 from PIL import Image, ImageOps
 
@@ -372,3 +373,24 @@ def test_size_from_the_header(orientation, tmp_path) -> None:
     exif[0x0112] = orientation
     Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg", exif=exif)
     assert image_size(tmp_path / "image.jpg") == open_image(tmp_path / "image.jpg").size
+
+
+def test_files_are_closed_and_further_pages_told_of(tmp_path, caplog) -> None:
+    """Of an animation or a scan of several pages the model sees the first, and the user is told; of a photo nothing."""
+    pages = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "b.tif", "c.png", "d.webp"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a file left open is a ResourceWarning
+            assert image_size(tmp_path / name) == (40, 30)
+            first = open_image(tmp_path / name)
+            open_image(tmp_path / name)
+        assert first.getpixel((3, 3))[0] > 200
+        assert caplog.text.count(f"{name} has several pages or frames; the first one is used") == 1
+    caplog.clear()
+    pages[0].save(tmp_path / "one.gif")
+    pages[0].save(tmp_path / "two.mpo", save_all=True, append_images=pages[1:])
+    open_image(tmp_path / "one.gif")
+    open_image(tmp_path / "two.mpo")
+    open_image((tmp_path / "one.gif").read_bytes())
+    assert not caplog.text

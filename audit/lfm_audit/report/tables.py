@@ -190,7 +190,8 @@ def _change(name: str, of: str, change: Change, *, regression: bool) -> Row:
     before, after = f"{change.before.median:,.1f}", f"{change.after.median:,.1f}"
     word = change.word()
     bad = regression and word == "worse" and change.worse_by() > _MUCH
-    return Row([name, of, WORDS.get(change.name, change.name), before, after, ratio, word], bad=bad)
+    figure = WORDS.get(change.name, change.name) + (" (median)" if change.name.endswith("_mib") else "")
+    return Row([name, of, figure, before, after, ratio, word], bad=bad)
 
 
 def machine_table(audits: Sequence[Named]) -> Table:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.files import read_json_object, to_json
+from lfm_runtime.formats.files import check_digest, read_json_object, to_json, with_digest
 from lfm_runtime.formats.typed import as_json, read_as
 
 TOOL = "lfm-edge tune"
@@ -92,6 +92,7 @@ class TuningResult:
         raw = read_json_object(path, error, advice=advice)
         if raw.get("tool") != TOOL:
             return None
+        check_digest(raw, path, error, advice)
         found = read_as(TuningResult, raw, path, error, advice)
         axes = found.chosen.keys()
         for point in found.points:
@@ -106,7 +107,7 @@ class TuningResult:
 
     def to_text(self) -> str:
         """Return the text of the file."""
-        return to_json(as_json(self), indent=1) + "\n"
+        return to_json(with_digest(as_json(self)), indent=1) + "\n"
 
 
 def is_tuning(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from lfm_package.commands.pack import add_packing_arguments, chosen_contents
@@ -23,6 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="or NAME.tar")
 
 
+def _wishes(folder: Path, packed: Sequence[str], profiles: Sequence[str]) -> str:
+    """What devices of this kind that choose another profile would use as well; "" where they miss nothing."""
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.setup.profile import find_profile
+    from lfm_runtime.setup.variants import choose_variants
+
+    bundle = Bundle.open(folder)
+    missed = {name: choose_variants(bundle, find_profile(name))[1] for name in profiles}
+    missed = {name: prefill for name, prefill in missed.items() if prefill and prefill not in packed}
+    if not missed:
+        return ""
+    prefill = next(iter(missed.values()))
+    return f"{' and '.join(missed)} would also use {prefill} for the prefill; pack it with --prefill {prefill}"
+
+
 def run(options: argparse.Namespace) -> int:
     """Write the stick, print its size and the command to run on the device, and return 0."""
     from lfm_package.pack import Extras
@@ -37,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     contents = chosen_contents(options, platform.target.profile)
     if contents.profile:
         check_profile(contents.profile, platform)
+    elif wish := _wishes(options.bundle, contents.variants, platform.target.others):
+        print(f"  {wish}")
     extras = Extras(contents.profile, (), options.sign, contents.golden)
     wheels = write_stick(options.bundle, contents.variants, platform, options.output, extras, force=options.force)
     files = (

@@ -103,7 +103,7 @@ def measure(
     # Of images that are cut alike; what is cut in another way has other features.
     all_cosines = np.concatenate(found.cosines) if found.cosines else np.full(1, np.nan, np.float32)
     divergence = np.concatenate(found.divergence)
-    size = _bytes(bundle, variant)
+    size = _bytes(bundle, variant, board.prefill if board else None)
     return Quality(
         variant=variant,
         against=against,
@@ -119,8 +119,8 @@ def measure(
         same_answers=sum(found.same_answer) / len(questions),
         accuracy=found.accuracy(against, variant),
         bytes=size,
-        against_bytes=_bytes(bundle, against),
-        bits_per_weight=8 * size / _weights(bundle),
+        against_bytes=_bytes(bundle, against, None),
+        bits_per_weight=8 * _bytes(bundle, variant, None) / _weights(bundle),
         layers=layers,
         board=None if board is None else board.described(found.tokens),
         seconds=time.perf_counter() - started,
@@ -224,12 +224,12 @@ def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Questi
         yield questions[start : start + size]
 
 
-def _bytes(bundle: Bundle, variant: str) -> int:
-    """Of all files of a variant's graphs, those it shares with another variant included."""
-    graphs = set(bundle.graphs(variant)[1].values())
+def _bytes(bundle: Bundle, variant: str, prefill: str | None) -> int:
+    """Of all files that a run reads, those a variant shares with another included."""
+    graphs = bundle.graphs_read(variant, prefill)
     constants = [v.const_value for path in graphs for v in open_graph(path).graph.initializers.values()]
     data = {tensor.file for tensor in constants if isinstance(tensor, Mapped)}
-    return sum(path.stat().st_size for path in graphs | data)
+    return sum(path.stat().st_size for path in {*graphs, *data})
 
 
 def _weights(bundle: Bundle) -> int:

@@ -99,9 +99,10 @@ class Quality:
             )
         if len(self.accuracy) > 1:
             lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
+        reads = f", {self.board['prefill']}'s decoder included" if self.board and self.board["prefill"] else ""
         lines.append(
-            f"  size             {self.bytes / 1e6:.1f} MB, {self.bytes / self.against_bytes:.3f} of {self.against}, "
-            f"{self.bits_per_weight:.2f} bits a weight, all files"
+            f"  size             {self.bytes / 1e6:.1f} MB, {self.bytes / self.against_bytes:.3f} of {self.against}"
+            f"{reads}; {self.variant} has {self.bits_per_weight:.2f} bits a weight, all files"
         )
         return "\n".join(lines)
 

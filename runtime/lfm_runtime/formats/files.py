@@ -8,13 +8,14 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lfm_runtime.errors import EdgeError, unreadable
 
+DIGEST = "sha256"
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
 
 
@@ -31,7 +32,7 @@ def read_json_object(
         text = path.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except OSError as e:
         if isinstance(e, FileNotFoundError) and not required:
             return {}
@@ -43,6 +44,31 @@ def read_json_object(
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; {advice}")
     return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own SHA-256 as the last entry, which tells edits and damage; it is no signature."""
+    rest = {key: inner for key, inner in value.items() if key != DIGEST}
+    return {**rest, DIGEST: hashlib.sha256(json.dumps(_canonical(rest), sort_keys=True).encode()).hexdigest()}
+
+
+def _canonical(value: Any) -> Any:
+    """1.0 as 1, which other programs write so."""
+    if isinstance(value, dict):
+        return {key: _canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_digest(value: Mapping[str, Any], path: Path, error: type[EdgeError], advice: str) -> None:
+    """Raise `error` where an object is not as `with_digest` left it; what never had a digest is not judged."""
+    if DIGEST in value and with_digest(value)[DIGEST] != value[DIGEST]:
+        raise error(f"{path} was edited or damaged: its sha256 is not that of its values; {advice}")
 
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:

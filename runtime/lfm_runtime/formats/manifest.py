@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,22 @@ class Manifest:
                     f"{path}: graphs.{name}.min_onnxruntime is {graph.min_onnxruntime!r}, not a version; export the "
                     "bundle again"
                 )
+        for name in self._used():
+            if name not in self.files:
+                raise BundleError(f"{path} gives no size and hash of {name}; copy or export the bundle again")
+        for variant, found in self.quality.items():
+            if not isinstance(found.get("kl", 0.0), float | int | None):
+                raise BundleError(f"{path}: quality.{variant}.kl is no number; quantize the variant again")
         for name in [*self.files, *(file for graphs in self.variants.values() for file in graphs.values())]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
+
+    def _used(self) -> Iterator[str]:
+        """Files that a variant or a graph names."""
+        for graphs in self.variants.values():
+            yield from graphs.values()
+        for name, graph in self.graphs.items():
+            yield from (name, *graph.data)
 
     def to_text(self) -> str:
         """Return the text of manifest.json."""

@@ -6,11 +6,13 @@ separate from the pixels, so that tokens and cost are known before anything is c
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +22,8 @@ from PIL import Image, ImageOps
 from lfm_runtime.errors import ImageError
 from lfm_runtime.images.files import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
 from lfm_runtime.images.layout import ImageLayout, ImageSettings
+
+_log = logging.getLogger(__name__)
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
@@ -42,6 +46,8 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
     """
     with _opened(source, max_megapixels) as image:
+        if image is not source and _has_more_pages(image):
+            _tell_of_more_pages(str(getattr(image, "filename", "") or "an image"))
         transparent, levels = transparent_sample(image), grey_levels(image)
         image.load()
         if transparent is not None:
@@ -58,6 +64,18 @@ def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         return upright_size(image)
 
 
+def _has_more_pages(image: Image.Image) -> bool:
+    """Whether a file has further pages or frames; the second picture of a camera's MPO is the same scene."""
+    with suppress(Exception):  # damage behind the first page, which is all that is read
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    return False
+
+
+@lru_cache(maxsize=1000)  # once an image
+def _tell_of_more_pages(name: str) -> None:
+    _log.warning("lfm-edge: %s has several pages or frames; the first one is used", name)
+
+
 @contextmanager
 def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
@@ -69,8 +87,9 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
             image = _read(source)
-            _check_size(image, name, max_megapixels)
-            yield image
+            with nullcontext() if image is source else image:  # closes the file
+                _check_size(image, name, max_megapixels)
+                yield image
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError as e:

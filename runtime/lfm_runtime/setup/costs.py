@@ -52,7 +52,7 @@ def keep_costs(bundle: Bundle, found: Mapping[str, Costs]) -> None:
 
 def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
     """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
-    key = cost_key(variant, prefill, threads, fingerprint(bundle, variant), low_memory=low_memory)
+    key = cost_key(variant, prefill, threads, fingerprint(bundle, variant, prefill), low_memory=low_memory)
     found = _read(folder_of(bundle.folder) / _NAME).get(key)
     try:
         return (
@@ -71,9 +71,9 @@ def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, 
         return None
 
 
-def fingerprint(bundle: Bundle, variant: str) -> str:
-    """Return a SHA-256 that tells a variant's weights from others."""
-    parts = [part for _, path in sorted(bundle.graphs(variant)[1].items()) for part in bundle.fingerprint(path)]
+def fingerprint(bundle: Bundle, variant: str, prefill: str | None = None) -> str:
+    """Return a SHA-256 that tells the weights of a variant, and of the decoder that reads its prompts, from others."""
+    parts = [part for path in bundle.graphs_read(variant, prefill) for part in bundle.fingerprint(path)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
