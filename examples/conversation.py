@@ -4,6 +4,8 @@ import sys
 
 from lfm_runtime import Chat, Model
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 bundle, image = sys.argv[1:]
 chat = Chat(Model.load(bundle))
 print(chat.ask("What is in this image?", [image]).text())

@@ -4,6 +4,8 @@ import sys
 
 from lfm_runtime import Model
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 bundle, *images = sys.argv[1:]
 model = Model.load(bundle)
 for piece in model.answer(images, "What is in this image?"):

@@ -4,6 +4,8 @@ import sys
 
 from lfm_runtime import Model
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 bundle, image = sys.argv[1:]
 model = Model.load(bundle, max_image_tokens=128)  # any profile setting can be given
 for _ in range(3):

@@ -7,6 +7,8 @@ from lfm_runtime.images.pixels import image_size
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 bundle, *images = sys.argv[1:]
 try:
     setup = resolve(bundle, ask=Ask(tuple(map(image_size, images)), "What is in this image?"))

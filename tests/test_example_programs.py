@@ -51,6 +51,21 @@ def test_measured_answers(demo_bundle) -> None:
     assert run("measure.py", demo_bundle, PICTURE).count("first token") == 3
 
 
+@pytest.mark.parametrize("name", ["describe.py", "conversation.py", "folder.py", "measure.py", "plan.py"])
+def test_wrong_words_are_told_what_is_right(name) -> None:
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 1
+    assert f"{name} BUNDLE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_example_is_here() -> None:
     tested = Path(__file__).read_text()
     assert all(f'"{path.name}"' in tested for path in (ROOT / "examples").glob("*.py"))

@@ -136,7 +136,7 @@ def compile_prompt(folder: Path) -> PromptSpec:
         PromptError: a file is missing, or a part cannot be compiled.
     """
     path = folder / "tokenizer.json"
-    spec = read_json_object(path, PromptError)
+    spec = read_json_object(path, PromptError, advice="copy it from the checkpoint's own model")
     config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
     with damage_is(PromptError, path, "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, reference_ranges)

@@ -130,7 +130,7 @@ check_stick() { # every file, then who signed
 check_machine() { # sets $python
     wanted=$(setting machine) target=$(setting target) version=$(setting python) glibc=$(setting glibc_minor)
     case $(uname -m) in arm* | i?86) fail "this system is 32-bit ($(uname -m)); there are no wheels for it: install the 64-bit system" ;; esac
-    [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge stick --target …"
+    [ "$(uname -m)" = "$wanted" ] || fail "this stick is for $target ($wanted), this machine is $(uname -m); make one with: lfm-edge stick BUNDLE --target … -o FOLDER"
     found=
     for python in "python$version" python3; do
         command -v "$python" >/dev/null 2>&1 || continue
@@ -141,7 +141,7 @@ check_machine() { # sets $python
     "$version 64") ;;
     *" 32") fail "this system is 32-bit; there are no wheels for it: install the 64-bit system (Raspberry Pi OS 64-bit)" ;;
     "") fail "there is no Python $version here; install it: sudo apt install python3" ;;
-    *) fail "this stick is for Python $version, but this system has ${found% *}; make one with: lfm-edge stick --target $target --python ${found% *}" ;;
+    *) fail "this stick is for Python $version, but this system has ${found% *}; make one with: lfm-edge stick BUNDLE --target $target --python ${found% *} -o FOLDER" ;;
     esac
     have=$("$python" -I -c 'import platform; print(*platform.libc_ver())')
     case $have in
@@ -150,10 +150,10 @@ check_machine() { # sets $python
     esac
 }
 
-check_space() {
-    free=$(df -Pk "$prefix" | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/')
-    missing=$((($(setting need_kib) - free + 1023) / 1024))
-    [ "$missing" -le 0 ] || fail "$prefix has $((free / 1024)) MiB free, $(($(setting need_kib) / 1024)) are needed: $missing MiB more; free some space, or name another disk with --prefix"
+check_space() { # of the disk that the folder is, or will be, on
+    free=$(($(df -Pk "$place" | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/') / 1024))
+    needed=$((($(setting need_kib) + 1023) / 1024))
+    [ "$free" -ge "$needed" ] || fail "$prefix has $free MiB free, $needed are needed: $((needed - free)) MiB more; free some space, or name another disk with --prefix"
 }
 
 # ------------------------------------------------------------------------------------------------ the installation
@@ -198,6 +198,10 @@ install() {
     check_stick
     check_machine
     id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
+    place=$prefix
+    while [ ! -e "$place" ]; do place=$(dirname "$place"); done
+    [ -d "$place" ] || fail "$place is a file; name another folder with --prefix"
+    [ -d "$prefix" ] || check_space
     [ ! -e "$prefix/versions" ] || [ -f "$prefix/.lfm-edge" ] || fail "$prefix holds something else; name another folder with --prefix"
     { mkdir -p "$prefix" && touch "$prefix/.lfm-edge" && mkdir -p "$prefix/versions"; } 2>/dev/null && [ -w "$prefix/versions" ] ||
         fail "$prefix cannot be written by $(id -un); name another folder with --prefix"

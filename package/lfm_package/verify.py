@@ -13,6 +13,7 @@ from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.engine.prepared import remove_damaged
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
+from lfm_runtime.formats.files import check_no_pointer
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 
@@ -84,6 +85,7 @@ def _hashes(folder: Path, files: Mapping[str, File], progress: Progress) -> list
     found = []
     total, done = sum(entry.bytes for entry in files.values()), 0
     for name, wanted in files.items():
+        check_no_pointer(folder / name, BundleError)
         size = (folder / name).stat().st_size
         if size != wanted.bytes:
             found.append(f"{name} has {size} bytes, {MANIFEST} says {wanted.bytes}; copy the bundle again")

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Quantize and say what it cost."""
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
+    from lfm_runtime.engine.execution import check_threads
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.setup.profile import find_profile
 
@@ -133,15 +134,6 @@ def other_run(bundle: Path, variant: str) -> str | None:
     )
 
 
-def check_threads(count: int) -> int:
-    """The user's number, or a SettingError."""
-    from lfm_runtime.errors import SettingError
-
-    if not 1 <= count <= 1024:
-        raise SettingError(f"threads {count} is impossible; allowed: 1 up to the machine's cores")
-    return count
-
-
 class Printer:
     """Progress on stderr: one line overwritten on a terminal, a line a stage and every half minute in a log. With the
     time left.
@@ -164,7 +156,8 @@ class Printer:
             left = (
                 (now - self._since) / (done - 1) * (total - done)
             )  # the stage's clock starts when its first part is done
-            line += f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+            time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+            line += f", about {time_left} left of this part"
         if self.live:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         elif done == total or now - self._last > 30:

@@ -6,6 +6,7 @@ No onnxruntime here: a bundle can be looked at on a machine that could not run i
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from lfm_profiles import FINEST, VARIANTS, Variant
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
-from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.formats.files import check_no_pointer, damage_is, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
@@ -26,6 +27,9 @@ from lfm_runtime.text.spec import PromptSpec, compile_on_device, token_text
 HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi.
 """
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class Bundle:
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
             raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
         check_names(folder)
+        if folder.name == "onnx" and _describes(folder.resolve().parent):
+            folder = folder.resolve().parent  # of the graphs in it
+        if not _describes(folder):
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST} and no config.json; {_what_else(folder)}"
+            )
         manifest = Manifest.read(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
@@ -184,6 +194,9 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
             raise BundleError(
                 f"{folder}: eos_token_id in {place} is {str(found)[:60]}; it must be a token id below {size}"
             )
+        image = prompt.image_tokens.image
+        if any(prompt.vocabulary.tokens[i] == image for i in ids):
+            raise BundleError(f"{folder}: eos_token_id in {place} is the image token {image}; copy the file again")
         return tuple(ids)
     name = token_text(read_json_object(folder / "tokenizer_config.json", BundleError, required=False).get("eos_token"))
     if name is None or name not in prompt.vocabulary.tokens:
@@ -209,6 +222,7 @@ def _check_files(folder: Path, files: Mapping[str, File]) -> None:
         path = folder / name
         if not path.exists():
             raise BundleError(f"{path} is missing; the manifest names it: copy the bundle again or export it again")
+        check_no_pointer(path, BundleError)
         size = path.stat().st_size
         if size != wanted.bytes:
             raise BundleError(f"{path} has {size} bytes, the manifest says {wanted.bytes}: copy the bundle again")
@@ -235,11 +249,11 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
         if len(found) == len(GRAPHS):
             variants[variant] = found
     if not variants:
-        raise BundleError(
-            f"{folder} is not a bundle: no manifest.json, and no set of vision_encoder, embed_tokens and "
-            "decoder_model_merged "
-            "graphs; make a bundle with: lfm-edge export"
-        )
+        missing = "no manifest.json, and no set of vision_encoder, embed_tokens and decoder_model_merged graphs"
+        checkpoint = any(folder.glob("*.safetensors"))
+        what = "a checkpoint, not a bundle" if checkpoint else f"not a bundle: {missing}"
+        source = shlex.quote(str(folder)) if checkpoint else "CHECKPOINT"
+        raise BundleError(f"{folder} is {what}; make a bundle with: lfm-edge export {source} -o bundle")
     return variants
 
 
@@ -252,6 +266,25 @@ def _nearest(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | N
 def _find(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
     names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
     return next((place / name for place in places for name in names if (place / name).exists()), None)
+
+
+def _describes(folder: Path) -> bool:
+    """Whether a folder has a file that describes a bundle."""
+    return any((folder / name).is_file() for name in (MANIFEST, "config.json"))
+
+
+def _what_else(folder: Path) -> str:
+    """What to do about a folder that is no bundle, by what it holds."""
+    names = [path.name.lower() for path in folder.iterdir()]
+    if not names:
+        return "it is empty"
+    if any(name.endswith((".safetensors", ".gguf", ".bin")) for name in names):
+        return "copy config.json and the tokenizer's files beside the weights, and export it: lfm-edge export"
+    if any(name.endswith(IMAGE_SUFFIXES) for name in names):
+        return "it holds images: name the bundle first, then the images"
+    if found := next((path.parent for path in sorted(folder.glob("*/config.json"))), None):
+        return f"did you mean {found}?"
+    return "name a folder made by lfm-edge export"
 
 
 def _how_to_get(folder: Path) -> str:

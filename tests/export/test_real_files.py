@@ -603,6 +603,18 @@ def test_which_token_ends_an_answer(tiny, tmp_path, said, wanted) -> None:
 
 
 CARD = GenerationSettings()
+
+
+def test_the_image_token_ends_no_answer(tiny, tmp_path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "c"))
+    image = json.loads((folder / "config.json").read_text())
+    edit(
+        folder, "generation_config.json", "eos_token_id", to=image.get("image_token_id", image.get("image_token_index"))
+    )
+    with pytest.raises(BundleError, match="is the image token <image>"):
+        end_tokens(folder, compile_on_device(tiny))
+
+
 SAMPLING = [
     ({}, CARD),
     ({"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}, CARD),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,9 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
     (prefix / ".lfm-edge").write_text("")
     (prefix / "photos").mkdir()
     (prefix / "photos" / "cat.jpg").write_text("")
-    assert install(stick, prefix, "--uninstall").returncode == 0
+    done = install(stick, prefix, "--uninstall")
+    assert done.returncode == 0
+    assert "is removed; other files are still there" in done.stdout
     assert [p.name for p in prefix.iterdir()] == ["photos"]
 
 
@@ -139,8 +142,12 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
 )
 def test_another_machine(stick, tmp_path, settings, said) -> None:
     another(stick, **settings)
-    assert said in failed(install(stick, tmp_path / "edge"))
-    assert not list((tmp_path / "edge").glob("versions/*"))
+    told = failed(install(stick, tmp_path / "edge"))
+    assert said in told
+    assert not (tmp_path / "edge").exists()
+    if numbers := re.search(r"has (\d+) MiB free, (\d+) are needed: (\d+) MiB more", told):
+        free, needed, more = map(int, numbers.groups())
+        assert needed - free == more
 
 
 def fake(folder: Path, **programs: str) -> str:
@@ -311,7 +318,8 @@ def test_two_at_once(stick, tmp_path) -> None:
 
 def test_nowhere_to_write(stick, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot be written by" in failed(install(stick, tmp_path / "file" / "edge"))
+    for prefix in (tmp_path / "file", tmp_path / "file" / "edge"):
+        assert f"{tmp_path / 'file'} is a file; name another folder" in failed(install(stick, prefix))
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o555)
         assert "cannot be written by" in failed(install(stick, tmp_path / "closed" / "edge"))

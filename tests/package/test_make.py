@@ -95,6 +95,15 @@ def test_a_variant_that_is_not_good_enough_is_not_tried_again(tmp_path, monkeypa
     assert f"go on with: lfm-edge stick '{output}-bundle' -o '{output}' --target pi5" in said
 
 
+def test_ctrl_c_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(_: Step) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Step, "run", interrupted)
+    assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 130
+    assert "interrupted; the same command goes on after the last finished step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import EdgeError
+from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, unreadable
 from lfm_runtime.formats.files import read_json_object
@@ -178,3 +179,66 @@ def test_the_api_says_it_too(demo_bundle, more_mib) -> None:
     assert ours
     assert "not enough memory" in said
     assert "was forecast" in said
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "prompt.json",
+        "onnx/vision_encoder.onnx",
+        "onnx/decoder_model_merged.onnx_data",
+    ],
+)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_git_lfs_pointers_are_named_as_such(bundle_copy, name, manifest, capsys) -> None:
+    """Of every file, whether the manifest knows its size or nothing does."""
+    if not manifest:
+        (bundle_copy / "manifest.json").unlink()
+        if name == "tokenizer.json":
+            (bundle_copy / "prompt.json").unlink()  # what is read instead
+    (bundle_copy / name).write_text(POINTER)
+    for words in ("run", bundle_copy, "-p", "x", "--max-new-tokens", 1), ("verify", bundle_copy):
+        if words[0] == "verify" and not manifest:
+            continue
+        assert main([*map(str, words)]) == 2
+        said = capsys.readouterr().err
+        assert f"{bundle_copy / name} is a Git LFS pointer, not the file; fetch it: git lfs pull" in said
+        assert said.count("\n") == 1
+
+
+def test_an_image_that_is_a_pointer(demo_bundle, tmp_path, capsys) -> None:
+    (tmp_path / "cat.jpg").write_text(POINTER)
+    assert main(["run", str(demo_bundle), str(tmp_path / "cat.jpg"), "-p", "x"]) == 2
+    assert "cat.jpg is a Git LFS pointer" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_bundle(bundle_copy, tmp_path, capsys) -> None:
+    """By what they hold; nothing is to be copied or exported again."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.JPG").write_bytes(b"")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "checkpoint" / name).write_text("{}")
+    (tmp_path / "above" / "b").mkdir(parents=True)
+    (tmp_path / "above" / "b" / "config.json").write_text("{}")
+    for name, said in {
+        "empty": "it is empty",
+        "photos": "it holds images: name the bundle first, then the images",
+        "weights": "copy config.json and the tokenizer's files beside the weights",
+        "checkpoint": f"is a checkpoint, not a bundle; make a bundle with: lfm-edge export {tmp_path}/checkpoint -o",
+        "above": f"did you mean {tmp_path}/above/b?",
+    }.items():
+        for command in ("plan", "doctor"):
+            assert main([command, str(tmp_path / name)]) in (1, 2)
+            told = capsys.readouterr()
+            assert said in told.err + told.out, (name, command)
+    assert main(["run", str(bundle_copy / "onnx"), "-p", "What?", "--max-new-tokens", "1", "--quiet"]) == 0

@@ -349,7 +349,7 @@ def test_chat_answers_each_line(demo_bundle, drawing, capsys, monkeypatch) -> No
 
 BAD = {
     "no bundle": (["run", "nowhere", "-p", "x"], "is not a folder"),
-    "not a bundle": (["run", "{tmp}", "-p", "x"], "config.json is missing"),
+    "not a bundle": (["run", "{tmp}", "-p", "x"], "it has no manifest.json and no config.json"),
     "no image": (["run", "{bundle}", "nope.png", "-p", "x"], "does not exist"),
     "not an image": (["run", "{bundle}", "{bundle}/manifest.json", "-p", "x"], "not a readable image"),
     "variant": (["run", "{bundle}", "-p", "x", "--variant", "int4"], "no variant 'int4'; it has fp32"),

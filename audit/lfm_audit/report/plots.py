@@ -337,7 +337,7 @@ def _panels(rows: int, height: float, columns: int = 1) -> tuple[Figure, Sequenc
 def _svg(figure: Figure, title: str) -> str:
     """To be put into a page: without XML header, with a title for those who do not see it."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)

@@ -34,6 +34,10 @@ _CLEARLY = {1: 1.25, 2: 1.10, 3: 1.05, 4: 1.03, 6: 1.0}
 """From so many rounds together on: how much slower one must have been in every one of them to be dropped."""
 
 
+_TELLING = 4
+"""Rounds from which on a difference of a few percent is told from chance."""
+
+
 _SAME_MEMORY, _SAME_KL = 1.02, 1.1
 """Less than such a factor is no difference."""
 
@@ -103,11 +107,13 @@ class Tuning:
         """Why the chosen point was chosen, in words that agree with the table."""
         best, chosen, alike = self.front()[0], self.chosen(), self._alike()
         allowed = f"KL ≤ {self.floor:g}" if self.good_enough(chosen) else "whatever its KL"
+        rounds = len(self.points[chosen].latency_ms)
+        few = f"; {rounds} rounds tell little, give it more time" if rounds < _TELLING else ""
         if len(alike) == 1:
-            return f"best by {self.objective} with {allowed}"
+            return f"best by {self.objective} with {allowed}{few}"
         among = f"of {len(alike)} points whose {self.objective} differs by no more than chance ({allowed})"
         least = "the one with the least memory" if chosen != best else "the best, which also takes the least memory"
-        return f"{among}, {least} and the settings nearest to profile {self.profile.name}"
+        return f"{among}, {least} and the settings nearest to profile {self.profile.name}{few}"
 
     def _alike(self) -> list[Point]:
         """The best for the objective, and those that chance may have put behind it."""

@@ -154,7 +154,7 @@ def load_config(folder: Path) -> Config:
             key and value.
     """
     path = folder / "config.json"
-    top = Section(path, "", read_json_object(path, CheckpointError))
+    top = Section(path, "", read_json_object(path, CheckpointError, advice="download it again"))
     model_type = top.raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(

@@ -75,7 +75,9 @@ class Adapter:
                 f"{folder} has only adapter_model.bin; load it with peft and save it again with save_pretrained, "
                 "as safetensors"
             )
-        config = read_json_object(folder / "adapter_config.json", CheckpointError)
+        config = read_json_object(
+            folder / "adapter_config.json", CheckpointError, advice="name a folder that PEFT saved"
+        )
         _check_config(folder, config)
         store = TensorStore([folder / ADAPTER_WEIGHTS])
         modules: dict[str, str] = {}

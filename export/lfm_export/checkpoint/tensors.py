@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from lfm_runtime.errors import unreadable
-from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.files import check_no_pointer, read_json_object
 from numpy.typing import NDArray
 
 from lfm_export.checkpoint.config import CheckpointError
@@ -23,7 +23,6 @@ Floats = NDArray[np.float32]
 _ITEM = {"BF16": 2, "F16": 2, "F32": 4}
 _CHUNK = 1 << 24
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} has neither model.safetensors nor model.safetensors.index.json; download the checkpoint again"
         )
-    weight_map = read_json_object(index, CheckpointError).get("weight_map")
+    weight_map = read_json_object(index, CheckpointError, advice="download the checkpoint again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
     shards = [folder / str(name) for name in sorted({str(name) for name in weight_map.values()})]
@@ -194,14 +193,11 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
-            first = f.read(len(_POINTER))
-            length = int.from_bytes(first[:8], "little")
-            f.seek(8)
+            length = int.from_bytes(f.read(8), "little")
             text = f.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
     except OSError as e:
         raise unreadable(file, e, CheckpointError, "the export needs it") from e
-    if first == _POINTER:
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
+    check_no_pointer(file, CheckpointError)
     if size < 8 or len(text) != length:
         raise damaged(f"{size} bytes, header of {length}")
     try:

@@ -45,11 +45,12 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep the numbers in the manifest."""
     from lfm_profiles import default_threads
     from lfm_runtime.commands.console import print_json
+    from lfm_runtime.engine.execution import check_threads
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.formats.files import check_output
 
     from lfm_quantize.calibrate.samples import named, read_questions
-    from lfm_quantize.cli import Printer, check_threads
+    from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
     from lfm_quantize.variant import keep_quality

@@ -95,6 +95,11 @@ class Talk:
             print_json({"question": question, "error": str(e)}) if self._json else self.say_nothing()
             print(f"lfm-edge: {e}", file=sys.stderr)
             return e.exit_code
+        except KeyboardInterrupt:
+            if len(self._chat.messages) == said:
+                kept = "; its image waits for the next question" if self._waiting else ""
+                print(f"\n[not answered, and not part of the chat{kept}]", end="", file=sys.stderr)
+            raise
         finally:
             if len(self._chat.messages) > said:
                 self._asked += [path for path, _ in self._waiting]

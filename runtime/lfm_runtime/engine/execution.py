@@ -19,6 +19,7 @@ from lfm_runtime.errors import SettingError
 
 _log = logging.getLogger(__name__)
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+_MANY_THREADS = 64  # slow on few processors, but not for minutes
 _FATAL_SEVERITY = 4  # errors are raised as well, and said once
 
 
@@ -66,12 +67,11 @@ class Execution:
                 f"{', '.join(available)}; "
                 "install an onnxruntime for the GPU, or choose another profile"
             )
-        usable = (
-            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        )
+        usable = _processors()
         threads = profile.threads or (
             len(profile.affinity) if isinstance(profile.affinity, tuple) else default_threads()
         )
+        check_threads(threads)
         if threads > len(usable):
             _log.warning(
                 "lfm-edge: %d threads on %d processors slow each other down; use fewer threads", threads, len(usable)
@@ -152,6 +152,19 @@ class Execution:
         finally:
             with suppress(OSError):
                 os.sched_setaffinity(0, before)
+
+
+def check_threads(count: int) -> int:
+    """The number of threads; SettingError where so many would only wait for each other, for minutes."""
+    most = max(_MANY_THREADS, 4 * len(_processors()))
+    if not 1 <= count <= most:
+        raise SettingError(f"threads {count} is impossible on {len(_processors())} processors; allowed: 1 to {most}")
+    return count
+
+
+def _processors() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @functools.cache

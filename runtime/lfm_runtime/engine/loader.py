@@ -21,6 +21,8 @@ from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError, OutOfMemoryError
 from lfm_runtime.formats.contract import EMBED_TOKENS, GraphSpec
+from lfm_runtime.formats.files import check_no_pointer
+from lfm_runtime.formats.onnx_file import external_files
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ def load_session(
             # Its own falling back prints, and at a run goes on silently.
             session = ort.InferenceSession(_in_utf8(path), options, providers=providers, enable_fallback=0)
     except BundleError as e:
+        for file in (path, *(path.with_name(name) for name in external_files(path))):
+            check_no_pointer(file, BundleError)
         if not (execution.on_gpu and execution.cuda_graphs and cannot_be_captured(e)):
             raise
         _log.warning("lfm-edge: %s is run without CUDA graphs: %s", path, reason(e.__cause__))

@@ -30,8 +30,7 @@ def read_json_object(
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if text.startswith("version https://git-lfs"):
-            raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
+        check_no_pointer(path, error)
         value = json.loads(text, parse_constant=_no_number)
     except OSError as e:
         if isinstance(e, FileNotFoundError) and not required:
@@ -44,6 +43,16 @@ def read_json_object(
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; {advice}")
     return value
+
+
+_POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024
+
+
+def check_no_pointer(path: Path, error: type[EdgeError]) -> None:
+    """Raise `error` where a Git LFS pointer lies in a file's place, as in a clone without git-lfs."""
+    with suppress(OSError):
+        if path.stat().st_size <= _LONGEST_POINTER and path.read_bytes().startswith(_POINTER):
+            raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
 
 
 def _no_number(name: str) -> None:

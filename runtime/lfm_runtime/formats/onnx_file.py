@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfm_runtime.errors import BundleError, unreadable
+from lfm_runtime.formats.files import check_no_pointer
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 # message → field number → message it holds
@@ -74,6 +75,7 @@ def _damage_is_ours(path: Path) -> Iterator[None]:
     except OSError as e:
         raise unreadable(path, e, BundleError, "copy the bundle again") from e
     except (IndexError, ValueError, StopIteration) as e:
+        check_no_pointer(path, BundleError)
         raise BundleError(f"{path} is not an ONNX graph, or is cut off ({e}); copy the bundle again") from e
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lfm_runtime.errors import ImageError
+from lfm_runtime.formats.files import check_no_pointer
 
 ORIENTATION = 0x0112  # in EXIF
 _WIDTH, _LENGTH, _BITS_PER_SAMPLE, _PHOTOMETRIC = 256, 257, 258, 262  # in TIFF
@@ -86,6 +87,8 @@ def open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
         head = source[:16] if isinstance(source, bytes) else _head(source)
         kind = _kind(head)
         if kind is None:
+            if not isinstance(source, bytes):
+                check_no_pointer(Path(source), ImageError)
             raise
     return _with_package(file, kind)
 

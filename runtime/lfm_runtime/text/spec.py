@@ -195,7 +195,7 @@ def compile_on_device(folder: Path) -> PromptSpec:
     Raises:
         PromptError: no tokenizer.json, or a tokenizer or template that cannot be run here.
     """
-    spec = read_json_object(folder / "tokenizer.json", PromptError)
+    spec = read_json_object(folder / "tokenizer.json", PromptError, advice="copy it from the checkpoint")
     config = read_json_object(folder / "tokenizer_config.json", PromptError, required=False)
     with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, unicode_ranges)

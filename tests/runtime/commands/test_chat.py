@@ -13,6 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from lfm_runtime.commands.cli import Parser
 
 pexpect = pytest.importorskip("pexpect")
 fdpexpect = pytest.importorskip("pexpect.fdpexpect")
@@ -127,6 +128,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(demo_bundle, image) -> None:
     terminal.prompt()
     terminal.types(CTRL_C)  # nothing was typed since: the second in a row
     assert terminal.ends() == 130
+
+
+def test_ctrl_c_before_the_answer_is_told(demo_bundle, image, monkeypatch, capsys) -> None:
+    """The question is not part of the chat, and the image is not lost."""
+    from lfm_runtime.commands import chat
+    from lfm_runtime.conversation import Chat
+    from lfm_runtime.model import Model
+
+    parser = Parser(prog="lfm-edge chat")
+    chat.add_arguments(parser)
+    talk = chat.Talk(Model.load(demo_bundle, threads=1), parser.parse_intermixed_args([str(demo_bundle), str(image)]))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Chat, "ask", interrupted)
+        talk.ask("What is in this image?")
+    assert "[not answered, and not part of the chat; its image waits for the next question]" in capsys.readouterr().err
+    assert talk.ask("What is in this image?") == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Chat, "ask", interrupted)
+        talk.ask("And now?")
+    assert "[not answered, and not part of the chat]" in capsys.readouterr().err
 
 
 def test_commands(demo_bundle, image, tmp_path) -> None:
