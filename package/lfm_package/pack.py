@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 from lfm_profiles import Profile, to_toml
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError, SettingError
-from lfm_runtime.formats.files import check_output
+from lfm_runtime.formats.files import check_output, check_room
 from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest, file_hash
 
 from lfm_package.sbom import is_bill, sbom
@@ -245,10 +245,4 @@ class _Parts(io.RawIOBase):
 def _check_space(output: Path, size: int) -> None:
     if not output.absolute().parent.is_dir():
         raise SettingError(f"{output.absolute().parent} is not a folder; make it, or write elsewhere")
-    parent = output.absolute().parent
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise BundleError(
-            f"{parent} has {free >> 20} MiB free, {output.name} takes {size >> 20}; {(size - free) >> 20} more are "
-            "needed"
-        )
+    check_room(output.absolute().parent, size, output.name, BundleError)

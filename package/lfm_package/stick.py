@@ -16,7 +16,7 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
-from lfm_runtime.formats.files import check_output
+from lfm_runtime.formats.files import check_output, check_room
 from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
@@ -193,11 +193,7 @@ def _as_tar(stick: Path, output: Path) -> None:
 def _check_space(output: Path, size: int) -> None:
     """Raise BundleError where the stick has no room, before anything is downloaded for it."""
     place = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise BundleError(
-            f"{place} has {free >> 20} MiB free, {output.name} takes {size >> 20} at least; free some space"
-        )
+    check_room(place, size, output.name, BundleError)
 
 
 def _check_like(output: Path, platform: Platform, *, signed: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.files import check_room, holds_a_model
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS
 from lfm_runtime.formats.writer import replacing
 
@@ -39,17 +41,14 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
             `folder` is as before.
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
+    if archive.is_dir():
+        raise BundleError(f"{archive} is a folder; {_what_folder(archive)}")
     try:
         entries = _looked_through(archive)
         wanted = sum(entry.size for entry in entries.values())
         parent = folder.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < wanted:
-            short = ((wanted - free) >> 20) + 1
-            raise BundleError(
-                f"{parent} has {free >> 20} MiB free, {archive} takes {wanted >> 20}; {short} more are needed"
-            )
+        check_room(parent, wanted, str(archive), BundleError)
         with replacing(folder) as new, _opened(archive) as tar:
             for name, entry in entries.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +64,15 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
     except OSError as e:
         raise BundleError(f"{archive} cannot be read: {e.strerror or e}") from e
+
+
+def _what_folder(folder: Path) -> str:
+    """What to do with a folder instead of unpacking it."""
+    if (folder / "stick.conf").is_file():
+        return f"install what is on the stick: sh {shlex.quote(str(folder / 'install.sh'))}"
+    if holds_a_model(folder):
+        return "a bundle in a folder needs no unpacking"
+    return "name the .tar that lfm-edge pack wrote"
 
 
 def _no_tar(archive: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
+from lfm_runtime.formats.files import check_room
 from lfm_runtime.formats.manifest import MANIFEST, Manifest, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
@@ -124,9 +124,4 @@ def check_size(folder: Path, variant: str, megabytes: float) -> None:
 def check_space(folder: Path, bundle: Bundle, start: str) -> None:
     """Raise QuantizeError without room for the work folder and the new files: a third of the weights each, roughly."""
     weights = sum(e.bytes for n, e in bundle.files.items() if n.startswith("onnx/") and n in variant_files(start))
-    free, wanted = shutil.disk_usage(folder.resolve().parent).free, int(weights * 0.7)
-    if free < wanted:
-        raise QuantizeError(
-            f"{folder.resolve().parent} has {free >> 20} MiB free, quantizing needs about {wanted >> 20}; free some "
-            "space"
-        )
+    check_room(folder.resolve().parent, int(weights * 0.7), "quantizing", QuantizeError)

@@ -17,7 +17,7 @@ from lfm_profiles import FINEST, VARIANTS, Variant
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
-from lfm_runtime.formats.files import check_no_pointer, damage_is, read_json_object
+from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
@@ -63,9 +63,9 @@ class Bundle:
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
             raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
         check_names(folder)
-        if folder.name == "onnx" and _describes(folder.resolve().parent):
+        if folder.name == "onnx" and holds_a_model(folder.resolve().parent):
             folder = folder.resolve().parent  # of the graphs in it
-        if not _describes(folder):
+        if not holds_a_model(folder):
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST} and no config.json; {_what_else(folder)}"
             )
@@ -266,11 +266,6 @@ def _nearest(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | N
 def _find(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
     names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
     return next((place / name for place in places for name in names if (place / name).exists()), None)
-
-
-def _describes(folder: Path) -> bool:
-    """Whether a folder has a file that describes a bundle."""
-    return any((folder / name).is_file() for name in (MANIFEST, "config.json"))
 
 
 def _what_else(folder: Path) -> str:

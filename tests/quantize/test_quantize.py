@@ -469,9 +469,7 @@ def test_a_refused_quantization_leaves_the_bundle_as_it_was(demo_bundle, tmp_pat
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
-    monkeypatch.setattr(
-        variant_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     assert main(["quantize", str(bundle), "--variant", "int4"]) == 2
     assert "has 1 MiB free" in capsys.readouterr().err
     assert tree(bundle) == before

@@ -18,7 +18,7 @@ from lfm_runtime import EdgeError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, unreadable
-from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.files import check_room, read_json_object
 from lfm_runtime.formats.onnx_file import external_bytes
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -242,3 +242,33 @@ def test_folders_that_are_no_bundle(bundle_copy, tmp_path, capsys) -> None:
             told = capsys.readouterr()
             assert said in told.err + told.out, (name, command)
     assert main(["run", str(bundle_copy / "onnx"), "-p", "What?", "--max-new-tokens", "1", "--quiet"]) == 0
+
+
+def test_missing_room_is_the_difference_of_the_other_figures(tmp_path, monkeypatch) -> None:
+    for free, needed in ((1, 2), (3 << 20, (3 << 20) + 1), ((5 << 20) - 1, 5 << 20), (7_654_321, 987_654_321)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        with pytest.raises(BundleError) as raised:
+            check_room(tmp_path, needed, "x", BundleError)
+        have, takes, more = map(int, re.findall(r"(\d+) MiB free, x needs (\d+): (\d+) MiB", str(raised.value))[0])
+        assert takes - have == more > 0
+        check_room(tmp_path, free, "x", BundleError)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "PHOTO", "BUNDLE", "-p", "x"], "is a bundle; name it first, then the images"),
+        (["run", "PHOTO", "-p", "x"], "is a file; give the bundle folder first"),
+        (["unpack", "BUNDLE", "-o", "out"], "a bundle in a folder needs no unpacking"),
+        (["unpack", "PHOTOS", "-o", "out"], "name the .tar that lfm-edge pack wrote"),
+        (["export", "BUNDLE", "-o", "out"], "is a bundle already, not a checkpoint"),
+        (["verify", "PHOTO"], "is not a folder; name a bundle"),
+    ],
+)
+def test_arguments_that_were_exchanged(demo_bundle, tmp_path, monkeypatch, capsys, words, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo = Path(__file__).parents[2] / "demo" / "photos" / "coffee.jpg"
+    places = {"PHOTO": photo, "PHOTOS": photo.parent, "BUNDLE": demo_bundle}
+    assert main([str(places.get(word, word)) for word in words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -153,6 +153,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
+        if (folder / "manifest.json").exists():
+            raise CheckpointError(f"{folder} is a bundle already, not a checkpoint; lfm-edge run {folder} uses it")
         found = sorted(
             path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.npz") for path in folder.glob(pattern)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import NOTE, folder_of
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec
-from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.files import check_room, to_json
 from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
 
@@ -40,13 +39,7 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
             f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later"
         )
     place = folder_of(bundle.folder) / source.stem
-    wanted = space_needed(source)
-    free = shutil.disk_usage(bundle.folder.resolve().parent).free
-    if free < wanted:
-        raise BundleError(
-            f"not enough disk space beside {bundle.folder}: {free >> 20} MiB are free, preparing {source.name} "
-            f"needs {wanted >> 20}; free some space"
-        )
+    check_room(bundle.folder.resolve().parent, space_needed(source), f"preparing {source.name}", BundleError)
     with replacing(place, check=_check_ours) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
         if not _same(unprepared, load_session(new / source.name, graph, Execution(1)), _example(graph, unprepared)):

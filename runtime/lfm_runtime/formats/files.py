@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -187,6 +188,19 @@ def _write_whole(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_room(folder: Path, needed: int, what: str, error: type[EdgeError]) -> None:
+    """Raise `error` where the disk of `folder`, which is there, has less than `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        have, takes = free >> 20, -(-needed >> 20)  # MiB, so that the third figure is the difference of the others
+        raise error(f"{folder} has {have} MiB free, {what} needs {takes}: {takes - have} MiB more; free some space")
+
+
+def holds_a_model(folder: Path) -> bool:
+    """Whether a folder has a file that describes a bundle or a checkpoint."""
+    return any((folder / name).is_file() for name in ("manifest.json", "config.json"))
 
 
 def linked_copy(folder: Path, copy: Path) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lfm_runtime.errors import ImageError
+from lfm_runtime.formats.files import holds_a_model
 from lfm_runtime.images.files import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
 from lfm_runtime.images.layout import ImageLayout, ImageSettings
 
@@ -95,7 +97,10 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     except FileNotFoundError as e:
         raise ImageError(f"{name} does not exist; check the path") from e
     except IsADirectoryError as e:
-        raise ImageError(f"{name} is a folder; name an image file") from e
+        what = (
+            "a bundle; name it first, then the images" if holds_a_model(Path(name)) else "a folder; name an image file"
+        )
+        raise ImageError(f"{name} is {what}") from e
     except PermissionError as e:
         raise ImageError(f"{name} cannot be read; check its permissions") from e
     except (

@@ -177,12 +177,9 @@ def test_two_at_once_and_one_killed(demo_bundle, demo_model, tmp_path) -> None:
 def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lfm_runtime.engine.prepare.shutil.disk_usage",
-            lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20),
-        )
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
         assert main(["prepare", str(bundle)]) == 2
-        assert ": 1 MiB are free, preparing" in capsys.readouterr().err
+        assert "has 1 MiB free, preparing" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("lfm_runtime.engine.prepare.ort.__version__", "1.22.1")
         assert main(["prepare", str(bundle)]) == 2
