@@ -132,7 +132,7 @@ class AnswerAt:
 
     at_s: float
     ttft_ms: float
-    inter_token_ms: float | None
+    inter_token_ms: Annotated[float | None, "mean of the answer"]
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,15 @@ class MachineAt:
 
 
 @dataclass(frozen=True)
+class BackgroundAt:
+    """What others used of all processors while one process was measured."""
+
+    at_s: float
+    until_s: float
+    share: float
+
+
+@dataclass(frozen=True)
 class MachineResult:
     """The machine's state while all this was measured."""
 
@@ -251,11 +260,12 @@ class MachineResult:
     peak_w: float | None
     control_group_peak_mib: Annotated[float | None, "of everything in this control group since it exists"]
     samples: tuple[MachineAt, ...]
+    background: tuple[BackgroundAt, ...] = ()  # schema 1 had none
 
 
 @dataclass(frozen=True)
 class Minute:
-    """Medians of one minute of a soak, and its highest temperature."""
+    """Medians over the answers of one minute of a soak, and its highest temperature."""
 
     minute: int
     answers: int

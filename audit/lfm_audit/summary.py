@@ -35,6 +35,7 @@ from lfm_audit.result import (
     AnswerAt,
     Answers,
     Audit,
+    BackgroundAt,
     BundleFacts,
     ImageFacts,
     LeftOut,
@@ -160,7 +161,7 @@ def _variant(measured: Measured, subject: Subject) -> VariantResult:
         prepare if isinstance(prepare, float) else None,
         None if isinstance(prepare, float) else prepare,
         Starts(_start(warm), _start(cold) if cold else None, _start(first) if first else None),
-        {name: _answers(at, warm, measured.power) for at, name in enumerate(measured.work.images)},
+        {name: _answers(at, warm, measured) for at, name in enumerate(measured.work.images)},
         _memory(warm),
         tuple(sorted({warning for r in runs for warning in r.outcome.warnings})),
     )
@@ -182,8 +183,9 @@ def _start(runs: Sequence[Run]) -> Start:
     )
 
 
-def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
+def _answers(at: int, runs: Sequence[Run], measured: Measured) -> Answers:
     """Of one image: the first answer of each process apart from those after it."""
+    power, begun = measured.power, measured.idle.states[0].at
     all_of_it = [(run, a) for run in runs for a in run.outcome.answers if a.image == at]
     later = [(run, a) for run, a in all_of_it if a.repeat > 0]
     answers = [a for _, a in later]
@@ -192,7 +194,7 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
         for run, a in later
     ]
     energy = [j for j in joules if j is not None]
-    one, begun = answers[0], runs[0].outcome.spawned
+    one = answers[0]
     decodes = one.new_tokens > 1
     prefill = [a.prompt_tokens / ms * 1e3 for a in answers if (ms := sum(a.stage_ms("prefill"))) > 0]
     return Answers(
@@ -215,7 +217,7 @@ def _answers(at: int, runs: Sequence[Run], power: Power) -> Answers:
             AnswerAt(
                 run.outcome.spawned + a.started / 1e3 - begun,
                 ttft(a),
-                statistics.median(inter_token(a)) if decodes else None,
+                ms_a_token(a),
             )
             for run, a in all_of_it
         ),
@@ -240,6 +242,12 @@ def inter_token(answer: AnswerTimes) -> list[float]:
     """Return the time from each token to the next, in ms."""
     times = answer.token_times
     return [b - a for a, b in itertools.pairwise(times)]
+
+
+def ms_a_token(answer: AnswerTimes) -> float | None:
+    """Return the mean time from a token to the next, pauses included; None for an answer of one token."""
+    steps = inter_token(answer)
+    return statistics.fmean(steps) if steps else None
 
 
 def _decode_rate(answer: AnswerTimes) -> float:
@@ -332,6 +340,9 @@ def _machine(measured: Measured, runs: Sequence[Run]) -> MachineResult:
             )
             for s in states
         ),
+        background=tuple(
+            BackgroundAt(run.watch.begun.at - first.at, run.watch.ended.at - first.at, _background(run)) for run in runs
+        ),
     )
 
 
@@ -346,9 +357,9 @@ def _soak(outcome: Outcome, watch: Watch) -> Soak:
     for minute, answers in sorted(minutes.items()):
         begin = outcome.spawned + outcome.ready_ms / 1e3 + minute * 60
         warm = [t for s in watch.states if begin <= s.at <= begin + 60 for t in s.reading.temperature_c.values()]
-        between = [ms for a in answers for ms in inter_token(a)]
+        each_answer = [ms for a in answers if (ms := ms_a_token(a)) is not None]
         ttft_ms = statistics.median(ttft(a) for a in answers)
-        each = statistics.median(between) if between else None
+        each = statistics.median(each_answer) if each_answer else None
         rows.append(Minute(minute, len(answers), ttft_ms, each, max(warm, default=None)))
     first, last = rows[0], rows[-1]
     return Soak(

@@ -330,3 +330,21 @@ def test_two_audits_alike_are_not_worse_in_bold(audit, tmp_path) -> None:
     rows = changes_table(named_audits([write(tmp_path, "a", audit), write(tmp_path, "b", other)])).rows
     assert any(row.cells[6] == "worse" for row in rows)
     assert not any(row.bad for row in rows)
+
+
+def test_background_load_is_marked_where_it_was(audit, tmp_path) -> None:
+    """Beside answers that took longer, in the same picture."""
+    pytest.importorskip("matplotlib")
+    from lfm_audit.report import plots
+
+    said = "others used more than 5% of the processors"
+
+    def evenness() -> str:
+        named = named_audits([write(tmp_path, "a", audit)])
+        return str(plots.over_time(named, all_series(named)))
+
+    spans = audit["machine"]["background"]
+    assert len(spans) == 18, "each process has its time"
+    assert said not in evenness()
+    spans[3]["share"] = spans[7]["share"] = 0.4
+    assert evenness().count(said) == 1

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lfm_audit.report.source import Named, Series, images_of
-from lfm_audit.result import MachineAt
+from lfm_audit.result import BackgroundAt, MachineAt
 from lfm_audit.tune.result import TuningResult
+from lfm_audit.verdict import MOST_BACKGROUND
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE, BLACK = (
     "#e69f00",
@@ -146,7 +147,7 @@ def starts(series: Sequence[Series]) -> str:
 @_styled
 def over_time(audits: Sequence[Named], series: Sequence[Series]) -> str:
     """Milliseconds a token in the course of the audit, a point an answer: colours tell images, markers variants.
-    Throttling is marked.
+    Throttling and background load are marked.
     """
     figure, axes = _panels(len(audits), 2.1)
     images = images_of(series)
@@ -163,6 +164,7 @@ def over_time(audits: Sequence[Named], series: Sequence[Series]) -> str:
                         *zip(*points, strict=True), marker=marker, s=11, color=colour, label=label, zorder=3 + at
                     )
         _mark_throttling(axis, named.audit.machine.samples)
+        _mark_background(axis, named.audit.machine.background)
         axis.set_ylabel("ms a token")
         axis.set_ylim(bottom=0)
         axis.set_title(named.name if len(audits) > 1 else "", loc="left")
@@ -320,6 +322,15 @@ def _part(axis: Any, row: int, left: float, ms: float, look: tuple[str, str, str
         linewidth=0.4,
         label="" if row else label,
     )
+
+
+def _mark_background(axis: Any, background: Sequence[BackgroundAt]) -> None:
+    """Shade the processes beside which others used more than a valid audit allows."""
+    label: str | None = f"others used more than {MOST_BACKGROUND:.0%} of the processors"
+    for process in background:
+        if process.share > MOST_BACKGROUND:
+            axis.axvspan(process.at_s, process.until_s, color="#bbbbbb", alpha=0.45, linewidth=0, label=label, zorder=0)
+            label = None
 
 
 def _mark_throttling(axis: Any, samples: Sequence[MachineAt]) -> None:
