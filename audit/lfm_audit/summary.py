@@ -213,14 +213,7 @@ def _answers(at: int, runs: Sequence[Run], measured: Measured) -> Answers:
         Figure.of(energy) if energy else None,
         Figure.of([j / one.new_tokens for j in energy]) if energy else None,
         tuple(sorted({a.text_sha256 for _, a in all_of_it})),
-        tuple(
-            AnswerAt(
-                run.outcome.spawned + a.started / 1e3 - begun,
-                ttft(a),
-                ms_a_token(a),
-            )
-            for run, a in all_of_it
-        ),
+        tuple(AnswerAt(run.outcome.spawned + a.started / 1e3 - begun, ttft(a), ms_a_token(a)) for run, a in all_of_it),
     )
 
 

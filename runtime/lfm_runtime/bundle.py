@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lfm_profiles import FINEST, VARIANTS, Variant
 
@@ -18,7 +19,7 @@ from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object
-from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, file_hash
+from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, ModelFacts, file_hash
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder
@@ -94,6 +95,19 @@ class Bundle:
             ImageSettings.from_folder(folder),
             GenerationSettings.from_config(generation),
         )
+
+    @cached_property
+    def facts(self) -> ModelFacts | None:
+        """Sizes of the model: the manifest's, of a hub folder config.json's; None where that does not tell them."""
+        if self.manifest:
+            return self.manifest.model
+        path = self.folder / "config.json"
+        try:
+            text = read_json_object(path, BundleError).get("text_config")
+            with damage_is(BundleError, path, "copy it from the checkpoint"):
+                return _facts(text, self.context_length)
+        except BundleError:
+            return None
 
     @property
     def files(self) -> Mapping[str, File]:
@@ -202,6 +216,17 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
     if name is None or name not in prompt.vocabulary.tokens:
         raise BundleError(f"{folder}: no file defines the end token; add eos_token_id to generation_config.json")
     return (prompt.vocabulary.tokens.index(name),)
+
+
+def _facts(text: Any, context_length: int) -> ModelFacts:
+    """Of a hub folder's text_config, in the spellings that releases have."""
+    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+    attention = text.get("full_attn_idxs") or []
+    kinds = text.get("layer_types") or [
+        "full_attention" if n in attention else "conv" for n in range(text["num_hidden_layers"])
+    ]
+    kv_heads, head_dim = int(text["num_key_value_heads"]), int(text.get("head_dim") or hidden // heads)
+    return ModelFacts(tuple(kinds), hidden, kv_heads, head_dim, 3, int(text["vocab_size"]), context_length, 0)
 
 
 def _known_variants(folder: Path, manifest: Manifest) -> dict[str, dict[str, Path]]:

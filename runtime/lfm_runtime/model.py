@@ -26,6 +26,8 @@ from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import PromptError, SettingError
+from lfm_runtime.formats.contract import VISION_ENCODER
+from lfm_runtime.formats.edges import fed
 from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, each_image, open_image
 from lfm_runtime.reply import Reply
@@ -346,7 +348,7 @@ class Model:
     def _encode_views(
         self, vision: Any, opened: OpenedImage, report: Report, tell: Callable[[], None]
     ) -> Iterator[NDArray[np.float32]]:
-        mask_type = np.int64 if _type_of(vision, "pixel_attention_mask") == "tensor(int64)" else np.int32
+        output = [str(VISION_ENCODER.output([o.name for o in vision.get_outputs()]))]
         cut = cut_views(opened.image, opened.layout, opened.settings)
         at_once = VIEWS_AT_ONCE if self.sessions.execution.on_gpu else 1
         for views in _of_one_size(opened.layout.views, at_once):
@@ -355,14 +357,12 @@ class Model:
             with report.stage("preprocess"):
                 patches = np.stack([next(cut) for _ in views])
             with report.stage("vision"):
-                (found,) = vision.run(
-                    ["image_features"],
-                    {
-                        "pixel_values": patches,
-                        "pixel_attention_mask": np.ones(patches.shape[:2], mask_type),
-                        "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
-                    },
-                )
+                feeds: dict[str, NDArray[Any]] = {
+                    "pixel_values": patches,
+                    "pixel_attention_mask": np.ones(patches.shape[:2], np.int64),
+                    "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
+                }
+                (found,) = vision.run(output, fed(vision, feeds))
             yield np.asarray(found, np.float32).reshape(sum(view.tokens for view in views), -1)
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
@@ -390,7 +390,3 @@ def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:
     for _, alike in groupby(views, lambda view: (view.rows, view.columns)):
         rest = list(alike)
         yield from (rest[i : i + most] for i in range(0, len(rest), most))
-
-
-def _type_of(session: Any, name: str) -> str:
-    return next(str(i.type) for i in session.get_inputs() if i.name == name)

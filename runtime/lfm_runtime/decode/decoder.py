@@ -10,6 +10,7 @@ from lfm_runtime.decode.device_state import DeviceLoop, DeviceState, Memory
 from lfm_runtime.decode.graphs import DecoderGraphs, DecoderSessions
 from lfm_runtime.decode.state import Snapshot, State
 from lfm_runtime.decode.states import ConcatenatedState, SharedState
+from lfm_runtime.formats.manifest import ModelFacts
 
 
 class Decoder(DecoderGraphs):
@@ -20,6 +21,7 @@ class Decoder(DecoderGraphs):
         load: Callable[[], DecoderSessions],
         path: Path,
         *,
+        facts: ModelFacts | None = None,
         shrink: bool = False,
         memory: Memory | None = None,
         longest: int = 0,
@@ -27,7 +29,7 @@ class Decoder(DecoderGraphs):
         """`memory`: of the device that the sessions compute on, where it is not this process's; `longest`: tokens it
         has positions for.
         """
-        super().__init__(load, path, shrink=shrink)
+        super().__init__(load, path, facts=facts, shrink=shrink)
         self.longest = longest
         self._memory = memory
         self._loop: DeviceLoop | None = None

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from lfm_runtime.decode.info import DecoderInfo
 from lfm_runtime.decode.state import Embeds
+from lfm_runtime.formats.contract import EMBED_TOKENS
+from lfm_runtime.formats.edges import numpy_type
+from lfm_runtime.formats.manifest import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,14 @@ class DecoderSessions:
 class DecoderGraphs:
     """The sessions and run options that all states of one decoder share."""
 
-    def __init__(self, load: Callable[[], DecoderSessions], path: Path, *, shrink: bool = False) -> None:
-        """`path`: of the decoder's graph; `shrink`: after a step of many tokens its memory goes back to the operating
-        system.
+    def __init__(
+        self, load: Callable[[], DecoderSessions], path: Path, *, facts: ModelFacts | None = None, shrink: bool = False
+    ) -> None:
+        """`path`: of the decoder's graph; `facts`: sizes that it may leave open; `shrink`: after a step of many tokens
+        its memory goes back to the operating system.
         """
         self.path = path
+        self._facts = facts
         self._load = load
         self._sessions: DecoderSessions | None = None
         self._info: DecoderInfo | None = None
@@ -47,7 +53,10 @@ class DecoderGraphs:
         """Return the sessions, which are loaded now if they are not."""
         if self._sessions is None:
             self._sessions = self._load()
-            self._info = DecoderInfo.of(self._sessions.decoder, self.path)
+            self._info = DecoderInfo.of(self._sessions.decoder, self.path, self._facts)
+            embed = self._sessions.embed
+            self._ids_type = numpy_type(embed.get_inputs()[0])
+            self._embeds = [str(EMBED_TOKENS.output([o.name for o in embed.get_outputs()]))]
         return self._sessions
 
     @property
@@ -69,7 +78,8 @@ class DecoderGraphs:
 
     def embed(self, ids: Sequence[int]) -> Embeds:
         """Return the embeddings float32 [1, tokens, H] of `ids`."""
-        (embeds,) = self.load().embed.run(["inputs_embeds"], {"input_ids": np.array([ids], np.int64)}, self.uncaptured)
+        session = self.load().embed
+        (embeds,) = session.run(self._embeds, {"input_ids": np.array([ids], self._ids_type)}, self.uncaptured)
         return np.asarray(embeds, np.float32)
 
     def embed_prompt(self, ids: Sequence[int], features: NDArray[np.float32], image_id: int) -> Embeds:

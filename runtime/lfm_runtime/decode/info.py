@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from lfm_runtime.decode.state import StateInput
 from lfm_runtime.errors import GraphContractError
-from lfm_runtime.formats.contract import CONV_WINDOW, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, present_name
+from lfm_runtime.formats.contract import (
+    CONV_WINDOW,
+    NEXT_MASK,
+    NUM_LOGITS,
+    POSITIONS,
+    TOP_IDS,
+    TOP_LOGITS,
+    present_name,
+)
+from lfm_runtime.formats.edges import numpy_type
+from lfm_runtime.formats.manifest import ModelFacts
 from lfm_runtime.formats.onnx_file import operators
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+_STATES = ("tensor(float)", "tensor(float16)", "tensor(int8)")
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,9 @@ class DecoderInfo:
     vocabulary: int
     hidden: int
     embeds_type: Any  # numpy's, of its input
-    takes_positions: bool
+    mask_type: Any  # numpy's, of attention_mask
+    positions_type: Any  # numpy's, of position_ids; None: there is no such input
+    constants: Mapping[str, NDArray[Any]]  # further inputs, the same at each step
     gives_few: bool
     """A step of a few tokens gives the logits of all of them, one of many those of the last. Of others only the last's
     are given, or all: that must be known before a step.
@@ -41,32 +55,42 @@ class DecoderInfo:
         return self.shares_kv and self.gives_windows
 
     @staticmethod
-    def of(session: ort.InferenceSession, path: Path) -> DecoderInfo:
-        """Read off a session; `path`: of the graph as it was exported, whose operators are looked at.
+    def of(session: ort.InferenceSession, path: Path, facts: ModelFacts | None = None) -> DecoderInfo:
+        """Read off a session.
+
+        Args:
+            session: of the decoder.
+            path: of the graph as it was exported, whose operators are looked at.
+            facts: sizes that a graph may leave open.
 
         Raises:
-            GraphContractError: a state without a successor or of no fixed size, or sizes that are not fixed.
+            GraphContractError: a state without a successor, an input of an unknown type, or a size that nothing tells.
         """
         inputs, outputs = ({v.name: v for v in values} for values in (session.get_inputs(), session.get_outputs()))
-        states = tuple(_state_input(i) for n, i in inputs.items() if n.startswith(("past_conv.", "past_key_values.")))
+        states = tuple(
+            _state_input(i, facts) for n, i in inputs.items() if n.startswith(("past_conv.", "past_key_values."))
+        )
         if missing := [s.name for s in states if present_name(s.name) not in outputs]:
             raise GraphContractError(
                 f"{path}: no output for the next state of {', '.join(missing)}; export the graph again"
             )
         logits, embeds = outputs["logits"], inputs["inputs_embeds"]
-        vocabulary, hidden = logits.shape[2], embeds.shape[2]
-        if not (isinstance(vocabulary, int) and isinstance(hidden, int)):
-            sizes = f"vocabulary and hidden size {vocabulary, hidden}"
-            raise GraphContractError(f"{path}: {sizes} are not fixed in the graph; export it again")
+        vocabulary = _size(logits, 2, facts, "vocabulary")
+        hidden = _size(embeds, 2, facts, "hidden")
         gives_few = logits.shape[1] == POSITIONS
         fp32_edges = (embeds.type, logits.type) == ("tensor(float)", "tensor(float)")
-        in_place = fp32_edges and "position_ids" not in inputs and "GroupQueryAttention" in operators(path)
+        mask_type, positions = numpy_type(inputs["attention_mask"]), inputs.get("position_ids")
+        constants = {n: _one_of(inputs[n]) for n in (NUM_LOGITS,) if n in inputs}
+        plain = fp32_edges and mask_type is np.int64 and positions is None and not constants
+        in_place = plain and "GroupQueryAttention" in operators(path)
         return DecoderInfo(
             states,
             vocabulary,
             hidden,
-            _NUMPY.get(embeds.type, np.float32),
-            "position_ids" in inputs,
+            numpy_type(embeds),
+            mask_type,
+            positions and numpy_type(positions),
+            constants,
             gives_few,
             in_place and (gives_few or logits.shape[1] == 1),
             any(name.startswith(CONV_WINDOW) for name in outputs),
@@ -75,17 +99,32 @@ class DecoderInfo:
         )
 
 
-def _state_input(graph_input: Any) -> StateInput:
-    if graph_input.type not in _NUMPY:
+def _size(value: Any, axis: int, facts: ModelFacts | None, name: str) -> int:
+    """Size of an axis: the graph's, or where it is a symbol there, what is known of the model."""
+    size = value.shape[axis]
+    if not isinstance(size, int):
+        size = getattr(facts, name, None)
+    if size is None:
+        raise GraphContractError(
+            f"the graph leaves axis {axis} of {value.name} open ({value.shape}), and config.json does not tell it; "
+            "copy config.json from the checkpoint"
+        )
+    return int(size)
+
+
+def _one_of(value: Any) -> NDArray[Any]:
+    """1 as an input declares it: a scalar, or a list of one."""
+    return np.ones([1] * len(value.shape), numpy_type(value))
+
+
+def _state_input(graph_input: Any, facts: ModelFacts | None) -> StateInput:
+    if graph_input.type not in _STATES:
         raise GraphContractError(
             f"state input {graph_input.name} is {graph_input.type}; float, float16 and int8 are supported"
         )
-    shape = list(graph_input.shape)
-    shape[0] = 1
-    if not graph_input.name.startswith("past_conv."):
-        shape[2] = 0
-    if not all(isinstance(n, int) for n in shape):
-        raise GraphContractError(
-            f"state input {graph_input.name} has no fixed shape ({graph_input.shape}); export the graph again"
-        )
-    return StateInput(graph_input.name, tuple(shape), _NUMPY[graph_input.type])
+    if graph_input.name.startswith("past_conv."):
+        rest = [_size(graph_input, 1, facts, "hidden"), _size(graph_input, 2, facts, "conv_kernel")]
+    else:
+        heads = _size(graph_input, 1, facts, "kv_heads")
+        rest = [heads, 0, _size(graph_input, 3, facts, "head_dim")]
+    return StateInput(graph_input.name, (1, *rest), numpy_type(graph_input))

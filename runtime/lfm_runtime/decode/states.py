@@ -236,11 +236,12 @@ class ConcatenatedState:
         new = embeds.shape[1]
         feeds: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeds.astype(self._graphs.info.embeds_type, copy=False),
-            "attention_mask": np.ones((1, self.length + new), np.int64),
+            "attention_mask": np.ones((1, self.length + new), self._graphs.info.mask_type),
+            **self._graphs.info.constants,
             **self._past,
         }
-        if self._graphs.info.takes_positions:
-            feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=np.int64)[None]
+        if kind := self._graphs.info.positions_type:
+            feeds["position_ids"] = np.arange(self.length, self.length + new, dtype=kind)[None]
         logits, *present = self._graphs.load().decoder.run(self._outputs, feeds, self._graphs.uncaptured)
         self._past = dict(zip(self._past, present, strict=True))
         self.length += new

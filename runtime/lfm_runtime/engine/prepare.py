@@ -11,12 +11,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.decode.info import DecoderInfo
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import load_session
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import NOTE, folder_of
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec
+from lfm_runtime.formats.edges import fed
 from lfm_runtime.formats.files import check_room, to_json
 from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
@@ -42,7 +44,11 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
     check_room(bundle.folder.resolve().parent, space_needed(source), f"preparing {source.name}", BundleError)
     with replacing(place, check=_check_ours) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
-        if not _same(unprepared, load_session(new / source.name, graph, Execution(1)), _example(graph, unprepared)):
+        if not _same(
+            unprepared,
+            load_session(new / source.name, graph, Execution(1)),
+            _example(bundle, source, graph, unprepared),
+        ):
             raise BundleError(
                 f"{source} gives different results when prepared with onnxruntime {ort.__version__}; it stays "
                 "unprepared"
@@ -65,26 +71,25 @@ def _check_ours(place: Path) -> None:
         raise BundleError(f"{place} was not made by lfm-edge prepare; move it away")
 
 
-def _example(graph: GraphSpec, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
+def _example(bundle: Bundle, source: Path, graph: GraphSpec, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
     """Return small inputs of the graph's names, types and ranks, for one run."""
     rng = np.random.default_rng(0)
     if graph is VISION_ENCODER:
-        mask_type = next(i.type for i in session.get_inputs() if i.name == "pixel_attention_mask")
-        return {
-            "pixel_values": rng.uniform(-1, 1, (1, 16, 768)).astype(np.float32),
-            "pixel_attention_mask": np.ones((1, 16), np.int64 if mask_type == "tensor(int64)" else np.int32),
-            "spatial_shapes": np.array([[4, 4]], np.int64),
+        values: dict[str, NDArray[Any]] = {
+            "pixel_values": rng.uniform(-1, 1, (1, 16, 768)),
+            "pixel_attention_mask": np.ones((1, 16)),
+            "spatial_shapes": np.array([[4, 4]]),
         }
-    feeds: dict[str, NDArray[Any]] = {}
-    for i in session.get_inputs():
-        kind = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(i.type, np.float32)
-        if i.name == "inputs_embeds":
-            feeds[i.name] = rng.standard_normal((1, 3, i.shape[2])).astype(kind) * 0.02
-        elif i.name in ("attention_mask", "position_ids"):
-            feeds[i.name] = np.ones((1, 3), np.int64) if i.name == "attention_mask" else np.arange(3)[None]
-        else:
-            feeds[i.name] = np.zeros([1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])], kind)
-    return feeds
+    else:
+        info = DecoderInfo.of(session, source, bundle.facts)
+        values = {
+            "inputs_embeds": rng.standard_normal((1, 3, info.hidden)) * 0.02,
+            "attention_mask": np.ones((1, 3)),
+            "position_ids": np.arange(3)[None],
+            **info.constants,
+            **{state.name: np.zeros(state.shape, state.dtype) for state in info.states},
+        }
+    return fed(session, values)
 
 
 def _same(a: ort.InferenceSession, b: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> bool:

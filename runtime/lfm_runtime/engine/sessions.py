@@ -57,6 +57,7 @@ class Sessions:
         self.decoder = Decoder(
             self._load_decoder,
             self.paths[DECODER.stem],
+            facts=bundle.facts,
             shrink=execution.low_memory and execution.arena,
             memory=OrtMemory("cuda") if execution.on_gpu else None,
             longest=bundle.context_length,

@@ -6,7 +6,7 @@ H hidden, V vocabulary, B batch, S new tokens, P past tokens, n image views, p p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
@@ -47,6 +47,10 @@ TOP_TOKENS = 64
 sampling.Top.
 """
 
+NUM_LOGITS = "num_logits_to_keep"
+"""An input of some published decoders: how many of the last positions' logits are wanted. A scalar, or a list of
+one."""
+
 KV_SCALES = "kv_scales"
 """In the metadata of a decoder whose past is int8: a hash of its scales. Two decoders share a past only with the same
 scales.
@@ -62,11 +66,20 @@ class GraphSpec:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
+    output_aliases: tuple[str, ...] = ()  # of the first output
+
+    def output(self, outputs: Sequence[str]) -> str | None:
+        """The first output's name in a graph with these outputs: ours, another's, or that of the only one."""
+        known = (self.outputs[0], *self.output_aliases)
+        only = outputs[0] if len(outputs) == 1 else None
+        return next((name for name in known if name in outputs), only)
 
     def check(self, path: object, inputs: Iterable[str], outputs: Iterable[str]) -> None:
         """Raise GraphContractError when a name is missing, or an input is left that nobody would feed."""
-        found_inputs, found_outputs = set(inputs), set(outputs)
-        missing = (set(self.inputs) - found_inputs) | (set(self.outputs) - found_outputs)
+        found_inputs = set(inputs)
+        missing = set(self.inputs) - found_inputs
+        if self.output(list(outputs)) is None:
+            missing.add(self.outputs[0])
         unknown = {
             name
             for name in found_inputs - set(self.inputs) - set(self.optional_inputs)
@@ -83,6 +96,7 @@ VISION_ENCODER = GraphSpec(
     ("vision_encoder", "embed_images"),
     ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # f32 [n, p, 768], i64 [n, p], i64 [n, 2] rows × cols
     ("image_features",),  # f32 [image tokens of all views, H]
+    output_aliases=("image_embeddings", "image_embeds"),
 )
 EMBED_TOKENS = GraphSpec(
     "embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",)
@@ -92,7 +106,7 @@ DECODER = GraphSpec(
     ("decoder_model_merged", "decoder", "decoder_model"),
     ("inputs_embeds", "attention_mask"),  # f32 [B, S, H], i64 [B, P + S]
     ("logits",),  # f32 [B, 1 or S, V]
-    ("position_ids",),
+    ("position_ids", NUM_LOGITS),
 )
 GRAPHS = (VISION_ENCODER, EMBED_TOKENS, DECODER)
 

@@ -152,15 +152,15 @@ class Manifest:
                     f"{path}: graphs.{name}.min_onnxruntime is {graph.min_onnxruntime!r}, not a version; export the "
                     "bundle again"
                 )
-        for name in self._used():
-            if name not in self.files:
-                raise BundleError(f"{path} gives no size and hash of {name}; copy or export the bundle again")
         for variant, found in self.quality.items():
             if not isinstance(found.get("kl", 0.0), float | int | None):
                 raise BundleError(f"{path}: quality.{variant}.kl is no number; quantize the variant again")
         for name in [*self.files, *(file for graphs in self.variants.values() for file in graphs.values())]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise BundleError(f"{path} names {name}, outside the bundle; do not use this bundle")
+        for name in self._used():
+            if name not in self.files:
+                raise BundleError(f"{path} gives no size and hash of {name}; copy or export the bundle again")
 
     def _used(self) -> Iterator[str]:
         """Files that a variant or a graph names."""

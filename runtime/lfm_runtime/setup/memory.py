@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lfm_profiles import VARIANTS, adds_int8_in_16_bits
 from lfm_profiles.variants import Number
@@ -19,7 +18,7 @@ from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec, variant_of
 from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.formats.manifest import MANIFEST, ModelFacts
+from lfm_runtime.formats.manifest import MANIFEST
 from lfm_runtime.formats.onnx_file import external_bytes
 from lfm_runtime.images.layout import ImageLayout, lay_out
 from lfm_runtime.setup.forecast import MIB, Forecast, Memory
@@ -55,22 +54,13 @@ class Shapes:
         config = read_json_object(path, BundleError)
         with damage_is(BundleError, path, "export the bundle again"):
             vision = int((config.get("vision_config") or {}).get("hidden_size", 768))
-            model = bundle.manifest.model if bundle.manifest else _facts(config["text_config"], bundle.context_length)
+        model = bundle.facts
+        if model is None:
+            raise BundleError(f"{path} does not tell the model's sizes; copy it from the checkpoint")
         attention = sum(kind == "full_attention" for kind in model.layers)
         wide = int(_WIDER * model.hidden) if model.feed_forward is None else model.feed_forward
         kv_bytes = 8 * attention * model.kv_heads * model.head_dim
         return Shapes(model.hidden, wide, vision, model.vocabulary, kv_bytes, 4 * model.context_length * model.head_dim)
-
-
-def _facts(text: dict[str, Any], context_length: int) -> ModelFacts:
-    """Of a hub folder's text_config, in the spellings that releases have."""
-    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    attention = text.get("full_attn_idxs") or []
-    kinds = text.get("layer_types") or [
-        "full_attention" if n in attention else "conv" for n in range(text["num_hidden_layers"])
-    ]
-    kv_heads, head_dim = int(text["num_key_value_heads"]), int(text.get("head_dim") or hidden // heads)
-    return ModelFacts(tuple(kinds), hidden, kv_heads, head_dim, 3, int(text["vocab_size"]), context_length, 0)
 
 
 def forecast(setup: Setup, start: Memory) -> Forecast | None:
