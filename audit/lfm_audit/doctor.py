@@ -22,6 +22,7 @@ from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.installation import REFUSE_LINKS, WITHOUT_LINKS
 from lfm_runtime.process import child_environment, last_line, python
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _IMPORT_FAILURES = (
         "the system's C++ library is too old (JetPack 5, old Ubuntu): install a newer system; JetPack 6 has it",
     ),
     ("GLIBC_", "the system's C library is too old for this wheel: install a newer system"),
-    ("No module named", "install it: pip install 'onnxruntime>=1.20,!=1.21.0'"),
+    ("No module named", "install it: pip install 'onnxruntime>=1.20,!=1.21.0,!=1.24.0,!=1.24.1'"),
     (
         "cannot open shared object file",
         "a library is missing; for a GPU wheel it is CUDA's or cuDNN's: install them, or the CPU wheel",
@@ -157,6 +158,9 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
         yield Finding("onnxruntime", "problem", f"{installed} are both installed", fix)
     else:
         yield Finding("onnxruntime", "ok", f"{installed}, providers {done.stdout.strip()}")
+    if (there := wheels.get("onnxruntime")) in REFUSE_LINKS:
+        said = f"{there} refuses weights behind a link, as in the hub's cache"
+        yield Finding("onnxruntime", "warning", said, WITHOUT_LINKS)
     if wheels.get("onnxruntime") == "1.21.0" and machine.device.machine in ("aarch64", "arm64"):
         yield Finding(
             "onnxruntime",

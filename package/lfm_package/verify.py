@@ -66,11 +66,25 @@ def _not_plain(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.rglob("*")):
         name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+        if _is_of_hub_cache(folder, path):
+            mode = path.resolve().lstat().st_mode
         if stat.S_ISLNK(mode):
             found.append(f"{name} is a link; a bundle has none: copy the file itself")
         elif not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             found.append(f"{name} is not a plain file; remove it")
     return found
+
+
+def _is_of_hub_cache(folder: Path, path: Path) -> bool:
+    """Whether a file is a link as huggingface_hub makes them: snapshots/REVISION/NAME to blobs/HASH of the same
+    repository.
+    """
+    snapshot = folder.resolve()
+    return (
+        path.is_symlink()
+        and snapshot.parent.name == "snapshots"
+        and path.resolve().parent == snapshot.parents[1] / "blobs"
+    )
 
 
 def _strangers(folder: Path, named: set[str]) -> list[str]:

@@ -80,7 +80,7 @@ VARIANTS = {
     for v in (
         Variant("fp32", ("",), "fp32", "fp32", _EXACT, 0.0),
         Variant("fp16", ("_fp16",), "fp16", "fp16", _HALF, 0.001, "fp16"),
-        Variant("int8", ("_int8", "_q8", "_quantized"), "int8", "int8", _ROUNDED, 0.01),
+        Variant("int8", ("_int8", "_q8", "_quantized", "_uint8"), "int8", "int8", _ROUNDED, 0.01),
         Variant("int4", ("_q4",), "int4", "int8", _ROUNDED, 0.1),
         Variant("int8-static", ("_int8_static",), "int8", "int8", _ROUNDED, 0.01, static=True),
         Variant("int8-kv8", ("_int8_kv8",), "int8", "int8", _ROUNDED, 0.01, keys="int8", bases=("int8",)),

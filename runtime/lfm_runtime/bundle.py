@@ -274,6 +274,12 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
         if len(found) == len(GRAPHS):
             variants[variant] = found
     if not variants:
+        if strange := sorted({path.name for place in places for path in place.glob("*decoder*.onnx")}):
+            known = ", ".join(s or "no suffix" for row in VARIANTS.values() for s in row.suffixes)
+            raise BundleError(
+                f"{folder} has {', '.join(strange)}, and no set of graphs that lfm-edge runs; it runs those with the "
+                f"suffixes {known}"
+            )
         missing = "no manifest.json, and no set of vision_encoder, embed_tokens and decoder_model_merged graphs"
         checkpoint = any(folder.glob("*.safetensors"))
         what = "a checkpoint, not a bundle" if checkpoint else f"not a bundle: {missing}"

@@ -14,6 +14,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 NAME = "lfm-edge"
+REFUSE_LINKS = ("1.24.0", "1.24.1")
+"""Releases of onnxruntime that take weights only from files, not through a link as in the hub's cache."""
+WITHOUT_LINKS = "pip install 'onnxruntime!=1.24.0,!=1.24.1'"
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w., -]*)\])?\s*([^;]*?)\s*(?:;.*?extra\s*==\s*["']([\w-]+)["'].*)?$""")
 
 

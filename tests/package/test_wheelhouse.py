@@ -23,7 +23,7 @@ OURS = Wheel(
     "0" * 64,
     (
         "numpy>=1.26",
-        "onnxruntime!=1.21.0,>=1.20",
+        "onnxruntime!=1.21.0,!=1.24.0,!=1.24.1,>=1.20",
         "pillow>=10.1",
         "psutil>=5.9",
         "tomli>=2; python_version < '3.11'",

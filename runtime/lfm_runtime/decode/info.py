@@ -24,7 +24,7 @@ from lfm_runtime.formats.contract import (
 )
 from lfm_runtime.formats.edges import numpy_type
 from lfm_runtime.formats.manifest import ModelFacts
-from lfm_runtime.formats.onnx_file import operators
+from lfm_runtime.formats.onnx_file import edges_of
 
 _STATES = ("tensor(float)", "tensor(float16)", "tensor(int8)")
 
@@ -82,7 +82,8 @@ class DecoderInfo:
         mask_type, positions = numpy_type(inputs["attention_mask"]), inputs.get("position_ids")
         constants = {n: _one_of(inputs[n]) for n in (NUM_LOGITS,) if n in inputs}
         plain = fp32_edges and mask_type is np.int64 and positions is None and not constants
-        in_place = plain and "GroupQueryAttention" in operators(path)
+        kept = {name for s in states if not s.is_conv for name in (s.name, present_name(s.name))}
+        in_place = plain and bool(kept) and kept <= edges_of(path, "GroupQueryAttention")  # and no cast between
         return DecoderInfo(
             states,
             vocabulary,

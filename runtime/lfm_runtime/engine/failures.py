@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state
 
+from lfm_runtime.engine.ort_release import refuses_links
 from lfm_runtime.errors import BundleError, EdgeError, OutOfMemoryError, is_out_of_memory
+from lfm_runtime.installation import WITHOUT_LINKS
 
 _IN_ITS_SOURCE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? "
@@ -35,6 +37,11 @@ def failures_are_ours(what: object) -> Iterator[None]:
             raise OutOfMemoryError(f"not enough memory for {what} ({reason(e)[:200]}); close other programs") from e
         if not is_onnxruntimes(e):
             raise
+        if "escapes model directory" in reason(e) and refuses_links():
+            raise BundleError(
+                f"{what} has its weights behind a link, which onnxruntime {ort.__version__} refuses; install another "
+                f"release: {WITHOUT_LINKS}, or copy the folder with its files: cp -rL"
+            ) from e
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "
             "--verify, or export it again"

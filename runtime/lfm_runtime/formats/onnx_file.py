@@ -136,6 +136,15 @@ def operators(path: Path, *, nested: bool = False) -> set[str]:
         return {_node(message).op_type for kind, message in found if kind == "node"}
 
 
+def edges_of(path: Path, op_type: str) -> set[str]:
+    """Names of all values that the operators of a type read or write.
+
+    Raises:
+        BundleError: see external_files.
+    """
+    return {name for node in _nodes(path) if node.op_type == op_type for name in (*node.inputs, *node.outputs)}
+
+
 def _node(message: memoryview) -> Node:
     texts: dict[int, list[str]] = {number: [] for number in (_INPUT, _OUTPUT, _NAME, _OP_TYPE)}
     for number, value in _fields(message):
