@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from cache import cached_bundle  # noqa: E402
 
 os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub but those that start one
 
 
 _BUNDLES = {"demo_bundle", "gpu_bundle"}  # fixtures behind all others that export

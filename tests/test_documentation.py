@@ -41,6 +41,7 @@ NAMES = {
     "STATIC": "static",
     "QUESTION": "What?",
     "LORA_DIR": "lora",
+    "LiquidAI/LFM2-VL-450M": "checkpoint",  # tests/export/test_hub.py
     "N": "2",
 }
 
@@ -111,8 +112,6 @@ def place(tmp_path_factory, demo_bundle) -> Path:
         (folder / "demo" / "calibration" / "images" / path.name).symlink_to(path)
     (folder / "demo" / "bundle").symlink_to(folder / "bundle")
     (folder / "checkpoint").symlink_to(ROOT / "demo" / "checkpoint")
-    (folder / "models").mkdir()
-    (folder / "models" / "LFM2-VL-450M").symlink_to(ROOT / "demo" / "checkpoint")
     for name in ("photos", "other-photos"):
         (folder / name).mkdir()
         for n in range(3):

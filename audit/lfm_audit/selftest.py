@@ -230,17 +230,8 @@ def _full_disk(on: Installed) -> str:
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         image = Path(folder) / "image.png"
         golden.golden_image().save(image)
-        words = [
-            "run",
-            str(on.folder),
-            str(image),
-            "-p",
-            golden.QUESTION,
-            "--cache",
-            str(Path(folder) / "cache"),
-            "--max-new-tokens",
-            "3",
-        ]
+        words = ["run", str(on.folder), str(image), "-p", golden.QUESTION, "--max-new-tokens", "3"]
+        words += ["--cache", str(Path(folder) / "cache")]
         done = run_command([*words, "--profile", _profile_file(on, folder)], first=full)
     if done.returncode:
         raise CheckError(

@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="folder with config.json, safetensors and tokenizer files; with --static, a bundle made with --portable",
+        help="folder with config.json, safetensors and tokenizer files, or an id of the hub: owner/name[@revision]; "
+        "with --static, a bundle made with --portable",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to"
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="weights: fp32 for CPUs, fp16 for GPUs"
     )
-    parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights, or its id"
+    )
     parser.add_argument(
         "--graphs", metavar="A,B", default="", help="write only these graphs (vision_encoder, embed_tokens, …)"
     )
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export the checkpoint, print what was written, its size and the time taken, and return 0."""
     from lfm_runtime.commands.console import print_json
+    from lfm_runtime.setup.hub import adapter_folder, checkpoint_folder
 
     from lfm_export.checkpoint.config import CheckpointError
 
@@ -56,13 +60,15 @@ def run(options: argparse.Namespace) -> int:
             raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
     from lfm_export.export import export
 
+    checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
+    adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
     started = time.perf_counter()
     progress = Printer(not options.quiet)
     warning = export(
-        options.checkpoint,
+        checkpoint,
         options.output,
         dtype=options.dtype,
-        adapter=options.adapter,
+        adapter=adapter,
         graphs=[g for g in options.graphs.split(",") if g],
         portable=options.portable,
         progress=progress,

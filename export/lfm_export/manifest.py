@@ -11,6 +11,7 @@ import onnx_ir as ir
 from lfm_runtime import __version__
 from lfm_runtime.formats.contract import GRAPHS, SCHEMA_VERSION, graph_file
 from lfm_runtime.formats.manifest import TOOL, Edge, File, GraphEntry, Manifest, ModelFacts, Source
+from lfm_runtime.setup.hub import HubId
 
 from lfm_export.builder import GraphBuilder
 from lfm_export.checkpoint.checkpoint import Checkpoint
@@ -70,10 +71,10 @@ def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: li
         {"name": TOOL, "version": __version__, "onnx_ir": ir.__version__, **exported.tools},
         MIN_ONNXRUNTIME,
         Source(
-            checkpoint.folder.resolve().name,
-            _revision(checkpoint.folder),
+            _name(checkpoint.folder),
+            hub.revision if (hub := HubId.of_cache(checkpoint.folder)) else None,
             _license(checkpoint.folder),
-            checkpoint.adapter.folder.resolve().name if checkpoint.adapter else None,
+            _name(checkpoint.adapter.folder) if checkpoint.adapter else None,
             checkpoint.fingerprint(),
         ),
         ModelFacts(
@@ -96,10 +97,10 @@ def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: li
     )
 
 
-def _revision(folder: Path) -> str | None:
-    """The hub's commit: the snapshot folder's name in the hub cache (…/snapshots/<commit>)."""
-    resolved = folder.resolve()
-    return resolved.name if resolved.parent.name == "snapshots" else None
+def _name(folder: Path) -> str:
+    """The repository's id for a snapshot in the hub's cache, else the folder's name."""
+    found = HubId.of_cache(folder)
+    return found.name if found else folder.resolve().name
 
 
 def _license(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from lfm_runtime.bundle import Bundle, check_names
+from lfm_runtime.bundle import Bundle, check_names, in_hub_cache
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.engine.prepared import remove_damaged
@@ -48,6 +48,8 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     manifest = Manifest.read(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
+    if in_hub_cache(folder):
+        manifest = manifest.of_whole_variants(folder)
     if problems := _strangers(folder, set(manifest.files)):
         return problems
     if signers is not None:

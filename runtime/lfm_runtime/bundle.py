@@ -7,10 +7,10 @@ No onnxruntime here: a bundle can be looked at on a machine that could not run i
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lfm_profiles import FINEST, VARIANTS, Variant
@@ -71,6 +71,8 @@ class Bundle:
                 f"{folder} is not a bundle: it has no {MANIFEST} and no config.json; {_what_else(folder)}"
             )
         manifest = Manifest.read(folder)
+        if manifest and in_hub_cache(folder):
+            manifest = manifest.of_whole_variants(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
@@ -260,21 +262,35 @@ def _check_hash(path: Path, wanted: str) -> None:
         raise BundleError(f"{path} is damaged (its SHA-256 is not the manifest's); copy the bundle again")
 
 
-def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
-    """Graphs by the names hub repositories use, in onnx/ or beside config.json."""
-    places = [place for place in (folder / "onnx", folder) if place.is_dir()]
-    variants: dict[str, dict[str, Path]] = {}
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the hub's cache, where the files of other variants may not be fetched."""
+    return folder.resolve().parent.name == "snapshots"
+
+
+def find_variants(names: Collection[str]) -> dict[str, dict[str, str]]:
+    """Variant → graph stem → file, of files named as hub repositories name them, in onnx/ or beside config.json."""
+    variants: dict[str, dict[str, str]] = {}
     for variant, row in VARIANTS.items():
-        decoder = _find(places, DECODER, row)
+        decoder = _find(names, DECODER, row)
         if decoder is None:
             continue
         # Hub repositories often quantize the decoder alone: the others may have their own suffix, the nearest first.
-        rest = {graph.stem: _nearest(places, graph, row) for graph in (VISION_ENCODER, EMBED_TOKENS)}
-        found = {DECODER.stem: decoder, **{stem: path for stem, path in rest.items() if path is not None}}
+        rest = {graph.stem: _nearest(names, graph, row) for graph in (VISION_ENCODER, EMBED_TOKENS)}
+        found = {DECODER.stem: decoder, **{stem: name for stem, name in rest.items() if name is not None}}
         if len(found) == len(GRAPHS):
             variants[variant] = found
+    return variants
+
+
+def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
+    """The variants of a folder without a manifest; raises BundleError where there are none."""
+    names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx"))}
+    variants = {
+        variant: {stem: folder / name for stem, name in graphs.items()}
+        for variant, graphs in find_variants(names).items()
+    }
     if not variants:
-        if strange := sorted({path.name for place in places for path in place.glob("*decoder*.onnx")}):
+        if strange := sorted(PurePath(name).name for name in names if "decoder" in name):
             known = ", ".join(s or "no suffix" for row in VARIANTS.values() for s in row.suffixes)
             raise BundleError(
                 f"{folder} has {', '.join(strange)}, and no set of graphs that lfm-edge runs; it runs those with the "
@@ -288,15 +304,20 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _nearest(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
+def _nearest(names: Collection[str], graph: GraphSpec, variant: Variant) -> str | None:
     others = ("fp16", "fp32", "int8", "int4") if variant.activations == "fp16" else ("int8", "fp16", "fp32", "int4")
     rows = [variant, *(VARIANTS[name] for name in others)]
-    return next((path for row in rows if (path := _find(places, graph, row)) is not None), None)
+    return next((name for row in rows if (name := _find(names, graph, row)) is not None), None)
 
 
-def _find(places: list[Path], graph: GraphSpec, variant: Variant) -> Path | None:
-    names = [f"{name}{suffix}.onnx" for suffix in variant.suffixes for name in graph.aliases]
-    return next((place / name for place in places for name in names if (place / name).exists()), None)
+def _find(names: Collection[str], graph: GraphSpec, variant: Variant) -> str | None:
+    wanted = [
+        f"{place}{name}{suffix}.onnx"
+        for place in ("onnx/", "")
+        for suffix in variant.suffixes
+        for name in graph.aliases
+    ]
+    return next((name for name in wanted if name in names), None)
 
 
 def _what_else(folder: Path) -> str:
@@ -316,10 +337,8 @@ def _what_else(folder: Path) -> str:
 def _how_to_get(folder: Path) -> str:
     """What to do about a bundle that is not there; `owner/name` is a checkpoint of the hub."""
     if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir():
-        name = folder.name
         return (
-            f"if it is a checkpoint of the hub: hf download {folder} --local-dir {name}, then lfm-edge export {name} "
-            "-o bundle"
+            f"if it is an id of the hub: lfm-edge run {folder}, or for a checkpoint lfm-edge export {folder} -o bundle"
         )
     return f"make a bundle with: lfm-edge export CHECKPOINT -o {folder}"
 

@@ -328,7 +328,10 @@ def test_an_onnxruntime_that_refuses_links_is_named(monkeypatch) -> None:
 
     said = 'External data path: "x.onnx_data" escapes model directory: "/a/onnx"'
     monkeypatch.setattr(failures, "refuses_links", lambda: True)
-    with pytest.raises(
-        BundleError, match=r"weights behind a link.*pip install 'onnxruntime!=1\.24\.0,!=1\.24\.1'.*cp -rL"
-    ), failures.failures_are_ours("x.onnx"):
+    with (
+        pytest.raises(
+            BundleError, match=r"weights behind a link.*pip install 'onnxruntime!=1\.24\.0,!=1\.24\.1'.*cp -rL"
+        ),
+        failures.failures_are_ours("x.onnx"),
+    ):
         raise RuntimeException(said)

@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Export a checkpoint, quantize the variants that the board's profile uses, and write a stick. Says first how "
         "long each step takes and how much memory. The same command goes on after the last finished step."
     )
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors and tokenizer files")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="folder with config.json, safetensors and tokenizer files, or an id of the hub: owner/name[@revision]",
+    )
     add_target_arguments(parser)
     parser.add_argument("--adapter", type=Path, metavar="LORA_DIR", help="PEFT LoRA adapter to merge into the weights")
     parser.add_argument(
@@ -93,6 +97,7 @@ def _order(options: argparse.Namespace) -> Order:
     """What is to be made; everything that a later step would refuse is refused here."""
     from lfm_runtime.errors import SettingError
     from lfm_runtime.installation import install_advice
+    from lfm_runtime.setup.hub import adapter_folder, checkpoint_folder
     from lfm_runtime.setup.profile import find_profile
 
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
@@ -109,6 +114,8 @@ def _order(options: argparse.Namespace) -> Order:
     check_profile(find_profile(profile), platform)
     if options.sign:
         check_key(options.sign)
+    options.checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
+    options.adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
     for path in (*options.calibration, options.adapter, options.prompts, options.golden):
         if path is not None and not path.exists():
             raise SettingError(f"{path} does not exist; check the path")

@@ -86,7 +86,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         golden = _golden(options, find_profile("", variant=options.variant, prefill=prefill))
         return Contents([options.variant, *([prefill] if prefill else [])], None, golden)
     profile = find_profile(name, variant=options.variant, prefill=options.prefill)
-    variant, prefill = choose_variants(bundle, profile)
+    variant, prefill = choose_variants(bundle.variants, profile)
     print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""))
     if changes := departures(profile, bundle.images, bundle.generation):
         print(f"  it changes the checkpoint's settings: {', '.join(changes)}")

@@ -31,7 +31,7 @@ def _wishes(folder: Path, packed: Sequence[str], profiles: Sequence[str]) -> str
     from lfm_runtime.setup.variants import choose_variants
 
     bundle = Bundle.open(folder)
-    missed = {name: choose_variants(bundle, find_profile(name))[1] for name in profiles}
+    missed = {name: choose_variants(bundle.variants, find_profile(name))[1] for name in profiles}
     missed = {name: prefill for name, prefill in missed.items() if prefill and prefill not in packed}
     if not missed:
         return ""

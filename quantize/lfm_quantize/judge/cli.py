@@ -113,4 +113,4 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
         raise QuantizeError("--layers and --plot have no effect with --profile or image flags; leave them out")
     bundle = Bundle.open(options.bundle)
     profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
-    return choose_variant(bundle, profile), Board.of(bundle, profile)
+    return choose_variant(bundle.variants, profile), Board.of(bundle, profile)

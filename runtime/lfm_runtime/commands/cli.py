@@ -24,6 +24,8 @@ from lfm_runtime import __version__
 from lfm_runtime.errors import EdgeError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lfm_runtime.model import Model, Progress
 
 _GROUP = "lfm_edge.commands"
@@ -173,7 +175,9 @@ def _missing(point: EntryPoint, e: ModuleNotFoundError) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that answers: bundle, images, profile, settings, generation."""
-    parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
+    parser.add_argument(
+        "bundle", help="folder made by lfm-edge export, a hub repository's ONNX files, or its id: owner/name[@revision]"
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; the question is about all of them")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
@@ -299,7 +303,8 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = tuple(image_size(image, max_megapixels=most) for image in options.images)
     ask, flags = Ask(sizes, question, special), setting_flags(options)
-    setup = resolve(options.bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
+    bundle = bundle_of(options)
+    setup = resolve(bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
     for step in setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
     say = status_line(quiet=options.quiet or not sys.stderr.isatty())
@@ -308,6 +313,17 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
         return Model.of(setup, cache_folder=options.cache)
     finally:
         say("")
+
+
+def bundle_of(options: argparse.Namespace) -> str | Path:
+    """The bundle that is named: a path as it is, and the folder of an id of the hub, which is fetched."""
+    from lfm_runtime.setup.hub import HubId, bundle_folder
+    from lfm_runtime.setup.profile import find_profile
+
+    if HubId.parse(options.bundle) is None:
+        return str(options.bundle)
+    profile = find_profile(options.profile, **setting_flags(options))
+    return bundle_folder(options.bundle, profile, quiet=getattr(options, "quiet", False))
 
 
 def setting_flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lfm_runtime.commands.cli import add_setting_arguments, check_images, setting_flags
+from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, check_images, setting_flags
 from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import SettingError
 
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Say what a run will take on this machine: tiles, tokens, memory and disk; and the time, once `lfm-edge audit` "
         "has measured the variant here. Nothing is loaded."
     )
-    parser.add_argument("bundle", help="folder made by lfm-edge export, or a hub repository's ONNX files")
+    parser.add_argument(
+        "bundle", help="folder made by lfm-edge export, a hub repository's ONNX files, or its id: owner/name[@revision]"
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_images(options)
     ask = Ask(tuple(image_size(image) for image in options.images), options.prompt)
-    setup = resolve(options.bundle, options.profile, ask, **setting_flags(options))
+    setup = resolve(bundle_of(options), options.profile, ask, **setting_flags(options))
     if setup.forecast is None:
         raise SettingError(
             f"{options.bundle}: config.json does not have the model's sizes, which a plan needs; copy it from the "

@@ -32,7 +32,7 @@ def read_json_object(
     try:
         text = path.read_text(encoding="utf-8")
         check_no_pointer(path, error)
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text)
     except OSError as e:
         if isinstance(e, FileNotFoundError) and not required:
             return {}
@@ -54,10 +54,6 @@ def check_no_pointer(path: Path, error: type[EdgeError]) -> None:
     with suppress(OSError):
         if path.stat().st_size <= _LONGEST_POINTER and path.read_bytes().startswith(_POINTER):
             raise error(f"{path} is a Git LFS pointer, not the file; fetch it: git lfs pull, or hf download")
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,19 @@ class Manifest:
             golden=chosen(self.golden),
         )
 
+    def of_whole_variants(self, folder: Path) -> Manifest:
+        """Return the manifest without the variants that `folder` lacks a graph or weights of; as it is where all are
+        there, or none.
+        """
+
+        def is_there(variant: str) -> bool:
+            graphs = set(self.variants[variant].values())
+            names = graphs.union(*(self.graphs[name].data for name in graphs if name in self.graphs))
+            return all((folder / name).exists() for name in names)
+
+        there = [variant for variant in self.variants if is_there(variant)]
+        return self.only(there) if 0 < len(there) < len(self.variants) else self
+
     def with_files(self, files: Mapping[str, File]) -> Manifest:
         """Return the manifest with these files added or replaced."""
         return replace(self, files={**self.files, **files})

@@ -75,7 +75,7 @@ def _read(kind: Any, value: Any, at: str) -> Any:
     if origin is Annotated:
         return _read(inner[0], value, at)
     if kind is Any:
-        return value
+        return _finite(value, at)
     if origin in (Union, UnionType):
         return _read_union(inner, value, at)
     if origin is Literal:
@@ -128,6 +128,16 @@ def _read_dataclass(kind: Any, value: Any, at: str) -> Any:
         elif field.default is MISSING and field.default_factory is MISSING:
             raise _WrongError(f"{at + ' has no ' if at else 'it has no '}{key}")
     return kind(**found)
+
+
+def _finite(value: Any, at: str) -> Any:
+    """Anything but NaN and infinity, which Python reads as numbers and JSON does not know."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        _finite(inner, f"{at}.{key}")
+    if isinstance(value, float) and not math.isfinite(value):
+        _wrong(at, value, "a number")
+    return value
 
 
 def _wrong(at: str, value: Any, wanted: str) -> Any:

@@ -99,7 +99,7 @@ def _check_gpu(bundle: Bundle, profile: Profile) -> None:
         raise GpuError(
             f"profile {profile.name} needs a GPU: {problem}; choose another profile: --profile auto takes what fits"
         )
-    name = choose_variant(bundle, profile)
+    name = choose_variant(bundle.variants, profile)
     if not VARIANTS[name].on_gpu and not profile.is_flag("variant"):
         raise GpuError(
             f"{bundle.folder} has no variant that runs completely on a GPU, only {', '.join(bundle.variants)}; "

@@ -153,7 +153,7 @@ def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool
         SettingError: the profile or a flag cannot hold.
     """
     execution = Execution.from_profile(profile)
-    variant, prefill = choose_variants(bundle, profile)
+    variant, prefill = choose_variants(bundle.variants, profile)
     _, paths = bundle.graphs(variant)
     if prefill:
         bundle.graphs(prefill)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lfm_profiles import VARIANTS, Profile
 
 from lfm_runtime.bundle import Bundle
@@ -9,29 +11,29 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.errors import SettingError
 
 
-def choose_variants(bundle: Bundle, profile: Profile) -> tuple[str, str | None]:
-    """(variant, the one whose decoder reads prompts) that a profile comes to with this bundle.
+def choose_variants(variants: Collection[str], profile: Profile) -> tuple[str, str | None]:
+    """(variant, the one whose decoder reads prompts) that a profile comes to with a bundle's variants.
 
     Raises:
         SettingError: prefill, asked for by the user, has no effect.
     """
-    variant = choose_variant(bundle, profile)
-    return variant, _prefill(bundle, profile, variant)
+    variant = choose_variant(variants, profile)
+    return variant, _prefill(variants, profile, variant)
 
 
-def choose_variant(bundle: Bundle, profile: Profile) -> str:
+def choose_variant(variants: Collection[str], profile: Profile) -> str:
     """The one the user named; the profile's first that is there; the bundle's first."""
     if profile.is_flag("variant"):
         name = profile.variant[0]
     else:
-        name = next((v for v in profile.variant if v in bundle.variants), next(iter(bundle.variants)))
+        name = next((v for v in profile.variant if v in variants), next(iter(variants)))
     other = VARIANTS[name].int8_keys
-    if profile.kv == "int8" and other and (other in bundle.variants or profile.is_flag("kv")):
+    if profile.kv == "int8" and other and (other in variants or profile.is_flag("kv")):
         return other
     return name
 
 
-def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
+def _prefill(variants: Collection[str], profile: Profile, variant: str) -> str | None:
     """The variant whose decoder reads prompts. A profile's wish that cannot be met is none; the user's is an error."""
     name, asked = profile.prefill, profile.is_flag("prefill")
     if name in (None, "none") or profile.low_memory:
@@ -47,14 +49,14 @@ def _prefill(bundle: Bundle, profile: Profile, variant: str) -> str | None:
         if asked:
             raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
         return None
-    if row.keys == "int8" and other.int8_keys in bundle.variants:
+    if row.keys == "int8" and other.int8_keys in variants:
         other = VARIANTS[other.int8_keys or name]
-    return other.name if asked or (other.name in bundle.variants and other.shares_states_with(row)) else None
+    return other.name if asked or (other.name in variants and other.shares_states_with(row)) else None
 
 
 def unmet(bundle: Bundle, profile: Profile) -> list[str]:
     """Variants that a profile would rather use, and the bundle does not have: the best decoder, the prefill decoder."""
-    variant, prefill = choose_variants(bundle, profile)
+    variant, prefill = choose_variants(bundle.variants, profile)
     found = []
     if profile.variant and variant != profile.variant[0] and VARIANTS[variant].float_keys != profile.variant[0]:
         found.append(profile.variant[0])
