@@ -10,14 +10,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from lfm_runtime.formats.contract import (
+    BATCH,
     CONV_WINDOW,
     MANY_TOKENS,
     MAX_CONTEXT,
     NEXT_MASK,
+    PAST,
     POSITIONS,
+    TOKENS,
     TOP_IDS,
     TOP_LOGITS,
     TOP_TOKENS,
+    TOTAL,
     past_names,
     present_name,
 )
@@ -38,19 +42,19 @@ def build_embed_tokens(g: GraphBuilder, checkpoint: Checkpoint) -> ir.Value:
     """ids → embeddings; returns the table, which a tied head shares."""
     text = checkpoint.config.text
     place, shape = "text.embed_tokens.weight", [text.vocabulary, text.hidden]
-    ids = g.input("input_ids", INT64, ["batch", "tokens"])
+    ids = g.input("input_ids", INT64, [BATCH, TOKENS])
     table = g.weight(place, shape, lambda: checkpoint.chunks(place, *shape))
     embeds = g.op("Gather", table, ids, axis=0, name="text.embed_tokens")
-    g.output(g.cast(embeds, FLOAT), "inputs_embeds", FLOAT, ["batch", "tokens", text.hidden])
+    g.output(g.cast(embeds, FLOAT), "inputs_embeds", FLOAT, [BATCH, TOKENS, text.hidden])
     return table
 
 
 def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.ExternalTensor | None) -> None:
     """`head_table`: the embedding table's place when the head is tied to it and lies in a data file."""
     text = checkpoint.config.text
-    embeds = g.input("inputs_embeds", FLOAT, ["batch", "tokens", text.hidden])
-    mask = g.input("attention_mask", INT64, ["batch", "past_and_tokens"])
-    past = {name: g.input(name, g.float_type, _state_shape(name, text, "past")) for name in past_names(text.layers)}
+    embeds = g.input("inputs_embeds", FLOAT, [BATCH, TOKENS, text.hidden])
+    mask = g.input("attention_mask", INT64, [BATCH, TOTAL])
+    past = {name: g.input(name, g.float_type, _state_shape(name, text, PAST)) for name in past_names(text.layers)}
 
     # GroupQueryAttention counts: index of the last token of each row, and the total length.
     tokens = g.op("ReduceSum", mask if g.dtype == "fp32" else g.op("Cast", mask, to=int(FLOAT)), [1], keepdims=0)
@@ -78,7 +82,7 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
             )
             states = dict(zip(names, kv, strict=True))
         for name, state in states.items():
-            g.output(state, present_name(name), g.float_type, _state_shape(name, text, "past_and_tokens"))
+            g.output(state, present_name(name), g.float_type, _state_shape(name, text, TOTAL))
         if i + 1 == len(text.layers):  # beyond the last layer's state, only positions whose logits are wanted are read
             parts = {"text.read.mixed": mixed, "text.read.residual": x}
             mixed, x = (
@@ -90,10 +94,10 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
         normed, x = _add_and_norm(g, checkpoint, change, x, after)
 
     logits = _head(g, checkpoint, normed, embeds, head_table)
-    g.output(logits, "logits", FLOAT, ["batch", POSITIONS, text.vocabulary])
+    g.output(logits, "logits", FLOAT, [BATCH, POSITIONS, text.vocabulary])
     g.outputs.insert(0, g.outputs.pop())  # logits first, windows last: the model card takes outputs by position
     for name, window in windows.items():
-        g.output(window, name, g.float_type, ["batch", "kernel_and_tokens", text.hidden])
+        g.output(window, name, g.float_type, [BATCH, "kernel_and_tokens", text.hidden])
     if g.dtype == "fp16":
         _stay_on_device(g, logits, mask, text.vocabulary)
 
@@ -105,9 +109,9 @@ def _stay_on_device(g: GraphBuilder, logits: ir.Value, mask: ir.Value, vocabular
     count = min(TOP_TOKENS, vocabulary)
     values, ids = g.ops("TopK", 2, logits, [count], name="gpu.likeliest")
     there, before = g.op("Slice", mask, [0], [1], [1]), g.op("Slice", mask, [0], [-1], [1])
-    g.output(values, TOP_LOGITS, FLOAT, ["batch", POSITIONS, count])
-    g.output(ids, TOP_IDS, INT64, ["batch", POSITIONS, count])
-    g.output(g.op("Concat", there, before, axis=1), NEXT_MASK, INT64, ["batch", "past_and_tokens"])
+    g.output(values, TOP_LOGITS, FLOAT, [BATCH, POSITIONS, count])
+    g.output(ids, TOP_IDS, INT64, [BATCH, POSITIONS, count])
+    g.output(g.op("Concat", there, before, axis=1), NEXT_MASK, INT64, [BATCH, TOTAL])
 
 
 def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:
@@ -120,8 +124,8 @@ def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:
 
 def _state_shape(name: str, text: TextConfig, length: str) -> list[int | str]:
     if name.startswith("past_conv."):
-        return ["batch", text.hidden, text.kernel]
-    return ["batch", text.kv_heads, length, text.head_dim]
+        return [BATCH, text.hidden, text.kernel]
+    return [BATCH, text.kv_heads, length, text.head_dim]
 
 
 def _rms_norm(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str, width: int | None = None) -> ir.Value:

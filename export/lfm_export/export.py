@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from lfm_runtime.bundle import end_tokens
+from lfm_runtime.bundle import complete_for_clients, end_tokens
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
@@ -91,6 +91,7 @@ def export(
         else:
             entries |= _write_graphs(folder, checkpoint, dtype, wanted, progress)
         manifest_of(folder, Exported(checkpoint, dtype, image_token_id, entries, tools), old, kept).write(folder)
+        complete_for_clients(folder)
         return add_golden(folder, dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from lfm_runtime.formats.contract import BATCH, IMAGE_TOKENS, PATCHES
 
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint.checkpoint import Checkpoint
@@ -21,9 +22,9 @@ def build_vision_encoder(g: GraphBuilder, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     vision, hidden = config.vision, config.vision.hidden
     pixel_size = vision.patch * vision.patch * vision.channels
-    pixels = g.input("pixel_values", FLOAT, ["views", "patches", pixel_size])
-    mask = g.input("pixel_attention_mask", INT64, ["views", "patches"])
-    grids = g.input("spatial_shapes", INT64, ["views", 2])  # rows, cols of patches
+    pixels = g.input("pixel_values", FLOAT, [BATCH, PATCHES, pixel_size])
+    mask = g.input("pixel_attention_mask", INT64, [BATCH, PATCHES])
+    grids = g.input("spatial_shapes", INT64, [BATCH, 2])  # rows, cols of patches
 
     views = g.op("Shape", pixels, start=0, end=1)
     patches = g.op("Shape", pixels, start=1, end=2)
@@ -40,11 +41,14 @@ def build_vision_encoder(g: GraphBuilder, checkpoint: Checkpoint) -> None:
     x = g.op("Add", x, _positions(g, checkpoint, patches, heights, widths))  # [views·patches, hidden] from here on
 
     whole = g.op("Equal", g.op("ReduceMin", mask, keepdims=0), 1)  # no padding anywhere
-    key_mask = g.op("Cast", mask, to=int(ir.DataType.INT32))
+    # What padding adds to the scores, [views, 1, 1, patches]: as onnxruntime's own mask, which WebGPU does not know.
+    hidden_keys = g.op("Mul", g.op("Cast", g.op("Sub", mask, 1), to=int(g.float_type)), 10000.0)
+    padding = g.op("Unsqueeze", hidden_keys, [1, 2])
+    spread = g.op("Concat", views, [1], patches, patches, axis=0)
     normed = _layer_norm(g, checkpoint, x, "vision.encoder.layers.0.layer_norm1", hidden)
     for i in range(vision.layers):
         place = f"vision.encoder.layers.{i}"
-        attended = _attention(g, checkpoint, normed, f"{place}.self_attn", views, patches, whole, key_mask)
+        attended = _attention(g, checkpoint, normed, f"{place}.self_attn", views, patches, whole, (padding, spread))
         normed, x = _add_and_norm(g, checkpoint, attended, x, f"{place}.layer_norm2", hidden)
         wide = _linear(g, checkpoint, normed, f"{place}.mlp.fc1", hidden, vision.feed_forward)
         wide = g.op("Gelu", wide, approximate="tanh")
@@ -55,7 +59,7 @@ def build_vision_encoder(g: GraphBuilder, checkpoint: Checkpoint) -> None:
 
     tokens = _pixel_unshuffle(g, normed, views, patches, heights, widths, hidden, config.projector.factor)
     features = _projector(g, checkpoint, tokens)
-    g.output(g.cast(features, FLOAT), "image_features", FLOAT, ["image_tokens", config.text.hidden])
+    g.output(g.cast(features, FLOAT), "image_features", FLOAT, [IMAGE_TOKENS, config.text.hidden])
 
 
 def _linear(
@@ -141,9 +145,11 @@ def _attention(
     views: ir.Value,
     patches: ir.Value,
     whole: ir.Value,
-    key_mask: ir.Value,
+    padding: tuple[ir.Value, ir.Value],
 ) -> ir.Value:
-    """Multi-head self-attention on [views·patches, hidden]. The mask costs only where there is padding."""
+    """Multi-head self-attention on [views·patches, hidden]. `padding`: what is added to the scores, and the shape that
+    it is spread to; it costs only where there is padding.
+    """
     vision = checkpoint.config.vision
     hidden, names = vision.hidden, [f"{place}.{p}_proj" for p in "qkv"]
     weight = g.weight(
@@ -159,17 +165,18 @@ def _attention(
     packed = g.op("Reshape", packed, shape)  # [views, patches, 3·hidden]
     query, key, value = g.ops("Split", 3, packed, axis=2, num_outputs=3)
 
-    def attend(mask: ir.Value | None, name: str) -> ir.Value:
-        return g.op(
-            "MultiHeadAttention", query, key, value, None, mask, domain=CONTRIB, num_heads=vision.heads, name=name
-        )
+    def attend(name: str, *bias: ir.Value | None) -> ir.Value:
+        return g.op("MultiHeadAttention", query, key, value, *bias, domain=CONTRIB, num_heads=vision.heads, name=name)
+
+    def padded() -> ir.Value:
+        return attend(f"{place}.attend_masked", None, None, g.op("Expand", *padding, name=f"{place}.padding"))
 
     attended = g.op(
         "If",
         whole,
         name=f"{place}.attention",
-        then_branch=g.subgraph(f"{place}.whole", lambda: attend(None, f"{place}.attend")),
-        else_branch=g.subgraph(f"{place}.padded", lambda: attend(key_mask, f"{place}.attend_masked")),
+        then_branch=g.subgraph(f"{place}.whole", lambda: attend(f"{place}.attend")),
+        else_branch=g.subgraph(f"{place}.padded", padded),
     )
     return _linear(g, checkpoint, g.op("Reshape", attended, [-1, hidden]), f"{place}.out_proj", hidden, hidden)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from lfm_profiles import Profile, to_toml
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import Bundle, client_files
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.files import check_output, check_room
 from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest, file_hash
@@ -63,7 +63,8 @@ def pack(folder: Path, variants: Sequence[str], output: Path, extras: Extras = N
         SettingError: an output of another kind; a key that cannot sign.
     """
     manifest = reduced(folder, variants)
-    texts = {PROFILE: to_toml(extras.profile, named=True).encode()} if extras.profile else {}
+    texts = {name: text.encode() for name, text in client_files(Bundle.open(folder), manifest).items()}
+    texts |= {PROFILE: to_toml(extras.profile, named=True).encode()} if extras.profile else {}
     texts |= {name: data for name, data in extras.golden.items() if isinstance(data, bytes)}
     places = {name: path for name, path in extras.golden.items() if isinstance(path, Path)}
     manifest = manifest.with_files({n: File(path.stat().st_size, file_hash(path)) for n, path in places.items()})

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 from lfm_profiles import VARIANTS
 from lfm_runtime import __version__
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import Bundle, complete_for_clients
 from lfm_runtime.formats.manifest import Manifest, file_hash, outdated_files, recipe_file, variant_files
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
@@ -250,4 +250,4 @@ def _write(new: Path, manifest: Manifest, made: Made, run: Run, seconds: float) 
         record["other_run"] = other
     written = replace(written, quantization={**written.quantization, variant: record})
     written.write(new)
-    return written
+    return complete_for_clients(new)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,9 +17,10 @@ from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
-from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object
-from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, ModelFacts, file_hash
+from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
+from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, ModelFacts, file_hash, hashed
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder
@@ -186,6 +187,25 @@ class Bundle:
         """
         for name, wanted in self.files.items():
             _check_hash(self.folder / name, wanted.sha256)
+
+
+def client_files(bundle: Bundle, manifest: Manifest) -> dict[str, str]:
+    """Name → new text, of a bundle's files that lack what other programs look for, where it has these variants."""
+    images, usual = asdict(bundle.images), asdict(ImageSettings())
+    return clients.client_files(bundle.folder, manifest, bundle.prompt.chat.template, images, usual)
+
+
+def complete_for_clients(folder: Path) -> Manifest:
+    """Write what other programs look for into a folder whose manifest is written, and that nobody else reads yet;
+    returns its manifest with the new hashes.
+    """
+    manifest = Manifest.of(folder)
+    texts = client_files(Bundle.open(folder), manifest)
+    for name, text in texts.items():
+        write_whole(folder / name, text)  # not into the file, which an older bundle may have as well
+    manifest = manifest.with_files(hashed(folder, texts))
+    manifest.write(folder)
+    return manifest
 
 
 def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:

@@ -20,7 +20,19 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from huggingface_hub import snapshot_download
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, past_names, present_name
+from lfm_runtime.formats.contract import (
+    BATCH,
+    DECODER,
+    EMBED_TOKENS,
+    IMAGE_TOKENS,
+    PAST,
+    PATCHES,
+    TOKENS,
+    TOTAL,
+    VISION_ENCODER,
+    past_names,
+    present_name,
+)
 from optimum.exporters.onnx import OnnxConfig, export_models, onnx_export_from_model
 from optimum.utils import NormalizedConfig
 from torch import nn
@@ -133,15 +145,15 @@ class VisionEncoderConfig(_Config):
     def inputs(self) -> Axes:
         """Input names and dynamic axes, as in lfm_runtime.formats.contract."""
         return {
-            "pixel_values": {0: "views", 1: "patches"},
-            "pixel_attention_mask": {0: "views", 1: "patches"},
-            "spatial_shapes": {0: "views"},
+            "pixel_values": {0: BATCH, 1: PATCHES},
+            "pixel_attention_mask": {0: BATCH, 1: PATCHES},
+            "spatial_shapes": {0: BATCH},
         }
 
     @property
     def outputs(self) -> Axes:
         """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
-        return {"image_features": {0: "image_tokens"}}
+        return {"image_features": {0: IMAGE_TOKENS}}
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
         """Of 4 × 10 and 6 × 2 cells of the projector."""
@@ -160,12 +172,12 @@ class EmbedTokensConfig(_Config):
     @property
     def inputs(self) -> Axes:
         """Input names and dynamic axes, as in lfm_runtime.formats.contract."""
-        return {"input_ids": {0: "batch", 1: "tokens"}}
+        return {"input_ids": {0: BATCH, 1: TOKENS}}
 
     @property
     def outputs(self) -> Axes:
         """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
-        return {"inputs_embeds": {0: "batch", 1: "tokens"}}
+        return {"inputs_embeds": {0: BATCH, 1: TOKENS}}
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:
         """Return input_ids of three sequences of five tokens."""
@@ -192,19 +204,17 @@ class DecoderConfig(_Config):
     @property
     def inputs(self) -> Axes:
         """Input names as the wrapper has them, with their dynamic axes."""
-        axes: Axes = {"inputs_embeds": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "past_and_tokens"}}
+        axes: Axes = {"inputs_embeds": {0: BATCH, 1: TOKENS}, "attention_mask": {0: BATCH, 1: TOTAL}}
         for name, part in self._past.items():
-            axes[part] = {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past"}
+            axes[part] = {0: BATCH} if name.startswith("past_conv.") else {0: BATCH, 2: PAST}
         return axes
 
     @property
     def outputs(self) -> Axes:
         """Output names and dynamic axes, as in lfm_runtime.formats.contract."""
-        axes: Axes = OrderedDict({"logits": {0: "batch"}})
+        axes: Axes = OrderedDict({"logits": {0: BATCH}})
         for name in past_names(self._config.text_config.layer_types):
-            axes[present_name(name)] = (
-                {0: "batch"} if name.startswith("past_conv.") else {0: "batch", 2: "past_and_tokens"}
-            )
+            axes[present_name(name)] = {0: BATCH} if name.startswith("past_conv.") else {0: BATCH, 2: TOTAL}
         return axes
 
     def example(self, random: Callable[..., torch.Tensor]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import unreadable
-from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.contract import BATCH, DECODER, PAST, PATCHES, TOKENS, TOTAL, VISION_ENCODER
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
@@ -34,6 +34,14 @@ from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param
 from lfm_export.checkpoint.config import CheckpointError
 
 _INLINE_BYTES = 1024
+_BEFORE = {
+    BATCH: ("batch", "views"),
+    PATCHES: ("patches",),
+    TOKENS: ("tokens",),
+    PAST: ("past",),
+    TOTAL: ("past_and_tokens",),
+}
+"""What axes are called in bundles exported before 2026-12."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +113,10 @@ def _write(encoders: list[Path], decoder: Path, shape: StaticShape, factor: int,
         "spatial_shapes": np.array([[shape.rows, shape.columns]], np.int64),
     }
     for path in encoders:
-        encoder = _fixed(_load(path), {"views": 1, "patches": patches}, known)
+        encoder = _fixed(_load(path), {BATCH: 1, PATCHES: patches}, known)
         yield _save(_all_kept(encoder, patches // factor**2), work / path.name)
     for name, tokens in (("decoder_prefill", shape.prefill), ("decoder_decode", 1)):
-        sizes = {"batch": 1, "tokens": tokens, "past": shape.context - tokens, "past_and_tokens": shape.context}
+        sizes = {BATCH: 1, TOKENS: tokens, PAST: shape.context - tokens, TOTAL: shape.context}
         yield _save(_fixed(_load(decoder), sizes, {}), work / f"{name}.onnx")
 
 
@@ -130,7 +138,8 @@ def _fixed(model: onnx.ModelProto, sizes: Mapping[str, int], known: Mapping[str,
         model.graph.input.remove(next(i for i in model.graph.input if i.name == name))
         model.graph.initializer.append(numpy_helper.from_array(value, name))
     for name, size in sizes.items():
-        make_dim_param_fixed(model.graph, name, size)
+        for called in (name, *_BEFORE.get(name, ())):
+            make_dim_param_fixed(model.graph, called, size)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source.onnx", Path(folder) / "folded.onnx"
         onnx.save(model, source, save_as_external_data=True, location="source.onnx_data", size_threshold=_INLINE_BYTES)

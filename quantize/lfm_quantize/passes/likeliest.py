@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lfm_runtime.formats.contract import NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS
+from lfm_runtime.formats.contract import BATCH, NEXT_MASK, POSITIONS, TOP_IDS, TOP_LOGITS, TOP_TOKENS, TOTAL
 
 from lfm_quantize.graph import FLOAT
 from lfm_quantize.passes.nodes import constant_of, exchange, node
@@ -43,9 +43,7 @@ class Likeliest(ir.passes.InPlacePass):
         edges = zip((*likeliest.outputs, joined.outputs[0]), (FLOAT, _INT64, _INT64), strict=True)
         for value, dtype in edges:
             value.type = ir.TensorType(dtype)
-            value.shape = ir.Shape(
-                ["batch", "past_and_tokens"] if value.name == NEXT_MASK else ["batch", POSITIONS, count]
-            )
+            value.shape = ir.Shape([BATCH, TOTAL] if value.name == NEXT_MASK else [BATCH, POSITIONS, count])
             graph.outputs.append(value)
         return ir.passes.PassResult(model, modified=True)
 

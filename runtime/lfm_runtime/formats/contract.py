@@ -27,6 +27,10 @@ MANY_TOKENS = 16
 """A decoder of ours gives logits for every position of a step of fewer tokens, of the last position alone from here on.
 """
 
+BATCH, TOKENS, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+PATCHES, IMAGE_TOKENS = "num_patches", "num_image_tokens"
+"""What free axes are called: as on the hub, since transformers.js makes its first cache by these names."""
+
 POSITIONS = "positions"
 """What the logits' second axis is called in such a decoder."""
 
