@@ -52,14 +52,24 @@ fi
 } &
 transformers5=$!
 
-# Reports are looked at in a browser, and CUDA's provider is run on a recorder that g++ builds, where they are or may be installed.
+# Reports are looked at in a browser, CUDA's provider is run on a recorder that g++ builds, and bundles are read by transformers.js
+# under Node, where they are or may be installed.
 missing=()
 { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing+=(chromium)
 command -v g++ >/dev/null || missing+=(g++)
+command -v npm >/dev/null || missing+=(nodejs npm)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "== installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||
         echo "${missing[*]} could not be installed: what needs them is skipped"
+fi
+
+if command -v npm >/dev/null; then
+    mkdir -p build/node
+    if ! cmp -s tests/node/package.json build/node/package.json || [ ! -d build/node/node_modules/@huggingface/transformers ]; then
+        cp tests/node/package.json build/node/
+        ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix build/node --no-audit --no-fund --loglevel=error >build/npm.log 2>&1 || cat build/npm.log
+    fi
 fi
 
 echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6)"

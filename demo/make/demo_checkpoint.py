@@ -137,15 +137,19 @@ def _sincos(side: int, width: int) -> torch.Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
+_IMAGE_TOKENS = {
+    "image_token": "<image>",
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "image_thumbnail": "<|img_thumbnail|>",
+}
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<|startoftext|>",
     "eos_token": "<|im_end|>",
     "pad_token": "<|pad|>",
-    "image_token": "<image>",
-    "image_start_token": "<|image_start|>",
-    "image_end_token": "<|image_end|>",
-    "image_thumbnail": "<|img_thumbnail|>",
+    **_IMAGE_TOKENS,
+    "extra_special_tokens": _IMAGE_TOKENS,  # where transformers 4 looks for them
     "model_max_length": 4096,
     "add_bos_token": True,
     "clean_up_tokenization_spaces": False,
