@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         help="folder with config.json, safetensors and tokenizer files, or an id of the hub: owner/name[@revision]; "
-        "with --static, a bundle made with --portable",
+        "with --static, a bundle made with --portable; with --web, a bundle",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to"
@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--static", action="store_true", help="write a portable bundle's graphs with every shape fixed (NPU compilers)"
     )
     parser.add_argument(
+        "--web",
+        action="store_true",
+        help="write a bundle again for browsers: transformers.js with WebAssembly or WebGPU",
+    )
+    parser.add_argument(
         "--grid", metavar="RxC", help="with --static: patches of a view, rows x columns (default 32x32: 512×512 pixels)"
     )
     parser.add_argument("--prefill", type=int, metavar="N", help="with --static: tokens of a prompt step (default 128)")
@@ -53,11 +58,15 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_export.checkpoint.config import CheckpointError
 
+    if options.static or options.web:
+        _check_reads_a_bundle(options)
+    for flag in ("grid", "prefill", "context"):
+        if getattr(options, flag) is not None and not options.static:
+            raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
     if options.static:
         return _run_static(options)
-    for flag in ("grid", "prefill", "context"):
-        if getattr(options, flag) is not None:
-            raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
+    if options.web:
+        return _run_web(options)
     from lfm_export.export import export
 
     checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
@@ -87,17 +96,33 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_static(options: argparse.Namespace) -> int:
+def _check_reads_a_bundle(options: argparse.Namespace) -> None:
+    """Raise CheckpointError for flags that are about a checkpoint, or about the other of --static and --web."""
     from lfm_export.checkpoint.config import CheckpointError
 
+    what = "--web" if options.web else "--static"
     for flag, given in (
         ("portable", options.portable),
         ("dtype", options.dtype != "fp32"),
         ("adapter", options.adapter),
         ("graphs", options.graphs),
+        ("static", options.static and options.web),
     ):
         if given:
-            raise CheckpointError(f"--{flag} has no effect beside --static, which reads a bundle; leave it out")
+            raise CheckpointError(f"--{flag} has no effect beside {what}, which reads a bundle; leave it out")
+
+
+def _run_web(options: argparse.Namespace) -> int:
+    from lfm_export.web import write_web
+
+    variants = write_web(options.checkpoint, options.output)
+    if not options.quiet:
+        size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
+        print(f"{options.output}  {', '.join(variants)}  {size / 1e6:,.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _run_static(options: argparse.Namespace) -> int:
     from lfm_export.portable.static import StaticShape, write_static
 
     default = StaticShape()
