@@ -21,7 +21,7 @@ from lfm_profiles import Device, choose, this_device
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.engine import gpu_wheel
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, is_out_of_memory
 from lfm_runtime.installation import REFUSE_LINKS, WITHOUT_LINKS
 from lfm_runtime.process import child_environment, last_line, python
 
@@ -103,6 +103,10 @@ def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> 
     except EdgeError as e:
         yield Finding(check.__name__.strip("_"), "problem", str(e))
     except Exception as e:  # noqa: BLE001
+        if is_out_of_memory(e):
+            said = f"not enough memory for this check ({' '.join(str(e).split()) or type(e).__name__})"
+            yield Finding(check.__name__.strip("_"), "problem", said, "close other programs")
+            return
         yield Finding(check.__name__.strip("_"), "warning", f"this check failed ({type(e).__name__}: {e})", "report it")
 
 
@@ -307,10 +311,13 @@ def _profile(machine: Machine) -> Iterator[Finding]:
 
 
 def _bundle(machine: Machine) -> Iterator[Finding]:
+    from lfm_runtime.engine.loader import check_onnxruntime
     from lfm_runtime.setup.variants import unmet
 
     setup = _setup(machine)
     bundle = setup.bundle
+    for path in bundle.graphs_read(setup.variant, setup.prefill):
+        check_onnxruntime(bundle, path)
     size = sum(file.bytes for file in bundle.files.values())
     signed = ", signed" if (bundle.folder / "SHA256SUMS.sig").exists() else ""
     said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {setup.profile.name} takes {setup.variant}"
@@ -330,6 +337,7 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
 def _setup(machine: Machine) -> Setup:
     """Return the setup that `run` would use for the bundle on this machine."""
     from lfm_runtime import golden
+    from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
 

@@ -43,7 +43,7 @@ def build_vision_encoder(g: GraphBuilder, checkpoint: Checkpoint) -> None:
     whole = g.op("Equal", g.op("ReduceMin", mask, keepdims=0), 1)  # no padding anywhere
     # What padding adds to the scores, [views, 1, 1, patches]: as onnxruntime's own mask, which WebGPU does not know.
     hidden_keys = g.op("Mul", g.op("Cast", g.op("Sub", mask, 1), to=int(FLOAT)), np.array(10000, np.float32))
-    padding = g.op("Unsqueeze", hidden_keys, [1, 2])
+    padding = g.op("Unsqueeze", g.cast(hidden_keys, g.float_type), [1, 2])
     spread = g.op("Concat", views, [1], patches, patches, axis=0)
     normed = _layer_norm(g, checkpoint, x, "vision.encoder.layers.0.layer_norm1", hidden)
     for i in range(vision.layers):
@@ -169,8 +169,7 @@ def _attention(
         return g.op("MultiHeadAttention", query, key, value, *bias, domain=CONTRIB, num_heads=vision.heads, name=name)
 
     def padded() -> ir.Value:
-        typed = g.op("CastLike", padding[0], query)  # whatever a variant's hidden values are
-        return attend(f"{place}.attend_masked", None, None, g.op("Expand", typed, padding[1], name=f"{place}.padding"))
+        return attend(f"{place}.attend_masked", None, None, g.op("Expand", *padding, name=f"{place}.padding"))
 
     attended = g.op(
         "If",

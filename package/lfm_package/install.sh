@@ -54,8 +54,15 @@ switch() { # LINK VERSION: from one moment to the next
     sync
 }
 discard() { # a version; it does not count as one from the first moment
+    [ ! -f "$prefix/versions/$1/complete" ] || : >"$prefix/versions/$1/.lfm-edge"
     rm -f "$prefix/versions/$1/complete"
-    rm -rf "$prefix/versions/$1"
+    rm -rf "$prefix/versions/$1/venv" "$prefix/versions/$1/bundle" "$prefix/versions/$1/bundle.prepared"
+    rm -rf "$prefix/versions/$1/.bundle".* # what was left half done
+    rm -f "$prefix/versions/$1/.lfm-edge"
+    rmdir "$prefix/versions/$1" 2>/dev/null || true
+}
+is_version() { # whether this script made a folder of versions, whole or not
+    [ -f "$prefix/versions/$1/complete" ] || [ -f "$prefix/versions/$1/.lfm-edge" ]
 }
 lock() { # held until this process and what it started end
     exec 9>"$prefix/.lock"
@@ -88,8 +95,11 @@ uninstall() {
     lock
     rm -f "$prefix/current" "$prefix/previous" "$prefix/.current.new" "$prefix/.previous.new" "$prefix/bin/lfm-edge" "$prefix/signers"
     rm -f "$prefix/bin/lfm-edge-install" "$prefix/bin/.lfm-edge.new" "$prefix/bin/.lfm-edge-install.new" "$prefix/.signers.new"
-    rm -rf "$prefix/versions"
+    for folder in "$prefix"/versions/*; do
+        ! is_version "${folder##*/}" || discard "${folder##*/}"
+    done
     rm -f "$prefix/.lock" "$prefix/.lfm-edge"
+    rmdir "$prefix/versions" 2>/dev/null || true
     rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
     if [ -d "$prefix" ]; then
         say "what was installed in $prefix is removed; other files are still there"
@@ -106,6 +116,9 @@ setting() { sed -n "s/^$1=//p" "$stick/stick.conf"; }
 check_stick() { # every file, then who signed
     for file in SHA256SUMS stick.conf; do
         [ -s "$stick/$file" ] || fail "$stick/$file is missing: this is not a stick of lfm-edge, or is half copied; copy it again"
+    done
+    for number in glibc_minor need_kib; do
+        case $(setting $number) in '' | *[!0-9]* | ?????????????*) fail "$stick/stick.conf is damaged ($number); copy the stick again" ;; esac
     done
     command -v sha256sum >/dev/null 2>&1 || fail "sha256sum is missing; install coreutils"
     said=$(cd "$stick" && LC_ALL=C sha256sum -c --strict SHA256SUMS 2>&1) ||
@@ -208,7 +221,7 @@ install() {
     lock
     cd "$prefix" # nothing of the folder that this is started in may be imported
     for folder in "$prefix"/versions/*; do # what was left half done
-        [ ! -d "$folder" ] || [ -f "$folder/complete" ] || rm -rf "$folder"
+        [ -f "$folder/complete" ] || ! is_version "${folder##*/}" || discard "${folder##*/}"
     done
     before=$(version_of current)
     if [ -f "$prefix/versions/$id/complete" ]; then
@@ -227,6 +240,7 @@ install() {
         trap 'discard "$id"; fail "$id could not be installed; still installed: ${before:-nothing}"' EXIT
         trap 'exit 130' INT TERM HUP
         mkdir "$prefix/versions/$id"
+        : >"$prefix/versions/$id/.lfm-edge"
         fill "$prefix/versions/$id"
         sync
         : >"$prefix/versions/$id/complete"
@@ -247,7 +261,7 @@ install() {
     fi
     for folder in "$prefix"/versions/*; do
         kept=${folder##*/}
-        [ "$kept" = "$id" ] || [ "$kept" = "$(version_of previous)" ] || discard "$kept"
+        [ "$kept" = "$id" ] || [ "$kept" = "$(version_of previous)" ] || ! is_version "$kept" || discard "$kept"
     done
     say "try: $prefix/bin/lfm-edge run $prefix/current/bundle photo.jpg -p 'What is in this image?'"
 }

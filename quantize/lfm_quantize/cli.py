@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="judge with the image settings and the prefill decoder of this profile; default: the checkpoint's, none",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a calibrated variant by one that is not, or a full run's by --quick",
+    )
     parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -76,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.setup.profile import find_profile
 
+    from lfm_quantize.judge.quality import check_floor
     from lfm_quantize.quantize import quantize
     from lfm_quantize.settings import Settings
     from lfm_quantize.work import work_folder
@@ -91,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
         options.max_size,
         default_threads() if options.threads is None else check_threads(options.threads),
         options.quick,
+        options.force,
         find_profile(options.profile, variant=options.variant) if options.profile else None,
     )
     printer = Printer(not options.quiet)
@@ -111,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         print(quality.table())
         if other := other_run(options.bundle, options.variant):
             print(f"  {other}")
-        print(f"  {options.variant} is good enough: KL {quality.kl:.2g}, at most {settings.kl_floor():g} is allowed")
+        print(f"  {check_floor(quality, settings.kl_floor(), quick=settings.quick)}")
     elif not options.quiet:
         print(f"{options.bundle} has {options.variant} now; lfm-edge quality measures what it lost")
     return 0

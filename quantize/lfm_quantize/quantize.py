@@ -83,6 +83,7 @@ def quantize(
     source = Source.open(bundle, settings.variant)
     recipe = _recipe(settings, source) if settings.rounds() else None
     check_replaceable(folder)
+    _check_better(manifest, settings)
     check_space(folder, bundle, source.variant)
     questions = _questions(settings, warn)
 
@@ -117,6 +118,19 @@ def quantize(
                 warn(warning)
         work.finished()  # the new files are in the bundle
     return quality
+
+
+def _check_better(manifest: Manifest, settings: Settings) -> None:
+    """Raise QuantizeError where a variant that is there was made with more care than this run would take."""
+    variant, there = settings.variant, manifest.quantization.get(settings.variant, {})
+    if settings.force or not settings.rounds() or not (there.get("calibration") or {}).get("images"):
+        return
+    judged = manifest.quality.get(variant, {}).get("kl")
+    known = f"calibrated{f' and judged (KL {judged:.2g})' if isinstance(judged, float) else ''}"
+    if not settings.calibration:
+        raise QuantizeError(f"{variant} is there, {known}; name --calibration images, or replace it with --force")
+    if settings.quick and not there.get("quick", False):
+        raise QuantizeError(f"{variant} is there, {known} in full; leave --quick out, or replace it with --force")
 
 
 def _judge(folder: Path, against: str, questions: list[Question], settings: Settings, progress: Progress) -> Quality:

@@ -25,6 +25,7 @@ class Settings:
     max_size: float | None = None  # MB
     threads: int = 2
     quick: bool = False
+    force: bool = False  # replace a variant that was calibrated, or not quickly, by one that is less
     profile: Profile | None = None  # of the device whose image settings and prefill decoder it is judged with
 
     def check(self) -> None:

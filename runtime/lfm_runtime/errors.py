@@ -28,6 +28,10 @@ class PromptError(EdgeError, ValueError):
     """The tokenizer, the chat template or the conversation cannot be expressed, or does not fit the context."""
 
 
+class ContextFullError(PromptError):
+    """Prompt and answer together have more tokens than the context."""
+
+
 class SettingError(EdgeError, ValueError):
     """A setting has an impossible value, or could have no effect."""
 
@@ -46,6 +50,7 @@ _OUT_OF_MEMORY = (
     "Failed to allocate",
     "pthread_create failed",  # the stack of a thread does not fit
     "can't start new thread",
+    "failed to map segment from shared object",  # a library of a package that is imported
 )
 """How the C++ library, numpy, onnxruntime, Python and the system say it."""
 

@@ -25,7 +25,7 @@ from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
 from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.sessions import Sessions
-from lfm_runtime.errors import PromptError, SettingError
+from lfm_runtime.errors import ContextFullError, SettingError
 from lfm_runtime.formats.contract import VISION_ENCODER
 from lfm_runtime.formats.edges import fed
 from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
@@ -378,7 +378,7 @@ class Model:
     def _check_context(self, prompt: RenderedPrompt) -> None:
         limit = self.setup.context_length
         if len(prompt.ids) >= limit:
-            raise PromptError(
+            raise ContextFullError(
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), but "
                 f"prompt and answer together may have at most {limit}; shorten the text, or lower "
                 "--max-image-tokens or --max-tiles"

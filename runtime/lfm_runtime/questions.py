@@ -48,9 +48,8 @@ def read_jsonl(path: Path, folders: Sequence[Path], error: type[EdgeError] = Pro
     if not lines:
         raise error(f'{path} is empty; write one object a line: {{"image": …, "question": …}}')
     if lines[0].lstrip().startswith("["):
-        raise error(
-            f"{path} is a JSON array; write one object a line instead: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-        )
+        lines_of_it = f"jq -c '.[]' {path.name} > {path.stem}-lines.jsonl"
+        raise error(f"{path} is a JSON array; write one object a line instead: {lines_of_it}")
     return [_read(line, folders, f"{path}, line {number}", error) for number, line in enumerate(lines, 1)]
 
 
@@ -63,6 +62,8 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         raise error(
             f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
         ) from e
+    if not (isinstance(entry["question"], str) and question.strip()):
+        raise error(f"{where}: the question is empty or no text; write one, or remove the line")
     image = next((folder / name for folder in folders if (folder / name).exists()), None)
     if image is None:
         places = " or ".join(str(folder) for folder in dict.fromkeys(folders))

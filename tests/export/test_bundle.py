@@ -58,8 +58,12 @@ def test_manifest_is_true(demo_bundle) -> None:
 
 
 def test_hub_files_are_unchanged(demo_bundle) -> None:
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+    """But for what other programs look for, which is added to three of them: test_client_files.py."""
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (demo_bundle / name).read_bytes() == (DEMO / name).read_bytes()
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        before, after = (json.loads((folder / name).read_text()) for folder in (DEMO, demo_bundle))
+        assert {key: value for key, value in before.items() if key != "do_resize"}.items() <= after.items()
 
 
 def test_alignment_and_sharing(demo_bundle) -> None:
@@ -87,8 +91,9 @@ def test_fp16_beside_fp32(demo_bundle, tmp_path) -> None:
     before = tree(bundle)
     export(DEMO, bundle, dtype="fp16")
     after = tree(bundle)
-    assert {k: v for k, v in after.items() if k in before and k != "manifest.json"} == {
-        k: v for k, v in before.items() if k != "manifest.json"
+    told = ("manifest.json", "config.json")  # of both
+    assert {k: v for k, v in after.items() if k in before and k not in told} == {
+        k: v for k, v in before.items() if k not in told
     }
     assert list(json.loads((bundle / "manifest.json").read_text())["variants"]) == ["fp32", "fp16"]
     small = sum(p.stat().st_size for p in (bundle / "onnx").glob("*_fp16.onnx_data"))

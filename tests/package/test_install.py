@@ -123,12 +123,16 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
         assert (prefix / "versions" / "3.12.1").exists()
     shutil.rmtree(prefix / "versions")
     (prefix / ".lfm-edge").write_text("")
+    (prefix / "versions" / "backup").mkdir(parents=True)
+    (prefix / "versions" / "backup" / "photo.txt").write_text("mine")
+    (prefix / "versions" / "half").mkdir()
+    (prefix / "versions" / "half" / ".lfm-edge").write_text("")  # a version that was not finished
     (prefix / "photos").mkdir()
     (prefix / "photos" / "cat.jpg").write_text("")
     done = install(stick, prefix, "--uninstall")
     assert done.returncode == 0
     assert "is removed; other files are still there" in done.stdout
-    assert [p.name for p in prefix.iterdir()] == ["photos"]
+    assert sorted(p.name for p in prefix.rglob("*")) == ["backup", "cat.jpg", "photo.txt", "photos", "versions"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,8 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
         ({"machine": "aarch64", "target": "pi5"}, "this stick is for pi5 (aarch64), this machine is x86_64"),
         ({"python": "3.99"}, "is for Python 3.99, but this system has 3."),
         ({"glibc_minor": "99"}, "the wheels need 2.99"),
+        ({"glibc_minor": "x"}, "stick.conf is damaged (glibc_minor); copy the stick again"),
+        ({"need_kib": "9" * 20}, "stick.conf is damaged (need_kib)"),
         ({"need_kib": "99999999999"}, "MiB more; free some space, or name another disk"),
     ],
 )

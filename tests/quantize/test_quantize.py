@@ -7,6 +7,7 @@ import os
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,8 +87,9 @@ def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
     manifest = read_manifest(quantized)
     assert list(manifest["variants"]) == ["fp32", "fp16", "int8", "int4"]
     before = tree(demo_bundle)
-    assert {n: h for n, h in tree(quantized).items() if n in before and n != "manifest.json"} == {
-        n: h for n, h in before.items() if n != "manifest.json"
+    told = ("manifest.json", "config.json")  # of all variants
+    assert {n: h for n, h in tree(quantized).items() if n in before and n not in told} == {
+        n: h for n, h in before.items() if n not in told
     }
     for variant in ("int8", "int4", "fp16"):
         model = Model.load(quantized, variant=variant, threads=1, verify=True)
@@ -269,7 +271,7 @@ def test_the_standard_error_is_that_of_other_questions() -> None:
     assert standard_error(answers) == pytest.approx(np.std(means), rel=0.1)
     alone = [a[:1] for a in answers]
     assert standard_error(alone) == pytest.approx(np.std(np.concatenate(alone), ddof=1) / len(alone) ** 0.5, rel=1e-4)
-    assert standard_error(answers[:1]) == 0
+    assert np.isnan(standard_error(answers[:1])), "one cannot tell"
 
 
 def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> None:
@@ -280,7 +282,7 @@ def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> 
     assert main(words) == 0
     assert "run before" not in capsys.readouterr().out
     full = read_manifest(bundle)
-    assert main([*words, "--quick"]) == 0
+    assert main([*words, "--quick", "--force"]) == 0
     said = capsys.readouterr().out
     quick = read_manifest(bundle)
     of = full["quality"]["int4"]
@@ -597,3 +599,53 @@ def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
     total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
     assert total == pytest.approx(sum(right))
     assert 0 < sum(right) < len(right), "so few tokens cost some answers"
+
+
+def test_less_care_does_not_replace_more(demo_bundle, tmp_path, capsys) -> None:
+    """A variant that was calibrated is not lost to a run without images, nor a full run's to a quick one."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    made = {"calibration": {"images": 48, "questions": 48, "skipped": 0}, "quick": False}
+    manifest["quantization"], manifest["quality"] = {"int8": made}, {"int8": {"kl": 0.001}}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    words = ["quantize", str(bundle), "--variant", "int8", "--quiet"]
+    photos = ["--calibration", str(ROOT / "demo" / "photos"), "--quick"]
+    for more, says in (([], "name --calibration images, or replace it with --force"), (photos, "leave --quick out")):
+        before = tree(bundle)
+        assert main([*words, *more]) == 2
+        said = capsys.readouterr().err
+        assert "int8 is there, calibrated and judged (KL 0.001)" in said
+        assert says in said
+        assert tree(bundle) == before
+    assert main([*words, "--force"]) == 0
+
+
+def quality_of(kl: float, error: float, questions: int = 4) -> Any:
+    from lfm_quantize.judge.quality import Quality
+
+    cosines = (1.0, 1.0, 1.0)
+    return Quality("int4", "fp32", questions, questions, 9, *cosines, kl, error, 1.0, 1.0, {}, 1, 2, 4.0, [], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "questions", "said"),
+    [
+        (0.01, 0.001, 9, "is good enough: KL 0.01, at most 0.1 is allowed"),
+        (0.12, 0.03, 4, "may be good enough, 4 questions do not tell"),
+        (0.09, 0.03, 4, "may be good enough, 4 questions do not tell"),
+        (0.002, float("nan"), 1, "may be good enough, one question does not tell"),
+        (0.15, 0.01, 9, None),
+        (0.21, 0.3, 4, None),
+        (0.2, float("nan"), 1, None),
+    ],
+)
+def test_the_floor_heeds_the_error(kl, error, questions, said) -> None:
+    """What is within the standard error of the floor is neither refused nor called good."""
+    from lfm_quantize.judge.quality import check_floor
+
+    quality = quality_of(kl, error, questions)
+    if said is None:
+        with pytest.raises(GateError, match="is not good enough"):
+            check_floor(quality, 0.1)
+    else:
+        assert said in check_floor(quality, 0.1)

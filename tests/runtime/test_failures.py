@@ -50,6 +50,8 @@ CAUSES = [
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
     (OSError(errno.EIO, os.strerror(errno.EIO)), False),
     (BundleError("x is damaged"), False),
+    (ImportError("libx.so: failed to map segment from shared object"), True),
+    (ImportError("libx.so: cannot open shared object file"), False),
 ]
 
 

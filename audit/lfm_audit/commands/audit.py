@@ -112,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:
     from lfm_runtime.bundle import Bundle
+    from lfm_runtime.engine.prepared import tell_of_damage
     from lfm_runtime.images.pixels import image_size
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
@@ -121,6 +122,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
         raise SettingError("--variant has no effect beside --variants; leave one out")
+    tell_of_damage(bundle)
     question = options.prompt or QUESTION
     largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
     ask = Ask((largest,), question)

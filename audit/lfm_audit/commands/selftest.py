@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--variant", choices=tuple(VARIANTS), help="variant to test (default: the profile's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--quiet", action="store_true", help="print only what fails, and the last line")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     results = []
     for result in selftest(on):
         results.append(result)
-        if not options.json:
+        if not options.json and not (options.quiet and result.outcome != "failed"):
             word = {"ok": "ok     ", "failed": "FAILED ", "skipped": "skipped"}[result.outcome]
             print(f"{word}  {result.name:18s} {result.seconds:6.1f} s  {result.said}", flush=True)
     failed = [result.name for result in results if result.outcome == "failed"]

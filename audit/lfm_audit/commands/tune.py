@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("tuned.toml"), metavar="FILE", help="profile to write"
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     add_force_argument(parser)
     add_setting_arguments(parser)
 
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.engine.gpu_wheel import CUDA
+    from lfm_runtime.engine.prepared import tell_of_damage
     from lfm_runtime.formats.files import check_output, is_sealed, sealed, write_or_rescue
     from lfm_runtime.images.pixels import image_size
     from lfm_runtime.setup.machine import this_machine
@@ -72,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     for image in options.images:
         image_size(image)  # better now than in the first process
     bundle, device = Bundle.open(options.bundle), this_machine().device
+    tell_of_damage(bundle)
     profile = resolve(bundle, options.profile, force=True, **setting_flags(options)).profile
     if CUDA in profile.providers:
         raise SettingError(
@@ -89,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     if tuning.resume(kept):
         print(f"continuing with {len(tuning.points)} points from {kept}", file=sys.stderr)
     interrupt_on_termination()
-    progress = status_line()
+    progress = status_line(quiet=options.quiet)
     tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)
     progress("")
     print(tuning.summary())

@@ -20,11 +20,11 @@ def kl_divergence(logits: Float, other: Float) -> Float:
 def standard_error(groups: Sequence[Float]) -> float:
     """Standard error of the mean over all values of `groups`, which are drawn whole: tokens of one answer are alike.
 
-    That of a ratio of sums (Cochran 1977, Sampling Techniques, 6.3). 0 for one group: it cannot tell.
+    That of a ratio of sums (Cochran 1977, Sampling Techniques, 6.3). NaN for one group: it cannot tell.
     """
     sums, sizes = (np.array([f(g) for g in groups], np.float64) for f in (np.sum, len))
     if len(groups) < 2:
-        return 0.0
+        return float("nan")
     residuals = sums - sizes * (sums.sum() / sizes.sum())
     return float(np.sqrt(np.square(residuals).sum() * len(groups) / (len(groups) - 1)) / sizes.sum())
 

@@ -120,16 +120,22 @@ class Quality:
 
 
 def with_error(value: float, error: float) -> str:
-    """Both with as many decimals as two digits of the error take; five at least."""
+    """Both with as many decimals as two digits of the error take; five at least. NaN: the error is not known."""
+    if math.isnan(error):
+        return f"{value:.5f} ± ? (one question)"
     decimals = min(9, max(5, 1 - math.floor(math.log10(error)))) if error > 0 else 5
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> None:
-    """Raise GateError when KL or the cosines are beyond the floor; says what to try: layers to keep, or not --quick."""
+def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> str:
+    """One line: it is good enough, or so few questions do not tell. Raises GateError when the cosines are too low, or
+    KL is above the floor by more than its standard error, or above twice the floor; that says what to try: layers to
+    keep, or not --quick.
+    """
     reasons = []
-    if not quality.kl <= floor:
-        reasons.append(f"KL {quality.kl:.4g} ± {quality.kl_error:.2g} is above {floor:g}")
+    error = 0.0 if math.isnan(quality.kl_error) else quality.kl_error
+    if not (quality.kl - error <= floor and quality.kl <= 2 * floor):
+        reasons.append(f"KL {with_error(quality.kl, quality.kl_error)} is above {floor:g}")
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
@@ -144,6 +150,11 @@ def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> None:
         raise GateError(
             f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"
         )
+    allowed = f"at most {floor:g} is allowed"
+    if quality.kl + error > floor or quality.questions == 1:
+        few = f"{quality.questions} questions do" if quality.questions > 1 else "one question does"
+        return f"{quality.variant} may be good enough, {few} not tell: {allowed}; judge it with more images"
+    return f"{quality.variant} is good enough: KL {quality.kl:.2g}, {allowed}"
 
 
 def _five_digits(value: Any) -> Any:

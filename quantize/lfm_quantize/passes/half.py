@@ -7,7 +7,7 @@ values. Of a graph with 4-bit weights, all the rest becomes fp16.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 from lfm_runtime.formats.contract import CONV_WINDOW
@@ -78,9 +78,10 @@ class _Conversion:
         to = ir.DataType(n.attributes["to"].as_int()) if n.op_type == "Cast" else None
         entered = n.inputs[0] if n.inputs else None
         if not measures:
-            for i, value in enumerate(n.inputs):
-                if value is not None and (value in self.kinds or value in self.constants):
-                    n.replace_input_with(i, self._as(value, kind, n))
+            for reader in (n, *_inside(n)):  # what branches take from outside is read as well
+                for i, value in enumerate(reader.inputs):
+                    if value is not None and (value in self.kinds or value in self.constants):
+                        reader.replace_input_with(i, self._as(value, kind, n))
         others = {v for v in read if _type_of(v) is not None} - self.constants
         self.used |= dict.fromkeys(sorted(others, key=lambda v: str(v.name)))
         if to == FLOAT and entered in self.starts:  # of a graph made of an fp16 one: where hidden values entered it
@@ -129,6 +130,13 @@ class _Conversion:
             value = cast.outputs[0]
             value.shape = shape
         value.type = ir.TensorType(wanted)
+
+
+def _inside(n: ir.Node) -> Iterator[ir.Node]:
+    """The nodes of a node's branches."""
+    for attribute in n.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph()
 
 
 def _type_of(value: ir.Value) -> ir.DataType | None:

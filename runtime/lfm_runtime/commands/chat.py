@@ -6,6 +6,7 @@ import argparse
 import difflib
 import glob
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_model_arguments, add_output_arguments, answer_changes, load_model, progress_of
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.errors import ContextFullError, EdgeError, SettingError
 
 if TYPE_CHECKING:
     from lfm_runtime.model import Model, OpenedImage
@@ -26,6 +27,7 @@ HELP = """\
 /exit         end the chat; so does Ctrl-D
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next line."""
 _COMMANDS = ("/image", "/clear", "/save", "/help", "/exit")
+_WITH_FILE = ("/image", "/save")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +95,13 @@ class Talk:
                     print(piece if sys.stdin.isatty() else _on_one_line(piece), end="", flush=True)
         except EdgeError as e:
             print_json({"question": question, "error": str(e)}) if self._json else self.say_nothing()
-            print(f"lfm-edge: {e}", file=sys.stderr)
+            anew = "/clear forgets it" if sys.stdin.isatty() else "start another chat"
+            full = (
+                f"; the conversation so far takes most of them: {anew}"
+                if isinstance(e, ContextFullError) and said
+                else ""
+            )
+            print(f"lfm-edge: {e}{full}", file=sys.stderr)
             return e.exit_code
         except KeyboardInterrupt:
             if len(self._chat.messages) == said:
@@ -182,7 +190,7 @@ def _turns(talk: Talk) -> bool:
 def _do(talk: Talk, line: str) -> None:
     """Carry out a command, or ask a question. `/home/me/photo.jpg …` is a question: a command is one word."""
     word, _, rest = line.partition(" ")
-    rest = rest.strip().strip("\"'")
+    rest = _as_pasted(rest.strip())
     try:
         if not re.fullmatch(r"/[a-z?]*", word):
             talk.ask(line)
@@ -198,7 +206,7 @@ def _do(talk: Talk, line: str) -> None:
         elif word == "/help":
             print(HELP, file=sys.stderr)
         else:
-            wanted = word in ("/image", "/save")
+            wanted = word in _WITH_FILE
             meant = difflib.get_close_matches(word, _COMMANDS, 1)
             hint = f"did you mean {meant[0]}?" if meant else "see /help"
             if word in _COMMANDS:
@@ -206,6 +214,16 @@ def _do(talk: Talk, line: str) -> None:
             raise SettingError(f"{word} is not a command; {hint}")
     except EdgeError as e:
         print(f"lfm-edge: {e}", file=sys.stderr)
+
+
+def _as_pasted(text: str) -> str:
+    """A file's name without the quotes or backslashes that terminals and shells put around blanks."""
+    if Path(text).expanduser().exists():
+        return text
+    try:
+        return " ".join(shlex.split(text)) if "\\" in text or text[:1] in "\"'" else text
+    except ValueError:
+        return text.strip("\"'")
 
 
 def _read_question() -> str | None:
@@ -247,6 +265,7 @@ def _edit_lines() -> None:
             found = [f"{name}/" if Path(name).is_dir() else name for name in found]
         else:
             found = [command for command in _COMMANDS if command.startswith(line)] if line.startswith("/") else []
+            found = [f"{command} " if command in _WITH_FILE else command for command in found]
         return found[state] if state < len(found) else None
 
     readline.set_completer_delims(" ")

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         return _fail(_missing(commands[words[0]], e))
     except ImportError as e:
+        if is_out_of_memory(e):
+            return _fail(f"not enough memory to load {e.name or 'a Python package'} ({e}); close other programs")
         return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError as e:
         return _fail(
-            f"not enough memory ({e or 'Python has none left'}); close other programs, or use a machine with more"
+            f"not enough memory ({str(e) or 'Python has none left'}); close other programs, or use a machine with more"
         )
     except OSError as e:  # a file or disk failed where no better message was made
         if is_out_of_memory(e):
@@ -296,7 +298,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.images.pixels import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model
-    from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.resolve import DoesNotFitError, resolve
     from lfm_runtime.setup.setup import Ask
 
     check_images(options)
@@ -304,7 +306,10 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     sizes = tuple(image_size(image, max_megapixels=most) for image in options.images)
     ask, flags = Ask(sizes, question, special), setting_flags(options)
     bundle = bundle_of(options)
-    setup = resolve(bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
+    try:
+        setup = resolve(bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
+    except DoesNotFitError as e:
+        raise DoesNotFitError(f"{e}; --force tries all the same") from e
     for step in setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
     say = status_line(quiet=options.quiet or not sys.stderr.isatty())

@@ -73,7 +73,8 @@ def _forecast_rows(setup: Setup, forecast: Forecast, images: Sequence[str]) -> I
         thumbnail = " and a thumbnail" if image.thumbnail else ""
         tiles = f"{image.columns} × {image.rows} tiles{thumbnail}" if image.tiled else "one view"
         yield "image", f"{name}: {image.width}×{image.height}, {tiles}, {image.tokens} tokens"
-    tokens = f"{forecast.prompt_tokens} prompt ({forecast.image_tokens} image)"
+    without = "" if setup.ask.question else ", no question"
+    tokens = f"{forecast.prompt_tokens} prompt ({forecast.image_tokens} image{without})"
     yield "tokens", f"{tokens}, an answer of at most {forecast.new_tokens}"
     memory = forecast.memory
     parts = f"{memory.anonymous:.0f} anonymous, {memory.mapped:.0f} mapped files"

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VARIANT",
         help="also prepare this variant's decoder (default: the one that lfm-edge run uses for prefill)",
     )
+    parser.add_argument("--quiet", action="store_true", help="no line for each graph")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         started = time.perf_counter()
         place = prepare(bundle, graph, path)
         size = sum(file.stat().st_size for file in place.iterdir())
+        if options.quiet:
+            continue
         print(f"{path.name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     reader = f", and {prefill} for prefill," if prefill and prefill != variant else ""
     print(f"{variant}{reader} is prepared in {folder_of(options.bundle)}")

@@ -110,7 +110,8 @@ def _validate(options: argparse.Namespace) -> None:
                 print(e)
             continue
         own = sorted(key for key, who in found.origin.items() if who == found.name)
-        print(f"{name}: sets {', '.join(own) or 'nothing'}")
+        budget = ", ".join(f"{key} {value:g}" for key, value in vars(found.budget).items() if value is not None)
+        print(f"{name}: sets {', '.join(own) or 'nothing'}{f'; budget {budget}' if budget else ''}")
     if len(options.names) > 1 and wrong:
         raise SettingError(f"{len(wrong)} of {len(options.names)} files cannot be used")
     if wrong:

@@ -82,7 +82,8 @@ class Loader:
             try:
                 return load_session(found.path, graph, self.execution)
             except BundleError as e:
-                note = f"{found.path.parent} is not used: {e}"
+                why = reason(e.__cause__)[:200] if e.__cause__ else str(e)
+                note = f"{found.path.parent} is damaged, or not for this onnxruntime, and is not used ({why})"
         if note and not self._said_unprepared:  # once: what does not fit for one graph mostly does not for the others
             _log.warning("lfm-edge: %s; run: %s", note, self._advice)
             self._said_unprepared = True

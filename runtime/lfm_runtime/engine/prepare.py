@@ -41,6 +41,7 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
             f"onnxruntime {ort.__version__} cannot keep packed weights; prepare needs {_FIRST_VERSION} or later"
         )
     place = folder_of(bundle.folder) / source.stem
+    _check_ours(place)
     check_room(bundle.folder.resolve().parent, space_needed(source), f"preparing {source.name}", BundleError)
     with replacing(place, check=_check_ours) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
@@ -67,6 +68,8 @@ def space_needed(source: Path) -> int:
 
 
 def _check_ours(place: Path) -> None:
+    if place.parents[1].exists() and not place.parents[1].is_dir():
+        raise BundleError(f"{place.parents[1]} is a file; move it away: prepared graphs are written there")
     if place.exists() and not (place / NOTE).exists():
         raise BundleError(f"{place} was not made by lfm-edge prepare; move it away")
 

@@ -9,6 +9,7 @@ not fit is not used, and `find` tells why. Threads do not change the layout.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from pathlib import Path
 import onnxruntime as ort
 from lfm_profiles import cpu_features
 
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import HASHED_AT_LOAD, Bundle
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import file_hash
 
 NOTE = "prepared.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,17 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
             path = place / name
             if path.stat().st_size != wanted["bytes"]:
                 return Found(source, f"{path} is cut off and not used", damaged=True)
-            if (verify or path.suffix == ".onnx") and file_hash(path) != wanted["sha256"]:
+            if (verify or wanted["bytes"] <= HASHED_AT_LOAD) and file_hash(path) != wanted["sha256"]:
                 return Found(source, f"{path} is damaged and not used", damaged=True)
     except (BundleError, OSError, KeyError, TypeError, AttributeError) as e:
         return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})", damaged=True)
     return Found(place / source.name)
+
+
+def tell_of_damage(bundle: Bundle) -> None:
+    """Before a long measurement: remove what is damaged of all that was prepared, with a warning for each."""
+    for said in remove_damaged(bundle, [path for graphs in bundle.variants.values() for path in graphs.values()]):
+        _log.warning("lfm-edge: %s; make it again: lfm-edge prepare %s", said, bundle.folder)
 
 
 def remove_damaged(bundle: Bundle, sources: Iterable[Path]) -> list[str]:

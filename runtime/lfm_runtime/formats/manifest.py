@@ -146,6 +146,12 @@ class Manifest:
         for key in ("variants", "files"):
             if not getattr(self, key):
                 raise BundleError(f"{path} has no {key}; export the bundle again")
+        facts = self.model
+        for key in ("hidden", "kv_heads", "head_dim", "conv_kernel", "vocabulary", "context_length"):
+            if getattr(facts, key) < 1:
+                raise BundleError(f"{path}: model.{key} is {getattr(facts, key)}, allowed: 1 and above; copy it again")
+        if not facts.layers or facts.image_token_id < 0 or self.schema < 1:
+            raise BundleError(f"{path} has an impossible model or schema; copy or export the bundle again")
         for name, graph in self.graphs.items():
             if not re.fullmatch(r"\d+(\.\d+)*", graph.min_onnxruntime):
                 raise BundleError(

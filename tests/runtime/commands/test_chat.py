@@ -130,6 +130,25 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(demo_bundle, image) -> None:
     assert terminal.ends() == 130
 
 
+def test_a_full_conversation_says_what_helps(demo_bundle, capsys) -> None:
+    """The question alone is told its own length; a conversation, how it begins anew."""
+    words = [sys.executable, "-m", "lfm_runtime", "chat", str(demo_bundle), "--quiet", "--max-new-tokens", "2"]
+    asked = f"{'word ' * 300}\n" * 5
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert "the conversation so far takes most of them: start another chat" in done.stderr
+    first = subprocess.run(words, input="word " * 9000, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert "may have at most" in first.stderr
+    assert "the conversation so far" not in first.stderr
+
+
+def test_names_as_terminals_paste_them(tmp_path) -> None:
+    from lfm_runtime.commands.chat import _as_pasted
+
+    (tmp_path / "a b.png").write_bytes(b"")
+    for text in (f"{tmp_path}/a b.png", f"{tmp_path}/a\\ b.png", f"'{tmp_path}/a b.png'", f'"{tmp_path}/a b.png"'):
+        assert _as_pasted(text) == f"{tmp_path}/a b.png"
+
+
 def test_ctrl_c_before_the_answer_is_told(demo_bundle, image, monkeypatch, capsys) -> None:
     """The question is not part of the chat, and the image is not lost."""
     from lfm_runtime.commands import chat

@@ -68,6 +68,7 @@ CUDA_KERNELS = {
             "ReduceSum",
             "ReduceMin",
             "Where",
+            "Expand",
             "Shape",
         ),
         ANY,

@@ -132,7 +132,9 @@ def test_what_does_not_fit_is_not_used(prepared, demo_model, caplog, damage, say
         assert not caplog.records
 
 
-def test_bits_that_flipped_are_found_by_verify(prepared) -> None:
+def test_bits_that_flipped_are_found_by_verify(prepared, monkeypatch) -> None:
+    """Of files too large to be hashed at every load."""
+    monkeypatch.setattr("lfm_runtime.engine.prepared.HASHED_AT_LOAD", 1 << 10)
     data = decoder_place(prepared) / "decoder_model_merged.onnx_data"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -228,3 +230,29 @@ def test_cpu_features(tmp_path) -> None:
     assert not {"fpu", "nopl"} & set(cpu_features(x86))
     assert {"asimd", "asimddp", "fphp", "CPU part 0xd0b"} < set(cpu_features(arm))
     assert len(cpu_features(tmp_path / "none")) == 2
+
+
+def test_damage_anywhere_in_small_files_is_seen_at_every_load(demo_bundle, demo_model, tmp_path, caplog) -> None:
+    """Nothing is answered from it; and audits remove it before they measure."""
+    from lfm_runtime.engine.prepared import tell_of_damage
+
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    assert main(["prepare", str(bundle), "--quiet"]) == 0
+    (weights,) = folder_of(bundle).glob("decoder_model_merged/*_data")
+    data = bytearray(weights.read_bytes())
+    at = len(data) * 3 // 4
+    data[at : at + 64] = bytes(byte ^ 0xFF for byte in data[at : at + 64])
+    weights.write_bytes(data)
+    assert answer(bundle) == demo_model.answer([PICTURE], QUESTION).text()
+    assert f"{weights} is damaged and not used" in caplog.text
+    tell_of_damage(Bundle.open(bundle))
+    assert "it was removed; make it again: lfm-edge prepare" in caplog.text
+    assert not weights.exists()
+
+
+def test_a_file_where_prepared_graphs_go(demo_bundle, tmp_path, capsys) -> None:
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    (tmp_path / "bundle.prepared").write_text("mine")
+    assert main(["prepare", str(bundle)]) == 2
+    assert "bundle.prepared is a file; move it away" in capsys.readouterr().err
+    assert (tmp_path / "bundle.prepared").read_text() == "mine"
