@@ -47,7 +47,7 @@ fi
 
 # The last environment is made while the first tests run: installing leaves a core idle.
 {
-    make_environment .venv-transformers5 "$python" '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest pytest-xdist hypothesis \
+    make_environment .venv-transformers5 "$python" '.[export]' torch==2.13.0 'transformers>=5,<6' safetensors pytest pytest-xdist hypothesis onnxruntime-genai==0.18.0 \
         matplotlib && add_torchvision .venv-transformers5 && add_real_tokenizer .venv-transformers5
 } &
 transformers5=$!

@@ -20,6 +20,7 @@ from lfm_runtime.errors import BundleError
 from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
+from lfm_runtime.formats.genai import Genai
 from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, ModelFacts, file_hash, hashed
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
@@ -75,13 +76,17 @@ class Bundle:
         if manifest and in_hub_cache(folder):
             manifest = manifest.of_whole_variants(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
-        config = read_json_object(folder / "config.json", BundleError, required=manifest is None)
+        genai = None if manifest else Genai.read(folder)
+        config = read_json_object(folder / "config.json", BundleError, required=not (manifest or genai))
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
             context = min(
                 int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT
             )
-        if manifest is None:
-            variants: Mapping[str, Mapping[str, Path]] = _hub_variants(folder)
+        if genai:
+            variants: Mapping[str, Mapping[str, Path]] = {genai.variant: genai.graphs}
+            context = min(context, genai.facts.context_length)
+        elif manifest is None:
+            variants = _hub_variants(folder)
         else:
             variants = _known_variants(folder, manifest)
             context = manifest.model.context_length
@@ -104,6 +109,8 @@ class Bundle:
         """Sizes of the model: the manifest's, of a hub folder config.json's; None where that does not tell them."""
         if self.manifest:
             return self.manifest.model
+        if genai := Genai.read(self.folder):
+            return genai.facts
         path = self.folder / "config.json"
         try:
             text = read_json_object(path, BundleError).get("text_config")
@@ -234,6 +241,8 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
         if any(prompt.vocabulary.tokens[i] == image for i in ids):
             raise BundleError(f"{folder}: eos_token_id in {place} is the image token {image}; copy the file again")
         return tuple(ids)
+    if genai := Genai.read(folder):
+        return tuple(genai.eos)
     name = token_text(read_json_object(folder / "tokenizer_config.json", BundleError, required=False).get("eos_token"))
     if name is None or name not in prompt.vocabulary.tokens:
         raise BundleError(f"{folder}: no file defines the end token; add eos_token_id to generation_config.json")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +396,14 @@ def test_files_are_closed_and_further_pages_told_of(tmp_path, caplog) -> None:
     open_image(tmp_path / "two.mpo")
     open_image((tmp_path / "one.gif").read_bytes())
     assert not caplog.text
+
+
+def test_the_views_of_the_reference_processor() -> None:
+    """Rows and columns of patches for 209 sizes on half cells, where rounding decides: a table that transformers made
+    with its default settings, LFM2.5-VL's.
+    """
+    table = json.loads((Path(__file__).parent / "views.json").read_text())["views"]
+    assert len(table) == 209
+    for width, height, views in table:
+        found = [[view.rows, view.columns] for view in lay_out(width, height, ImageSettings()).views]
+        assert found == views, (width, height)

@@ -55,7 +55,13 @@ class DecoderGraphs:
             self._sessions = self._load()
             self._info = DecoderInfo.of(self._sessions.decoder, self.path, self._facts)
             embed = self._sessions.embed
-            self._ids_type = numpy_type(embed.get_inputs()[0])
+            inputs = {i.name: i for i in embed.get_inputs()}
+            self._ids_type = numpy_type(inputs["input_ids"])
+            self._no_images = {
+                name: np.empty((0, self._info.hidden), numpy_type(inputs[name]))
+                for name in EMBED_TOKENS.optional_inputs
+                if name in inputs
+            }
             self._embeds = [str(EMBED_TOKENS.output([o.name for o in embed.get_outputs()]))]
         return self._sessions
 
@@ -79,12 +85,16 @@ class DecoderGraphs:
     def embed(self, ids: Sequence[int]) -> Embeds:
         """Return the embeddings float32 [1, tokens, H] of `ids`."""
         session = self.load().embed
-        (embeds,) = session.run(self._embeds, {"input_ids": np.array([ids], self._ids_type)}, self.uncaptured)
+        (embeds,) = session.run(
+            self._embeds, {"input_ids": np.array([ids], self._ids_type), **self._no_images}, self.uncaptured
+        )
         return np.asarray(embeds, np.float32)
 
     def embed_prompt(self, ids: Sequence[int], features: NDArray[np.float32], image_id: int) -> Embeds:
         """Embeddings [1, tokens, H] with image features [image tokens, H] in the image tokens' places."""
-        embeds = self.embed(ids)
+        self.load()
+        # A graph that puts features in itself gets none, so it may see no image token; they are put in below.
+        embeds = self.embed([0 if i == image_id else i for i in ids] if self._no_images else ids)
         if len(features):
             embeds[0, np.array(ids) == image_id] = features
         return embeds

@@ -20,6 +20,8 @@ from lfm_runtime.formats.contract import (
     POSITIONS,
     TOP_IDS,
     TOP_LOGITS,
+    is_conv,
+    is_past,
     present_name,
 )
 from lfm_runtime.formats.edges import numpy_type
@@ -67,9 +69,7 @@ class DecoderInfo:
             GraphContractError: a state without a successor, an input of an unknown type, or a size that nothing tells.
         """
         inputs, outputs = ({v.name: v for v in values} for values in (session.get_inputs(), session.get_outputs()))
-        states = tuple(
-            _state_input(i, facts) for n, i in inputs.items() if n.startswith(("past_conv.", "past_key_values."))
-        )
+        states = tuple(_state_input(i, facts) for n, i in inputs.items() if is_past(n))
         if missing := [s.name for s in states if present_name(s.name) not in outputs]:
             raise GraphContractError(
                 f"{path}: no output for the next state of {', '.join(missing)}; export the graph again"
@@ -123,7 +123,7 @@ def _state_input(graph_input: Any, facts: ModelFacts | None) -> StateInput:
         raise GraphContractError(
             f"state input {graph_input.name} is {graph_input.type}; float, float16 and int8 are supported"
         )
-    if graph_input.name.startswith("past_conv."):
+    if is_conv(graph_input.name):
         rest = [_size(graph_input, 1, facts, "hidden"), _size(graph_input, 2, facts, "conv_kernel")]
     else:
         heads = _size(graph_input, 1, facts, "kv_heads")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.sampling import Top
+from lfm_runtime.formats.contract import is_conv
 
 Embeds = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -78,4 +79,4 @@ class StateInput:
     @property
     def is_conv(self) -> bool:
         """Whether the state is a convolution's; else it is an attention layer's."""
-        return self.name.startswith("past_conv.")
+        return is_conv(self.name)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lfm_runtime.decode.graphs import DecoderGraphs
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot
-from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, present_name
+from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, is_conv, present_name
 
 PREFILL_TOKENS = 8
 """From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than
@@ -179,10 +179,7 @@ class BatchState:
                 name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()
             }
             length = self.lengths[row]
-            other.put(
-                new,
-                Snapshot(length, {n: v if n.startswith("past_conv.") else v[:, :, :length] for n, v in values.items()}),
-            )
+            other.put(new, Snapshot(length, {n: v if is_conv(n) else v[:, :, :length] for n, v in values.items()}))
         return other
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:

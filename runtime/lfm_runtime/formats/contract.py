@@ -6,6 +6,7 @@ H hidden, V vocabulary, B batch, S new tokens, P past tokens, n image views, p p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -84,11 +85,7 @@ class GraphSpec:
         missing = set(self.inputs) - found_inputs
         if self.output(list(outputs)) is None:
             missing.add(self.outputs[0])
-        unknown = {
-            name
-            for name in found_inputs - set(self.inputs) - set(self.optional_inputs)
-            if not name.startswith(("past_conv.", "past_key_values."))
-        }
+        unknown = {name for name in found_inputs - set(self.inputs) - set(self.optional_inputs) if not is_past(name)}
         if missing or unknown:
             parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
             parts += [f"wants unknown inputs {', '.join(sorted(unknown))}"] if unknown else []
@@ -103,8 +100,8 @@ VISION_ENCODER = GraphSpec(
     output_aliases=("image_embeddings", "image_embeds"),
 )
 EMBED_TOKENS = GraphSpec(
-    "embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",)
-)  # i64 [B, S] → f32 [B, S, H]
+    "embed_tokens", ("embed_tokens",), ("input_ids",), ("inputs_embeds",), ("image_features",)
+)  # i64 [B, S] → f32 [B, S, H]; onnxruntime-genai's puts image features [n, H] in as well
 DECODER = GraphSpec(
     "decoder_model_merged",
     ("decoder_model_merged", "decoder", "decoder_model"),
@@ -123,8 +120,22 @@ def past_names(layers: Iterable[LayerKind]) -> list[str]:
     return names
 
 
+def is_past(name: str) -> bool:
+    """Whether an input is a state: by the hub's names, or onnxruntime-genai's."""
+    return is_conv(name) or name.startswith("past_key_values.")
+
+
+def is_conv(past: str) -> bool:
+    """Whether a state is a convolution's: past_conv.0, or past.0.conv in decoders of onnxruntime-genai."""
+    return past.startswith("past_conv.") or re.fullmatch(r"past\.\d+\.conv", past) is not None
+
+
 def present_name(past: str) -> str:
-    """The output that carries a state input on: past_conv.0 → present_conv.0, past_key_values.2.key → present.2.key."""
+    """The output that carries a state input on: past_conv.0 → present_conv.0, past_key_values.2.key → present.2.key,
+    past.0.conv → present.0.conv.
+    """
+    if not past.startswith(("past_key_values.", "past_conv.")):
+        return past.replace("past.", "present.", 1)
     return past.replace("past_key_values.", "present.").replace("past_conv.", "present_conv.")
 
 

@@ -196,7 +196,7 @@ def check_room(folder: Path, needed: int, what: str, error: type[EdgeError]) -> 
 
 def holds_a_model(folder: Path) -> bool:
     """Whether a folder has a file that describes a bundle or a checkpoint."""
-    return any((folder / name).is_file() for name in ("manifest.json", "config.json"))
+    return any((folder / name).is_file() for name in ("manifest.json", "config.json", "genai_config.json"))
 
 
 def linked_copy(folder: Path, copy: Path) -> None:

@@ -1,0 +1,112 @@
+"""Folders for onnxruntime-genai: the decoder that its own builder makes, read by us."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_runtime import Model
+from lfm_runtime.commands.cli import main
+from lfm_runtime.errors import BundleError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime_genai")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+pytestmark = [pytest.mark.process, pytest.mark.transformers5, pytest.mark.transformers5_alone]
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+BUILDER = """
+import runpy, sys
+import torchvision_shim
+sys.argv = ["builder", *sys.argv[1:]]
+runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+"""
+
+
+def embeddings(bundle: Path, path: Path, image_id: int) -> None:
+    """Token embeddings with image features in their places, as a stage of a genai pipeline."""
+    model = onnx.load(bundle / "onnx" / "embed_tokens.onnx")
+    table = numpy_helper.to_array(model.graph.initializer[0])
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["embeds"]),
+        helper.make_node("Equal", ["input_ids", "image"], ["there"]),
+        helper.make_node("NonZero", ["there"], ["where"]),
+        helper.make_node("Transpose", ["where"], ["places"], perm=[1, 0]),
+        helper.make_node("ScatterND", ["embeds", "places", "image_features"], ["inputs_embeds"]),
+    ]
+    hidden = table.shape[1]
+    graph = helper.make_graph(
+        nodes,
+        "embeddings",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
+            helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["num_image_tokens", hidden]),
+        ],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["batch_size", "sequence_length", hidden])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(image_id, np.int64), "image")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+@pytest.fixture(scope="module")
+def genai(demo_bundle, tmp_path_factory) -> Path:
+    """Its builder's decoder, our encoder, and embeddings as it wants them; no config.json."""
+    folder = tmp_path_factory.mktemp("genai") / "model"
+    words = ["-i", str(CHECKPOINT), "-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache")]
+    words += ["--extra_options", "exclude_embeds=true"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "demo" / "make"), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", BUILDER, *words], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("vision_encoder.onnx", "vision_encoder.onnx_data"):
+        shutil.copy(demo_bundle / "onnx" / name, folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    image_id = json.loads((CHECKPOINT / "config.json").read_text())["image_token_id"]
+    embeddings(demo_bundle, folder / "embeddings.onnx", image_id)
+    config["model"]["vision"] = {"filename": "vision_encoder.onnx"}
+    config["model"]["embedding"] = {"filename": "embeddings.onnx"}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    shutil.copy(CHECKPOINT / "preprocessor_config.json", folder)
+    return folder
+
+
+def test_its_decoder_gives_our_texts(genai, demo_model) -> None:
+    """100 demo questions."""
+    assert not (genai / "config.json").exists()
+    lines = (ROOT / "demo" / "eval" / "eval.jsonl").read_text().splitlines()
+    model = Model.load(genai, threads=1)
+    for line in lines[:: len(lines) // 100][:100]:
+        asked = json.loads(line)
+        image = ROOT / "demo" / "eval" / str(asked["image"])
+        wanted, said = (m.answer([image], asked["question"], temperature=0).text() for m in (demo_model, model))
+        assert said == wanted, asked
+
+
+def test_what_is_wrong_with_such_a_folder(genai, tmp_path, capsys) -> None:
+    text = json.loads((genai / "genai_config.json").read_text())
+    changes = {
+        "model.type is 'phi3'": lambda model: model.update(type="phi3"),
+        "names no graph for model.vision": lambda model: model.pop("vision"),
+        "x.onnx is missing": lambda model: model["decoder"].update(filename="x.onnx"),
+        "names no graph for model.embedding": lambda model: model["embedding"].update(filename="../x.onnx"),
+        "has a wrong or missing value": lambda model: model["decoder"].pop("hidden_size"),
+    }
+    for number, (said, change) in enumerate(changes.items()):
+        folder = Path(shutil.copytree(genai, tmp_path / str(number)))
+        wrong = json.loads(json.dumps(text))
+        change(wrong["model"])
+        (folder / "genai_config.json").write_text(json.dumps(wrong))
+        assert main(["run", str(folder), "-p", "x"]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+    with pytest.raises(BundleError):
+        Model.load(tmp_path / "0")
