@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_runtime.setup.hub import SETTINGS_FILES
 
 from lfm_export.checkpoint.config import CheckpointError, Config, TextConfig, load_config
 from lfm_export.checkpoint.inventory import check_origin, check_tensors, places
@@ -26,24 +27,11 @@ _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 _TEXT = ("model.language_model.", "language_model.model.", "language_model.")
 _SAMPLE = 1 << 20
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "README.md",
-    "LICENSE",
-)
 
 
 def copy_hub_files(checkpoint_folder: Path, folder: Path) -> None:
     """Copy the checkpoint's files other than weights, unchanged; missing ones are skipped."""
-    for name in _HUB_FILES:
+    for name in SETTINGS_FILES:
         if (checkpoint_folder / name).exists():
             shutil.copyfile(checkpoint_folder / name, folder / name)
 

@@ -28,7 +28,7 @@ from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.installation import install_advice
 from lfm_runtime.setup.variants import choose_variants
 
-_SETTINGS = (
+SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -39,11 +39,12 @@ _SETTINGS = (
     "preprocessor_config.json",
     "processor_config.json",
     "README.md",
-    "LICENSE*",
+    "LICENSE",
 )
-_CHECKPOINT = (*_SETTINGS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+"""What a checkpoint and a bundle have beside weights."""
+_CHECKPOINT = (*SETTINGS_FILES, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
-_BUNDLE = (*_SETTINGS, MANIFEST, "prompt.json", "profile.toml", "golden/*")
+_BUNDLE = (*SETTINGS_FILES, MANIFEST, "prompt.json", "profile.toml", "golden/*")
 
 
 class HubError(EdgeError, OSError):
