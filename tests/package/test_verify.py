@@ -239,3 +239,16 @@ def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo,
     assert main(["verify", str(bundle_copy), "--json"]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert "cannot be read and is not used" in problem
+
+
+def test_what_is_written_as_json(demo_bundle, tmp_path, capsys) -> None:
+    """One object and nothing else on standard output."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    assert main(["prepare", str(bundle), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {graph["graph"] for graph in made["graphs"]} == {"vision_encoder.onnx", "decoder_model_merged.onnx"}
+    assert Path(made["folder"]).is_dir()
+    assert main(["pack", str(bundle), "--profile", "pi5", "-o", str(tmp_path / "cam.tar"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["variants"] == ["fp32"]
+    assert all(Path(file["path"]).stat().st_size == file["bytes"] for file in made["files"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.commands.cli import add_force_argument
+from lfm_runtime.commands.console import print_json
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -49,6 +51,7 @@ def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="pack these questions {image, question} with their images and answers; selftest asks them on the device",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object; what the profile changes on stderr")
     add_force_argument(parser)
 
 
@@ -87,13 +90,13 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         return Contents([options.variant, *([prefill] if prefill else [])], None, golden)
     profile = find_profile(name, variant=options.variant, prefill=options.prefill)
     variant, prefill = choose_variants(bundle.variants, profile)
-    print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""))
+    out = sys.stderr if options.json else sys.stdout
+    print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""), file=out)
     if changes := departures(profile, bundle.images, bundle.generation):
-        print(f"  it changes the checkpoint's settings: {', '.join(changes)}")
+        print(f"  it changes the checkpoint's settings: {', '.join(changes)}", file=out)
     for wish in unmet(bundle, profile):
-        print(
-            f"  it would also use {wish}, which the bundle lacks: lfm-edge quantize {options.bundle} --variant {wish}"
-        )
+        how = f"lfm-edge quantize {options.bundle} --variant {wish}"
+        print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
     packed = find_profile(name, variant=variant, prefill=prefill)
     golden = _golden(options, packed)
     return Contents([variant, *([prefill] if prefill else [])], packed if options.profile else None, golden)
@@ -111,7 +114,8 @@ def _golden(options: argparse.Namespace, profile: Profile) -> Mapping[str, Path 
     questions = read_jsonl(options.golden, [options.golden.parent])
     model = Model.load(options.bundle, profile=on_this_machine(profile), threads=default_threads(), prepared=False)
     golden, images = record(model, questions)
-    print(f"golden set: {len(questions)} questions about {len(images)} images, answered by {model.setup.summary}")
+    said = f"golden set: {len(questions)} questions about {len(images)} images, answered by {model.setup.summary}"
+    print(said, file=sys.stderr if options.json else sys.stdout)
     return {GOLDEN_QUESTIONS: golden.to_text().encode(), **images}
 
 
@@ -132,12 +136,13 @@ def run(options: argparse.Namespace) -> int:
         check_key(options.sign)
     contents = chosen_contents(options)
     wheels = read_wheelhouse(options.wheelhouse) if options.wheelhouse else []
-    for path in pack(
-        options.bundle,
-        contents.variants,
-        options.output,
-        Extras(contents.profile, wheels, options.sign, contents.golden, split),
-    ):
+    extras = Extras(contents.profile, wheels, options.sign, contents.golden, split)
+    written = pack(options.bundle, contents.variants, options.output, extras)
+    if options.json:
+        files = [{"path": str(path), "bytes": path.stat().st_size} for path in written]
+        print_json({"variants": contents.variants, "files": files})
+        return 0
+    for path in written:
         size = path.stat().st_size
         print(f"{path}  {size / 1e6:,.1f} MB" if size >= 1e5 else f"{path}  {size / 1e3:,.1f} kB")
     return 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from lfm_runtime.commands.console import print_json
 
 from lfm_package.commands.pack import add_packing_arguments, chosen_contents
 from lfm_package.commands.wheelhouse import add_target_arguments
@@ -54,13 +57,18 @@ def run(options: argparse.Namespace) -> int:
     if contents.profile:
         check_profile(contents.profile, platform)
     elif wish := _wishes(options.bundle, contents.variants, platform.target.others):
-        print(f"  {wish}")
+        print(f"  {wish}", file=sys.stderr if options.json else sys.stdout)
     extras = Extras(contents.profile, (), options.sign, contents.golden)
     wheels = write_stick(options.bundle, contents.variants, platform, options.output, extras, force=options.force)
     files = (
         [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]
     )
     size = sum(path.stat().st_size for path in files)
+    if options.json:
+        wheel_bytes = sum(wheel.size for wheel in wheels)
+        found = {"output": str(options.output), "bytes": size, "wheel_bytes": wheel_bytes, "target": str(platform)}
+        print_json({**found, "variants": contents.variants})
+        return 0
     print(
         f"{options.output}: {size / 1e6:.1f} MB, of which {sum(wheel.size for wheel in wheels) / 1e6:.1f} MB are "
         f"wheels, for {platform}"
