@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         help="folder with config.json, safetensors and tokenizer files, or an id of the hub: owner/name[@revision]; "
-        "with --static, a bundle made with --portable; with --web, a bundle",
+        "with --static, a bundle made with --portable; with --web and --genai, a bundle",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to make, or a bundle to add to"
@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write a bundle again for browsers: transformers.js with WebAssembly or WebGPU",
     )
+    parser.add_argument("--genai", action="store_true", help="write a folder for onnxruntime-genai from a bundle")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="with --genai: int4, int8 or fp32 (default: the first there is)"
+    )
     parser.add_argument(
         "--grid", metavar="RxC", help="with --static: patches of a view, rows x columns (default 32x32: 512×512 pixels)"
     )
@@ -58,15 +62,19 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_export.checkpoint.config import CheckpointError
 
-    if options.static or options.web:
+    if options.static or options.web or options.genai:
         _check_reads_a_bundle(options)
     for flag in ("grid", "prefill", "context"):
         if getattr(options, flag) is not None and not options.static:
             raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
+    if options.variant is not None and not options.genai:
+        raise CheckpointError("--variant has no effect without --genai; leave it out")
     if options.static:
         return _run_static(options)
     if options.web:
         return _run_web(options)
+    if options.genai:
+        return _run_genai(options)
     from lfm_export.export import export
 
     checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
@@ -97,19 +105,30 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_reads_a_bundle(options: argparse.Namespace) -> None:
-    """Raise CheckpointError for flags that are about a checkpoint, or about the other of --static and --web."""
+    """Raise CheckpointError for flags that are about a checkpoint, or about another of --genai, --static and --web."""
     from lfm_export.checkpoint.config import CheckpointError
 
-    what = "--web" if options.web else "--static"
+    what = "--genai" if options.genai else "--web" if options.web else "--static"
     for flag, given in (
         ("portable", options.portable),
         ("dtype", options.dtype != "fp32"),
         ("adapter", options.adapter),
         ("graphs", options.graphs),
-        ("static", options.static and options.web),
+        ("static", options.static and what != "--static"),
+        ("web", options.web and what != "--web"),
     ):
         if given:
             raise CheckpointError(f"--{flag} has no effect beside {what}, which reads a bundle; leave it out")
+
+
+def _run_genai(options: argparse.Namespace) -> int:
+    from lfm_export.genai import write_genai
+
+    variant = write_genai(options.checkpoint, options.output, options.variant)
+    if not options.quiet:
+        size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
+        print(f"{options.output}  {variant}  {size / 1e6:,.1f} MB", file=sys.stderr)
+    return 0
 
 
 def _run_web(options: argparse.Namespace) -> int:

@@ -48,8 +48,8 @@ def write_web(folder: Path, output: Path) -> list[str]:
         carry_over(folder, new, [name for name in kept.files if name not in own])
         graphs, files = dict(kept.graphs), {name: file for name, file in kept.files.items() if name not in own}
         for name, path in decoders.items():
-            model = _without_windows(ir.load(path))
-            _save(model, path.parent, new / name)
+            model = without_windows(ir.load(path))
+            save_alone(model, path.parent, new / name)
             entry = described(model.graph, model.opset_imports[""], model.ir_version)
             graphs[name] = replace(entry, min_onnxruntime=kept.graphs[name].min_onnxruntime, data=(f"{name}_data",))
             files |= {part: File.of(new / part) for part in (name, f"{name}_data")}
@@ -58,7 +58,7 @@ def write_web(folder: Path, output: Path) -> list[str]:
     return variants
 
 
-def _save(model: ir.Model, places: Path, path: Path) -> None:
+def save_alone(model: ir.Model, places: Path, path: Path) -> None:
     """Write a graph with all its weights in one data file; `places` has the files that they are in so far. One tensor
     is mapped at a time.
     """
@@ -77,7 +77,8 @@ def _save(model: ir.Model, places: Path, path: Path) -> None:
     ir.save(model, path)
 
 
-def _without_windows(model: ir.Model) -> ir.Model:
+def without_windows(model: ir.Model) -> ir.Model:
+    """A decoder without the outputs that only speculation reads, changed in place."""
     graph = model.graph
     for value in [value for value in graph.outputs if str(value.name).startswith(CONV_WINDOW)]:
         graph.outputs.remove(value)

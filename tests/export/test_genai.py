@@ -1,4 +1,4 @@
-"""Folders for onnxruntime-genai: the decoder that its own builder makes, read by us."""
+"""Folders for onnxruntime-genai: the decoder that its own builder makes, read by us; ours, read by its own runtime."""
 
 from __future__ import annotations
 
@@ -88,6 +88,46 @@ def test_its_decoder_gives_our_texts(genai, demo_model) -> None:
         image = ROOT / "demo" / "eval" / str(asked["image"])
         wanted, said = (m.answer([image], asked["question"], temperature=0).text() for m in (demo_model, model))
         assert said == wanted, asked
+
+
+@pytest.mark.parametrize(("variant", "same"), [("fp32", 100), ("int8", 99), ("int4", 99)])
+def test_its_runtime_answers_from_our_folders(demo_bundle, tmp_path, variant, same) -> None:
+    """The other way: `export --genai`, and onnxruntime-genai's own runtime, on the same questions."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    if variant != "fp32":
+        assert main(["quantize", str(bundle), "--variant", variant, "--quiet"]) == 0
+    assert main(["export", str(bundle), "--genai", "--variant", variant, "-o", str(tmp_path / "genai")]) == 0
+    lines = (ROOT / "demo" / "eval" / "eval.jsonl").read_text().splitlines()
+    asked = [json.loads(line) for line in lines[:: len(lines) // 100][:100]]
+    asked = [{"image": str(ROOT / "demo" / "eval" / str(q["image"])), "question": q["question"]} for q in asked]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    words = [str(ROOT / "tests" / "genai_answers.py"), str(tmp_path / "genai"), str(tmp_path / "questions.json")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    model = Model.load(bundle, variant=variant, threads=1)
+    wanted = [
+        model.answer([q["image"]], q["question"], temperature=0, repetition_penalty=1.0, max_new_tokens=24).text()
+        for q in asked
+    ]
+    assert sum(a == b for a, b in zip(said, wanted, strict=True)) >= same
+    ours = Model.load(tmp_path / "genai", threads=1)
+    assert ours.answer([asked[0]["image"]], asked[0]["question"], temperature=0).text() == wanted[0], "and we read it"
+
+
+def test_such_a_folder_is_not_written_over_another(demo_bundle, tmp_path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert main(["export", str(demo_bundle), "--genai", "-o", str(tmp_path / "mine")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert main(["export", str(demo_bundle), "--genai", "--variant", "int8", "-o", str(tmp_path / "g")]) == 2
+    assert "has no variant 'int8'" in capsys.readouterr().err
+    assert main(["export", str(demo_bundle), "--genai", "--web", "-o", str(tmp_path / "g")]) == 2
+    assert "--web has no effect beside --genai" in capsys.readouterr().err
+    assert main(["export", str(CHECKPOINT), "--variant", "int8", "-o", str(tmp_path / "g")]) == 2
+    assert "--variant has no effect without --genai" in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
 
 
 def test_what_is_wrong_with_such_a_folder(genai, tmp_path, capsys) -> None:
