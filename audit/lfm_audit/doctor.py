@@ -102,6 +102,9 @@ def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> 
         yield from check(machine)
     except EdgeError as e:
         yield Finding(check.__name__.strip("_"), "problem", str(e))
+    except PermissionError as e:
+        said = f"{e.filename} cannot be read: {e.strerror}"
+        yield Finding(check.__name__.strip("_"), "problem", said, "change its permissions")
     except Exception as e:  # noqa: BLE001
         if is_out_of_memory(e):
             said = f"not enough memory for this check ({' '.join(str(e).split()) or type(e).__name__})"

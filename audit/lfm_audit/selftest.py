@@ -28,6 +28,7 @@ from lfm_runtime.engine.prepared import remove_damaged
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.model import Answer, Model, OpenedImage
 from lfm_runtime.process import last_line, run_command
@@ -96,7 +97,9 @@ def _files(on: Installed) -> str:
         raise CheckError(f"{damaged[0]}; make it again: lfm-edge prepare {shlex.quote(str(on.folder))}")
     if not on.bundle.files:
         raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
-    return f"{len(on.bundle.files)} files"
+    there = sum(path.is_file() for path in on.folder.rglob("*"))
+    more = there - len(on.bundle.files) - sum((on.folder / name).exists() for name in BESIDE_MANIFEST)
+    return f"{len(on.bundle.files)} files" + (f"; {more} more that manifest.json does not name" if more > 0 else "")
 
 
 def _loads(on: Installed) -> str:

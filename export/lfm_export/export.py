@@ -50,8 +50,7 @@ def export(
         dtype: fp32 or fp16, the variant's name.
         adapter: a PEFT LoRA adapter to merge into the weights.
         graphs: stems to write anew; the others are kept from the bundle. All by default.
-        portable: trace transformers' own layers to standard ONNX operators with Hugging Face Optimum, instead of
-            building graphs for onnxruntime's CPU kernels.
+        portable: trace transformers' layers to standard operators, not graphs for onnxruntime's CPU kernels.
         progress: told of every tensor written.
 
     Returns:

@@ -75,7 +75,7 @@ def cost(step: Step, sizes: Sizes, order: Order, images: int, speed: float) -> C
     if step.name == STICK:
         return Cost(15, 0.2, disk + 0.05)
     if not images:
-        return Cost(10 + 25 * sizes.all, 0.8 * exported, disk)
+        return Cost(10 + 25 * sizes.all, max(0.3, 0.8 * exported), disk)
     # A quarter is held out; a quick run takes 8 and 4.
     judged = max(1, round(images / 4)) if images > 1 else 0
     used = min(images - judged, 8) if order.quick else images - judged

@@ -56,7 +56,14 @@ switch() { # LINK VERSION: from one moment to the next
 discard() { # a version; it does not count as one from the first moment
     [ ! -f "$prefix/versions/$1/complete" ] || : >"$prefix/versions/$1/.lfm-edge"
     rm -f "$prefix/versions/$1/complete"
-    rm -rf "$prefix/versions/$1/venv" "$prefix/versions/$1/bundle" "$prefix/versions/$1/bundle.prepared"
+    rm -rf "$prefix/versions/$1/venv" "$prefix/versions/$1/bundle.prepared"
+    if [ -f "$prefix/versions/$1/bundle/SHA256SUMS" ]; then # whatever else lies there is somebody's
+        sed -n 's/^[0-9a-f]\{64\}  //p' "$prefix/versions/$1/bundle/SHA256SUMS" | while IFS= read -r file; do
+            case $file in /* | *..*) ;; *) rm -f "$prefix/versions/$1/bundle/$file" ;; esac
+        done
+        rm -f "$prefix/versions/$1/bundle/SHA256SUMS" "$prefix/versions/$1/bundle/SHA256SUMS.sig"
+        find "$prefix/versions/$1/bundle" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+    fi
     rm -rf "$prefix/versions/$1/.bundle".* # what was left half done
     rm -f "$prefix/versions/$1/.lfm-edge"
     rmdir "$prefix/versions/$1" 2>/dev/null || true

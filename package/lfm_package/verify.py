@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import stat
 from collections.abc import Callable, Mapping
@@ -66,6 +67,9 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
 def _not_plain(folder: Path) -> list[str]:
     """Return a message for each entry that is neither a plain file nor a folder."""
     found = []
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        if not os.access(place, os.R_OK | os.X_OK):
+            raise BundleError(f"{place} cannot be read; change its permissions")
     for path in sorted(folder.rglob("*")):
         name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
         if _is_of_hub_cache(folder, path):

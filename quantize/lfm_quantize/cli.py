@@ -64,11 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="judge with the image settings and the prefill decoder of this profile; default: the checkpoint's, none",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace a calibrated variant by one that is not, or a full run's by --quick",
-    )
+    parser.add_argument("--force", action="store_true", help="replace a variant that was made with more care")
     parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -6,6 +6,7 @@ No onnxruntime here: a bundle can be looked at on a machine that could not run i
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -63,6 +64,8 @@ class Bundle:
             raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
             raise BundleError(f"{folder} is not a folder; {_how_to_get(folder)}")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise BundleError(f"{folder} cannot be read; change its permissions")
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
             raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
         check_names(folder)

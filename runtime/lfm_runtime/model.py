@@ -27,7 +27,7 @@ from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
 from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import ContextFullError, SettingError
 from lfm_runtime.formats.contract import VISION_ENCODER
-from lfm_runtime.formats.edges import fed
+from lfm_runtime.formats.edges import check_patches, fed, image_features
 from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, each_image, open_image
 from lfm_runtime.reply import Reply
@@ -362,8 +362,9 @@ class Model:
                     "pixel_attention_mask": np.ones(patches.shape[:2], np.int64),
                     "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
                 }
+                check_patches(vision, patches)
                 (found,) = vision.run(output, fed(vision, feeds))
-            yield np.asarray(found, np.float32).reshape(sum(view.tokens for view in views), -1)
+            yield image_features(found, sum(view.tokens for view in views))
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
         """The pieces; while one is made, errors are ours and this thread stays on its processor."""

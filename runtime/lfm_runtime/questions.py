@@ -62,6 +62,8 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         raise error(
             f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
         ) from e
+    if not isinstance(entry["image"], str):
+        raise error(f"{where}: image is {name[:40]}, not a file's name in quotes")
     if not (isinstance(entry["question"], str) and question.strip()):
         raise error(f"{where}: the question is empty or no text; write one, or remove the line")
     image = next((folder / name for folder in folders if (folder / name).exists()), None)

@@ -135,6 +135,23 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
     assert sorted(p.name for p in prefix.rglob("*")) == ["backup", "cat.jpg", "photo.txt", "photos", "versions"]
 
 
+def test_what_somebody_put_into_the_bundle_stays(stick, tmp_path) -> None:
+    """Only what the bundle's SHA256SUMS names is removed, and nothing outside it."""
+    prefix = tmp_path / "edge"
+    bundle = prefix / "versions" / "one" / "bundle"
+    (bundle / "onnx").mkdir(parents=True)
+    (prefix / ".lfm-edge").write_text("")
+    for name in (".lfm-edge", "complete"):
+        (bundle.parent / name).write_text("")
+    for name in ("manifest.json", "onnx/decoder.onnx", "notes.txt", "../../../photo.jpg"):
+        (bundle / name).write_text("x")
+    names = ("manifest.json", "onnx/decoder.onnx", "../../../photo.jpg")
+    (bundle / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
+    assert install(stick, prefix, "--uninstall").returncode == 0
+    assert sorted(p.name for p in prefix.rglob("*") if p.is_file()) == ["notes.txt", "photo.jpg"]
+    assert not (bundle / "onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

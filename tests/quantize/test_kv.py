@@ -110,7 +110,7 @@ def test_prefill_shares_the_past(bundle, few, tmp_path, capsys) -> None:
     quantize(other, Settings("int8-kv8", (few / "images",)))  # other questions, other ranges
     assert main(words) == 2
     assert "same images" in capsys.readouterr().err
-    quantize(other, Settings("int8", method="rtn"))  # takes int8-kv8 away
+    quantize(other, Settings("int8", method="rtn", force=True))  # takes int8-kv8 away
     assert main(words) == 2
     assert "two that are neither" in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_a_new_base_takes_it_away(bundle, few, tmp_path) -> None:
     """Its offsets would point into files written anew."""
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     said: list[str] = []
-    quantize(copy, Settings("int4", method="rtn"), warn=said.append)
+    quantize(copy, Settings("int4", method="rtn", force=True), warn=said.append)
     assert any("int4-kv8" in line and "again" in line for line in said)
     found = Bundle.open(copy)
     assert set(found.variants) == {"fp32", "fp16", "int8", "int4", "int8-kv8"}

@@ -246,6 +246,32 @@ def test_folders_that_are_no_bundle(bundle_copy, tmp_path, capsys) -> None:
     assert main(["run", str(bundle_copy / "onnx"), "-p", "What?", "--max-new-tokens", "1", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize("name", ["downsample_factor", "encoder_patch_size"])
+def test_image_settings_that_are_not_the_encoders(bundle_copy, photo, name, capsys) -> None:
+    """Of a folder without manifest.json, whose settings nothing checked."""
+    (bundle_copy / "manifest.json").unlink()
+    file = bundle_copy / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, name: 2 * settings[name]}))
+    assert main(["run", str(bundle_copy), str(photo), "-p", "x", "--max-new-tokens", "1"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"correct {name} in preprocessor_config.json" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("place", ["", "onnx"])
+def test_folders_that_may_not_be_read(bundle_copy, place, capsys) -> None:
+    folder = bundle_copy / place
+    folder.chmod(0)
+    try:
+        codes = {words: main([words, str(bundle_copy)]) for words in ("verify", "doctor")}
+    finally:
+        folder.chmod(0o755)
+    assert codes["verify"] == 2
+    assert codes["doctor"] == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_missing_room_is_the_difference_of_the_other_figures(tmp_path, monkeypatch) -> None:
     for free, needed in ((1, 2), (3 << 20, (3 << 20) + 1), ((5 << 20) - 1, 5 << 20), (7_654_321, 987_654_321)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
@@ -264,11 +290,13 @@ def test_missing_room_is_the_difference_of_the_other_figures(tmp_path, monkeypat
         (["unpack", "BUNDLE", "-o", "out"], "a bundle in a folder needs no unpacking"),
         (["unpack", "PHOTOS", "-o", "out"], "name the .tar that lfm-edge pack wrote"),
         (["export", "BUNDLE", "-o", "out"], "is a bundle already, not a checkpoint"),
+        (["export", "PHOTOS", "-o", "out"], "is not a checkpoint: it has neither config.json nor weights"),
+        (["make", "BUNDLE", "--target", "pi5", "-o", "cam"], "is a bundle, and make starts from a checkpoint"),
         (["verify", "PHOTO"], "is not a folder; name a bundle"),
     ],
 )
 def test_arguments_that_were_exchanged(demo_bundle, tmp_path, monkeypatch, capsys, words, said) -> None:
-    if words[0] == "export":
+    if words[0] in ("export", "make"):
         pytest.importorskip("onnx_ir")
     monkeypatch.chdir(tmp_path)
     photo = Path(__file__).parents[2] / "demo" / "photos" / "coffee.jpg"

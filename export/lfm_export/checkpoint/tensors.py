@@ -141,6 +141,10 @@ def check_folder(folder: Path) -> None:
     if inside:
         others = f" (or another of {len(inside)})" if len(inside) > 1 else ""
         raise CheckpointError(f"{folder} has no config.json; the checkpoint is inside: {inside[0]}{others}")
+    if not any(path.suffix in (".safetensors", ".bin", ".gguf") for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has neither config.json nor weights; name another folder"
+        )
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

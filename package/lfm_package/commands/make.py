@@ -114,6 +114,11 @@ def _order(options: argparse.Namespace) -> Order:
     check_profile(find_profile(profile), platform)
     if options.sign:
         check_key(options.sign)
+    if (options.checkpoint / "manifest.json").exists():
+        raise SettingError(
+            f"{options.checkpoint} is a bundle, and make starts from a checkpoint; "
+            "of a bundle: lfm-edge quantize, then lfm-edge stick"
+        )
     options.checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
     options.adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
     for path in (*options.calibration, options.adapter, options.prompts, options.golden):

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="require a signature by one of these signers (a file like ssh's allowed_signers)",
     )
+    parser.add_argument("--quiet", action="store_true", help="print problems alone, and no progress")
     parser.add_argument("--json", action="store_true", help='print one JSON object: {"problems": […]}')
 
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_package.verify import verify, verify_prepared
 
     def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not options.quiet:
             print(f"\r\x1b[K{done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
 
     problems = verify(options.bundle, show, signers=options.signers)
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         return 1 if problems else 0
     for problem in problems:
         print(problem)
+    if options.quiet and not problems:
+        return 0
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
     print(f"{options.bundle}: {count}" if problems else f"{options.bundle} is complete and verified")
     return 1 if problems else 0

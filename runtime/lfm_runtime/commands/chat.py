@@ -7,8 +7,11 @@ import difflib
 import glob
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,13 +89,13 @@ class Talk:
         answer begins, is not part of the conversation.
         """
         said = len(self._chat.messages)
+        pieces: Iterator[str] = iter(())
         try:
             answer = self._chat.ask(
                 question, [image for _, image in self._waiting], progress=self._progress, **self._generation
             )
-            for piece in answer:
-                if not self._json:
-                    print(piece if sys.stdin.isatty() else _on_one_line(piece), end="", flush=True)
+            pieces = iter(answer)
+            self._show(pieces)
         except EdgeError as e:
             print_json({"question": question, "error": str(e)}) if self._json else self.say_nothing()
             anew = "/clear forgets it" if sys.stdin.isatty() else "start another chat"
@@ -104,6 +107,7 @@ class Talk:
             print(f"lfm-edge: {e}{full}", file=sys.stderr)
             return e.exit_code
         except KeyboardInterrupt:
+            getattr(pieces, "close", lambda: None)()  # what was said so far is kept now, before it is looked at
             if len(self._chat.messages) == said:
                 kept = "; its image waits for the next question" if self._waiting else ""
                 print(f"\n[not answered, and not part of the chat{kept}]", end="", file=sys.stderr)
@@ -113,6 +117,7 @@ class Talk:
                 self._asked += [path for path, _ in self._waiting]
                 self._waiting = []
         report = answer.report
+        cut = " (length)" if report.finish_reason == "length" else ""
         if self._json:
             print_json({"question": question, **report.as_dict()})
             sys.stdout.flush()
@@ -121,11 +126,24 @@ class Talk:
         if not self._quiet:
             new = report.prompt_tokens - report.cached_tokens
             print(
-                f"  [{new} prompt tokens, {report.new_tokens} generated, "
+                f"  [{new} prompt tokens, {report.new_tokens} generated{cut}, "
                 f"first token after {report.timing_ms['ttft'] or 0:.0f} ms]",
                 file=sys.stderr,
             )
         return 0
+
+    def _show(self, pieces: Iterator[str]) -> None:
+        """Print an answer as it is made. A Ctrl-C while it streams takes hold between two pieces.
+
+        A step that is cut off would cost the whole conversation's prefill again.
+        """
+        with _kept_for_later() as interrupted:
+            for piece in pieces:
+                if not self._json:
+                    print(piece if sys.stdin.isatty() else _on_one_line(piece), end="", flush=True)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                interrupted.hold()
 
     def say_nothing(self) -> int:
         """In a pipe, an empty line for a line without an answer: line N answers line N."""
@@ -153,6 +171,41 @@ class Talk:
         write_whole(path, to_json(turns, indent=1) + "\n")
 
 
+class _Interrupted:
+    """Whether Ctrl-C was pressed; from `hold` on it is noted instead of raised."""
+
+    def __init__(self) -> None:
+        self._pressed = self._held = False
+
+    def is_set(self) -> bool:
+        """Whether it was."""
+        return self._pressed
+
+    def hold(self) -> None:
+        """Note it from now on."""
+        self._held = True
+
+    def note(self, *_: object) -> None:
+        """Handle the signal."""
+        if not self._held:
+            raise KeyboardInterrupt
+        self._pressed = True
+
+
+@contextmanager
+def _kept_for_later() -> Iterator[_Interrupted]:
+    """Ctrl-C in this block, as `_Interrupted` says. Only the main thread may do so; elsewhere nothing changes."""
+    found = _Interrupted()
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = signal.signal(signal.SIGINT, found.note)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _on_one_line(piece: str) -> str:
     return re.sub(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", " ", piece)
 
@@ -173,18 +226,26 @@ def _turns(talk: Talk) -> bool:
     """Questions and commands to the end of the chat (False) or to a Ctrl-C (True). A Ctrl-C before anything is typed
     is raised: it is the second in a row.
     """
-    lines = 0
+    lines, answering = 0, False
     try:
         while (line := _read_question()) is not None and line != "/exit":
-            lines += 1
+            lines, answering = lines + 1, True
             if line:
                 _do(talk, line)
+            answering = False
     except KeyboardInterrupt:
-        if not lines:
+        if not (lines or _typed()):
             raise
-        print("\n[stopped; Ctrl-C again or Ctrl-D ends the chat]", file=sys.stderr)
+        what = "stopped; " if answering else ""
+        print(f"\n[{what}Ctrl-C again or Ctrl-D ends the chat]", file=sys.stderr)
         return True
     return False
+
+
+def _typed() -> str:
+    """What stands on the line that a Ctrl-C dropped."""
+    readline = sys.modules.get("readline")
+    return str(readline.get_line_buffer()) if readline else ""
 
 
 def _do(talk: Talk, line: str) -> None:
@@ -200,6 +261,8 @@ def _do(talk: Talk, line: str) -> None:
         elif word == "/save" and rest:
             talk.save(Path(rest).expanduser())
             print(f"[written: {rest}]", file=sys.stderr)
+        elif rest and word in _COMMANDS and word not in _WITH_FILE:
+            raise SettingError(f"{word} stands alone; leave the rest out")
         elif word == "/clear":
             talk.clear()
             print("[forgotten]", file=sys.stderr)
@@ -209,8 +272,8 @@ def _do(talk: Talk, line: str) -> None:
             wanted = word in _WITH_FILE
             meant = difflib.get_close_matches(word, _COMMANDS, 1)
             hint = f"did you mean {meant[0]}?" if meant else "see /help"
-            if word in _COMMANDS:
-                raise SettingError(f"{word} needs a file" if wanted else f"{word} stands alone; leave the rest out")
+            if wanted:
+                raise SettingError(f"{word} needs a file")
             raise SettingError(f"{word} is not a command; {hint}")
     except EdgeError as e:
         print(f"lfm-edge: {e}", file=sys.stderr)

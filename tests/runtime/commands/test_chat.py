@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import pty
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -23,7 +25,7 @@ WAIT_S = 120  # for a machine that is busy; nothing is asserted of it
 UP, DOWN, CTRL_C, CTRL_D, TAB = "\x1b[A", "\x1b[B", "\x03", "\x04", "\t"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "200"}
 ENDLESS = ("--temperature", "100", "--min-p", "0", "--seed", "1", "--max-new-tokens", "100000")
-"""Random tokens: the answer ends where the context does."""
+"""Random tokens, of a bundle whose end is never drawn: 4,000 tokens, more text than a pseudo-terminal holds unread."""
 
 
 _IN_A_TERMINAL = """
@@ -110,21 +112,24 @@ def test_lines_are_edited_and_remembered(demo_bundle) -> None:
     assert terminal.ends() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(demo_bundle, image) -> None:
-    """What was said until then is part of the conversation, and the next answer is the one of a fresh process."""
-    terminal = Terminal(demo_bundle, image, *ENDLESS)
+def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle_copy, image) -> None:
+    """While it streams, after a second image too; twice in a row ends the chat."""
+    (bundle_copy / "manifest.json").unlink()
+    file = bundle_copy / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 6}))
+    terminal = Terminal(bundle_copy, image, *ENDLESS)
     terminal.types("What is in this image?\r")
     terminal.sees("image?\r\n")
     terminal.child.expect(r"[^\r\n]{40}")  # it streams
     terminal.types(CTRL_C)
-    terminal.sees("[stopped; ")
+    assert "generated" not in terminal.sees("[stopped; ")
     terminal.prompt()
     assert "added" in terminal.asks(f"/image {image}")
     terminal.types("How many shapes?\r")
     terminal.sees("shapes?\r\n")
     terminal.child.expect(r"[^\r\n]{40}")
     terminal.types(CTRL_C)
-    terminal.sees("[stopped; ")
+    assert "generated" not in terminal.sees("[stopped; ")
     terminal.prompt()
     terminal.types(CTRL_C)  # nothing was typed since: the second in a row
     assert terminal.ends() == 130
@@ -173,11 +178,44 @@ def test_ctrl_c_before_the_answer_is_told(demo_bundle, image, monkeypatch, capsy
     assert "[not answered, and not part of the chat]" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_it_streams_keeps_what_was_said(demo_bundle, image, monkeypatch, tmp_path, capsys) -> None:
+    """The part that was shown is part of the chat, its image is in what is saved, and nothing of it is computed again."""
+    from lfm_runtime.commands import chat
+    from lfm_runtime.model import Model
+
+    parser = Parser(prog="lfm-edge chat")
+    chat.add_arguments(parser)
+    words = [str(demo_bundle), str(image), "--max-new-tokens", "100", "--temperature", "100", "--min-p", "0"]
+    talk = chat.Talk(Model.load(demo_bundle, threads=1), parser.parse_intermixed_args([*words, "--seed", "1"]))
+    before, shown = signal.getsignal(signal.SIGINT), []
+
+    def piece_shown(piece: str) -> str:
+        shown.append(piece)
+        if len(shown) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return piece
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chat, "_on_one_line", piece_shown)
+        talk.ask("What is in this image?")
+    assert len(shown) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "not part of the chat" not in capsys.readouterr().err
+    talk.save(tmp_path / "talk.json")
+    question, answer = json.loads((tmp_path / "talk.json").read_text())
+    assert question["content"][0] == {"type": "image", "path": str(image)}
+    assert answer["content"] == "".join(shown).strip()
+    assert talk.ask("And now?") == 0
+    new = int(re.search(r"\[(\d+) prompt tokens", capsys.readouterr().err)[1])
+    assert new < 30, "the image alone has more"
+
+
 def test_commands(demo_bundle, image, tmp_path) -> None:
     terminal = Terminal(demo_bundle)
     assert "/save FILE" in terminal.asks("/help")
     assert "did you mean /clear?" in terminal.asks("/cler")
     assert "/image needs a file" in terminal.asks("/image")
+    assert "/clear stands alone" in terminal.asks("/clear all")
     assert "does not exist" in terminal.asks("/image nowhere.png")
     assert "added" in terminal.asks(f"/image '{image}'")
     terminal.asks("What is in this image?")
