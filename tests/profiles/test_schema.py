@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -55,6 +56,10 @@ def test_shipped_profiles(capsys) -> None:
     out = capsys.readouterr().out
     assert all(name in out for name in names())
     assert out.count("\n* ") + out.startswith("* ") == 2  # this machine's, and the legend
+    assert main(["profile", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["profiles"]
+    assert [each["name"] for each in listed] == list(names())
+    assert sum(each["fits_this_machine"] for each in listed) == 1
 
 
 def test_inheritance(tmp_path) -> None:

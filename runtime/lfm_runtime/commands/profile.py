@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
-    parser.add_argument("--json", action="store_true", help="detect, show: print one JSON object")
+    parser.add_argument("--json", action="store_true", help="list, show, detect: print JSON")
     add_setting_arguments(parser)
 
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     for name, given, where in (
         ("NAME", options.names, ("show", "validate")),
         ("--bundle", options.bundle, ("show",)),
-        ("--json", options.json, ("show", "detect")),
+        ("--json", options.json, ("list", "show", "detect")),
         ("a setting", flags, ("show",)),
     ):
         if given and options.action not in where:
@@ -46,15 +46,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(_: argparse.Namespace) -> None:
+def _list(options: argparse.Namespace) -> None:
     from lfm_profiles import read
     from lfm_profiles.files import names
 
     from lfm_runtime.setup.profile import detected
 
     here = detected().profile.name
-    for name in names():
-        print(f"{'*' if name == here else ' '} {name:22s} {read(name).description}")
+    shipped = [
+        {"name": name, "description": read(name).description, "fits_this_machine": name == here} for name in names()
+    ]
+    if options.json:
+        print_json({"profiles": shipped})
+        return
+    for each in shipped:
+        print(f"{'*' if each['fits_this_machine'] else ' '} {each['name']:22s} {each['description']}")
     print(f"\n* fits this machine; show its settings with: lfm-edge profile show {here}")
 
 
