@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as e:  # a file or disk failed where no better message was made
         if is_out_of_memory(e):
             return _fail(f"not enough memory ({e}); close other programs, or use a machine with more")
-        return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}")
+        do = "; change its permissions" if isinstance(e, PermissionError) else ""
+        return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
 
 
 class Help(argparse.HelpFormatter):

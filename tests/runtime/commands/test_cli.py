@@ -75,3 +75,14 @@ def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle) -> Non
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_permissions_that_lack_where_no_reader_says_so(monkeypatch, capsys) -> None:
+    from lfm_runtime.commands import profile
+
+    def fails(_: object) -> int:
+        raise PermissionError(13, "Permission denied", "place")
+
+    monkeypatch.setattr(profile, "run", fails)
+    assert main(["profile", "list"]) == 2
+    assert capsys.readouterr().err == "lfm-edge: place: Permission denied; change its permissions\n"
