@@ -243,6 +243,7 @@ def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo,
 
 def test_what_is_written_as_json(demo_bundle, tmp_path, capsys) -> None:
     """One object and nothing else on standard output."""
+    pytest.importorskip("cyclonedx")
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     assert main(["prepare", str(bundle), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
