@@ -173,7 +173,9 @@ def _median(figure: Figure | None) -> float | str:
 
 
 def is_csv(path: Path) -> bool:
-    """Whether the file begins as `rows_for_csv` writes it: rows can be appended."""
-    with path.open(encoding="utf-8") as f:
-        first = f.readline()
-    return first.startswith("created_unix_s,valid,bundle,")
+    """Whether the file is there and begins as `rows_for_csv` writes it: rows can be appended."""
+    wanted = b"created_unix_s,valid,bundle,"
+    if not path.exists():
+        return False
+    with path.open("rb") as f:
+        return f.read(len(wanted)) == wanted

@@ -142,7 +142,8 @@ def compile_prompt(folder: Path) -> PromptSpec:
         vocabulary = compile_tokenizer(spec, reference_ranges)
     if chat_template(folder, config) is None:
         raise PromptError(
-            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+            "copy it from the model's repository"
         )
     chat = chat_format(folder, config)
     tokens = image_tokens(folder, config, {token for token in vocabulary.tokens if token})

@@ -10,15 +10,15 @@ import re
 import shlex
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.files import check_room, holds_a_model
-from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS
-from lfm_runtime.formats.writer import replacing
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, Manifest
+from lfm_runtime.formats.writer import check_replaceable, replacing
 
 from lfm_package.verify import verify
 
@@ -30,6 +30,7 @@ _LONGEST_DESCRIPTION = 1 << 20
 
 def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
     """The bundle in `archive`, every byte verified, as `folder`; a bundle that was there is replaced when all is well.
+    One with graphs that the archive lacks is not.
 
     Args:
         archive: NAME.tar; where that is in parts NAME.tar.000, NAME.tar.001 …, they are read as one.
@@ -37,8 +38,8 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         signers: who may have signed it (see signature.py); None asks for no signature.
 
     Raises:
-        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed as asked, or no room;
-            `folder` is as before.
+        BundleError: not an archive of lfm-edge, cut off, tampered with, damaged, not signed as asked, or no room,
+            or `folder` has graphs that the archive lacks; `folder` is as before.
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     if archive.is_dir():
@@ -49,7 +50,7 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         parent = folder.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         check_room(parent, wanted, str(archive), BundleError)
-        with replacing(folder) as new, _opened(archive) as tar:
+        with replacing(folder, lambda there: _check_nothing_lost(there, entries)) as new, _opened(archive) as tar:
             for name, entry in entries.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(entry)
@@ -64,6 +65,16 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
         raise BundleError(f"{e.filename or archive} does not exist; check the path") from e
     except OSError as e:
         raise BundleError(f"{archive} cannot be read: {e.strerror or e}") from e
+
+
+def _check_nothing_lost(there: Path, entries: Collection[str]) -> None:
+    check_replaceable(there)
+    old = Manifest.read(there)
+    if old and (lost := sorted(name for name in old.graphs if name not in entries)):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise BundleError(
+            f"{there} has {lost[0]}{more}, which the archive lacks and would be lost; choose another output"
+        )
 
 
 def _what_folder(folder: Path) -> str:

@@ -237,9 +237,7 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
         ids = found if isinstance(found, list) else [found]
         size = len(prompt.vocabulary.tokens)
         if not all(type(i) is int and 0 <= i < size for i in ids):
-            raise BundleError(
-                f"{folder}: eos_token_id in {place} is {str(found)[:60]}; it must be a token id below {size}"
-            )
+            raise BundleError(f"{folder}: eos_token_id in {place} is {found!r:.60}; it must be a token id below {size}")
         image = prompt.image_tokens.image
         if any(prompt.vocabulary.tokens[i] == image for i in ids):
             raise BundleError(f"{folder}: eos_token_id in {place} is the image token {image}; copy the file again")

@@ -80,7 +80,9 @@ def written(demo_bundle, tmp_path_factory) -> Path:
         "--quiet",
         "--csv",
         str(path.with_suffix(".csv")),
+        "--force",
     ]
+    path.with_suffix(".csv").write_bytes(b"date,price\xff\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             audit_module,

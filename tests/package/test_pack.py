@@ -78,6 +78,10 @@ def test_one_variant_alone(demo_bundle, tmp_path) -> None:
     assert not [name for name in names if "int8" in name]
     assert "int8" not in json.dumps({key: value for key, value in found.items() if key != "files"})
     assert list(found["golden"]) == ["fp32"]
+    before = sorted(bundle.rglob("*"))
+    with pytest.raises(BundleError, match=r"int8\.onnx and 2 more, which the archive lacks and would be lost"):
+        unpack(tmp_path / "a.tar", bundle)
+    assert sorted(bundle.rglob("*")) == before
 
 
 def test_the_same_bytes(demo_bundle, tmp_path) -> None:

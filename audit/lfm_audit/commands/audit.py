@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
     if options.csv:
-        check_output(options.csv, "lfm-edge audit", is_csv, force=False)
+        check_output(options.csv, "lfm-edge audit", is_csv, force=options.force)
     if options.meter:
         check_meter(options.meter)
     interrupt_on_termination()
@@ -101,9 +101,9 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.csv:
         header, rows = rows_for_csv(result)
-        there = options.csv.exists() and options.csv.stat().st_size
-        with options.csv.open("a", encoding="utf-8") as f:
-            f.write("\n".join([*([] if there else [header]), *rows]) + "\n")
+        more = is_csv(options.csv)
+        with options.csv.open("a" if more else "w", encoding="utf-8") as f:
+            f.write("\n".join([*([] if more else [header]), *rows]) + "\n")
     keep_measured(work.bundle, result)
     if not result.verdict.valid:
         return INVALID

@@ -22,9 +22,12 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_runtime.bundle import Bundle
 
-    bundle = Bundle.open(options.bundle).folder.resolve()
+    bundle = options.bundle.resolve()
+    if bundle.exists() or not (found := _leftovers(bundle)):  # a first export that was killed left no bundle
+        bundle = Bundle.open(options.bundle).folder.resolve()
+        found = _leftovers(bundle)
     total = 0
-    for path in _leftovers(bundle):
+    for path in found:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         total += size

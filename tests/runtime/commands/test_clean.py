@@ -31,3 +31,12 @@ def test_only_leftovers_are_removed(bundle_copy, capsys) -> None:
     assert not any(folder.exists() for folder in gone)
     assert all(folder.exists() for folder in kept)
     assert before == {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
+
+
+def test_a_first_export_that_was_killed(tmp_path, capsys) -> None:
+    """Its leftovers are removed although there is no bundle; a name without leftovers is no bundle's."""
+    (tmp_path / ".new.partial-abc").mkdir()
+    assert main(["clean", str(tmp_path / "new")]) == 0
+    assert not list(tmp_path.iterdir())
+    assert main(["clean", str(tmp_path / "new")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
