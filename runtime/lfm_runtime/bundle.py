@@ -258,7 +258,8 @@ def _facts(text: Any, context_length: int) -> ModelFacts:
         "full_attention" if n in attention else "conv" for n in range(text["num_hidden_layers"])
     ]
     kv_heads, head_dim = int(text["num_key_value_heads"]), int(text.get("head_dim") or hidden // heads)
-    return ModelFacts(tuple(kinds), hidden, kv_heads, head_dim, 3, int(text["vocab_size"]), context_length, 0)
+    kernel, vocabulary = int(text.get("conv_L_cache", 3)), int(text["vocab_size"])
+    return ModelFacts(tuple(kinds), hidden, kv_heads, head_dim, kernel, vocabulary, context_length, 0)
 
 
 def _known_variants(folder: Path, manifest: Manifest) -> dict[str, dict[str, Path]]:

@@ -90,6 +90,24 @@ def test_its_decoder_gives_our_texts(genai, demo_model) -> None:
         assert said == wanted, asked
 
 
+def test_sizes_that_its_graph_leaves_open(genai, demo_model, tmp_path) -> None:
+    """genai_config.json tells them: a convolution keeps one position less than in our graphs."""
+    folder = Path(shutil.copytree(genai, tmp_path / "open"))
+    graph = folder / json.loads((genai / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+    model = onnx.load(graph, load_external_data=False)
+    for value in [*model.graph.input, *model.graph.output]:
+        for n, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_value > 1:
+                dim.dim_param = f"{value.name}.{n}"
+    onnx.save(model, graph)
+    image = ROOT / "demo" / "eval" / "images" / "0000.png"
+    wanted, said = (
+        m.answer([image], "What is in this image?", temperature=0).text()
+        for m in (demo_model, Model.load(folder, threads=1))
+    )
+    assert said == wanted
+
+
 @pytest.mark.parametrize(("variant", "same"), [("fp32", 100), ("int8", 99), ("int4", 99)])
 def test_its_runtime_answers_from_our_folders(demo_bundle, tmp_path, variant, same) -> None:
     """The other way: `export --genai`, and onnxruntime-genai's own runtime, on the same questions."""

@@ -5,6 +5,7 @@ The graphs are changed with the onnx package; nothing of lfm-edge writes them.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +276,15 @@ def test_what_is_not_run_is_named(demo_bundle, tmp_path, capsys) -> None:
     assert "decoder_model_merged_bnb4.onnx, and no set of graphs that lfm-edge runs" in said
     assert "_q4" in said
     assert said.count("\n") == 1
+
+
+def test_sizes_are_those_of_config_json(demo_bundle, tmp_path) -> None:
+    folder = Folder(demo_bundle, tmp_path / "hub")
+    config = json.loads((folder.path / "config.json").read_text())
+    config["text_config"] |= {"conv_L_cache": 5, "vocab_size": 77}
+    (folder.path / "config.json").write_text(json.dumps(config))
+    facts = Bundle.open(folder.path).facts
+    assert (facts.conv_kernel, facts.vocabulary) == (5, 77)
 
 
 def test_a_size_that_nothing_tells(demo_bundle, tmp_path) -> None:

@@ -56,7 +56,7 @@ class Genai:
                 int(decoder["hidden_size"]),
                 int(decoder["num_key_value_heads"]),
                 int(decoder["head_size"]),
-                int(decoder.get("conv_cache_size", 2)) + 1,
+                int(decoder.get("conv_cache_size", 2)),
                 int(model["vocab_size"]),
                 int(model["context_length"]),
                 0,

@@ -80,7 +80,7 @@ class ModelFacts:
     hidden: int
     kv_heads: int
     head_dim: int
-    conv_kernel: int
+    conv_kernel: int  # last axis of past_conv; genai's decoders keep one position less
     vocabulary: int
     context_length: int
     image_token_id: int
