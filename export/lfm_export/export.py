@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from lfm_runtime.bundle import complete_for_clients, end_tokens
 from lfm_runtime.decode.sampling import GenerationSettings
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import GraphEntry, Manifest
@@ -19,6 +19,7 @@ from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.installation import install_advice
+from lfm_runtime.text.prompt import PromptBuilder
 from lfm_runtime.text.spec import PromptSpec
 
 from lfm_export.builder import IR_VERSION, OPSET, DataFile, GraphBuilder, Progress
@@ -148,7 +149,8 @@ def _look_at_settings(checkpoint: Checkpoint) -> None:
             raise SettingError(
                 f"{folder}: the image settings say {name} {said}, the weights are for {needed}; correct them"
             )
-    GenerationSettings.from_config(read_json_object(folder / "generation_config.json", SettingError, required=False))
+    path = folder / "generation_config.json"
+    GenerationSettings.from_config(read_json_object(path, SettingError, required=False), path)
     in_config = "max_image_tokens" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     if not in_config and not any(
         (folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")
@@ -168,9 +170,10 @@ def _check_tokens(checkpoint: Checkpoint, prompt: PromptSpec) -> int:
         sizes = f"{len(tokens)} tokens, config.json's vocab_size is {config.text.vocabulary}"
         raise CheckpointError(f"{folder}: the tokenizer has {sizes}")
     image = prompt.image_tokens.image
-    if image not in tokens:
-        raise CheckpointError(f"{folder}: the tokenizer has no {image}; is it the one of this vision-language model?")
-    found = tokens.index(image)
+    try:
+        found = PromptBuilder(prompt).image_id
+    except PromptError as e:
+        raise PromptError(f"{folder}: {e}") from e
     if config.image_token_id not in (None, found):
         raise CheckpointError(
             f"{folder}: config.json's image token is {config.image_token_id}, the tokenizer's {image} is {found}"

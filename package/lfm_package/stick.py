@@ -16,7 +16,7 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
-from lfm_runtime.formats.files import check_output, check_room
+from lfm_runtime.formats.files import check_output, check_outside_bundles, check_room
 from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.version import Version
@@ -68,6 +68,7 @@ def check_place(output: Path, platform: Platform, *, signed: bool, force: bool) 
     if output.suffix == ".tar":
         check_output(output, "lfm-edge stick", is_stick, force=force)
     else:
+        check_outside_bundles(output)
         _check_ours(output)
     if not force:
         _check_like(output, platform, signed=signed)

@@ -99,6 +99,8 @@ def _no_tar(archive: Path) -> str:
         return f"is compressed; unpack it first: zstd -d {archive}"
     if re.fullmatch(r"\.\d{3}", archive.suffix):
         return f"is one part of several; name the whole, whose parts are found: {archive.with_suffix('')}"
+    if parts := _parts(archive):
+        return f"is cut off: its last part is {parts[-1].name}; copy the parts after it, or that one again"
     return "is not a tar file, or is cut off; copy it again"
 
 
@@ -153,9 +155,7 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
-    folder = archive.parent
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    parts = [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
+    parts = _parts(archive)
     mode: Any = "r:"  # no compression: what is not looked at cannot do harm
     if archive.exists() and parts:
         raise BundleError(f"both {archive} and {parts[0].name} exist, perhaps from different runs; remove one")
@@ -168,6 +168,12 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
             raise BundleError(f"{archive}.{n:03d} is missing between the parts of {archive.name}; copy it again")
     with io.BufferedReader(_Joined(parts)) as stream, tarfile.open(fileobj=stream, mode=mode, tarinfo=_Entry) as tar:
         yield tar
+
+
+def _parts(archive: Path) -> list[Path]:
+    folder = archive.parent
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return [folder / name for name in names if re.fullmatch(rf"{re.escape(archive.name)}\.\d{{3}}", name)]
 
 
 class _Entry(tarfile.TarInfo):

@@ -189,7 +189,8 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
         questions = _some(questions, MANY_IMAGES)
         warn(f"{MANY_IMAGES} of {images} images are used; more would not make a better calibration")
     if images < FEW_IMAGES:
-        warn(f"only {images} usable images; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
+        where = f"--prompts asks about {images} images" if questions[0].place else f"only {images} usable images"
+        warn(f"{where}; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
     calibrate, judge = split_off(questions, HELD_OUT, seed=0)
     if not judge:
         if settings.floor is not None:

@@ -104,7 +104,7 @@ class Bundle:
             end_tokens(folder, prompt),
             prompt,
             ImageSettings.from_folder(folder),
-            GenerationSettings.from_config(generation),
+            GenerationSettings.from_config(generation, folder / "generation_config.json"),
         )
 
     @cached_property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import BundleError, EdgeError, PromptError
+from lfm_runtime.errors import BundleError, EdgeError, ImageError, PromptError, unreadable
 from lfm_runtime.formats.files import read_json_object, to_json
 from lfm_runtime.formats.typed import as_json, read_as
 from lfm_runtime.model import Model
@@ -28,6 +28,7 @@ class Question:
     text: str
     answer: str | None = None
     task: str = "all"
+    place: str = ""  # FILE, line N
 
 
 def read_jsonl(path: Path, folders: Sequence[Path], error: type[EdgeError] = PromptError) -> list[Question]:
@@ -43,8 +44,10 @@ def read_jsonl(path: Path, folders: Sequence[Path], error: type[EdgeError] = Pro
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (UnicodeDecodeError, OSError) as e:
-        raise error(f"{path} cannot be read as text ({e}); questions are JSONL: one object a line") from e
+    except OSError as e:
+        raise unreadable(path, e, error, "check the path") from e
+    except UnicodeDecodeError as e:
+        raise error(f"{path} is not UTF-8 text ({e}); questions are JSONL: one object a line") from e
     if not lines:
         raise error(f'{path} is empty; write one object a line: {{"image": …, "question": …}}')
     if lines[0].lstrip().startswith("["):
@@ -60,7 +63,7 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         task = str(entry.get("task", "all"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise error(
-            f'{where}: not a JSON object with "image" and "question"; write it as {{"image": …, "question": …}}'
+            f'{where}: no JSON object with "image" and "question"; write one: {{"image": …, "question": …}}'
         ) from e
     if not isinstance(entry["image"], str):
         raise error(f"{where}: image is {name[:40]}, not a file's name in quotes")
@@ -70,7 +73,7 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
     if image is None:
         places = " or ".join(str(folder) for folder in dict.fromkeys(folders))
         raise error(f"{where}: {name} is not in {places}; correct the path")
-    return Question(image, question, None if answer is None else str(answer), task)
+    return Question(image, question, None if answer is None else str(answer), task, where)
 
 
 # ----------------------------------------------------------------------------------------------- a golden set
@@ -114,26 +117,28 @@ def record(model: Model, questions: Sequence[Question]) -> tuple[GoldenSet, dict
     """A golden set as this model answers it, and the images it is about, by their names in the bundle.
 
     Raises:
-        ImageError, PromptError: a question cannot be asked.
+        ImageError, PromptError: a question cannot be asked; names its line.
     """
     images: dict[Path, str] = {}
     for question in questions:
         images.setdefault(question.image, f"{GOLDEN_FOLDER}/{len(images):04d}{question.image.suffix.lower()}")
-    answers = tuple(
-        GoldenAnswer(images[q.image], q.text, answer)
-        for q, answer in zip(questions, _answers(model, [(q.image, q.text) for q in questions]), strict=True)
-    )
-    return GoldenSet(1, model.setup.summary, answers), {name: path for path, name in images.items()}
+    answers = []
+    for question in questions:
+        try:
+            answer = _answer(model, question.image, question.text)
+        except (ImageError, PromptError) as e:
+            raise type(e)(f"{question.place}: {e}" if question.place else str(e)) from e
+        answers.append(GoldenAnswer(images[question.image], question.text, answer))
+    return GoldenSet(1, model.setup.summary, tuple(answers)), {name: path for path, name in images.items()}
 
 
 def differing(model: Model, golden: GoldenSet) -> Iterator[tuple[GoldenAnswer, str]]:
     """Yield (golden answer, what this model says instead) for each question that is answered in another way."""
-    asked = [(model.bundle.folder / one.image, one.question) for one in golden.answers]
-    for one, said in zip(golden.answers, _answers(model, asked), strict=True):
+    for one in golden.answers:
+        said = _answer(model, model.bundle.folder / one.image, one.question)
         if said != one.answer:
             yield one, said
 
 
-def _answers(model: Model, asked: Sequence[tuple[Path, str]]) -> Iterator[str]:
-    for image, question in asked:
-        yield model.answer(image, question, temperature=0, max_new_tokens=GOLDEN_TOKENS).text()
+def _answer(model: Model, image: Path, question: str) -> str:
+    return model.answer(image, question, temperature=0, max_new_tokens=GOLDEN_TOKENS).text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,29 @@ def test_output_that_is_not_a_bundle(tmp_path, capsys) -> None:
         assert main(["export", str(DEMO), "-o", str(tmp_path / target), "--quiet"]) == 2
         assert "choose another output" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", str(DEMO), "-o", "{bundle}/more"],
+        ["export", "{bundle}", "--web", "-o", "{bundle}/web"],
+        ["export", "{bundle}", "--genai", "-o", "{bundle}/genai"],
+        ["export", "{bundle}", "--static", "-o", "{bundle}/static"],
+        ["pack", "{bundle}", "--variant", "fp32", "-o", "{bundle}/cam.tar"],
+        ["stick", "{bundle}", "--target", "pi5", "-o", "{bundle}/onnx/stick"],
+        ["audit", "{bundle}", "-o", "{bundle}/audit.json"],
+        ["tune", "{bundle}", str(ROOT / "demo" / "photos" / "coffee.jpg"), "-o", "{bundle}/tuned.toml"],
+        ["make", str(DEMO), "--target", "pi5", "-o", "{bundle}/stick"],
+    ],
+    ids=lambda words: words[0] + "".join(w for w in words if w.startswith("--")),
+)
+def test_outputs_inside_a_bundle(demo_bundle, capsys, command) -> None:
+    """What lies in a bundle is part of it, or would be lost when it is replaced."""
+    before = tree(demo_bundle)
+    assert main([word.format(bundle=demo_bundle) for word in command]) == 2
+    assert re.fullmatch(r"lfm-edge: .* lies inside the bundle .*; choose a place outside\n", capsys.readouterr().err)
+    assert tree(demo_bundle) == before
 
 
 def test_unwritable_output(tmp_path, capsys) -> None:

@@ -335,6 +335,22 @@ def test_a_folder_without_prompt_json_gives_the_same_ids(tmp_path) -> None:
     assert without.render([Message.user("Hi", 1)], [plan]) == exported.render([Message.user("Hi", 1)], [plan])
 
 
+@pytest.mark.parametrize("compile_it", [compile_prompt, compile_on_device])
+def test_what_makes_prompts_other_than_the_models_is_refused(tmp_path, compile_it) -> None:
+    """A start token that no file defines, and an image token that the tokenizer takes for text."""
+    shutil.copytree(DEMO, tmp_path / "c")
+    (tmp_path / "c" / "tokenizer_config.json").unlink()
+    with pytest.raises(PromptError, match=r"has no tokenizer_config.json, which defines the bos_token"):
+        compile_it(tmp_path / "c")
+    shutil.copytree(DEMO, tmp_path / "d")
+    spec = json.loads((tmp_path / "d" / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<image>"]
+    spec["model"]["vocab"]["<image>"] = max(spec["model"]["vocab"].values()) + 1000
+    (tmp_path / "d" / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(PromptError, match="<image>"):
+        PromptBuilder(compile_it(tmp_path / "d"))
+
+
 def test_a_bundle_of_the_first_schema_is_read(tmp_path) -> None:
     """prompt.json as it was before the template was in it: tokens and merges as lists, other stand-ins, three lists of
     ranges.

@@ -437,6 +437,10 @@ def test_the_folder_that_was_meant(tiny, tmp_path, monkeypatch) -> None:
     assert f"give one of its snapshots: {cache}/snapshots/aaa" in said(cache)
     assert f"the checkpoint is inside: {cache}/snapshots/aaa" in said(cache / "snapshots")
     assert f"give the folder it lies in: {tiny}" in said(tiny / "model.safetensors")
+    shutil.copytree(tiny, tmp_path / "demo" / "checkpoint")
+    (tmp_path / "demo" / "bundle").mkdir()  # it has a config.json too, and is no checkpoint
+    (tmp_path / "demo" / "bundle" / "config.json").write_text("{}")
+    assert f"the checkpoint is inside: {tmp_path}/demo/checkpoint" in said(tmp_path / "demo")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

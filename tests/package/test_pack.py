@@ -119,6 +119,10 @@ def test_parts(demo_bundle, packed, tmp_path) -> None:
     written[2].write_bytes(written[2].read_bytes()[:-50_000])
     with pytest.raises(BundleError, match=r"is not a tar file, or is cut off|copy"):
         unpack(folder / "cam.tar", tmp_path / "joined")
+    written[2].unlink()
+    with pytest.raises(BundleError, match=r"is cut off: its last part is cam.tar.001; copy the parts after it"):
+        unpack(folder / "cam.tar", tmp_path / "joined")
+    written[2].write_bytes(b"")
     written[1].unlink()
     with pytest.raises(BundleError, match=r"cam.tar.001 is missing between the parts"):
         unpack(folder / "cam.tar", tmp_path / "joined")
@@ -396,13 +400,22 @@ def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> 
     assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 2
     assert "mine.jsonl, line 1: 0000.png is not in" in capsys.readouterr().err
     shutil.copytree(images, tmp_path / "images")
-    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({**o, "image": f"images/{o['image']}"}) for o in lines))
+    lines = [{**o, "image": f"images/{o['image']}"} for o in lines]
+    (tmp_path / "text.png").write_text("none")
+    for odd, says in (
+        ({"image": "text.png", "question": "?"}, r"mine.jsonl, line 2: .*text.png"),
+        ({**lines[0], "question": "the <image>?"}, r"mine.jsonl, line 2: .* do not write <image>"),
+    ):
+        (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [lines[0], odd])))
+        assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 2
+        assert re.search(says, capsys.readouterr().err)
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 0
     unpack(tmp_path / "cam.tar", tmp_path / "cam")
     assert verify(tmp_path / "cam") == []
     golden = GoldenSet.of(Bundle.open(tmp_path / "cam"))
     model = Model.load(demo_bundle, threads=1)
-    wanted = [model.answer(images / o["image"], o["question"], temperature=0).text() for o in lines]
+    wanted = [model.answer(tmp_path / o["image"], o["question"], temperature=0).text() for o in lines]
     assert [one.answer for one in golden.answers] == wanted
 
     def checked(wrong: int) -> str:

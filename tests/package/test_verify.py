@@ -238,7 +238,7 @@ def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo,
     capsys.readouterr()
     assert main(["verify", str(bundle_copy), "--json"]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert "cannot be read and is not used" in problem
+    assert "prepared.json is missing or damaged" in problem
 
 
 def test_what_is_written_as_json(demo_bundle, tmp_path, capsys) -> None:

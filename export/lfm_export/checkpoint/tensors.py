@@ -137,7 +137,7 @@ def check_folder(folder: Path) -> None:
         meant = wanted if wanted in revisions else revisions[-1] if revisions else None
         if meant is not None:
             raise CheckpointError(f"{folder} is a folder of the hub's cache; give one of its snapshots: {meant}")
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    inside = sorted(path.parent for path in folder.glob("*/config.json") if any(path.parent.glob("*.safetensors")))
     if inside:
         others = f" (or another of {len(inside)})" if len(inside) > 1 else ""
         raise CheckpointError(f"{folder} has no config.json; the checkpoint is inside: {inside[0]}{others}")

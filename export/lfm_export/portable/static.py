@@ -27,6 +27,7 @@ from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import unreadable
 from lfm_runtime.formats.contract import BATCH, DECODER, PAST, PATCHES, TOKENS, TOTAL, VISION_ENCODER
+from lfm_runtime.formats.files import check_outside_bundles
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
@@ -79,7 +80,9 @@ def write_static(folder: Path, output: Path, shape: StaticShape) -> list[Path]:
     Raises:
         CheckpointError: a grid that the projector cannot join, graphs that are not portable, no place to write to.
         BundleError: not a bundle.
+        EdgeError: the output lies inside a bundle.
     """
+    check_outside_bundles(output)
     bundle = Bundle.open(folder)
     factor = bundle.images.downsample_factor
     if not shape.rows or not shape.columns or shape.rows % factor or shape.columns % factor:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Pack one variant of a bundle into a .tar: only its files, manifest, SHA256SUMS, licence and model card. "
         "Also writes the .tar's SHA-256 and a CycloneDX bill of materials. The same inputs give the same bytes. "
-        "On the device: lfm-edge unpack NAME.tar -o FOLDER."
+        "On the device: lfm-edge unpack NAME.tar -o FOLDER. Name --variant or --profile."
     )
     parser.add_argument("bundle", type=Path)
     add_packing_arguments(parser)
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `pack` and `stick` share: variants, profile, signing key."""
-    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the one that the profile would choose")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="default: the one that the profile chooses")
     parser.add_argument(
         "--prefill",
         choices=("none", *VARIANTS),
         metavar="VARIANT",
-        help="also pack this variant, for prefill; default: the one that the profile would choose",
+        help="also pack this variant, for prefill; default: the one that the profile chooses",
     )
     parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key (ssh-keygen -Y)")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import ImageError
+from lfm_runtime.errors import ImageError, PromptError
 from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.images.pixels import cut_views, open_image
 from lfm_runtime.questions import Question, read_jsonl
@@ -154,7 +154,10 @@ def to_sample(bundle: Bundle, question: Question, *, split: bool, images: ImageS
         tiled = lay_out(image.width, image.height, bundle.images)
         if tiled.tiled:
             extra = [_views(image, tiled, bundle.images)[tiled.rows * tiled.columns // 2]]
-    rendered = bundle.prompts.render([Message.user(question.text, 1)], [plan])
+    try:
+        rendered = bundle.prompts.render([Message.user(question.text, 1)], [plan])
+    except PromptError as e:
+        raise QuantizeError(f"{question.place or question.text[:60]}: {e}") from e
     ids = list(rendered.ids)
     if len(ids) + MOST_ANSWER_TOKENS > bundle.context_length:
         size = f"{len(ids)} tokens, but prompt and answer together may have at most {bundle.context_length}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -66,12 +67,12 @@ class GenerationSettings:
                 raise SettingError(f"{name} {getattr(self, name)!r} is impossible; allowed: {allowed}")
 
     @staticmethod
-    def from_config(raw: dict[str, Any]) -> GenerationSettings:
-        """From a parsed generation_config.json. Where it says nothing about sampling, sampling is the model card's;
-        where it says anything, the rest is what transformers takes for it.
+    def from_config(raw: dict[str, Any], path: Path = Path("generation_config.json")) -> GenerationSettings:
+        """From a parsed generation_config.json, which lies at `path`. Where it says nothing about sampling, sampling is
+        the model card's; where it says anything, the rest is what transformers takes for it.
 
         Raises:
-            SettingError: a value of another kind, or an impossible one.
+            SettingError: a value of another kind, or an impossible one; names the file.
         """
         kinds = {
             "temperature": float,
@@ -87,13 +88,16 @@ class GenerationSettings:
             fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
             if not fits:
                 wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kinds[name]]
-                raise SettingError(f"generation_config.json: {name} is {repr(value)[:60]}; {wanted} is needed")
+                raise SettingError(f"{path}: {name} is {repr(value)[:60]}; {wanted} is needed")
         samples = found.pop("do_sample", None)
         if samples is not None or found.keys() & {"temperature", "min_p", "top_k", "top_p"}:
             found = {"temperature": 1.0, "min_p": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, **found}
         if samples is False:
             found["temperature"] = 0.0
-        return GenerationSettings(**found)
+        try:
+            return GenerationSettings(**found)
+        except SettingError as e:
+            raise SettingError(f"{path}: {e}") from e
 
     def with_changes(self, changes: Mapping[str, Any]) -> GenerationSettings:
         """These settings with the user's changes.

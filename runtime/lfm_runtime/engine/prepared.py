@@ -63,8 +63,8 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
                 return Found(source, f"{path} is cut off and not used", damaged=True)
             if (verify or wanted["bytes"] <= HASHED_AT_LOAD) and file_hash(path) != wanted["sha256"]:
                 return Found(source, f"{path} is damaged and not used", damaged=True)
-    except (BundleError, OSError, KeyError, TypeError, AttributeError) as e:
-        return Found(source, f"{place} cannot be read and is not used ({type(e).__name__})", damaged=True)
+    except (BundleError, OSError, KeyError, TypeError, AttributeError):
+        return Found(source, f"{place / NOTE} is missing or damaged, so what was prepared is not used", damaged=True)
     return Found(place / source.name)
 
 

@@ -103,6 +103,7 @@ def check_writable(path: Path) -> None:
     """Before long work, raise EdgeError where write_whole could not write this file."""
     if path.is_dir():
         raise EdgeError(f"{path} is a folder; name a file")
+    check_outside_bundles(path)
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise EdgeError(f"{folder} is not a folder; make it, or write elsewhere")
@@ -111,6 +112,13 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as e:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
+
+
+def check_outside_bundles(path: Path) -> None:
+    """Raise EdgeError for an output inside a bundle, which holds what its manifest names and nothing else."""
+    for folder in path.absolute().parents:
+        if all((folder / name).is_file() for name in ("manifest.json", "prompt.json")):
+            raise EdgeError(f"{path} lies inside the bundle {folder}, which would not be whole; choose a place outside")
 
 
 def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, force: bool) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.files import check_outside_bundles
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, Manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -29,9 +30,11 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iter
 
     Raises:
         BundleError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
+        EdgeError: it lies inside a bundle.
     """
     bundle = Path(os.path.abspath(bundle))  # noqa: PTH100  (resolve() would follow a link at the end); "." must get a name; links in its parents are followed as they stand
     try:
+        check_outside_bundles(bundle)
         bundle.parent.mkdir(parents=True, exist_ok=True)
         with _locked(bundle):
             _recover(bundle)
@@ -77,7 +80,8 @@ def _locked(bundle: Path) -> Iterator[None]:
 
 
 def check_replaceable(bundle: Path) -> None:
-    """Only what an export made may be replaced, and only when nothing else lies in it."""
+    """Only what an export made may be replaced, and only when nothing else lies in it, and not inside a bundle."""
+    check_outside_bundles(bundle)
     if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
         raise BundleError(f"{bundle} is not a folder; choose another output")
     if not bundle.is_dir() or not any(bundle.iterdir()):

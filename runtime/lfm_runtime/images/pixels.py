@@ -133,7 +133,8 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
     megapixels = image.width * image.height / 1e6
     if not megapixels <= max_megapixels:  # nan is no limit
         raise ImageError(
-            f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; raise it with --max-megapixels"
+            f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; make it smaller, or raise the "
+            "limit of run and chat with --max-megapixels"
         )
 
 

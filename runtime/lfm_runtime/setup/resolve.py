@@ -181,11 +181,14 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> st
     if budget and (room is None or memory.peak <= room):  # planned here for a smaller machine
         allowed = f"profile {first.profile.name} allows {budget} (peak_rss_mib)"
         return f"{first.bundle.folder} needs {wanted}; {allowed}. Take a smaller model or another profile"
+    needed, left = smallest.forecast.address_mib, device.address_free_mib
+    if left is not None and left < needed:
+        return (
+            f"{first.bundle.folder} needs at least {needed:.0f} MiB of address space ({smallest.variant}); ulimit -v "
+            f"leaves {left}. Raise it, or take a smaller model"
+        )
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
-    if device.address_free_mib is not None:
-        there += f"; ulimit -v leaves {device.address_free_mib} MiB of address space"
-        there += f", {smallest.forecast.address_mib:.0f} are needed"
     there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
     do = "Close other programs, or take a smaller model"
     return f"{first.bundle.folder} needs {wanted}; {there}. {do}"

@@ -38,6 +38,11 @@ class PromptBuilder:
             raise PromptError(
                 f"the tokenizer has no {spec.image_tokens.image} token; is this a vision-language checkpoint?"
             )
+        if self.tokenizer.encode(spec.image_tokens.image) != [image]:
+            raise PromptError(
+                f"the tokenizer reads {spec.image_tokens.image} as text, since it is not among its added tokens; copy "
+                "tokenizer.json from the model's repository"
+            )
         self.image_id = image
 
     def _guarded(self, chat: Conversation, plain: str, guard: str) -> str:

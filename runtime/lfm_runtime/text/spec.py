@@ -205,7 +205,11 @@ def compile_on_device(folder: Path) -> PromptSpec:
 
 
 def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
-    """The template and special tokens of a checkpoint's files; LFM2's where there is no template."""
+    """The template and special tokens of a checkpoint's files; LFM2's where there is no template.
+
+    Raises:
+        PromptError: a damaged file, or the one that defines the start token is missing.
+    """
     named = {**read_json_object(folder / "special_tokens_map.json", PromptError, required=False), **tokenizer_config}
     specials = {
         name: text
@@ -216,6 +220,11 @@ def chat_format(folder: Path, tokenizer_config: dict[str, Any]) -> ChatFormat:
     if isinstance(extra, dict):
         specials.update({name: text for name, value in extra.items() if (text := token_text(value)) is not None})
     template = chat_template(folder, tokenizer_config)
+    if template and "bos_token" in template and "bos_token" not in specials and not tokenizer_config:
+        raise PromptError(
+            f"{folder} has no tokenizer_config.json, which defines the bos_token that the chat template begins with; "
+            "copy it from the model's repository"
+        )
     return (
         ChatFormat(template, specials)
         if template is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lfm_runtime.decode.sampling import GenerationSettings, Sampler, distribution, penalise
@@ -108,3 +110,5 @@ def test_defaults() -> None:
     assert GenerationSettings.from_config({"temperature": 0.3, "top_k": 40}).top_k == 40
     with pytest.raises(SettingError, match="generation_config"):
         GenerationSettings.from_config({"temperature": "warm"})
+    with pytest.raises(SettingError, match=r"here/generation_config.json: top_p 7.0 is impossible"):
+        GenerationSettings.from_config({"top_p": 7.0}, Path("here/generation_config.json"))

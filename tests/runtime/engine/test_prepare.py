@@ -77,11 +77,11 @@ def test_nothing_else_in_the_bundle_changes(prepared, demo_bundle) -> None:
     [
         ("cut", "is cut off"),
         ("graph", "is damaged"),
-        ("note", "cannot be read"),
-        ("no note", "cannot be read"),
+        ("note", "prepared.json is missing or damaged"),
+        ("no note", "prepared.json is missing or damaged"),
         ("other version", "prepared for another processor or onnxruntime"),
         ("older", "was prepared from an older"),
-        ("wrong note", "cannot be read"),
+        ("wrong note", "prepared.json is missing or damaged"),
         ("protobuf", "is not used"),
     ],
 )
