@@ -8,7 +8,7 @@ Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); the scale search is that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,7 @@ _ROWS, _STEP = 1024, 32
 _LOCAL = 1024
 """Inputs that gptq_local takes together: a multiple of every block."""
 _CHUNK = 1 << 16
-"""Weights whose scales are searched together: the arrays in between fit the caches."""
+"""Weights worked on together: the arrays in between fit the caches, and a table of 1 GB needs no other of its size."""
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 
@@ -194,15 +194,15 @@ def _grid(
     """Scales (and zero points) with the least weighted rounding error among ranges shrunk by these factors."""
     n, k = weight.shape
     if precision.bits == 8:
-        scales = np.abs(weight).max(1, keepdims=True) / np.float32(127)
-        return np.maximum(scales, np.float32(1e-12)), None
+        largest = np.empty((n, 1), np.float32)
+        for rows in _chunks(weight):
+            largest[rows] = np.abs(weight[rows]).max(1, keepdims=True)
+        return np.maximum(largest / np.float32(127), np.float32(1e-12)), None
     blocks = -(-k // precision.block)
     pad = blocks * precision.block - k
     weights = np.pad(power, (0, pad)).reshape(1, blocks, precision.block)
     scales, zeros = np.empty((n, blocks), np.float32), np.empty((n, blocks), np.uint8)
-    step = max(1, _CHUNK // k)
-    for first in range(0, n, step):
-        rows = slice(first, first + step)
+    for rows in _chunks(weight):
         grouped = np.pad(weight[rows], ((0, 0), (0, pad))).reshape(-1, blocks, precision.block)
         scales[rows], zeros[rows] = _best_scales(grouped, weights, shrink, zero_points=precision.zero_points)
     return scales, zeros if precision.zero_points else None
@@ -242,9 +242,18 @@ def _best_scales(
 def _codes(weight: Float, scales: Float, zero_points: NDArray[np.uint8] | None, precision: Precision) -> Codes:
     k = weight.shape[1]
     block = precision.block or k
-    spread = np.repeat(scales, block, 1)[:, :k]
-    zeros = None if zero_points is None else np.repeat(zero_points, block, 1)[:, :k]
-    return _codes_of(weight, spread, zeros, precision.bits)
+    codes = np.empty(weight.shape, np.uint8 if precision.bits == 4 else np.int8)
+    for rows in _chunks(weight):
+        spread = np.repeat(scales[rows], block, 1)[:, :k]
+        zeros = None if zero_points is None else np.repeat(zero_points[rows], block, 1)[:, :k]
+        codes[rows] = _codes_of(weight[rows], spread, zeros, precision.bits)
+    return codes
+
+
+def _chunks(weight: Float) -> Iterator[slice]:
+    """Rows of a weight matrix [n, k] that are worked on together."""
+    step = max(1, _CHUNK // weight.shape[1])
+    return (slice(first, first + step) for first in range(0, len(weight), step))
 
 
 def _codes_of(weight: Float, scale: Float, zero: NDArray[np.uint8] | None, bits: int) -> Codes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -67,6 +68,19 @@ def test_rtn_is_onnxruntimes(block) -> None:
         np.mean(np.abs(ours - theirs) > 1e-3 * np.abs(weight).max()) < 0.01
     )  # a code at a tie may fall to the other side
     assert np.square(ours - weight).sum() < 1.01 * np.square(theirs - weight).sum()
+
+
+def test_tables_are_rounded_in_little_more_memory_than_their_codes() -> None:
+    """Of a vocabulary of 128,000 the table is 1 GB; a copy of it, or an array of its kind, would be as large."""
+    weight = np.random.default_rng(0).standard_normal((16384, 512), np.float32)
+    for precision in (Precision(8), Precision(4, 32)):
+        tracemalloc.start()
+        rounded = rtn(weight, precision, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        kept = rounded.codes.nbytes + rounded.scales.nbytes
+        assert kept <= weight.nbytes / 2
+        assert peak < kept + weight.nbytes / 4, precision
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
