@@ -1,5 +1,5 @@
-"""Pages that mkdocs (mkdocs.yml) makes of files outside docs/: READMEs, the command line, the schema of audits. Called by
-mkdocs, as a hook.
+"""Pages that mkdocs (mkdocs.yml) makes of files outside docs/: READMEs, the command line, the schema of audits; and the
+model for the page that asks it in the browser. Called by mkdocs, as a hook.
 
 Links between Markdown files are written for the repository, where they work too; here they are changed to the pages'
 places. A link to a file that is no page becomes its text.
@@ -8,16 +8,19 @@ places. A link to a file that is no page becomes its text.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import posixpath
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.commands.cli import Parser
+from lfm_runtime.commands.cli import Parser, main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -33,6 +36,11 @@ PAGES = {
 }
 """File of the repository → page."""
 _ORIGINS = {page: origin for origin, page in PAGES.items()}
+TRANSFORMERS = ROOT / "build" / "node" / "node_modules" / "@huggingface" / "transformers" / "dist"
+TRY = ROOT / "build" / "try"
+CALIBRATION = ROOT / "demo" / "calibration" / "images"
+PICTURES = (0, 1, 4, 9, 13)
+"""Of demo/eval/images."""
 _SCHEMA = ROOT / "audit" / "lfm_audit" / "audit.schema.json"
 
 
@@ -43,6 +51,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "audit-schema.md", content=audit_schema()))
     return files
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Put what docs/try/ask.js loads beside it, where transformers.js is installed."""
+    if (TRANSFORMERS / "transformers.min.js").exists():
+        shutil.copytree(try_assets(), Path(config.site_dir) / "try" / "assets", dirs_exist_ok=True)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -61,6 +75,42 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"[{text}]({posixpath.relpath(found, posixpath.dirname(place) or '.')}{anchor})"
 
     return re.sub(r"\[(?P<text>[^\]\n]+)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)", moved, markdown)
+
+
+# --------------------------------------------------------------------------------- the model on the page, docs/try.md
+
+
+def try_assets() -> Path:
+    """The folder with the demo model in int8 for browsers, transformers.js with its WebAssembly, and pictures. It is
+    made once; to make it anew, remove it.
+    """
+    if (TRY / "pictures.json").exists():
+        return TRY
+    shutil.rmtree(TRY, ignore_errors=True)
+    TRY.mkdir(parents=True)
+    bundle = TRY / "bundle"
+    for words in (
+        ["export", str(ROOT / "demo" / "checkpoint"), "-o", str(bundle), "--quiet"],
+        ["quantize", str(bundle), "--variant", "int8", "--calibration", str(CALIBRATION), "--quiet"],
+        ["pack", str(bundle), "--variant", "int8", "-o", str(TRY / "int8.tar")],
+        ["unpack", str(TRY / "int8.tar"), "-o", str(TRY / "int8")],
+        ["export", str(TRY / "int8"), "--web", "-o", str(TRY / "model"), "--quiet"],
+    ):
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = main(words)
+        if code:
+            raise RuntimeError(f"lfm-edge {' '.join(words)} ended with exit code {code}")
+    for name in ("bundle", "int8"):
+        shutil.rmtree(TRY / name)
+    for path in TRY.glob("int8.*"):
+        path.unlink()
+    runtime = TRANSFORMERS.parents[2] / "onnxruntime-web" / "dist"
+    wasm = [runtime / f"ort-wasm-simd-threaded.asyncify.{kind}" for kind in ("mjs", "wasm")]
+    pictures = [ROOT / "demo" / "eval" / "images" / f"{n:04d}.png" for n in PICTURES]
+    for path in (TRANSFORMERS / "transformers.min.js", *wasm, *pictures):
+        shutil.copy(path, TRY)
+    (TRY / "pictures.json").write_text(json.dumps([path.name for path in pictures]))
+    return TRY
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -9,7 +9,7 @@ Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); the scale search is that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,11 @@ class Rounded:
         padded = np.pad(self.codes.astype(np.float32), ((0, 0), (0, blocks * self.precision.block - k)))
         weight: Float = (padded.reshape(n, blocks, -1) - zero) * self.scales[..., None]
         return weight.reshape(n, -1)[:, :k]
+
+    def __getitem__(self, rows: NDArray[np.intp]) -> Float:
+        """Some rows of `weight`, [m, k]: of an embedding table, which in fp32 may have 1 GB."""
+        zeros = None if self.zero_points is None else self.zero_points[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zero_points=zeros).weight()
 
 
 Method = Callable[[Float, Precision, "Float | None"], Rounded]

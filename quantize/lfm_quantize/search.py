@@ -27,7 +27,7 @@ from lfm_quantize.passes.integers import Integers, Product
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.recipe import Recipe, Rule
-from lfm_quantize.rounding import Precision, clipped, rtn
+from lfm_quantize.rounding import Precision, Rounded, clipped, rtn
 from lfm_quantize.source import Source
 
 Float = NDArray[np.float32]
@@ -89,7 +89,7 @@ def survey(
     kinds = image_positions(samples, bundle.prompts.image_id)
     answers = [slice(sample.prompt_tokens - 1, len(sample.ids) - 1) for sample in samples]
 
-    def fed(table: Float, images: Sequence[Values]) -> FedGraph:
+    def fed(table: Float | Rounded, images: Sequence[Values]) -> FedGraph:
         features = [values["image_features"] for values in images]
         return FedGraph(decoder, prompt_feeds(decoder, samples, kinds, table, features), kinds, threads)
 
@@ -178,7 +178,7 @@ def _errors(weight: Float, seen: Observed, source: InputSource | None) -> tuple[
     return errors, plain, Product(reference)
 
 
-def _with_rounded_table(source: Source, fed: Callable[[Float], FedGraph]) -> Iterator[tuple[Precision, list[Values]]]:
+def _with_rounded_table(source: Source, fed: Callable[[Rounded], FedGraph]) -> Iterator[tuple[Precision, list[Values]]]:
     """The outputs with the embedding table rounded, where it is looked up and, where the head is tied to it, in the
     head; for each precision.
     """
@@ -186,7 +186,7 @@ def _with_rounded_table(source: Source, fed: Callable[[Float], FedGraph]) -> Ite
         if p.bits == 4 and source.table.shape[1] % p.block:
             continue
         rounded = clipped(source.table, p, None)
-        changed = fed(rounded.weight())
+        changed = fed(rounded)
         if source.tied:
             changed = changed.rewritten(Integers({"head": Product(rounded)}, tied=True))
         yield p, changed.run(WHOLE, changed.start())

@@ -81,6 +81,7 @@ def test_tables_are_rounded_in_little_more_memory_than_their_codes() -> None:
         kept = rounded.codes.nbytes + rounded.scales.nbytes
         assert kept <= weight.nbytes / 2
         assert peak < kept + weight.nbytes / 4, precision
+        np.testing.assert_array_equal(rounded[np.array([7, 3, 7])], rounded.weight()[[7, 3, 7]])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

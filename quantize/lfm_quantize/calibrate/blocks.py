@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.samples import Sample
 from lfm_quantize.graph import linears, nodes_between, part, release, session
 from lfm_quantize.passes.nodes import rewritten
+from lfm_quantize.rounding import Rounded
 
 Feeds = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[np.float32]]
@@ -132,11 +133,11 @@ def prompt_feeds(
     model: ir.Model,
     samples: Sequence[Sample],
     kinds: Sequence[NDArray[np.bool_]],
-    table: NDArray[np.float32],
+    table: NDArray[np.float32] | Rounded,
     features: Sequence[NDArray[np.float32]],
 ) -> list[Feeds]:
-    """The decoder's inputs for each sample: rows of the embedding table [V, H], image features where `kinds` says image
-    token.
+    """The decoder's inputs for each sample: rows of the embedding table [V, H], rounded or not; image features where
+    `kinds` says image token.
     """
     found = []
     for sample, is_image, image in zip(samples, kinds, features, strict=True):

@@ -72,7 +72,8 @@ def _quantize_vision(run: Run, recipe: Recipe) -> tuple[Change, list[Float]]:
 def _quantize_decoder(run: Run, recipe: Recipe, features: list[Float], table: Rounded | None) -> Change:
     """The changes; `table` is the embedding table rounded, None where it stays fp32."""
     model, kinds = rewritten(run.source.decoder, AllPositions()), run.image_positions()
-    feeds = prompt_feeds(model, run.samples, kinds, table.weight() if table else run.source.table, features)
+    rows = run.source.table if table is None else table
+    feeds = prompt_feeds(model, run.samples, kinds, rows, features)
     fed = FedGraph(model, feeds, kinds, run.settings.threads)
     return _through_blocks(run, recipe, fed, table if run.source.tied else None)[0]
 
