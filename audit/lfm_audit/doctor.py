@@ -17,11 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfm_profiles import Device, choose, this_device
+from lfm_profiles import FINEST, Device, choose, this_device
 from lfm_profiles.device import read
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.engine import gpu_wheel
-from lfm_runtime.errors import EdgeError, is_out_of_memory
+from lfm_runtime.errors import EdgeError, is_out_of_memory, more_memory
+from lfm_runtime.formats.manifest import PROFILE
 from lfm_runtime.installation import REFUSE_LINKS, WITHOUT_LINKS
 from lfm_runtime.process import child_environment, last_line, python
 
@@ -108,7 +109,7 @@ def _safely(check: Callable[[Machine], Iterator[Finding]], machine: Machine) -> 
     except Exception as e:  # noqa: BLE001
         if is_out_of_memory(e):
             said = f"not enough memory for this check ({' '.join(str(e).split()) or type(e).__name__})"
-            yield Finding(check.__name__.strip("_"), "problem", said, "close other programs")
+            yield Finding(check.__name__.strip("_"), "problem", said, more_memory())
             return
         yield Finding(check.__name__.strip("_"), "warning", f"this check failed ({type(e).__name__}: {e})", "report it")
 
@@ -303,11 +304,10 @@ def _sensors(machine: Machine) -> Iterator[Finding]:
 
 
 def _profile(machine: Machine) -> Iterator[Finding]:
-    chosen = choose(machine.device, ["CPUExecutionProvider"])
-    named = machine.profile or os.environ.get("LFM_EDGE_PROFILE", "")
-    yield Finding(
-        "profile", "ok", f"{chosen.profile.name} fits this machine" + (f"; {named} is selected" if named else "")
-    )
+    said = f"{choose(machine.device, ['CPUExecutionProvider']).profile.name} fits this machine"
+    packed = machine.bundle / PROFILE if machine.bundle else None
+    named = machine.profile or os.environ.get("LFM_EDGE_PROFILE") or (packed if packed and packed.is_file() else "")
+    yield Finding("profile", "ok", f"{said}; {named} is selected" if named else said)
 
 
 # ------------------------------------------------------------------------------------------------ the bundle
@@ -330,9 +330,10 @@ def _bundle(machine: Machine) -> Iterator[Finding]:
         return
     for wish in unmet(bundle, setup.profile):
         why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
-        yield Finding(
-            "variants", "warning", why, f"on the PC: lfm-edge quantize BUNDLE --variant {wish}, then stick again"
-        )
+        do = f"lfm-edge quantize {bundle.folder} --variant {wish}"
+        if not set(FINEST).intersection(bundle.variants):
+            do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
+        yield Finding("variants", "warning", why, do)
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
     yield _judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
 

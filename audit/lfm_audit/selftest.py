@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -94,7 +93,7 @@ def _files(on: Installed) -> str:
     except EdgeError as e:
         raise CheckError(str(e)) from e
     if damaged := remove_damaged(on.bundle, [path for of in on.bundle.variants.values() for path in of.values()]):
-        raise CheckError(f"{damaged[0]}; make it again: lfm-edge prepare {shlex.quote(str(on.folder))}")
+        raise CheckError(damaged[0])
     if not on.bundle.files:
         raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
     there = sum(path.is_file() for path in on.folder.rglob("*"))

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     )
     progress.clear()
     if warning:
-        print(f"lfm-edge: {warning}", file=sys.stderr)
+        print(f"lfm-edge: warning: {warning}", file=sys.stderr)
     if options.adapter:
         print(f"merged the adapter {options.adapter} into the weights", file=sys.stderr)
     size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())

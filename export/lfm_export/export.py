@@ -65,7 +65,7 @@ def export(
         raise CheckpointError(f"unknown graph {unknown[0]}; the graphs are {', '.join(known)}")
     if portable and (dtype != "fp32" or graphs):
         raise CheckpointError("--portable writes all graphs, in fp32; leave --dtype and --graphs out")
-    check_replaceable(bundle)  # better now than after minutes
+    _check_place(bundle, checkpoint_folder, adapter)  # better now than after minutes
     tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
     _look_at_settings(checkpoint)
@@ -93,6 +93,14 @@ def export(
         manifest_of(folder, Exported(checkpoint, dtype, image_token_id, entries, tools), old, kept).write(folder)
         complete_for_clients(folder)
         return add_golden(folder, dtype)
+
+
+def _check_place(bundle: Path, *sources: Path | None) -> None:
+    """Raise EdgeError for an output that must not be replaced, or lies in one of the folders that are read."""
+    check_replaceable(bundle)
+    for source in filter(None, sources):
+        if source.resolve() in bundle.resolve().parents:
+            raise CheckpointError(f"{bundle} lies inside {source}, which is read; choose a place outside")
 
 
 def _write_graphs(

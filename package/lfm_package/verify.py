@@ -151,10 +151,7 @@ def verify_prepared(folder: Path) -> list[str]:
     """What is damaged of the graphs that lfm-edge prepare wrote beside a bundle; it is removed."""
     bundle = Bundle.open(folder)
     sources = [path for graphs in bundle.variants.values() for path in graphs.values()]
-    return [
-        f"{problem}; make it again: lfm-edge prepare {shlex.quote(str(folder))}"
-        for problem in remove_damaged(bundle, sources)
-    ]
+    return remove_damaged(bundle, sources)
 
 
 def _unloadable(folder: Path) -> list[str]:

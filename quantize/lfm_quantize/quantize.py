@@ -79,7 +79,7 @@ def quantize(
     started = time.perf_counter()
     settings.check()
     folder = folder.resolve()
-    bundle, manifest = Bundle.open(folder), Manifest.of(folder)
+    bundle, manifest = Bundle.open(folder, replaced=outdated_files(settings.variant)), Manifest.of(folder)
     source = Source.open(bundle, settings.variant)
     recipe = _recipe(settings, source) if settings.rounds() else None
     check_replaceable(folder)
@@ -161,11 +161,14 @@ class _Questions:
 def _recipe(settings: Settings, source: Source) -> Recipe:
     """What the user gave, or the variant's default; layers to keep first."""
     method = settings.method or ("gptq" if settings.calibration else "rtn")
-    recipe = (
-        Recipe.read(settings.recipe)
-        if settings.recipe
-        else Recipe.default(settings.variant, method, quick=settings.quick)
-    )
+    if not settings.recipe:
+        recipe = Recipe.default(settings.variant, method, quick=settings.quick)
+    else:
+        recipe = Recipe.read(settings.recipe)
+        try:
+            recipe.check(source.linears())
+        except QuantizeError as e:
+            raise QuantizeError(f"{settings.recipe}: {e}") from e
     recipe = recipe.keeping(settings.keep)
     recipe.check(source.linears())
     return recipe

@@ -117,10 +117,11 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _rule(entry: Any, where: str) -> Rule:
+    unknown = sorted(set(entry) - _KEYS) if isinstance(entry, dict) else []
+    if unknown:
+        raise QuantizeError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
     if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str) or "bits" not in entry:
         raise QuantizeError(f"{where}: pattern (text) and bits are needed")
-    if unknown := sorted(set(entry) - _KEYS):
-        raise QuantizeError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
     bits, block, method = entry["bits"], entry.get("block", 64 if entry["bits"] == 4 else 0), entry.get("method", "rtn")
     if type(bits) is not int or bits not in (4, 8, 32):
         raise QuantizeError(f"{where}: bits {bits!r}; allowed: 4, 8, 32")

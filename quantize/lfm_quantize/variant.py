@@ -91,14 +91,18 @@ def with_quality(manifest: Manifest, quality: Quality) -> Manifest:
 
 
 def keep_quality(folder: Path, quality: Quality) -> str | None:
-    """Write the numbers into a bundle's manifest; returns why they could not be, for a folder that is not ours or
-    cannot be written.
+    """Write the numbers into a bundle's manifest; returns why they are not: the folder is not ours or cannot be
+    written, or the variant was judged by more questions.
     """
     folder = folder.resolve()
-    if Manifest.read(folder) is None:
+    there = Manifest.read(folder)
+    if there is None:
         return f"{folder} has no {MANIFEST} to keep the numbers in"
+    known = there.quality.get(quality.variant, {}).get("questions", 0)
+    if known > quality.questions:
+        return f"the numbers are not kept: {MANIFEST} has those of {known} questions, these are of {quality.questions}"
     try:
-        with replacing(folder) as new:
+        with replacing(folder, elsewhere=False) as new:
             manifest = Manifest.of(folder)
             carry_over(folder, new, manifest.files)
             with_quality(manifest, quality).write(new)

@@ -42,10 +42,15 @@ class Work:
         """Go on in the folder an equal run left, or start a new one.
 
         Raises:
-            QuantizeError: another run is at it.
+            QuantizeError: another run is at it, or the folder cannot be made.
         """
         folder = work_folder(bundle, variant)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as e:
+            raise QuantizeError(
+                f"{folder.parent} cannot be written ({e.strerror}), where a run keeps its work; change its permissions"
+            ) from e
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             try:

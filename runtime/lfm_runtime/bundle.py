@@ -17,7 +17,7 @@ from typing import Any
 from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
@@ -50,8 +50,9 @@ class Bundle:
     generation: GenerationSettings
 
     @staticmethod
-    def open(folder: Path) -> Bundle:
-        """Read what describes the bundle; graphs are looked for but not loaded.
+    def open(folder: Path, replaced: Collection[str] = ()) -> Bundle:
+        """Read what describes the bundle; graphs are looked for but not loaded. `replaced`: files that are about to be
+        written anew, so that damage in them does no harm.
 
         Raises:
             BundleError: not a bundle, damaged, or of a newer schema.
@@ -82,9 +83,10 @@ class Bundle:
         genai = None if manifest else Genai.read(folder)
         config = read_json_object(folder / "config.json", BundleError, required=not (manifest or genai))
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
-            context = min(
-                int((config.get("text_config") or {}).get("max_position_embeddings") or MAX_CONTEXT), MAX_CONTEXT
-            )
+            said = (config.get("text_config") or {}).get("max_position_embeddings")
+            context = MAX_CONTEXT if said is None else min(int(said), MAX_CONTEXT)
+            if context < 1:
+                raise ValueError(f"text_config.max_position_embeddings is {said}, 1 or more is needed")
         if genai:
             variants: Mapping[str, Mapping[str, Path]] = {genai.variant: genai.graphs}
             context = min(context, genai.facts.context_length)
@@ -93,7 +95,7 @@ class Bundle:
         else:
             variants = _known_variants(folder, manifest)
             context = manifest.model.context_length
-            _check_files(folder, manifest.files)
+            _check_files(folder, {name: file for name, file in manifest.files.items() if name not in replaced})
         has_prompt = manifest is not None or (folder / "prompt.json").exists()
         prompt = PromptSpec.load(folder / "prompt.json") if has_prompt else compile_on_device(folder)
         return Bundle(
@@ -141,8 +143,12 @@ class Bundle:
         """Renders conversations; made once, which takes 20 ms for 65,536 tokens. Raises BundleError for a damaged
         prompt.json.
         """
-        with damage_is(BundleError, self.folder / "prompt.json", "export the bundle again"):
-            return PromptBuilder(self.prompt)
+        path = self.folder / "prompt.json"
+        try:
+            with damage_is(BundleError, path, "export the bundle again"):
+                return PromptBuilder(self.prompt)
+        except PromptError as e:
+            raise BundleError(f"{path if path.exists() else self.folder}: {e}") from e
 
     def graphs(self, variant: str | None) -> tuple[str, Mapping[str, Path]]:
         """(variant, its files by stem); None takes the first the bundle names.
@@ -290,7 +296,10 @@ def _check_files(folder: Path, files: Mapping[str, File]) -> None:
 
 def _check_hash(path: Path, wanted: str) -> None:
     if file_hash(path) != wanted:
-        raise BundleError(f"{path} is damaged (its SHA-256 is not the manifest's); copy the bundle again")
+        do = "copy the bundle again"
+        if path.suffix in (".json", ".toml"):
+            do += "; settings are changed by flags or a profile"
+        raise BundleError(f"{path} is damaged or was edited (its SHA-256 is not the manifest's); {do}")
 
 
 def in_hub_cache(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -38,6 +39,16 @@ class SettingError(EdgeError, ValueError):
 
 class OutOfMemoryError(EdgeError, MemoryError):
     """Memory ran out; no file is at fault."""
+
+
+def more_memory() -> str:
+    """What helps where memory runs out."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            return "raise the limit, ulimit -v"
+    return "close other programs"
 
 
 _OUT_OF_MEMORY = (
@@ -81,7 +92,7 @@ def unreadable(path: Path, cause: OSError, error: type[EdgeError], missing: str)
     or another export helps against nothing else.
     """
     if is_out_of_memory(cause):
-        return OutOfMemoryError(f"not enough memory to read {path}; close other programs")
+        return OutOfMemoryError(f"not enough memory to read {path}; {more_memory()}")
     if isinstance(cause, (FileNotFoundError, NotADirectoryError)):
         return error(f"{path} is missing; {missing}")
     do = _DO.get(cause.errno or 0)

@@ -223,7 +223,7 @@ def _not_recorded(variant: str, said: str, cause: BaseException, *, out_of_memor
     """The reason, where it is memory; an error for any other."""
     message = f"golden answers of {variant} could not be recorded ({said})"
     if out_of_memory or is_out_of_memory(said):
-        return message
+        return f"{message}, so selftest cannot compare with them; make {variant} again where there is more memory"
     raise BundleError(message) from cause
 
 

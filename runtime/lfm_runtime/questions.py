@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ GOLDEN_FOLDER = "golden"
 GOLDEN_QUESTIONS = f"{GOLDEN_FOLDER}/questions.json"
 GOLDEN_TOKENS = 64
 """Of a golden answer, at most."""
+
+
+_KEYS = ("image", "question", "answer", "task")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         raise error(
             f'{where}: no JSON object with "image" and "question"; write one: {{"image": …, "question": …}}'
         ) from e
+    for key in sorted(set(entry) - set(_KEYS)):
+        if meant := difflib.get_close_matches(key, set(_KEYS) - set(entry), n=1, cutoff=0.8):
+            raise error(f"{where}: unknown key {key!r}; did you mean {meant[0]!r}?")
     if not isinstance(entry["image"], str):
         raise error(f"{where}: image is {name[:40]}, not a file's name in quotes")
     if not (isinstance(entry["question"], str) and question.strip()):

@@ -153,6 +153,7 @@ def test_output_that_is_not_a_bundle(tmp_path, capsys) -> None:
         ["export", "{bundle}", "--static", "-o", "{bundle}/static"],
         ["pack", "{bundle}", "--variant", "fp32", "-o", "{bundle}/cam.tar"],
         ["stick", "{bundle}", "--target", "pi5", "-o", "{bundle}/onnx/stick"],
+        ["run", "{bundle}", "-p", "x", "--cache", "{bundle}/onnx"],
         ["audit", "{bundle}", "-o", "{bundle}/audit.json"],
         ["tune", "{bundle}", str(ROOT / "demo" / "photos" / "coffee.jpg"), "-o", "{bundle}/tuned.toml"],
         ["make", str(DEMO), "--target", "pi5", "-o", "{bundle}/stick"],
@@ -165,6 +166,14 @@ def test_outputs_inside_a_bundle(demo_bundle, capsys, command) -> None:
     assert main([word.format(bundle=demo_bundle) for word in command]) == 2
     assert re.fullmatch(r"lfm-edge: .* lies inside the bundle .*; choose a place outside\n", capsys.readouterr().err)
     assert tree(demo_bundle) == before
+
+
+def test_outputs_inside_a_checkpoint(tmp_path, capsys) -> None:
+    shutil.copytree(DEMO, tmp_path / "checkpoint")
+    before = tree(tmp_path)
+    assert main(["export", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "checkpoint" / "bundle")]) == 2
+    assert "lies inside" in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
 
 def test_unwritable_output(tmp_path, capsys) -> None:

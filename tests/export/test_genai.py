@@ -130,6 +130,7 @@ def test_its_runtime_answers_from_our_folders(demo_bundle, tmp_path, variant, sa
     ]
     assert sum(a == b for a, b in zip(said, wanted, strict=True)) >= same
     ours = Model.load(tmp_path / "genai", threads=1)
+    assert ours.setup.variant == variant
     assert ours.answer([asked[0]["image"]], asked[0]["question"], temperature=0).text() == wanted[0], "and we read it"
 
 

@@ -18,7 +18,8 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from lfm_export.prompt import CONVERSATIONS, NEEDED, check_chat, compile_prompt, render_template
-from lfm_runtime.errors import BundleError, PromptError
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import BundleError, EdgeError, PromptError
 from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
 from lfm_runtime.text.prompt import PromptBuilder
@@ -333,6 +334,39 @@ def test_a_folder_without_prompt_json_gives_the_same_ids(tmp_path) -> None:
     (tmp_path / "c" / "chat_template.jinja").unlink()
     without = PromptBuilder(compile_on_device(tmp_path / "c"))
     assert without.render([Message.user("Hi", 1)], [plan]) == exported.render([Message.user("Hi", 1)], [plan])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["image_tokens"].update(start="zzz"), "the tokenizer has no zzz token"),
+        (lambda raw: raw["image_tokens"].update(tile="zz{row}{column}"), "the tokenizer has no zz12 token"),
+        (lambda raw: raw["image_tokens"].update(image="<image>x"), "the tokenizer has no <image>x token"),
+        (lambda raw: raw["chat"].update(template=""), "the chat template is empty"),
+    ],
+)
+def test_a_prompt_json_that_cannot_be_is_named(demo_bundle, tmp_path, change, says) -> None:
+    """Where no manifest has its hash."""
+    folder = Path(shutil.copytree(demo_bundle, tmp_path / "hub"))
+    (folder / "manifest.json").unlink()
+    raw = json.loads((folder / "prompt.json").read_text())
+    change(raw)
+    (folder / "prompt.json").write_text(json.dumps(raw))
+    with pytest.raises(EdgeError) as caught:
+        Bundle.open(folder).prompts  # noqa: B018
+    assert says in str(caught.value)
+    assert "prompt.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_context_that_cannot_be(demo_bundle, tmp_path, length) -> None:
+    folder = Path(shutil.copytree(demo_bundle, tmp_path / "hub"))
+    (folder / "manifest.json").unlink()
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["max_position_embeddings"] = length
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match=rf"config.json has .*max_position_embeddings is {length}"):
+        Bundle.open(folder)
 
 
 @pytest.mark.parametrize("compile_it", [compile_prompt, compile_on_device])

@@ -239,6 +239,10 @@ WRONG = {
         ["eos_token_id in generation_config.json is [7, 1000000]"],
     ),
     "image_std": (lambda f: edit(f, "preprocessor_config.json", "image_std", to=[0, 0, 0]), ["image_std [0, 0, 0]"]),
+    "image_std below 0": (
+        lambda f: edit(f, "preprocessor_config.json", "image_std", to=[0.5, -1, 0.5]),
+        ["image_std [0.5, -1, 0.5]", "above 0"],
+    ),
     "image_mean": (lambda f: edit(f, "preprocessor_config.json", "image_mean", to="x"), ["image_mean is 'x'"]),
     "tolerance": (
         lambda f: edit(f, "preprocessor_config.json", "max_pixels_tolerance", to=[]),

@@ -125,6 +125,12 @@ def test_what_a_later_step_would_refuse_is_refused_first(words, told, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_is_none(tmp_path, capsys) -> None:
+    assert main(["make", str(tmp_path), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no checkpoint, it has no config.json" in line
+
+
 def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
     (tmp_path / "cam.tar").write_text("mine")
     assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / "cam.tar")]) == 2

@@ -22,6 +22,7 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.manifest import File, Manifest, file_hash
 from lfm_runtime.model import Model
+from lfm_runtime.setup.resolve import resolve
 
 QUESTION = "What is in this image?"
 
@@ -386,6 +387,25 @@ def test_the_profile_says_what_is_packed(demo_bundle, tmp_path) -> None:
     assert main(["pack", str(demo_bundle), "--variant", "fp32", "--profile", "pi5", "-o", str(tmp_path / "x.tar")]) == 0
     unpack(tmp_path / "x.tar", tmp_path / "there")
     assert read(str(tmp_path / "there" / "profile.toml")).variant == ("fp32",)
+
+
+def test_a_packed_profile_is_what_runs(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """By default; another one that is named comes first. What lies there without the manifest's word does nothing."""
+    monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
+    (tmp_path / "mine.toml").write_text("max_image_tokens = 32\nmin_image_tokens = 16\ndo_image_splitting = false\n")
+    words = ["pack", str(demo_bundle), "--profile", str(tmp_path / "mine.toml"), "--variant", "fp32"]
+    assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 0
+    capsys.readouterr()
+    assert main(["unpack", str(tmp_path / "cam.tar"), "-o", str(tmp_path / "cam")]) == 0
+    assert f"packed with it, {tmp_path / 'cam' / 'profile.toml'}" in capsys.readouterr().out
+    assert resolve(tmp_path / "cam").images.max_image_tokens == 32
+    assert resolve(tmp_path / "cam", "auto").images.max_image_tokens == 64
+    monkeypatch.setenv("LFM_EDGE_PROFILE", "generic")
+    assert resolve(tmp_path / "cam").images.max_image_tokens == 64
+    monkeypatch.delenv("LFM_EDGE_PROFILE")
+    shutil.copytree(demo_bundle, tmp_path / "plain")
+    shutil.copy(tmp_path / "mine.toml", tmp_path / "plain" / "profile.toml")
+    assert resolve(tmp_path / "plain").images.max_image_tokens == 64
 
 
 def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> None:

@@ -108,6 +108,25 @@ BAD = {
         ),
         "line 2",
     ),
+    "JSONL with a typing error": (
+        lambda d: (
+            (d / "p").write_text('{"image": "coffee.jpg", "question": "?", "anwser": "1"}'),
+            read_questions(PHOTOS, d / "p"),
+        ),
+        "line 1: unknown key 'anwser'; did you mean 'answer'?",
+    ),
+    "paths in a .jsonl": (
+        lambda d: ((d / "p.jsonl").write_text("coffee.jpg\n"), read_questions(PHOTOS, d / "p.jsonl")),
+        'p.jsonl, line 1: no JSON object with "image" and "question"',
+    ),
+    "JSONL about no image": (
+        lambda d: (
+            (d / "x.txt").write_text("x"),
+            (d / "p.jsonl").write_text('{"image": "x.txt", "question": "?"}'),
+            read_questions(None, d / "p.jsonl"),
+        ),
+        "p.jsonl, line 1 has no usable image (x.txt could not be opened)",
+    ),
     "JSONL without question": (
         lambda d: ((d / "p").write_text('{"image": "coffee.jpg"}'), read_questions(PHOTOS, d / "p")),
         "line 1",
@@ -179,6 +198,7 @@ def test_first_rule_decides_and_keep_comes_first() -> None:
         ('[[layer]]\npattern = "*"\nbits = 8\nblock = 32', "block and zero_points have an effect only with bits = 4"),
         ('[[layer]]\npattern = "*"\nbits = 8\nmethod = "magic"', "unknown method 'magic'; allowed: rtn, clipped, gptq"),
         ('[[layer]]\npattern = "*"\nbits = 8\nbitz = 3', "unknown key 'bitz'"),
+        ('[[layer]]\npatern = "*"\nbits = 8', "layer 1: unknown key 'patern'"),
         ('[[layer]]\npattern = "*"\nbits = 4\nzero_points = 3', "zero_points is true or false"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lfm_quantize.settings import Settings
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.formats.manifest import file_hash
+from lfm_runtime.formats.manifest import Manifest, file_hash
 from lfm_runtime.questions import Question
 from PIL import Image
 
@@ -245,6 +246,41 @@ def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     assert not kept
 
 
+def test_a_damaged_variant_is_made_again(quantized, tmp_path, capsys) -> None:
+    """What is replaced need not be whole; everything else must be."""
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    data = bundle / "onnx" / "decoder_model_merged_int8.onnx_data"
+    os.truncate(data, data.stat().st_size // 2)
+    assert main(["quantize", str(bundle), "--variant", "int8", "--force", "--quiet"]) == 0
+    assert main(["verify", str(bundle)]) == 0
+    data = bundle / "onnx" / "decoder_model_merged.onnx_data"
+    os.truncate(data, data.stat().st_size // 2)
+    capsys.readouterr()
+    assert main(["quantize", str(bundle), "--variant", "int8", "--force", "--quiet"]) == 2
+    assert "decoder_model_merged.onnx_data" in capsys.readouterr().err
+
+
+def test_a_judgement_over_more_questions_stays(quantized, tmp_path, capsys) -> None:
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    asked = [
+        {"image": str(ROOT / f"demo/eval/images/000{n}.png"), "question": "What is in this image?"} for n in (0, 1)
+    ]
+
+    def judged(lines: list[dict[str, str]]) -> str:
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert main(["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "q.jsonl")]) == 0
+        return capsys.readouterr().err
+
+    manifest = Manifest.of(bundle)
+    replace(manifest, quality={}).write(bundle)
+    assert "the numbers are kept in" in judged(asked[:1])
+    assert "the numbers are kept in" in judged(asked)
+    kept = Manifest.of(bundle).quality
+    assert kept["int8"]["questions"] == 2
+    assert "the numbers are not kept: manifest.json has those of 2 questions, these are of 1" in judged(asked[:1])
+    assert Manifest.of(bundle).quality == kept
+
+
 def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
     """A variant compared with itself differs in nothing; the divergence is torch's."""
     quality = measure(demo_bundle, "fp32", "fp32", questions[1][:6], 1)
@@ -312,6 +348,7 @@ def test_judging_follows_the_runtime(quantized, questions) -> None:
 
 def test_quality_command(quantized, tmp_path, capsys) -> None:
     bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    replace(Manifest.of(bundle), quality={}).write(bundle)  # by more questions than these
     lines = (ROOT / "demo/eval/eval.jsonl").read_text().splitlines()[:10]
     shutil.copytree(ROOT / "demo/eval/images", tmp_path / "images")
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
@@ -464,7 +501,10 @@ def test_a_refused_quantization_leaves_the_bundle_as_it_was(demo_bundle, tmp_pat
         (["--variant", "int5"], "unknown variant 'int5'"),
         (["--variant", "int4", "--method", "best"], "unknown method 'best'"),
         (["--variant", "int4", "--keep", "text.layers.77.*"], "matches no layer"),
-        (["--variant", "int4", "--recipe", str(tmp_path / "typo.toml")], "'vison.*' matches no layer"),
+        (
+            ["--variant", "int4", "--recipe", str(tmp_path / "typo.toml")],
+            "typo.toml: pattern 'vison.*' matches no layer",
+        ),
         (["--variant", "int4", "--calibration", str(tmp_path / "empty")], "has no usable image"),
     ):
         assert main(["quantize", str(bundle), *arguments]) == 2

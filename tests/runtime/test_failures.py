@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from lfm_runtime import EdgeError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.failures import failures_are_ours
-from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, unreadable
+from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, more_memory, unreadable
 from lfm_runtime.formats.files import check_room, read_json_object
 from lfm_runtime.formats.onnx_file import external_bytes
 
@@ -182,6 +183,12 @@ def test_the_api_says_it_too(demo_bundle, more_mib) -> None:
     assert ours
     assert "not enough memory" in said
     assert "was forecast" in said
+
+
+def test_what_helps_against_a_limit(monkeypatch) -> None:
+    assert more_memory() == "close other programs"
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 30, resource.RLIM_INFINITY))
+    assert more_memory() == "raise the limit, ulimit -v"
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"

@@ -23,7 +23,7 @@ from lfm_profiles import SMALLER, VARIANTS, Device, Profile, default_threads, no
 from lfm_profiles.schema import SETTINGS
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.errors import EdgeError, SettingError, more_memory
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.pixels import image_size
 from lfm_runtime.setup.profile import find_profile
@@ -156,7 +156,8 @@ def _make_reference(tuning: Tuning, device: Device, folder: Path, progress: Call
         start(Trial(tuning.bundle.folder, profile, tuning.images, tuning.question, repeats=0, reference=folder))
         return variant
     raise DoesNotFitError(
-        f"{tuning.bundle.folder}: no variant fits the {now(device).free_mib} MiB that are free; take a smaller model"
+        f"{tuning.bundle.folder}: no variant fits the {now(device).free_mib} MiB that are free; {more_memory()}, or "
+        "take a smaller model"
     )
 
 

@@ -120,6 +120,8 @@ def _order(options: argparse.Namespace) -> Order:
             "of a bundle: lfm-edge quantize, then lfm-edge stick"
         )
     options.checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
+    if not (options.checkpoint / "config.json").exists():
+        raise SettingError(f"{options.checkpoint} is no checkpoint, it has no config.json; name its folder, or its id")
     options.adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
     for path in (*options.calibration, options.adapter, options.prompts, options.golden):
         if path is not None and not path.exists():

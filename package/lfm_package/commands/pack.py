@@ -43,7 +43,9 @@ def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VARIANT",
         help="also pack this variant, for prefill; default: the one that the profile chooses",
     )
-    parser.add_argument("--profile", default="", metavar="NAME", help="pack this profile as well, as profile.toml")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="pack this profile as well; run takes it then by default"
+    )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key (ssh-keygen -Y)")
     parser.add_argument(
         "--golden",

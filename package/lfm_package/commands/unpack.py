@@ -25,8 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Unpack the archive, print the folder and return 0."""
+    from lfm_runtime.formats.manifest import PROFILE
+
     from lfm_package.unpack import unpack
 
     unpack(options.archive, options.output, signers=options.signers)
     print(f"{options.output} is complete and verified")
+    if (options.output / PROFILE).is_file():
+        print(f"it runs by the profile that was packed with it, {options.output / PROFILE}; by another: --profile NAME")
     return 0

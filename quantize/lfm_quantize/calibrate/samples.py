@@ -93,9 +93,10 @@ def read_questions(images: Path | Sequence[Path] | None, prompts: Path | None) -
         if question.image not in usable:
             usable[question.image] = _opens(question.image)
     skipped = [path for path, ok in usable.items() if not ok]
+    skipped_of = next((q.place for q in questions if not usable[q.image]), "")
     questions = [q for q in questions if usable[q.image]]
     if not questions:
-        where = ", ".join(map(str, places)) or prompts
+        where = skipped_of or ", ".join(map(str, places)) or prompts
         why = f" ({named(skipped)})" if skipped else ""
         raise QuantizeError(f"{where} has no usable image{why}; name a folder with JPEG or PNG files")
     return questions, skipped
@@ -128,7 +129,7 @@ def _read_prompts(path: Path, folders: Sequence[Path]) -> list[Question] | list[
         raise QuantizeError(f"{path} cannot be read as text ({e}); prompts are one a line, or JSONL") from e
     if not lines:
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")
-    if not lines[0].lstrip().startswith(("{", "[")):
+    if not lines[0].lstrip().startswith(("{", "[")) and path.suffix != ".jsonl":
         return lines
     return list(read_jsonl(path, [path.parent, *folders], QuantizeError))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.engine.execution import check_threads
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.formats.files import check_output
+    from lfm_runtime.formats.manifest import MANIFEST
 
     from lfm_quantize.calibrate.samples import named, read_questions
     from lfm_quantize.cli import Printer
@@ -87,8 +89,11 @@ def run(options: argparse.Namespace) -> int:
         print_json(quality.to_dict())
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
-    if board is None and (problem := keep_quality(options.bundle, quality)):
-        printer.warn(problem)
+    if board is None:
+        if problem := keep_quality(options.bundle, quality):
+            printer.warn(problem)
+        elif not options.quiet:
+            print(f"the numbers are kept in {options.bundle / MANIFEST}", file=sys.stderr)
     if options.plot:
         error_plot(quality, options.plot)
     return 0

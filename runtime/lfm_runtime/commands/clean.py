@@ -20,12 +20,15 @@ def run(options: argparse.Namespace) -> int:
     """Print what is removed, with sizes, and return 0."""
     import shutil
 
-    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.errors import BundleError
+    from lfm_runtime.formats.files import holds_a_model
 
-    bundle = options.bundle.resolve()
-    if bundle.exists() or not (found := _leftovers(bundle)):  # a first export that was killed left no bundle
-        bundle = Bundle.open(options.bundle).folder.resolve()
-        found = _leftovers(bundle)
+    # The bundle may be damaged, or missing: a first export that was killed left none.
+    found = _leftovers(options.bundle.resolve())
+    if not found and not options.bundle.exists():
+        raise BundleError(f"{options.bundle} does not exist, and nothing of a bundle of this name lies there")
+    if not found and not holds_a_model(options.bundle):
+        raise BundleError(f"{options.bundle} is not a bundle; name the folder of one")
     total = 0
     for path in found:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lfm_profiles import VARIANTS
 
 from lfm_runtime import __version__
-from lfm_runtime.errors import EdgeError, is_out_of_memory
+from lfm_runtime.errors import EdgeError, is_out_of_memory, more_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,6 @@ _GROUPS = {
     "check": ("doctor", "selftest", "verify", "clean"),
 }
 _EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
-_MORE_MEMORY = "close other programs, or use a machine with more"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_missing(commands[words[0]], e))
     except ImportError as e:
         if is_out_of_memory(e):
-            return _fail(f"not enough memory to load {e.name or 'a Python package'} ({e}); close other programs")
+            return _fail(f"not enough memory to load {e.name or 'a Python package'} ({e}); {more_memory()}")
         return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -80,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError as e:
         return _fail(
-            f"not enough memory ({str(e) or 'Python has none left'}); close other programs, or use a machine with more"
+            f"not enough memory ({str(e) or 'Python has none left'}); {more_memory()}, or use a machine with more"
         )
     except OSError as e:  # a file or disk failed where no better message was made
         if is_out_of_memory(e):
-            return _fail(f"not enough memory ({e}); close other programs, or use a machine with more")
+            return _fail(f"not enough memory ({e}); {more_memory()}, or use a machine with more")
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from lfm_runtime.decode.state import Arrays, Snapshot
 from lfm_runtime.errors import SettingError
+from lfm_runtime.formats.files import check_outside_bundles
 
 Keys = NDArray[np.int64]
 _log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ class Cache:
     def __init__(
         self, model: str, *, max_bytes: int = 256 << 20, folder: Path | None = None, max_disk_bytes: int = 1 << 30
     ) -> None:
-        """Raises SettingError for a budget below 0, or a folder that is a file or cannot be made."""
+        """Raises SettingError for a budget below 0 or a folder that is a file or cannot be made; EdgeError for a folder
+        in a bundle.
+        """
         if max_bytes < 0 or max_disk_bytes < 0:
             raise SettingError(f"a cache of {min(max_bytes, max_disk_bytes)} bytes is impossible; allowed: 0 and above")
         self._model = model
@@ -45,6 +48,7 @@ class Cache:
         self._lengths: dict[str, int] = {}
         self._folder = folder
         if folder is not None:
+            check_outside_bundles(folder / "entry")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from lfm_runtime.engine.ort_release import refuses_links
-from lfm_runtime.errors import BundleError, EdgeError, OutOfMemoryError, is_out_of_memory
+from lfm_runtime.errors import BundleError, EdgeError, OutOfMemoryError, is_out_of_memory, more_memory
 from lfm_runtime.installation import WITHOUT_LINKS
 
 _IN_ITS_SOURCE = re.compile(
@@ -34,7 +34,7 @@ def failures_are_ours(what: object) -> Iterator[None]:
         if (is_onnxruntimes(e) or isinstance(e, MemoryError)) and is_out_of_memory(e):
             if isinstance(e, EdgeError):
                 raise
-            raise OutOfMemoryError(f"not enough memory for {what} ({reason(e)[:200]}); close other programs") from e
+            raise OutOfMemoryError(f"not enough memory for {what} ({reason(e)[:200]}); {more_memory()}") from e
         if not is_onnxruntimes(e):
             raise
         if "escapes model directory" in reason(e) and refuses_links():

@@ -43,7 +43,7 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
     place = folder_of(bundle.folder) / source.stem
     _check_ours(place)
     check_room(bundle.folder.resolve().parent, space_needed(source), f"preparing {source.name}", BundleError)
-    with replacing(place, check=_check_ours) as new:
+    with replacing(place, check=_check_ours, elsewhere=False) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
         if not _same(
             unprepared,

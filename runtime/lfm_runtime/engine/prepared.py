@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,12 +72,12 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
 def tell_of_damage(bundle: Bundle) -> None:
     """Before a long measurement: remove what is damaged of all that was prepared, with a warning for each."""
     for said in remove_damaged(bundle, [path for graphs in bundle.variants.values() for path in graphs.values()]):
-        _log.warning("lfm-edge: %s; make it again: lfm-edge prepare %s", said, bundle.folder)
+        _log.warning("lfm-edge: %s", said)
 
 
 def remove_damaged(bundle: Bundle, sources: Iterable[Path]) -> list[str]:
     """Hash everything that was prepared from `sources` for this processor, and remove what is damaged, so that nothing
-    is answered from it. Returns a message for each.
+    is answered from it. Returns a message for each, with the command that makes it again.
     """
     said = []
     for source in dict.fromkeys(sources):
@@ -89,5 +90,7 @@ def remove_damaged(bundle: Bundle, sources: Iterable[Path]) -> list[str]:
             did = "it was removed"
         except OSError as e:
             did = f"remove {place} ({e.strerror or e})"
-        said.append(f"{found.note}: {did}")
+        variant = next(name for name, graphs in bundle.variants.items() if source in graphs.values())
+        again = f"lfm-edge prepare {shlex.quote(str(bundle.folder))} --variant {variant}"
+        said.append(f"{found.note}: {did}; make it again: {again}")
     return said

@@ -17,6 +17,7 @@ from lfm_runtime.formats.onnx_file import operators
 NAME = "genai_config.json"
 _PARTS = {DECODER.stem: "decoder", VISION_ENCODER.stem: "vision", EMBED_TOKENS.stem: "embedding"}
 _TYPES = ("lfm2_vl",)
+_EIGHT_BITS = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"})
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Genai:
 
     @property
     def variant(self) -> str:
-        """The variant whose numbers the decoder has: 4 bits where it has products of such weights."""
-        return "int4" if "MatMulNBits" in operators(self.graphs[DECODER.stem]) else "fp32"
+        """The variant whose numbers the decoder has, by the kind of its products."""
+        found = operators(self.graphs[DECODER.stem])
+        return "int4" if "MatMulNBits" in found else "int8" if _EIGHT_BITS.intersection(found) else "fp32"
 
     @staticmethod
     def read(folder: Path) -> Genai | None:

@@ -24,9 +24,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, elsewhere: bool = True) -> Iterator[Path]:
     """A fresh folder to fill; when the block ends well it becomes `bundle`, else it is removed and `bundle` stays.
-    `check` raises for a folder that must not be replaced; by default everything but a bundle.
+    `check` raises for a folder that must not be replaced; by default everything but a bundle. `elsewhere`: whether the
+    user could name another one.
 
     Raises:
         BundleError: `bundle` is something else than a bundle, cannot be written, or the disk is full.
@@ -51,8 +52,11 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None) -> Iter
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        denied = e.errno in (errno.EACCES, errno.EPERM)
         free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if full and bundle.parent.is_dir() else ""
-        do = "free some space, or choose another output" if full else "choose another output"
+        do = "free some space" if full else f"change the permissions of {bundle.parent}" if denied else ""
+        other = "choose another output" if elsewhere else ""
+        do = ", or ".join(filter(None, (do, other))) or "try again"
         raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; nothing has changed there; {do}") from e
 
 

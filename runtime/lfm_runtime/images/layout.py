@@ -61,9 +61,9 @@ class ImageSettings:
             raise SettingError(f"resample {self.resample} is not one of Pillow's filters (2 bilinear, 3 bicubic)")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and 0 in values):
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and min(values) <= 0):
                 raise SettingError(
-                    f"{name} {list(values)} is impossible; three numbers are needed, and image_std must not have a 0"
+                    f"{name} {list(values)} is impossible; three numbers are needed, those of image_std above 0"
                 )
 
     @property

@@ -242,5 +242,11 @@ def _errno(e: BaseException | None) -> int | None:
 
 
 def _first_line(e: BaseException) -> str:
+    """What the system says of the failure at the bottom, else what the client says."""
     text = " ".join(str(e).split())
+    deepest: BaseException | None = e
+    while deepest is not None:
+        if isinstance(deepest, OSError) and deepest.strerror:
+            text = deepest.strerror
+        deepest = deepest.__cause__ or deepest.__context__
     return text[:200] or type(e).__name__

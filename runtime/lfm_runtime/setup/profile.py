@@ -1,5 +1,5 @@
-"""Which profile holds: the one named, else LFM_EDGE_PROFILE's, else the one that fits this machine; and the user's
-flags beside it.
+"""Which profile holds: the one named, else LFM_EDGE_PROFILE's, else the one packed with the bundle, else the one that
+fits this machine; and the user's flags beside it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 from lfm_profiles import Choice, Profile, ProfileError, choose, read, with_flags
 from lfm_profiles.schema import AUTO, FLAG, GENERATION_SETTINGS, IMAGE_SETTINGS, TILE_SETTINGS
 
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.errors import SettingError
+from lfm_runtime.formats.manifest import PROFILE
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.machine import this_machine
 
@@ -44,7 +46,7 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
         given["variant"] = (given["variant"],)
     try:
         if not isinstance(name, Profile):
-            wanted = os.fspath(name) or os.environ.get(VARIABLE) or AUTO
+            wanted = os.fspath(name) or default_name()
             name = (
                 replace(detected().profile, automatic=True)
                 if wanted == AUTO
@@ -53,6 +55,12 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
         return with_flags(name, given)
     except ProfileError as e:
         raise SettingError(str(e)) from e
+
+
+def default_name(bundle: Bundle | None = None) -> str:
+    """The profile that holds where none is named: its name or its file."""
+    packed = str(bundle.folder / PROFILE) if bundle and PROFILE in bundle.files else ""
+    return os.environ.get(VARIABLE) or packed or AUTO
 
 
 def on_cpu(profile: Profile) -> Profile:

@@ -22,7 +22,7 @@ from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.forecast import Memory
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.memory import check_gpu_memory, forecast, variant_bytes
-from lfm_runtime.setup.profile import find_profile, on_cpu
+from lfm_runtime.setup.profile import default_name, find_profile, on_cpu
 from lfm_runtime.setup.setup import Ask, Flags, Setup, settle
 from lfm_runtime.setup.variants import choose_variant
 
@@ -56,7 +56,8 @@ def resolve(
 
     Args:
         bundle: the bundle, opened or not.
-        profile: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one for this machine.
+        profile: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one packed with the
+            bundle, else the one for this machine.
         ask: what it will be asked; by default about one image that fills the most tiles.
         force: the first setup stands, whether it fits or not.
         verify: hash large files as well, not only small ones.
@@ -72,7 +73,7 @@ def resolve(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     if verify:
         bundle.verify()
-    chosen = _usable(bundle, find_profile(profile, **flags))
+    chosen = _usable(bundle, find_profile(profile or default_name(bundle), **flags))
     first = settle(bundle, chosen, ask or _one_large_image(bundle.images), verify=verify)
     return _fitted(first, device or now(this_machine().device), force=force)
 

@@ -18,7 +18,7 @@ from lfm_runtime.engine.failures import reason
 from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError, OutOfMemoryError
+from lfm_runtime.errors import BundleError, OutOfMemoryError, more_memory
 from lfm_runtime.formats.contract import CONV_WINDOW, DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings
@@ -116,7 +116,7 @@ class Setup:
         said = reason(cause.__cause__ or cause)[:200] or type(cause).__name__
         return OutOfMemoryError(
             f"not enough memory for {self.bundle.folder}, {self.summary} ({said}): {peak} was forecast{free}; "
-            f"close other programs, or use {less}"
+            f"{more_memory()}, or use {less}"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -43,6 +43,12 @@ class PromptBuilder:
                 f"the tokenizer reads {spec.image_tokens.image} as text, since it is not among its added tokens; copy "
                 "tokenizer.json from the model's repository"
             )
+        if not spec.chat.template.strip():
+            raise PromptError("the chat template is empty; copy it from the model's repository")
+        of = spec.image_tokens
+        for token in filter(None, (of.start, of.end, of.thumbnail, of.tile and of.tile.format(row=1, column=2))):
+            if token not in self.tokenizer.id_of:
+                raise PromptError(f"the tokenizer has no {token} token, with which images are written; export it again")
         self.image_id = image
 
     def _guarded(self, chat: Conversation, plain: str, guard: str) -> str:

@@ -39,4 +39,16 @@ def test_a_first_export_that_was_killed(tmp_path, capsys) -> None:
     assert main(["clean", str(tmp_path / "new")]) == 0
     assert not list(tmp_path.iterdir())
     assert main(["clean", str(tmp_path / "new")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert "does not exist, and nothing of a bundle of this name lies there" in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    assert main(["clean", str(tmp_path / "photos")]) == 2
+    assert "is not a bundle; name the folder of one" in capsys.readouterr().err
+
+
+def test_beside_a_damaged_bundle(bundle_copy, capsys) -> None:
+    (bundle_copy / "onnx" / "vision_encoder.onnx").unlink()
+    work = bundle_copy.with_name(f".{bundle_copy.name}.int8-work")
+    work.mkdir()
+    assert main(["clean", str(bundle_copy)]) == 0
+    assert not work.exists()
+    assert main(["clean", str(bundle_copy)]) == 0
