@@ -126,7 +126,7 @@ class Model:
         Args:
             folder: the bundle, opened or not.
             profile: how to run: a shipped profile's name or a TOML file; by default LFM_EDGE_PROFILE's, else the one
-                for this machine.
+                packed with the bundle, else the one for this machine.
             ask: the sizes of the images and the question that memory is forecast for; by default one large image.
             force: load it whether it fits or not.
             verify: hash large files as well, not only small ones.
