@@ -32,6 +32,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.manifest import Manifest, file_hash
 from lfm_runtime.questions import Question
+from lfm_runtime.setup.resolve import resolve
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +245,21 @@ def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
         if layer["name"].startswith(suggested.rstrip("*"))
     ]
     assert not kept
+
+
+def test_memory_is_forecast_by_how_many_weights_share_a_scale(quantized, tmp_path) -> None:
+    """Each scale of 4-bit weights takes some 15 bytes once they are packed, and 2 in the file."""
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    manifest = Manifest.of(bundle)
+
+    def expected(block: int) -> float:
+        recipe = [{"pattern": "*", "bits": 4, "block": block, "method": "rtn", "zero_points": False}]
+        made = {**manifest.quantization, "int4": {**manifest.quantization["int4"], "recipe": recipe}}
+        replace(manifest, quantization=made).write(bundle)
+        found = resolve(bundle, "generic", variant="int4", prepared=False, force=True).forecast
+        return found.memory.anonymous
+
+    assert expected(32) > expected(64) > expected(128)
 
 
 def test_a_damaged_variant_is_made_again(quantized, tmp_path, capsys) -> None:

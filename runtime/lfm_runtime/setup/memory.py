@@ -173,6 +173,8 @@ def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Load
         whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
         return _Loaded(Memory(0, max(0.0, whole - weights)), 0)  # plain and packed weights; the packed are mapped
     packed = _COPIED[graph.stem] if number == "int8" and adds_int8_in_16_bits() else _PACKED[number]
+    if number == "int4" and (block := _block(setup.bundle, path)):
+        packed = (0.5 + _PACKED_SCALE / block) / (0.5 + 2 / block)
     return _Loaded(Memory(packed * weights, 0), head)
 
 
@@ -181,7 +183,10 @@ def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Load
 # Factors, measured with onnxruntime 1.31 on x86 (scripts/bench/check_plan.py prints what they are worth).
 _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
 """What a graph takes in anonymous memory when it is not prepared, against its weights' file. fp16 weights become fp32
-on the CPU.
+on the CPU. int4: where the manifest does not say how many weights share a scale.
+"""
+_PACKED_SCALE = 15.5
+"""Bytes for each scale of packed 4-bit weights; a file has 2. (Blocks of 64 and 128 of a 450M and a 3B, onnxruntime 1.32.)
 """
 _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
@@ -208,6 +213,18 @@ class _Loaded:
 
     kept: Memory
     loading: float  # beside it, anonymous, while it is loaded: the largest weight is there twice
+
+
+def _block(bundle: Bundle, path: Path) -> int:
+    """The least number of 4-bit weights of a graph that share a scale, as the manifest's recipe says; 0 where none
+    does.
+    """
+    for name, graphs in bundle.variants.items():
+        if path in graphs.values() and bundle.manifest:
+            with damage_is(BundleError, bundle.folder / MANIFEST, "export the bundle again"):
+                rules = bundle.manifest.quantization.get(name, {}).get("recipe", [])
+                return min((int(rule["block"]) for rule in rules if rule["bits"] == 4), default=0)
+    return 0
 
 
 def _number(graph: GraphSpec, path: Path) -> Number:
