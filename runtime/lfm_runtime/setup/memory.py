@@ -186,8 +186,7 @@ _PACKED = {"fp32": 1.0, "fp16": 2.0, "int8": 1.04, "int4": 1.24}
 on the CPU. int4: where the manifest does not say how many weights share a scale.
 """
 _PACKED_SCALE = 15.5
-"""Bytes for each scale of packed 4-bit weights; a file has 2. (Blocks of 64 and 128 of a 450M and a 3B, onnxruntime 1.32.)
-"""
+"""Bytes for each scale of packed 4-bit weights; a file has 2. Blocks of 64 and 128, 450M and 3B, onnxruntime 1.32."""
 _COPIED = {VISION_ENCODER.stem: 1.72, DECODER.stem: 1.36}
 """The same for int8 on x86 without VNNI, where onnxruntime makes an unsigned copy."""
 _SESSIONS = Memory(6.0, 11.0)
