@@ -20,7 +20,7 @@ from lfm_runtime.errors import PromptError
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.text.compile_tokenizer import compile_tokenizer
 from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
-from lfm_runtime.text.spec import ChatFormat, PromptSpec, chat_format, chat_template, image_tokens
+from lfm_runtime.text.spec import ChatFormat, PromptSpec, chat_format, chat_template, image_tokens, template_place
 from lfm_runtime.text.tokenizer import Tokenizer
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as ReferenceTokenizer
@@ -147,7 +147,10 @@ def compile_prompt(folder: Path) -> PromptSpec:
         )
     chat = chat_format(folder, config)
     tokens = image_tokens(folder, config, {token for token in vocabulary.tokens if token})
-    check_chat(chat, tokens.image)
+    try:
+        check_chat(chat, tokens.image)
+    except PromptError as e:
+        raise PromptError(f"{template_place(folder)}: {e}") from e
     try:
         reference = ReferenceTokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception

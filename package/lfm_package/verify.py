@@ -37,7 +37,8 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder; name a bundle")
+        packed = f"; unpack it, which verifies it: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
+        raise BundleError(f"{folder} is not a folder{packed if folder.suffix == '.tar' else '; name a bundle'}")
     check_names(folder)
     if (folder / "stick.conf").is_file():
         raise BundleError(

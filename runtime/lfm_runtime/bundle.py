@@ -22,7 +22,7 @@ from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
 from lfm_runtime.formats.genai import Genai
-from lfm_runtime.formats.manifest import MANIFEST, File, Manifest, ModelFacts, file_hash, hashed
+from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, ModelFacts, file_hash, hashed
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder
@@ -77,6 +77,8 @@ class Bundle:
                 f"{folder} is not a bundle: it has no {MANIFEST} and no config.json; {_what_else(folder)}"
             )
         manifest = Manifest.read(folder)
+        if manifest is None and (folder / SUMS).exists():
+            raise BundleError(f"{folder / MANIFEST} is missing, and {SUMS} names it; copy the bundle again")
         if manifest and in_hub_cache(folder):
             manifest = manifest.of_whole_variants(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
@@ -289,17 +291,20 @@ def _check_files(folder: Path, files: Mapping[str, File]) -> None:
         check_no_pointer(path, BundleError)
         size = path.stat().st_size
         if size != wanted.bytes:
-            raise BundleError(f"{path} has {size} bytes, the manifest says {wanted.bytes}: copy the bundle again")
+            raise BundleError(f"{path} has {size} bytes, the manifest says {wanted.bytes}: {_what_to_do(path)}")
         if size <= HASHED_AT_LOAD:
             _check_hash(path, wanted.sha256)
 
 
 def _check_hash(path: Path, wanted: str) -> None:
     if file_hash(path) != wanted:
-        do = "copy the bundle again"
-        if path.suffix in (".json", ".toml"):
-            do += "; settings are changed by flags or a profile"
-        raise BundleError(f"{path} is damaged or was edited (its SHA-256 is not the manifest's); {do}")
+        raise BundleError(f"{path} is damaged or was edited (its SHA-256 is not the manifest's); {_what_to_do(path)}")
+
+
+def _what_to_do(path: Path) -> str:
+    """About a file that is not the manifest's."""
+    do = "copy the bundle again"
+    return f"{do}; settings are changed by flags or a profile" if path.suffix in (".json", ".toml") else do
 
 
 def in_hub_cache(folder: Path) -> bool:

@@ -544,3 +544,10 @@ def test_what_was_measured_is_kept_when_its_place_fails(tmp_path, monkeypatch) -
         files.write_or_rescue(tmp_path / "gone" / "audit.json", "measured")
     (kept,) = elsewhere.iterdir()
     assert kept.read_text() == "measured"
+
+
+def test_one_file_for_two_outputs(demo_bundle, tmp_path, capsys) -> None:
+    words = ["audit", str(demo_bundle), "-o", str(tmp_path / "a.csv"), "--csv", str(tmp_path / "." / "a.csv")]
+    assert main(words) == 2
+    assert "-o and --csv are both" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

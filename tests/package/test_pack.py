@@ -400,6 +400,10 @@ def test_a_packed_profile_is_what_runs(demo_bundle, tmp_path, capsys, monkeypatc
     assert f"packed with it, {tmp_path / 'cam' / 'profile.toml'}" in capsys.readouterr().out
     assert resolve(tmp_path / "cam").images.max_image_tokens == 32
     assert resolve(tmp_path / "cam", "auto").images.max_image_tokens == 64
+    shutil.copytree(tmp_path / "cam", tmp_path / "without")
+    (tmp_path / "without" / "manifest.json").unlink()
+    with pytest.raises(BundleError, match=r"manifest.json is missing, and SHA256SUMS names it"):
+        resolve(tmp_path / "without")
     monkeypatch.setenv("LFM_EDGE_PROFILE", "generic")
     assert resolve(tmp_path / "cam").images.max_image_tokens == 64
     monkeypatch.delenv("LFM_EDGE_PROFILE")

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_profiles.sensors import Sensors
     from lfm_runtime.commands.console import status_line
+    from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import check_output, write_or_rescue
     from lfm_runtime.setup.machine import this_machine
 
@@ -79,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     from lfm_audit.reading import is_audit
     from lfm_audit.table import is_csv, rows_for_csv, table
 
+    if options.output and options.csv and options.output.resolve() == options.csv.resolve():
+        raise SettingError(f"-o and --csv are both {options.csv}; name two files")
     if options.output:
         check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
     if options.csv:

@@ -58,6 +58,8 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
         note = read_json_object(place / NOTE, BundleError)
         if note["source"] != bundle.fingerprint(source):
             return Found(source, f"{place} was prepared from an older {source.name} and is not used")
+        if {path.name for path in place.iterdir()} - {NOTE} != set(note["files"]):
+            return Found(source, f"{place} has other files than its {NOTE} names and is not used", damaged=True)
         for name, wanted in note["files"].items():
             path = place / name
             if path.stat().st_size != wanted["bytes"]:

@@ -54,7 +54,10 @@ class ImageSettings:
         if self.min_tiles > self.max_tiles:
             raise SettingError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
         if self.tile_size % self.cell:
-            raise SettingError(f"tile_size {self.tile_size} is not a multiple of {self.cell}")
+            raise SettingError(
+                f"tile_size {self.tile_size} is not a multiple of {self.cell} (encoder_patch_size "
+                f"{self.encoder_patch_size} times downsample_factor {self.downsample_factor}); correct one of them"
+            )
         if not 0 < self.max_pixels_tolerance < math.inf:
             raise SettingError(f"max_pixels_tolerance {self.max_pixels_tolerance} is impossible; allowed: above 0")
         if self.resample not in {int(r) for r in Image.Resampling}:

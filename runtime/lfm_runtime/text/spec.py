@@ -200,7 +200,10 @@ def compile_on_device(folder: Path) -> PromptSpec:
     with damage_is(PromptError, folder / "tokenizer.json", "copy it from the checkpoint again"):
         vocabulary = compile_tokenizer(spec, unicode_ranges)
     chat = chat_format(folder, config)
-    chat.parsed  # noqa: B018  (what it cannot run is said now)
+    try:
+        chat.parsed  # noqa: B018  (what it cannot run is said now)
+    except PromptError as e:
+        raise PromptError(f"{template_place(folder)}: {e}") from e
     return PromptSpec(vocabulary, chat, image_tokens(folder, config, {token for token in vocabulary.tokens if token}))
 
 
@@ -269,6 +272,12 @@ def token_text(value: Any) -> str | None:
     """A token in a config is its text, or an object with `content`."""
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else None
+
+
+def template_place(folder: Path) -> Path:
+    """The file that `chat_template` takes the template from."""
+    names = ("chat_template.jinja", "chat_template.json")
+    return next((folder / name for name in names if (folder / name).exists()), folder / "tokenizer_config.json")
 
 
 def chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:

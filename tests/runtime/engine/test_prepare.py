@@ -83,6 +83,8 @@ def test_nothing_else_in_the_bundle_changes(prepared, demo_bundle) -> None:
         ("older", "was prepared from an older"),
         ("wrong note", "prepared.json is missing or damaged"),
         ("protobuf", "is not used"),
+        ("no files", "has other files than its prepared.json names"),
+        ("one more", "has other files than its prepared.json names"),
     ],
 )
 def test_what_does_not_fit_is_not_used(prepared, demo_model, caplog, damage, says) -> None:
@@ -108,6 +110,10 @@ def test_what_does_not_fit_is_not_used(prepared, demo_model, caplog, damage, say
                 }
             )
         )
+    elif damage == "no files":
+        note.write_text(json.dumps({**json.loads(note.read_text()), "files": {}}))
+    elif damage == "one more":
+        (place / "more.bin").write_bytes(b"x")
     elif damage == "no note":
         note.unlink()
     elif damage == "older":
