@@ -95,7 +95,7 @@ def write_static(folder: Path, output: Path, shape: StaticShape) -> list[Path]:
     for path in (*encoders, exact[DECODER.stem]):
         if any(node.domain for node in _load(path).graph.node):
             raise CheckpointError(f"{path} is not portable; make it with: lfm-edge export CHECKPOINT -o B --portable")
-    if output.resolve() in (bundle.folder, encoders[0].parent):
+    if output.resolve() == bundle.folder.resolve():
         raise CheckpointError(f"{output} holds the graphs that are read; name another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
