@@ -168,6 +168,18 @@ def test_outputs_inside_a_bundle(demo_bundle, capsys, command) -> None:
     assert tree(demo_bundle) == before
 
 
+def test_where_an_output_lies_is_its_real_place(bundle_copy, tmp_path, capsys) -> None:
+    """Through a link it is inside; beside it, by way of it, it is not. A cache may not be the bundle itself."""
+    (tmp_path / "link").symlink_to(bundle_copy / "onnx")
+    pack = ["pack", str(bundle_copy), "--variant", "fp32", "-o"]
+    assert main([*pack, str(tmp_path / "link" / "x.tar")]) == 2
+    assert "lies inside the bundle" in capsys.readouterr().err
+    assert main([*pack, str(bundle_copy / ".." / "x.tar")]) == 0
+    assert (tmp_path / "x.tar").exists()
+    assert main(["run", str(bundle_copy), "-p", "x", "--cache", str(bundle_copy)]) == 2
+    assert f"lfm-edge: {bundle_copy} lies inside the bundle" in capsys.readouterr().err
+
+
 def test_outputs_inside_a_checkpoint(tmp_path, capsys) -> None:
     shutil.copytree(DEMO, tmp_path / "checkpoint")
     before = tree(tmp_path)

@@ -48,7 +48,7 @@ class Cache:
         self._lengths: dict[str, int] = {}
         self._folder = folder
         if folder is not None:
-            check_outside_bundles(folder / "entry")
+            check_outside_bundles(folder, itself=True)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:

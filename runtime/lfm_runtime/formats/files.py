@@ -114,9 +114,12 @@ def check_writable(path: Path) -> None:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
 
 
-def check_outside_bundles(path: Path) -> None:
-    """Raise EdgeError for an output inside a bundle, which holds what its manifest names and nothing else."""
-    for folder in path.absolute().parents:
+def check_outside_bundles(path: Path, *, itself: bool = False) -> None:
+    """Raise EdgeError for an output inside a bundle, which holds what its manifest names and nothing else. `itself`: a
+    bundle's folder is refused too.
+    """
+    place = path.parent.resolve() / path.name
+    for folder in ((place,) if itself else ()) + tuple(place.parents):
         if all((folder / name).is_file() for name in ("manifest.json", "prompt.json")):
             raise EdgeError(f"{path} lies inside the bundle {folder}, which would not be whole; choose a place outside")
 
