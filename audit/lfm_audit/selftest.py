@@ -92,6 +92,8 @@ def _files(on: Installed) -> str:
         on.bundle.verify()
     except EdgeError as e:
         raise CheckError(str(e)) from e
+    if problems := on.bundle.contradictions():
+        raise CheckError(problems[0])
     if damaged := remove_damaged(on.bundle, [path for of in on.bundle.variants.values() for path in of.values()]):
         raise CheckError(damaged[0])
     if not on.bundle.files:

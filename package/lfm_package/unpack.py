@@ -17,7 +17,7 @@ from typing import Any
 
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.files import check_room, holds_a_model
-from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, Manifest
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, PROFILE, SUMS, Manifest, file_hash
 from lfm_runtime.formats.writer import check_replaceable, replacing
 
 from lfm_package.verify import verify
@@ -70,6 +70,9 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
 def _check_nothing_lost(there: Path, entries: Collection[str]) -> None:
     check_replaceable(there)
     old = Manifest.read(there)
+    named = old.files.get(PROFILE) if old else None
+    if named and (edited := there / PROFILE).is_file() and file_hash(edited) != named.sha256:
+        raise BundleError(f"{edited} was edited and would be lost; move it elsewhere, and give it to --profile")
     if old and (lost := sorted(name for name in old.graphs if name not in entries)):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise BundleError(

@@ -7,6 +7,7 @@ import shlex
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from lfm_runtime.bundle import Bundle, check_names, in_hub_cache
 from lfm_runtime.engine.execution import Execution
@@ -15,10 +16,13 @@ from lfm_runtime.engine.prepared import remove_damaged
 from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import GRAPHS
 from lfm_runtime.formats.files import check_no_pointer
-from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash, unlike_sums
 from lfm_runtime.formats.onnx_file import external_files
 
 from lfm_package.signature import check_signature
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Progress = Callable[[int, int], None]
 """Called with (bytes hashed, bytes in all)."""
@@ -56,13 +60,13 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         return problems
     if signers is not None:
         check_signature(folder / SUMS, signers)
-    problems = [*_hashes(folder, manifest.files, progress), *_sums(folder, manifest.files)]
+    problems = [*_hashes(folder, manifest.files, progress), *unlike_sums(folder, manifest.files)]
     if problems:
         return problems
     for name in sorted(manifest.files):
         if name.endswith(".onnx"):
             problems += _outside(folder, name, manifest.files)
-    return problems or _unloadable(folder)
+    return problems or Bundle.open(folder).contradictions() or _unloadable(folder)
 
 
 def _not_plain(folder: Path) -> list[str]:
@@ -117,23 +121,6 @@ def _hashes(folder: Path, files: Mapping[str, File], progress: Progress) -> list
     return found
 
 
-def _sums(folder: Path, files: Mapping[str, File]) -> list[str]:
-    """SHA256SUMS, which names the manifest as well; bundles that were never packed have none."""
-    path = folder / SUMS
-    if not path.exists():
-        return []
-    said: dict[str, str] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            digest, name = line.split("  ", 1)
-            said[name] = digest
-    except ValueError:
-        return [f"{SUMS} is damaged; copy the bundle again"]
-    wanted = {name: entry.sha256 for name, entry in files.items()} | {MANIFEST: file_hash(folder / MANIFEST)}
-    names = sorted(name for name in wanted.keys() | said.keys() if wanted.get(name) != said.get(name))
-    return [f"{name} is not what {SUMS} says; copy the bundle again" for name in names]
-
-
 def _outside(folder: Path, name: str, files: Mapping[str, File]) -> list[str]:
     """Weights that a graph looks for elsewhere than in the bundle's own files."""
     try:
@@ -167,7 +154,21 @@ def _unloadable(folder: Path) -> list[str]:
             found[path] = ""
             try:
                 check_onnxruntime(bundle, path)
-                load_session(path, graphs[stem], Execution(1, packed=False))
+                session = load_session(path, graphs[stem], Execution(1, packed=False))
+                found[path] = _unlike(bundle.name_of(path), bundle.manifest, session)
             except EdgeError as e:
                 found[path] = str(e)
     return [problem for problem in found.values() if problem]
+
+
+def _unlike(name: str, manifest: Manifest | None, session: InferenceSession) -> str:
+    """The first input or output of a graph that the manifest describes otherwise, as a message; "" where none is."""
+    entry = manifest.graphs.get(name) if manifest else None
+    if entry is None:
+        return ""
+    for edges, values in ((entry.inputs, session.get_inputs()), (entry.outputs, session.get_outputs())):
+        there = {value.name: tuple(n if isinstance(n, int) else None for n in value.shape) for value in values}
+        said = {edge: tuple(n if isinstance(n, int) else None for n in edges[edge].shape) for edge in edges}
+        if odd := sorted(edge for edge in there.keys() | said.keys() if there.get(edge) != said.get(edge)):
+            return f"{MANIFEST} describes {odd[0]} of {name} otherwise than the graph; copy or export the bundle again"
+    return ""

@@ -12,17 +12,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
 
 from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.formats import clients
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, MAX_CONTEXT, VISION_ENCODER, GraphSpec
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, GraphSpec
+from lfm_runtime.formats.facts import context_length, contradictions, facts_of
 from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
 from lfm_runtime.formats.genai import Genai
-from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, ModelFacts, file_hash, hashed
+from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, ModelFacts, file_hash, hashed, unlike_sums
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.text.prompt import PromptBuilder
@@ -85,10 +85,7 @@ class Bundle:
         genai = None if manifest else Genai.read(folder)
         config = read_json_object(folder / "config.json", BundleError, required=not (manifest or genai))
         with damage_is(BundleError, folder / "config.json", "copy it from the checkpoint again"):
-            said = (config.get("text_config") or {}).get("max_position_embeddings")
-            context = MAX_CONTEXT if said is None else min(int(said), MAX_CONTEXT)
-            if context < 1:
-                raise ValueError(f"text_config.max_position_embeddings is {said}, 1 or more is needed")
+            context = context_length(config)
         if genai:
             variants: Mapping[str, Mapping[str, Path]] = {genai.variant: genai.graphs}
             context = min(context, genai.facts.context_length)
@@ -122,9 +119,18 @@ class Bundle:
         try:
             text = read_json_object(path, BundleError).get("text_config")
             with damage_is(BundleError, path, "copy it from the checkpoint"):
-                return _facts(text, self.context_length)
+                return facts_of(text, self.context_length)
         except BundleError:
             return None
+
+    def contradictions(self) -> list[str]:
+        """What manifest.json says that SHA256SUMS, config.json, the tokenizer or its own graphs say differently; each a
+        message.
+        """
+        if not self.manifest:
+            return []
+        sums = unlike_sums(self.folder, self.manifest.files)
+        return sums or [*contradictions(self.folder, self.manifest, self.prompts.image_id)]
 
     @property
     def files(self) -> Mapping[str, File]:
@@ -256,18 +262,6 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
     if name is None or name not in prompt.vocabulary.tokens:
         raise BundleError(f"{folder}: no file defines the end token; add eos_token_id to generation_config.json")
     return (prompt.vocabulary.tokens.index(name),)
-
-
-def _facts(text: Any, context_length: int) -> ModelFacts:
-    """Of a hub folder's text_config, in the spellings that releases have."""
-    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    attention = text.get("full_attn_idxs") or []
-    kinds = text.get("layer_types") or [
-        "full_attention" if n in attention else "conv" for n in range(text["num_hidden_layers"])
-    ]
-    kv_heads, head_dim = int(text["num_key_value_heads"]), int(text.get("head_dim") or hidden // heads)
-    kernel, vocabulary = int(text.get("conv_L_cache", 3)), int(text["vocab_size"])
-    return ModelFacts(tuple(kinds), hidden, kv_heads, head_dim, kernel, vocabulary, context_length, 0)
 
 
 def _known_variants(folder: Path, manifest: Manifest) -> dict[str, dict[str, Path]]:

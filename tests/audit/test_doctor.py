@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "profiles"))
-from lfm_audit import doctor
-from lfm_audit.doctor import Machine, examine
+from lfm_audit.doctor import bundle as check_bundle
+from lfm_audit.doctor import examine as examining
+from lfm_audit.doctor import hardware, software
+from lfm_audit.doctor.examine import examine
+from lfm_audit.doctor.finding import Finding, Machine
 from lfm_profiles import detect
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.commands.cli import main
@@ -31,7 +34,7 @@ def of(name: str, folder: Path, *, bits: int = 64, **files: str) -> Machine:
     return Machine(device, Sensors(root), root)
 
 
-def found(machine: Machine, check) -> dict[str, doctor.Finding]:
+def found(machine: Machine, check) -> dict[str, Finding]:
     return {finding.name: finding for finding in check(machine)}
 
 
@@ -70,16 +73,16 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
 @pytest.mark.parametrize(
     ("name", "check", "finding", "state", "said", "files"),
     [
-        ("pi5-4gb", doctor._processor, "processor", "ok", "4 Cortex-A76; asimddp asimdhp", {}),
-        ("pi4-2gb", doctor._processor, "processor", "warning", "no dot products", {}),
-        ("x86-old", doctor._processor, "processor", "warning", "no AVX2", {}),
-        ("pi-zero2w", doctor._memory, "memory", "warning", "416 MiB, 312 free now", {}),
-        ("pi5-4gb", doctor._memory, "memory", "ok", "4045 MiB", {}),
-        ("pi4-1gb", doctor._swap, "swap", "warning", "none", {}),
-        ("pi5-4gb", doctor._swap, "swap", "ok", "none", {}),
+        ("pi5-4gb", hardware.processor, "processor", "ok", "4 Cortex-A76; asimddp asimdhp", {}),
+        ("pi4-2gb", hardware.processor, "processor", "warning", "no dot products", {}),
+        ("x86-old", hardware.processor, "processor", "warning", "no AVX2", {}),
+        ("pi-zero2w", hardware.memory, "memory", "warning", "416 MiB, 312 free now", {}),
+        ("pi5-4gb", hardware.memory, "memory", "ok", "4045 MiB", {}),
+        ("pi4-1gb", hardware.swap, "swap", "warning", "none", {}),
+        ("pi5-4gb", hardware.swap, "swap", "ok", "none", {}),
         (
             "pi4-1gb",
-            doctor._swap,
+            hardware.swap,
             "swap",
             "warning",
             "/var/swap, 50 MiB used",
@@ -87,25 +90,25 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
         ),
         (
             "pi4-1gb",
-            doctor._swap,
+            hardware.swap,
             "swap",
             "ok",
             "/dev/zram0, 50 MiB used",
             {"proc/swaps": "Filename Type Size Used Priority\n/dev/zram0 partition 102396 51200 100\n"},
         ),
-        ("pi5-4gb", doctor._clocks, "governor", "ok", "ondemand", {}),
+        ("pi5-4gb", hardware.clocks, "governor", "ok", "ondemand", {}),
         (
             "pi5-4gb",
-            doctor._clocks,
+            hardware.clocks,
             "governor",
             "warning",
             "powersave",
             {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"},
         ),
-        ("pi5-4gb", doctor._throttling, "throttling", "ok", "now: no; since boot: no", {}),
+        ("pi5-4gb", hardware.throttling, "throttling", "ok", "now: no; since boot: no", {}),
         (
             "pi5-4gb",
-            doctor._throttling,
+            hardware.throttling,
             "throttling",
             "problem",
             "now: under-voltage, throttled; since boot: under-voltage, throttled",
@@ -113,7 +116,7 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
         ),
         (
             "pi5-4gb",
-            doctor._throttling,
+            hardware.throttling,
             "throttling",
             "warning",
             "now: no; since boot: soft temperature limit",
@@ -121,7 +124,7 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
         ),
         (
             "pi5-4gb",
-            doctor._sensors,
+            hardware.sensors,
             "temperature",
             "warning",
             "84 °C",
@@ -130,7 +133,7 @@ def test_doctor_finds_no_problem_where_all_tests_run(demo_bundle, capsys) -> Non
                 "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
             },
         ),
-        ("pi5-4gb", doctor._profile, "profile", "ok", "pi5 fits this machine", {}),
+        ("pi5-4gb", hardware.profile, "profile", "ok", "pi5 fits this machine", {}),
     ],
 )
 def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
@@ -140,20 +143,20 @@ def test_machines(name, check, finding, state, said, files, tmp_path) -> None:
 
 
 def test_throttling_is_a_matter_of_boards_whose_firmware_tells(tmp_path) -> None:
-    assert not found(of("x86-avx2", tmp_path), doctor._throttling)
+    assert not found(of("x86-avx2", tmp_path), hardware.throttling)
 
 
 def test_fixes_tell_heat_from_power(tmp_path) -> None:
     bits = "sys/devices/platform/soc/soc:firmware/get_throttled"
     assert (
         "power supply"
-        in found(of("pi5-4gb", tmp_path / "a", **{bits: "0x10000"}), doctor._throttling)["throttling"].fix
+        in found(of("pi5-4gb", tmp_path / "a", **{bits: "0x10000"}), hardware.throttling)["throttling"].fix
     )
-    assert "fan" in found(of("pi5-4gb", tmp_path / "b", **{bits: "0x80000"}), doctor._throttling)["throttling"].fix
+    assert "fan" in found(of("pi5-4gb", tmp_path / "b", **{bits: "0x80000"}), hardware.throttling)["throttling"].fix
 
 
 def test_a_32_bit_system(tmp_path) -> None:
-    there = found(of("pi4-2gb", tmp_path, bits=32), doctor._python)["python"]
+    there = found(of("pi4-2gb", tmp_path, bits=32), software.python)["python"]
     assert there.state == "problem"
     assert "64-bit system" in there.fix
 
@@ -183,29 +186,29 @@ def test_an_onnxruntime_that_cannot_be_imported(code, said, fix, tmp_path, monke
 
 
 def test_two_wheels_at_once_and_one_that_kills(tmp_path, monkeypatch) -> None:
-    here = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "1.31.1" if name.startswith("onnxruntime") else here(name))
-    assert "pip uninstall" in found(of("pi5-4gb", tmp_path / "a"), doctor._onnxruntime)["onnxruntime"].fix
-    monkeypatch.setattr(doctor, "_version", {"onnxruntime": "1.21.0"}.get)
-    assert [f.state for f in doctor._onnxruntime(of("pi4-2gb", tmp_path / "b"))][-1] == "problem"
-    assert {f.state for f in doctor._packages(of("pi4-2gb", tmp_path / "b"))} == {"problem"}
+    here = software._version
+    monkeypatch.setattr(software, "_version", lambda name: "1.31.1" if name.startswith("onnxruntime") else here(name))
+    assert "pip uninstall" in found(of("pi5-4gb", tmp_path / "a"), software.onnxruntime)["onnxruntime"].fix
+    monkeypatch.setattr(software, "_version", {"onnxruntime": "1.21.0"}.get)
+    assert [f.state for f in software.onnxruntime(of("pi4-2gb", tmp_path / "b"))][-1] == "problem"
+    assert {f.state for f in software.packages(of("pi4-2gb", tmp_path / "b"))} == {"problem"}
 
 
 def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     machine = replace(Machine.here(bundle_copy, "generic"))
-    assert found(machine, doctor._bundle)["bundle"].state == "ok"
-    assert found(machine, doctor._prepared)["prepared"].state == "warning"
+    assert found(machine, check_bundle.bundle)["bundle"].state == "ok"
+    assert found(machine, check_bundle.prepared)["prepared"].state == "warning"
     if not onnxruntime_is("1.23"):
         return  # that cannot keep packed weights
     assert main(["prepare", str(bundle_copy)]) == 0
-    assert found(machine, doctor._prepared)["prepared"].state == "ok"
+    assert found(machine, check_bundle.prepared)["prepared"].state == "ok"
     data = next(
         p
         for p in bundle_copy.with_name("bundle.prepared").rglob("*")
         if p.suffix not in (".json", ".onnx") and p.is_file()
     )
     data.write_bytes(data.read_bytes()[:-1])
-    assert "is cut off" in found(machine, doctor._prepared)["prepared"].said
+    assert "is cut off" in found(machine, check_bundle.prepared)["prepared"].said
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     (bundle_copy / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
     findings = [f for f in examine(machine) if f.name in ("bundle", "prepared")]
@@ -217,19 +220,27 @@ def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     ]
 
 
+def test_a_profile_that_the_manifest_does_not_name_is_not_selected(bundle_copy, monkeypatch) -> None:
+    monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
+    (bundle_copy / "profile.toml").write_text('name = "stray"\n')
+    machine = Machine.here(bundle_copy, "")
+    assert "selected" not in found(machine, hardware.profile)["profile"].said
+    assert found(replace(machine, profile="pi5"), hardware.profile)["profile"].said.endswith("; pi5 is selected")
+
+
 def test_telemetry(monkeypatch, tmp_path) -> None:
     machine = of("pi5-4gb", tmp_path)
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
-    assert found(machine, doctor._telemetry)["telemetry"].state == "warning"
+    assert found(machine, software.telemetry)["telemetry"].state == "warning"
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
-    assert found(machine, doctor._telemetry)["telemetry"].state == "ok"
+    assert found(machine, software.telemetry)["telemetry"].state == "ok"
 
 
 def test_a_check_that_breaks_hides_no_other(monkeypatch, tmp_path) -> None:
     def breaks(_):
         raise RuntimeError("odd")
 
-    monkeypatch.setattr(doctor, "CHECKS", (breaks, doctor._python))
+    monkeypatch.setattr(examining, "CHECKS", (breaks, software.python))
     findings = list(examine(of("pi5-4gb", tmp_path)))
     assert [f.name for f in findings] == ["breaks", "python"]
     assert "RuntimeError: odd" in findings[0].said
@@ -301,11 +312,11 @@ def test_a_gpu_wheel_on_an_orin(built, state, tmp_path, monkeypatch) -> None:
     library = tmp_path / "libonnxruntime_providers_cuda.so"
     library.write_bytes(fat_binary(*built))
     monkeypatch.setattr(gpu_wheel, "cuda_library", lambda: library)
-    there = found(of("orin-nano", tmp_path / "root"), doctor._gpu)["gpu"]
+    there = found(of("orin-nano", tmp_path / "root"), software.gpu)["gpu"]
     assert there.state == state, there
     assert ("this chip is sm_87" in there.said) == (state == "problem")
     assert ("NVIDIA's wheel for this JetPack" in there.fix) == (state == "problem")
-    assert found(of("pi5-4gb", tmp_path / "pi"), doctor._gpu)["gpu"].state == "warning", "a GPU wheel without a GPU"
+    assert found(of("pi5-4gb", tmp_path / "pi"), software.gpu)["gpu"].state == "warning", "a GPU wheel without a GPU"
 
 
 def test_the_chip_of_a_pc(monkeypatch, tmp_path) -> None:

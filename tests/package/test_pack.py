@@ -412,6 +412,20 @@ def test_a_packed_profile_is_what_runs(demo_bundle, tmp_path, capsys, monkeypatc
     assert resolve(tmp_path / "plain").images.max_image_tokens == 64
 
 
+def test_an_edited_profile_is_not_replaced(demo_bundle, tmp_path) -> None:
+    """The archive's own is written again; what the user made of it is kept."""
+    assert main(["pack", str(demo_bundle), "--profile", "pi5", "-o", str(tmp_path / "cam.tar")]) == 0
+    for _ in range(2):
+        unpack(tmp_path / "cam.tar", tmp_path / "cam")
+    edited = tmp_path / "cam" / "profile.toml"
+    edited.write_text(edited.read_text() + "\nthreads = 2\n")
+    with pytest.raises(BundleError, match=r"profile\.toml was edited and would be lost"):
+        unpack(tmp_path / "cam.tar", tmp_path / "cam")
+    assert "threads = 2" in edited.read_text()
+    edited.rename(tmp_path / "mine.toml")
+    unpack(tmp_path / "cam.tar", tmp_path / "cam")
+
+
 def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> None:
     """selftest asks its questions on the device, and fails where more than one in ten answers differ."""
     from lfm_audit import selftest

@@ -254,3 +254,47 @@ def test_what_is_written_as_json(demo_bundle, tmp_path, capsys) -> None:
     made = json.loads(capsys.readouterr().out)
     assert made["variants"] == ["fp32"]
     assert all(Path(file["path"]).stat().st_size == file["bytes"] for file in made["files"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers", ["conv"] * 3),
+        ("hidden", 64),
+        ("kv_heads", 3),
+        ("head_dim", 8),
+        ("conv_kernel", 5),
+        ("vocabulary", 4711),
+        ("context_length", 77),
+        ("image_token_id", 1),
+    ],
+)
+def test_sizes_of_the_model_are_those_of_the_other_files(key, value, bundle_copy, capsys) -> None:
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"][key] = value
+    path.write_text(json.dumps(manifest))
+    assert [f"model.{key} is" in problem for problem in verify(bundle_copy)][:1] == [True]
+    assert main(["doctor", str(bundle_copy), "--profile", "generic"]) == 1
+    assert f"model.{key} is" in capsys.readouterr().out
+
+
+def test_a_graph_is_what_the_manifest_describes(bundle_copy) -> None:
+    path = bundle_copy / "manifest.json"
+    text = path.read_text()
+    for stem, edge in (("decoder_model_merged", "attention_mask"), ("vision_encoder", "pixel_values")):
+        manifest = json.loads(text)
+        manifest["graphs"][f"onnx/{stem}.onnx"]["inputs"][edge]["shape"] += [3]
+        path.write_text(json.dumps(manifest))
+        assert f"describes {edge} of onnx/{stem}.onnx otherwise" in verify(bundle_copy)[0]
+
+
+def test_doctor_and_selftest_read_the_sums(bundle_copy, capsys) -> None:
+    sums = with_sums(bundle_copy) / SUMS
+    assert main(["doctor", str(bundle_copy), "--profile", "generic"]) == 0
+    sums.write_text(sums.read_text().replace("  manifest.json", "0  manifest.json"))
+    capsys.readouterr()
+    assert main(["doctor", str(bundle_copy), "--profile", "generic"]) == 1
+    assert f"manifest.json is not what {SUMS} says" in capsys.readouterr().out
+    assert main(["selftest", str(bundle_copy), "--profile", "generic"]) == 1
+    assert f"manifest.json is not what {SUMS} says" in capsys.readouterr().out

@@ -24,7 +24,8 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_runtime.commands.console import print_json
 
-    from lfm_audit.doctor import Machine, examine
+    from lfm_audit.doctor.examine import examine
+    from lfm_audit.doctor.finding import Machine
 
     findings = []
     for finding in examine(Machine.here(options.bundle, options.profile)):

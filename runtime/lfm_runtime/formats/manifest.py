@@ -291,3 +291,22 @@ def file_hash(path: Path) -> str:
 def hashed(folder: Path, names: Iterable[str]) -> dict[str, File]:
     """Return size and SHA-256 of these files of a folder, which are read whole."""
     return {name: File.of(folder / name) for name in names}
+
+
+def unlike_sums(folder: Path, files: Mapping[str, File]) -> list[str]:
+    """What SHA256SUMS, which names the manifest as well, says differently of these files; each a message. Bundles that
+    were never packed have none.
+    """
+    path = folder / SUMS
+    if not path.exists():
+        return []
+    said: dict[str, str] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            digest, name = line.split("  ", 1)
+            said[name] = digest
+    except ValueError:
+        return [f"{SUMS} is damaged; copy the bundle again"]
+    wanted = {name: entry.sha256 for name, entry in files.items()} | {MANIFEST: file_hash(folder / MANIFEST)}
+    names = sorted(name for name in wanted.keys() | said.keys() if wanted.get(name) != said.get(name))
+    return [f"{name} is not what {SUMS} says; copy the bundle again" for name in names]

@@ -1,0 +1,1 @@
+"""What matters on this machine, each with what to do about it."""

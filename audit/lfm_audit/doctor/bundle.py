@@ -1,0 +1,73 @@
+"""The bundle on this machine, as `run` would use it. Needs onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lfm_profiles import FINEST
+from lfm_runtime import golden
+from lfm_runtime.engine.loader import check_onnxruntime
+from lfm_runtime.engine.prepared import find, remove_damaged
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
+from lfm_runtime.setup.resolve import resolve
+from lfm_runtime.setup.setup import Ask, Setup
+from lfm_runtime.setup.variants import unmet
+
+from lfm_audit.doctor.finding import Finding, Machine, judged
+
+
+def bundle(machine: Machine) -> Iterator[Finding]:
+    """What it holds, whether its files agree, and what of the profile's wishes it lacks."""
+    setup = _setup(machine)
+    bundle = setup.bundle
+    if problems := bundle.contradictions():
+        yield Finding("bundle", "problem", problems[0])
+        return
+    for path in bundle.graphs_read(setup.variant, setup.prefill):
+        check_onnxruntime(bundle, path)
+    size = sum(file.bytes for file in bundle.files.values())
+    signed = ", signed" if (bundle.folder / "SHA256SUMS.sig").exists() else ""
+    said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {setup.profile.name} takes {setup.variant}"
+    if not bundle.manifest:
+        fix = "make a bundle with: lfm-edge export"
+        yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
+        return
+    for wish in unmet(bundle, setup.profile):
+        why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
+        do = f"lfm-edge quantize {bundle.folder} --variant {wish}"
+        if not set(FINEST).intersection(bundle.variants):
+            do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
+        yield Finding("variants", "warning", why, do)
+    steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
+    yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
+
+
+def _setup(machine: Machine) -> Setup:
+    """Return the setup that `run` would use for the bundle on this machine."""
+    assert machine.bundle is not None
+    ask = Ask((golden.SIZE,), golden.QUESTION)
+    return resolve(machine.bundle, machine.profile, ask, device=machine.device)
+
+
+def prepared(machine: Machine) -> Iterator[Finding]:
+    """Whether its graphs are prepared for this processor and onnxruntime."""
+    setup = _setup(machine)
+    bundle, variant, prefill = setup.bundle, setup.variant, setup.prefill
+    if not setup.execution.prepared:
+        yield Finding("prepared", "ok", f"profile {setup.profile.name} does not use prepared graphs")
+        return
+    paths = [setup.paths[graph.stem] for graph in (VISION_ENCODER, DECODER)]
+    paths += [bundle.graphs(prefill)[1][DECODER.stem]] if prefill else []
+    notes = remove_damaged(bundle, paths)
+    found = [find(bundle, path) for path in paths]
+    notes += [one.note for one in found if one.note]
+    fix = f"lfm-edge prepare {machine.bundle} --variant {variant}" + (f" --prefill {prefill}" if prefill else "")
+    if notes:
+        yield Finding("prepared", "warning", notes[0], fix)
+    elif all(one.path != path for one, path in zip(found, paths, strict=True)):
+        yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
+    else:
+        yield Finding(
+            "prepared", "warning", f"{variant} is not prepared: it starts more slowly and takes more memory", fix
+        )
