@@ -13,7 +13,7 @@ import onnx_ir as ir
 from lfm_runtime.bundle import Bundle, complete_for_clients
 from lfm_runtime.formats.contract import CONV_WINDOW, DECODER
 from lfm_runtime.formats.manifest import File, Manifest
-from lfm_runtime.formats.writer import carry_over, replacing
+from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 
 from lfm_export.builder import DataFile
 from lfm_export.checkpoint.config import CheckpointError
@@ -43,7 +43,7 @@ def write_web(folder: Path, output: Path) -> list[str]:
     kept = manifest.only(variants)
     decoders = {names[DECODER.stem]: bundle.graphs(v)[1][DECODER.stem] for v, names in kept.variants.items()}
     theirs = {data for name, graph in kept.graphs.items() if name not in decoders for data in graph.data}
-    with replacing(output) as new:
+    with replacing(output, lambda there: _check_nothing_lost(there, kept)) as new:
         own = {name for decoder in decoders for name in (decoder, *kept.graphs[decoder].data)} - theirs
         carry_over(folder, new, [name for name in kept.files if name not in own])
         graphs, files = dict(kept.graphs), {name: file for name, file in kept.files.items() if name not in own}
@@ -56,6 +56,24 @@ def write_web(folder: Path, output: Path) -> list[str]:
         replace(kept, graphs=graphs, files=dict(sorted(files.items()))).write(new)
         complete_for_clients(new)
     return variants
+
+
+def _check_nothing_lost(there: Path, new: Manifest) -> None:
+    """Raise CheckpointError where what is there is not an earlier bundle for browsers of the same weights, or has a
+    variant that the new one lacks.
+    """
+    check_replaceable(there)
+    old = Manifest.read(there)
+    if old is None:
+        return
+    decoders = {names[DECODER.stem] for names in old.variants.values()}
+    shared = {data for name, entry in old.graphs.items() if name not in decoders for data in entry.data}
+    if old.source.weights != new.source.weights or any(shared.intersection(old.graphs[name].data) for name in decoders):
+        raise CheckpointError(
+            f"{there} is a bundle that export --web did not write of these weights; choose another output"
+        )
+    if lost := sorted(set(old.variants) - set(new.variants)):
+        raise CheckpointError(f"{there} has {lost[0]}, which would be lost; choose another output")
 
 
 def save_alone(model: ir.Model, places: Path, path: Path) -> None:

@@ -85,7 +85,7 @@ def quantize(
     check_replaceable(folder)
     _check_better(manifest, settings)
     check_space(folder, bundle, source.variant)
-    questions = _questions(settings, warn)
+    questions = _questions(settings, manifest, warn)
 
     with Work.open(folder, settings.variant, _key(settings, recipe, manifest, source, questions)) as work:
         # Calibrate: questions and answers that the source's variant is led through.
@@ -133,6 +133,21 @@ def _check_better(manifest: Manifest, settings: Settings) -> None:
         raise QuantizeError(f"{variant} is there, {known} in full; leave --quick out, or replace it with --force")
 
 
+def _check_as_many(manifest: Manifest, settings: Settings, questions: _Questions) -> None:
+    """As _check_better, for the number of images, which is known once they are read."""
+    there = manifest.quantization.get(settings.variant, {}).get("calibration") or {}
+    known, now = there.get("images", 0), _images(questions.calibrate)
+    if not settings.force and settings.rounds() and isinstance(known, int) and now < known:
+        raise QuantizeError(
+            f"{settings.variant} is there, calibrated with {known} images, and this run has {now}; name more, or "
+            "replace it with --force"
+        )
+
+
+def _images(questions: list[Question]) -> int:
+    return len({question.image for question in questions})
+
+
 def _judge(folder: Path, against: str, questions: list[Question], settings: Settings, progress: Progress) -> Quality:
     """The new variant against another: with the checkpoint's image settings, or as a device runs both."""
     board = Board.of(Bundle.open(folder), settings.profile, alike=True) if settings.profile else None
@@ -174,8 +189,10 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
     return recipe
 
 
-def _questions(settings: Settings, warn: Warn) -> _Questions:
-    """Read the questions and set some apart; warn of what makes them few."""
+def _questions(settings: Settings, manifest: Manifest, warn: Warn) -> _Questions:
+    """Read the questions and set some apart; warn of what makes them few. Raises QuantizeError where a variant that is
+    there was made with more.
+    """
     if not settings.calibration:
         rounded = "weights are rounded without calibration, and " if settings.rounds() else ""
         warn(f"no --calibration images: {rounded}the quality is not measured")
@@ -201,7 +218,9 @@ def _questions(settings: Settings, warn: Warn) -> _Questions:
         warn("there is only one image, so none is held out: the quality is not measured")
     if settings.quick:
         calibrate, judge = _some(calibrate, QUICK_IMAGES), _some(judge, QUICK_JUDGED)
-    return _Questions(calibrate, judge, len(skipped))
+    found = _Questions(calibrate, judge, len(skipped))
+    _check_as_many(manifest, settings, found)
+    return found
 
 
 def _some(questions: list[Question], most: int) -> list[Question]:
@@ -233,7 +252,7 @@ def _origin(source: Source, questions: _Questions) -> dict[str, Any]:
         "onnxruntime": ort.__version__,
         "lfm_edge": __version__,
         "calibration": {
-            "images": len({q.image for q in questions.calibrate}),
+            "images": _images(questions.calibrate),
             "questions": len(questions.calibrate),
             "skipped": questions.skipped,
         },

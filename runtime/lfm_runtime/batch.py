@@ -1,16 +1,22 @@
-"""Many questions, several answers at once: one decode step reads the weights once for all of them."""
+"""Many questions, several answers at once: one decode step reads the weights once for all of them.
+
+Answers join and leave between steps. While one is being read, a view of its images or a step of its prompt at a time,
+the others go on: a step of theirs follows each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lfm_runtime.decode.batch_state import BatchState, Row
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation, Sampler
-from lfm_runtime.decode.states import BatchState
+from lfm_runtime.decode.states import SharedState
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images.pixels import ImageLike, each_image
@@ -25,13 +31,175 @@ _ROOM = 512
 
 
 @dataclass
-class _Row:
-    """One of the answers that are decoded together."""
+class Seat:
+    """An answer in a batch. `piece`: the text that the last step added; `error`: why it ended, where it failed."""
 
-    index: int
     job: Job
     sampler: Sampler
-    token: int  # sampled, not yet fed
+    piece: str = ""
+    error: EdgeError | None = None
+    token: int = -1  # sampled, not yet fed
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is over."""
+        return self.error is not None or self.job.reply.finished
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        """Sample the next token."""
+        self.token = self.sampler.next(logits)
+        self.piece = self.job.reply.add(self.token)
+        if self.job.reply.finished:
+            self.job.finish()
+
+
+@dataclass
+class _Reading:
+    """The answer whose prompt is being processed."""
+
+    seat: Seat
+    row: int
+    context: Context
+    steps: Generator[None, None, NDArray[np.float32]]
+
+
+class Batch:
+    """At most `rows` answers at once, each with room for `capacity` tokens; nothing large is allocated for one more."""
+
+    def __init__(self, model: Model, rows: int, capacity: int) -> None:
+        """Raises SettingError for impossible rows, or a model that cannot."""
+        check(model, rows)
+        self.model, self.rows = model, rows
+        self._state = BatchState(model.decoder, rows, capacity)
+        self._running: list[Seat] = []  # as the rows of the state
+        self._reading: _Reading | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and answer together that each answer has room for."""
+        return self._state.capacity
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether `add` may be called: a row is free, and no other prompt is being processed."""
+        return self._reading is None and len(self._running) < self.rows
+
+    @property
+    def running(self) -> int:
+        """Number of answers that are being decoded."""
+        return len(self._running)
+
+    def add(self, job: Job) -> Seat:
+        """Begin an answer, where there is a seat; its prompt is processed by the steps that follow."""
+        assert self.has_seat
+        assert job.capacity <= self.capacity
+        seat = Seat(job, Sampler(job.settings, self.model.decoder.info.vocabulary, job.prompt.ids))
+        row, cache = len(self._running), self.model.cache
+        context = Context(Row(self._state, row), cache)
+        steps = self.model.reading(job, context, returning=cache is not None)
+        self._reading = _Reading(seat, row, context, steps)
+        return seat
+
+    def grow(self, capacity: int) -> None:
+        """Give each answer room for more tokens; only while no prompt is being processed."""
+        assert self._reading is None
+        self._state = self._state.moved(-(-capacity // _ROOM) * _ROOM)
+
+    def drop(self, seat: Seat) -> None:
+        """End an answer that nobody wants any more; its row is free at once."""
+        if self._reading and self._reading.seat is seat:
+            self._reading.steps.close()
+            self._reading = None
+        elif seat in self._running:
+            self._leave(seat)
+
+    def step(self) -> list[Seat]:
+        """A view or a step of tokens of the prompt being processed, then a token of every running answer. Returns the
+        answers that have gone on or ended; what fails ends those that it concerns.
+        """
+        moved = self._read()
+        if self._running:
+            moved += self._decode()
+        return moved
+
+    def _read(self) -> list[Seat]:
+        """Go on with the prompt being processed; returns its answer where that has its first token, or failed."""
+        one = self._reading
+        if one is None:
+            return []
+        try:
+            with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
+                logits = _one_step(one.steps)
+                if logits is None:
+                    return []
+                one.seat.take(logits)
+        except EdgeError as e:
+            one.seat.error = e
+        self._reading = None
+        if not one.seat.finished:
+            state = one.context.state
+            assert isinstance(state, SharedState)
+            self._state.join(one.row, state)
+            self._running.append(one.seat)
+        return [one.seat]
+
+    def _decode(self) -> list[Seat]:
+        """One token more of every running answer."""
+        moved = list(self._running)
+        try:
+            with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
+                embeds = self.model.decoder.embed([seat.token for seat in moved])
+                logits = self._state.step(np.ascontiguousarray(embeds[0][:, None]))
+        except EdgeError as e:
+            for seat in moved:
+                seat.error = e
+        else:
+            for seat, row in zip(moved, logits, strict=True):
+                try:
+                    seat.take(row)
+                except EdgeError as e:  # noqa: PERF203  (each answer has its own logits)
+                    seat.error = e
+        for seat in moved:
+            if seat.finished:
+                self._leave(seat)
+        return moved
+
+    def _leave(self, seat: Seat) -> None:
+        row = self._running.index(seat)
+        self._state.leave(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+
+
+def _one_step(steps: Generator[None, None, NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    """Go one step on; returns what the last step gave, None before."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        found: NDArray[np.float32] = end.value
+        return found
+    return None
+
+
+def check(model: Model, rows: int) -> None:
+    """Raise SettingError for impossible rows, or a model that cannot decode several answers at once."""
+    if rows < 1:
+        raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
+    if model.sessions.execution.low_memory:
+        raise SettingError(
+            "several answers at once need encoder and decoder in memory at the same time; load the model without "
+            "low_memory"
+        )
+    if model.sessions.execution.on_gpu:
+        raise SettingError(
+            "several answers at once are made on the CPU alone; load the model with another profile: profile='generic'"
+        )
+    with failures_are_ours(model.bundle.folder):
+        if not model.decoder.info.shares_kv:
+            raise SettingError(
+                f"{model.decoder.path} cannot decode several answers at once; export the bundle with lfm-edge, "
+                "without --portable"
+            )
 
 
 def answer_all(
@@ -59,37 +227,21 @@ def answer_all(
     Raises:
         SettingError: impossible rows, or a model that cannot.
     """
-    if rows < 1:
-        raise SettingError(f"rows {rows} is impossible; allowed: 1 and above")
-    if model.sessions.execution.low_memory:
-        raise SettingError(
-            "answer_all needs encoder and decoder in memory at the same time; load the model without low_memory"
-        )
-    if model.sessions.execution.on_gpu:
-        raise SettingError("answer_all runs only on the CPU; load the model with another profile: profile='generic'")
+    check(model, rows)
     model.setup.generation.with_changes(generation)  # a wrong setting is everyone's
-    with failures_are_ours(model.bundle.folder):
-        if not model.decoder.info.shares_kv:
-            raise SettingError(
-                f"{model.decoder.path} cannot decode several answers at once; export the bundle with lfm-edge, "
-                "without --portable"
-            )
-        yield from _answer_all(model, enumerate(questions), rows, system, generation)
+    yield from _answer_all(Batch(model, rows, _ROOM), enumerate(questions), system, generation)
 
 
 def _answer_all(
-    model: Model,
+    batch: Batch,
     questions: Iterator[tuple[int, tuple[ImageLike | Sequence[ImageLike], str]]],
-    rows: int,
     system: str,
     generation: Generation,
 ) -> Iterator[tuple[int, Report | EdgeError]]:
-    state = BatchState(model.decoder, rows, _ROOM)
-    places: list[_Row | None] = [None] * rows
+    places: list[tuple[int, Seat]] = []
     more = True
-    while True:
-        while more and None in places:
-            place = places.index(None)
+    while more or places:
+        while more and batch.has_seat:
             if (asked := next(questions, None)) is None:
                 more = False
                 break
@@ -97,40 +249,16 @@ def _answer_all(
             images = each_image(images)
             try:
                 messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
-                job = model.prepare_answer(messages, images, **generation)
+                job = batch.model.prepare_answer(messages, images, **generation)
             except EdgeError as e:
                 yield index, e
                 continue
-            context = Context(model.decoder, model.cache)
-            logits = model.read(job, context, returning=model.cache is not None)
-            sampler = Sampler(job.settings, model.decoder.info.vocabulary, job.prompt.ids)
-            row = _Row(index, job, sampler, sampler.next(logits))
-            job.reply.add(row.token)
-            if job.reply.finished:
-                job.finish()
-                yield index, job.reply.report
-                continue
-            if job.capacity > state.capacity:
-                state = state.moved(rows, -(-job.capacity // _ROOM) * _ROOM)
-                places = sorted(places, key=lambda p: p is None)
-                place = places.index(None)
-            state.put(place, context.snapshot())
-            places[place] = row
-        running = sum(p is not None for p in places)
-        if not running:
-            return
-        if not more and running <= len(places) // 2:  # nobody comes any more: the rest goes on in fewer rows
-            state = state.moved(running, state.capacity)
-            places = [p for p in places if p is not None]
-        embeds = model.decoder.embed([p.token if p else 0 for p in places])
-        logits = state.step(np.ascontiguousarray(embeds[0][:, None]))
-        for place, one in enumerate(places):
-            if one is None:
-                continue
-            one.token = one.sampler.next(logits[place])
-            one.job.reply.add(one.token)
-            if one.job.reply.finished:
-                one.job.finish()
-                state.leave(place)
-                places[place] = None
-                yield one.index, one.job.reply.report
+            if job.capacity > batch.capacity:
+                batch.grow(job.capacity)
+            places.append((index, batch.add(job)))
+        batch.step()
+        for index, seat in [place for place in places if place[1].finished]:
+            places.remove((index, seat))
+            if seat.error:
+                raise seat.error
+            yield index, seat.job.reply.report

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +27,10 @@ from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import ContextFullError, SettingError
 from lfm_runtime.formats.contract import VISION_ENCODER
 from lfm_runtime.formats.edges import check_patches, fed, image_features
-from lfm_runtime.images.layout import ImageLayout, ImageSettings, View, lay_out
+from lfm_runtime.images.layout import ImageLayout, ImageSettings, lay_out, views_of_one_size
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, each_image, open_image
 from lfm_runtime.reply import Reply
-from lfm_runtime.report import Report
+from lfm_runtime.report import Report, run_through
 from lfm_runtime.setup.profile import on_cpu
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Flags, Setup
@@ -106,7 +105,7 @@ class Model:
         self.cache = None
         if cache_mib or cache_folder:
             folder = Path(cache_folder) if cache_folder else None
-            self.cache = Cache(self.sessions.identity(), max_bytes=cache_mib << 20, folder=folder)
+            self.cache = Cache(self.sessions.identity(), setup.bundle.facts, max_bytes=cache_mib << 20, folder=folder)
         self.load_ms = 0.0
 
     @staticmethod
@@ -297,6 +296,12 @@ class Model:
         """Prefill what of the prompt neither `context` nor the cache has; returns the logits [vocabulary] of its last
         position. `returning`: somebody may come back to where an image ends, in this context or through the cache.
         """
+        return run_through(self.reading(job, context, progress, returning=returning))
+
+    def reading(
+        self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False
+    ) -> Generator[None, None, NDArray[np.float32]]:
+        """As `read`, but a view of an image or a step of tokens each time."""
         prompt, opened, report = job.prompt, job.images, job.reply.report
         with report.stage("preprocess"):
             images = [image.key for image in opened] if returning else [-1] * len(opened)  # hashing pixels takes time
@@ -304,56 +309,64 @@ class Model:
         found = context.find(keys)
         known = report.cached_tokens = found.length
         new = [image for image, end in zip(opened, prompt.image_ends, strict=True) if end > known]
-        features = self.encode(new, report, progress)
+        features = yield from self.encoding(new, report, progress)
         with report.stage("load"):
             self.decoder.load()  # with low_memory not before
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
             context.resume(found, keys, job.capacity)
-            for end in (*(n for n in prompt.image_ends if returning and n > known), len(prompt.ids)):
-                at = context.length
-                logits = context.feed(embeds[:, at - known : end - known], keys[at:end])
+        for end in (*(n for n in prompt.image_ends if returning and n > known), len(prompt.ids)):
+            yield
+            at = context.length
+            part = context.feeding(embeds[:, at - known : end - known], keys[at:end])
+            logits = yield from report.staged("prefill", part)
+            with report.stage("prefill"):
                 context.remember(cached=end < len(prompt.ids))
         return logits
 
-    def encode(
-        self, opened: Sequence[OpenedImage], report: Report | None = None, progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        """Image features [image tokens, H] of all views of all images in order, without padding: each view runs alone,
-        on a GPU together with others of its size.
-        """
-        report = report or Report()
+    def encode(self, opened: Sequence[OpenedImage], report: Report | None = None) -> NDArray[np.float32]:
+        """Image features [image tokens, H] of all views of all images in order; each view runs alone and unpadded."""
+        return run_through(self.encoding(opened, report or Report()))
+
+    def encoding(
+        self, opened: Sequence[OpenedImage], report: Report, progress: Progress | None = None
+    ) -> Generator[None, None, NDArray[np.float32]]:
+        """As `encode`, but a view each time, on a GPU those of one size."""
         features: list[NDArray[np.float32] | None] = [
-            self.cache.features(image.key) if self.cache else None for image in opened
+            self.cache.features(image.key, image.layout.tokens) if self.cache else None for image in opened
         ]
         todo = [i for i, found in enumerate(features) if found is None]
         total = sum(len(opened[i].layout.views) for i in todo)
         done = iter(range(total + 1))
 
-        def tell() -> None:
-            if progress and total:
-                progress(next(done), total)
+        def tell(views: int) -> None:
+            for _ in range(views):
+                if progress and total:
+                    progress(next(done), total)
 
         if todo:
             with report.stage("load"):
                 vision = self.sessions.vision()
             for i in todo:
-                features[i] = made = np.concatenate(list(self._encode_views(vision, opened[i], report, tell)))
+                parts = []
+                for part in self._encode_views(vision, opened[i], report, tell):
+                    parts.append(part)
+                    yield
+                features[i] = made = np.concatenate(parts)
                 if self.cache:
                     self.cache.keep_features(opened[i].key, made)
-        tell()
+        tell(1)
         return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
 
     def _encode_views(
-        self, vision: Any, opened: OpenedImage, report: Report, tell: Callable[[], None]
+        self, vision: Any, opened: OpenedImage, report: Report, tell: Callable[[int], None]
     ) -> Iterator[NDArray[np.float32]]:
         output = [str(VISION_ENCODER.output([o.name for o in vision.get_outputs()]))]
         cut = cut_views(opened.image, opened.layout, opened.settings)
         at_once = VIEWS_AT_ONCE if self.sessions.execution.on_gpu else 1
-        for views in _of_one_size(opened.layout.views, at_once):
-            for _ in views:
-                tell()
+        for views in views_of_one_size(opened.layout.views, at_once):
+            tell(len(views))
             with report.stage("preprocess"):
                 patches = np.stack([next(cut) for _ in views])
             with report.stage("vision"):
@@ -384,10 +397,3 @@ class Model:
                 f"prompt and answer together may have at most {limit}; shorten the text, or lower "
                 "--max-image-tokens or --max-tiles"
             )
-
-
-def _of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:
-    """Yield runs of neighbouring views with the same grid, at most `most` in each."""
-    for _, alike in groupby(views, lambda view: (view.rows, view.columns)):
-        rest = list(alike)
-        yield from (rest[i : i + most] for i in range(0, len(rest), most))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 STAGES = ("load", "image", "prompt", "preprocess", "vision", "embed", "prefill", "ttft", "decode_per_token", "total")
+T = TypeVar("T")
 WRITTEN = "written"
 """The span of a token, from when it was known to when its text was."""
 
@@ -46,6 +47,16 @@ class Report:
         end = time.perf_counter()
         self.spans.append((name, start, end))
         self.timing_ms[name] = (self.timing_ms[name] or 0.0) + (end - start) * 1e3
+
+    def staged(self, name: str, steps: Generator[None, None, T]) -> Generator[None, None, T]:
+        """Yield as `steps` does, and add the time of each step to a stage."""
+        while True:
+            with self.stage(name):
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+            yield
 
     def finish(self, started: float, first_token: float | None, ended: float) -> None:
         """Derive what follows from the stages. Times are time.perf_counter() values.
@@ -102,6 +113,15 @@ class Report:
                 f"({show(memory.get('rss_anon'))} anonymous, {show(memory.get('rss_file'))} mapped files)",
             ]
         )
+
+
+def run_through(steps: Generator[None, None, T]) -> T:
+    """Run a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:  # noqa: PERF203  (that is how a generator returns)
+            return end.value  # type: ignore[no-any-return]
 
 
 def memory_mib() -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from lfm_runtime.formats.onnx_file import external_files
 PICTURE = Path(__file__).resolve().parents[2] / "demo" / "eval" / "images" / "0000.png"
 
 
-def test_a_bundle_for_browsers(demo_bundle, demo_model, tmp_path) -> None:
+def test_a_bundle_for_browsers(demo_bundle, demo_model, tmp_path, capsys) -> None:
     """It is a bundle: whole, with the same answers here; no graph needs the data of another."""
     source = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     assert main(["quantize", str(source), "--variant", "int4", "--quiet"]) == 0
@@ -32,6 +32,11 @@ def test_a_bundle_for_browsers(demo_bundle, demo_model, tmp_path) -> None:
     assert model.answer([PICTURE], question).text() == demo_model.answer([PICTURE], question).text()
     assert not model.setup.verifies
     assert main(["export", str(source), "--web", "-o", str(web)]) == 0, "it may be written again"
+    for there, says in ((shutil.copytree(source, tmp_path / "other"), "export --web did not write"), (web, "int4")):
+        before = sorted(path.name for path in there.rglob("*"))
+        assert main(["export", str(demo_bundle), "--web", "-o", str(there)]) == 2
+        assert says in capsys.readouterr().err
+        assert sorted(path.name for path in there.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_ctrl_c_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
         (["--target", "pi5", "--calibration", str(CHECKPOINT)], "has no images"),
         (["--target", "pi5", "--adapter", "no-lora"], "no-lora does not exist"),
         (["--target", "pi5", "--prompts", "none.jsonl"], "none.jsonl does not exist"),
+        (["--target", "pi5", "--bundle", "cam"], "cam is named twice"),
         (["--target", "pi5", "--golden", "none.jsonl"], "none.jsonl does not exist"),
     ],
 )

@@ -277,6 +277,18 @@ def test_sizes_of_the_model_are_those_of_the_other_files(key, value, bundle_copy
     assert [f"model.{key} is" in problem for problem in verify(bundle_copy)][:1] == [True]
     assert main(["doctor", str(bundle_copy), "--profile", "generic"]) == 1
     assert f"model.{key} is" in capsys.readouterr().out
+    assert main(["plan", str(bundle_copy), "--profile", "generic"]) == 2
+    assert f"model.{key} is" in capsys.readouterr().err
+
+
+def test_the_first_release_is_a_version_that_graphs_allow(bundle_copy) -> None:
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "min_onnxruntime": "9.0.0"}))
+    assert "min_onnxruntime is 9.0.0, a graph says" in verify(bundle_copy)[0]
+    path.write_text(json.dumps({**manifest, "min_onnxruntime": "abc"}))
+    with pytest.raises(BundleError, match="min_onnxruntime is 'abc', not a version"):
+        verify(bundle_copy)
 
 
 def test_a_graph_is_what_the_manifest_describes(bundle_copy) -> None:

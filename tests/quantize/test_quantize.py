@@ -673,6 +673,9 @@ def test_less_care_does_not_replace_more(demo_bundle, tmp_path, capsys) -> None:
         assert "int8 is there, calibrated and judged (KL 0.001)" in said
         assert says in said
         assert tree(bundle) == before
+    assert main([*words, *photos[:2]]) == 2, "three photos are fewer than 48"
+    assert "calibrated with 48 images, and this run has" in capsys.readouterr().err
+    assert tree(bundle) == before
     assert main([*words, "--force"]) == 0
 
 

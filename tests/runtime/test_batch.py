@@ -7,42 +7,107 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import EdgeError, Model, SettingError
-from lfm_runtime.batch import answer_all
-from lfm_runtime.decode.states import BatchState
+from lfm_runtime.batch import Batch, answer_all
+from lfm_runtime.decode.batch_state import BatchState
+from lfm_runtime.decode.states import SharedState
+from lfm_runtime.errors import BundleError
+from lfm_runtime.model import Job
+from lfm_runtime.text.messages import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:6]
 
 
 def test_rows_equal_single_states(demo_model) -> None:
-    """Three sequences of different lengths, one joining late, one leaving, then moved: each row's logits against its
-    own state's.
+    """Three sequences of different lengths, one read while the others go on, one leaving, then moved: each row's logits
+    against its own state's.
     """
     decoder, rng = demo_model.decoder, np.random.default_rng(0)
     prompts = [[int(i) for i in rng.integers(120, 400, n)] for n in (30, 3, 17)]
     singles = [decoder.start(64) for _ in prompts]
-    for single, ids in zip(singles, prompts, strict=True):
-        single.step(decoder.embed(ids))
     state = BatchState(decoder, 3, 64)
 
-    def compare(rows: dict[int, int]) -> None:
-        tokens = [int(i) for i in rng.integers(120, 400, state.rows)]
+    def read(row: int, which: int) -> SharedState:
+        found = state.reading(row)
+        np.testing.assert_allclose(
+            found.step(decoder.embed(prompts[which])), singles[which].step(decoder.embed(prompts[which])), atol=1e-4
+        )
+        return found
+
+    def compare(*rows: int) -> None:
+        tokens = [int(i) for i in rng.integers(120, 400, len(rows))]
         got = state.step(np.ascontiguousarray(decoder.embed(tokens)[0][:, None])).copy()
-        for row, which in rows.items():
+        for row, which in enumerate(rows):
             np.testing.assert_allclose(got[row], singles[which].step(decoder.embed([tokens[row]])), atol=1e-4)
 
-    state.put(0, singles[0].snapshot())
-    state.put(1, singles[1].snapshot())
-    compare({0: 0, 1: 1})
-    compare({0: 0, 1: 1})
-    state.put(2, singles[2].snapshot())
-    compare({0: 0, 1: 1, 2: 2})
+    state.join(0, read(0, 0))
+    state.join(1, read(1, 1))
+    compare(0, 1)
+    late = read(2, 2)
+    compare(0, 1)
     state.leave(0)
-    compare({1: 1, 2: 2})
-    state = state.moved(2, 128)
-    compare({0: 1, 1: 2})
-    compare({0: 1, 1: 2})
-    assert state.lengths == [3 + 6, 17 + 4]
+    compare(1)
+    state.join(2, late)  # from the third row into the second
+    compare(1, 2)
+    state = state.moved(128)
+    compare(1, 2)
+    compare(1, 2)
+    assert state.lengths == [3 + 6, 17 + 3]
+
+
+def test_a_seat_that_is_dropped_is_free_at_once(demo_model, photo) -> None:
+    """While its views are encoded, and while it is decoded; the others go on as if it had never been there."""
+    settings = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
+
+    def job(image) -> Job:
+        return demo_model.prepare_answer([Message.user("How many shapes?", 1)], [image], **settings)
+
+    wanted = demo_model.answer(PICTURES[0], "How many shapes?", **settings).text()
+    batch = Batch(demo_model, 3, 2048)
+    kept = batch.add(job(PICTURES[0]))
+    while not batch.has_seat:
+        batch.step()
+    tiled = batch.add(job(photo))
+    batch.step()
+    assert not batch.has_seat
+    batch.drop(tiled)
+    assert batch.has_seat
+    assert not tiled.finished
+    gone = batch.add(job(PICTURES[1]))
+    while not batch.has_seat and not kept.finished:
+        batch.step()
+    assert batch.running == 2
+    batch.drop(gone)
+    assert batch.running == 1
+    while not kept.finished:
+        batch.step()
+    assert kept.job.reply.report.text == wanted
+    assert batch.running == 0
+
+
+def test_a_step_that_fails_ends_the_answers_that_it_concerns(demo_model, monkeypatch) -> None:
+    def fails(*_):
+        raise BundleError("broken")
+
+    def job() -> Job:
+        return demo_model.prepare_answer([Message.user("How many shapes?")], [], temperature=0, ignore_eos=True)
+
+    batch = Batch(demo_model, 2, 1024)
+    first = batch.add(job())
+    while not batch.has_seat:
+        batch.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_model, "reading", lambda *_, **__: iter(fails, None))
+        second = batch.add(job())
+        assert second in batch.step()
+    assert str(second.error) == "broken"
+    assert not first.finished
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchState, "step", fails)
+        assert batch.step() == [first]
+    assert str(first.error) == "broken"
+    assert batch.running == 0
+    assert batch.has_seat
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])

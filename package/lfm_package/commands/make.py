@@ -131,6 +131,8 @@ def _order(options: argparse.Namespace) -> Order:
     check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     name = options.output.name.removesuffix(".tar")
     bundle = options.bundle or options.output.with_name(f"{name}-bundle")
+    if bundle.resolve() == options.output.resolve():
+        raise SettingError(f"{bundle} is named twice, for the bundle and for the stick; choose another --bundle")
     words = ["--target", options.target]
     for flag in ("python", "profile", "sign", "golden"):
         if value := getattr(options, flag):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import ImageError, PromptError
+from lfm_runtime.errors import ImageError, PromptError, unreadable
 from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.images.pixels import cut_views, open_image
 from lfm_runtime.questions import Question, read_jsonl
@@ -125,7 +125,9 @@ def _find_images(images: Path) -> list[Path]:
 def _read_prompts(path: Path, folders: Sequence[Path]) -> list[Question] | list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (UnicodeDecodeError, OSError) as e:
+    except OSError as e:
+        raise unreadable(path, e, QuantizeError, "check the path") from e
+    except UnicodeDecodeError as e:
         raise QuantizeError(f"{path} cannot be read as text ({e}); prompts are one a line, or JSONL") from e
     if not lines:
         raise QuantizeError(f"{path} is empty; prompts are one a line, or JSONL with image, question and answer")

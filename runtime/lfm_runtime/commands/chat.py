@@ -158,8 +158,9 @@ class Talk:
             SettingError: the file exists.
             EdgeError: it cannot be written.
         """
-        from lfm_runtime.formats.files import to_json, write_whole
+        from lfm_runtime.formats.files import check_outside_bundles, to_json, write_whole
 
+        check_outside_bundles(path)
         if path.exists():
             raise SettingError(f"{path} exists; choose a new name")
         paths: Iterator[str] = iter(self._asked)
@@ -251,8 +252,8 @@ def _typed() -> str:
 def _do(talk: Talk, line: str) -> None:
     """Carry out a command, or ask a question. `/home/me/photo.jpg …` is a question: a command is one word."""
     word, _, rest = line.partition(" ")
-    rest = _as_pasted(rest.strip())
     try:
+        rest = _as_pasted(rest.strip())
         if not re.fullmatch(r"/[a-z?]*", word):
             talk.ask(line)
         elif word == "/image" and rest:
@@ -277,6 +278,8 @@ def _do(talk: Talk, line: str) -> None:
             raise SettingError(f"{word} is not a command; {hint}")
     except EdgeError as e:
         print(f"lfm-edge: {e}", file=sys.stderr)
+    except (OSError, RuntimeError) as e:  # a name that is too long, or of a user who is not there
+        print(f"lfm-edge: {word}: {getattr(e, 'strerror', '') or e}; name another file", file=sys.stderr)
 
 
 def _as_pasted(text: str) -> str:

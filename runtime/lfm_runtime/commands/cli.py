@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_missing(commands[words[0]], e))
     except ImportError as e:
         if is_out_of_memory(e):
-            return _fail(f"not enough memory to load {e.name or 'a Python package'} ({e}); {more_memory()}")
+            why = " ".join(str(_first_cause(e)).split())[:200]
+            return _fail(f"not enough memory to load {e.name or 'a Python package'} ({why}); {more_memory()}")
         return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -86,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"not enough memory ({e}); {more_memory()}, or use a machine with more")
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return what an error came from: numpy puts a page of advice around the failed import of its library."""
+    return _first_cause(error.__cause__) if error.__cause__ else error
 
 
 class Help(argparse.HelpFormatter):

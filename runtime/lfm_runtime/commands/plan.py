@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, check_images, setting_flags
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import BundleError, SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.bundle}: config.json does not have the model's sizes, which a plan needs; copy it from the "
             "checkpoint"
         )
+    if problems := setup.bundle.contradictions():
+        raise BundleError(problems[0])
     costs = find_costs(
         setup.bundle, setup.variant, setup.prefill, setup.execution.threads, low_memory=setup.execution.low_memory
     )

@@ -9,17 +9,17 @@ marks and snapshots, which hold them, at every point worth returning to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.cache import Cache
-from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.decode.sampling import Top
-from lfm_runtime.decode.state import Embeds, Mark, Snapshot, State
+from lfm_runtime.decode.state import Embeds, Mark, Snapshot, Starter, State
 from lfm_runtime.decode.states import SharedState
+from lfm_runtime.report import run_through
 
 MOST_AT_ONCE = 320
 """Tokens of a step: a tiled image's 2,800 in one would take 440 MiB to work on, in parts of this size 50, in the same
@@ -42,7 +42,7 @@ class Known:
 class Context:
     """The tokens a decoder has processed, and its state after them."""
 
-    def __init__(self, decoder: Decoder, cache: Cache | None = None) -> None:
+    def __init__(self, decoder: Starter, cache: Cache | None = None) -> None:
         self.keys: Keys = np.empty(0, np.int64)
         self._decoder = decoder
         self._cache = cache
@@ -83,9 +83,16 @@ class Context:
 
     def feed(self, embeds: Embeds, keys: Keys) -> NDArray[np.float32]:
         """Take in tokens [1, S, H]; returns the logits [vocabulary] after the last, valid until the next call."""
+        return run_through(self.feeding(embeds, keys))
+
+    def feeding(self, embeds: Embeds, keys: Keys) -> Generator[None, None, NDArray[np.float32]]:
+        """As `feed`, but a step of at most MOST_AT_ONCE tokens each time."""
         assert self._state is not None
-        state, self._state = self._state, None  # a step that fails leaves no state to trust
-        for part in np.array_split(embeds, -(-len(keys) // MOST_AT_ONCE), axis=1):
+        state, self._state = self._state, None  # a step that fails, or is the last that anyone asks for, leaves none
+        parts = np.array_split(embeds, -(-len(keys) // MOST_AT_ONCE), axis=1)
+        for n, part in enumerate(parts):
+            if n:
+                yield
             logits = state.step(part)
         self.keys = np.concatenate([self.keys, keys])
         self._state = state
@@ -128,8 +135,13 @@ class Context:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the state after the tokens processed so far."""
+        return self.state.snapshot()
+
+    @property
+    def state(self) -> State:
+        """The state after the tokens processed so far."""
         assert self._state is not None
-        return self._state.snapshot()
+        return self._state
 
     def fork(self) -> Context:
         """Another context at the same point; the two go on apart."""

@@ -68,6 +68,19 @@ class State(Protocol):
         ...
 
 
+class Starter(Protocol):
+    """Where sequences begin: a decoder, or a row of a batch."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a state may have room for."""
+        ...
+
+    def start(self, capacity: int, after: Snapshot | None = None) -> State:
+        """State for at most `capacity` tokens, prompt and answer together; fresh, or where a snapshot was taken."""
+        ...
+
+
 @dataclass(frozen=True)
 class StateInput:
     """One state input of the decoder, as probed from the graph."""

@@ -1,8 +1,8 @@
 """What a decoder on the CPU remembers, in two forms.
 
 Shared: past and present of each attention layer are one buffer (GroupQueryAttention writes in place), and two sets of
-convolution states swap roles each step; nothing large is allocated or copied per token. Of one sequence, or of several
-in the rows of the same buffers. The same on a GPU: device_state.py.
+convolution states swap roles each step; nothing large is allocated or copied per token. Several sequences in the rows
+of the same buffers: batch_state.py; on a GPU: device_state.py.
 Concatenated: the plain past → present form, for graphs without GroupQueryAttention.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lfm_runtime.decode.graphs import DecoderGraphs
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot
-from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, is_conv, present_name
+from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, present_name
 
 PREFILL_TOKENS = 8
 """From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than
@@ -28,7 +28,16 @@ int4's (measured: 37 ms against 34 for 8 tokens of a 450M, 24 against 27 for 4).
 class SharedState:
     """State in place, through prepared bindings that differ in which convolution buffers are read and which written."""
 
-    def __init__(self, graphs: DecoderGraphs, capacity: int, after: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        graphs: DecoderGraphs,
+        capacity: int,
+        after: Snapshot | None = None,
+        room: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """`room`: where keys and values lie, [1, kv heads, capacity, D] by state input; by default in arrays of its
+        own.
+        """
         self.length, self.capacity = 0, capacity
         self._graphs = graphs
         self._turn = 0  # which of each convolution's two buffers holds its state
@@ -42,6 +51,8 @@ class SharedState:
         for state in graphs.info.states:
             if state.is_conv:
                 self._buffers[state.name] = [np.zeros(state.shape, state.dtype) for _ in range(2)]
+            elif room:
+                self._buffers[state.name] = [room[state.name]]
             else:
                 # Pages of a fresh zero array cost nothing until they are written.
                 self._buffers[state.name] = [np.zeros((*state.shape[:2], capacity, state.shape[3]), state.dtype)]
@@ -124,7 +135,7 @@ class SharedState:
     def _binding(self, session: ort.InferenceSession, positions: int, windows: bool) -> list[ort.IOBinding]:
         key = id(session), positions, windows
         if key not in self._bindings:
-            self._bindings[key] = _bind(session, self._buffers, self._logits[:, :positions])
+            self._bindings[key] = bind_turns(session, self._buffers, self._logits[:, :positions])
             for name, array in (self._room_for_windows(positions) if windows else {}).items():
                 value = ort.OrtValue.ortvalue_from_numpy(array)
                 for binding in self._bindings[key]:
@@ -141,67 +152,7 @@ class SharedState:
         return {name: room[:, : room.shape[1] - (MANY_TOKENS - 1) + tokens] for name, room in self._window_room.items()}
 
 
-class BatchState:
-    """Several sequences of different lengths in one step: rows of the same buffers, each as long as it is."""
-
-    def __init__(self, graphs: DecoderGraphs, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.lengths = [0] * rows  # 0: nobody is there
-        self._graphs = graphs
-        self._turn = 0
-        self._logits = np.empty((rows, 1, graphs.info.vocabulary), np.float32)
-        self._buffers = {
-            s.name: [np.zeros((rows, *s.shape[1:]), s.dtype) for _ in range(2)]
-            if s.is_conv
-            else [np.zeros((rows, s.shape[1], capacity, s.shape[3]), s.dtype)]
-            for s in graphs.info.states
-        }
-        self._bindings: list[ort.IOBinding] = []
-
-    def put(self, row: int, snapshot: Snapshot) -> None:
-        """Write a snapshot into `row`, where its sequence continues."""
-        self.lengths[row] = snapshot.length
-        for name, array in snapshot.values.items():
-            buffers = self._buffers[name]
-            target = buffers[self._turn % len(buffers)][row]
-            (target if len(buffers) == 2 else target[:, : snapshot.length])[...] = array[0]
-
-    def leave(self, row: int) -> None:
-        """Mark `row` as free; its buffers are not cleared."""
-        self.lengths[row] = 0
-
-    def moved(self, rows: int, capacity: int) -> BatchState:
-        """The sequences that are there, in order, in the first rows of another state."""
-        other = BatchState(self._graphs, rows, capacity)
-        kept = [row for row, length in enumerate(self.lengths) if length]
-        for new, row in enumerate(kept):
-            values = {
-                name: buffers[self._turn % len(buffers)][row : row + 1] for name, buffers in self._buffers.items()
-            }
-            length = self.lengths[row]
-            other.put(new, Snapshot(length, {n: v if is_conv(n) else v[:, :, :length] for n, v in values.items()}))
-        return other
-
-    def step(self, embeds: Embeds) -> NDArray[np.float32]:
-        """Feed one token to every row, embeds [rows, 1, H]; returns logits [rows, vocabulary], valid until the next
-        step.
-        """
-        session = self._graphs.load().decoder
-        if not self._bindings:
-            self._bindings = _bind(session, self._buffers, self._logits)
-        binding = self._bindings[self._turn]
-        # A row without a sequence writes its first position again and again; nobody reads it.
-        mask = (np.arange(max(self.lengths) + 1) <= np.array(self.lengths)[:, None]).astype(np.int64)
-        binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
-        binding.bind_ortvalue_input("attention_mask", ort.OrtValue.ortvalue_from_numpy(mask))
-        session.run_with_iobinding(binding)
-        self._turn = 1 - self._turn
-        self.lengths = [n + 1 if n else 0 for n in self.lengths]
-        logits: NDArray[np.float32] = self._logits[:, 0]
-        return logits
-
-
-def _bind(
+def bind_turns(
     session: ort.InferenceSession, buffers: Mapping[str, list[NDArray[Any]]], logits: NDArray[np.float32]
 ) -> list[ort.IOBinding]:
     """Two bindings that differ in which convolution buffers are read and which written; attention's are both. They hold

@@ -63,6 +63,9 @@ def contradictions(folder: Path, manifest: Manifest, image_token_id: int) -> Ite
             f"{MANIFEST}: model.image_token_id is {manifest.model.image_token_id}, the tokenizer's is "
             f"{image_token_id}; {_AGAIN}"
         )
+    oldest = min((entry.min_onnxruntime for entry in manifest.graphs.values()), key=_version, default=None)
+    if oldest and _version(manifest.min_onnxruntime) > _version(oldest):
+        yield f"{MANIFEST}: min_onnxruntime is {manifest.min_onnxruntime}, a graph says {oldest}; {_AGAIN}"
     wanted = set(past_names(manifest.model.layers))
     for name in sorted({graphs[DECODER.stem] for graphs in manifest.variants.values() if DECODER.stem in graphs}):
         entry = manifest.graphs.get(name)
@@ -72,6 +75,10 @@ def contradictions(folder: Path, manifest: Manifest, image_token_id: int) -> Ite
 
 
 _AGAIN = "copy or export the bundle again"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 def _short(value: Any) -> str:

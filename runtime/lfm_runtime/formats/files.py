@@ -32,7 +32,7 @@ def read_json_object(
     try:
         text = path.read_text(encoding="utf-8")
         check_no_pointer(path, error)
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except OSError as e:
         if isinstance(e, FileNotFoundError) and not required:
             return {}
@@ -44,6 +44,11 @@ def read_json_object(
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object; {advice}")
     return value
+
+
+def _no_number(text: str) -> float:
+    """For NaN and Infinity, which Python's reader takes and others refuse."""
+    raise ValueError(f"{text} is no number in JSON")
 
 
 _POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024
@@ -145,7 +150,8 @@ def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, forc
         known = False
     if not known:
         raise EdgeError(
-            f"{path} exists, and {program} did not write it; choose another name, or replace it with --force"
+            f"{path} exists, and {program} did not write it, or it was edited since; choose another name, or replace "
+            "it with --force"
         )
 
 

@@ -152,12 +152,10 @@ class Manifest:
                 raise BundleError(f"{path}: model.{key} is {getattr(facts, key)}, allowed: 1 and above; copy it again")
         if not facts.layers or facts.image_token_id < 0 or self.schema < 1:
             raise BundleError(f"{path} has an impossible model or schema; copy or export the bundle again")
-        for name, graph in self.graphs.items():
-            if not re.fullmatch(r"\d+(\.\d+)*", graph.min_onnxruntime):
-                raise BundleError(
-                    f"{path}: graphs.{name}.min_onnxruntime is {graph.min_onnxruntime!r}, not a version; export the "
-                    "bundle again"
-                )
+        releases = {f"graphs.{name}.min_onnxruntime": graph.min_onnxruntime for name, graph in self.graphs.items()}
+        for key, release in {"min_onnxruntime": self.min_onnxruntime, **releases}.items():
+            if not re.fullmatch(r"\d+(\.\d+)*", release):
+                raise BundleError(f"{path}: {key} is {release!r}, not a version; export the bundle again")
         for variant, found in self.quality.items():
             if not isinstance(found.get("kl", 0.0), float | int | None):
                 raise BundleError(f"{path}: quality.{variant}.kl is no number; quantize the variant again")

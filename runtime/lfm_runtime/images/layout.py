@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,10 @@ def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
         if fewest <= w * h <= most
     }
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+def views_of_one_size(views: Sequence[View], most: int) -> Iterator[list[View]]:
+    """Yield runs of neighbouring views with the same grid, at most `most` in each."""
+    for _, alike in groupby(views, lambda view: (view.rows, view.columns)):
+        rest = list(alike)
+        yield from (rest[i : i + most] for i in range(0, len(rest), most))

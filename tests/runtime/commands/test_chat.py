@@ -230,6 +230,10 @@ def test_commands(demo_bundle, image, tmp_path) -> None:
     ]
     assert turns[2]["content"] == "How many\nshapes?"
     assert "exists; choose a new name" in terminal.asks(f"/save {file}")
+    for word in ("/save", "/image"):
+        for name in ("~nobody99/x", "x" * 300):
+            assert f"lfm-edge: {word}" in terminal.asks(f"{word} {name}") or word == "/image"
+    assert "lies inside the bundle" in terminal.asks(f"/save {demo_bundle}/x.txt")
     assert "forgotten" in terminal.asks("/clear")
     terminal.asks("/var/log is a folder")  # a path is no command
     terminal.types("/exit\r")

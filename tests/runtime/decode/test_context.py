@@ -276,6 +276,34 @@ def test_foreign_entries_are_not_used(demo_bundle, demo_model, tmp_path) -> None
     assert answer.report.cached_tokens == 0
 
 
+def test_files_of_others_in_the_folder_stay(demo_bundle, demo_model, tmp_path) -> None:
+    """However large and old; and what has our names but not our sizes is computed again."""
+    strange = {"experiment.npz": b"mine", "prefix-mine.npz": b"mine", "prefix-21-mine.npz": b"mine"}
+    for name, content in strange.items():
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (1, 1))
+    with (tmp_path / "experiment.npz").open("r+b") as f:
+        f.truncate(3 << 30)
+    wanted = demo_model.answer(PICTURES[:1], QUESTION).text()
+    assert cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION).text() == wanted
+    assert {path.name for path in tmp_path.iterdir()} > strange.keys()
+    ours = [path for path in tmp_path.iterdir() if path.name not in strange]
+    assert {path.name.split("-")[0] for path in ours} == {"image", "prefix"}
+    for change in (lambda a: a[..., :-1], lambda a: a[:0], lambda a: a.astype("U9")):
+        for path in ours:
+            with np.load(path) as file:
+                arrays = {name: change(file[name]) for name in file.files}
+            np.savez(path, **arrays)
+        answer = cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION)
+        assert answer.text() == wanted
+        assert answer.report.cached_tokens == 0
+    for path in ours:
+        np.savez(path, other=np.zeros((2, 3), np.float32))
+    assert cached_model(demo_bundle, tmp_path).answer(PICTURES[:1], QUESTION).text() == wanted
+    with pytest.raises(SettingError, match="where lfm-edge prepare keeps graphs"):
+        Cache("m", folder=tmp_path / "bundle.prepared")
+
+
 def test_folder_that_cannot_be_written(demo_bundle, tmp_path, caplog, monkeypatch) -> None:
     """A full disk is said once; the answers come all the same."""
     model = cached_model(demo_bundle, tmp_path)

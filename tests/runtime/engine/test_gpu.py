@@ -406,7 +406,7 @@ def test_settings_that_do_not_go_together(bundle, demo_model, machine, monkeypat
     with pytest.raises(SettingError, match="low_memory is for the CPU"):
         Model.load(bundle, profile="x86-cuda", low_memory=True)
     monkeypatch.setattr(Execution, "on_gpu", property(lambda _: True))
-    with pytest.raises(SettingError, match="answer_all runs only on the CPU"):
+    with pytest.raises(SettingError, match="made on the CPU alone"):
         list(answer_all(demo_model, []))
 
 
