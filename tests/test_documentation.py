@@ -147,6 +147,8 @@ def test_it_runs(page, place, monkeypatch, capsys) -> None:
         if words[0] == "tune":  # of the bundle as it was before the page's own quantize
             output = words[words.index("-o") + 1] if "-o" in words else "tuned.toml"
             (place / output).with_suffix(".json").unlink(missing_ok=True)
+        if words[0] == "quantize" and "--calibration" in words:  # another page made it with other photos
+            words.append("--force")
         words = [os.path.expanduser(word) for word in words]  # noqa: PTH111
         if words[:2] == ["report", "tuned.json"] and not Path("tuned.json").exists():
             Path("my-board.json").rename("tuned.json")

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 _ROOM = 512
 
 
-@dataclass
+@dataclass(eq=False)
 class Seat:
     """An answer in a batch. `piece`: the text that the last step added; `error`: why it ended, where it failed."""
 
     job: Job
     sampler: Sampler
     piece: str = ""
-    error: EdgeError | None = None
+    error: Exception | None = None
     token: int = -1  # sampled, not yet fed
 
     @property
@@ -114,13 +114,11 @@ class Batch:
             self._leave(seat)
 
     def step(self) -> list[Seat]:
-        """A view or a step of tokens of the prompt being processed, then a token of every running answer. Returns the
-        answers that have gone on or ended; what fails ends those that it concerns.
+        """A token of every running answer, then a view or a step of tokens of the prompt being processed. Returns the
+        answers that have gone on or ended, each once; what fails ends those that it concerns.
         """
-        moved = self._read()
-        if self._running:
-            moved += self._decode()
-        return moved
+        moved = self._decode() if self._running else []
+        return moved + self._read()
 
     def _read(self) -> list[Seat]:
         """Go on with the prompt being processed; returns its answer where that has its first token, or failed."""
@@ -133,7 +131,7 @@ class Batch:
                 if logits is None:
                     return []
                 one.seat.take(logits)
-        except EdgeError as e:
+        except Exception as e:  # noqa: BLE001  (it ends this answer; the others go on)
             one.seat.error = e
         self._reading = None
         if not one.seat.finished:
@@ -150,14 +148,14 @@ class Batch:
             with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
                 embeds = self.model.decoder.embed([seat.token for seat in moved])
                 logits = self._state.step(np.ascontiguousarray(embeds[0][:, None]))
-        except EdgeError as e:
+        except Exception as e:  # noqa: BLE001
             for seat in moved:
                 seat.error = e
         else:
             for seat, row in zip(moved, logits, strict=True):
                 try:
                     seat.take(row)
-                except EdgeError as e:  # noqa: PERF203  (each answer has its own logits)
+                except Exception as e:  # noqa: BLE001, PERF203  (each answer has its own logits)
                     seat.error = e
         for seat in moved:
             if seat.finished:

@@ -10,7 +10,7 @@ from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike
-from lfm_runtime.model import Answer, Model, OpenedImage, Progress
+from lfm_runtime.model import Answer, Model, Opened, Progress
 from lfm_runtime.text.messages import Message
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class Chat:
     def __init__(self, model: Model, *, system: str = "") -> None:
         self.model = model
         self.messages: list[Message] = [Message("system", system)] if system else []
-        self._images: list[OpenedImage] = []
+        self._images: list[Opened] = []
         self._context = Context(model.decoder, model.cache)
         self._answering = False
 
     def ask(
         self,
         question: str,
-        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage] = (),
+        images: ImageLike | Opened | Sequence[ImageLike | Opened] = (),
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         progress: Progress | None = None,
@@ -71,7 +71,7 @@ class Chat:
         other._context = self._context.fork()
         return other
 
-    def _keep(self, turn: Message, images: Sequence[OpenedImage], answer: Answer) -> Iterator[str]:
+    def _keep(self, turn: Message, images: Sequence[Opened], answer: Answer) -> Iterator[str]:
         self._answering = True
         try:
             with suppress(GeneratorExit):
@@ -84,6 +84,6 @@ class Chat:
         finally:
             self._answering = False
 
-    def _add(self, turn: Message, images: Sequence[OpenedImage], answer: Answer) -> None:
+    def _add(self, turn: Message, images: Sequence[Opened], answer: Answer) -> None:
         self.messages += [turn, Message("assistant", answer.report.text)]
         self._images += images

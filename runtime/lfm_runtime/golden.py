@@ -29,8 +29,9 @@ from lfm_runtime.formats.files import damage_is, to_json
 from lfm_runtime.formats.manifest import MANIFEST, Manifest
 from lfm_runtime.formats.typed import as_json, read_as
 from lfm_runtime.images.layout import lay_out
+from lfm_runtime.images.opened import OpenedImage
 from lfm_runtime.images.pixels import cut_views
-from lfm_runtime.model import Model, OpenedImage
+from lfm_runtime.model import Model
 from lfm_runtime.process import child_environment, module
 from lfm_runtime.setup.profile import find_profile
 from lfm_runtime.setup.setup import settle

@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from lfm_profiles import Profile
 from numpy.typing import NDArray
-from PIL import Image
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.cache import Cache
-from lfm_runtime.decode.context import Context, image_key, prompt_keys
+from lfm_runtime.decode.context import Context, prompt_keys
 from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
 from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
@@ -27,8 +25,9 @@ from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import ContextFullError, SettingError
 from lfm_runtime.formats.contract import VISION_ENCODER
 from lfm_runtime.formats.edges import check_patches, fed, image_features
-from lfm_runtime.images.layout import ImageLayout, ImageSettings, lay_out, views_of_one_size
-from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, cut_views, each_image, open_image
+from lfm_runtime.images.layout import lay_out, views_of_one_size
+from lfm_runtime.images.opened import CutImage, OpenedImage
+from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, each_image, open_image
 from lfm_runtime.reply import Reply
 from lfm_runtime.report import Report, run_through
 from lfm_runtime.setup.profile import on_cpu
@@ -42,22 +41,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Opened: TypeAlias = "OpenedImage | CutImage"
+Given: TypeAlias = "ImageLike | Opened"
 Progress = Callable[[int, int], None]
 """Called with (views encoded, views in all) before each view and after the last."""
-
-
-@dataclass(frozen=True)
-class OpenedImage:
-    """An opened image with its layout."""
-
-    image: Image.Image
-    layout: ImageLayout
-    settings: ImageSettings
-
-    @cached_property
-    def key(self) -> int:
-        """Hash of the pixels, the layout and the settings, by which the cache finds the image."""
-        return image_key(self.image.tobytes(), repr((self.image.size, self.layout, self.settings)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Job:
     """One answer to be made: its prompt, and the reply that grows."""
 
     prompt: RenderedPrompt
-    images: Sequence[OpenedImage]
+    images: Sequence[Opened]
     settings: GenerationSettings
     reply: Reply
     capacity: int  # of prompt and answer together
@@ -209,7 +196,7 @@ class Model:
     def converse(
         self,
         chat: Conversation | Sequence[Message],
-        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage],
+        images: Given | Sequence[Given],
         *,
         context: Context | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
@@ -225,7 +212,7 @@ class Model:
     def prepare_answer(
         self,
         chat: Conversation | Sequence[Message],
-        images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage],
+        images: Given | Sequence[Given],
         *,
         max_megapixels: float = MAX_MEGAPIXELS,
         **generation: Unpack[Generation],
@@ -259,12 +246,11 @@ class Model:
         found = open_image(image, max_megapixels=max_megapixels)
         return OpenedImage(found, lay_out(found.width, found.height, self.setup.images), self.setup.images)
 
-    def open_all(
-        self, images: ImageLike | OpenedImage | Sequence[ImageLike | OpenedImage], *, max_megapixels: float
-    ) -> list[OpenedImage]:
+    def open_all(self, images: Given | Sequence[Given], *, max_megapixels: float) -> list[Opened]:
         """Open one or several images; those that are open already stay as they are."""
         return [
-            i if isinstance(i, OpenedImage) else self.open(i, max_megapixels=max_megapixels) for i in each_image(images)
+            i if isinstance(i, (OpenedImage, CutImage)) else self.open(i, max_megapixels=max_megapixels)
+            for i in each_image(images)
         ]
 
     def _answer(self, job: Job, context: Context | None, progress: Progress | None) -> Generator[str]:
@@ -325,12 +311,12 @@ class Model:
                 context.remember(cached=end < len(prompt.ids))
         return logits
 
-    def encode(self, opened: Sequence[OpenedImage], report: Report | None = None) -> NDArray[np.float32]:
+    def encode(self, opened: Sequence[Opened], report: Report | None = None) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order; each view runs alone and unpadded."""
         return run_through(self.encoding(opened, report or Report()))
 
     def encoding(
-        self, opened: Sequence[OpenedImage], report: Report, progress: Progress | None = None
+        self, opened: Sequence[Opened], report: Report, progress: Progress | None = None
     ) -> Generator[None, None, NDArray[np.float32]]:
         """As `encode`, but a view each time, on a GPU those of one size."""
         features: list[NDArray[np.float32] | None] = [
@@ -360,10 +346,10 @@ class Model:
         return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
 
     def _encode_views(
-        self, vision: Any, opened: OpenedImage, report: Report, tell: Callable[[int], None]
+        self, vision: Any, opened: Opened, report: Report, tell: Callable[[int], None]
     ) -> Iterator[NDArray[np.float32]]:
         output = [str(VISION_ENCODER.output([o.name for o in vision.get_outputs()]))]
-        cut = cut_views(opened.image, opened.layout, opened.settings)
+        cut = opened.views()
         at_once = VIEWS_AT_ONCE if self.sessions.execution.on_gpu else 1
         for views in views_of_one_size(opened.layout.views, at_once):
             tell(len(views))

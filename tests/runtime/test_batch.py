@@ -103,6 +103,7 @@ def test_a_step_that_fails_ends_the_answers_that_it_concerns(demo_model, monkeyp
     assert str(second.error) == "broken"
     assert not first.finished
     with monkeypatch.context() as patch:
+        assert batch.running == 1
         patch.setattr(BatchState, "step", fails)
         assert batch.step() == [first]
     assert str(first.error) == "broken"

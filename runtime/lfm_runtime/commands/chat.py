@@ -20,7 +20,8 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import ContextFullError, EdgeError, SettingError
 
 if TYPE_CHECKING:
-    from lfm_runtime.model import Model, OpenedImage
+    from lfm_runtime.images.opened import OpenedImage
+    from lfm_runtime.model import Model
 
 HELP = """\
 /image FILE   add an image to the next question

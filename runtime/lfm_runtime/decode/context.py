@@ -8,7 +8,6 @@ marks and snapshots, which hold them, at every point worth returning to.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -150,13 +149,6 @@ class Context:
             other.keys, other._marks = self.keys, list(self._marks)
             other._state = self._decoder.start(self._state.capacity, self._state.snapshot())
         return other
-
-
-def image_key(pixels: bytes, description: str) -> int:
-    """A negative int64 (ids are not) for an image and how it is cut."""
-    digest = hashlib.sha256(description.encode())
-    digest.update(pixels)
-    return -1 - (int.from_bytes(digest.digest()[:8], "big") >> 1)
 
 
 def prompt_keys(ids: Sequence[int], image_id: int, images: Sequence[int], ends: Sequence[int]) -> Keys:

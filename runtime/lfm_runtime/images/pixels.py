@@ -177,19 +177,23 @@ def _pillow_limit_lifted() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def cut_views(image: Image.Image, layout: ImageLayout, settings: ImageSettings) -> Iterator[Patches]:
-    """For each view of the layout, its patches float32 [rows·columns, patch²·3] in (row, column, channel) order."""
+def view_pixels(image: Image.Image, layout: ImageLayout, settings: ImageSettings) -> Iterator[NDArray[np.uint8]]:
+    """For each view of the layout, its pixels uint8 [height, width, 3]."""
     resample = Image.Resampling(settings.resample)
     if layout.tiled:
         side = settings.tile_size
         large = _resized(image, (side * layout.columns, side * layout.rows), resample)
         for row in range(layout.rows):
             for column in range(layout.columns):
-                box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
-                yield patchify(np.asarray(large.crop(box)), settings)
+                yield np.asarray(large.crop((column * side, row * side, (column + 1) * side, (row + 1) * side)))
         if layout.thumbnail is None:
             return
-    yield patchify(np.asarray(_resized(image, layout.whole_size, resample)), settings)
+    yield np.asarray(_resized(image, layout.whole_size, resample))
+
+
+def cut_views(image: Image.Image, layout: ImageLayout, settings: ImageSettings) -> Iterator[Patches]:
+    """For each view of the layout, its patches float32 [rows·columns, patch²·3] in (row, column, channel) order."""
+    return (patchify(pixels, settings) for pixels in view_pixels(image, layout, settings))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -131,14 +131,14 @@ def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:
     reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
     if _number(DECODER, paths[-1]) == "int8":
         reading += 4 * step * _INT8_WORK * shapes.feed_forward / MIB
-    tokens = run.prompt_tokens + min(run.new_tokens, MOST_NEW)
+    tokens = max(run.prompt_tokens + min(run.new_tokens, MOST_NEW), setup.ask.kv_tokens)
     kv = tokens * shapes.kv_bytes / (4 if VARIANTS[setup.variant].keys == "int8" else 1) / MIB
     held = sum(width * height * 3 for width, height in sizes) / MIB  # all images are open until the answer ends
     tile = setup.images.tile_size
     cutting = max((_cutting(size, image, tile) for size, image in zip(sizes, layouts, strict=True)), default=0.0)
     loading = max(d.loading for d in decoders)
     seeing = encoding + features + held + cutting
-    answering = Memory(features + reading + kv + held, 0) + _END
+    answering = Memory(features + reading + kv + held + setup.ask.cache_mib, 0) + _END
     if setup.execution.low_memory:  # the encoder's memory is given back before the decoder is loaded
         first = vision.kept + Memory(max(vision.loading, seeing), 0) if layouts else Memory(0, 0)
         stages = [first, decoder + Memory(loading, 0), decoder + answering]

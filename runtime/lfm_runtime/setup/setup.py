@@ -62,6 +62,8 @@ class Ask:
     images: tuple[Size, ...]  # asked about together
     question: str = ""
     special: bool = True  # whether the question may hold special tokens
+    kv_tokens: int = 0  # whose keys and values are kept at once, where more than this question's
+    cache_mib: int = 0  # for prompts' beginnings and image features
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from lfm_runtime import Chat, EdgeError, ImageError, Message, Model, PromptError
 from lfm_runtime.batch import answer_all
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.cache import Cache
-from lfm_runtime.decode.context import Context, image_key, prompt_keys
+from lfm_runtime.decode.context import Context, prompt_keys
 from lfm_runtime.decode.state import Snapshot
 from lfm_runtime.decode.states import ConcatenatedState, SharedState
+from lfm_runtime.images.opened import image_key
 from lfm_runtime.setup.resolve import resolve
 from PIL import Image
 

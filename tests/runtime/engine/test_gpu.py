@@ -26,7 +26,7 @@ from lfm_runtime.engine.loader import load_session
 from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, TOP_TOKENS, VISION_ENCODER
-from lfm_runtime.model import _of_one_size
+from lfm_runtime.images.layout import views_of_one_size
 from lfm_runtime.setup import machine as machines
 from lfm_runtime.setup.profile import find_profile
 from lfm_runtime.setup.resolve import resolve
@@ -262,8 +262,8 @@ def test_norms_are_summed_in_fp32(monkeypatch) -> None:
 def test_views_of_one_size_go_together(bundle, photo, monkeypatch) -> None:
     """On a GPU: tiles in eights, then the thumbnail; the same features as one by one."""
     grid, thumbnail = SimpleNamespace(rows=32, columns=32), SimpleNamespace(rows=20, columns=30)
-    assert [len(v) for v in _of_one_size([*[grid] * 10, thumbnail], 8)] == [8, 2, 1]
-    assert [len(v) for v in _of_one_size([grid] * 3, 1)] == [1, 1, 1]
+    assert [len(v) for v in views_of_one_size([*[grid] * 10, thumbnail], 8)] == [8, 2, 1]
+    assert [len(v) for v in views_of_one_size([grid] * 3, 1)] == [1, 1, 1]
     model = Model.load(bundle, variant="fp32", threads=2)
     image = model.open(Image.open(photo).resize((1400, 1000)))
     alone = model.encode([image])

@@ -1,0 +1,1 @@
+"""Many clients, one model: an engine thread behind an HTTP API."""

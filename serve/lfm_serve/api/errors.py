@@ -1,0 +1,60 @@
+"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lfm_runtime.errors import ContextFullError, EdgeError, ImageError, PromptError, SettingError
+from starlette.responses import JSONResponse
+
+from lfm_serve.engine import QueueFullError
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass
+class ApiError(Exception):
+    """What a client gets instead of an answer."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the response, and of an event in a stream that has begun."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole response."""
+        return JSONResponse(self.body(), self.status, headers=dict(self.headers))
+
+
+def too_large(message: str) -> ApiError:
+    """For what this device's memory cannot hold: clients that try again on every 503 are told not to."""
+    return ApiError(503, message, "too_large_for_this_device", headers={"x-should-retry": "false"})
+
+
+def loading() -> ApiError:
+    """Before the model is there; in the words of llama.cpp's server, which clients wait for."""
+    return ApiError(503, "Loading model", "unavailable_error", headers={"Retry-After": "1"})
+
+
+def of(error: EdgeError) -> ApiError:
+    """What a client is told of one of our errors."""
+    said = str(error)
+    if isinstance(error, QueueFullError):
+        return ApiError(429, said, "queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, ContextFullError):
+        return ApiError(400, said, "context_length_exceeded", "messages")
+    if isinstance(error, ImageError | PromptError):
+        return ApiError(400, said, None, "messages")
+    if isinstance(error, SettingError):
+        return ApiError(400, said)
+    if isinstance(error, MemoryError):
+        return too_large(said)
+    return ApiError(500, said)

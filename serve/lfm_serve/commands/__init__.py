@@ -1,0 +1,1 @@
+"""The `lfm-edge serve` command."""

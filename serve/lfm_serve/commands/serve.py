@@ -1,0 +1,104 @@
+"""`lfm-edge serve`: answer many clients over HTTP, with the API of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+
+from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
+from lfm_runtime.errors import SettingError
+
+PORT = 8080
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the description of `parser` and add the command's arguments."""
+    parser.description = "Answer questions about images over HTTP: OpenAI's chat completions, streamed or not."
+    parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on")
+    parser.add_argument("--port", type=int, default=PORT, metavar="N")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must have, one a line")
+    parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine")
+    parser.add_argument("--name", default="", help="the model's id for clients; default: the checkpoint's name")
+    parser.add_argument("--strict-model", action="store_true", help="refuse requests for a model of another name")
+    parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer for each (default 4096)")
+    parser.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait")
+    parser.add_argument("--cache-mib", type=int, default=128, metavar="N", help="memory for images seen before")
+    parser.add_argument("--max-megapixels", type=float, default=25.0, metavar="N", help="refuse larger images")
+    parser.add_argument("--max-body-mib", type=int, default=64, metavar="N", help="refuse larger requests")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
+    )
+    parser.add_argument("--quiet", action="store_true", help="only errors")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C, which let the requests that are there be answered; a second one does not."""
+    from lfm_serve.api.guard import read_keys
+    from lfm_serve.engine import Engine
+    from lfm_serve.limits import Limits
+    from lfm_serve.server import serve
+    from lfm_serve.setup import choose
+
+    keys = read_keys(options.api_key_file) if options.api_key_file else []
+    _check(options)
+    logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
+    flags = {name: value for name, value in setting_flags(options).items() if name not in ("context", "low_memory")}
+    setup, rows = choose(
+        bundle_of(options),
+        options.profile,
+        rows=options.rows,
+        context=options.context,
+        cache_mib=options.cache_mib,
+        **flags,
+    )
+    for step in setup.steps:
+        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    engine = Engine(setup, rows=rows, waiting=options.queue, cache_mib=options.cache_mib)
+    limits = Limits(
+        max_body_mib=options.max_body_mib, max_megapixels=options.max_megapixels, strict_model=options.strict_model
+    )
+    return serve(
+        engine,
+        limits,
+        host=options.host,
+        port=options.port,
+        name=options.name or _name(setup.bundle),
+        keys=keys,
+        hosts=options.allow_host,
+        quiet=options.quiet,
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise SettingError for what cannot be."""
+    for name, least in (("rows", 1), ("context", 16), ("queue", 0), ("cache_mib", 0), ("max_body_mib", 1), ("port", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise SettingError(f"--{name.replace('_', '-')} {value} is impossible; allowed: {least} and above")
+    if options.port > 65535:
+        raise SettingError(f"--port {options.port} is impossible; allowed: 0 (any that is free) to 65535")
+    if options.low_memory:
+        raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
+    try:
+        loopback = ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        loopback = options.host == "localhost"
+    if not loopback and not (options.api_key_file or options.no_auth):
+        raise SettingError(
+            f"{options.host} is open to other machines: give keys with --api-key-file FILE (openssl rand -hex 32 > "
+            "FILE), or allow everybody with --no-auth"
+        )
+
+
+def _name(bundle: object) -> str:
+    from lfm_runtime.bundle import Bundle
+
+    assert isinstance(bundle, Bundle)
+    return bundle.manifest.source.name if bundle.manifest else bundle.folder.resolve().name

@@ -1,0 +1,104 @@
+"""The process: a socket, uvicorn, signals, and the engine's life beside them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from lfm_runtime.errors import SettingError
+
+from lfm_serve.api.app import Api
+from lfm_serve.api.counted import Counted
+from lfm_serve.api.guard import Guard
+from lfm_serve.engine import Engine
+from lfm_serve.limits import Limits
+
+_log = logging.getLogger(__name__)
+_BACKLOG = 128
+
+
+def serve(
+    engine: Engine,
+    limits: Limits,
+    *,
+    host: str,
+    port: int,
+    name: str,
+    keys: Sequence[bytes] = (),
+    hosts: Collection[str] = (),
+    quiet: bool = False,
+) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        SettingError: the address cannot be used.
+        EdgeError: the model cannot be loaded.
+    """
+    listening = _bound(host, port)
+    api = Api(engine, name, limits)
+    app = Counted(Guard(api.application(), keys=keys, hosts=(*hosts, host)), api.metrics)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off")
+    server = _Server(config)
+    engine.start()
+    watcher = threading.Thread(target=_tell_when_ready, args=(engine, server, listening, name, quiet), daemon=True)
+    watcher.start()
+    server.run(sockets=[listening])
+    if engine.failure:
+        raise engine.failure
+    if server.force_exit:
+        os._exit(0)  # Python would wait for the engine's thread, or end it inside onnxruntime
+    engine.close()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """The first signal lets requests be answered, a second one does not; uvicorn knows that of Ctrl-C alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Without raising them again at the end, as uvicorn does: a server that was told to stop has not failed."""
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        super().handle_exit(sig, frame)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A listening socket."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(_BACKLOG)
+    except (OSError, OverflowError) as e:
+        said = getattr(e, "strerror", None) or e
+        raise SettingError(f"{host}:{port} cannot be listened on ({said}); choose another --port or --host") from e
+    return found
+
+
+def _tell_when_ready(engine: Engine, server: uvicorn.Server, listening: socket.socket, name: str, quiet: bool) -> None:
+    """Say where the server is once it answers; end it with its engine."""
+    engine.wait_until_loaded()
+    host, port = listening.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    if not (quiet or engine.failure):
+        rows = f"{engine.rows} at once, {engine.capacity} tokens each"
+        print(f"{name}, {engine.setup.summary}, {rows}\nserving at {where}", file=sys.stderr, flush=True)
+    engine.wait_until_over()
+    server.should_exit = True  # the engine's failure ends the process, whose supervisor starts it again

@@ -1,0 +1,138 @@
+"""What strangers send becomes a request, or a refusal; never anything else."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("starlette")
+from lfm_runtime.text.messages import IMAGE
+from lfm_serve.api.chat import Asked, parse
+from lfm_serve.api.errors import ApiError
+from lfm_serve.api.images import image_bytes
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = [
+    *("model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "n"),
+    *("max_completion_tokens", "min_p", "logprobs", "tools", "response_format", "presence_penalty", "user"),
+]
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "input_text", "video"]) | JSON},
+    optional={"text": JSON, "image_url": JSON | st.fixed_dictionaries({"url": JSON, "detail": JSON})},
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "root"]) | JSON},
+    optional={"content": JSON | st.lists(PART, max_size=3), "tool_calls": JSON},
+)
+BODY = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE | JSON, max_size=4) | JSON}, optional=dict.fromkeys(FIELDS, JSON)
+)
+
+
+@given(BODY | JSON)
+@settings(max_examples=500, deadline=None)
+@example({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]})
+@example({"messages": [{"role": "user", "content": "x"}], "temperature": 10**400})
+def test_anything_is_a_request_or_a_refusal(body) -> None:
+    try:
+        asked = parse(body)
+    except ApiError as e:
+        assert e.status == 400 and e.message
+    else:
+        assert isinstance(asked, Asked)
+        assert not asked.conversation.special
+        assert sum(message.images for message in asked.conversation.messages) == len(asked.pictures)
+
+
+@given(st.binary(min_size=1, max_size=200), st.booleans(), st.integers(0, 60), st.booleans(), st.booleans())
+def test_base64_as_clients_write_it(data, urlsafe, broken, padded, percent) -> None:
+    """Both alphabets, line breaks, no padding, percent-encoding: the same bytes."""
+    code = (base64.urlsafe_b64encode if urlsafe else base64.b64encode)(data).decode()
+    code = code if padded else code.rstrip("=")
+    code = code[:broken] + "\r\n" + code[broken:]
+    code = code.replace("+", "%2B").replace("=", "%3D") if percent else code
+    assert image_bytes(f"data:image/png;base64,{code}") == data
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://169.254.169.254/latest", "fetches no URLs"),
+        ("https://example.org/a.jpg", "fetches no URLs"),
+        ("file:///etc/passwd", "file: URLs are not opened"),
+        ("photo.jpg", "an image is a data URI"),
+        ("data:image/png;base64,###", "not valid base64"),
+        ("data:image/png;base64,", "no bytes"),
+    ],
+)
+def test_nothing_is_fetched_and_no_file_is_opened(url, says) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        image_bytes(url)
+    assert caught.value.status == 400
+
+
+def test_bare_base64_is_an_image() -> None:
+    assert image_bytes(base64.b64encode(b"x" * 30).decode()) == b"x" * 30
+
+
+def test_turns_as_clients_send_them() -> None:
+    """System messages are one, wherever they stand; images and texts keep their order; null is an empty text."""
+    asked = parse(
+        {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "QUJD" * 8}],
+                },
+                {"role": "assistant", "content": None},
+                {"role": "system", "content": [{"type": "text", "text": "In English."}]},
+                {"role": "user", "content": "b"},
+                {"role": "user", "content": "c"},
+            ],
+            "temperature": 0,
+            "top_p": 1,
+            "seed": 7,
+            "max_tokens": None,
+            "stop": "\n",
+            "store": True,
+        }
+    )
+    found = [(message.role, message.content) for message in asked.conversation.messages]
+    assert found == [
+        ("system", "Be brief.\n\nIn English."),
+        ("user", ("a", IMAGE)),
+        ("assistant", ""),
+        ("user", "b"),
+        ("user", "c"),
+    ]
+    assert asked.pictures[0].data == b"ABC" * 8
+    assert asked.generation == {"speculate": 0, "temperature": 0.0, "stop": ("\n",)}
+    assert asked.unused == ("store",)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("n", 2, "one answer a request"),
+        ("logprobs", True, "logprobs are not given"),
+        ("tools", [{"type": "function"}], "no tool calls"),
+        ("response_format", {"type": "json_object"}, "is not enforced"),
+        ("presence_penalty", 0.5, "not implemented"),
+        ("temperature", "hot", "a number is needed"),
+        ("temperature", True, "a number is needed"),
+        ("stream", 1, "true or false is needed"),
+        ("stop", [""], "not empty"),
+    ],
+)
+def test_what_is_not_done_is_refused(field, value, says) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        parse({"messages": [{"role": "user", "content": "x"}], field: value})
+    assert caught.value.param in (field, None)
