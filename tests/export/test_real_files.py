@@ -501,7 +501,7 @@ def test_adapter_values_of_another_kind(tiny, tmp_path) -> None:
     for i, (change, says) in enumerate(
         [
             ({"lora_alpha": True}, "lora_alpha is True"),
-            ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+            ({"lora_alpha": float("nan")}, "NaN is no number in JSON"),
             ({"use_rslora": "false"}, "use_rslora 'false'"),
             ({"alpha_pattern": {"*q_proj": 3}}, "not a regular expression"),
         ]

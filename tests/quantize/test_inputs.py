@@ -100,7 +100,7 @@ BAD = {
         ),
         "p.jsonl, line 1: nowhere.png is not in",
     ),
-    "missing prompts": (lambda d: read_questions(PHOTOS, d / "p"), "cannot be read"),
+    "missing prompts": (lambda d: read_questions(PHOTOS, d / "p"), "p is missing; check the path"),
     "broken JSONL": (
         lambda d: (
             (d / "p").write_text('{"image": "coffee.jpg", "question": "?"}\n{"image"'),
