@@ -1,7 +1,7 @@
 """Many questions, several answers at once: one decode step reads the weights once for all of them.
 
 Answers join and leave between steps. While one is being read, a view of its images or a step of its prompt at a time,
-the others go on: a step of theirs follows each.
+the others go on: each of its steps comes after one of theirs.
 """
 
 from __future__ import annotations

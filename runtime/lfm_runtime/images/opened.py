@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lfm_runtime.images.layout import ImageLayout, ImageSettings
-from lfm_runtime.images.pixels import Patches, patchify, view_pixels
+from lfm_runtime.images.pixels import Patches, cut_views, patchify, view_pixels
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OpenedImage:
 
     def views(self) -> Iterator[Patches]:
         """For each view its patches; see patchify."""
-        return (patchify(pixels, self.settings) for pixels in view_pixels(self.image, self.layout, self.settings))
+        return cut_views(self.image, self.layout, self.settings)
 
     def cut(self) -> CutImage:
         """The same without the image itself: 0.8 MB for each view, however large it was."""

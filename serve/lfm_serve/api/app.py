@@ -91,7 +91,7 @@ class Api:
             self._gone(queued)
             return Response(status_code=499)
         if isinstance(found, Failed):
-            raise of(found.error)
+            raise found.error
         self.metrics.answered(job.reply.report)
         return JSONResponse(shape.whole(job.reply.report))
 
@@ -119,11 +119,8 @@ class Api:
 
     def _prepare(self, model: Model, asked: Asked) -> Job:
         """Open the images and render the prompt: all that a bad request can fail with, before it is queued."""
-        try:
-            images = [self._open(model, picture) for picture in asked.pictures]
-            return model.prepare_answer(asked.conversation, images, **asked.generation)
-        except EdgeError as e:
-            raise of(e) from e
+        images = [self._open(model, picture) for picture in asked.pictures]
+        return model.prepare_answer(asked.conversation, images, **asked.generation)
 
     def _open(self, model: Model, picture: Picture) -> CutImage:
         """Decode an image and cut it into the views that the model sees; refused where memory would not suffice."""

@@ -7,9 +7,13 @@ import ipaddress
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
 from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_runtime.bundle import Bundle
 
 PORT = 8080
 
@@ -97,8 +101,6 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _name(bundle: object) -> str:
-    from lfm_runtime.bundle import Bundle
-
-    assert isinstance(bundle, Bundle)
+def _name(bundle: Bundle) -> str:
+    """The checkpoint's name; a hub folder's own."""
     return bundle.manifest.source.name if bundle.manifest else bundle.folder.resolve().name
