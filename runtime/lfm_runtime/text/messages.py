@@ -68,10 +68,16 @@ class Message:
             else tuple(part for part in self.content if isinstance(part, str))
         )
 
-    def as_dict(self, text: Callable[[str], str] = str) -> dict[str, Any]:
-        """The turn as transformers' chat templates take it. `text` is applied to every string in it."""
+    def as_dict(
+        self, text: Callable[[str], str] = str, written: Callable[[Sequence[ToolCall]], str] | None = None
+    ) -> dict[str, Any]:
+        """The turn as transformers' chat templates take it. `text` is applied to every string in it; `written` makes
+        text of its calls, which then stands in front of the content.
+        """
         content: Any = self.content
-        if isinstance(content, str):
+        if self.tool_calls and written and isinstance(content, str):
+            content = written(self.tool_calls) + text(content)
+        elif isinstance(content, str):
             content = text(content)
         else:
             content = [
@@ -80,7 +86,7 @@ class Message:
         turn: dict[str, Any] = {"role": self.role, "content": content}
         if self.thinking is not None:
             turn["thinking"] = text(self.thinking)
-        if self.tool_calls:
+        if self.tool_calls and not written:
             turn["tool_calls"] = [
                 {
                     "type": "function",

@@ -5,7 +5,8 @@ The chat template is the checkpoint's own, run by `chat_template/`; export compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -61,16 +62,19 @@ class PromptBuilder:
         Raises:
             PromptError: the template changes texts in a way that guards do not pass.
         """
-        everywhere = self.spec.chat.render(chat, text=lambda text: "".join(c + guard for c in text))
+        everywhere = self._text(chat, lambda text: "".join(c + guard for c in text))
         if everywhere.replace(guard, "") == plain:
             return everywhere
-        found = self.spec.chat.render(chat, text=lambda text: self.tokenizer.guarded(text, guard))
+        found = self._text(chat, lambda text: self.tokenizer.guarded(text, guard))
         if found.replace(guard, "") == plain and self._specials(found, guard) == self._specials(everywhere, guard):
             return found
         raise PromptError(
             "the chat template changes the texts, so special tokens in them cannot be told from the template's "
             "own; run without --no-special (special=True)"
         )
+
+    def _text(self, chat: Conversation, change: Callable[[str], str] = str) -> str:
+        return self.spec.chat.render(chat, text=change, write_calls=True)
 
     def _specials(self, text: str, guard: str) -> list[int]:
         return [i for i in self.tokenizer.encode(text, guard=guard) if i in self.tokenizer.special]
@@ -79,11 +83,13 @@ class PromptBuilder:
         """Ids of a conversation (messages alone are one) whose images, in order, have these layouts.
 
         Raises:
-            PromptError: the template fails on it, or changes texts so that special=False cannot hold; the number of
-                placeholders and images differ (a question that spells out the placeholder).
+            PromptError: the template fails on it, has no place for its tools, or changes texts so that special=False
+                cannot hold; the number of placeholders and images differ (a question that spells out the placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
-        text = self.spec.chat.render(chat)
+        if chat.tools and not re.search(r"\btools\b", self.spec.chat.template):
+            raise PromptError("the model's chat template has no place for tools; leave them out, or take another model")
+        text = self._text(chat)
         guard = ""
         if not chat.special:
             guard = _unused_character(chat, text)

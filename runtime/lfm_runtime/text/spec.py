@@ -8,7 +8,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lfm_runtime.text.chat_template import Template
 from lfm_runtime.text.compile_tokenizer import compile_tokenizer, unicode_ranges
 from lfm_runtime.text.messages import Conversation, mapped_strings
 from lfm_runtime.text.tokenizer import Vocabulary
+from lfm_runtime.text.tool_calls import written
 
 CHATML = (
     "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
@@ -51,10 +52,21 @@ class ChatFormat:
         """The parsed template; raises PromptError where it has something unknown."""
         return Template(self.template)
 
-    def render(self, chat: Conversation, *, generation: bool = True, text: Callable[[str], str] = str) -> str:
-        """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation."""
+    def render(
+        self,
+        chat: Conversation,
+        *,
+        generation: bool = True,
+        text: Callable[[str], str] = str,
+        write_calls: bool = False,
+    ) -> str:
+        """The prompt as text, one image placeholder an image; `text` is applied to every string of the conversation.
+        `write_calls`: where the template has no place for calls of past turns, and transformers would lose them, they
+        are written into the content.
+        """
+        calls = partial(written, text=text) if write_calls and "tool_calls" not in self.template else None
         return self.parsed.render(
-            messages=[message.as_dict(text) for message in chat.messages],
+            messages=[message.as_dict(text, calls) for message in chat.messages],
             tools=mapped_strings(list(chat.tools), text) or None,
             documents=None,
             add_generation_prompt=generation,
