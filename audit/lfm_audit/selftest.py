@@ -30,7 +30,8 @@ from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import OpenedImage
-from lfm_runtime.model import Answer, Model
+from lfm_runtime.model import Model
+from lfm_runtime.reply import Answer
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.questions import GoldenSet, differing
 from lfm_runtime.report import memory_mib

@@ -7,7 +7,7 @@ the others go on: each of its steps comes after one of theirs.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,8 @@ from lfm_runtime.decode.states import SharedState
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images.pixels import ImageLike, each_image
-from lfm_runtime.model import Job, Model
+from lfm_runtime.model import Model
+from lfm_runtime.reply import Job
 from lfm_runtime.report import Report
 from lfm_runtime.text.messages import Message
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 _ROOM = 512
+_ALONE = 4
+"""More forced tokens than these are fed in a step of their own, which costs as much as one token of all answers."""
 
 
 @dataclass(eq=False)
@@ -38,7 +41,7 @@ class Seat:
     sampler: Sampler
     piece: str = ""
     error: Exception | None = None
-    token: int = -1  # sampled, not yet fed
+    tokens: list[int] = field(default_factory=list)  # not yet fed: what was sampled, then what its grammar forces
 
     @property
     def finished(self) -> bool:
@@ -46,11 +49,19 @@ class Seat:
         return self.error is not None or self.job.reply.finished
 
     def take(self, logits: NDArray[np.float32]) -> None:
-        """Sample the next token."""
-        self.token = self.sampler.next(logits)
-        self.piece = self.job.reply.add(self.token)
-        if self.job.reply.finished:
+        """Sample the next token, and take those that follow from it."""
+        reply = self.job.reply
+        self.tokens = [self.sampler.next(logits)]
+        self.piece = reply.add(self.tokens[0])
+        if reply.finished:
             self.job.finish()
+            return
+        for token in self.sampler.forced():
+            self.tokens.append(token)
+            self.piece += reply.add(token)
+            if reply.finished:
+                self.job.finish()
+                return
 
 
 @dataclass
@@ -93,7 +104,7 @@ class Batch:
         """Begin an answer, where there is a seat; its prompt is processed by the steps that follow."""
         assert self.has_seat
         assert job.capacity <= self.capacity
-        seat = Seat(job, Sampler(job.settings, self.model.decoder.info.vocabulary, job.prompt.ids))
+        seat = Seat(job, Sampler(job.settings, self.model.decoder.info.vocabulary, job.prompt.ids, job.guide))
         row, cache = len(self._running), self.model.cache
         context = Context(Row(self._state, row), cache)
         steps = self.model.reading(job, context, returning=cache is not None)
@@ -144,23 +155,37 @@ class Batch:
     def _decode(self) -> list[Seat]:
         """One token more of every running answer."""
         moved = list(self._running)
+        for row, seat in enumerate(moved):
+            if len(seat.tokens) > _ALONE:
+                self._catch_up(row, seat)
         try:
             with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
-                embeds = self.model.decoder.embed([seat.token for seat in moved])
+                embeds = self.model.decoder.embed([seat.tokens.pop(0) for seat in moved])
                 logits = self._state.step(np.ascontiguousarray(embeds[0][:, None]))
         except Exception as e:  # noqa: BLE001
             for seat in moved:
                 seat.error = e
         else:
-            for seat, row in zip(moved, logits, strict=True):
+            for seat, row_logits in zip(moved, logits, strict=True):
+                seat.piece = ""
                 try:
-                    seat.take(row)
-                except Exception as e:  # noqa: BLE001, PERF203  (each answer has its own logits)
+                    if not (seat.tokens or seat.error):
+                        seat.take(row_logits)
+                except Exception as e:  # noqa: BLE001  (each answer has its own logits)
                     seat.error = e
         for seat in moved:
             if seat.finished:
                 self._leave(seat)
         return moved
+
+    def _catch_up(self, row: int, seat: Seat) -> None:
+        """Feed all tokens but the last that a grammar has forced in one step."""
+        try:
+            with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
+                self._state.step_row(row, self.model.decoder.embed(seat.tokens[:-1]))
+        except Exception as e:  # noqa: BLE001  (it ends this answer; the others go on)
+            seat.error = e
+        del seat.tokens[:-1]
 
     def _leave(self, seat: Seat) -> None:
         row = self._running.index(seat)

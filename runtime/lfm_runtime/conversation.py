@@ -10,7 +10,8 @@ from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike
-from lfm_runtime.model import Answer, Model, Opened, Progress
+from lfm_runtime.model import Model, Progress
+from lfm_runtime.reply import Answer, Opened
 from lfm_runtime.text.messages import Message
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Chat:
         answer = self.model.converse(
             [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation
         )
-        return Answer(self._keep(turn, new, answer), answer.report)
+        return Answer(self._keep(turn, new, answer), answer.reply)
 
     def fork(self) -> Chat:
         """Another conversation with this one's past; the two go on apart.
@@ -85,5 +86,5 @@ class Chat:
             self._answering = False
 
     def _add(self, turn: Message, images: Sequence[Opened], answer: Answer) -> None:
-        self.messages += [turn, Message("assistant", answer.report.text)]
+        self.messages += [turn, Message("assistant", answer.report.text, tool_calls=tuple(answer.calls))]
         self._images += images

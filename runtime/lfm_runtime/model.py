@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, prompt_keys
+from lfm_runtime.decode.guide import Grammars, Guide
 from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
 from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
@@ -28,7 +29,7 @@ from lfm_runtime.formats.edges import check_patches, fed, image_features
 from lfm_runtime.images.layout import lay_out, views_of_one_size
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, each_image, open_image
-from lfm_runtime.reply import Reply
+from lfm_runtime.reply import Answer, Job, Opened, Reply
 from lfm_runtime.report import Report, run_through
 from lfm_runtime.setup.profile import on_cpu
 from lfm_runtime.setup.resolve import resolve
@@ -41,43 +42,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Opened: TypeAlias = "OpenedImage | CutImage"
 Given: TypeAlias = "ImageLike | Opened"
 Progress = Callable[[int, int], None]
 """Called with (views encoded, views in all) before each view and after the last."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One answer to be made: its prompt, and the reply that grows."""
-
-    prompt: RenderedPrompt
-    images: Sequence[Opened]
-    settings: GenerationSettings
-    reply: Reply
-    capacity: int  # of prompt and answer together
-    started: float  # time.perf_counter()
-
-    def finish(self) -> None:
-        """Complete the report with the times of the start, the first token and now."""
-        self.reply.report.finish(self.started, self.reply.first_token, time.perf_counter())
-
-
-class Answer:
-    """An answer being made: iterate for the text, then read `report`. Closing the iterator early stops the work."""
-
-    def __init__(self, pieces: Iterator[str], report: Report) -> None:
-        self._pieces = pieces
-        self.report = report
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def text(self) -> str:
-        """Run to the end and return the whole text."""
-        for _ in self._pieces:
-            pass
-        return self.report.text
 
 
 class Model:
@@ -180,12 +147,13 @@ class Model:
             special: False takes special tokens that the texts spell out as text: for texts of strangers.
             max_megapixels: larger images are refused.
             progress: told of every view encoded.
-            **generation: settings that differ from the setup's: temperature, max_new_tokens, stop …
+            **generation: settings that differ from the setup's: temperature, max_new_tokens, stop … `schema`, a JSON
+                schema, makes the answer JSON of it; `tool_choice` ("required", or a name) makes it a call of a tool.
 
         Raises:
             ImageError: an image cannot be opened, or is too large.
             PromptError: the question does not fit the context, or names more images than there are.
-            SettingError: a generation setting is impossible, or has no effect.
+            SettingError: a generation setting is impossible, or has no effect; a schema that cannot be enforced.
         """
         images = each_image(images)
         messages = [Message("system", system)] if system else []
@@ -207,7 +175,7 @@ class Model:
         them is not computed again (see Chat).
         """
         job = self.prepare_answer(chat, images, max_megapixels=max_megapixels, **generation)
-        return Answer(self._computed(self._answer(job, context, progress)), job.reply.report)
+        return Answer(self._computed(self._answer(job, context, progress)), job.reply)
 
     def prepare_answer(
         self,
@@ -238,8 +206,23 @@ class Model:
         report.prompt_tokens, report.image_tokens = len(prompt.ids), prompt.image_tokens
         report.tiles = sum(len(p.layout.views) for p in opened)
         capacity = min(self.setup.context_length, len(prompt.ids) + settings.max_new_tokens)
-        reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, capacity - len(prompt.ids), report)
-        return Job(prompt, opened, settings, reply, capacity, started)
+        tools = chat.tools if isinstance(chat, Conversation) else ()
+        guide = self._guide(settings, tools)
+        room = capacity - len(prompt.ids)
+        reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, room, report, tools=tools, guide=guide)
+        return Job(prompt, opened, settings, reply, guide, capacity, started)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.prompts.tokenizer, self.bundle.eos)
+
+    def _guide(self, settings: GenerationSettings, tools: Sequence[Mapping[str, Any]]) -> Guide | None:
+        """The grammar that an answer follows, where it has one."""
+        if settings.schema is not None:
+            return self._grammars.of_schema(settings.schema)
+        if settings.tool_choice == "auto":
+            return None
+        return self._grammars.of_calls(tools, settings.tool_choice.replace("required", ""))
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> OpenedImage:
         """Open one image and lay it out; nothing is encoded."""
@@ -257,7 +240,7 @@ class Model:
         returning = context is not None or self.cache is not None
         context = context or Context(self.decoder, self.cache)
         logits = self.read(job, context, progress, returning=returning)
-        sampler = Sampler(job.settings, self.decoder.info.vocabulary, job.prompt.ids)
+        sampler = Sampler(job.settings, self.decoder.info.vocabulary, job.prompt.ids, job.guide)
         with closing(self._tokens(job, context, sampler, sampler.next(logits))) as tokens:
             for token in tokens:
                 piece = job.reply.add(token)
@@ -274,7 +257,12 @@ class Model:
             yield from speculative_tokens(self.decoder, context, sampler, lookup, token, job.capacity, job.reply.report)
         while True:
             yield token
-            token = sampler.next(context.feed_token(token))
+            step = [token]
+            for forced in sampler.forced():
+                yield forced
+                step.append(forced)
+            logits = context.feed(self.decoder.embed(step), np.array(step)) if step[1:] else context.feed_token(token)
+            token = sampler.next(logits)
 
     def read(
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False

@@ -1,23 +1,87 @@
-"""The text of one answer, token by token: where it ends, and what of it may already be shown."""
+"""One answer: what it is made from; its text, token by token, where it ends, and what of it may already be shown."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+from lfm_runtime.decode.guide import Guide
 from lfm_runtime.decode.sampling import GenerationSettings
+from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.report import WRITTEN, Report
+from lfm_runtime.text.messages import ToolCall
+from lfm_runtime.text.prompt import RenderedPrompt
 from lfm_runtime.text.tokenizer import TextStream, Tokenizer
+from lfm_runtime.text.tool_calls import CALL_END, CALL_START, parse_calls
+
+
+Opened: TypeAlias = "OpenedImage | CutImage"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be made: its prompt, and the reply that grows."""
+
+    prompt: RenderedPrompt
+    images: Sequence[Opened]
+    settings: GenerationSettings
+    reply: Reply
+    guide: Guide | None  # the grammar that it follows
+    capacity: int  # of prompt and answer together
+    started: float  # time.perf_counter()
+
+    def finish(self) -> None:
+        """Complete the report with the times of the start, the first token and now."""
+        self.reply.report.finish(self.started, self.reply.first_token, time.perf_counter())
+
+
+class Answer:
+    """An answer being made: iterate for the text, then read `report`. Closing the iterator early stops the work."""
+
+    def __init__(self, pieces: Iterator[str], reply: Reply) -> None:
+        self._pieces, self.reply = pieces, reply
+
+    @property
+    def report(self) -> Report:
+        """What it cost; complete at the end."""
+        return self.reply.report
+
+    @property
+    def calls(self) -> Sequence[ToolCall]:
+        """The calls of tools that it has made so far."""
+        return self.reply.calls
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def text(self) -> str:
+        """Run to the end and return the whole text."""
+        for _ in self._pieces:
+            pass
+        return self.report.text
 
 
 class Reply:
     """Takes tokens until `finished`; the text goes into the report as well."""
 
     def __init__(
-        self, tokenizer: Tokenizer, eos: Sequence[int], settings: GenerationSettings, room: int, report: Report
+        self,
+        tokenizer: Tokenizer,
+        eos: Sequence[int],
+        settings: GenerationSettings,
+        room: int,
+        report: Report,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        guide: Guide | None = None,
     ) -> None:
-        """`room`: tokens that still fit the context."""
+        """`room`: tokens that still fit the context; `tools`: what the answer may call; `guide`: its grammar."""
         self.report = report
+        self.calls: list[ToolCall] = []
+        self._tokenizer, self._tools, self._guide = tokenizer, tools, guide
+        self._call: bytearray | None = None  # what stands between a call's special tokens
         self.first_token: float | None = None
         self._stream, self._stops = TextStream(tokenizer), StopStrings(settings.stop)
         self._eos = () if settings.ignore_eos else tuple(eos)
@@ -38,18 +102,44 @@ class Reply:
         if token in self._eos:
             report.finish_reason = "eos"
         else:
-            piece = self._stops.pass_on(self._stream.add(token))
+            piece = self._stops.pass_on(self._text(token))
             if self._stops.found:
                 report.finish_reason = "stop"
+            elif self._guide and self._guide.finished:
+                report.finish_reason = "schema"
             elif report.new_tokens == self._limit:
                 report.finish_reason = "length"
             elif report.new_tokens > self._room:  # the last token is never fed
                 report.finish_reason = "context"
         if report.finish_reason:
+            if report.finish_reason == "eos" and self._call is not None:  # its end token was left out
+                piece = self._stops.pass_on(self._end_call())
             piece += self._stops.pass_on(self._stream.finish()) + self._stops.rest()
         report.text += piece
         report.spans.append((WRITTEN, known, time.perf_counter()))
         return piece
+
+    def _text(self, token: int) -> str:
+        """The text that a token completes; none of a call, which is not text."""
+        if token == self._tokenizer.id_of.get(CALL_START):
+            self._call = bytearray()
+            return ""
+        if self._call is None:
+            return self._stream.add(token)
+        if token != self._tokenizer.id_of.get(CALL_END):
+            self._call += b"" if token in self._tokenizer.special else self._tokenizer.token_bytes(token)
+            return ""
+        return self._end_call()
+
+    def _end_call(self) -> str:
+        """Take the call that has been written; returns its text where it is none."""
+        assert self._call is not None
+        said, self._call = self._call.decode("utf-8", "replace"), None
+        try:
+            self.calls += parse_calls(said, self._tools)
+        except ValueError:
+            return said
+        return ""
 
 
 class StopStrings:

@@ -23,7 +23,7 @@ class Report:
     """Filled while an answer is made; complete when it ends. A time that did not occur stays None."""
 
     text: str = ""
-    finish_reason: str = ""  # eos, length, context or stop
+    finish_reason: str = ""  # eos, length, context, stop, or schema: complete by its grammar
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, known from before and not computed again
     image_tokens: int = 0

@@ -24,7 +24,7 @@ from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Sampler
 from lfm_runtime.images.pixels import cut_views
-from lfm_runtime.model import Job
+from lfm_runtime.reply import Job
 from lfm_runtime.report import Report
 from PIL import Image
 

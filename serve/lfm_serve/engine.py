@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from lfm_runtime.batch import Batch, Seat
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.model import Job, Model
+from lfm_runtime.model import Model
+from lfm_runtime.reply import Job
 from lfm_runtime.setup.setup import Setup
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.graphs import DecoderGraphs
-from lfm_runtime.decode.state import Embeds, Snapshot
+from lfm_runtime.decode.state import Embeds, Mark, Snapshot
 from lfm_runtime.decode.states import SharedState, bind_turns
 
 
@@ -98,6 +98,17 @@ class BatchState:
         self.lengths = [n + 1 for n in self.lengths]
         logits: NDArray[np.float32] = self._logits[:count, 0]
         return logits
+
+
+    def step_row(self, row: int, embeds: Embeds) -> None:
+        """Feed several tokens, embeds [1, S, H], to one sequence alone."""
+        convs = {name: of[self._turn][row : row + 1] for name, of in self._buffers.items() if len(of) == 2}
+        alone = self.reading(row)
+        alone.rewind(Mark(self.lengths[row], convs))
+        alone.step(embeds)
+        for name, conv in alone.mark().convs.items():
+            convs[name][...] = conv
+        self.lengths[row] = alone.length
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Order as in transformers: repetition penalty, then temperature, top_k, top_p, mi
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,6 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from lfm_runtime.decode.guide import Guide
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import MANY_TOKENS
 
@@ -33,6 +35,8 @@ class Generation(TypedDict, total=False):
     stop: str | tuple[str, ...] | None
     ignore_eos: bool | None
     speculate: int | None
+    schema: str | Mapping[str, Any] | None
+    tool_choice: str | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False  # go on to max_new_tokens: for measuring
     speculate: int = 0  # speculative tokens a step, from prompt lookup; 0 off
+    schema: str | None = None  # JSON schema, as JSON, that the answer follows
+    tool_choice: str = "auto"  # required, or a tool's name: the answer is a call
 
     def __post_init__(self) -> None:
         """Raise SettingError for a value outside its range."""
@@ -108,6 +114,8 @@ class GenerationSettings:
         changed = {name: value for name, value in changes.items() if value is not None}
         if isinstance(changed.get("stop"), str):
             changed["stop"] = (changed["stop"],)
+        if isinstance(changed.get("schema"), Mapping | bool):
+            changed["schema"] = json.dumps(changed["schema"])
         try:
             settings = replace(self, **changed)
         except TypeError as e:
@@ -132,8 +140,11 @@ class Top:
 class Sampler:
     """Draws tokens for one answer; remembers which ids have occurred."""
 
-    def __init__(self, settings: GenerationSettings, vocabulary: int, prompt: Iterable[int]) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: GenerationSettings, vocabulary: int, prompt: Iterable[int], guide: Guide | None = None
+    ) -> None:
+        """`guide`: the grammar that the answer follows."""
+        self.settings, self._guide = settings, guide
         # Importing numpy.random, or what np.unique imports, takes longer than a prompt of text: 50 ms each.
         self._random = random.Random(settings.seed)  # noqa: S311
         seen = np.array(sorted(set(prompt)), np.int64)
@@ -147,15 +158,32 @@ class Sampler:
         fetched if need be.
         """
         token = self._next_of(logits) if isinstance(logits, np.ndarray) else self._next_of_top(logits)
+        self._note(token)
+        return token
+
+    def forced(self) -> Iterator[int]:
+        """The ids that come next for sure, each of them taken as if it had been drawn."""
+        for token in self._guide.forced() if self._guide else ():
+            self._note(token)
+            yield token
+
+    def _note(self, token: int) -> None:
+        if self._guide:
+            self._guide.accept(token)
         if not self._is_seen[token]:
             self._is_seen[token] = True
             self._seen[self._count] = token
             self._count += 1
-        return token
 
     def _next_of(self, logits: Logits) -> int:
         if self.settings.repetition_penalty != 1:
             penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
+        if self._guide:
+            allowed = self._guide.allowed()
+            logits[: len(allowed)][~allowed] = -np.inf
+            logits[len(allowed) :] = -np.inf
+            if np.count_nonzero(allowed) == 1:  # nothing to draw: a seed's draws are the same whoever feeds the tokens
+                return int(allowed.argmax())
         return _likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)
 
     def _next_of_top(self, top: Top) -> int:
@@ -163,6 +191,11 @@ class Sampler:
         ids, logits = top.ids[order], top.logits[order]
         if self.settings.repetition_penalty != 1:
             penalise(logits, np.flatnonzero(self._is_seen[ids]), self.settings.repetition_penalty)
+        if self._guide:
+            allowed = self._guide.allowed()
+            if np.count_nonzero(allowed) == 1:
+                return int(allowed.argmax())
+            logits[~np.append(allowed, False)[np.minimum(ids, len(allowed))]] = -np.inf
         # A penalty of 1 and above only lowers logits: what is not in the top is not above its last.
         if self.settings.repetition_penalty < 1 or not _all_above(logits, top.logits[-1], self.settings):
             return self._next_of(top.whole())
@@ -196,7 +229,7 @@ def penalise(logits: Logits, seen: NDArray[np.int64], penalty: float) -> None:
 def distribution(logits: Logits, settings: GenerationSettings) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(ids, probabilities) that remain after the filters; probabilities sum to 1."""
     scaled = (logits - logits.max()) / np.float32(settings.temperature)
-    ids = np.flatnonzero(scaled >= _lowest(scaled, settings))
+    ids = np.flatnonzero((scaled >= _lowest(scaled, settings)) & (scaled > -np.inf))  # what may not come has none
     p = np.exp(scaled[ids], dtype=np.float64)
     return ids, p / p.sum()
 
@@ -205,7 +238,7 @@ def _all_above(logits: Logits, limit: np.float32, settings: GenerationSettings) 
     """Whether whatever could be drawn from a row, whose likeliest are these, is above a limit. Not where they are no
     numbers.
     """
-    if settings.temperature == 0:
+    if settings.temperature == 0 or logits.max() == -np.inf:
         return bool(logits.max() > limit)
     if settings.top_p < 1:  # a share of all
         return False

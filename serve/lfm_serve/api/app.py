@@ -17,7 +17,8 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import image_size, open_image
-from lfm_runtime.model import Job, Model
+from lfm_runtime.model import Model
+from lfm_runtime.reply import Job
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException

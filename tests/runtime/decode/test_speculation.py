@@ -15,7 +15,7 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.speculation import PromptLookup
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.formats.contract import MANY_TOKENS
-from lfm_runtime.model import Answer
+from lfm_runtime.reply import Answer
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:4]
