@@ -20,7 +20,7 @@ from pathlib import Path
 import onnxruntime as ort
 from lfm_profiles import VARIANTS, to_toml
 from lfm_profiles.sensors import Sensors
-from lfm_runtime import golden
+from lfm_runtime import Answer, Model, golden
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.engine.ort_release import refuses_links
 from lfm_runtime.engine.prepared import remove_damaged
@@ -30,8 +30,6 @@ from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import OpenedImage
-from lfm_runtime.model import Model
-from lfm_runtime.reply import Answer
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.questions import GoldenSet, differing
 from lfm_runtime.report import memory_mib

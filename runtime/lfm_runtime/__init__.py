@@ -26,9 +26,9 @@ from lfm_runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from lfm_runtime.answer.reply import Answer
     from lfm_runtime.conversation import Chat
     from lfm_runtime.model import Model
-    from lfm_runtime.reply import Answer
     from lfm_runtime.report import Report
     from lfm_runtime.text.messages import IMAGE, Conversation, Message, ToolCall
 
@@ -58,7 +58,7 @@ __all__ = [
 
 # Loaded when first used, so that `lfm-edge --help` waits for neither numpy nor onnxruntime.
 _LATER = {
-    "Answer": "reply",
+    "Answer": "answer.reply",
     "Model": "model",
     "Report": "report",
     "Chat": "conversation",

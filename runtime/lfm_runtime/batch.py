@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lfm_runtime.answer.reply import Job
 from lfm_runtime.decode.batch_state import BatchState, Row
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation, Sampler
@@ -21,7 +22,6 @@ from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import EdgeError, SettingError
 from lfm_runtime.images.pixels import ImageLike, each_image
 from lfm_runtime.model import Model
-from lfm_runtime.reply import Job
 from lfm_runtime.report import Report
 from lfm_runtime.text.messages import Message
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lfm_runtime.answer.reply import Answer, Opened
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation
+from lfm_runtime.engine.vision import Progress
 from lfm_runtime.errors import SettingError
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike
-from lfm_runtime.model import Model, Progress
-from lfm_runtime.reply import Answer, Opened
+from lfm_runtime.model import Model
 from lfm_runtime.text.messages import Message
 
 if TYPE_CHECKING:

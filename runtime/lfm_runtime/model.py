@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -15,21 +15,22 @@ import numpy as np
 from lfm_profiles import Profile
 from numpy.typing import NDArray
 
+from lfm_runtime.answer.choice import Choice, Chosen, check_answers
+from lfm_runtime.answer.reply import Answer, Job, Opened, Reply
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, prompt_keys
 from lfm_runtime.decode.guide import Grammars, Guide
 from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
+from lfm_runtime.decode.score import log_likelihood
 from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
-from lfm_runtime.engine.gpu import VIEWS_AT_ONCE, GpuError
+from lfm_runtime.engine.gpu import GpuError
 from lfm_runtime.engine.sessions import Sessions
+from lfm_runtime.engine.vision import Progress, encoding
 from lfm_runtime.errors import ContextFullError, SettingError
-from lfm_runtime.formats.contract import VISION_ENCODER
-from lfm_runtime.formats.edges import check_patches, fed, image_features
-from lfm_runtime.images.layout import lay_out, views_of_one_size
+from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, each_image, open_image
-from lfm_runtime.reply import Answer, Job, Opened, Reply
 from lfm_runtime.report import Report, run_through
 from lfm_runtime.setup.profile import on_cpu
 from lfm_runtime.setup.resolve import resolve
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Given: TypeAlias = "ImageLike | Opened"
-Progress = Callable[[int, int], None]
-"""Called with (views encoded, views in all) before each view and after the last."""
 
 
 class Model:
@@ -160,6 +159,65 @@ class Model:
         messages.append(Message.user(question, len(images)))
         chat = Conversation(messages, special=special)
         return self.converse(chat, images, max_megapixels=max_megapixels, progress=progress, **generation)
+
+    def choose(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        question: str,
+        answers: Sequence[str],
+        *,
+        system: str = "",
+        special: bool = True,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> Chosen:
+        """How likely each of these answers is; nothing is generated. For several questions about the same images:
+        `choose_each`. Parameters and errors as for `answer`.
+        """
+        asked = [(question, answers)]
+        return self.choose_each(images, asked, system=system, special=special, max_megapixels=max_megapixels)[0]
+
+    def choose_each(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: Sequence[tuple[str, Sequence[str]]],
+        *,
+        system: str = "",
+        special: bool = True,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> list[Chosen]:
+        """As `choose`, for (question, answers) pairs: the images are encoded and read once."""
+        opened = self.open_all(images, max_megapixels=max_megapixels)
+        turns = [Message("system", system)] if system else []
+        asked = []
+        for question, answers in questions:
+            chat = Conversation([*turns, Message.user(question, len(opened))], special=special)
+            asked.append(self.prepare_choice(chat, opened, answers))
+        with self.setup.memory_is_told(), self.sessions.failures_are_ours(), self.sessions.execution.pinned():
+            return run_through(self.choosing(asked, Context(self.decoder, self.cache)))
+
+    def prepare_choice(self, chat: Conversation, images: Sequence[Given], answers: Sequence[str]) -> Choice:
+        """As `prepare_answer`, for given answers.
+
+        Raises:
+            SettingError: fewer than two answers, an empty one, or one twice.
+        """
+        check_answers(answers)
+        ids = [self.prompts.tokenizer.encode(text, special=False) for text in answers]
+        job = self.prepare_answer(chat, images, max_new_tokens=max(map(len, ids)))
+        return Choice(job, tuple(answers), ids)
+
+    def choosing(self, asked: Sequence[Choice], context: Context) -> Generator[None, None, list[Chosen]]:
+        """Score the answers of each question, a view of an image, a step of tokens or an answer each time."""
+        found = []
+        for one in asked:
+            logits = yield from self.reading(one.job, context, returning=len(asked) > 1 or self.cache is not None)
+            logits, scores = logits.copy(), []
+            for ids in one.ids:
+                yield
+                scores.append(log_likelihood(self.decoder, context.state, logits, ids, self.bundle.eos))
+            one.job.finish()
+            found.append(Chosen(one.answers, tuple(scores), one.job.reply.report))
+        return found
 
     def converse(
         self,
@@ -283,7 +341,7 @@ class Model:
         found = context.find(keys)
         known = report.cached_tokens = found.length
         new = [image for image, end in zip(opened, prompt.image_ends, strict=True) if end > known]
-        features = yield from self.encoding(new, report, progress)
+        features = yield from encoding(self.sessions, self.cache, new, report, progress)
         with report.stage("load"):
             self.decoder.load()  # with low_memory not before
         with report.stage("embed"):
@@ -301,57 +359,7 @@ class Model:
 
     def encode(self, opened: Sequence[Opened], report: Report | None = None) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order; each view runs alone and unpadded."""
-        return run_through(self.encoding(opened, report or Report()))
-
-    def encoding(
-        self, opened: Sequence[Opened], report: Report, progress: Progress | None = None
-    ) -> Generator[None, None, NDArray[np.float32]]:
-        """As `encode`, but a view each time, on a GPU those of one size."""
-        features: list[NDArray[np.float32] | None] = [
-            self.cache.features(image.key, image.layout.tokens) if self.cache else None for image in opened
-        ]
-        todo = [i for i, found in enumerate(features) if found is None]
-        total = sum(len(opened[i].layout.views) for i in todo)
-        done = iter(range(total + 1))
-
-        def tell(views: int) -> None:
-            for _ in range(views):
-                if progress and total:
-                    progress(next(done), total)
-
-        if todo:
-            with report.stage("load"):
-                vision = self.sessions.vision()
-            for i in todo:
-                parts = []
-                for part in self._encode_views(vision, opened[i], report, tell):
-                    parts.append(part)
-                    yield
-                features[i] = made = np.concatenate(parts)
-                if self.cache:
-                    self.cache.keep_features(opened[i].key, made)
-        tell(1)
-        return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
-
-    def _encode_views(
-        self, vision: Any, opened: Opened, report: Report, tell: Callable[[int], None]
-    ) -> Iterator[NDArray[np.float32]]:
-        output = [str(VISION_ENCODER.output([o.name for o in vision.get_outputs()]))]
-        cut = opened.views()
-        at_once = VIEWS_AT_ONCE if self.sessions.execution.on_gpu else 1
-        for views in views_of_one_size(opened.layout.views, at_once):
-            tell(len(views))
-            with report.stage("preprocess"):
-                patches = np.stack([next(cut) for _ in views])
-            with report.stage("vision"):
-                feeds: dict[str, NDArray[Any]] = {
-                    "pixel_values": patches,
-                    "pixel_attention_mask": np.ones(patches.shape[:2], np.int64),
-                    "spatial_shapes": np.array([[view.rows, view.columns] for view in views], np.int64),
-                }
-                check_patches(vision, patches)
-                (found,) = vision.run(output, fed(vision, feeds))
-            yield image_features(found, sum(view.tokens for view in views))
+        return run_through(encoding(self.sessions, self.cache, opened, report or Report()))
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:
         """The pieces; while one is made, errors are ours and this thread stays on its processor."""

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 from lfm_runtime import Message, Model
+from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import answer_all
 from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Sampler
 from lfm_runtime.images.pixels import cut_views
-from lfm_runtime.reply import Job
 from lfm_runtime.report import Report
 from PIL import Image
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import Batch, Seat
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.model import Model
-from lfm_runtime.reply import Job
 from lfm_runtime.setup.setup import Setup
 
 _log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import EdgeError, Model, SettingError
+from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import Batch, answer_all
 from lfm_runtime.decode.batch_state import BatchState
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.errors import BundleError
-from lfm_runtime.reply import Job
 from lfm_runtime.text.messages import Message
 
 ROOT = Path(__file__).resolve().parents[2]

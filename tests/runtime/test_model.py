@@ -25,9 +25,9 @@ from lfm_runtime import (
     PromptError,
     SettingError,
 )
+from lfm_runtime.answer.reply import StopStrings
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.states import ConcatenatedState, SharedState
-from lfm_runtime.reply import StopStrings
 from lfm_runtime.report import STAGES
 from PIL import Image
 

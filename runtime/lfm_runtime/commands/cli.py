@@ -26,7 +26,8 @@ from lfm_runtime.errors import EdgeError, is_out_of_memory, more_memory
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lfm_runtime.model import Model, Progress
+    from lfm_runtime.engine.vision import Progress
+    from lfm_runtime.model import Model
 
 _GROUP = "lfm_edge.commands"
 _GROUPS = {

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_model_arguments, add_output_arguments, answer_changes, load_model, progress_of
 from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_runtime.boxes import Box
+    from lfm_runtime.model import Model
+
+_SOFTWARE = "lfm-edge run --boxes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="treat special tokens in QUESTION and TEXT as plain text (for untrusted input)",
     )
+    shape = parser.add_argument_group("what the answer is")
+    shape.add_argument("--schema", metavar="FILE", help="a JSON schema that the answer follows (needs the extra json)")
+    shape.add_argument(
+        "--choices",
+        type=_choices,
+        metavar="A,B",
+        help="print how likely each of these answers is, instead of generating one; a JSON list where they have commas",
+    )
+    shape.add_argument("--boxes", type=Path, metavar="OUT.png", help="draw the boxes of the answer on the image")
     add_output_arguments(parser)
 
 
@@ -30,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
         return _chat(options)
     if not options.prompt.strip():
         raise SettingError('the question is empty; write one: -p "What is in this image?"')
+    _check(options)
     model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
+    if options.choices:
+        return _choose(options, model)
     answer = model.answer(
         options.images,
         options.prompt,
@@ -42,8 +65,9 @@ def run(options: argparse.Namespace) -> int:
     for piece in answer:
         if not options.json:
             print(piece, end="", flush=True)
+    boxes = _draw(options, answer.report.text) if options.boxes else None
     if options.json:
-        print_json(answer.report.as_dict())
+        print_json({**answer.report.as_dict(), **({} if boxes is None else {"boxes": [asdict(box) for box in boxes]})})
     else:
         print()
         sys.stdout.flush()
@@ -51,6 +75,96 @@ def run(options: argparse.Namespace) -> int:
             name = model.bundle.folder.resolve().name
             print(f"\n{name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
     return 0
+
+
+def _schema(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as e:
+        raise SettingError(f"{name} cannot be read ({e.strerror}); --schema is a file with a JSON schema") from e
+    except UnicodeDecodeError as e:
+        raise SettingError(f"{name} is not UTF-8 text; --schema is a file with a JSON schema") from e
+
+
+def _choices(text: str) -> list[str]:
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")]
+    try:
+        found = json.loads(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f'{text!r:.80} is not JSON ({e}); write yes,no or ["a, b", "c"]') from e
+    if not all(isinstance(part, str) for part in found):
+        raise argparse.ArgumentTypeError(f'{text!r:.80} is no list of texts; write yes,no or ["a, b", "c"]')
+    return list(found)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be before the model is loaded."""
+    from lfm_runtime.answer.choice import check_answers
+    from lfm_runtime.formats.files import check_output
+
+    if options.schema:
+        options.schema = _schema(options.schema)
+    if options.choices:
+        useless = [name for name in answer_changes(options) if name != "max_megapixels"]
+        useless += ["boxes"] * bool(options.boxes)
+        if useless:
+            flag = useless[0].replace("_", "-")
+            raise SettingError(f"--{flag} has no effect beside --choices, which generates nothing; leave it out")
+        check_answers(options.choices)
+    if options.boxes:
+        if len(options.images) != 1:
+            raise SettingError(f"--boxes draws on one image, and there are {len(options.images)}; name one")
+        check_output(options.boxes, "lfm-edge run --boxes", _is_ours, force=options.force)
+
+
+def _choose(options: argparse.Namespace, model: Model) -> int:
+    chosen = model.choose(
+        options.images,
+        options.prompt,
+        options.choices,
+        system=options.system,
+        special=not options.no_special,
+        **({} if options.max_megapixels is None else {"max_megapixels": options.max_megapixels}),
+    )
+    if options.json:
+        print_json({**chosen.as_dict(), "report": chosen.report.as_dict()})
+        return 0
+    for score, answer in sorted(zip(chosen.log_likelihoods, chosen.answers, strict=True), reverse=True):
+        print(f"{chosen.probabilities[chosen.answers.index(answer)]:8.4f}  {score:9.3f}  {answer}")
+    sys.stdout.flush()
+    if not options.quiet:
+        said = f"these answers are {chosen.share:.1%} of what the model would say"
+        print(f"probability, log-likelihood; {said}\n{chosen.report.table()}", file=sys.stderr)
+    return 0
+
+
+def _draw(options: argparse.Namespace, text: str) -> list[Box]:
+    from PIL.PngImagePlugin import PngInfo
+
+    from lfm_runtime.boxes import draw_boxes, parse_boxes
+    from lfm_runtime.formats.files import write_whole
+    from lfm_runtime.images.pixels import image_size
+
+    image = options.images[0]
+    limit = {} if options.max_megapixels is None else {"max_megapixels": options.max_megapixels}
+    boxes = parse_boxes(text, [image_size(image, **limit)])
+    note = PngInfo()
+    note.add_text("Software", _SOFTWARE)
+    stream = io.BytesIO()
+    draw_boxes(image, boxes, **limit).save(stream, "png", pnginfo=note)
+    write_whole(options.boxes, stream.getvalue())
+    if not options.quiet:
+        said = f"{len(boxes)} boxes are drawn in" if boxes else "the answer has no boxes; the image alone is in"
+        print(f"\nlfm-edge: {said} {options.boxes}", file=sys.stderr)
+    return boxes
+
+
+def _is_ours(path: Path) -> bool:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return bool(image.info.get("Software") == _SOFTWARE)
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -99,7 +99,6 @@ class BatchState:
         logits: NDArray[np.float32] = self._logits[:count, 0]
         return logits
 
-
     def step_row(self, row: int, embeds: Embeds) -> None:
         """Feed several tokens, embeds [1, S, H], to one sequence alone."""
         convs = {name: of[self._turn][row : row + 1] for name, of in self._buffers.items() if len(of) == 2}

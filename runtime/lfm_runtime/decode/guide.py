@@ -18,7 +18,7 @@ from lfm_runtime.installation import install_advice
 from lfm_runtime.text.tokenizer import Tokenizer
 from lfm_runtime.text.tool_calls import CALL_END, CALL_START, function_of
 
-_SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPELLING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write JSON; free white space is where small models run on without end."""
 _LONGEST_NAME = 200
 NOT_ENFORCED = ("patternProperties", "minProperties", "maxProperties")
@@ -74,7 +74,7 @@ class Grammars:
         functions = [f for f in functions if not name or f.get("name") == name]
         if not functions:
             raise SettingError(f"tool_choice asks for {name or 'a call'!r}, and there is no such tool")
-        rules = [f"start: {CALL_START} \"[\" ({' | '.join(f'call{i}' for i in range(len(functions)))}) \"]\" {CALL_END}"]
+        rules = [f'start: {CALL_START} "[" ({" | ".join(f"call{i}" for i in range(len(functions)))}) "]" {CALL_END}']
         for i, function in enumerate(functions):
             rules += _call_rules(f"call{i}", function)
         return self._guide(self._library.LLMatcher.grammar_from_lark("\n".join(rules)), "the tools' parameters")
@@ -83,7 +83,9 @@ class Grammars:
         failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._compiled)
         if failed or messages:
             raise SettingError(f"{what} cannot be enforced: {messages[0][:300]}")
-        return Guide(self._library.LLMatcher(self._compiled, grammar, log_level=0), len(self._tokenizer.vocabulary.tokens))
+        return Guide(
+            self._library.LLMatcher(self._compiled, grammar, log_level=0), len(self._tokenizer.vocabulary.tokens)
+        )
 
 
 class Guide:
@@ -160,7 +162,9 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     parameters = function.get("parameters") or {}
     properties, required = parameters.get("properties") or {}, parameters.get("required") or []
     definitions = {k: v for k, v in parameters.items() if k in ("$defs", "definitions")}
-    rules, given, others = [], [], []
+    rules: list[str] = []
+    given: list[str] = []
+    others: list[str] = []
     for n, (name, schema) in enumerate(properties.items()):
         inner = {**(schema if isinstance(schema, Mapping) else {}), **definitions, "x-guidance": _SPELLING}
         rules.append(f"{rule}_{n}: {json.dumps(f'{name}=')} %json {json.dumps(inner)}")
@@ -169,8 +173,6 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     if given:
         arguments = ' ", " '.join(given) + f" {tail}"
     else:
-        firsts = [
-            " ".join([name, *(f'(", " {later})?' for later in others[n + 1 :])]) for n, name in enumerate(others)
-        ]
+        firsts = [" ".join([name, *(f'(", " {later})?' for later in others[n + 1 :])]) for n, name in enumerate(others)]
         arguments = f"({' | '.join(f'({first})' for first in firsts)})?" if firsts else ""
-    return [f"{rule}: {json.dumps(str(function.get('name'))[:_LONGEST_NAME] + '(')} {arguments} \")\"", *rules]
+    return [f'{rule}: {json.dumps(str(function.get("name"))[:_LONGEST_NAME] + "(")} {arguments} ")"', *rules]

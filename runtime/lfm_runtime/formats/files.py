@@ -91,7 +91,7 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
     return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str | bytes) -> None:
     """The file appears whole or not at all; what was there stays until then.
 
     Raises:
@@ -188,13 +188,13 @@ def is_sealed(path: Path) -> bool:
     return found is not None and hashlib.sha256(text[found.end() :].encode()).hexdigest()[:16] == found["digest"]
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_whole(path: Path, text: str | bytes) -> None:
     # Made by os.open, the file has the mode that the caller's umask gives; tempfile's are private.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(descriptor, "wb") as f:
+            f.write(text if isinstance(text, bytes) else text.encode())
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)

@@ -81,11 +81,11 @@ def _from_json(raw: Any) -> tuple[ToolCall, ...]:
     calls = []
     for one in raw if isinstance(raw, list) else [raw]:
         if not isinstance(one, dict):
-            raise ValueError("a call is not an object")
+            raise ValueError("a call is not an object")  # noqa: TRY004
         inner = function_of(one)
         name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters", {}))
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            raise ValueError("a call needs a name and arguments")
+            raise ValueError("a call needs a name and arguments")  # noqa: TRY004
         calls.append(ToolCall(name, arguments))
     if not calls:
         raise ValueError("there is no call")
@@ -97,6 +97,7 @@ class _Calls:
 
     def __init__(self, text: str, tools: Sequence[Mapping[str, Any]], token: re.Pattern[str]) -> None:
         self._text, self._at, self._depth, self._token = text, 0, 0, token
+        self._kind = self._value = ""
         self._names = {
             str(f.get("name")): list((f.get("parameters") or {}).get("properties") or {})
             for f in map(function_of, tools)
@@ -136,8 +137,8 @@ class _Calls:
                     continue
                 self._at, self._kind, self._value = before
             value = self._anything()
-            argument = next((n for n in names if n not in arguments), None)
-            if argument is None:
+            argument = next((n for n in names if n not in arguments), "")
+            if not argument:
                 raise ValueError(f"an argument of {name} has no name")
             arguments[argument] = value
         return ToolCall(name, arguments)

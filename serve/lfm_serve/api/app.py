@@ -13,12 +13,12 @@ from typing import Any
 
 import anyio
 from lfm_runtime import __version__
+from lfm_runtime.answer.reply import Job
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import image_size, open_image
 from lfm_runtime.model import Model
-from lfm_runtime.reply import Job
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lfm_runtime import Chat, Message, Model
+from lfm_runtime.answer.reply import Answer
 from lfm_runtime.commands.cli import main
 from lfm_runtime.decode.speculation import PromptLookup
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.formats.contract import MANY_TOKENS
-from lfm_runtime.reply import Answer
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = sorted((ROOT / "demo" / "eval" / "images").iterdir())[:4]

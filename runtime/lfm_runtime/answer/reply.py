@@ -16,7 +16,6 @@ from lfm_runtime.text.prompt import RenderedPrompt
 from lfm_runtime.text.tokenizer import TextStream, Tokenizer
 from lfm_runtime.text.tool_calls import CALL_END, CALL_START, parse_calls
 
-
 Opened: TypeAlias = "OpenedImage | CutImage"
 
 
