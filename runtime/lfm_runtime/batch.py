@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfm_runtime.answer.choice import Choice, Chosen
 from lfm_runtime.answer.reply import Job
 from lfm_runtime.decode.batch_state import BatchState, Row
 from lfm_runtime.decode.context import Context
@@ -64,14 +65,32 @@ class Seat:
                 return
 
 
+@dataclass(eq=False)
+class Scoring:
+    """Questions with given answers, in a batch: over once their prompts are processed and the answers scored."""
+
+    asked: Sequence[Choice]
+    chosen: list[Chosen] | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all are scored, or it failed."""
+        return self.error is not None or self.chosen is not None
+
+    def take(self, chosen: list[Chosen]) -> None:
+        """Keep what came of it."""
+        self.chosen = chosen
+
+
 @dataclass
 class _Reading:
     """The answer whose prompt is being processed."""
 
-    seat: Seat
+    seat: Seat | Scoring
     row: int
     context: Context
-    steps: Generator[None, None, NDArray[np.float32]]
+    steps: Generator[None, None, Any]
 
 
 class Batch:
@@ -102,50 +121,60 @@ class Batch:
 
     def add(self, job: Job) -> Seat:
         """Begin an answer, where there is a seat; its prompt is processed by the steps that follow."""
-        assert self.has_seat
         assert job.capacity <= self.capacity
         seat = Seat(job, Sampler(job.settings, self.model.decoder.info.vocabulary, job.prompt.ids, job.guide))
-        row, cache = len(self._running), self.model.cache
-        context = Context(Row(self._state, row), cache)
-        steps = self.model.reading(job, context, returning=cache is not None)
-        self._reading = _Reading(seat, row, context, steps)
+        context = self._context()
+        steps = self.model.reading(job, context, returning=self.model.cache is not None)
+        self._reading = _Reading(seat, len(self._running), context, steps)
         return seat
+
+    def score(self, asked: Sequence[Choice]) -> Scoring:
+        """Begin to score given answers, where there is a seat."""
+        assert all(one.job.capacity <= self.capacity for one in asked)
+        scoring, context = Scoring(asked), self._context()
+        self._reading = _Reading(scoring, len(self._running), context, self.model.choosing(asked, context))
+        return scoring
+
+    def _context(self) -> Context:
+        """Of a prompt that is processed in the row after those of the running answers."""
+        assert self.has_seat
+        return Context(Row(self._state, len(self._running)), self.model.cache)
 
     def grow(self, capacity: int) -> None:
         """Give each answer room for more tokens; only while no prompt is being processed."""
         assert self._reading is None
         self._state = self._state.moved(-(-capacity // _ROOM) * _ROOM)
 
-    def drop(self, seat: Seat) -> None:
+    def drop(self, seat: Seat | Scoring) -> None:
         """End an answer that nobody wants any more; its row is free at once."""
         if self._reading and self._reading.seat is seat:
             self._reading.steps.close()
             self._reading = None
-        elif seat in self._running:
+        elif isinstance(seat, Seat) and seat in self._running:
             self._leave(seat)
 
-    def step(self) -> list[Seat]:
+    def step(self) -> list[Seat | Scoring]:
         """A token of every running answer, then a view or a step of tokens of the prompt being processed. Returns the
         answers that have gone on or ended, each once; what fails ends those that it concerns.
         """
         moved = self._decode() if self._running else []
-        return moved + self._read()
+        return [*moved, *self._read()]
 
-    def _read(self) -> list[Seat]:
+    def _read(self) -> list[Seat | Scoring]:
         """Go on with the prompt being processed; returns its answer where that has its first token, or failed."""
         one = self._reading
         if one is None:
             return []
         try:
             with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
-                logits = _one_step(one.steps)
-                if logits is None:
+                found = _one_step(one.steps)
+                if found is None:
                     return []
-                one.seat.take(logits)
+                one.seat.take(found)
         except Exception as e:  # noqa: BLE001  (it ends this answer; the others go on)
             one.seat.error = e
         self._reading = None
-        if not one.seat.finished:
+        if isinstance(one.seat, Seat) and not one.seat.finished:
             state = one.context.state
             assert isinstance(state, SharedState)
             self._state.join(one.row, state)
@@ -194,13 +223,12 @@ class Batch:
         self._running.pop()
 
 
-def _one_step(steps: Generator[None, None, NDArray[np.float32]]) -> NDArray[np.float32] | None:
+def _one_step(steps: Generator[None, None, Any]) -> Any:
     """Go one step on; returns what the last step gave, None before."""
     try:
         next(steps)
     except StopIteration as end:
-        found: NDArray[np.float32] = end.value
-        return found
+        return end.value
     return None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lfm_runtime.answer.choice import Choice, Chosen
 from lfm_runtime.answer.reply import Job
-from lfm_runtime.batch import Batch, Seat
+from lfm_runtime.batch import Batch, Scoring, Seat
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.model import Model
 from lfm_runtime.setup.setup import Setup
@@ -28,7 +29,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is whole; its report is complete."""
+    """The answer is whole, its report complete; given answers are scored."""
+
+    chosen: list[Chosen] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ Event: TypeAlias = Piece | Ended | Failed
 
 @dataclass(eq=False)
 class Request:
-    """One answer that somebody waits for. `emit` is called in the engine's thread and must not block."""
+    """An answer that somebody waits for, or several given answers to be scored. `emit` is called in the engine's thread
+    and must not block.
+    """
 
-    job: Job
+    work: Job | Sequence[Choice]
     emit: Callable[[Event], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -67,7 +72,7 @@ class Engine:
         self._most_waiting, self._cache_mib = waiting, cache_mib
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
-        self._seats: dict[Seat, Request] = {}
+        self._seats: dict[Seat | Scoring, Request] = {}
         self._closing = False
         self._loaded = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lfm-engine", daemon=True)
@@ -153,20 +158,21 @@ class Engine:
                 del self._seats[seat]
             if self._queue and batch.has_seat:
                 request = self._queue.popleft()
-                self._seats[batch.add(request.job)] = request
+                work = request.work
+                self._seats[batch.add(work) if isinstance(work, Job) else batch.score(work)] = request
             return bool(self._queue or self._seats or not self._closing)
 
-    def _tell(self, seat: Seat) -> None:
+    def _tell(self, seat: Seat | Scoring) -> None:
         """Pass on what a step has made of an answer."""
         request = self._seats[seat]
         if seat.error:
             known = isinstance(seat.error, EdgeError)
             _log.error("lfm-edge: %s", seat.error, exc_info=None if known else seat.error)
             request.emit(Failed(seat.error if isinstance(seat.error, EdgeError) else EdgeError(_FAULT)))
-        elif seat.piece:
+        elif isinstance(seat, Seat) and seat.piece:
             request.emit(Piece(seat.piece))
         if seat.finished:
             if not seat.error:
-                request.emit(Ended())
+                request.emit(Ended(seat.chosen if isinstance(seat, Scoring) else None))
             with self._changed:
                 del self._seats[seat]

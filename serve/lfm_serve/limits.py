@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lfm_profiles import now
 from lfm_runtime.setup.machine import this_machine
@@ -19,9 +20,13 @@ class Limits:
 
     max_body_mib: int = 64
     max_megapixels: float = 25.0
+    header_s: float = 20.0  # for the headers of a request to come
     body_s: float = 60.0  # for a whole body to come
+    request_s: float = 600.0  # for a whole answer, the time in the queue included
     ping_s: float = 5.0  # between signs of life of a stream
     strict_model: bool = False  # a model's name must be the server's
+    image_hosts: tuple[str, ...] = ()  # that images may be fetched from
+    media_path: Path | None = None  # below which file URLs are opened
 
 
 def image_mib(width: int, height: int) -> float:

@@ -14,6 +14,8 @@ from types import FrameType
 
 import uvicorn
 from lfm_runtime.errors import SettingError
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from lfm_serve.api.app import Api
 from lfm_serve.api.counted import Counted
@@ -34,6 +36,7 @@ def serve(
     name: str,
     keys: Sequence[bytes] = (),
     hosts: Collection[str] = (),
+    origins: Sequence[str] = (),
     quiet: bool = False,
 ) -> int:
     """Serve until a signal; returns the exit code.
@@ -44,7 +47,10 @@ def serve(
     """
     listening = _bound(host, port)
     api = Api(engine, name, limits)
-    app = Counted(Guard(api.application(), keys=keys, hosts=(*hosts, host)), api.metrics)
+    app: ASGIApp = Guard(api.application(), keys=keys, hosts=(*hosts, host))
+    if origins:  # in front of the guard: a browser asks beforehand without a key
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    app = Counted(app, api.metrics)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off")
     server = _Server(config)
     engine.start()

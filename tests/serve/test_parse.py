@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 pytest.importorskip("starlette")
 from lfm_runtime.text.messages import IMAGE
 from lfm_serve.api.chat import Asked, parse
+from lfm_serve.api.choose import Asked as Choices
+from lfm_serve.api.choose import parse_choose
 from lfm_serve.api.errors import ApiError
 from lfm_serve.api.images import image_bytes
+from lfm_serve.api.ollama import parse_chat
+from lfm_serve.limits import Limits
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -21,7 +25,7 @@ JSON = st.recursive(
 )
 FIELDS = [
     *("model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "n"),
-    *("max_completion_tokens", "min_p", "logprobs", "tools", "response_format", "presence_penalty", "user"),
+    *("max_completion_tokens", "min_p", "logprobs", "tools", "tool_choice", "response_format", "json_schema", "user"),
 ]
 PART = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image_url", "input_text", "video"]) | JSON},
@@ -58,7 +62,7 @@ def test_base64_as_clients_write_it(data, urlsafe, broken, padded, percent) -> N
     code = code if padded else code.rstrip("=")
     code = code[:broken] + "\r\n" + code[broken:]
     code = code.replace("+", "%2B").replace("=", "%3D") if percent else code
-    assert image_bytes(f"data:image/png;base64,{code}") == data
+    assert image_bytes(f"data:image/png;base64,{code}", Limits()) == data
 
 
 @pytest.mark.parametrize(
@@ -74,12 +78,85 @@ def test_base64_as_clients_write_it(data, urlsafe, broken, padded, percent) -> N
 )
 def test_nothing_is_fetched_and_no_file_is_opened(url, says) -> None:
     with pytest.raises(ApiError, match=says) as caught:
-        image_bytes(url)
+        image_bytes(url, Limits())
     assert caught.value.status == 400
 
 
+OLLAMA = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE | JSON, max_size=4) | JSON},
+    optional={
+        "options": JSON | st.dictionaries(st.sampled_from(["num_predict", "temperature", "stop", "seed"]), JSON),
+        "format": JSON | st.just("json"),
+        "stream": JSON,
+        "tools": JSON,
+        "keep_alive": JSON,
+    },
+)
+CHOOSE = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": JSON | st.lists(JSON, max_size=2),
+        "question": JSON | st.text(),
+        "choices": JSON | st.lists(st.text(), max_size=3),
+        "questions": JSON | st.lists(st.fixed_dictionaries({"question": st.text(), "choices": JSON}), max_size=2),
+        "system": JSON,
+    },
+)
+
+
+@given(OLLAMA | JSON, CHOOSE | JSON)
+@settings(max_examples=300, deadline=None)
+def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, choose) -> None:
+    for read, body, kind in ((parse_chat, chat, Asked), (parse_choose, choose, Choices)):
+        try:
+            assert isinstance(read(body), kind)
+        except ApiError as e:  # noqa: PERF203
+            assert e.status == 400 and e.message
+
+
+def test_ollamas_requests_are_openais() -> None:
+    """Images stand before the text, options have other names, a negative limit is none, the default is a stream."""
+    asked = parse_chat(
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "what?", "images": ["QUJD" * 8]}],
+            "options": {"num_predict": -1, "num_ctx": 8192, "temperature": 0, "repeat_penalty": 1.1, "stop": ["a"]},
+            "format": {"type": "object"},
+            "keep_alive": "5m",
+            "think": False,
+        }
+    )
+    assert asked.conversation.messages[0].content == (IMAGE, "what?")
+    assert asked.generation == {
+        "speculate": 0, "temperature": 0.0, "repetition_penalty": 1.1, "stop": ("a",), "schema": '{"type": "object"}'
+    }  # fmt: skip
+    assert asked.stream and asked.model == "m" and not asked.unused
+
+
+def test_calls_of_past_turns() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "x"]}'}}
+    asked = parse(
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "3"}]},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        }
+    )
+    turns = asked.conversation.messages
+    assert turns[1].tool_calls[0].name == "f" and turns[1].tool_calls[0].arguments == {"a": [1, "x"]}
+    assert (turns[2].role, turns[2].content) == ("tool", "3")
+    assert asked.conversation.tools[0]["function"] == {"name": "f"} and asked.generation["tool_choice"] == "f"
+    for wrong in ({"function": {"name": "f", "arguments": "{"}}, {"function": {"name": "f", "arguments": "[1]"}}, {}):
+        with pytest.raises(ApiError, match=r"tool_calls\[0\]"):
+            parse({"messages": [{"role": "assistant", "tool_calls": [wrong]}]})
+
+
 def test_bare_base64_is_an_image() -> None:
-    assert image_bytes(base64.b64encode(b"x" * 30).decode()) == b"x" * 30
+    assert image_bytes(base64.b64encode(b"x" * 30).decode(), Limits()) == b"x" * 30
 
 
 def test_turns_as_clients_send_them() -> None:
@@ -113,7 +190,7 @@ def test_turns_as_clients_send_them() -> None:
         ("user", "b"),
         ("user", "c"),
     ]
-    assert asked.pictures[0].data == b"ABC" * 8
+    assert image_bytes(asked.pictures[0].url, Limits()) == b"ABC" * 8
     assert asked.generation == {"speculate": 0, "temperature": 0.0, "stop": ("\n",)}
     assert asked.unused == ("store",)
 
@@ -123,8 +200,15 @@ def test_turns_as_clients_send_them() -> None:
     [
         ("n", 2, "one answer a request"),
         ("logprobs", True, "logprobs are not given"),
-        ("tools", [{"type": "function"}], "no tool calls"),
-        ("response_format", {"type": "json_object"}, "is not enforced"),
+        ("tools", [{"type": "function"}], "no function.name"),
+        ("tools", [{"function": {"name": "f", "parameters": 3}}], "is not an object"),
+        ("functions", [{"name": "f"}], "older name of tools"),
+        ("tool_choice", "maybe", "is not known"),
+        ("tool_choice", {"function": {"name": "g"}}, "none of the tools"),
+        ("response_format", {"type": "xml"}, "is not known"),
+        ("response_format", {"type": "json_schema"}, "has no json_schema.schema"),
+        ("grammar", "root ::= x", "is not enforced"),
+        ("guided_choice", ["a", "b"], "is not enforced"),
         ("presence_penalty", 0.5, "not implemented"),
         ("temperature", "hot", "a number is needed"),
         ("temperature", True, "a number is needed"),
@@ -135,4 +219,4 @@ def test_turns_as_clients_send_them() -> None:
 def test_what_is_not_done_is_refused(field, value, says) -> None:
     with pytest.raises(ApiError, match=says) as caught:
         parse({"messages": [{"role": "user", "content": "x"}], field: value})
-    assert caught.value.param in (field, None)
+    assert (caught.value.param or field).startswith(field)

@@ -8,7 +8,6 @@ pytest.importorskip("starlette")
 from conftest import PICTURES
 from lfm_runtime.setup.memory import Shapes
 from lfm_serve.api import app
-from lfm_serve.api.chat import Picture
 from lfm_serve.api.errors import ApiError
 from lfm_serve.engine import Engine
 from lfm_serve.limits import Limits
@@ -32,11 +31,11 @@ def test_an_image_that_the_memory_cannot_open(demo_bundle, demo_model, monkeypat
     """503, and clients are told not to come again; the same image where there is memory is opened."""
     setup, rows = choose(demo_bundle, "generic")
     api = app.Api(Engine(setup, rows=rows, waiting=1, cache_mib=0), "m", Limits())
-    picture = Picture(PICTURES[0].read_bytes())
+    data = PICTURES[0].read_bytes()
     monkeypatch.setattr(app, "free_mib", lambda: 0)
     with pytest.raises(ApiError, match="0 MiB are free on this device") as caught:
-        api._open(demo_model, picture)
+        api._open(demo_model, data, "auto")
     assert caught.value.status == 503
     assert caught.value.response().headers["x-should-retry"] == "false"
     monkeypatch.setattr(app, "free_mib", lambda: 1000)
-    assert api._open(demo_model, picture).pixels
+    assert api._open(demo_model, data, "auto").pixels

@@ -24,6 +24,8 @@ _LONGEST_NAME = 200
 NOT_ENFORCED = ("patternProperties", "minProperties", "maxProperties")
 """What llguidance takes and does not keep: #265, and found by tests."""
 
+_MORE_PROPERTIES = {"additionalProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref"}
+
 
 class Grammars:
     """Grammars for one tokenizer."""
@@ -61,7 +63,7 @@ class Grammars:
             raise SettingError("the schema is not a JSON object")
         if found := _not_enforced(raw):
             raise SettingError(f"the schema cannot be enforced: {found}; leave it out")
-        found = self._library.LLMatcher.grammar_from_json_schema(json.dumps(raw), overrides=_SPELLING)
+        found = self._library.LLMatcher.grammar_from_json_schema(json.dumps(_closed(raw)), overrides=_SPELLING)
         return self._guide(found, "the schema")
 
     def of_calls(self, tools: Sequence[Mapping[str, Any]], name: str = "") -> Guide:
@@ -157,6 +159,27 @@ def _not_enforced(schema: Any) -> str:
     return ""
 
 
+def _closed(schema: Any) -> Any:
+    """The schema without properties that it does not name, where it does not say that there may be others: a small
+    model would go on inventing them. As in llama.cpp; what is left is valid by the schema as it was.
+    """
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {}
+    for name, inner in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(inner, Mapping):
+            found[name] = {key: _closed(value) for key, value in inner.items()}
+        elif name in ("enum", "const", "default", "examples", "allOf"):  # the parts of allOf are of one object
+            found[name] = inner
+        else:
+            found[name] = _closed(inner)
+    if "properties" in schema and not schema.keys() & _MORE_PROPERTIES:
+        found["additionalProperties"] = False
+    return found
+
+
 def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     """Lark rules for one function's call: the required arguments, then any of the others, each in its order."""
     parameters = function.get("parameters") or {}
@@ -166,7 +189,7 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     given: list[str] = []
     others: list[str] = []
     for n, (name, schema) in enumerate(properties.items()):
-        inner = {**(schema if isinstance(schema, Mapping) else {}), **definitions, "x-guidance": _SPELLING}
+        inner = {**(_closed(schema) if isinstance(schema, Mapping) else {}), **definitions, "x-guidance": _SPELLING}
         rules.append(f"{rule}_{n}: {json.dumps(f'{name}=')} %json {json.dumps(inner)}")
         (given if name in required else others).append(f"{rule}_{n}")
     tail = " ".join(f'(", " {name})?' for name in others)

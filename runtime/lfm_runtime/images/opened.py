@@ -34,15 +34,15 @@ class OpenedImage:
 
     def cut(self) -> CutImage:
         """The same without the image itself: 0.8 MB for each view, however large it was."""
-        return CutImage(
-            self.key, self.layout, self.settings, tuple(view_pixels(self.image, self.layout, self.settings))
-        )
+        pixels = tuple(view_pixels(self.image, self.layout, self.settings))
+        return CutImage(self.image.size, self.key, self.layout, self.settings, pixels)
 
 
 @dataclass(frozen=True)
 class CutImage:
     """An image that is cut into its views, uint8 [height, width, 3] each."""
 
+    size: tuple[int, int]  # of the image itself, width and height
     key: int
     layout: ImageLayout
     settings: ImageSettings

@@ -1,50 +1,79 @@
-"""What a client gets: the answer as one object, or as chunks of a stream; and what it cost."""
+"""OpenAI's chat completions: the answer as one object, or as chunks of a stream; and what it cost."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lfm_runtime.answer.reply import Reply
+from lfm_runtime.boxes import parse_boxes
 from lfm_runtime.report import Report
+from lfm_runtime.text.messages import ToolCall
 
-_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+from lfm_serve.api.errors import ApiError
+
+_REASONS = {"eos": "stop", "stop": "stop", "schema": "stop", "length": "length", "context": "length"}
 
 
 @dataclass(frozen=True)
-class Shape:
+class Completion:
     """What is the same in every chunk of an answer."""
 
     model: str
+    sizes: Sequence[tuple[int, int]] = ()  # of the images, upright
+    with_usage: bool = False
+    with_timings: bool = False  # in every chunk
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
+    media_type = "text/event-stream"
 
-    def whole(self, report: Report) -> dict[str, Any]:
+    def whole(self, reply: Reply) -> dict[str, Any]:
         """The answer as one object."""
-        message = {"role": "assistant", "content": report.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _REASONS[report.finish_reason]}
+        report = reply.report
+        message: dict[str, Any] = {"role": "assistant", "content": report.text, "refusal": None}
+        if reply.calls:
+            message |= {"content": report.text or None, "tool_calls": [_call(call) for call in reply.calls]}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason(reply)}
         head = self._head("chat.completion")
-        return {**head, "choices": [choice], "usage": usage(report), "timings": timings(report)}
+        return {**head, "choices": [choice], "usage": usage(report), "timings": timings(report), **self._boxes(report)}
 
     def first(self) -> bytes:
-        """The chunk that a stream begins with."""
+        """The chunk with the role."""
         return self._chunk({"role": "assistant", "content": ""}, None)
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, text: str, reply: Reply) -> bytes:
         """A chunk of text."""
-        return self._chunk({"content": text}, None)
+        return self._chunk({"content": text}, None, **({"timings": _so_far(reply)} if self.with_timings else {}))
 
-    def last(self, report: Report, *, with_usage: bool) -> bytes:
-        """The chunk with the finish reason, that with the usage where it was asked for, and the end."""
-        end = self._chunk({}, _REASONS[report.finish_reason], timings=timings(report))
-        if with_usage:
+    def working(self) -> bytes:
+        """A comment."""
+        return b": working\n\n"
+
+    def last(self, reply: Reply) -> bytes:
+        """A chunk for each call, the one with the finish reason, the usage where it was asked for, the end."""
+        report, end = reply.report, b""
+        for n, call in enumerate(reply.calls):
+            end += self._chunk({"tool_calls": [{"index": n, **_call(call)}]}, None)
+        end += self._chunk({}, reason(reply), timings=timings(report), **self._boxes(report))
+        if self.with_usage:
             end += event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(report)})
         return end + b"data: [DONE]\n\n"
 
-    def _chunk(self, delta: dict[str, str], reason: str | None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def failed(self, error: ApiError) -> bytes:
+        """An event with the error, which clients raise."""
+        return event(error.body())
+
+    def _boxes(self, report: Report) -> dict[str, Any]:
+        """The boxes that the answer is made of, in pixels; nothing where there are none."""
+        boxes = parse_boxes(report.text, self.sizes) if self.sizes and "[" in report.text else []
+        return {"boxes": [asdict(box) for box in boxes]} if boxes else {}
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **more})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -54,6 +83,18 @@ class Shape:
 def event(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def reason(reply: Reply) -> str:
+    """Why the answer ended; a cut one says length, whatever it has called before."""
+    found = _REASONS[reply.report.finish_reason]
+    return "tool_calls" if reply.calls and found == "stop" else found
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+    identity = f"call_{secrets.token_hex(12)}"
+    return {"id": identity, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def usage(report: Report) -> dict[str, Any]:
@@ -79,4 +120,19 @@ def timings(report: Report) -> dict[str, Any]:
         "predicted_per_second": round(report.throughput["decode_tok_s"] or 0.0, 3),
         "vision_ms": round(ms["vision"] or 0.0, 3),
         "ttft_ms": round(ms["ttft"] or 0.0, 3),
+        "memory_mib": round(report.memory_mib.get("rss") or 0.0, 1),
+    }
+
+
+def _so_far(reply: Reply) -> dict[str, Any]:
+    """The timings of an answer that goes on (llama.cpp's timings_per_token)."""
+    report, began = reply.report, reply.first_token or time.perf_counter()
+    taken = time.perf_counter() - began
+    return {
+        "cache_n": report.cached_tokens,
+        "prompt_n": report.prompt_tokens - report.cached_tokens,
+        "prompt_ms": round(report.timing_ms["prefill"] or 0.0, 3),
+        "predicted_n": report.new_tokens,
+        "predicted_ms": round(taken * 1e3, 3),
+        "predicted_per_second": round((report.new_tokens - 1) / taken, 3) if taken else 0.0,
     }

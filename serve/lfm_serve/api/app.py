@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +25,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lfm_serve.api.answers import Shape, event
+from lfm_serve.api.answering import Answering
+from lfm_serve.api.answers import Completion
 from lfm_serve.api.chat import Asked, Picture, parse
+from lfm_serve.api.choose import parse_choose, response
 from lfm_serve.api.errors import ApiError, loading, of, too_large
+from lfm_serve.api.images import image_bytes
 from lfm_serve.api.metrics import Metrics
-from lfm_serve.api.watched import EventStream, Gone, until_gone
-from lfm_serve.engine import Ended, Engine, Event, Failed, Piece, Request
+from lfm_serve.api.ollama import VERSION as OLLAMA_VERSION
+from lfm_serve.api.ollama import ChatLines, parse_chat, shown, tag
+from lfm_serve.engine import Engine
 from lfm_serve.limits import FEW_IMAGE_TOKENS, Limits, free_mib, image_mib
+from lfm_serve.page import page
 
 _log = logging.getLogger(__name__)
 _MOST_TOLD = 100
@@ -47,99 +50,94 @@ class Api:
         """`name`: the model's id for clients."""
         self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine)
+        self._answering = Answering(engine, self.metrics, limits)
         self._opening = anyio.CapacityLimiter(1)  # one image is decoded at a time, which bounds its memory
         self._told: set[str] = set()  # unused fields that the log has named
 
     def application(self) -> Starlette:
-        """All routes, with and without /v1."""
+        """All routes, OpenAI's with and without /v1."""
 
         def both(path: str, endpoint: Callable[..., Any], method: str) -> list[Route]:
             return [Route(prefix + path, endpoint, methods=[method]) for prefix in ("", "/v1")]
 
         routes = [
             *both("/chat/completions", self.chat, "POST"),
+            *both("/choose", self.choose, "POST"),
             *both("/models", self.models, "GET"),
             *both("/models/{name:path}", self.model, "GET"),
             *both("/health", self.health, "GET"),
             Route("/metrics", self.metrics.page, methods=["GET"]),
+            Route("/props", self.props, methods=["GET"]),
+            Route("/api/chat", self.ollama_chat, methods=["POST"]),
+            Route("/api/tags", self.ollama_tags, methods=["GET"]),
+            Route("/api/version", self.ollama_version, methods=["GET"]),
+            Route("/api/show", self.ollama_show, methods=["POST"]),
+            Route("/", page, methods=["GET"]),
         ]
         handlers = {HTTPException: _http_error, ApiError: _api_error, EdgeError: _edge_error, Exception: _our_bug}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def chat(self, request: HttpRequest) -> Response:
-        """Answer a conversation."""
-        model = self._loaded()
+        """Answer a conversation, as OpenAI does."""
         asked = parse(await self._body(request))
+        job, images = await self._prepared(asked)
+        shape = Completion(
+            self.name, [image.size for image in images], with_usage=asked.with_usage, with_timings=asked.with_timings
+        )
+        return await self._answering.answer(request, job, shape, stream=asked.stream)
+
+    async def ollama_chat(self, request: HttpRequest) -> Response:
+        """Answer a conversation, as Ollama does."""
+        try:
+            asked = parse_chat(await self._body(request))
+            job, _ = await self._prepared(asked)
+            return await self._answering.answer(request, job, ChatLines(self.name), stream=asked.stream)
+        except (ApiError, EdgeError) as e:
+            error = e if isinstance(e, ApiError) else of(e)
+            return JSONResponse({"error": error.message}, error.status, headers=dict(error.headers))
+
+    async def choose(self, request: HttpRequest) -> Response:
+        """Score given answers."""
+        asked = parse_choose(await self._body(request))
+        model = self._loaded()
+        self._check_name(asked.model)
+        images = await self._opened(model, asked.pictures)
+        choices = await run_in_threadpool(asked.prepared, model, images)
+        ended = await self._answering.score(request, choices)
+        return JSONResponse(response(self.name, asked, ended.chosen or [])) if ended else Response(status_code=499)
+
+    async def _prepared(self, asked: Asked) -> tuple[Job, list[CutImage]]:
+        """Open the images and render the prompt: all that a bad request can fail with, before it is queued."""
+        model = self._loaded()
         self._check_name(asked.model)
         self._tell_unused(asked)
-        job = await anyio.to_thread.run_sync(self._prepare, model, asked, limiter=self._opening)
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        images = await self._opened(model, asked.pictures)
+        job = await run_in_threadpool(model.prepare_answer, asked.conversation, images, **asked.generation)
+        return job, images
 
-        def emit(event: Event) -> None:  # in the engine's thread
-            with suppress(RuntimeError):  # the loop is closed: the server ends
-                loop.call_soon_threadsafe(events.put_nowait, event)
+    async def _opened(self, model: Model, pictures: Sequence[Picture]) -> list[CutImage]:
+        if not pictures and "images" not in self._told:
+            self._told.add("images")
+            _log.info("lfm-edge: a request had no image; some clients drop attachments without a word")
+        found = []
+        for picture in pictures:
+            data = await run_in_threadpool(image_bytes, picture.url, self.limits)
+            found.append(await anyio.to_thread.run_sync(self._open, model, data, picture.detail, limiter=self._opening))
+        return found
 
-        queued = Request(job, emit)
-        self.engine.submit(queued)
-        shape = Shape(self.name)
-        if asked.stream:
-            return EventStream(self._stream(events, queued, shape, asked), lambda: self._gone(queued))
-        try:
-            while isinstance(found := await until_gone(events.get(), request.receive), Piece):
-                pass
-        except Gone:
-            self._gone(queued)
-            return Response(status_code=499)
-        if isinstance(found, Failed):
-            raise found.error
-        self.metrics.answered(job.reply.report)
-        return JSONResponse(shape.whole(job.reply.report))
-
-    async def _stream(
-        self, events: asyncio.Queue[Event], queued: Request, shape: Shape, asked: Asked
-    ) -> AsyncIterator[bytes]:
-        """The parts of a stream; a comment every few seconds while nothing else is there to send."""
-        report = queued.job.reply.report
-        yield shape.first()
-        while True:
-            try:
-                found = await asyncio.wait_for(events.get(), self.limits.ping_s)
-            except asyncio.TimeoutError:
-                yield b": working\n\n"
-                continue
-            if isinstance(found, Piece):
-                yield shape.piece(found.text)
-            elif isinstance(found, Ended):
-                self.metrics.answered(report)
-                yield shape.last(report, with_usage=asked.with_usage)
-                return
-            else:
-                yield event(of(found.error).body())
-                return
-
-    def _prepare(self, model: Model, asked: Asked) -> Job:
-        """Open the images and render the prompt: all that a bad request can fail with, before it is queued."""
-        images = [self._open(model, picture) for picture in asked.pictures]
-        return model.prepare_answer(asked.conversation, images, **asked.generation)
-
-    def _open(self, model: Model, picture: Picture) -> CutImage:
+    def _open(self, model: Model, data: bytes, detail: str) -> CutImage:
         """Decode an image and cut it into the views that the model sees; refused where memory would not suffice."""
-        width, height = image_size(picture.data, max_megapixels=self.limits.max_megapixels)
+        width, height = image_size(data, max_megapixels=self.limits.max_megapixels)
         needed, free = image_mib(width, height), free_mib()
         if free is not None and needed > free:
             said = f"an image of {width}×{height} takes {needed:.0f} MiB to open, {free} MiB are free on this device"
             raise too_large(f"{said}; send it smaller")
         settings = model.setup.images
-        if picture.detail == "low":
+        if detail == "low":
             least, most = (min(n, FEW_IMAGE_TOKENS) for n in (settings.min_image_tokens, settings.max_image_tokens))
             settings = replace(settings, do_image_splitting=False, min_image_tokens=least, max_image_tokens=most)
-        image = open_image(picture.data, max_megapixels=self.limits.max_megapixels)
+        image = open_image(data, max_megapixels=self.limits.max_megapixels)
         return OpenedImage(image, lay_out(image.width, image.height, settings), settings).cut()
-
-    def _gone(self, queued: Request) -> None:
-        self.engine.cancel(queued)
-        self.metrics.cancelled.inc()
 
     async def models(self, _: HttpRequest) -> Response:
         """Return the list of models: one."""
@@ -154,6 +152,40 @@ class Api:
         """Whether requests are answered; without a key."""
         self._loaded()
         return JSONResponse({"status": "ok"})
+
+    async def props(self, _: HttpRequest) -> Response:
+        """What llama.cpp's server tells of itself, as far as Frigate asks for it."""
+        model = self._loaded()
+        template = model.prompts.spec.chat.template
+        return JSONResponse(
+            {
+                "default_generation_settings": {"n_ctx": self.engine.capacity},
+                "total_slots": self.engine.rows,
+                "model_alias": self.name,
+                "modalities": {"vision": True, "audio": False},
+                "chat_template": template,
+                "chat_template_caps": {"supports_tools": "tools" in template},
+            }
+        )
+
+    async def ollama_tags(self, _: HttpRequest) -> Response:
+        """Return Ollama's list of models: one."""
+        setup = self.engine.setup
+        return JSONResponse({"models": [tag(self.name, setup.bundle, setup.variant)]})
+
+    async def ollama_version(self, _: HttpRequest) -> Response:
+        """Return the version of Ollama whose API this is like."""
+        return JSONResponse({"version": OLLAMA_VERSION})
+
+    async def ollama_show(self, request: HttpRequest) -> Response:
+        """What the one model is and can."""
+        body = await self._body(request)
+        named = body.get("model") or body.get("name") if isinstance(body, dict) else None
+        if self.limits.strict_model and named != self.name:
+            return JSONResponse({"error": f"there is no model {named!r:.100}; this server has {self.name}"}, 404)
+        setup, model = self.engine.setup, self._loaded()
+        template = model.prompts.spec.chat.template
+        return JSONResponse(shown(setup.bundle, setup.variant, self.engine.capacity, template))
 
     def _entry(self) -> dict[str, Any]:
         """The model as different clients look for its context size and abilities."""

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a stranger's JSON → a conversation, its images and settings. Nothing is opened here.
+"""POST /v1/chat/completions: a stranger's JSON → conversation, places of images, settings. Nothing is opened here.
 
 What is asked for and not built is refused, so that no client believes it got it; fields that change no answer are
 ignored.
@@ -6,15 +6,16 @@ ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lfm_runtime.decode.sampling import Generation
-from lfm_runtime.text.messages import IMAGE, Conversation, Message, Place, Role
+from lfm_runtime.text.messages import IMAGE, Conversation, Message, Place, Role, ToolCall
+from lfm_runtime.text.tool_calls import function_of
 
 from lfm_serve.api.errors import ApiError
-from lfm_serve.api.images import image_bytes
 
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -37,9 +38,9 @@ _WITHOUT_EFFECT_WHEN_GREEDY = ("top_p", "min_p", "top_k", "seed")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image's file, and how closely the client wants it looked at: low, high or auto."""
+    """Where an image is: a URL of any kind, or base64; and how closely the client wants it looked at."""
 
-    data: bytes
+    url: str
     detail: str = "auto"
 
 
@@ -53,6 +54,7 @@ class Asked:
     model: str | None = None
     stream: bool = False
     with_usage: bool = False
+    with_timings: bool = False  # in every chunk of a stream
     unused: tuple[str, ...] = field(default=(), compare=False)  # fields that nothing here knows
 
 
@@ -61,15 +63,24 @@ def parse(body: Any) -> Asked:
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     _check_not_built(body)
-    messages, pictures = _messages(body.get("messages"))
-    options = _typed(body, "stream_options", dict) or {}
+    messages, pictures = parse_messages(body.get("messages"))
+    options = typed(body, "stream_options", dict) or {}
+    tools, choice = _tools(body)
+    schema = _schema(body)
+    if schema is not None and tools:
+        said = "response_format together with tools is not built; ask for one of them, or tool_choice: none"
+        raise ApiError(400, said, "unsupported", "response_format")
+    generation = _generation(body)
+    generation |= cast("Generation", {"schema": schema} if schema is not None else {})
+    generation |= cast("Generation", {"tool_choice": choice} if choice != "auto" else {})
     return Asked(
-        Conversation(messages, special=False),  # a stranger's text forges no turn
+        Conversation(messages, tools, special=False),  # a stranger's text forges no turn
         tuple(pictures),
-        _generation(body),
-        _typed(body, "model", str),
-        bool(_typed(body, "stream", bool)),
-        bool(_typed(options, "include_usage", bool)),
+        generation,
+        typed(body, "model", str),
+        bool(typed(body, "stream", bool)),
+        bool(typed(options, "include_usage", bool)),
+        bool(typed(body, "timings_per_token", bool)),
         tuple(sorted(name for name in body if name not in _KNOWN)),
     )
 
@@ -82,17 +93,58 @@ def _check_not_built(body: Mapping[str, Any]) -> None:
         refuse("n", "n: one answer a request is made; ask several times")
     if body.get("logprobs") or body.get("top_logprobs"):
         refuse("logprobs", "logprobs are not given; leave them out")
-    if (body.get("tools") or body.get("functions")) and body.get("tool_choice") != "none":
-        refuse("tools", "this server makes no tool calls; leave tools out")
-    kind = (_typed(body, "response_format", dict) or {}).get("type", "text")
-    if kind != "text":
-        refuse("response_format", f"response_format {kind!r:.40} is not enforced by this server; leave it out")
+    if body.get("functions"):
+        refuse("functions", "functions are an older name of tools; send tools")
+    for name in _OTHER_GRAMMARS:
+        if body.get(name) is not None:
+            refuse(name, f"{name} is not enforced by this server; send response_format with a JSON schema")
     for name in ("presence_penalty", "frequency_penalty"):
         if body.get(name) not in (None, 0):
             refuse(name, f"{name} is not implemented; use repetition_penalty")
 
 
-def _messages(raw: Any) -> tuple[list[Message], list[Picture]]:
+def _schema(body: Mapping[str, Any]) -> str | None:
+    """The JSON schema that the answer follows, in OpenAI's spelling or llama.cpp's; None where it is free text."""
+    form = typed(body, "response_format", dict) or {}
+    kind, found = form.get("type", "text"), None
+    if kind == "json_schema":
+        found = form.get("schema", (typed(form, "json_schema", dict) or {}).get("schema"))
+        if found is None:
+            raise ApiError(400, "response_format has no json_schema.schema", None, "response_format")
+    elif kind == "json_object":
+        found = form.get("schema", {"type": "object"})
+    elif kind != "text":
+        said = f"response_format {kind!r:.40} is not known; text, json_object or json_schema"
+        raise ApiError(400, said, "unsupported", "response_format")
+    elif body.get("json_schema") is not None:
+        found = body["json_schema"]
+    return None if found is None else json.dumps(found)
+
+
+def _tools(body: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The functions that may be called, and whether one must be: auto, required, or its name."""
+    tools = typed(body, "tools", list) or []
+    for n, tool in enumerate(tools):
+        name = function_of(tool).get("name") if isinstance(tool, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, f"tools[{n}] has no function.name", None, f"tools[{n}]")
+        parameters = function_of(tool).get("parameters")
+        if not isinstance(parameters, dict | None):
+            raise ApiError(400, f"tools[{n}].function.parameters is not an object", None, f"tools[{n}]")
+    choice = typed(body, "tool_choice", str, dict) or "auto"
+    if isinstance(choice, dict):
+        choice = function_of(choice).get("name") or "auto"
+        if not isinstance(choice, str) or choice not in [function_of(tool)["name"] for tool in tools]:
+            raise ApiError(400, f"tool_choice {choice!r:.80} is none of the tools", None, "tool_choice")
+    elif choice not in ("none", "auto", "required"):
+        said = f"tool_choice {choice!r:.40} is not known; none, auto, required or a function"
+        raise ApiError(400, said, None, "tool_choice")
+    if choice == "none" or not tools:
+        return (), "auto"
+    return tools, choice
+
+
+def parse_messages(raw: Any) -> tuple[list[Message], list[Picture]]:
     """The turns, all system messages as one in front, and their images in order."""
     if not isinstance(raw, list) or not raw:
         raise ApiError(400, "messages must be a list of at least one message", None, "messages")
@@ -107,22 +159,40 @@ def _messages(raw: Any) -> tuple[list[Message], list[Picture]]:
         if role is None:
             known = ", ".join(_ROLES)
             raise ApiError(400, f"{where}.role is {message.get('role')!r:.40}; roles are {known}", None, where)
-        if role == "assistant" and message.get("tool_calls"):
-            raise ApiError(400, f"{where}.tool_calls: this server makes no tool calls", "unsupported", where)
-        parts, found = _content(message.get("content"), f"{where}.content")
+        parts, found = _content(message, where)
         if found and role != "user":
             raise ApiError(400, f"{where} is of the {role}, and only a user's message has images", None, where)
         pictures += found
         if role == "system":
             system += [str(part) for part in parts]
         else:
-            turns.append(Message(role, tuple(parts) if found else "".join(map(str, parts))))
+            content = tuple(parts) if found else "".join(map(str, parts))
+            turns.append(Message(role, content, tool_calls=_calls(message, where)))
     if not turns:
         raise ApiError(400, "there is no user's message", None, "messages")
     return [*([Message("system", "\n\n".join(system))] if system else []), *turns], pictures
 
 
-def _content(raw: Any, where: str) -> tuple[list[str | Place], list[Picture]]:
+def _calls(message: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
+    """The calls of a past turn. Their arguments are JSON text, or an object as Ollama has them."""
+    calls = []
+    for n, raw in enumerate(typed(message, "tool_calls", list) or []):
+        place = f"{where}.tool_calls[{n}]"
+        function = function_of(raw) if isinstance(raw, dict) else {}
+        name, arguments = function.get("name"), function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as e:
+                raise ApiError(400, f"{place}.function.arguments is not JSON ({str(e)[:100]})", None, place) from e
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ApiError(400, f"{place} needs function.name and function.arguments, an object as JSON", None, place)
+        calls.append(ToolCall(name, arguments))
+    return tuple(calls)
+
+
+def _content(message: Mapping[str, Any], where: str) -> tuple[list[str | Place], list[Picture]]:
+    raw, where = message.get("content"), f"{where}.content"
     if raw is None or isinstance(raw, str):
         return [raw or ""], []
     if not isinstance(raw, list):
@@ -136,7 +206,7 @@ def _content(raw: Any, where: str) -> tuple[list[str | Place], list[Picture]]:
             parts.append(part["text"])
         elif kind == "image_url":
             parts.append(IMAGE)
-            pictures.append(_picture(part.get("image_url"), place))
+            pictures.append(picture(part.get("image_url"), place))
         elif kind in ("input_text", "input_image"):
             raise ApiError(400, f"{place}: {kind} is the Responses API's; this is chat/completions: text, image_url")
         else:
@@ -144,7 +214,8 @@ def _content(raw: Any, where: str) -> tuple[list[str | Place], list[Picture]]:
     return parts, pictures
 
 
-def _picture(raw: Any, where: str) -> Picture:
+def picture(raw: Any, where: str) -> Picture:
+    """An image_url, with its detail or as a text alone; raises ApiError for anything else."""
     detail = "auto"
     if isinstance(raw, dict):
         raw, detail = raw.get("url"), raw.get("detail") or "auto"
@@ -152,41 +223,43 @@ def _picture(raw: Any, where: str) -> Picture:
         raise ApiError(400, f"{where}: image_url needs a url", None, where)
     if detail not in ("low", "high", "auto"):
         raise ApiError(400, f"{where}: detail {detail!r:.40} is not known; low, high or auto", None, where)
-    return Picture(image_bytes(raw), detail)
+    return Picture(raw, detail)
 
 
 def _generation(body: Mapping[str, Any]) -> Generation:
     """The settings that were given, by our names."""
     found: dict[str, Any] = {"speculate": 0}
     for name, ours in _NUMBERS.items():
-        value = _typed(body, name, int, float)
+        value = typed(body, name, int, float)
         if value is not None:
             found[ours] = float(max(-_MOST, min(value, _MOST)))
     for name in ("max_tokens", "max_completion_tokens"):
-        value = _typed(body, name, int)
+        value = typed(body, name, int)
         if value is not None:
             found["max_new_tokens"] = value
-    top_k, seed = _typed(body, "top_k", int), _typed(body, "seed", int)
+    top_k, seed = typed(body, "top_k", int), typed(body, "seed", int)
     if top_k is not None:
         found["top_k"] = max(0, top_k)  # -1: llama.cpp's off
     if seed is not None and seed >= 0:  # -1: any
         found["seed"] = seed
-    if stop := _typed(body, "stop", str, list):
+    if stop := typed(body, "stop", str, list):
         texts = [stop] if isinstance(stop, str) else stop
         if not all(isinstance(text, str) and text for text in texts):
             raise ApiError(400, "stop must be a text, or a list of texts that are not empty", None, "stop")
         found["stop"] = tuple(texts)
-    if _typed(body, "ignore_eos", bool):  # llama.cpp's, for measuring
+    if typed(body, "ignore_eos", bool):  # llama.cpp's, for measuring
         found["ignore_eos"] = True
     if found.get("temperature") == 0:  # clients send all they have
         found = {name: value for name, value in found.items() if name not in _WITHOUT_EFFECT_WHEN_GREEDY}
     return cast("Generation", found)
 
 
+_OTHER_GRAMMARS = ("grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+"""Of other servers: ignored, an answer would be free text that its client takes for what it asked for."""
 _IN_WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
 
 
-def _typed(body: Mapping[str, Any], name: str, *kinds: type) -> Any:
+def typed(body: Mapping[str, Any], name: str, *kinds: type) -> Any:
     """A field of one of these kinds; None where it is null or missing."""
     value = body.get(name)
     if value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
@@ -214,6 +287,9 @@ _KNOWN = {
     "functions",
     "tool_choice",
     "response_format",
+    "json_schema",
+    "timings_per_token",
+    *_OTHER_GRAMMARS,
     "presence_penalty",
     "frequency_penalty",
 }

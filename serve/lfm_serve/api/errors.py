@@ -39,6 +39,18 @@ def too_large(message: str) -> ApiError:
     return ApiError(503, message, "too_large_for_this_device", headers={"x-should-retry": "false"})
 
 
+def refused_image(message: str) -> ApiError:
+    """For an image that cannot be had."""
+    return ApiError(400, message, "invalid_image", "messages")
+
+
+def too_late() -> ApiError:
+    """For a request that took longer than --request-timeout: asked again, it would take as long."""
+    return ApiError(
+        504, "the answer took longer than this server allows", "timeout", headers={"x-should-retry": "false"}
+    )
+
+
 def loading() -> ApiError:
     """Before the model is there; in the words of llama.cpp's server, which clients wait for."""
     return ApiError(503, "Loading model", "unavailable_error", headers={"Retry-After": "1"})

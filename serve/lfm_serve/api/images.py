@@ -1,21 +1,26 @@
-"""Images as clients send them: data URIs or bare base64 → the file's bytes. Nothing is fetched, no file is opened."""
+"""Images as clients send them: data URIs or bare base64 → the file's bytes; where the server's owner allows it, also
+files below one folder and URLs of some hosts.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
-from urllib.parse import unquote_to_bytes
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlparse
 
-from lfm_serve.api.errors import ApiError
+from lfm_serve.api.errors import refused_image
+from lfm_serve.api.remote import fetch
+from lfm_serve.limits import Limits
 
 _DATA = re.compile(r"data:(?P<kind>[^,]{0,200}?)(?P<base64>;\s*base64)?,", re.IGNORECASE)
 _SHORTEST = 16
 """Characters of bare base64: fewer are a name or a word."""
 
 
-def image_bytes(url: str) -> bytes:
-    """The bytes that a data URI or base64 text holds; raises ApiError for anything else."""
+def image_bytes(url: str, limits: Limits) -> bytes:
+    """The bytes that a URL, a data URI or base64 text stands for; raises ApiError where that is nothing."""
     if match := _DATA.match(url):
         rest = url[match.end() :]
         if not match["base64"]:
@@ -23,12 +28,27 @@ def image_bytes(url: str) -> bytes:
         return _decoded(unquote_to_bytes(rest) if "%" in rest else rest.encode("ascii", "replace"))
     scheme = url.partition(":")[0].lower() if ":" in url[:12] else ""
     if scheme in ("http", "https"):
-        raise _refused("this server fetches no URLs; send the image itself: data:image/jpeg;base64,…")
+        if not limits.image_hosts:
+            raise refused_image("this server fetches no URLs; send the image itself: data:image/jpeg;base64,…")
+        return fetch(url, limits.image_hosts, limits.max_body_mib << 20)
+    if scheme == "file" and limits.media_path:
+        return _file(url, limits.media_path, limits.max_body_mib << 20)
     if scheme:
-        raise _refused(f"{scheme}: URLs are not opened; send the image itself: data:image/jpeg;base64,…")
+        raise refused_image(f"{scheme}: URLs are not opened; send the image itself: data:image/jpeg;base64,…")
     if len(url) < _SHORTEST:
-        raise _refused("an image is a data URI: data:image/jpeg;base64,…")
+        raise refused_image("an image is a data URI: data:image/jpeg;base64,…")
     return _decoded(url.encode("ascii", "replace"))
+
+
+def _file(url: str, folder: Path, most: int) -> bytes:
+    """A file below the folder that is allowed; links that lead out of it are not."""
+    root = folder.resolve()
+    path = Path(unquote(urlparse(url).path)).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        raise refused_image("there is no such file below the folder that this server opens images from")
+    if path.stat().st_size > most:
+        raise refused_image(f"the file has more than {most >> 20} MiB")
+    return path.read_bytes()
 
 
 def _decoded(text: bytes) -> bytes:
@@ -37,14 +57,10 @@ def _decoded(text: bytes) -> bytes:
     try:
         return _not_empty(base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True))
     except (binascii.Error, ValueError) as e:
-        raise _refused(f"the image is not valid base64 ({e})") from e
+        raise refused_image(f"the image is not valid base64 ({e})") from e
 
 
 def _not_empty(found: bytes) -> bytes:
     if not found:
-        raise _refused("the image has no bytes")
+        raise refused_image("the image has no bytes")
     return found
-
-
-def _refused(message: str) -> ApiError:
-    return ApiError(400, message, "invalid_image", "messages")

@@ -38,13 +38,12 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """A stream of server-sent events, each flushed. `gone` is called when the client has left before its end."""
+class Stream(Response):
+    """Parts that are sent as they come, each flushed. `gone` is called when the client has left before its end."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, parts: AsyncIterator[bytes], gone: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, parts: AsyncIterator[bytes], gone: Callable[[], None], media_type: str) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._parts, self._gone = parts, gone
 

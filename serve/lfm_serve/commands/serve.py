@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must have, one a line")
     parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine")
+    parser.add_argument(
+        "--image-host", action="append", default=[], metavar="NAME", help="fetch images by URL from it; *.example.org"
+    )
+    parser.add_argument("--media-path", type=Path, metavar="DIR", help="open images by file URL below this folder")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="a page that may ask: https://example.org"
+    )
     parser.add_argument("--name", default="", help="the model's id for clients; default: the checkpoint's name")
     parser.add_argument("--strict-model", action="store_true", help="refuse requests for a model of another name")
     parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
@@ -35,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mib", type=int, default=128, metavar="N", help="memory for images seen before")
     parser.add_argument("--max-megapixels", type=float, default=25.0, metavar="N", help="refuse larger images")
     parser.add_argument("--max-body-mib", type=int, default=64, metavar="N", help="refuse larger requests")
+    parser.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )
@@ -66,7 +75,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
     engine = Engine(setup, rows=rows, waiting=options.queue, cache_mib=options.cache_mib)
     limits = Limits(
-        max_body_mib=options.max_body_mib, max_megapixels=options.max_megapixels, strict_model=options.strict_model
+        max_body_mib=options.max_body_mib,
+        max_megapixels=options.max_megapixels,
+        request_s=options.request_timeout,
+        strict_model=options.strict_model,
+        image_hosts=tuple(options.image_host),
+        media_path=options.media_path,
     )
     return serve(
         engine,
@@ -76,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         name=options.name or _name(setup.bundle),
         keys=keys,
         hosts=options.allow_host,
+        origins=options.cors_origin,
         quiet=options.quiet,
     )
 
@@ -88,6 +103,13 @@ def _check(options: argparse.Namespace) -> None:
             raise SettingError(f"--{name.replace('_', '-')} {value} is impossible; allowed: {least} and above")
     if options.port > 65535:
         raise SettingError(f"--port {options.port} is impossible; allowed: 0 (any that is free) to 65535")
+    if options.request_timeout <= 0:
+        raise SettingError(f"--request-timeout {options.request_timeout:g} is impossible; allowed: above 0")
+    if options.media_path and not options.media_path.is_dir():
+        raise SettingError(f"--media-path {options.media_path} is not a folder")
+    for origin in options.cors_origin:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise SettingError(f"--cors-origin {origin!r:.80} is not an origin; write https://example.org")
     if options.low_memory:
         raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
     try:

@@ -162,6 +162,23 @@ def test_what_cannot_be_enforced_is_refused_before(demo_model, of, said) -> None
         demo_model.answer([], "x", schema=of)
 
 
+def test_no_property_is_invented(demo_model) -> None:
+    """Where a schema does not say that there may be others; with additionalProperties: true there may."""
+    of = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 3}, "o": {"$ref": "#/$defs/O"}},
+          "required": ["a", "o"], "$defs": {"O": {"type": "object", "properties": {"b": {"type": "null"}}}}}  # fmt: skip
+    for seed in range(5):
+        answer = demo_model.answer([], "x", schema=of, temperature=2.0, seed=seed, max_new_tokens=80)
+        found = json.loads(answer.text())
+        assert set(found) == {"a", "o"} and set(found["o"]) <= {"b"}
+    grammars = Grammars(demo_model.prompts.tokenizer, demo_model.bundle.eos)
+    encode = demo_model.prompts.tokenizer.encode
+    for more, allowed in (({}, False), ({"additionalProperties": True}, True)):
+        guide = grammars.of_schema(json.dumps({"type": "object", "properties": {"a": {"type": "null"}}, **more}))
+        for token in encode('{"a": null'):
+            guide.accept(token)
+        assert bool(guide.allowed()[encode(",")[0]]) is allowed
+
+
 def test_a_property_may_have_a_keywords_name(demo_model) -> None:
     of = {"type": "object", "properties": {"minProperties": {"type": "integer"}}, "required": ["minProperties"]}
     demo_model.answer([], "x", schema=of)

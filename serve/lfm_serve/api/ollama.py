@@ -1,0 +1,171 @@
+"""The part of Ollama's API that Home Assistant and others use: /api/tags, /api/version, /api/show, /api/chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from lfm_runtime.answer.reply import Reply
+from lfm_runtime.bundle import Bundle
+
+from lfm_serve.api.answers import reason
+from lfm_serve.api.chat import Asked, parse, typed
+from lfm_serve.api.errors import ApiError
+
+VERSION = "0.13.0"
+"""Of Ollama, whose API this is like: clients compare it with what they need."""
+_OPTIONS = {
+    "num_predict": "max_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "seed": "seed",
+    "stop": "stop",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+_UNUSED = ("keep_alive", "think", "truncate", "shift", "options", "format", "stream", "model", "messages", "tools")
+
+
+def parse_chat(body: Any) -> Asked:
+    """Of /api/chat; raises ApiError where it is not a request of it. Written as OpenAI's, then read as those are."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    options = typed(body, "options", dict) or {}
+    found: dict[str, Any] = {ours: options[theirs] for theirs, ours in _OPTIONS.items() if theirs in options}
+    if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # no limit
+        del found["max_tokens"]
+    form = typed(body, "format", str, dict)
+    if isinstance(form, dict):
+        found["response_format"] = {"type": "json_schema", "schema": form}
+    elif form == "json":
+        found["response_format"] = {"type": "json_object"}
+    elif form:
+        raise ApiError(400, f"format {form!r:.40} is not known; json, or a JSON schema", None, "format")
+    stream = typed(body, "stream", bool)
+    return parse(
+        {
+            **{name: value for name, value in body.items() if name not in _UNUSED},
+            **found,
+            "messages": [_message(m, f"messages[{n}]") for n, m in enumerate(typed(body, "messages", list) or [])],
+            "model": body.get("model"),
+            "tools": body.get("tools"),
+            "stream": True if stream is None else stream,
+        }
+    )
+
+
+def _message(raw: Any, where: str) -> Any:
+    """A message as OpenAI writes it: images, which stand beside the text here, come before it."""
+    if not isinstance(raw, dict) or not raw.get("images"):
+        return raw
+    images = typed(raw, "images", list) or []
+    if not all(isinstance(image, str) for image in images):
+        raise ApiError(400, f"{where}.images is not a list of texts in base64", None, where)
+    parts: list[Any] = [{"type": "image_url", "image_url": image} for image in images]
+    return {**raw, "content": [*parts, {"type": "text", "text": raw.get("content") or ""}]}
+
+
+@dataclass(frozen=True)
+class ChatLines:
+    """The answer as one object, or as lines of JSON."""
+
+    model: str
+    media_type = "application/x-ndjson"
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The answer as one object."""
+        message: dict[str, Any] = {"role": "assistant", "content": reply.report.text}
+        return {**self._head(), "message": {**message, **_calls(reply)}, **_end(reply)}
+
+    def first(self) -> bytes:
+        """Nothing: the first line is of the first text."""
+        return b""
+
+    def piece(self, text: str, _reply: Reply) -> bytes:
+        """A line of text."""
+        return self._line({"message": {"role": "assistant", "content": text}, "done": False})
+
+    def working(self) -> bytes:
+        """A line without text: the format has no comments."""
+        return self._line({"message": {"role": "assistant", "content": ""}, "done": False})
+
+    def last(self, reply: Reply) -> bytes:
+        """The line with the calls, if there are any, and that with the reason and the figures."""
+        empty = {"role": "assistant", "content": ""}
+        calls = self._line({"message": {**empty, **_calls(reply)}, "done": False}) if reply.calls else b""
+        return calls + self._line({"message": empty, **_end(reply)})
+
+    def failed(self, error: ApiError) -> bytes:
+        """A line with the error."""
+        return _json({"error": error.message})
+
+    def _line(self, value: Mapping[str, Any]) -> bytes:
+        return _json({**self._head(), **value})
+
+    def _head(self) -> dict[str, Any]:
+        return {"model": self.model, "created_at": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _calls(reply: Reply) -> dict[str, Any]:
+    calls = [{"function": {"name": call.name, "arguments": dict(call.arguments)}} for call in reply.calls]
+    return {"tool_calls": calls} if calls else {}
+
+
+def _end(reply: Reply) -> dict[str, Any]:
+    """Why it ended, and what it took, in nanoseconds."""
+    report = reply.report
+    ms = {name: value or 0.0 for name, value in report.timing_ms.items()}
+    return {
+        "done": True,
+        "done_reason": reason(reply).replace("tool_calls", "stop"),
+        "total_duration": round(ms["total"] * 1e6),
+        "load_duration": 0,
+        "prompt_eval_count": report.prompt_tokens,
+        "prompt_eval_duration": round((ms["vision"] + ms["prefill"]) * 1e6),
+        "eval_count": report.new_tokens,
+        "eval_duration": round((ms["total"] - ms["ttft"]) * 1e6),
+    }
+
+
+def tag(name: str, bundle: Bundle, variant: str) -> dict[str, Any]:
+    """The model as a line of /api/tags."""
+    size = sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file())
+    digest = bundle.manifest.source.weights if bundle.manifest else ""
+    modified = datetime.fromtimestamp(bundle.folder.stat().st_mtime, timezone.utc).isoformat()
+    details = _details(variant)
+    return {"name": name, "model": name, "modified_at": modified, "size": size, "digest": digest, "details": details}
+
+
+def shown(bundle: Bundle, variant: str, context: int, template: str) -> dict[str, Any]:
+    """The model as /api/show tells of it."""
+    tools = ["tools"] if "tools" in template else []
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": template,
+        "details": _details(variant),
+        "model_info": {"general.architecture": "lfm2_vl", "lfm2_vl.context_length": context},
+        "capabilities": ["completion", "vision", *tools],
+        "modified_at": datetime.fromtimestamp(bundle.folder.stat().st_mtime, timezone.utc).isoformat(),
+    }
+
+
+def _details(variant: str) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "onnx",
+        "family": "lfm2_vl",
+        "families": ["lfm2_vl"],
+        "parameter_size": "",
+        "quantization_level": variant,
+    }
