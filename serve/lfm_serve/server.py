@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from lfm_runtime.errors import SettingError
@@ -21,7 +23,9 @@ from lfm_serve.api.app import Api
 from lfm_serve.api.counted import Counted
 from lfm_serve.api.guard import Guard
 from lfm_serve.engine import Engine
+from lfm_serve.hurried import Hurried
 from lfm_serve.limits import Limits
+from lfm_serve.systemd import passed_socket, tell
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 128
@@ -35,23 +39,34 @@ def serve(
     port: int,
     name: str,
     keys: Sequence[bytes] = (),
+    anybody: bool = False,
     hosts: Collection[str] = (),
     origins: Sequence[str] = (),
     quiet: bool = False,
 ) -> int:
-    """Serve until a signal; returns the exit code.
+    """Serve until a signal, on the socket that systemd passes, else on this address; returns the exit code.
 
     Raises:
-        SettingError: the address cannot be used.
+        SettingError: the address cannot be used, or is open to other machines where everybody could ask.
         EdgeError: the model cannot be loaded.
     """
-    listening = _bound(host, port)
+    listening = passed_socket() or _bound(host, port)
+    if not keys and not anybody and not is_loopback(listening.getsockname()):
+        raise SettingError(OPEN.format(listening.getsockname()[0]))
     api = Api(engine, name, limits)
     app: ASGIApp = Guard(api.application(), keys=keys, hosts=(*hosts, host))
     if origins:  # in front of the guard: a browser asks beforehand without a key
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     app = Counted(app, api.metrics)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off")
+    config = uvicorn.Config(
+        app,
+        http=type("Connection", (Hurried,), {"header_s": limits.header_s}),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        lifespan="off",
+    )
     server = _Server(config)
     engine.start()
     watcher = threading.Thread(target=_tell_when_ready, args=(engine, server, listening, name, quiet), daemon=True)
@@ -79,9 +94,26 @@ class _Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        tell("STOPPING=1")
         if self.should_exit:
             self.force_exit = True
         super().handle_exit(sig, frame)
+
+
+OPEN = (
+    "{} is open to other machines: give keys with --api-key-file FILE (openssl rand -hex 32 > FILE), or allow "
+    "everybody with --no-auth"
+)
+
+
+def is_loopback(name: Any) -> bool:
+    """Whether only this machine reaches a socket of this name."""
+    if not isinstance(name, tuple):  # a path
+        return True
+    try:
+        return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
+    except ValueError:
+        return bool(name[0] == "localhost")
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -101,10 +133,19 @@ def _bound(host: str, port: int) -> socket.socket:
 def _tell_when_ready(engine: Engine, server: uvicorn.Server, listening: socket.socket, name: str, quiet: bool) -> None:
     """Say where the server is once it answers; end it with its engine."""
     engine.wait_until_loaded()
-    host, port = listening.getsockname()[:2]
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    if not (quiet or engine.failure):
+    if engine.failure is None:
+        tell("READY=1")
+    if engine.failure is None and not quiet:
+        where = _address(listening.getsockname())
         rows = f"{engine.rows} at once, {engine.capacity} tokens each"
         print(f"{name}, {engine.setup.summary}, {rows}\nserving at {where}", file=sys.stderr, flush=True)
     engine.wait_until_over()
     server.should_exit = True  # the engine's failure ends the process, whose supervisor starts it again
+
+
+def _address(name: Any) -> str:
+    """The base URL of a socket of this name."""
+    if not isinstance(name, tuple):
+        return str(name)
+    host, port = name[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

@@ -63,6 +63,13 @@ class Server:
             assert time.monotonic() < ends, f"{name} is {self.metric(name)}, not {value}"
             time.sleep(0.02)
 
+    def becomes_at_least(self, name: str, value: float) -> None:
+        """As `becomes`, for a metric that may not be there yet."""
+        ends = time.monotonic() + 60
+        while not (found := re.search(rf"^{re.escape(name)} (.+)$", self.ask("/metrics")[1], re.MULTILINE)) or float(found[1]) < value:  # fmt: skip
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""
         if self.process.poll() is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import mmap
 import os
 import re
 import tempfile
@@ -33,6 +34,8 @@ from lfm_runtime.formats.manifest import ModelFacts
 Keys = NDArray[np.int64]
 _log = logging.getLogger(__name__)
 _ABANDONED_S = 3600
+_ALIGNMENT = 64
+"""Of arrays in memory, a line of the processor's cache."""
 _OURS = re.compile(r"(?:image|prefix-(\d+))-[0-9a-f]{32}\.npz")
 """Names of our files. A folder may have others, which are not touched."""
 
@@ -153,12 +156,13 @@ class Cache:
                 self._folder = None
 
     def _keep_in_memory(self, name: str, arrays: Arrays) -> None:
-        if _nbytes(arrays) > self._max_bytes:
+        size = _nbytes(arrays)
+        if size > self._max_bytes:
             return
-        self._kept[name] = arrays
-        while self.nbytes > self._max_bytes:
+        while self.nbytes + size > self._max_bytes:
             gone, _ = self._kept.popitem(last=False)
             self._lengths.pop(gone, None)
+        self._kept[name] = _in_one_block(arrays)
 
     def _trim_disk(self) -> None:
         """Remove the files longest unused until the rest fits the disk's budget."""
@@ -174,7 +178,24 @@ class Cache:
 
 
 def _nbytes(arrays: Mapping[str, NDArray[np.generic]]) -> int:
-    return sum(array.nbytes for array in arrays.values())
+    """Bytes that arrays take in a block of their own."""
+    return -(-sum(_aligned(array.nbytes) for array in arrays.values()) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _in_one_block(arrays: Arrays) -> Arrays:
+    """Copies that lie in pages of their own, which go back to the system with them. Blocks of many sizes that come and
+    go among everything else would leave gaps: a process that answers for days grew by a quarter of the cache.
+    """
+    block, at, found = mmap.mmap(-1, max(_nbytes(arrays), mmap.PAGESIZE)), 0, {}
+    for name, array in arrays.items():
+        found[name] = np.frombuffer(block, array.dtype, array.size, at).reshape(array.shape)
+        found[name][...] = array
+        at += _aligned(array.nbytes)
+    return found
 
 
 def _read(path: Path, fits: Callable[[Arrays], bool]) -> Arrays | None:

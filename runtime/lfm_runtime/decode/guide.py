@@ -167,7 +167,7 @@ def _closed(schema: Any) -> Any:
         return [_closed(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for name, inner in schema.items():
         if name in ("properties", "$defs", "definitions") and isinstance(inner, Mapping):
             found[name] = {key: _closed(value) for key, value in inner.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import re
 import sys
@@ -53,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, which let the requests that are there be answered; a second one does not."""
+    from lfm_serve.steady import keep_memory_steady
+
+    keep_memory_steady()  # before onnxruntime starts threads
     from lfm_serve.api.guard import read_keys
     from lfm_serve.engine import Engine
     from lfm_serve.limits import Limits
@@ -89,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         port=options.port,
         name=options.name or _name(setup.bundle),
         keys=keys,
+        anybody=options.no_auth,
         hosts=options.allow_host,
         origins=options.cors_origin,
         quiet=options.quiet,
@@ -97,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise SettingError for what cannot be."""
+    from lfm_serve.server import OPEN, is_loopback
+
     for name, least in (("rows", 1), ("context", 16), ("queue", 0), ("cache_mib", 0), ("max_body_mib", 1), ("port", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -112,15 +117,8 @@ def _check(options: argparse.Namespace) -> None:
             raise SettingError(f"--cors-origin {origin!r:.80} is not an origin; write https://example.org")
     if options.low_memory:
         raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
-    try:
-        loopback = ipaddress.ip_address(options.host).is_loopback
-    except ValueError:
-        loopback = options.host == "localhost"
-    if not loopback and not (options.api_key_file or options.no_auth):
-        raise SettingError(
-            f"{options.host} is open to other machines: give keys with --api-key-file FILE (openssl rand -hex 32 > "
-            "FILE), or allow everybody with --no-auth"
-        )
+    if not (options.api_key_file or options.no_auth or is_loopback((options.host, options.port))):
+        raise SettingError(OPEN.format(options.host))  # before the model is looked at
 
 
 def _name(bundle: Bundle) -> str:
