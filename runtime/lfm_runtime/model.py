@@ -349,7 +349,8 @@ class Model:
         with report.stage("prefill"):
             context.resume(found, keys, job.capacity)
         for end in (*(n for n in prompt.image_ends if returning and n > known), len(prompt.ids)):
-            yield
+            if context.length > known:
+                yield
             at = context.length
             part = context.feeding(embeds[:, at - known : end - known], keys[at:end])
             logits = yield from report.staged("prefill", part)
