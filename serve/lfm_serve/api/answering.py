@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lfm_runtime.answer.choice import Choice
@@ -56,8 +56,8 @@ class Waiting:
     """A request in the engine, and the events that come from there."""
 
     request: Request
-    events: asyncio.Queue[Event]
-    ends: float = field(default=0.0)  # time.monotonic()
+    events: asyncio.Queue[Event | None]  # None: a time is over
+    ends: float  # time.monotonic()
 
     async def next(self, at_most: float | None = None) -> Event | None:
         """The next event; None where it takes longer than `at_most` seconds.
@@ -66,12 +66,27 @@ class Waiting:
             ApiError: the time for the whole request is over.
         """
         left = self.ends - time.monotonic()
+        # A timer that puts something into the queue: asyncio.wait_for would make a task for every token.
+        wake = asyncio.get_running_loop().call_later(
+            max(0.0, left if at_most is None else min(left, at_most)), self.events.put_nowait, None
+        )
         try:
-            return await asyncio.wait_for(self.events.get(), left if at_most is None else min(left, at_most))
-        except asyncio.TimeoutError:
-            if time.monotonic() >= self.ends:
-                raise too_late() from None
-            return None
+            found = await self.events.get()
+        finally:
+            wake.cancel()
+        if found is None and time.monotonic() >= self.ends:
+            raise too_late()
+        return found
+
+    async def end(self) -> Event:
+        """The last event.
+
+        Raises:
+            ApiError: the time for the whole request is over.
+        """
+        while (found := await self.next()) is None or isinstance(found, Piece):
+            pass
+        return found
 
 
 class Answering:
@@ -86,7 +101,7 @@ class Answering:
         Raises:
             ApiError, EdgeError: there is none.
         """
-        waiting = self._queued(job)
+        waiting = self._queued(job, pieces=stream)
         if stream:
             parts = self._parts(waiting, job.reply, shape)
             return Stream(parts, lambda: self._left(waiting), shape.media_type)
@@ -97,16 +112,19 @@ class Answering:
 
     async def score(self, http: HttpRequest, asked: Sequence[Choice]) -> Ended | None:
         """The end of scoring given answers; None where nobody waits for it any more."""
-        ended = await self._end(http, self._queued(asked))
+        ended = await self._end(http, self._queued(asked, pieces=False))
         for one in (ended.chosen or ()) if ended else ():
             self._metrics.answered(one.report)
         return ended
 
-    def _queued(self, work: Job | Sequence[Choice]) -> Waiting:
-        events: asyncio.Queue[Event] = asyncio.Queue()
+    def _queued(self, work: Job | Sequence[Choice], *, pieces: bool) -> Waiting:
+        """Put work into the engine's queue; `pieces`: somebody wants the text as it comes."""
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def emit(event: Event) -> None:  # in the engine's thread
+            if not pieces and isinstance(event, Piece):
+                return
             with suppress(RuntimeError):  # the loop is closed: the server ends
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -117,8 +135,7 @@ class Answering:
     async def _end(self, http: HttpRequest, waiting: Waiting) -> Ended | None:
         """Wait for the end; None where the client leaves before."""
         try:
-            while isinstance(found := await until_gone(waiting.next(), http.receive), Piece):
-                pass
+            found = await until_gone(waiting.end(), http.receive)
         except Gone:
             self._left(waiting)
             return None
