@@ -225,7 +225,7 @@ def _cancel(on: Installed) -> str:
 def _full_disk(on: Installed) -> str:
     """No block can be written anywhere: an answer comes all the same, also with a cache folder on that disk."""
     if sys.platform == "win32":
-        raise Skipped("a full disk is simulated with a file size limit, which Windows does not have")
+        raise Skipped("a full disk is simulated by a file size limit, which Windows has not")
     # 512 bytes, not 0: qemu's user emulation writes what it shows as /proc/self/stat into a file first.
     full = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -238,9 +238,8 @@ def _full_disk(on: Installed) -> str:
         words += ["--cache", str(Path(folder) / "cache")]
         done = run_command([*words, "--profile", _profile_file(on, folder)], first=full)
     if done.returncode:
-        raise CheckError(
-            f"with a full disk it does not answer: {last_line(done.stderr)}; free some space, and report it"
-        )
+        said = last_line(done.stderr)  # often with what to do; the disk need not be at fault
+        raise CheckError(f"with a full disk it does not answer: {said}{'' if '; ' in said else '; free some space'}")
     return "answers"
 
 

@@ -269,5 +269,7 @@ def _check_ours(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    if any(name != REQUIREMENTS and not name.endswith(".whl") for name in names):
-        raise WheelhouseError(f"{folder} is not a wheelhouse; choose another output")
+    strange = sorted(name for name in names if name != REQUIREMENTS and not name.endswith(".whl"))
+    if strange:
+        what = f"has {strange[0]!r}" if strange[0] else "is a file"
+        raise WheelhouseError(f"{folder} {what}, so it is not a wheelhouse; choose another output")

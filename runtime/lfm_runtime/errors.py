@@ -84,6 +84,7 @@ _DO = {
     errno.EMFILE: "close files, or raise ulimit -n",
     errno.ENFILE: "close other programs",
     errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "no file can have such a name",
 }
 
 

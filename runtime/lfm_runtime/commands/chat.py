@@ -98,13 +98,13 @@ class Talk:
             pieces = iter(answer)
             self._show(pieces)
         except EdgeError as e:
-            print_json({"question": question, "error": str(e)}) if self._json else self.say_nothing()
             anew = "/clear forgets it" if sys.stdin.isatty() else "start another chat"
             full = (
                 f"; the conversation so far takes most of them: {anew}"
                 if isinstance(e, ContextFullError) and said
                 else ""
             )
+            print_json({"question": question, "error": f"{e}{full}"}) if self._json else self.say_nothing()
             print(f"lfm-edge: {e}{full}", file=sys.stderr)
             return e.exit_code
         except KeyboardInterrupt:

@@ -43,11 +43,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _leftovers(bundle: Path) -> list[Path]:
     """Folders of interrupted runs that no process is writing, and prepared graphs that do not fit this machine."""
-    from lfm_runtime.engine.prepared import folder_of
+    from lfm_runtime.engine.prepared import NOTE, folder_of
 
     here = folder_of(bundle)
     found = [*bundle.parent.glob(f".{bundle.name}.*-work"), *bundle.parent.glob(f".{bundle.name}.partial-*")]
-    found += [path for path in here.parent.glob("*") if path != here and path.name.startswith("onnxruntime-")]
+    others = (path for path in here.parent.glob("onnxruntime-*") if path != here)
+    found += [path for path in others if all((inner / NOTE).is_file() for inner in path.iterdir())]  # what we wrote
     return sorted(path for path in found if not _in_use(path))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import importlib.util
 import signal
@@ -80,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except MemoryError as e:
-        return _fail(
-            f"not enough memory ({str(e) or 'Python has none left'}); {more_memory()}, or use a machine with more"
-        )
+        why = str(e) or "Python has none left"
+        return _fail(f"not enough memory ({why}); {more_memory()}, or use a machine with more")
     except OSError as e:  # a file or disk failed where no better message was made
         if is_out_of_memory(e):
             return _fail(f"not enough memory ({e}); {more_memory()}, or use a machine with more")
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
+        do = "; choose a shorter name" if e.errno == errno.ENAMETOOLONG else do
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
 
 

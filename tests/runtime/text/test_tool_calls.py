@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+from array import array
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lfm_runtime.answer.reply import Reply
+from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.errors import PromptError
+from lfm_runtime.report import Report
 from lfm_runtime.text.messages import Conversation, Message, ToolCall
 from lfm_runtime.text.spec import ChatFormat
-from lfm_runtime.text.tool_calls import parse_calls, written
+from lfm_runtime.text.tokenizer import Tokenizer, Vocabulary, byte_alphabet
+from lfm_runtime.text.tool_calls import CALL_END, CALL_START, parse_calls, written
 
 SPELLINGS = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "spellings"
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"p": {}, "q": {}}}}}]
@@ -86,6 +91,36 @@ def test_calls_that_python_can_parse(text) -> None:
         return
     wanted = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     assert parse_calls(text)[0].arguments == wanted
+
+
+@pytest.mark.parametrize(
+    ("written_", "text", "calls"),
+    [
+        ("A {s}[f(a=1)]{e} B", "A  B", ["f"]),
+        ("{s}[f(a=1), g()]{e}{s}h(){e}done", "done", ["f", "g", "h"]),
+        ("{s}no call{e}", "no call", []),
+        ("{s}[f(a=1)]", "", ["f"]),
+        ("x{e}y", "xy", []),
+    ],
+)
+def test_an_answer_with_calls(written_, text, calls) -> None:
+    """By ids: text before, between and after calls; an end token that is left out, or alone; no special token is text."""
+    tokens = [*byte_alphabet(), CALL_START, CALL_END, "<|im_end|>"]
+    vocabulary = Vocabulary(tokens, array("I"), False, [], [tokens[256:]], [256, 257, 258], {})
+    tokenizer = Tokenizer(vocabulary)
+    reply = Reply(tokenizer, [258], GenerationSettings(), 999, Report())
+    said = "".join(reply.add(i) for i in [*tokenizer.encode(written_.format(s=CALL_START, e=CALL_END)), 258])
+    assert (said, reply.report.text) == (text, text)
+    assert [call.name for call in reply.calls] == calls and reply.report.finish_reason == "eos"
+
+
+def test_a_call_that_is_cut_is_no_text_and_no_call() -> None:
+    tokens = [*byte_alphabet(), CALL_START, CALL_END]
+    tokenizer = Tokenizer(Vocabulary(tokens, array("I"), False, [], [tokens[256:]], [256, 257], {}))
+    reply = Reply(tokenizer, [], GenerationSettings(max_new_tokens=5), 999, Report())
+    for i in tokenizer.encode(f"{CALL_START}[f(a=1)]")[:5]:
+        reply.add(i)
+    assert (reply.report.finish_reason, reply.report.text, reply.calls) == ("length", "", [])
 
 
 CALLS = (ToolCall("f", {"a": "x", "n": [1, "y"], "o": {"k": True}}), ToolCall("g", {}))
