@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -31,6 +32,7 @@ NOT_RUN = (
     (r"lfm-edge export .*--portable|--static", "minutes; tests/export/test_portable.py, test_static.py"),
     (r"lfm-edge .*/tmp/", "a 450M; docs/performance.md says how long"),
     (r"lfm-edge --version", "not a command"),
+    (r"lfm-edge serve", "does not end; tests/serve, and the Python block of docs/serve.md"),
     (r"lfm-edge completion .*>", "writes into a shell; tests/runtime/commands/test_completion.py"),
     (r"lfm-edge quantize bundle --variant fp16 --calibration", "for a GPU; tests/quantize/test_gpu_variants.py"),
 )
@@ -174,15 +176,28 @@ def test_python_blocks_run(page, block, place) -> None:
     if not re.search(r"^model = ", block, re.MULTILINE):
         before += "model = Model.load('bundle', threads=1)\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(place)}
-    done = subprocess.run(
-        [sys.executable, "-c", before + block.replace("/var/cache", str(place))],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with served(place, environment) if SERVER in block else nullcontext(SERVER) as server:
+        code = before + block.replace("/var/cache", str(place)).replace(SERVER, server)
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SERVER = "http://pi.local:8080"
+
+
+@contextmanager
+def served(place: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A server of the bundle; its address."""
+    pytest.importorskip("openai")
+    words = [sys.executable, "-m", "lfm_runtime", "serve", "bundle", "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(words, cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in process.stderr if "serving at" in line)
+        yield said.split("serving at ")[1].strip().removesuffix("/v1")
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def test_device_tests_run(place) -> None:

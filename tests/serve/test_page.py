@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,12 @@ def page(browser, server):
         found.set_default_timeout(60_000)
         found.on("pageerror", lambda error: wrong.append(str(error)))
         found.on(
-            "console", lambda said: wrong.append(said.text) if said.type == "error" and "400" not in said.text else None
+            "console",
+            lambda said: (
+                wrong.append(said.text)
+                if said.type == "error" and not any(word in said.text for word in ("400", "example.org"))
+                else None
+            ),
         )
         found.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith((server.url, "blob:", "data:")) else None)  # fmt: skip
         found.add_init_script(SHIFTS)
@@ -67,9 +73,17 @@ def page(browser, server):
     assert not wrong
 
 
+def until(page, condition: str) -> None:
+    """Wait for a condition; playwright's own way would evaluate text in the page, which forbids it."""
+    ends = time.monotonic() + 60
+    while not page.evaluate(condition):
+        assert time.monotonic() < ends, (condition, page.text_content("#said"))
+        page.wait_for_timeout(20)
+
+
 def answered(page) -> str:
     """Wait for the end of the answer; returns it."""
-    page.wait_for_function("!document.getElementById('ask').disabled && document.getElementById('answer').textContent")
+    until(page, "!document.getElementById('ask').disabled && Boolean(document.getElementById('answer').textContent)")
     return page.text_content("#answer")
 
 
@@ -102,17 +116,20 @@ def test_the_keyboard_alone(page) -> None:
     """Every control is reached by Tab, with a visible focus; Enter asks."""
     found = page()
     reached = []
-    for _ in range(12):
+    for _ in range(9):
         found.keyboard.press("Tab")
         reached.append(found.evaluate("document.activeElement.id || document.activeElement.tagName"))
         assert found.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    wanted = ["drop", "camera", "every", "seconds", "clear", "question"]
+    wanted = ["drop", "camera", "clear", "every", "seconds", "question"]
     assert reached[:6] == wanted and {"SUMMARY", "ask", "answer"} <= set(reached)
     found.focus("#question")
     found.keyboard.press("Control+A")
     found.keyboard.type("red?")
     found.keyboard.press("Enter")
-    assert answered(found)
+    until(
+        found,
+        "!document.getElementById('ask').disabled && /\\d MiB/.test(document.getElementById('figures').textContent)",
+    )
 
 
 def test_boxes_are_drawn_and_a_schema_that_is_none_is_told(page) -> None:
@@ -132,7 +149,7 @@ def test_boxes_are_drawn_and_a_schema_that_is_none_is_told(page) -> None:
     for schema, said in (("{", "The schema is not JSON"), ('{"not": {}}', "cannot be enforced")):
         found.fill("#schema", schema)
         found.click("#ask")
-        found.wait_for_function(f"document.getElementById('said').textContent.includes({json.dumps(said)})")
+        until(found, f"document.getElementById('said').textContent.includes({json.dumps(said)})")
 
 
 def test_stop_ends_the_answer_on_the_server(page, server) -> None:
@@ -142,7 +159,7 @@ def test_stop_ends_the_answer_on_the_server(page, server) -> None:
     found.fill("#tokens", "4000")
     before = server.metric("lfm_cancelled_total")
     found.click("#ask")
-    found.wait_for_function("document.getElementById('answer').textContent.length > 20")
+    until(found, "document.getElementById('answer').textContent.length > 20")
     found.click("#stop")
     assert answered(found)
     server.becomes("lfm_running", 0)
