@@ -377,6 +377,6 @@ class Model:
         if len(prompt.ids) >= limit:
             raise ContextFullError(
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), but "
-                f"prompt and answer together may have at most {limit}; shorten the text, or lower "
-                "--max-image-tokens or --max-tiles"
+                f"prompt and answer together may have at most {limit}; shorten the text"
+                + (", or lower --max-image-tokens or --max-tiles" if prompt.image_tokens else "")
             )

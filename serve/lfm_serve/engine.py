@@ -112,7 +112,8 @@ class Engine:
         """
         with self._changed:
             if len(self._queue) + len(self._seats) >= self.rows + self._most_waiting:
-                raise QueueFullError(f"{len(self._queue)} requests wait already; try again in a moment")
+                there = len(self._queue) + len(self._seats)
+                raise QueueFullError(f"this server is busy with {there} requests; try again in a moment")
             self._queue.append(request)
             self._changed.notify()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.ort_release import onnxruntime_is
+from lfm_runtime.errors import SettingError
 from lfm_runtime.setup.resolve import DoesNotFitError, resolve
 from lfm_runtime.setup.setup import Ask, Setup
 
@@ -35,6 +36,8 @@ def choose(
         as `resolve`, and DoesNotFitError where not even one row fits.
     """
     bundle = Bundle.open(Path(folder))
+    if context and context > bundle.context_length:
+        raise SettingError(f"--context {context} is impossible: the model has {bundle.context_length}; lower it")
     context = min(context or CONTEXT, bundle.context_length)
     failure: DoesNotFitError | None = None
     for number in (rows,) if rows else ROWS:

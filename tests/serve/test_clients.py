@@ -128,7 +128,7 @@ def test_the_ollama_package(server, demo_model) -> None:
     assert "".join(part.message.content for part in parts) == whole.message.content and parts[-1].done
     found = ask.chat(model=name, messages=messages, format=Seen.model_json_schema(), options={"temperature": 0})
     assert Seen.model_validate_json(found.message.content)
-    with pytest.raises(ollama.ResponseError, match="max_new_tokens 0") as caught:
+    with pytest.raises(ollama.ResponseError, match="max_tokens 0") as caught:
         ask.chat(model=name, messages=messages, options={"num_predict": 0})
     assert caught.value.status_code == 400
     assert server.ask("/api/version")[1]["version"].count(".") == 2

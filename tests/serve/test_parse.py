@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("starlette")
 from lfm_runtime.text.messages import IMAGE
-from lfm_serve.api.chat import Asked, parse
+from lfm_serve.api.chat import Asked, effective, parse
 from lfm_serve.api.choose import Asked as Choices
 from lfm_serve.api.choose import parse_choose
 from lfm_serve.api.errors import ApiError
@@ -191,7 +191,10 @@ def test_turns_as_clients_send_them() -> None:
         ("user", "c"),
     ]
     assert image_bytes(asked.pictures[0].url, Limits()) == b"ABC" * 8
-    assert asked.generation == {"speculate": 0, "temperature": 0.0, "stop": ("\n",)}
+    assert effective(asked.generation, 1.0) == {"speculate": 0, "temperature": 0.0, "stop": ("\n",)}
+    assert effective(
+        parse({"messages": [{"role": "user", "content": "x"}], "seed": 3, "top_p": 0.9}).generation, 0.0
+    ) == {"speculate": 0}
     assert asked.unused == ("store",)
 
 

@@ -59,7 +59,7 @@ def test_errors_as_the_openai_package_knows_them(server) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 4096") as caught:
         ask(model="any", messages=conversation(text("one two " * 5000)))
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="max_new_tokens 0"):
+    with pytest.raises(openai.BadRequestError, match="max_tokens 0"):
         ask(model="any", messages=conversation(text("x")), max_tokens=0)
     with pytest.raises(openai.NotFoundError, match="there is no model"):
         client(server).models.retrieve("gpt-4o")

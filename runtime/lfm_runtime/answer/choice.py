@@ -62,7 +62,9 @@ class Chosen:
 def check_answers(answers: Sequence[str]) -> None:
     """Raise SettingError for fewer than two answers, an empty one, or one that is there twice."""
     if len(answers) < _FEWEST:
-        raise SettingError(f"{len(answers)} answers are no choice; give two or more")
+        raise SettingError(
+            f"a choice needs two answers or more, and there {'is 1' if answers else 'is none'}; give two or more"
+        )
     for answer in answers:
         if not answer or list(answers).count(answer) > 1:
             what = "there twice" if answer else "empty"

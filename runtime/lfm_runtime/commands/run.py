@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lfm_runtime.model import Model
 
 _SOFTWARE = "lfm-edge run --boxes"
+_LARGEST_SCHEMA = 4 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,11 +80,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _schema(name: str) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8")
+        with Path(name).open(encoding="utf-8-sig") as file:  # a pipe too; a device would not end
+            text = file.read(_LARGEST_SCHEMA + 1)
     except OSError as e:
         raise SettingError(f"{name} cannot be read ({e.strerror}); --schema is a file with a JSON schema") from e
     except UnicodeDecodeError as e:
         raise SettingError(f"{name} is not UTF-8 text; --schema is a file with a JSON schema") from e
+    if len(text) > _LARGEST_SCHEMA:
+        raise SettingError(f"{name} has more than {_LARGEST_SCHEMA >> 20} MiB; --schema is a file with a JSON schema")
+    return text
 
 
 def _choices(text: str) -> list[str]:
@@ -115,7 +120,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.boxes:
         if len(options.images) != 1:
             raise SettingError(f"--boxes draws on one image, and there are {len(options.images)}; name one")
-        check_output(options.boxes, "lfm-edge run --boxes", _is_ours, force=options.force)
+        if options.boxes.suffix.lower() != ".png":
+            raise SettingError(f"--boxes {str(options.boxes)!r}: a PNG is written; name it OUT.png")
+        check_output(options.boxes, _SOFTWARE, _is_ours, force=None)
 
 
 def _choose(options: argparse.Namespace, model: Model) -> int:
@@ -134,7 +141,7 @@ def _choose(options: argparse.Namespace, model: Model) -> int:
         print(f"{chosen.probabilities[chosen.answers.index(answer)]:8.4f}  {score:9.3f}  {answer}")
     sys.stdout.flush()
     if not options.quiet:
-        said = f"these answers are {chosen.share:.1%} of what the model would say"
+        said = f"these answers are {100 * chosen.share:.2g} % of what the model would say"
         print(f"probability, log-likelihood; {said}\n{chosen.report.table()}", file=sys.stderr)
     return 0
 
@@ -155,7 +162,11 @@ def _draw(options: argparse.Namespace, text: str) -> list[Box]:
     draw_boxes(image, boxes, **limit).save(stream, "png", pnginfo=note)
     write_whole(options.boxes, stream.getvalue())
     if not options.quiet:
-        said = f"{len(boxes)} boxes are drawn in" if boxes else "the answer has no boxes; the image alone is in"
+        said = (
+            f"{len(boxes)} box{'es' * (len(boxes) > 1)} drawn in"
+            if boxes
+            else "no box in the answer; the image alone is in"
+        )
         print(f"\nlfm-edge: {said} {options.boxes}", file=sys.stderr)
     return boxes
 

@@ -63,7 +63,11 @@ class Grammars:
             raise SettingError("the schema is not a JSON object")
         if found := _not_enforced(raw):
             raise SettingError(f"the schema cannot be enforced: {found}; leave it out")
-        found = self._library.LLMatcher.grammar_from_json_schema(json.dumps(_closed(raw)), overrides=_SPELLING)
+        try:
+            text = json.dumps(_closed(raw), allow_nan=False)
+            found = self._library.LLMatcher.grammar_from_json_schema(text, overrides=_SPELLING)
+        except (ValueError, RecursionError) as e:  # a number or a character that JSON has not, or too deep
+            raise SettingError(f"the schema cannot be enforced: {str(e)[:200]}") from e
         return self._guide(found, "the schema")
 
     def of_calls(self, tools: Sequence[Mapping[str, Any]], name: str = "") -> Guide:
@@ -77,17 +81,25 @@ class Grammars:
         if not functions:
             raise SettingError(f"tool_choice asks for {name or 'a call'!r}, and there is no such tool")
         rules = [f'start: {CALL_START} "[" ({" | ".join(f"call{i}" for i in range(len(functions)))}) "]" {CALL_END}']
-        for i, function in enumerate(functions):
-            rules += _call_rules(f"call{i}", function)
+        try:
+            for i, function in enumerate(functions):
+                rules += _call_rules(f"call{i}", function)
+        except (ValueError, RecursionError, AttributeError) as e:
+            raise SettingError(f"the tools' parameters cannot be enforced: {str(e)[:200]}") from e
         return self._guide(self._library.LLMatcher.grammar_from_lark("\n".join(rules)), "the tools' parameters")
 
     def _guide(self, grammar: str, what: str) -> Guide:
-        failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._compiled)
+        try:
+            failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._compiled)
+        except ValueError as e:  # a character that is none
+            raise SettingError(f"{what} cannot be enforced: {str(e)[:200]}") from e
         if failed or messages:
             raise SettingError(f"{what} cannot be enforced: {messages[0][:300]}")
-        return Guide(
-            self._library.LLMatcher(self._compiled, grammar, log_level=0), len(self._tokenizer.vocabulary.tokens)
-        )
+        matcher = self._library.LLMatcher(self._compiled, grammar, log_level=0)
+        guide = Guide(matcher, len(self._tokenizer.vocabulary.tokens))
+        if guide.finished or not guide.allowed().any():
+            raise SettingError(f"{what} cannot be enforced: nothing that can be written fits it")
+        return guide
 
 
 class Guide:
@@ -190,7 +202,7 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     others: list[str] = []
     for n, (name, schema) in enumerate(properties.items()):
         inner = {**(_closed(schema) if isinstance(schema, Mapping) else {}), **definitions, "x-guidance": _SPELLING}
-        rules.append(f"{rule}_{n}: {json.dumps(f'{name}=')} %json {json.dumps(inner)}")
+        rules.append(f"{rule}_{n}: {json.dumps(f'{name}=')} %json {json.dumps(inner, allow_nan=False)}")
         (given if name in required else others).append(f"{rule}_{n}")
     tail = " ".join(f'(", " {name})?' for name in others)
     if given:

@@ -20,6 +20,9 @@ from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import MANY_TOKENS
 
 Logits = NDArray[np.float32]
+_LEAST, _MOST = 1e-6, 1e6
+_RANGE = "0.000001 to 1000000"
+"""What logits are divided by; beyond it they are no numbers any more."""
 
 
 class Generation(TypedDict, total=False):
@@ -59,11 +62,11 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         """Raise SettingError for a value outside its range."""
         for name, ok, allowed in (
-            ("temperature", 0 <= self.temperature < 1e6, "0 (greedy) or above"),
+            ("temperature", self.temperature == 0 or _LEAST <= self.temperature <= _MOST, f"0 (greedy), {_RANGE}"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("top_k", self.top_k >= 0, "0 (off) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < 1e6, "above 0; 1 is off"),
+            ("repetition_penalty", _LEAST <= self.repetition_penalty <= _MOST, f"{_RANGE}; 1 is off"),
             ("max_new_tokens", 1 <= self.max_new_tokens <= 1 << 20, "1 to 1048576"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),

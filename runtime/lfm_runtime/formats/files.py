@@ -98,6 +98,8 @@ def write_whole(path: Path, text: str | bytes) -> None:
         EdgeError: it cannot be written there.
     """
     path = Path(os.path.realpath(path))
+    if not path.is_dir():  # which the system names better
+        _check_plain(path)
     try:
         _write_whole(path, text)
     except OSError as e:
@@ -108,6 +110,7 @@ def check_writable(path: Path) -> None:
     """Before long work, raise EdgeError where write_whole could not write this file."""
     if path.is_dir():
         raise EdgeError(f"{path} is a folder; name a file")
+    _check_plain(path)
     check_outside_bundles(path)
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
@@ -117,6 +120,12 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as e:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
+
+
+def _check_plain(path: Path) -> None:
+    """A device or a pipe is written into by others; replaced by a file, it would be lost for all."""
+    if path.exists() and not path.is_file():
+        raise EdgeError(f"{path} is not a plain file, and would be replaced by one; name a file")
 
 
 def check_outside_bundles(path: Path, *, itself: bool = False) -> None:
@@ -129,14 +138,14 @@ def check_outside_bundles(path: Path, *, itself: bool = False) -> None:
             raise EdgeError(f"{path} lies inside the bundle {folder}, which would not be whole; choose a place outside")
 
 
-def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, force: bool) -> None:
+def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, force: bool | None) -> None:
     """Before long work: whether an output can be written, and replaces only what this program wrote.
 
     Args:
         path: the output.
         program: what writes such files, for the message.
         ours: whether a file that exists was written by it; it may raise what reading a strange file raises.
-        force: replace whatever is there.
+        force: replace whatever is there; None: the program has no such flag.
 
     Raises:
         EdgeError: it cannot be written, or is somebody else's.
@@ -149,9 +158,9 @@ def check_output(path: Path, program: str, ours: Callable[[Path], bool], *, forc
     except (OSError, ValueError, EdgeError):
         known = False
     if not known:
+        do = "or remove it first" if force is None else "or replace it with --force"
         raise EdgeError(
-            f"{path} exists, and {program} did not write it, or it was edited since; choose another name, or replace "
-            "it with --force"
+            f"{path} exists, and {program} did not write it, or it was edited since; choose another name, {do}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -106,7 +107,8 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     except (
         Exception
     ) as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
-        raise ImageError(f"{name} is not a readable image or is cut off ({str(e) or type(e).__name__})") from e
+        why = re.sub(r" ?<_io\.\w+ object at \w+>", "", str(e)) or type(e).__name__
+        raise ImageError(f"{name} is not a readable image or is cut off ({why})") from e
 
 
 def _read(source: ImageLike) -> Image.Image:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from lfm_runtime.answer.choice import Choice
 from lfm_runtime.answer.reply import Job, Reply
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from lfm_serve.api.errors import ApiError, of, too_late
+from lfm_serve.api.errors import ApiError, Json, of, too_late
 from lfm_serve.api.metrics import Metrics
 from lfm_serve.api.watched import Gone, Stream, until_gone
 from lfm_serve.engine import Ended, Engine, Event, Failed, Piece, Request
@@ -108,7 +108,7 @@ class Answering:
         if await self._end(http, waiting) is None:
             return Response(status_code=499)
         self._metrics.answered(job.reply.report)
-        return JSONResponse(shape.whole(job.reply))
+        return Json(shape.whole(job.reply))
 
     async def score(self, http: HttpRequest, asked: Sequence[Choice]) -> Ended | None:
         """The end of scoring given answers; None where nobody waits for it any more."""

@@ -14,7 +14,7 @@ from lfm_runtime.boxes import parse_boxes
 from lfm_runtime.report import Report
 from lfm_runtime.text.messages import ToolCall
 
-from lfm_serve.api.errors import ApiError
+from lfm_serve.api.errors import ApiError, as_json
 
 _REASONS = {"eos": "stop", "stop": "stop", "schema": "stop", "length": "length", "context": "length"}
 
@@ -82,7 +82,7 @@ class Completion:
 
 def event(value: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + as_json(value) + b"\n\n"
 
 
 def reason(reply: Reply) -> str:

@@ -22,14 +22,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from lfm_serve.api.answering import Answering
 from lfm_serve.api.answers import Completion
-from lfm_serve.api.chat import Asked, Picture, parse
+from lfm_serve.api.chat import Asked, Picture, effective, parse
 from lfm_serve.api.choose import parse_choose, response
-from lfm_serve.api.errors import ApiError, loading, of, too_large
+from lfm_serve.api.errors import ApiError, Json, loading, of, refused_image, too_large
 from lfm_serve.api.images import image_bytes
 from lfm_serve.api.metrics import Metrics
 from lfm_serve.api.ollama import VERSION as OLLAMA_VERSION
@@ -39,6 +39,7 @@ from lfm_serve.limits import FEW_IMAGE_TOKENS, Limits, free_mib, image_mib
 from lfm_serve.page import page
 
 _log = logging.getLogger(__name__)
+_NO_LIMIT = 1e12
 _MOST_TOLD = 100
 """Names of unused fields that the log has; strangers can make up any number."""
 
@@ -94,7 +95,7 @@ class Api:
             return await self._answering.answer(request, job, ChatLines(self.name), stream=asked.stream)
         except (ApiError, EdgeError) as e:
             error = e if isinstance(e, ApiError) else of(e)
-            return JSONResponse({"error": error.message}, error.status, headers=dict(error.headers))
+            return Json({"error": error.message}, error.status, headers=dict(error.headers))
 
     async def choose(self, request: HttpRequest) -> Response:
         """Score given answers."""
@@ -104,7 +105,7 @@ class Api:
         images = await self._opened(model, asked.pictures)
         choices = await run_in_threadpool(asked.prepared, model, images)
         ended = await self._answering.score(request, choices)
-        return JSONResponse(response(self.name, asked, ended.chosen or [])) if ended else Response(status_code=499)
+        return Json(response(self.name, asked, ended.chosen or [])) if ended else Response(status_code=499)
 
     async def _prepared(self, asked: Asked) -> tuple[Job, list[CutImage]]:
         """Open the images and render the prompt: all that a bad request can fail with, before it is queued."""
@@ -112,7 +113,8 @@ class Api:
         self._check_name(asked.model)
         self._tell_unused(asked)
         images = await self._opened(model, asked.pictures)
-        job = await run_in_threadpool(model.prepare_answer, asked.conversation, images, **asked.generation)
+        generation = effective(asked.generation, model.setup.generation.temperature)
+        job = await run_in_threadpool(model.prepare_answer, asked.conversation, images, **generation)
         return job, images
 
     async def _opened(self, model: Model, pictures: Sequence[Picture]) -> list[CutImage]:
@@ -127,7 +129,10 @@ class Api:
 
     def _open(self, model: Model, data: bytes, detail: str) -> CutImage:
         """Decode an image and cut it into the views that the model sees; refused where memory would not suffice."""
-        width, height = image_size(data, max_megapixels=self.limits.max_megapixels)
+        width, height = image_size(data, max_megapixels=_NO_LIMIT)
+        if width * height > self.limits.max_megapixels * 1e6:
+            said = f"an image of {width}×{height} pixels is larger than the {self.limits.max_megapixels:g} megapixels"
+            raise refused_image(f"{said} that this server takes; send it smaller")
         needed, free = image_mib(width, height), free_mib()
         if free is not None and needed > free:
             said = f"an image of {width}×{height} takes {needed:.0f} MiB to open, {free} MiB are free on this device"
@@ -141,23 +146,23 @@ class Api:
 
     async def models(self, _: HttpRequest) -> Response:
         """Return the list of models: one."""
-        return JSONResponse({"object": "list", "data": [self._entry()]})
+        return Json({"object": "list", "data": [self._entry()]})
 
     async def model(self, request: HttpRequest) -> Response:
         """Return the one model."""
         self._check_name(request.path_params["name"], strict=True)
-        return JSONResponse(self._entry())
+        return Json(self._entry())
 
     async def health(self, _: HttpRequest) -> Response:
         """Whether requests are answered; without a key."""
         self._loaded()
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
     async def props(self, _: HttpRequest) -> Response:
         """What llama.cpp's server tells of itself, as far as Frigate asks for it."""
         model = self._loaded()
         template = model.prompts.spec.chat.template
-        return JSONResponse(
+        return Json(
             {
                 "default_generation_settings": {"n_ctx": self.engine.capacity},
                 "total_slots": self.engine.rows,
@@ -171,21 +176,21 @@ class Api:
     async def ollama_tags(self, _: HttpRequest) -> Response:
         """Return Ollama's list of models: one."""
         setup = self.engine.setup
-        return JSONResponse({"models": [tag(self.name, setup.bundle, setup.variant)]})
+        return Json({"models": [tag(self.name, setup.bundle, setup.variant)]})
 
     async def ollama_version(self, _: HttpRequest) -> Response:
         """Return the version of Ollama whose API this is like."""
-        return JSONResponse({"version": OLLAMA_VERSION})
+        return Json({"version": OLLAMA_VERSION})
 
     async def ollama_show(self, request: HttpRequest) -> Response:
         """What the one model is and can."""
         body = await self._body(request)
         named = body.get("model") or body.get("name") if isinstance(body, dict) else None
         if self.limits.strict_model and named != self.name:
-            return JSONResponse({"error": f"there is no model {named!r:.100}; this server has {self.name}"}, 404)
+            return Json({"error": f"there is no model {named!r:.100}; this server has {self.name}"}, 404)
         setup, model = self.engine.setup, self._loaded()
         template = model.prompts.spec.chat.template
-        return JSONResponse(shown(setup.bundle, setup.variant, self.engine.capacity, template))
+        return Json(shown(setup.bundle, setup.variant, self.engine.capacity, template))
 
     def _entry(self) -> dict[str, Any]:
         """The model as different clients look for its context size and abilities."""

@@ -32,7 +32,7 @@ _NUMBERS = {
     "repetition_penalty": "repetition_penalty",
     "repeat_penalty": "repetition_penalty",
 }
-_MOST = 10**9  # a number that no float holds is as impossible
+_MOST = 10**300  # a number that no float holds is as impossible
 _WITHOUT_EFFECT_WHEN_GREEDY = ("top_p", "min_p", "top_k", "seed")
 
 
@@ -202,7 +202,9 @@ def _content(message: Mapping[str, Any], where: str) -> tuple[list[str | Place],
     for n, part in enumerate(raw):
         place = f"{where}[{n}]"
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ApiError(400, f"{place}.text is missing, or no text", None, place)
             parts.append(part["text"])
         elif kind == "image_url":
             parts.append(IMAGE)
@@ -232,10 +234,12 @@ def _generation(body: Mapping[str, Any]) -> Generation:
     for name, ours in _NUMBERS.items():
         value = typed(body, name, int, float)
         if value is not None:
-            found[ours] = float(max(-_MOST, min(value, _MOST)))
+            found[ours] = float(max(-_MOST, min(value, _MOST))) if abs(value) > _MOST else float(value)
     for name in ("max_tokens", "max_completion_tokens"):
         value = typed(body, name, int)
         if value is not None:
+            if value < 1:
+                raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             found["max_new_tokens"] = value
     top_k, seed = typed(body, "top_k", int), typed(body, "seed", int)
     if top_k is not None:
@@ -249,9 +253,14 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         found["stop"] = tuple(texts)
     if typed(body, "ignore_eos", bool):  # llama.cpp's, for measuring
         found["ignore_eos"] = True
-    if found.get("temperature") == 0:  # clients send all they have
-        found = {name: value for name, value in found.items() if name not in _WITHOUT_EFFECT_WHEN_GREEDY}
     return cast("Generation", found)
+
+
+def effective(generation: Generation, default: float) -> Generation:
+    """Without what has no effect at temperature 0: clients send all they have. `default`: the model's temperature."""
+    if generation.get("temperature", default) != 0:
+        return generation
+    return cast("Generation", {k: v for k, v in generation.items() if k not in _WITHOUT_EFFECT_WHEN_GREEDY})
 
 
 _OTHER_GRAMMARS = ("grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")

@@ -50,6 +50,8 @@ def parse_choose(body: Any) -> Asked:
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     raw = typed(body, "questions", list)
+    if raw and body.get("question") is not None:
+        raise ApiError(400, "question and questions: send one of them", None, "questions")
     questions = [_question(one, f"questions[{n}]") for n, one in enumerate(raw)] if raw else [_question(body, "")]
     if len(questions) > _MOST_QUESTIONS:
         raise ApiError(400, f"{len(questions)} questions; at most {_MOST_QUESTIONS}", None, "questions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,19 @@ from starlette.responses import JSONResponse
 from lfm_serve.engine import QueueFullError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def as_json(value: Any) -> bytes:
+    """A value as JSON; half a character, which a request's JSON may hold, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+class Json(JSONResponse):
+    """A response of any value that a request may have brought."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return as_json(content)
 
 
 @dataclass
@@ -29,9 +43,9 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Json:
         """The whole response."""
-        return JSONResponse(self.body(), self.status, headers=dict(self.headers))
+        return Json(self.body(), self.status, headers=dict(self.headers))
 
 
 def too_large(message: str) -> ApiError:
@@ -62,7 +76,8 @@ def of(error: EdgeError) -> ApiError:
     if isinstance(error, QueueFullError):
         return ApiError(429, said, "queue_full", headers={"Retry-After": "1"})
     if isinstance(error, ContextFullError):
-        return ApiError(400, said, "context_length_exceeded", "messages")
+        limits = said.partition(";")[0]  # what follows is for who has the command line
+        return ApiError(400, f"{limits}; shorten the text, or send fewer images", "context_length_exceeded", "messages")
     if isinstance(error, ImageError | PromptError):
         return ApiError(400, said, None, "messages")
     if isinstance(error, SettingError):

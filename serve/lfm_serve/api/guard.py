@@ -14,8 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lfm_serve.api.errors import ApiError
 
-_OPEN = ("/health", "/v1/health")
-"""Without a key: what a supervisor asks."""
+_OPEN = ("/", "/health", "/v1/health")
+"""Without a key: the page, which asks for one, and what a supervisor asks."""
+
+_LARGEST = 1 << 20
 
 
 class Guard:
@@ -71,10 +73,13 @@ def read_keys(path: Path) -> list[bytes]:
         SettingError: it cannot be read, or has no key.
     """
     try:
-        lines = [line.strip() for line in path.read_bytes().splitlines()]
+        with path.open("rb") as file:  # a device would not end
+            lines = [line.strip() for line in file.read(_LARGEST).splitlines()]
     except OSError as e:
         raise SettingError(f"{path} cannot be read ({e.strerror}); it has one key a line") from e
     keys = [line for line in lines if line and not line.startswith(b"#")]
+    if any(not key.isascii() or not key.decode("ascii").isprintable() or b" " in key for key in keys):
+        raise SettingError(f"{path} has a line that is no key; write one a line, of: openssl rand -hex 32")
     if not keys:
         raise SettingError(f"{path} has no key; write one a line, for example of: openssl rand -hex 32")
     return keys

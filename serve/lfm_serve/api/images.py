@@ -43,7 +43,10 @@ def image_bytes(url: str, limits: Limits) -> bytes:
 def _file(url: str, folder: Path, most: int) -> bytes:
     """A file below the folder that is allowed; links that lead out of it are not."""
     root = folder.resolve()
-    path = Path(unquote(urlparse(url).path)).resolve()
+    try:
+        path = Path(unquote(urlparse(url).path)).resolve()
+    except ValueError as e:  # a NUL
+        raise refused_image("the file URL is none") from e
     if not path.is_relative_to(root) or not path.is_file():
         raise refused_image("there is no such file below the folder that this server opens images from")
     if path.stat().st_size > most:

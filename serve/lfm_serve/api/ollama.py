@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,7 +12,7 @@ from lfm_runtime.bundle import Bundle
 
 from lfm_serve.api.answers import reason
 from lfm_serve.api.chat import Asked, parse, typed
-from lfm_serve.api.errors import ApiError
+from lfm_serve.api.errors import ApiError, as_json
 
 VERSION = "0.13.0"
 """Of Ollama, whose API this is like: clients compare it with what they need."""
@@ -62,7 +61,7 @@ def parse_chat(body: Any) -> Asked:
 
 def _message(raw: Any, where: str) -> Any:
     """A message as OpenAI writes it: images, which stand beside the text here, come before it."""
-    if not isinstance(raw, dict) or not raw.get("images"):
+    if not isinstance(raw, dict) or raw.get("images") is None:
         return raw
     images = typed(raw, "images", list) or []
     if not all(isinstance(image, str) for image in images):
@@ -113,7 +112,7 @@ class ChatLines:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return as_json(value) + b"\n"
 
 
 def _calls(reply: Reply) -> dict[str, Any]:

@@ -108,8 +108,13 @@ def _check(options: argparse.Namespace) -> None:
             raise SettingError(f"--{name.replace('_', '-')} {value} is impossible; allowed: {least} and above")
     if options.port > 65535:
         raise SettingError(f"--port {options.port} is impossible; allowed: 0 (any that is free) to 65535")
-    if options.request_timeout <= 0:
-        raise SettingError(f"--request-timeout {options.request_timeout:g} is impossible; allowed: above 0")
+    for name in ("request_timeout", "max_megapixels"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise SettingError(f"--{name.replace('_', '-')} {getattr(options, name):g} is impossible; allowed: above 0")
+    for name in ("allow_host", "image_host"):
+        for host in getattr(options, name):
+            if not re.fullmatch(r"(\*\.)?[\w.-]+" if name == "image_host" else r"[\w.-]+", host):
+                raise SettingError(f"--{name.replace('_', '-')} {host!r:.80} is no name of a host; write example.org")
     if options.media_path and not options.media_path.is_dir():
         raise SettingError(f"--media-path {options.media_path} is not a folder")
     for origin in options.cors_origin:
