@@ -85,6 +85,7 @@ def test_the_picture_has_the_boxes() -> None:
 
 def test_the_command(demo_bundle, photo, tmp_path, capsys) -> None:
     """A schema makes the demo model say boxes; the picture has the size of the photo, upright."""
+    pytest.importorskip("llguidance")
     schema = tmp_path / "boxes.json"
     box = {"type": "object", "required": ["label", "bbox"], "additionalProperties": False, "properties": {
         "label": {"const": "cup"}, "bbox": {"const": [0.25, 0.25, 0.75, 0.5]}}}  # fmt: skip

@@ -13,9 +13,9 @@ from PIL import Image
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pytest.importorskip("llguidance")
-from conftest import PICTURES, Server, picture, text  # noqa: E402
 from lfm_runtime.images.layout import lay_out  # noqa: E402
 from pydantic import BaseModel, Field  # noqa: E402
+from servers import PICTURES, Server, picture, text  # noqa: E402
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 QUESTION = "What is in this image?"

@@ -22,13 +22,13 @@ import pytest
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
-from conftest import PICTURES, Server, picture, text  # noqa: E402
 from lfm_runtime.commands.cli import main  # noqa: E402
 from lfm_serve.api.errors import ApiError  # noqa: E402
 from lfm_serve.api.images import image_bytes  # noqa: E402
 from lfm_serve.api.remote import fetch, is_public  # noqa: E402
 from lfm_serve.limits import Limits  # noqa: E402
 from PIL import Image  # noqa: E402
+from servers import PICTURES, Server, picture, text  # noqa: E402
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 QUESTION = "What is in this image?"

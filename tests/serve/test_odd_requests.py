@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("llguidance")
-from conftest import PICTURES, Server, picture, text
 from lfm_runtime.commands.cli import main
+from servers import PICTURES, Server, picture, text
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 

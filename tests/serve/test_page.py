@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("llguidance")
 playwright = pytest.importorskip("playwright.sync_api")
-from conftest import PICTURES  # noqa: E402
+from servers import PICTURES  # noqa: E402
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 pytestmark = [

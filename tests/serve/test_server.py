@@ -20,7 +20,7 @@ from PIL import Image
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
-from conftest import PICTURES, Server, picture, text  # noqa: E402
+from servers import PICTURES, Server, picture, text  # noqa: E402
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 QUESTION = "What is in this image?"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("starlette")
-from conftest import PICTURES
 from lfm_runtime.setup.memory import Shapes
 from lfm_serve.api import app
 from lfm_serve.api.errors import ApiError
 from lfm_serve.engine import Engine
 from lfm_serve.limits import Limits
 from lfm_serve.setup import choose
+from servers import PICTURES
 
 
 def test_rows_times_context_is_in_the_forecast(demo_bundle) -> None:

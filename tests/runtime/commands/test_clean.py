@@ -14,9 +14,11 @@ def test_only_leftovers_are_removed(bundle_copy, capsys) -> None:
     here = folder_of(bundle_copy)
     gone = [place / f".{name}.int8-work", place / f".{name}.partial-abc", here.parent / "onnxruntime-1.0-0123456789ab"]
     kept = [here, place / f".{name}.int4-work", place / f".{name}2.int8-work", place / "other", here.parent / "notes"]
+    kept.append(here.parent / "onnxruntime-mine")  # not of prepare: its folders have a prepared.json each
     for folder in (*gone, *kept):
-        folder.mkdir(parents=True)
-        (folder / "file").write_bytes(bytes(1000))
+        (folder / "decoder").mkdir(parents=True)
+        (folder / "decoder" / "file").write_bytes(bytes(1000))
+    (gone[2] / "decoder" / "prepared.json").write_text("{}")
     before = {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
     descriptor = os.open(kept[1], os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # a run that is at it
