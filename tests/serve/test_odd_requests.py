@@ -142,6 +142,17 @@ def test_keys_that_are_none(demo_bundle, tmp_path, capsys) -> None:
     assert "has a line that is no key" in capsys.readouterr().err
 
 
+def test_keys_of_the_environment(demo_bundle, monkeypatch) -> None:
+    """They open a host beyond loopback as a file does."""
+    monkeypatch.setenv("LFM_EDGE_API_KEYS", "first, second")
+    server = Server(demo_bundle, "--host", "127.0.0.1")
+    try:
+        assert server.ask("/v1/models")[0] == 401
+        assert server.ask("/v1/models", Authorization="Bearer second")[0] == 200
+    finally:
+        assert server.stop() == 0
+
+
 def test_devices_and_pipes_are_never_replaced(demo_bundle, photo, tmp_path, capsys) -> None:
     """An output that is no plain file is refused before the work; so is the image that is asked about."""
     import os

@@ -74,12 +74,23 @@ def read_keys(path: Path) -> list[bytes]:
     """
     try:
         with path.open("rb") as file:  # a device would not end
-            lines = [line.strip() for line in file.read(_LARGEST).splitlines()]
+            text = file.read(_LARGEST)
     except OSError as e:
         raise SettingError(f"{path} cannot be read ({e.strerror}); it has one key a line") from e
-    keys = [line for line in lines if line and not line.startswith(b"#")]
-    if any(not key.isascii() or not key.decode("ascii").isprintable() or b" " in key for key in keys):
-        raise SettingError(f"{path} has a line that is no key; write one a line, of: openssl rand -hex 32")
+    keys = keys_of(text.decode("latin-1"), str(path))
     if not keys:
         raise SettingError(f"{path} has no key; write one a line, for example of: openssl rand -hex 32")
     return keys
+
+
+def keys_of(text: str, where: str) -> list[bytes]:
+    """The keys in a text, one a line or with commas between; lines that begin with # are not.
+
+    Raises:
+        SettingError: a line is no key; `where` it is.
+    """
+    lines = [part.strip() for line in text.splitlines() if not line.startswith("#") for part in line.split(",")]
+    keys = [line for line in lines if line]
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise SettingError(f"{where} has a line that is no key; write one a line, of: openssl rand -hex 32")
+    return [key.encode() for key in keys]

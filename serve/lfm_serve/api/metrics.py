@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lfm_profiles.sensors import Sensors
 from lfm_runtime.report import Report, memory_mib
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import Request
@@ -35,6 +36,13 @@ class Metrics:
             ("lfm_resident_bytes", "Resident memory.", lambda: (memory_mib()["rss"] or 0) * 2**20),
         ):
             Gauge(name, what, registry=registry).set_function(read)
+        sensors = Sensors()
+        if sensors.read().temperature_c:
+            hottest = Gauge("lfm_temperature_celsius", "Of the hottest thermal zone.", registry=registry)
+            hottest.set_function(lambda: max(sensors.read().temperature_c.values(), default=float("nan")))
+        if sensors.read().throttle_bits is not None:
+            throttled = Gauge("lfm_throttled", "Whether the board is throttled or under-voltage.", registry=registry)
+            throttled.set_function(lambda: float(sensors.read().throttled_now))
 
     def answered(self, report: Report) -> None:
         """Count an answer."""

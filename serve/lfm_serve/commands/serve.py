@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from lfm_runtime.bundle import Bundle
 
 PORT = 8080
+KEYS = "LFM_EDGE_API_KEYS"
+"""The environment variable for keys, one a line or with commas between, where no file has them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on")
     parser.add_argument("--port", type=int, default=PORT, metavar="N")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must have, one a line")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"clients' keys, one a line; or {KEYS}")
     parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine")
     parser.add_argument(
@@ -55,14 +59,14 @@ def run(options: argparse.Namespace) -> int:
     from lfm_serve.steady import keep_memory_steady
 
     keep_memory_steady()  # before onnxruntime starts threads
-    from lfm_serve.api.guard import read_keys
+    from lfm_serve.api.guard import keys_of, read_keys
     from lfm_serve.engine import Engine
     from lfm_serve.limits import Limits
     from lfm_serve.server import serve
     from lfm_serve.setup import choose
 
-    keys = read_keys(options.api_key_file) if options.api_key_file else []
-    _check(options)
+    keys = read_keys(options.api_key_file) if options.api_key_file else keys_of(os.environ.get(KEYS, ""), KEYS)
+    _check(options, keys)
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
     flags = {name: value for name, value in setting_flags(options).items() if name not in ("context", "low_memory")}
     setup, rows = choose(
@@ -98,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, keys: Sequence[bytes]) -> None:
     """Raise SettingError for what cannot be."""
     from lfm_serve.server import OPEN, is_loopback
 
@@ -122,7 +126,7 @@ def _check(options: argparse.Namespace) -> None:
             raise SettingError(f"--cors-origin {origin!r:.80} is not an origin; write https://example.org")
     if options.low_memory:
         raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
-    if not (options.api_key_file or options.no_auth or is_loopback((options.host, options.port))):
+    if not (keys or options.no_auth or is_loopback((options.host, options.port))):
         raise SettingError(OPEN.format(options.host))  # before the model is looked at
 
 
