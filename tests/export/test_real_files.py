@@ -765,7 +765,9 @@ def test_ids_and_texts_are_transformers(release) -> None:
     from lfm_export.prompt import CONVERSATIONS, NEEDED
 
     for chat in (*NEEDED, *CONVERSATIONS):
-        if not chat.messages or any(message.images for message in chat.messages) or (chat.tools and like != "2025"):
+        # Tools are refused, and past calls written, where a template would lose them: tests/runtime/text/test_tool_calls.py
+        lost = like == "2025" and any(message.tool_calls for message in chat.messages)
+        if not chat.messages or any(message.images for message in chat.messages) or chat.tools or lost:
             continue
         try:
             wanted = tokenizer.apply_chat_template(
