@@ -191,7 +191,7 @@ class Batch:
             with self.model.setup.memory_is_told(), self.model.sessions.failures_are_ours():
                 embeds = self.model.decoder.embed([seat.tokens.pop(0) for seat in moved])
                 logits = self._state.step(np.ascontiguousarray(embeds[0][:, None]))
-        except Exception as e:  # noqa: BLE001
+        except Exception as e:  # noqa: BLE001  (a step is of all of them; the server goes on)
             for seat in moved:
                 seat.error = e
         else:

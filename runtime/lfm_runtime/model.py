@@ -280,7 +280,7 @@ class Model:
             return self._grammars.of_schema(settings.schema)
         if settings.tool_choice == "auto":
             return None
-        return self._grammars.of_calls(tools, settings.tool_choice.replace("required", ""))
+        return self._grammars.of_calls(tools, "" if settings.tool_choice == "required" else settings.tool_choice)
 
     def open(self, image: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> OpenedImage:
         """Open one image and lay it out; nothing is encoded."""

@@ -109,24 +109,32 @@ def test_headers_and_bodies_that_do_not_come(impatient) -> None:
         line.close()
 
 
-@pytest.fixture
-def impatient(demo_bundle):
-    """The port of a server that waits half a second for headers, and as long for a body."""
+@contextlib.contextmanager
+def with_limits(bundle: Path, limits: str, *, loaded: bool):
+    """The port of a server with limits that the command line has no flags for."""
     code = (
         "import sys; from lfm_serve import limits, server; from lfm_serve.engine import Engine;"
         "from lfm_serve.setup import choose; setup, rows = choose(sys.argv[1], 'generic');"
-        "serve = server._bound; bound = lambda *a: (s := serve(*a), print(s.getsockname()[1], flush=True))[0];"
-        "server._bound = bound; engine = Engine(setup, rows=rows, waiting=1, cache_mib=0);"
-        "sys.exit(server.serve(engine, limits.Limits(header_s=0.5, body_s=0.5), host='127.0.0.1', port=0, name='m'))"
+        "bound = server._bound; server._bound = lambda *a: (s := bound(*a), print(s.getsockname()[1], flush=True))[0];"
+        "engine = Engine(setup, rows=rows, waiting=1, cache_mib=0);"
     )
+    if loaded:
+        code += "engine.start(); engine.wait_until_loaded(); engine.start = lambda: None;"
+    code += f"sys.exit(server.serve(engine, limits.Limits({limits}), host='127.0.0.1', port=0, name='m'))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(demo_bundle)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    words = [sys.executable, "-c", code, str(bundle)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     yield int(process.stdout.readline())
     process.terminate()
     assert process.wait(60) == 0
     process.stdout.close()
+
+
+@pytest.fixture
+def impatient(demo_bundle):
+    """A server that waits half a second for headers, and as long for a body."""
+    with with_limits(demo_bundle, "header_s=0.5, body_s=0.5", loaded=False) as port:
+        yield port
 
 
 # ------------------------------------------------------------------------------------------- time, queue, retries
@@ -183,22 +191,8 @@ def test_signs_of_life_during_a_long_prompt(slow_server) -> None:
 @pytest.fixture
 def slow_server(demo_bundle):
     """A server whose streams have a sign of life every millisecond."""
-    code = (
-        "import sys; from lfm_serve import limits, server; from lfm_serve.engine import Engine;"
-        "from lfm_serve.setup import choose; setup, rows = choose(sys.argv[1], 'generic');"
-        "serve = server._bound; bound = lambda *a: (s := serve(*a), print(s.getsockname()[1], flush=True))[0];"
-        "server._bound = bound; engine = Engine(setup, rows=rows, waiting=1, cache_mib=0);"
-        "engine.start(); engine.wait_until_loaded(); engine.start = lambda: None;"
-        "sys.exit(server.serve(engine, limits.Limits(ping_s=0.001), host='127.0.0.1', port=0, name='m'))"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(demo_bundle)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    yield int(process.stdout.readline())
-    process.terminate()
-    assert process.wait(60) == 0
-    process.stdout.close()
+    with with_limits(demo_bundle, "ping_s=0.001", loaded=True) as port:
+        yield port
 
 
 def test_a_port_that_is_taken_and_a_model_that_is_loaded_later(demo_bundle, server, capsys) -> None:

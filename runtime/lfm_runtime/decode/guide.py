@@ -20,7 +20,6 @@ from lfm_runtime.text.tool_calls import CALL_END, CALL_START, function_of
 
 _SPELLING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write JSON; free white space is where small models run on without end."""
-_LONGEST_NAME = 200
 NOT_ENFORCED = ("patternProperties", "minProperties", "maxProperties")
 """What llguidance takes and does not keep: #265, and found by tests."""
 
@@ -195,8 +194,10 @@ def _closed(schema: Any) -> Any:
 def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     """Lark rules for one function's call: the required arguments, then any of the others, each in its order."""
     parameters = function.get("parameters") or {}
+    if found := _not_enforced(parameters):
+        raise ValueError(found)
     properties, required = parameters.get("properties") or {}, parameters.get("required") or []
-    definitions = {k: v for k, v in parameters.items() if k in ("$defs", "definitions")}
+    definitions = _closed({k: v for k, v in parameters.items() if k in ("$defs", "definitions")})
     rules: list[str] = []
     given: list[str] = []
     others: list[str] = []
@@ -210,4 +211,5 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     else:
         firsts = [" ".join([name, *(f'(", " {later})?' for later in others[n + 1 :])]) for n, name in enumerate(others)]
         arguments = f"({' | '.join(f'({first})' for first in firsts)})?" if firsts else ""
-    return [f'{rule}: {json.dumps(str(function.get("name"))[:_LONGEST_NAME] + "(")} {arguments} ")"', *rules]
+    opening = json.dumps(f"{function.get('name')}(")
+    return [f'{rule}: {opening} {arguments} ")"', *rules]

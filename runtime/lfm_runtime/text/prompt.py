@@ -5,7 +5,6 @@ The chat template is the checkpoint's own, run by `chat_template/`; export compa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -87,7 +86,7 @@ class PromptBuilder:
                 cannot hold; the number of placeholders and images differ (a question that spells out the placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
-        if chat.tools and not re.search(r"\btools\b", self.spec.chat.template):
+        if chat.tools and not self.spec.chat.takes_tools:
             raise PromptError("the model's chat template has no place for tools; leave them out, or take another model")
         text = self._text(chat)
         guard = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from array import array
 from collections.abc import Callable, Mapping
@@ -51,6 +52,11 @@ class ChatFormat:
     def parsed(self) -> Template:
         """The parsed template; raises PromptError where it has something unknown."""
         return Template(self.template)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return re.search(r"\btools\b", self.template) is not None
 
     def render(
         self,

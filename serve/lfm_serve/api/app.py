@@ -161,15 +161,15 @@ class Api:
     async def props(self, _: HttpRequest) -> Response:
         """What llama.cpp's server tells of itself, as far as Frigate asks for it."""
         model = self._loaded()
-        template = model.prompts.spec.chat.template
+        chat = model.prompts.spec.chat
         return Json(
             {
                 "default_generation_settings": {"n_ctx": self.engine.capacity},
                 "total_slots": self.engine.rows,
                 "model_alias": self.name,
                 "modalities": {"vision": True, "audio": False},
-                "chat_template": template,
-                "chat_template_caps": {"supports_tools": "tools" in template},
+                "chat_template": chat.template,
+                "chat_template_caps": {"supports_tools": chat.takes_tools},
             }
         )
 
@@ -189,8 +189,7 @@ class Api:
         if self.limits.strict_model and named != self.name:
             return Json({"error": f"there is no model {named!r:.100}; this server has {self.name}"}, 404)
         setup, model = self.engine.setup, self._loaded()
-        template = model.prompts.spec.chat.template
-        return Json(shown(setup.bundle, setup.variant, self.engine.capacity, template))
+        return Json(shown(setup.bundle, setup.variant, self.engine.capacity, model.prompts.spec.chat))
 
     def _entry(self) -> dict[str, Any]:
         """The model as different clients look for its context size and abilities."""

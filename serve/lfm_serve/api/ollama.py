@@ -9,6 +9,7 @@ from typing import Any
 
 from lfm_runtime.answer.reply import Reply
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.text.spec import ChatFormat
 
 from lfm_serve.api.answers import reason
 from lfm_serve.api.chat import Asked, parse, typed
@@ -145,13 +146,13 @@ def tag(name: str, bundle: Bundle, variant: str) -> dict[str, Any]:
     return {"name": name, "model": name, "modified_at": modified, "size": size, "digest": digest, "details": details}
 
 
-def shown(bundle: Bundle, variant: str, context: int, template: str) -> dict[str, Any]:
+def shown(bundle: Bundle, variant: str, context: int, chat: ChatFormat) -> dict[str, Any]:
     """The model as /api/show tells of it."""
-    tools = ["tools"] if "tools" in template else []
+    tools = ["tools"] if chat.takes_tools else []
     return {
         "modelfile": "",
         "parameters": "",
-        "template": template,
+        "template": chat.template,
         "details": _details(variant),
         "model_info": {"general.architecture": "lfm2_vl", "lfm2_vl.context_length": context},
         "capabilities": ["completion", "vision", *tools],

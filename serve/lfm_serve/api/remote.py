@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from contextlib import closing
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from lfm_serve.api.errors import ApiError, refused_image
+from lfm_serve.api.errors import refused_image
 
 _MOST_REDIRECTS = 3
 _SECONDS = 20.0
@@ -107,5 +107,5 @@ def _read(response: http.client.HTTPResponse, most: int, ends: float) -> bytes:
         if len(found) > most:
             raise refused_image(f"the image has more than {most >> 20} MiB")
         if time.monotonic() > ends:
-            raise ApiError(400, f"the image did not come within {_SECONDS:g} s", "invalid_image", "messages")
+            raise refused_image(f"the image did not come within {_SECONDS:g} s")
     return bytes(found)

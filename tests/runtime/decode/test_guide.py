@@ -17,7 +17,6 @@ from lfm_runtime.batch import Batch, answer_all  # noqa: E402
 from lfm_runtime.decode.guide import Grammars  # noqa: E402
 from lfm_runtime.decode.sampling import GenerationSettings, Sampler, Top  # noqa: E402
 from lfm_runtime.errors import SettingError  # noqa: E402
-from lfm_runtime.text.messages import Conversation, Message  # noqa: E402
 
 ANSWER = {
     "type": "object",
@@ -202,19 +201,13 @@ def test_a_grammar_for_the_top_of_the_logits(demo_model) -> None:
                 break
 
 
-def test_calls_that_tools_allow(demo_model) -> None:
-    """A grammar of calls, whose arguments are each of its schema, read back by the parser."""
-    tools = [
-        {"type": "function", "function": {"name": "light.set", "parameters": {
-            "type": "object", "required": ["room"], "$defs": {"R": {"enum": ["hall", "bath"]}},
-            "properties": {"level": {"type": "integer", "minimum": 0, "maximum": 9}, "room": {"$ref": "#/$defs/R"}}}}},
-        {"type": "function", "function": {"name": "stop"}},
-    ]  # fmt: skip
-    tokenizer = demo_model.prompts.tokenizer
-    if "<|tool_call_start|>" not in tokenizer.id_of:
-        with pytest.raises(SettingError, match="cannot be enforced"):
-            Grammars(tokenizer, demo_model.bundle.eos).of_calls(tools)
-        pytest.skip("the demo's tokenizer has no tokens for calls; tests/serve/test_tools.py has them")
+def test_calls_need_the_tokens_for_them(demo_model) -> None:
+    """The demo's tokenizer has none; tests/serve/test_tools.py has the family's."""
+    grammars = Grammars(demo_model.prompts.tokenizer, demo_model.bundle.eos)
+    with pytest.raises(SettingError, match="cannot be enforced"):
+        grammars.of_calls([{"type": "function", "function": {"name": "stop"}}])
     with pytest.raises(SettingError, match="no such tool"):
-        Grammars(tokenizer, demo_model.bundle.eos).of_calls(tools, "nothing")
-    assert Conversation([Message("user", "x")], tools).tools
+        grammars.of_calls([{"type": "function", "function": {"name": "stop"}}], "nothing")
+    lost = {"name": "f", "parameters": {"properties": {"a": {"minProperties": 2}}}}
+    with pytest.raises(SettingError, match="minProperties"):
+        grammars.of_calls([lost])
