@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lfm_runtime.boxes import Box, draw_boxes, parse_boxes
 from lfm_runtime.commands.cli import main
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 SIZE = (640, 480)
 
@@ -98,6 +99,14 @@ def test_the_command(demo_bundle, photo, tmp_path, capsys) -> None:
     assert found["boxes"][0] | {"label": "cup", "left": width / 4, "bottom": height / 2} == found["boxes"][0]
     assert Image.open(out).size == (width, height)
     assert main([*words, "--quiet"]) == 0, "its own output is replaced"
+    edited = Image.open(out)
+    note = PngInfo()
+    for key, value in edited.text.items():
+        note.add_text(key, value)
+    edited.putpixel((0, 0), (1, 2, 3))
+    edited.save(out, pnginfo=note)
+    assert main(words) == 2
+    assert "did not write it" in capsys.readouterr().err, "an editor that keeps its text has been used on it"
     out.write_bytes(photo.read_bytes())
     assert main(words) == 2
     assert "did not write it" in capsys.readouterr().err

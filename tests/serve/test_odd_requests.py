@@ -176,3 +176,13 @@ def test_devices_and_pipes_are_never_replaced(demo_bundle, photo, tmp_path, caps
     assert main([*words[:-1], "--schema", str(tmp_path / "bom.json"), "--quiet"]) == 0
     assert main([*words[:-1], "--schema", "/dev/zero"]) == 2
     assert "more than 4 MiB" in capsys.readouterr().err
+
+
+def test_what_is_missing_or_too_much_is_said(server) -> None:
+    """A user's message without content, a number of 5,000 digits, a stream of choices."""
+    status, found, _ = server.ask("/v1/chat/completions", raw('{"messages": [{"role": "user"}]}'))
+    assert status == 400 and "content is missing" in found["error"]["message"], found
+    status, found, _ = server.ask("/v1/chat/completions", raw(f'{{"messages": [], "seed": {"1" * 5000}}}'))
+    assert status == 400 and "4300 digits" in found["error"]["message"] and "sys." not in found["error"]["message"]
+    status, found, _ = server.ask("/v1/choose", raw('{"question": "x", "choices": ["a", "b"], "stream": true}'))
+    assert status == 400 and "stream" in found["error"]["message"], found

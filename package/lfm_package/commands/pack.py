@@ -79,9 +79,9 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     from lfm_runtime.setup.variants import choose_variants, unmet
 
     name = options.profile or board
+    bundle = Bundle.open(options.bundle)
     if not name and not options.variant:
         raise SettingError("name --variant, or the profile of the device: --profile pi5")
-    bundle = Bundle.open(options.bundle)
     if not name:
         if options.prefill == options.variant:
             raise SettingError(

@@ -15,6 +15,8 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lfm_runtime.boxes import Box
     from lfm_runtime.model import Model
 
@@ -156,10 +158,10 @@ def _draw(options: argparse.Namespace, text: str) -> list[Box]:
     image = options.images[0]
     limit = {} if options.max_megapixels is None else {"max_megapixels": options.max_megapixels}
     boxes = parse_boxes(text, [image_size(image, **limit)])
-    note = PngInfo()
+    drawn, note, stream = draw_boxes(image, boxes, **limit), PngInfo(), io.BytesIO()
     note.add_text("Software", _SOFTWARE)
-    stream = io.BytesIO()
-    draw_boxes(image, boxes, **limit).save(stream, "png", pnginfo=note)
+    note.add_text("Comment", _pixels(drawn))
+    drawn.save(stream, "png", pnginfo=note)
     write_whole(options.boxes, stream.getvalue())
     if not options.quiet:
         said = (
@@ -172,10 +174,17 @@ def _draw(options: argparse.Namespace, text: str) -> list[Box]:
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether it is as we wrote it: an editor that was used on it may have kept its text."""
     from PIL import Image
 
     with Image.open(path) as image:
-        return bool(image.info.get("Software") == _SOFTWARE)
+        return bool(image.info.get("Software") == _SOFTWARE and image.info.get("Comment") == _pixels(image))
+
+
+def _pixels(image: Image.Image) -> str:
+    import hashlib
+
+    return f"sha256 of {image.mode} {image.width}x{image.height}: {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -65,9 +65,14 @@ class ImageSettings:
             raise SettingError(f"resample {self.resample} is not one of Pillow's filters (2 bilinear, 3 bicubic)")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "image_std" and min(values) <= 0):
+            if (
+                len(values) != 3
+                or not all(map(math.isfinite, values))
+                or not (min(values) > 0 if name == "image_std" else 0 <= min(values) <= max(values) <= 1)
+            ):
                 raise SettingError(
-                    f"{name} {list(values)} is impossible; three numbers are needed, those of image_std above 0"
+                    f"{name} {list(values)} is impossible; three numbers are needed, those of image_mean from 0 to 1, "
+                    "those of image_std above 0"
                 )
 
     @property

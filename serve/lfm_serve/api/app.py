@@ -239,7 +239,7 @@ class Api:
         try:
             return await run_in_threadpool(json.loads, body.getvalue())
         except (ValueError, RecursionError) as e:
-            raise ApiError(400, f"the body is not JSON ({str(e)[:200]})") from e
+            raise ApiError(400, f"the body is not JSON ({str(e).partition('; use sys.')[0][:200]})") from e
 
 
 async def _api_error(_: HttpRequest, error: Exception) -> Response:
@@ -259,5 +259,8 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     return ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response()
 
 
-async def _our_bug(_: HttpRequest, error: Exception) -> Response:
-    return ApiError(500, f"{type(error).__name__}: this is a fault of the server; see its log").response()
+async def _our_bug(request: HttpRequest, error: Exception) -> Response:
+    said = f"{type(error).__name__}: this is a fault of the server; see its log"
+    if request.url.path.startswith("/api/"):  # in Ollama's form
+        return Json({"error": said}, 500)
+    return ApiError(500, said).response()

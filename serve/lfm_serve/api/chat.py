@@ -193,6 +193,8 @@ def _calls(message: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
 
 def _content(message: Mapping[str, Any], where: str) -> tuple[list[str | Place], list[Picture]]:
     raw, where = message.get("content"), f"{where}.content"
+    if raw is None and message.get("role") == "user":
+        raise ApiError(400, f"{where} is missing: a string, or a list of parts", None, where)
     if raw is None or isinstance(raw, str):
         return [raw or ""], []
     if not isinstance(raw, list):

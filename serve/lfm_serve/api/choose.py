@@ -49,6 +49,8 @@ def parse_choose(body: Any) -> Asked:
     """Raises ApiError where it is not such a request."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
+    if typed(body, "stream", bool):
+        raise ApiError(400, "stream: all choices are answered at once; leave it out", None, "stream")
     raw = typed(body, "questions", list)
     if raw and body.get("question") is not None:
         raise ApiError(400, "question and questions: send one of them", None, "questions")
