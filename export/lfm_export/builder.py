@@ -67,6 +67,7 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.initializers: dict[str, ir.Value] = {}
+        self.functions: dict[str, ir.Function] = {}
         self._names: dict[str, int] = {}
 
     # ------------------------------------------------------------------------------------------------ edges
@@ -171,6 +172,10 @@ class GraphBuilder:
         self.nodes.append(node)
         return node.outputs
 
+    def brings(self, function: ir.Function) -> None:
+        """The graph uses this operator, and has its function with it. One of a name."""
+        self.functions.setdefault(function.name, function)
+
     def subgraph(self, name: str, build: Callable[[], ir.Value]) -> ir.Graph:
         """A branch of If: `build` adds nodes that may use any value of the enclosing graph, and returns the result."""
         outer, self.nodes = self.nodes, []
@@ -196,5 +201,6 @@ class GraphBuilder:
             name=self.name,
             opset_imports={"": OPSET, CONTRIB: 1},
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lfm-edge")
+        functions = list(self.functions.values())
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="lfm-edge", functions=functions)
         ir.save(model, path)

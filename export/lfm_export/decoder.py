@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from lfm_runtime.formats.contract import (
     BATCH,
-    CONV_WINDOW,
+    CONV_INPUT,
     MANY_TOKENS,
     MAX_CONTEXT,
     NEXT_MASK,
@@ -29,6 +29,7 @@ from lfm_runtime.formats.contract import (
 from lfm_export.builder import CONTRIB, GraphBuilder
 from lfm_export.checkpoint.checkpoint import Checkpoint
 from lfm_export.checkpoint.config import TextConfig
+from lfm_export.functions import CONVOLUTION, HEAD_NORM, convolution, head_norm
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 
@@ -61,17 +62,19 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
     if g.dtype == "fp16":  # on a GPU; there sums of whole numbers need cuDNN
         tokens = g.op("Cast", tokens, to=int(INT64))
     last_index = g.op("Cast", g.op("Sub", tokens, 1), to=int(INT32))
-    total = g.op("Cast", g.op("Squeeze", g.op("Shape", mask, start=1, end=2)), to=int(INT32))
+    total = g.op("Cast", g.op("Shape", mask, start=1, end=2), to=int(INT32))
     rotary = _rotary_tables(g, text)
     read_from = _read_from(g, embeds)
-    windows: dict[str, ir.Value] = {}
+    read: dict[str, ir.Value] = {}
+    g.brings(convolution(text.kernel, bias=text.conv_bias))
+    g.brings(head_norm(text.head_dim))
 
     x = g.cast(embeds, g.float_type)
     normed = _rms_norm(g, checkpoint, x, "text.layers.0.operator_norm")
     for i, kind in enumerate(text.layers):
         place = f"text.layers.{i}"
         if kind == "conv":
-            mixed, state, windows[f"{CONV_WINDOW}{i}"] = _short_conv(
+            mixed, state, read[f"{CONV_INPUT}{i}"] = _short_conv(
                 g, checkpoint, normed, past[f"past_conv.{i}"], f"{place}.conv"
             )
             states = {f"past_conv.{i}": state}
@@ -95,9 +98,9 @@ def build_decoder(g: GraphBuilder, checkpoint: Checkpoint, head_table: ir.Extern
 
     logits = _head(g, checkpoint, normed, embeds, head_table)
     g.output(logits, "logits", FLOAT, [BATCH, POSITIONS, text.vocabulary])
-    g.outputs.insert(0, g.outputs.pop())  # logits first, windows last: the model card takes outputs by position
-    for name, window in windows.items():
-        g.output(window, name, g.float_type, [BATCH, "kernel_and_tokens", text.hidden])
+    g.outputs.insert(0, g.outputs.pop())  # logits first, those last: the model card takes outputs by position
+    for name, product in read.items():
+        g.output(product, name, g.float_type, [BATCH, TOKENS, text.hidden])
     if g.dtype == "fp16":
         _stay_on_device(g, logits, mask, text.vocabulary)
 
@@ -118,8 +121,8 @@ def _read_from(g: GraphBuilder, embeds: ir.Value) -> ir.Value:
     """Where the positions begin whose logits are wanted, counted from the end [1]: all of a step of a few tokens, which
     may be guesses to be verified; the last alone of a prompt, whose logits would be 262 KB a token.
     """
-    tokens = g.op("Shape", embeds, start=1, end=2)
-    return g.op("Neg", g.op("Where", g.op("Less", tokens, [MANY_TOKENS]), tokens, [1]))
+    few = g.op("Less", g.op("Shape", embeds, start=1, end=2), [MANY_TOKENS])
+    return g.op("Where", few, [-MANY_TOKENS], [-1])  # Slice begins at the first where there are fewer
 
 
 def _state_shape(name: str, text: TextConfig, length: str) -> list[int | str]:
@@ -128,10 +131,9 @@ def _state_shape(name: str, text: TextConfig, length: str) -> list[int | str]:
     return [BATCH, text.kv_heads, length, text.head_dim]
 
 
-def _rms_norm(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str, width: int | None = None) -> ir.Value:
+def _rms_norm(g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, place: str) -> ir.Value:
     text = checkpoint.config.text
-    n = width or text.hidden
-    scale = g.weight(f"{place}.weight", [n], lambda: checkpoint.read(f"{place}.weight", n))
+    scale = g.weight(f"{place}.weight", [text.hidden], lambda: checkpoint.read(f"{place}.weight", text.hidden))
     return g.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=text.norm_eps, name=place)
 
 
@@ -177,12 +179,11 @@ def _linear(
 def _short_conv(
     g: GraphBuilder, checkpoint: Checkpoint, x: ir.Value, past: ir.Value, place: str
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel], all
-    that the convolution read [batch, kernel + tokens, H]).
+    """Gated depthwise causal convolution: out_proj(C · conv(B · x)). Returns (output, state [batch, H, kernel], what
+    the convolution read of these tokens [batch, tokens, H]).
 
-    The state holds the convolution's last `kernel` inputs, channels first (the hub's shape); inside, time runs along
-    axis 1 so that each tap is one contiguous multiply-add. The oldest entry is never read: kernel - 1 past inputs
-    suffice.
+    The state holds the convolution's last `kernel` inputs, channels first (the hub's shape). Its oldest entry has no
+    effect: kernel - 1 past inputs suffice.
     """
     text = checkpoint.config.text
     hidden, kernel = text.hidden, text.kernel
@@ -190,27 +191,20 @@ def _short_conv(
         g, checkpoint, x, [f"{place}.in_proj"], [3 * hidden], hidden, f"{place}.in_proj", text.conv_bias
     )
     b, c, signal = g.ops("Split", 3, projected, axis=2, num_outputs=3)
-    history = g.op("Transpose", past, perm=[0, 2, 1])  # [batch, kernel, H]
-    full = g.op("Concat", history, g.op("Mul", b, signal), axis=1)  # [batch, kernel + tokens, H]
+    read = g.op("Mul", b, signal)
     taps = g.weight(
         f"{place}.conv.weight",
-        [kernel, hidden],
-        lambda: np.ascontiguousarray(checkpoint.read(f"{place}.conv.weight", hidden, 1, kernel)[:, 0].T),
+        [hidden, 1, 1 + kernel],
+        lambda: np.pad(checkpoint.read(f"{place}.conv.weight", hidden, 1, kernel), ((0, 0), (0, 0), (1, 0))),
     )
-    convolved = None
-    for k in range(kernel):
-        end = k + 1 - kernel if k + 1 < kernel else np.iinfo(np.int64).max
-        shifted = g.op("Slice", full, [k + 1], [end], [1])
-        term = g.op("Mul", shifted, g.op("Gather", taps, k, axis=0))
-        convolved = term if convolved is None else g.op("Add", convolved, term)
-    assert convolved is not None  # kernel >= 1
+    bias = None
     if text.conv_bias:
         bias = g.weight(f"{place}.conv.bias", [hidden], lambda: checkpoint.read(f"{place}.conv.bias", hidden))
-        convolved = g.op("Add", convolved, bias)
-    gated = g.op("Mul", c, convolved)
-    state = g.op("Transpose", g.op("Slice", full, [-kernel], [np.iinfo(np.int64).max], [1]), perm=[0, 2, 1])
+    channels = g.op("Transpose", read, perm=[0, 2, 1])
+    convolved, state = g.ops(CONVOLUTION, 2, channels, taps, bias, past, domain=CONTRIB, name=f"{place}.conv")
+    gated = g.op("Mul", c, g.op("Transpose", convolved, perm=[0, 2, 1]))
     out = _linear(g, checkpoint, gated, [f"{place}.out_proj"], [hidden], hidden, f"{place}.out_proj", text.conv_bias)
-    return out, state, full
+    return out, state, read
 
 
 def _attention(
@@ -225,7 +219,7 @@ def _attention(
 ) -> list[ir.Value]:
     """Grouped-query attention with RMSNorm on every query and key head. Returns [output, key state, value state].
 
-    The norms stay nodes of their own: GroupQueryAttention's q_norm_weight has no CPU kernel (onnxruntime 1.31).
+    The norms stay nodes of their own: GroupQueryAttention's q_norm_weight has no CPU kernel (onnxruntime 1.32).
     """
     text = checkpoint.config.text
     d, rows = text.head_dim, [text.heads * text.head_dim, text.kv_heads * text.head_dim, text.kv_heads * text.head_dim]
@@ -233,15 +227,16 @@ def _attention(
     packed = _linear(g, checkpoint, x, names, rows, text.hidden, f"{place}.qkv_proj")
     query, key, value = g.ops("Split", 3, packed, np.array(rows, np.int64), axis=2)
 
-    def norm(heads: ir.Value, width: int, name: str) -> ir.Value:
-        split = g.op("Reshape", heads, [0, 0, -1, d])
-        return g.op("Reshape", _rms_norm(g, checkpoint, split, f"{place}.{name}_layernorm", d), [0, 0, width])
+    def norm(heads: ir.Value, count: int, name: str) -> ir.Value:
+        label = f"{place}.{name}_layernorm"
+        scale = g.weight(f"{label}.weight", [d], lambda: checkpoint.read(f"{label}.weight", d))
+        return g.op(HEAD_NORM, heads, scale, domain=CONTRIB, num_branches=count, epsilon=text.norm_eps, name=label)
 
     attended, key_state, value_state = g.ops(
         "GroupQueryAttention",
         3,
-        norm(query, rows[0], "q"),
-        norm(key, rows[1], "k"),
+        norm(query, text.heads, "q"),
+        norm(key, text.kv_heads, "k"),
         value,
         *past,
         last_index,

@@ -21,7 +21,7 @@ from lfm_runtime.formats.writer import replacing
 from PIL import Image
 
 from lfm_export.checkpoint.config import CheckpointError
-from lfm_export.web import save_alone, without_windows
+from lfm_export.web import save_alone, without_conv_inputs
 
 VARIANTS = ("int4", "int8", "fp32")
 """Of these the first that a bundle has is taken by default."""
@@ -73,7 +73,7 @@ def write_genai(folder: Path, output: Path, variant: str | None = None) -> str:
 
 def _with_one_position(model: ir.Model, facts: ModelFacts) -> None:
     """The decoder gives the logits of the last position whatever the number of tokens, and says so."""
-    graph = without_windows(model).graph
+    graph = without_conv_inputs(model).graph
     last = ir.Value(name="genai.last", const_value=ir.tensor(np.array([-1], np.int64)))
     graph.register_initializer(last)
     slices = [n for n in graph if n.op_type == "Slice" and str(n.name).startswith(_READ)]

@@ -1,5 +1,5 @@
 """A bundle for browsers. A browser's session sees no data file but its graph's own, so a decoder whose head is tied to
-the embedding table gets a copy of it; and it fetches every output, so the convolutions' windows go, which only
+the embedding table gets a copy of it; and it fetches every output, so what the convolutions read goes, which only
 speculation needs. Such a bundle runs here as well.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from lfm_runtime.bundle import Bundle, complete_for_clients
-from lfm_runtime.formats.contract import CONV_WINDOW, DECODER
+from lfm_runtime.formats.contract import CONV_INPUT, DECODER
 from lfm_runtime.formats.manifest import File, Manifest
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 
@@ -48,7 +48,7 @@ def write_web(folder: Path, output: Path) -> list[str]:
         carry_over(folder, new, [name for name in kept.files if name not in own])
         graphs, files = dict(kept.graphs), {name: file for name, file in kept.files.items() if name not in own}
         for name, path in decoders.items():
-            model = without_windows(ir.load(path))
+            model = without_conv_inputs(ir.load(path))
             save_alone(model, path.parent, new / name)
             entry = described(model.graph, model.opset_imports[""], model.ir_version)
             graphs[name] = replace(entry, min_onnxruntime=kept.graphs[name].min_onnxruntime, data=(f"{name}_data",))
@@ -95,9 +95,9 @@ def save_alone(model: ir.Model, places: Path, path: Path) -> None:
     ir.save(model, path)
 
 
-def without_windows(model: ir.Model) -> ir.Model:
+def without_conv_inputs(model: ir.Model) -> ir.Model:
     """A decoder without the outputs that only speculation reads, changed in place."""
     graph = model.graph
-    for value in [value for value in graph.outputs if str(value.name).startswith(CONV_WINDOW)]:
+    for value in [value for value in graph.outputs if str(value.name).startswith(CONV_INPUT)]:
         graph.outputs.remove(value)
     return model

@@ -110,9 +110,8 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise QuantizeError(
-                f"pattern {pattern!r} matches no layer of this model; layers are named like {names[-2]}"
-            )
+            like = next((name for name in reversed(names) if ".layers." in name), names[-1])
+            raise QuantizeError(f"pattern {pattern!r} matches no layer of this model; layers are named like {like}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

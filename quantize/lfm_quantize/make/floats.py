@@ -10,7 +10,6 @@ from lfm_quantize.calibrate.blocks import FedGraph, prompt_feeds
 from lfm_quantize.calibrate.overflow import overflowing
 from lfm_quantize.graph import open_graph
 from lfm_quantize.passes.biases import FusedBiases
-from lfm_quantize.passes.convolution import FusedConvolutions
 from lfm_quantize.passes.half import Half
 from lfm_quantize.passes.likeliest import Likeliest
 from lfm_quantize.passes.nodes import rewritten
@@ -18,9 +17,6 @@ from lfm_quantize.passes.standard import StandardOperators
 from lfm_quantize.recipe import matching
 from lfm_quantize.run import Made, Run
 from lfm_quantize.variant import NewGraph, VariantGraphs
-
-FOR_GPUS = (Likeliest(), FusedConvolutions())
-"""A decoder that stays on the device: see the passes."""
 
 
 def as_fp16(run: Run) -> Made:
@@ -41,7 +37,7 @@ def as_fp16(run: Run) -> Made:
     graphs = {
         VISION_ENCODER.stem: NewGraph(rewritten(source.vision, Half(stay), FusedBiases())),
         EMBED_TOKENS.stem: NewGraph(rewritten(source.embed, Half(stay))),
-        DECODER.stem: NewGraph(rewritten(source.decoder, Half(stay), *FOR_GPUS)),
+        DECODER.stem: NewGraph(rewritten(source.decoder, Half(stay), Likeliest())),
     }
     return Made(dict(graphs), {"kept_fp32": sorted(stay)})
 
@@ -53,7 +49,7 @@ def over_int4(run: Run) -> Made:
     kept = set(Manifest.of(run.bundle.folder).quantization.get("fp16", {}).get("kept_fp32", []))
     names = [str(n.name) for n in model.graph]
     stay = [name for name in names if kept.intersection((name, name.removesuffix(".matmul")))]
-    decoder = NewGraph(rewritten(model, Half(stay), *FOR_GPUS), over=True)
+    decoder = NewGraph(rewritten(model, Half(stay), Likeliest()), over=True)
     graphs: VariantGraphs = {**fp16, EMBED_TOKENS.stem: int4[EMBED_TOKENS.stem], DECODER.stem: decoder}
     return Made(graphs, {"base": list(VARIANTS[run.settings.variant].bases)})
 

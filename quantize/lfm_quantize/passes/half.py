@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
-from lfm_runtime.formats.contract import CONV_WINDOW
+from lfm_runtime.formats.contract import CONV_INPUT
 
 from lfm_quantize.graph import FLOAT, FLOAT16, reads, retyped
 from lfm_quantize.passes.nodes import drop_unused, node
@@ -71,7 +71,7 @@ class _Conversion:
         read = reads(n)
         floats = [value for value in read if value in self.kinds]
         hidden = any(self.kinds[value] == FLOAT16 or value in self.starts for value in floats)
-        # A Gather reads token embeddings, or a convolution's taps.
+        # A Gather reads token embeddings.
         hidden = hidden or (n.op_type == "Gather" and n.inputs[0] in self.constants)
         kind = FLOAT16 if hidden and n.name not in self.stay else FLOAT
         measures = n.op_type == "Shape"  # takes any type
@@ -120,7 +120,7 @@ class _Conversion:
         """An output in the type of its kind: states in fp16, all other floats in fp32."""
         if value not in self.kinds:
             return  # integers
-        wanted = FLOAT16 if str(value.name).startswith(("present", CONV_WINDOW)) else FLOAT
+        wanted = FLOAT16 if str(value.name).startswith(("present", CONV_INPUT)) else FLOAT
         if self.kinds[value] != wanted:
             name, shape = str(value.name), value.shape
             value.name, value.type, value.shape = f"{name}.inner", None, None

@@ -38,7 +38,7 @@ class Decoder(DecoderGraphs):
     @property
     def verifies(self) -> bool:
         """Whether speculative tokens can be taken back. On a device, where a step of many tokens takes hardly longer
-        than one, the windows would cross to the host.
+        than one, what its convolutions read would cross to the host.
         """
         return self._memory is None and self.info.verifies
 

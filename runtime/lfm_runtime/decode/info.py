@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lfm_runtime.decode.state import StateInput
 from lfm_runtime.errors import GraphContractError
 from lfm_runtime.formats.contract import (
-    CONV_WINDOW,
+    CONV_INPUT,
     NEXT_MASK,
     NUM_LOGITS,
     POSITIONS,
@@ -47,14 +47,14 @@ class DecoderInfo:
     are given, or all: that must be known before a step.
     """
     shares_kv: bool  # attention writes into its past: past and present may be one buffer
-    gives_windows: bool  # and what convolutions have read, from which any state before can be had: see CONV_WINDOW
+    gives_conv_inputs: bool  # and what convolutions have read, from which any state before can be had: see CONV_INPUT
     top_tokens: int  # likeliest tokens that it gives out beside the logits; 0: none
     gives_mask: bool  # and the next step's attention mask
 
     @property
     def verifies(self) -> bool:
         """Whether speculative tokens can be taken back."""
-        return self.shares_kv and self.gives_windows
+        return self.shares_kv and self.gives_conv_inputs
 
     @staticmethod
     def of(session: ort.InferenceSession, path: Path, facts: ModelFacts | None = None) -> DecoderInfo:
@@ -94,7 +94,7 @@ class DecoderInfo:
             constants,
             gives_few,
             in_place and (gives_few or logits.shape[1] == 1),
-            any(name.startswith(CONV_WINDOW) for name in outputs),
+            any(name.startswith(CONV_INPUT) for name in outputs),
             int(outputs[TOP_LOGITS].shape[2]) if {TOP_LOGITS, TOP_IDS} <= outputs.keys() else 0,
             NEXT_MASK in outputs,
         )

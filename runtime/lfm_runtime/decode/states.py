@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lfm_runtime.decode.graphs import DecoderGraphs
 from lfm_runtime.decode.state import Embeds, Mark, Snapshot
-from lfm_runtime.formats.contract import CONV_WINDOW, MANY_TOKENS, present_name
+from lfm_runtime.formats.contract import CONV_INPUT, MANY_TOKENS, present_name
 
 PREFILL_TOKENS = 8
 """From so many tokens a step is bound by arithmetic rather than by reading weights, and int8's decoder is faster than
@@ -45,8 +45,8 @@ class SharedState:
         self._logits = np.empty(
             (1, MANY_TOKENS - 1 if graphs.info.gives_few else 1, graphs.info.vocabulary), np.float32
         )
-        self._windows: dict[str, NDArray[Any]] = {}  # [1, kernel + tokens, H] of the last `step_all`
-        self._window_room: dict[str, NDArray[Any]] = {}
+        self._read: dict[str, NDArray[Any]] = {}  # [1, tokens, H] by convolution, of the last `step_all`
+        self._read_room: dict[str, NDArray[Any]] = {}
         self._buffers: dict[str, list[NDArray[Any]]] = {}
         for state in graphs.info.states:
             if state.is_conv:
@@ -65,7 +65,7 @@ class SharedState:
 
     def step(self, embeds: Embeds) -> NDArray[np.float32]:
         """Implement State.step; the logits are a view that the next step overwrites."""
-        logits: NDArray[np.float32] = self._run(embeds, windows=False)[-1]
+        logits: NDArray[np.float32] = self._run(embeds, verify=False)[-1]
         return logits
 
     def step_token(self, token: int) -> NDArray[np.float32]:
@@ -76,27 +76,28 @@ class SharedState:
         """As `step` for fewer than MANY_TOKENS tokens, but logits [S, vocabulary] of all; `keep` can then take back the
         last of them.
         """
-        return self._run(embeds, windows=True)
+        return self._run(embeds, verify=True)
 
     def keep(self, tokens: int) -> None:
         """Be as if the last step, a `step_all`, had fed only its first `tokens`."""
-        for name, window in self._windows.items():
-            state = self._buffers[name.replace(CONV_WINDOW, "past_conv.")][self._turn]
-            state[0] = window[0, tokens : tokens + state.shape[2]].T
-            fed = window.shape[1] - state.shape[2]
+        for name, read in self._read.items():
+            buffers = self._buffers[name.replace(CONV_INPUT, "past_conv.")]
+            state, before = buffers[self._turn], buffers[1 - self._turn]
+            fed, kernel = read.shape[1], state.shape[2]
+            state[...] = np.concatenate([before[0], read[0, :tokens].T], axis=1)[:, -kernel:]
         self.length += tokens - fed
 
-    def _run(self, embeds: Embeds, *, windows: bool) -> NDArray[np.float32]:
+    def _run(self, embeds: Embeds, *, verify: bool) -> NDArray[np.float32]:
         """Run one step; return the logits [positions, vocabulary]."""
         sessions, tokens = self._graphs.load(), embeds.shape[1]
         many = tokens >= MANY_TOKENS
         # Speculative tokens are checked by the graph that would have generated them.
-        reads = sessions.prefill is not None and tokens >= PREFILL_TOKENS and not windows
+        reads = sessions.prefill is not None and tokens >= PREFILL_TOKENS and not verify
         session = sessions.prefill if reads and sessions.prefill else sessions.decoder
         positions = 1 if many or not self._graphs.info.gives_few else tokens
-        binding = self._binding(session, positions, windows)[self._turn]
-        if windows:
-            self._windows = self._room_for_windows(tokens)
+        binding = self._binding(session, positions, verify)[self._turn]
+        if verify:
+            self._read = self._room_for_read(tokens)
         self.length += tokens
         # OrtValues over numpy memory: a view costs microseconds and copies nothing.
         binding.bind_ortvalue_input("inputs_embeds", ort.OrtValue.ortvalue_from_numpy(embeds))
@@ -132,24 +133,24 @@ class SharedState:
         """Drop the bindings, which hold the sessions; the next step binds anew."""
         self._bindings.clear()
 
-    def _binding(self, session: ort.InferenceSession, positions: int, windows: bool) -> list[ort.IOBinding]:
-        key = id(session), positions, windows
+    def _binding(self, session: ort.InferenceSession, positions: int, verify: bool) -> list[ort.IOBinding]:
+        key = id(session), positions, verify
         if key not in self._bindings:
             self._bindings[key] = bind_turns(session, self._buffers, self._logits[:, :positions])
-            for name, array in (self._room_for_windows(positions) if windows else {}).items():
+            for name, array in (self._room_for_read(positions) if verify else {}).items():
                 value = ort.OrtValue.ortvalue_from_numpy(array)
                 for binding in self._bindings[key]:
                     binding.bind_ortvalue_output(name, value)
         return self._bindings[key]
 
-    def _room_for_windows(self, tokens: int) -> dict[str, NDArray[Any]]:
-        """[1, kernel + tokens, H] for each convolution: the same memory for any number of tokens."""
-        if not self._window_room:
+    def _room_for_read(self, tokens: int) -> dict[str, NDArray[Any]]:
+        """[1, tokens, H] for each convolution: the same memory for any number of tokens."""
+        if not self._read_room:
             for s in self._graphs.info.states:
                 if s.is_conv:
-                    room = np.empty((1, s.shape[2] + MANY_TOKENS - 1, s.shape[1]), s.dtype)
-                    self._window_room[s.name.replace("past_conv.", CONV_WINDOW)] = room
-        return {name: room[:, : room.shape[1] - (MANY_TOKENS - 1) + tokens] for name, room in self._window_room.items()}
+                    room = np.empty((1, MANY_TOKENS - 1, s.shape[1]), s.dtype)
+                    self._read_room[s.name.replace("past_conv.", CONV_INPUT)] = room
+        return {name: room[:, :tokens] for name, room in self._read_room.items()}
 
 
 def bind_turns(

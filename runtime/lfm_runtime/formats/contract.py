@@ -35,10 +35,10 @@ PATCHES, IMAGE_TOKENS = "num_patches", "num_image_tokens"
 POSITIONS = "positions"
 """What the logits' second axis is called in such a decoder."""
 
-CONV_WINDOW = "conv_window."
-"""Outputs of a decoder of ours, by layer: f32 [B, kernel + S, H], all that a convolution has read, from which its state
-after any of the step's tokens can be cut. The hub's contract does not know them, so their names must not look like
-states'; whoever does not ask for them pays nothing. Decoders for GPUs lack them: speculation is for CPUs.
+CONV_INPUT = "conv_input."
+"""Outputs of a decoder of ours, by layer: f32 [B, S, H], what a convolution has read of the step's tokens. With the
+state before the step, they make its state after any of the tokens. The hub's contract does not know them, so their
+names must not look like states'; whoever does not ask for them pays nothing.
 """
 
 TOP_LOGITS, TOP_IDS, NEXT_MASK = "top_logits", "top_ids", "next_attention_mask"

@@ -19,7 +19,7 @@ from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import BundleError, OutOfMemoryError, more_memory
-from lfm_runtime.formats.contract import CONV_WINDOW, DECODER, VISION_ENCODER
+from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings
 from lfm_runtime.setup.forecast import Forecast
@@ -166,7 +166,7 @@ def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool
             engines=_engines(bundle, paths[VISION_ENCODER.stem]),
             most_patches=_most_patches(bundle.images, profile),
         )
-    verifies = not execution.on_gpu and _gives_windows(bundle, paths[DECODER.stem])
+    verifies = not execution.on_gpu and _gives_conv_inputs(bundle, paths[DECODER.stem])
     return Setup(
         bundle,
         profile,
@@ -193,11 +193,11 @@ def _most_patches(images: ImageSettings, profile: Profile) -> int:
     return max(tokens * images.downsample_factor**2, (images.tile_size // images.encoder_patch_size) ** 2)
 
 
-def _gives_windows(bundle: Bundle, decoder: Path) -> bool:
-    """Whether a decoder gives out what its convolutions have read: see contract.CONV_WINDOW."""
+def _gives_conv_inputs(bundle: Bundle, decoder: Path) -> bool:
+    """Whether a decoder gives out what its convolutions have read: see contract.CONV_INPUT."""
     entry = bundle.manifest.graphs.get(bundle.name_of(decoder)) if bundle.manifest else None
     try:
         names = entry.outputs if entry else output_names(decoder)
     except BundleError:
         return False  # loading it will say what is wrong with it
-    return any(name.startswith(CONV_WINDOW) for name in names)
+    return any(name.startswith(CONV_INPUT) for name in names)

@@ -8,7 +8,6 @@ import pytest
 from graphs import constants, kinds, model_of, run, text_of
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.passes.biases import FusedBiases
-from lfm_quantize.passes.convolution import FusedConvolutions
 from lfm_quantize.passes.kv import Int8KeysAndValues
 from lfm_quantize.passes.likeliest import Likeliest
 from lfm_quantize.passes.nodes import rewritten
@@ -166,21 +165,6 @@ def test_positions_are_all_kept_when_the_slices_are_skipped() -> None:
     x = RNG.standard_normal((1, 3, 4)).astype(np.float32)
     np.testing.assert_array_equal(run(made, x=x)[0], 2 * x)
     np.testing.assert_array_equal(run(model, x=x)[0], 2 * x[:, -1:])
-
-
-def test_convolutions_kept_fp32_are_left_alone() -> None:
-    """What their windows read is no output any more, all the same."""
-    text = """
-    one (float[1, 4, 2] x, float[1, 4, 2] past) => (float[1, 4, 4] conv_window, float[1, 4, 4] y) {
-      [joined] conv_window = Concat <axis = 2> (past, x)
-      [read] y = Neg (conv_window)
-    }
-    """
-    model = model_of(text)
-    model.graph.outputs[0].name = "conv_window.0"
-    result = FusedConvolutions()(model)
-    assert not result.modified
-    assert [value.name for value in result.model.graph.outputs] == ["y"]
 
 
 def test_attention_of_another_kind_gets_no_int8_keys() -> None:

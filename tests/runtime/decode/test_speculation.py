@@ -165,8 +165,8 @@ def test_speculation_that_cannot_be_is_refused(demo_bundle, tmp_path, capsys) ->
     model = onnx.load(str(path), load_external_data=False)
     del model.graph.output[-3:]  # a graph as the hub has it
     for node in model.graph.node:
-        node.output[:] = [name.replace("conv_window.", "window.") for name in node.output]
-        node.input[:] = [name.replace("conv_window.", "window.") for name in node.input]
+        node.output[:] = [name.replace("conv_input.", "read.") for name in node.output]
+        node.input[:] = [name.replace("conv_input.", "read.") for name in node.input]
     path.write_bytes(model.SerializeToString())
     assert main(["run", str(bundle), "-p", "x", "--speculate", "4"]) == 2
     assert "export" in capsys.readouterr().err

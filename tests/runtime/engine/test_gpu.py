@@ -91,6 +91,7 @@ CUDA_KERNELS = {
             "Cos",
             "Sin",
             "GatherBlockQuantized",
+            "BranchwiseRMSNorm",
             "CausalConvWithState",
             "FastGelu",
             "SkipLayerNormalization",
