@@ -24,7 +24,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-BLOCKS = (32, 64, 128)
+BLOCKS = (32, 64, 128, 256)
+FEED_FORWARD = "text.layers.*.feed_forward.*"
 _KEYS = {"pattern", "bits", "block", "method", "zero_points"}
 
 
@@ -90,15 +91,19 @@ class Recipe:
 
     @staticmethod
     def default(variant: str, method: str, *, quick: bool = False) -> Recipe:
-        """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder, with a scale for 128
-        inputs where GPTQ makes up for what coarse scales lose (8 % more tokens a second than with 64), else for 64.
-        `quick`: without GPTQ where it gains least, on 8-bit weights, and elsewhere in parts of wide matrices.
+        """What a variant is without a search: int8 everywhere; or int8 vision and a 4-bit decoder. Where GPTQ makes up
+        for what coarse scales lose, a scale is for 256 inputs in the feed-forward layers, which are three quarters
+        of the weights, and for 128 elsewhere; else for 64. `quick`: without GPTQ where it gains least, on 8-bit
+        weights, and elsewhere in parts of wide matrices.
         """
         eight = Precision(8, 0, "rtn" if quick else method)
         if variant == "int8":
             return Recipe((Rule("*", eight),))
-        four = Precision(4, 128 if method in COMPENSATING else 64, "gptq-local" if quick else method)
-        return Recipe((Rule("vision.*", eight), Rule("projector.*", eight), Rule("*", four)))
+        images = (Rule("vision.*", eight), Rule("projector.*", eight))
+        if method not in COMPENSATING:
+            return Recipe((*images, Rule("*", Precision(4, 64, method))))
+        narrow, wide = (Precision(4, block, "gptq-local" if quick else method) for block in (128, 256))
+        return Recipe((*images, Rule(FEED_FORWARD, wide), Rule("*", narrow)))
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:

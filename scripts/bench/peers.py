@@ -1,0 +1,203 @@
+"""lfm-edge beside llama.cpp (and OpenVINO, onnxruntime-genai) in turns; peers.sh builds what this compares and calls it.
+
+Rules, made before anything was measured:
+
+- A figure is measured by all sides in turns, A B A B …, once before that does not count, then `--rounds` times. What is said is
+  the median, and for ratios the median of the rounds' ratios.
+- A round is dropped, and another measured (at most as many again), where on one of its sides programs other than ours took more
+  than 5 % of the processors' time, or where a fixed piece of work before it took more than 1.25 times its median in this run (a
+  neighbour on a shared machine, or a lower clock). How many were dropped is in the JSON.
+- All sides have the same threads, the same image files and the same number of tokens. Sampling is greedy, an answer's end is
+  ignored. llama.cpp: Q4_0 and the f16 projector. lfm-edge: int4 with the int8 decoder for prompts, prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from lfm_runtime import Model
+from lfm_runtime.images.pixels import cut_views
+from measures import PHOTO, encode
+from PIL import Image
+from sides import Llama, Process, decode, first_token, images_a_minute, others_of, prefill, second_question
+from turns import GENAI, LLAMA, OPENVINO, OURS, Machine, Row, in_turns
+
+from serve import QUESTION, images, started
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ((384, 256), (512, 512), (1280, 960))
+PROMPTS, PASTS, ROWS = (275, 1500), (10, 512, 1500), (1, 4, 8)
+
+
+def in_one_process(folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None]) -> dict[str, str]:
+    """Vision, prompts and tokens with models that are loaded; returns the others' versions."""
+    settings = {"profile": "generic", "threads": threads, "variant": "int4", "prefill": "int8"}
+    model = Model.load(str(folder / "bundle"), **settings)
+    pictures, views = {}, {}
+    for width, height in SIZES:
+        path = folder / f"{width}x{height}.png"
+        Image.open(PHOTO).convert("RGB").resize((width, height)).save(path)
+        pictures[width, height] = path
+        opened = model.open(path)
+        cut = cut_views(opened.image, opened.layout, model.setup.images)
+        for n, (view, patches) in enumerate(zip(opened.layout.views, cut, strict=True)):
+            views[f"{width}x{height}/{n}/{view.rows}x{view.columns}"] = patches
+    np.savez(folder / "views.npz", **views)
+    others = others_of(folder, threads, folder / "views.npz")
+    for (width, height), path in pictures.items():
+        sides = {OURS: encode(model, Image.open(path)), LLAMA: llama.vision(path)}
+        if OPENVINO in others:
+            sides[OPENVINO] = others[OPENVINO].measure("vision", f"{width}x{height}")
+        count = sum(name.startswith(f"{width}x{height}/") for name in views)
+        measured(Row(f"vision, {width}×{height}" + (f" ({count} views)" if count > 1 else ""), "ms", sides))
+    for tokens in PROMPTS:
+        sides = {OURS: prefill(model, tokens), LLAMA: llama.bench("-p", tokens, "-n", 0)}
+        sides |= {name: other.measure("prefill", tokens) for name, other in others.items()}
+        measured(Row(f"prompt of {tokens:,} tokens", "tok/s", sides))
+    for past in PASTS:
+        sides = {OURS: decode(model, past), LLAMA: llama.bench("-p", 0, "-n", 32, "-d", past)}
+        sides |= {name: other.measure("decode", past) for name, other in others.items()}
+        measured(Row(f"tokens after {past:,}", "tok/s", sides, 1))
+    for other in others.values():
+        other.process.terminate()
+    return {name: other.version for name, other in others.items()}
+
+
+def in_own_processes(folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None]) -> None:
+    """One question by a program that starts for it: time and memory."""
+    image = folder / "512x512.png"
+    ours = [sys.executable, "-m", "lfm_runtime", "run", str(folder / "bundle"), str(image), "-p", QUESTION, "--quiet"]
+    ours += ["--variant", "int4", "--threads", str(threads), "--temperature", "0"]
+    fast = [*ours, "--prefill", "int8"]
+    one = {OURS: Process([*fast, "--max-new-tokens", "1"]), LLAMA: Process(llama.one_shot(image, 1))}
+    measured(Row("start, image, first token, end", "ms", {name: p.run for name, p in one.items()}))
+    small = Process([*ours, "--prefill", "none", "--low-memory", "--max-new-tokens", "32"])
+    for kind, process in {"": Process([*fast, "--max-new-tokens", "32"]), " (low memory)": small}.items():
+        pair = {OURS: process, LLAMA: Process(llama.one_shot(image, 32))}
+
+        def peak(p: Process) -> float:
+            p.run()
+            return p.peaks[-1]
+
+        row = Row(f"largest memory{kind}", "MiB", {name: lambda p=p: peak(p) for name, p in pair.items()})
+        measured(row)
+        beside = Row(f"of it not mapped from files{kind}", "MiB", {})
+        beside.values = {name: p.anonymous[-len(row.values[name]) :] for name, p in pair.items()}
+        measured(beside)
+
+
+def in_servers(folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None]) -> None:
+    """Requests over HTTP, the same to both."""
+    for rows in ROWS:
+        ours = [sys.executable, "-m", "lfm_runtime", "serve", str(folder / "bundle"), "--port", "8191", "--quiet"]
+        ours += ["--threads", str(threads), "--variant", "int4", "--prefill", "int8"]
+        ours += ["--rows", str(rows), "--context", "2048"]
+        with ExitStack() as stack:
+            peers = [
+                stack.enter_context(started(OURS, ours, 8191)),
+                stack.enter_context(started(LLAMA, llama.server(rows, 8192), 8192)),
+            ]
+            if rows == 1:
+                firsts = {p.name: first_token(p, images(1)) for p in peers}
+                measured(Row("first token, new image of 512×512, HTTP", "ms", firsts))
+                image = next(images(2))
+                measured(
+                    Row("second question, same image, HTTP", "ms", {p.name: second_question(p, image) for p in peers})
+                )
+            rates = {p.name: images_a_minute(p, rows) for p in peers}
+            measured(Row(f"images a minute, 64 tokens each, {rows} at a time", "1/min", rates, 1))
+
+
+def table(rows: list[Row], heads: dict[str, str]) -> str:
+    """Markdown."""
+    names = [name for name in (OURS, LLAMA, OPENVINO, GENAI) if any(name in row.values for row in rows)]
+    lines = [
+        f"| | {' | '.join(heads[name] for name in names)} | better than llama.cpp |",
+        "| --- |" + " --- |" * (len(names) + 1),
+    ]
+    for row in rows:
+        cells = [
+            f"{statistics.median(row.values[name]):,.{row.digits}f} {row.unit}" if name in row.values else ""
+            for name in names
+        ]
+        ratio = row.ratio(LLAMA)
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {f'{ratio:.2f} ×' if ratio else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def into_readme(made: str) -> None:
+    """Between its two marks."""
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- peers -->\n")
+    _, _, after = rest.partition("<!-- /peers -->\n")
+    path.write_text(f"{before}<!-- peers -->\n{made}<!-- /peers -->\n{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--llama", type=Path, required=True, help="folder of its programs")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--readme", action="store_true")
+    options = parser.parse_args()
+    machine, rows = Machine(), []
+
+    def measured(row: Row) -> None:
+        rows.append(row)
+        if row.sides:
+            in_turns(row, options.rounds, machine)
+
+    llama = Llama(options.llama, options.folder, options.threads)
+    arguments = (options.folder, llama, options.threads, measured)
+    versions = in_one_process(*arguments)
+    in_own_processes(*arguments)
+    in_servers(*arguments)
+    said = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
+    build = subprocess.run([llama.programs / "llama-bench", "--version"], capture_output=True, text=True, check=True)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": cpu[1] if cpu else platform.machine(),
+        "threads": options.threads,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        LLAMA: (build.stdout + build.stderr).strip().splitlines()[0],
+        **versions,
+        "load average": {"median": statistics.median(machine.loads), "largest": max(machine.loads)},
+        "pulse ms": {"median": statistics.median(machine.pulses), "largest": max(machine.pulses)},
+    }
+    found = [
+        {"name": r.name, "unit": r.unit, "rounds": r.values, "dropped": r.dropped, "ratio": r.ratio(LLAMA)}
+        for r in rows
+    ]
+    (options.folder / "peers.json").write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
+    heads = {
+        OURS: "lfm-edge int4",
+        LLAMA: "llama.cpp Q4_0",
+        OPENVINO: "OpenVINO, fp32 weights",
+        GENAI: "onnxruntime-genai, our int4",
+    }
+    made = table(rows, heads)
+    (options.folder / "peers.md").write_text(made)
+    print(f"\n{made}")
+    if options.readme:
+        into_readme(made)
+
+
+if __name__ == "__main__":
+    main()

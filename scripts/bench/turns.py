@@ -1,0 +1,98 @@
+"""Figures measured by several sides in turns, and whether anything disturbed them: the rules are those of peers.py."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import psutil
+from measures import timed_ms
+
+OURS, LLAMA, OPENVINO, GENAI = "lfm-edge", "llama.cpp", "OpenVINO", "onnxruntime-genai"
+SPOILED, SLOWED = 0.05, 1.25
+Measure = Callable[[], float]
+
+
+@dataclass
+class Row:
+    """A figure of all sides."""
+
+    name: str
+    unit: str
+    sides: dict[str, Measure]
+    digits: int = 0
+    values: dict[str, list[float]] = field(default_factory=dict)
+    dropped: int = 0
+
+    @property
+    def less_is_better(self) -> bool:
+        return self.unit in ("ms", "s", "MiB")
+
+    def ratio(self, other: str) -> float | None:
+        """How many times better we are than `other`, the median over rounds."""
+        if OURS not in self.values or other not in self.values:
+            return None
+        pairs = zip(self.values[OURS], self.values[other], strict=True)
+        return statistics.median(b / a if self.less_is_better else a / b for a, b in pairs)
+
+
+class Machine:
+    """Tells whether a measurement was disturbed."""
+
+    def __init__(self) -> None:
+        self.work = np.random.default_rng(0).standard_normal((384, 384)).astype(np.float32)
+        self.pulses: list[float] = []
+        self.loads: list[float] = []
+
+    def _pulse(self) -> float:
+        self.pulses.append(min(timed_ms(lambda: self.work @ self.work @ self.work) for _ in range(5)))
+        return self.pulses[-1]
+
+    @staticmethod
+    def _times() -> tuple[float, float]:
+        """(processor seconds of everything but idling, of this process and its children)."""
+        all_of_it = psutil.cpu_times()
+        busy = sum(all_of_it) - all_of_it.idle - getattr(all_of_it, "iowait", 0.0)
+        busy -= getattr(all_of_it, "guest", 0.0) + getattr(all_of_it, "guest_nice", 0.0)
+        ours = sum(os.times()[:4])
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                ours += sum(child.cpu_times()[:4])
+        return busy, ours
+
+    def measure(self, work: Measure) -> tuple[float, bool]:
+        """(the value, whether nothing disturbed it)."""
+        pulse = self._pulse()
+        self.loads.append(os.getloadavg()[0])
+        (busy, ours), start = self._times(), time.perf_counter()
+        value = work()
+        (busy_after, ours_after), taken = self._times(), time.perf_counter() - start
+        others = (busy_after - busy) - (ours_after - ours)
+        room = SPOILED * taken * (psutil.cpu_count() or 1) + 0.05  # /proc/stat counts in hundredths
+        return value, others <= room and pulse <= SLOWED * statistics.median(self.pulses)
+
+
+def in_turns(row: Row, rounds: int, machine: Machine) -> None:
+    """Fill a row, and print it."""
+    for measure in row.sides.values():
+        measure()
+    kept: list[dict[str, float]] = []
+    spoiled: list[dict[str, float]] = []
+    while len(kept) < rounds and len(kept) + len(spoiled) < 2 * rounds:
+        found = {name: machine.measure(measure) for name, measure in row.sides.items()}
+        quiet = all(undisturbed for _, undisturbed in found.values())
+        (kept if quiet else spoiled).append({name: value for name, (value, _) in found.items()})
+    row.dropped = len(spoiled)
+    if len(kept) < rounds:
+        print(f"  {row.name}: only {len(kept)} undisturbed rounds of {len(kept) + len(spoiled)}", flush=True)
+    for values in kept or spoiled:
+        for name, value in values.items():
+            row.values.setdefault(name, []).append(value)
+    said = [f"{name} {statistics.median(v):,.{row.digits}f}" for name, v in row.values.items()]
+    ratio = row.ratio(LLAMA)
+    print(f"{row.name:44} {row.unit:6} {'  '.join(said)}" + (f"  {ratio:.2f} ×" if ratio else ""), flush=True)
