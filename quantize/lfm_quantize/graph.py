@@ -266,7 +266,7 @@ def session(model: ir.Model, threads: int) -> ort.InferenceSession:
     options = Execution(threads).options()
     # Packing an fp32 weight would keep a second copy of it, and a calibration run is short; without packing MatMulNBits
     # crawls.
-    quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul") for n in model.graph)
+    quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat") for n in model.graph)
     options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
     tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
     folder = next((t.file.parent for t in tensors.values() if isinstance(t, Mapped)), "")

@@ -32,6 +32,7 @@ class OpenVino:
             core.compile_model(f"{folder}/onnx/{name}.onnx", "CPU", config)
             for name in ("vision_encoder", "decoder_model_merged")
         )
+        self.inputs = {name: value.partial_shape for value in self.decoder.inputs for name in value.get_names()}
         self.views = np.load(views)
 
     def vision(self, image: str) -> float:
@@ -49,18 +50,16 @@ class OpenVino:
 
     def _start(self, past: int) -> dict[str, np.ndarray]:
         found = {}
-        for value in self.decoder.inputs:
-            name, shape = value.any_name, value.partial_shape
+        for name, shape in self.inputs.items():
             if name.startswith("past"):
                 sizes = [d.get_length() if d.is_static else past for d in shape][1:]
                 found[name] = np.zeros((1, *sizes), np.float32)
         return found
 
     def _step(self, states: dict[str, np.ndarray], tokens: int, past: int) -> dict[str, np.ndarray]:
-        hidden = next(v for v in self.decoder.inputs if v.any_name == "inputs_embeds").partial_shape[2].get_length()
         feeds = {
             **states,
-            "inputs_embeds": np.full((1, tokens, hidden), 0.01, np.float32),
+            "inputs_embeds": np.full((1, tokens, self.inputs["inputs_embeds"][2].get_length()), 0.01, np.float32),
             "attention_mask": np.ones((1, past + tokens), np.int64),
         }
         found = self.decoder(feeds)

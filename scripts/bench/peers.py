@@ -71,7 +71,7 @@ def in_one_process(folder: Path, llama: Llama, threads: int, measured: Callable[
         sides |= {name: other.measure("decode", past) for name, other in others.items()}
         measured(Row(f"tokens after {past:,}", "tok/s", sides, 1))
     for other in others.values():
-        other.process.terminate()
+        other.process.kill()
     return {name: other.version for name, other in others.items()}
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     in_servers(*arguments)
     said = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
-    build = subprocess.run([llama.programs / "llama-bench", "--version"], capture_output=True, text=True, check=True)
+    build = subprocess.run([llama.programs / "llama-bench", "--version"], capture_output=True, text=True, errors="replace", check=True)
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": cpu[1] if cpu else platform.machine(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -65,7 +66,7 @@ class Llama:
         command += ["-r", 1, "-o", "json", *words]
 
         def measure() -> float:
-            done = subprocess.run([str(w) for w in command], capture_output=True, text=True, check=True)
+            done = subprocess.run([str(w) for w in command], capture_output=True, text=True, errors="replace", check=True)
             return float(json.loads(done.stdout)[-1]["avg_ts"])
 
         return measure
@@ -84,7 +85,7 @@ class Llama:
         command = [*self.one_shot(image, 1), "-lv", "4"]
 
         def measure() -> float:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
             found = re.findall(r"encoding done in (\d+) ms", done.stdout + done.stderr)
             return float(sum(map(int, found)))
 
@@ -108,6 +109,7 @@ class Other:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self.version = self._answer()["version"]
+        self.process.send_signal(signal.SIGSTOP)  # threads that wait for work may spin
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -120,8 +122,11 @@ class Other:
     def measure(self, name: str, value: object) -> Measure:
         def ask() -> float:
             assert self.process.stdin
+            self.process.send_signal(signal.SIGCONT)
             print(json.dumps({name: value}), file=self.process.stdin, flush=True)
-            return float(self._answer()["value"])
+            found = float(self._answer()["value"])
+            self.process.send_signal(signal.SIGSTOP)
+            return found
 
         return ask
 

@@ -194,7 +194,7 @@ def test_first_rule_decides_and_keep_comes_first() -> None:
         ("layer = 3", "is not a recipe"),
         ('[[layer]]\npattern = "*"', "pattern (text) and bits are needed"),
         ('[[layer]]\npattern = "*"\nbits = 5', "layer 1: bits 5; allowed: 4, 8, 32"),
-        ('[[layer]]\npattern = "*"\nbits = 4\nblock = 48', "block 48; allowed: 32, 64, 128"),
+        ('[[layer]]\npattern = "*"\nbits = 4\nblock = 48', "block 48; allowed: 32, 64, 128, 256"),
         ('[[layer]]\npattern = "*"\nbits = 8\nblock = 32', "block and zero_points have an effect only with bits = 4"),
         ('[[layer]]\npattern = "*"\nbits = 8\nmethod = "magic"', "unknown method 'magic'; allowed: rtn, clipped, gptq"),
         ('[[layer]]\npattern = "*"\nbits = 8\nbitz = 3', "unknown key 'bitz'"),

@@ -145,10 +145,12 @@ def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
     exact = open_graph(bundle.graphs("fp32")[1]["vision_encoder"])
     rounded = {name: Product(rtn(linear.weights(), Precision(8), None)) for name, linear in linears(exact).items()}
     coarse = rewritten(exact, Integers(rounded))
-    for n in [n for n in coarse.graph if n.op_type == "DynamicQuantizeMatMul"]:
-        scaled = n.outputs[0].uses()[0][0]  # the product of rows divided by their ranges is multiplied back
-        x = n.inputs[0].producer().inputs[0]
-        whole = node(n.op_type, [x, *n.inputs[1:]], scaled.outputs[0].name, domain="com.microsoft")
+    products = [n for n in coarse.graph if n.op_type == "MatMulIntegerToFloat"]
+    assert len(products) > 10
+    for n in products:
+        scaled = n.outputs[0].uses()[0][0]  # the product of rows rounded each by its range is multiplied back
+        x, weight, scales = n.inputs[0].producer().inputs[0], n.inputs[1], n.inputs[3]
+        whole = node("DynamicQuantizeMatMul", [x, weight, scales], scaled.outputs[0].name, domain="com.microsoft")
         exchange(coarse.graph, scaled, [whole])
     views = [to_sample(bundle, q, split=False).views[0] for q in questions[1][:8]]
     a, b = session(exact, 1), session(coarse, 1)

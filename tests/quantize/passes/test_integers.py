@@ -91,7 +91,29 @@ def test_fused_int8_equals_its_unfused_twin(tmp_path) -> None:
     assert not run(fused, x=x)[0][5].any()
 
 
-def test_every_token_has_its_own_range() -> None:
+def test_rounding_by_rows_equals_its_unfused_twin(tmp_path) -> None:
+    """QuantizeLinear along the rows and MatMulIntegerToFloat against NumPy."""
+    weight, x = weights(16, 64), np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
+    x[4] *= 500
+    x[5] = 0
+    for negative in (1.0, 0.125):
+        rounded = rtn(weight, Precision(8), None)
+        made = rewritten(product(weight), Integers({"layer": Product(rounded, negative)}))
+        assert {n.op_type for n in made.graph} >= {"QuantizeLinear", "MatMulIntegerToFloat"}
+        steps = 255 / (1 + negative)
+        step = np.maximum(np.maximum(x.max(1), x.min(1) / -negative), 1e-20)[:, None] / steps
+        zero = round(steps * negative)
+        inputs = np.clip(np.rint(x / step) + zero, 0, 255) - zero
+        wanted = (
+            inputs @ rounded.codes.T.astype(np.float64) * step * rounded.scales[:, 0] + constants(product(weight))["b"]
+        )
+        (got,) = run(made, x=x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2 * float(np.abs(step * weight.max()).max()))
+        np.testing.assert_array_equal(got[5], constants(product(weight))["b"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_token_has_its_own_range(bias) -> None:
     """One huge token does not spoil the others; with one range for the whole tensor (dynamic quantization as it comes)
     it does.
     """
@@ -99,8 +121,9 @@ def test_every_token_has_its_own_range() -> None:
     x = np.random.default_rng(4).standard_normal((20, 128)).astype(np.float32)
     x[7] *= 3000
     exact = x @ weight.T
-    made = rewritten(product(weight, bias=False), Integers({"layer": Product(rtn(weight, Precision(8), None))}))
+    made = rewritten(product(weight, bias=bias), Integers({"layer": Product(rtn(weight, Precision(8), None))}))
     known = constants(made)
+    exact = exact + (constants(product(weight))["b"] if bias else 0)
     per_tensor = model_of(
         "one (float[rows, 128] x) => (float[rows, 32] y) { y = com.microsoft.DynamicQuantizeMatMul (x, w, s) }",
         w=known["layer.weight_int8"],
@@ -115,7 +138,8 @@ def test_every_token_has_its_own_range() -> None:
     assert np.median(cosines(per_tensor)) < 0.5
 
 
-def test_a_smaller_range_below_zero_is_finer_above_it() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_smaller_range_below_zero_is_finer_above_it(bias) -> None:
     """After Gelu nearly all of the range is above zero: asking for less below makes the rounding of inputs finer."""
     z = np.random.default_rng(5).standard_normal((64, 128)).astype(np.float32) * 2
     x = z * (z > 0) + np.float32(-0.1) * (z <= 0)
@@ -124,8 +148,10 @@ def test_a_smaller_range_below_zero_is_finer_above_it() -> None:
     exact = x @ rounded.weight().T
     errors = {}
     for negative in (1.0, 0.125):
-        made = rewritten(product(weights(32, 128), bias=False), Integers({"layer": Product(rounded, negative)}))
-        errors[negative] = np.square(run(made, x=x)[0] - exact).sum()
+        plain = product(weights(32, 128), bias=bias)
+        made = rewritten(plain, Integers({"layer": Product(rounded, negative)}))
+        added = constants(plain)["b"] if bias else 0
+        errors[negative] = np.square(run(made, x=x)[0] - added - exact).sum()
         simulated = fake_rows(x, negative) @ rounded.weight().T
         assert np.square(simulated - exact).sum() == pytest.approx(errors[negative], rel=0.25)
     assert errors[0.125] < 0.5 * errors[1.0]
