@@ -90,6 +90,12 @@ def test_it_parses(page, command) -> None:
 def run_short(words: list[str]) -> int:
     """The exit code of a command made shorter; an audit gets more time where a busy machine needs it."""
     words = [*words, *SHORTER.get(words[0], [])]
+    if words[0] == "plan":  # what this process holds by now counts, and a board's budget is small
+        done = subprocess.run(
+            [sys.executable, "-m", "lfm_runtime", *words], capture_output=True, text=True, check=False
+        )
+        print(done.stderr, file=sys.stderr)
+        return done.returncode
     if words[0] != "audit":
         return main(words)
     codes = (main([*words, "--budget", budget]) for budget in ("4s", "40s", "10m"))
