@@ -167,7 +167,9 @@ def main() -> None:
     in_servers(*arguments)
     said = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
-    build = subprocess.run([llama.programs / "llama-bench", "--version"], capture_output=True, text=True, errors="replace", check=True)
+    build = subprocess.run(
+        [llama.programs / "llama-bench", "--version"], capture_output=True, text=True, errors="replace", check=True
+    )
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": cpu[1] if cpu else platform.machine(),

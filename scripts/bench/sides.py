@@ -66,7 +66,9 @@ class Llama:
         command += ["-r", 1, "-o", "json", *words]
 
         def measure() -> float:
-            done = subprocess.run([str(w) for w in command], capture_output=True, text=True, errors="replace", check=True)
+            done = subprocess.run(
+                [str(w) for w in command], capture_output=True, text=True, errors="replace", check=True
+            )
             return float(json.loads(done.stdout)[-1]["avg_ts"])
 
         return measure
