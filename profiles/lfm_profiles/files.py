@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,23 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
-from lfm_profiles.schema import AUTO, SETTINGS, TILE_SETTINGS, Budget, Match, Profile, ProfileError, _checked, changed
+from lfm_profiles.schema import (
+    AUTO,
+    SETTINGS,
+    TILE_SETTINGS,
+    Board,
+    Budget,
+    Match,
+    Profile,
+    ProfileError,
+    _checked,
+    changed,
+)
 
 SHIPPED = Path(__file__).parent
 
 
-_SECTIONS: dict[str, Any] = {"match": Match, "budget": Budget}
+_SECTIONS: dict[str, Any] = {"match": Match, "budget": Budget, "board": Board}
 
 
 _TEXTS = ("name", "description", "extends")
@@ -43,9 +54,10 @@ def to_toml(profile: Profile, *, named: bool = False) -> str:
         for name in SETTINGS
         if name in profile.origin and name not in useless
     ]
-    budget = {f.name: getattr(profile.budget, f.name) for f in fields(Budget)}
-    if any(budget.values()):
-        lines += ["", "[budget]", *(f"{name} = {value}" for name, value in budget.items() if value)]
+    for section, table in (("budget", profile.budget), ("board", profile.board)):
+        given = {name: value for name, value in asdict(table).items() if value}
+        if given:
+            lines += ["", f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in given.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +114,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     description, said = raw.pop("description", ""), raw.pop("name", path.stem)
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
     _check_together(path, text, values)
-    budget = {f.name: getattr(parent.budget, f.name) for f in fields(Budget)} | sections["budget"]
+    inherited = {"budget": asdict(parent.budget), "board": asdict(parent.board)}
     made = changed(parent, values, path.stem)
     return Profile(
         **{
@@ -110,7 +122,8 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
             "name": said,
             "description": description,
             "match": Match(**sections["match"]),
-            "budget": Budget(**budget),
+            "budget": Budget(**inherited["budget"] | sections["budget"]),
+            "board": Board(**inherited["board"] | sections["board"]),
         }
     )
 

@@ -100,6 +100,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Board:
+    """What a device can do at most, all cores together: for forecasts of time where nobody has measured."""
+
+    fp32_gflops: float | None = _setting(None, "products of float32 matrices", "above 0", _number(1e-3, 1e6), "GFLOP/s")
+    int8_gops: float | None = _setting(None, "products of int8 matrices", "above 0", _number(1e-3, 1e7), "GOP/s")
+    read_gb_s: float | None = _setting(None, "reading memory", "above 0", _number(1e-3, 1e5), "GB/s")
+    source: str = _setting(
+        "", "where these figures come from", "a string", lambda v: isinstance(v, str) and bool(v.strip())
+    )
+
+
+@dataclass(frozen=True)
 class Profile:
     """How to run on one device. None or empty: the checkpoint's own setting, or the runtime's."""
 
@@ -107,6 +119,7 @@ class Profile:
     description: str = ""
     match: Match = Match()
     budget: Budget = Budget()
+    board: Board = Board()
     origin: Mapping[str, str] = field(default_factory=dict)
     """Setting → the profile that gave it, or "flag". Settings that nobody gave are not in it."""
     automatic: bool = field(default=False, compare=False)

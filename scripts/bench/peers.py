@@ -7,6 +7,7 @@ Rules, made before anything was measured:
 - A round is dropped, and another measured (at most as many again), where on one of its sides programs other than ours took more
   than 5 % of the processors' time, or where a fixed piece of work before it took more than 1.25 times its median in this run (a
   neighbour on a shared machine, or a lower clock). How many were dropped is in the JSON.
+- llama.cpp's programs run once for warmth before they measure; so does, in each turn, what stays loaded between them.
 - All sides have the same threads, the same image files and the same number of tokens. Sampling is greedy, an answer's end is
   ignored. llama.cpp: Q4_0 and the f16 projector. lfm-edge: int4 with the int8 decoder for prompts, prepared.
 """
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -31,18 +33,26 @@ from lfm_runtime import Model
 from lfm_runtime.images.pixels import cut_views
 from measures import PHOTO, encode
 from PIL import Image
-from sides import Llama, Process, decode, first_token, images_a_minute, others_of, prefill, second_question
+from sides import Llama, Process, decode, first_token, images_a_minute, others_of, prefill, second_question, warmed
 from turns import GENAI, LLAMA, OPENVINO, OURS, Machine, Row, in_turns
 
 from serve import QUESTION, images, started
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((384, 256), (512, 512), (1280, 960))
+HEADS = {
+    OURS: "lfm-edge int4",
+    LLAMA: "llama.cpp Q4_0",
+    OPENVINO: "OpenVINO, fp32 weights",
+    GENAI: "onnxruntime-genai, our int4",
+}
 PROMPTS, PASTS, ROWS = (275, 1500), (10, 512, 1500), (1, 4, 8)
 
 
-def in_one_process(folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None]) -> dict[str, str]:
-    """Vision, prompts and tokens with models that are loaded; returns the others' versions."""
+def in_one_process(
+    folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None], about: dict[str, Any]
+) -> None:
+    """Vision, prompts and tokens with models that are loaded; notes the others' versions."""
     settings = {"profile": "generic", "threads": threads, "variant": "int4", "prefill": "int8"}
     model = Model.load(str(folder / "bundle"), **settings)
     pictures, views = {}, {}
@@ -56,23 +66,23 @@ def in_one_process(folder: Path, llama: Llama, threads: int, measured: Callable[
             views[f"{width}x{height}/{n}/{view.rows}x{view.columns}"] = patches
     np.savez(folder / "views.npz", **views)
     others = others_of(folder, threads, folder / "views.npz")
+    about |= {name: other.version.split("-")[0] for name, other in others.items()}
     for (width, height), path in pictures.items():
-        sides = {OURS: encode(model, Image.open(path)), LLAMA: llama.vision(path)}
+        sides = {OURS: warmed(encode(model, Image.open(path))), LLAMA: llama.vision(path)}
         if OPENVINO in others:
-            sides[OPENVINO] = others[OPENVINO].measure("vision", f"{width}x{height}")
+            sides[OPENVINO] = warmed(others[OPENVINO].measure("vision", f"{width}x{height}"))
         count = sum(name.startswith(f"{width}x{height}/") for name in views)
         measured(Row(f"vision, {width}×{height}" + (f" ({count} views)" if count > 1 else ""), "ms", sides))
     for tokens in PROMPTS:
-        sides = {OURS: prefill(model, tokens), LLAMA: llama.bench("-p", tokens, "-n", 0)}
-        sides |= {name: other.measure("prefill", tokens) for name, other in others.items()}
+        sides = {OURS: warmed(prefill(model, tokens)), LLAMA: llama.bench("-p", tokens, "-n", 0)}
+        sides |= {name: warmed(other.measure("prefill", tokens)) for name, other in others.items()}
         measured(Row(f"prompt of {tokens:,} tokens", "tok/s", sides))
     for past in PASTS:
-        sides = {OURS: decode(model, past), LLAMA: llama.bench("-p", 0, "-n", 32, "-d", past)}
-        sides |= {name: other.measure("decode", past) for name, other in others.items()}
+        sides = {OURS: warmed(decode(model, past)), LLAMA: llama.bench("-p", 0, "-n", 32, "-d", past)}
+        sides |= {name: warmed(other.measure("decode", past)) for name, other in others.items()}
         measured(Row(f"tokens after {past:,}", "tok/s", sides, 1))
     for other in others.values():
         other.process.kill()
-    return {name: other.version for name, other in others.items()}
 
 
 def in_own_processes(folder: Path, llama: Llama, threads: int, measured: Callable[[Row], None]) -> None:
@@ -120,11 +130,20 @@ def in_servers(folder: Path, llama: Llama, threads: int, measured: Callable[[Row
             measured(Row(f"images a minute, 64 tokens each, {rows} at a time", "1/min", rates, 1))
 
 
-def table(rows: list[Row], heads: dict[str, str]) -> str:
-    """Markdown."""
-    names = [name for name in (OURS, LLAMA, OPENVINO, GENAI) if any(name in row.values for row in rows)]
-    lines = [
-        f"| | {' | '.join(heads[name] for name in names)} | better than llama.cpp |",
+def table(found: dict[str, Any]) -> str:
+    """Markdown: on what and with what it was measured, and the figures."""
+    machine, rows = found["machine"], [Row(r["name"], r["unit"], {}, r["digits"], r["rounds"]) for r in found["rows"]]
+    names = [name for name in HEADS if any(name in row.values for row in rows)]
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in ("onnxruntime", LLAMA, OPENVINO, GENAI) if name in machine
+    )
+    said = (
+        f"Random weights in the shapes of LFM2.5-VL-450M, {machine['threads']} threads of an {machine['processor']}, "
+        f"medians of interleaved rounds, {machine['date']}: {versions}"
+    )
+    lines = [f"{said} ([method](docs/performance.md)).\n"]
+    lines += [
+        f"| | {' | '.join(HEADS[name] for name in names)} | better than llama.cpp |",
         "| --- |" + " --- |" * (len(names) + 1),
     ]
     for row in rows:
@@ -145,6 +164,24 @@ def into_readme(made: str) -> None:
     path.write_text(f"{before}<!-- peers -->\n{made}<!-- /peers -->\n{after}", encoding="utf-8")
 
 
+def machine_of(programs: Path, threads: int) -> dict[str, Any]:
+    """What everything was measured with."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    server = [programs / "llama-server", "--version"]
+    build = subprocess.run(server, capture_output=True, text=True, errors="replace", check=True)
+    commit = re.search(r"commit (\w+)|\((\w+)\)", build.stdout + build.stderr)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": cpu[1] if cpu else platform.machine(),
+        "threads": threads,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        LLAMA: next(filter(None, commit.groups())) if commit else "of an unknown build",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -153,49 +190,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    machine, rows = Machine(), []
+    machine, about, rows = Machine(), machine_of(options.llama, options.threads), []
+    output = options.folder / "peers.json"
 
     def measured(row: Row) -> None:
+        """A row is measured, and all that there is so far is written."""
         rows.append(row)
         if row.sides:
             in_turns(row, options.rounds, machine)
+        about["load average"] = {"median": statistics.median(machine.loads), "largest": max(machine.loads)}
+        about["pulse ms"] = {"median": statistics.median(machine.pulses), "largest": max(machine.pulses)}
+        output.write_text(json.dumps({"machine": about, "rows": [row.to_json() for row in rows]}, indent=1) + "\n")
 
     llama = Llama(options.llama, options.folder, options.threads)
     arguments = (options.folder, llama, options.threads, measured)
-    versions = in_one_process(*arguments)
+    in_one_process(*arguments, about)
     in_own_processes(*arguments)
     in_servers(*arguments)
-    said = Path("/proc/cpuinfo").read_text()
-    cpu = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
-    build = subprocess.run(
-        [llama.programs / "llama-bench", "--version"], capture_output=True, text=True, errors="replace", check=True
-    )
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": cpu[1] if cpu else platform.machine(),
-        "threads": options.threads,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        LLAMA: (build.stdout + build.stderr).strip().splitlines()[0],
-        **versions,
-        "load average": {"median": statistics.median(machine.loads), "largest": max(machine.loads)},
-        "pulse ms": {"median": statistics.median(machine.pulses), "largest": max(machine.pulses)},
-    }
-    found = [
-        {"name": r.name, "unit": r.unit, "rounds": r.values, "dropped": r.dropped, "ratio": r.ratio(LLAMA)}
-        for r in rows
-    ]
-    (options.folder / "peers.json").write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
-    heads = {
-        OURS: "lfm-edge int4",
-        LLAMA: "llama.cpp Q4_0",
-        OPENVINO: "OpenVINO, fp32 weights",
-        GENAI: "onnxruntime-genai, our int4",
-    }
-    made = table(rows, heads)
-    (options.folder / "peers.md").write_text(made)
+    made = table(json.loads(output.read_text()))
+    output.with_suffix(".md").write_text(made)
     print(f"\n{made}")
     if options.readme:
         into_readme(made)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import psutil
@@ -39,6 +40,17 @@ class Row:
             return None
         pairs = zip(self.values[OURS], self.values[other], strict=True)
         return statistics.median(b / a if self.less_is_better else a / b for a, b in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was measured."""
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "digits": self.digits,
+            "rounds": self.values,
+            "dropped": self.dropped,
+            "ratio": self.ratio(LLAMA),
+        }
 
 
 class Machine:

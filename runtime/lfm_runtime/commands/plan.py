@@ -10,10 +10,11 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import BundleError, SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lfm_runtime.setup.costs import Costs
     from lfm_runtime.setup.forecast import Forecast
+    from lfm_runtime.setup.roofline import Range
     from lfm_runtime.setup.setup import Setup
 
 
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Say what a run will take on this machine: tiles, tokens, memory and disk; and the time, once `lfm-edge audit` "
-        "has measured the variant here. Nothing is loaded."
+        "has measured the variant here. With a board's --profile, also the time foreseen on it, a range that nobody "
+        "measured. Nothing is loaded."
     )
     parser.add_argument(
         "bundle", help="folder made by lfm-edge export, a hub repository's ONNX files, or its id: owner/name[@revision]"
@@ -40,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.images.pixels import image_size
     from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
     from lfm_runtime.setup.costs import find_costs
+    from lfm_runtime.setup.profile import detected
     from lfm_runtime.setup.resolve import resolve
+    from lfm_runtime.setup.roofline import foreseen_ms
     from lfm_runtime.setup.setup import Ask
 
     check_images(options)
@@ -56,11 +60,18 @@ def run(options: argparse.Namespace) -> int:
     costs = find_costs(
         setup.bundle, setup.variant, setup.prefill, setup.execution.threads, low_memory=setup.execution.low_memory
     )
+    here = setup.profile.name in (detected().profile.name, "generic")
+    foreseen = None if costs and here else foreseen_ms(setup, setup.forecast)
     if options.json:
         times = setup.forecast.times_ms(costs, low_memory=setup.execution.low_memory) if costs else None
-        print_json({**setup.as_dict(), "times_ms": times})
+        ranges = {name: [r.least, r.most] for name, r in foreseen.items()} if foreseen else None
+        print_json({**setup.as_dict(), "times_ms": times, "foreseen_ms": ranges})
         return 0
-    for name, value in (*_forecast_rows(setup, setup.forecast, options.images), *_times(setup, setup.forecast, costs)):
+    for name, value in (
+        *_forecast_rows(setup, setup.forecast, options.images),
+        *_times(setup, setup.forecast, costs),
+        *_foreseen(setup, foreseen),
+    ):
         print(f"{name:10s} {value}")
     for step in setup.steps:
         print(f"{'to fit':10s} {step}")
@@ -83,6 +94,16 @@ def _forecast_rows(setup: Setup, forecast: Forecast, images: Sequence[str]) -> I
     free = "free memory is unknown" if setup.free_mib is None else f"{setup.free_mib:,} MiB are free"
     yield "memory", f"{memory.peak:,.0f} MiB at the peak ({parts}); {free}"
     yield "disk", f"{forecast.disk_mib:,.0f} MiB of weights"
+
+
+def _foreseen(setup: Setup, ranges: Mapping[str, Range] | None) -> Iterator[tuple[str, str]]:
+    if ranges:
+        stages = ", ".join(
+            f"{name} {r.least:,.0f} to {r.most:,.0f}" for name, r in ranges.items() if name != "per_token" and r.most
+        )
+        token = ranges["per_token"]
+        said = f"{stages} ms; then {token.least:,.1f} to {token.most:,.1f} ms a token"
+        yield "foreseen", f"{said}, on a board as in profile {setup.profile.name}: counted, not measured"
 
 
 def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tuple[str, str]]:

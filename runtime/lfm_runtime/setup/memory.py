@@ -81,7 +81,7 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
     prompt = bundle.prompts.render(chat, layouts)
     new = max(0, min(setup.generation.max_new_tokens, setup.context_length - len(prompt.ids)))
     prefill = [bundle.graphs(setup.prefill)[1][DECODER.stem]] if setup.prefill else []
-    disk = sum(_weights(bundle, path) for path in {*setup.paths.values(), *prefill}) / MIB
+    disk = sum(weights_of(bundle, path) for path in {*setup.paths.values(), *prefill}) / MIB
     found = Forecast(layouts, prompt.image_tokens, len(prompt.ids), new, start, start, disk)
     memory = _run_memory(setup, shapes, found)
     return replace(found, memory=start + memory, address_mib=memory.peak + _address_mib(setup))
@@ -89,7 +89,7 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
 
 def variant_bytes(bundle: Bundle, variant: str) -> int:
     """Return the bytes of a variant's weights, all graphs together."""
-    return sum(_weights(bundle, path) for path in bundle.graphs(variant)[1].values())
+    return sum(weights_of(bundle, path) for path in bundle.graphs(variant)[1].values())
 
 
 def check_gpu_memory(bundle: Bundle, variant: str) -> None:
@@ -104,7 +104,7 @@ def check_gpu_memory(bundle: Bundle, variant: str) -> None:
         )
 
 
-def _weights(bundle: Bundle, graph: Path) -> int:
+def weights_of(bundle: Bundle, graph: Path) -> int:
     """Return the bytes of the weights that a graph reads."""
     name = bundle.name_of(graph)
     if bundle.manifest and name in bundle.manifest.graphs:
@@ -129,7 +129,7 @@ def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:
     features = 4 * 4 * run.image_tokens * shapes.hidden / MIB  # a tile's, all tiles', the embeddings
     step = -(-run.prompt_tokens // -(-run.prompt_tokens // MOST_AT_ONCE))  # prompts are read in equal parts
     reading = 4 * step * _TEXT_WORK * shapes.hidden / MIB
-    if _number(DECODER, paths[-1]) == "int8":
+    if number_of(DECODER, paths[-1]) == "int8":
         reading += 4 * step * _INT8_WORK * shapes.feed_forward / MIB
     tokens = max(run.prompt_tokens + min(run.new_tokens, MOST_NEW), setup.ask.kv_tokens)
     kv = tokens * shapes.kv_bytes / (4 if VARIANTS[setup.variant].keys == "int8" else 1) / MIB
@@ -166,7 +166,7 @@ def _stack_mib() -> float:
 
 
 def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Loaded:
-    weights, number = _weights(setup.bundle, path) / MIB, _number(graph, path)
+    weights, number = weights_of(setup.bundle, path) / MIB, number_of(graph, path)
     head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[number] / MIB if graph is DECODER else 0.0
     found = find(setup.bundle, path).path if setup.execution.prepared else path
     if found != path:
@@ -226,7 +226,7 @@ def _block(bundle: Bundle, path: Path) -> int:
     return 0
 
 
-def _number(graph: GraphSpec, path: Path) -> Number:
+def number_of(graph: GraphSpec, path: Path) -> Number:
     """What a graph's weights are, as the row of the variant says whose file it is."""
     row = variant_of(path, graph) or VARIANTS["fp32"]
     return row.vision if graph is VISION_ENCODER else row.weights
