@@ -103,8 +103,8 @@ def in_own_processes(folder: Path, llama: Llama, threads: int, measured: Callabl
 
         row = Row(f"largest memory{kind}", "MiB", {name: lambda p=p: peak(p) for name, p in pair.items()})
         measured(row)
-        beside = Row(f"of it not mapped from files{kind}", "MiB", {})
-        beside.values = {name: p.anonymous[-len(row.values[name]) :] for name, p in pair.items()}
+        beside = Row(f"largest memory not mapped from files{kind}", "MiB", {})
+        beside.values = {name: p.anonymous[-len(row.values[name]) :] for name, p in pair.items() if row.values}
         measured(beside)
 
 
@@ -156,12 +156,16 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def into_readme(made: str) -> None:
-    """Between its two marks."""
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- peers -->\n")
-    _, _, after = rest.partition("<!-- /peers -->\n")
-    path.write_text(f"{before}<!-- peers -->\n{made}<!-- /peers -->\n{after}", encoding="utf-8")
+def into_pages(made: str) -> None:
+    """Between the two marks of README.md and docs/performance.md."""
+    for name, text in (
+        ("README.md", made),
+        ("docs/performance.md", made.replace(" ([method](docs/performance.md))", "")),
+    ):
+        before, _, rest = (ROOT / name).read_text(encoding="utf-8").partition("<!-- peers -->\n")
+        _, _, after = rest.partition("<!-- /peers -->\n")
+        marked = f"{before}<!-- peers -->\n{text}<!-- /peers -->\n{after}"
+        (ROOT / name).write_text(marked, encoding="utf-8")
 
 
 def machine_of(programs: Path, threads: int) -> dict[str, Any]:
@@ -188,14 +192,22 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, required=True, help="folder of its programs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure anew only figures with this in their names")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md and docs/performance.md")
     options = parser.parse_args()
     machine, about, rows = Machine(), machine_of(options.llama, options.threads), []
     output = options.folder / "peers.json"
 
+    if options.only and output.exists():
+        known = json.loads(output.read_text())["rows"]
+        rows += [Row(r["name"], r["unit"], {}, r["digits"], r["rounds"], r["dropped"]) for r in known]
+
     def measured(row: Row) -> None:
         """A row is measured, and all that there is so far is written."""
-        rows.append(row)
+        if options.only not in row.name:
+            return
+        at = next((n for n, known in enumerate(rows) if known.name == row.name), len(rows))
+        rows[at : at + 1] = [row]
         if row.sides:
             in_turns(row, options.rounds, machine)
         about["load average"] = {"median": statistics.median(machine.loads), "largest": max(machine.loads)}
@@ -211,7 +223,7 @@ def main() -> None:
     output.with_suffix(".md").write_text(made)
     print(f"\n{made}")
     if options.readme:
-        into_readme(made)
+        into_pages(made)
 
 
 if __name__ == "__main__":

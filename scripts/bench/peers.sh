@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lfm-edge beside llama.cpp, OpenVINO and onnxruntime-genai on this machine: builds what it compares, measures in turns, writes
-# FOLDER/peers.json and the table (FOLDER/peers.md); with --readme the table goes into README.md, too.
+# FOLDER/peers.json and the table (FOLDER/peers.md); with --readme the table goes into README.md and docs/, too.
 #
 #     scripts/bench/peers.sh [-o FOLDER] [--rounds 7] [--threads 2] [--size 450m] [--readme]
 #
