@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import onnx
 import pytest
 from lfm_profiles import ProfileError, read
 from lfm_runtime.bundle import Bundle
@@ -19,6 +18,7 @@ LFM2_350M = ("conv", "conv", "full_attention") * 3 + ("conv", "full_attention") 
 
 def weights_in(path) -> dict[str, int]:
     """Elements of each product's weight, by node name."""
+    onnx = pytest.importorskip("onnx")
     graph = onnx.load(str(path), load_external_data=False).graph
     sizes = {t.name: t.dims for t in graph.initializer}
     products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in sizes]
