@@ -54,7 +54,7 @@ def as_450m(bundle, monkeypatch) -> Bundle:
             for stem, n in zip(("vision_encoder", "embed_tokens", "decoder_model_merged"), numbers, strict=True)
         }
     monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20)))
-    monkeypatch.setattr(planning, "_weights", lambda _, path: weights[Path(path)])
+    monkeypatch.setattr(planning, "weights_of", lambda _, path: weights[Path(path)])
     monkeypatch.setattr(planning, "adds_int8_in_16_bits", lambda: False)
     return replace(bundle, variants=variants)
 
