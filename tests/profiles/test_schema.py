@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_profiles import Profile, ProfileError, read, with_flags
 from lfm_profiles.files import names
-from lfm_profiles.schema import SETTINGS, Budget, Match
+from lfm_profiles.schema import SETTINGS, Board, Budget, Match
 from lfm_runtime.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,11 +174,12 @@ def test_every_setting_is_documented() -> None:
         "": SETTINGS,
         "match.": {f.name: f for f in Match.__dataclass_fields__.values()},
         "budget.": {f.name: f for f in Budget.__dataclass_fields__.values()},
+        "board.": {f.name: f for f in Board.__dataclass_fields__.values()},
     }
     for prefix, known in tables.items():
         for name, field in known.items():
             m = field.metadata
             assert f"| `{prefix}{name}` | {m['allowed']} | {m['unit']} | {m['meaning']} |" in text
-    assert set(re.findall(r"^\| `([a-z_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {
+    assert set(re.findall(r"^\| `([a-z0-9_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {
         f"{p}{n}" for p, known in tables.items() for n in known
     }
