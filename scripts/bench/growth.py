@@ -126,12 +126,10 @@ def of_threads(load: Callable[[int], Model], most: int) -> list[Series]:
     models = {n: load(n) for n in range(1, most + 1)}
     images = {n: encode(model, square) for n, model in models.items()}
     prompts = {n: (lambda m=model: timed_ms(lambda: fed(m, 275, 1))) for n, model in models.items()}
-    if most < 3:
-        return [
-            Series("an image of 512×512", "threads", "ms", lambda n: (1, 1 / n), "a + b/n", images, {}),
-            Series("a prompt of 275 tokens", "threads", "ms", lambda n: (1, 1 / n), "a + b/n", prompts, {}),
-        ]
-    return [Series("an image of 512×512", "threads", "ms", lambda n: (1, 1 / n), "a + b/n", images, {})]
+    return [
+        Series("an image of 512×512", "threads", "ms", lambda n: (1, 1 / n), "a + b/n", images, {}),
+        Series("a prompt of 275 tokens", "threads", "ms", lambda n: (1, 1 / n), "a + b/n", prompts, {}),
+    ]
 
 
 def plot(series: list[Series], path: Path) -> None:

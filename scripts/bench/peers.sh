@@ -5,8 +5,8 @@
 #     scripts/bench/peers.sh [-o FOLDER] [--rounds 7] [--threads 2] [--size 450m] [--readme]
 #
 # llama.cpp comes whole from the source package of llama-cpp-python, pinned below, and is compiled for this processor. The
-# checkpoint has random weights in the true shapes, the same for all. First time: 15 minutes of building and 2 GB in FOLDER
-# (default build/peers); a run of 7 rounds takes 50 minutes on 2 cores. Nothing else should run on the machine.
+# checkpoint has random weights in the true shapes, the same for all. First time: 15 minutes of building and 10 GB in FOLDER
+# (default build/peers); a run of 7 rounds takes an hour or more on 2 cores. Nothing else should run on the machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -16,14 +16,16 @@ OPENVINO=2026.4.1
 GENAI=0.18.0
 
 folder=build/peers rounds=7 threads=2 size=450m readme=
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 while [ $# -gt 0 ]; do
+    case $1 in -o | --rounds | --threads | --size) [ $# -gt 1 ] || usage ;; esac
     case $1 in
     -o) folder=$2 && shift ;;
     --rounds) rounds=$2 && shift ;;
     --threads) threads=$2 && shift ;;
     --size) size=$2 && shift ;;
     --readme) readme=--readme ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    *) usage ;;
     esac
     shift
 done

@@ -79,7 +79,7 @@ def profiled(path: str, threads: int, past: int = 512, steps: int = 60) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("releases", nargs="*")
+    parser.add_argument("releases", nargs="*", help="two or more, the first is what others are compared with")
     parser.add_argument("--variant", default="int4")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -89,6 +89,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.bundle, options.variant, options.threads)))
         return
+    if len(options.releases) < 2:
+        parser.error("name two releases of onnxruntime or more, such as 1.31.1 1.32.0")
     places = {release: ROOT / "build" / "releases" / release for release in options.releases}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     for release, place in places.items():

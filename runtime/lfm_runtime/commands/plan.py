@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     costs = find_costs(
         setup.bundle, setup.variant, setup.prefill, setup.execution.threads, low_memory=setup.execution.low_memory
     )
-    here = setup.profile.name in (detected().profile.name, "generic")
+    here = setup.profile.name == detected().profile.name
     foreseen = None if costs and here else foreseen_ms(setup, setup.forecast)
     if options.json:
         times = setup.forecast.times_ms(costs, low_memory=setup.execution.low_memory) if costs else None
