@@ -104,11 +104,12 @@ def test_rounding_by_rows_equals_its_unfused_twin(tmp_path) -> None:
         step = np.maximum(np.maximum(x.max(1), x.min(1) / -negative), 1e-20)[:, None] / steps
         zero = round(steps * negative)
         inputs = np.clip(np.rint(x / step) + zero, 0, 255) - zero
-        wanted = (
-            inputs @ rounded.codes.T.astype(np.float64) * step * rounded.scales[:, 0] + constants(product(weight))["b"]
-        )
-        (got,) = run(made, x=x)
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2 * float(np.abs(step * weight.max()).max()))
+        sums = inputs @ rounded.codes.T.astype(np.float64)
+        bias, (got,) = constants(product(weight))["b"], run(made, x=x)
+        rows = [n for n in range(9) if n != 5]
+        off = np.abs((got[rows] - bias) / (step * rounded.scales[:, 0])[rows] - sums[rows])
+        assert np.median(off) < 1
+        assert off.max() < 256  # two inputs that lie between two steps, at most
         np.testing.assert_array_equal(got[5], constants(product(weight))["b"])
 
 
