@@ -195,7 +195,9 @@ class Bundle:
         sizes and times.
         """
         found = []
-        for path in (graph, *(graph.with_name(name) for name in sorted(external_files(graph)))):
+        entry = self.manifest.graphs.get(self.name_of(graph)) if self.manifest else None
+        data = [self.folder / name for name in entry.data] if entry else map(graph.with_name, external_files(graph))
+        for path in (graph, *sorted(data)):
             if path.exists():
                 name, status = path.relative_to(self.folder).as_posix(), path.stat()
                 found.append(

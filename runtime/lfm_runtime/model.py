@@ -52,7 +52,9 @@ class Model:
     def __init__(self, setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None) -> None:
         """As the setup says; nothing is loaded yet. The caches: see `load`."""
         self.setup, self.bundle = setup, setup.bundle
-        self.sessions = Sessions(setup.bundle, setup.variant, setup.prefill, setup.execution, verify=setup.verify)
+        self.sessions = Sessions(
+            setup.bundle, setup.variant, setup.prefill, setup.execution, unpacked=setup.unpacked, verify=setup.verify
+        )
         self.decoder = self.sessions.decoder
         self.prompts = setup.bundle.prompts
         self.cache = None
@@ -99,8 +101,9 @@ class Model:
         return Model.of(setup, cache_mib=cache_mib, cache_folder=cache_folder)
 
     @staticmethod
-    def of(setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None) -> Model:
+    def of(setup: Setup, *, cache_mib: int = 0, cache_folder: str | Path | None = None, at_once: bool = False) -> Model:
         """Load what a setup says. Where nobody named its profile and the GPU fails, the CPU computes, with a warning.
+        `at_once`: on a CPU return when loading has begun, for one answer; its errors then come with the answer.
 
         Raises:
             BundleError, GraphContractError: a graph cannot be used.
@@ -111,7 +114,7 @@ class Model:
         model, failure = Model(setup, cache_mib=cache_mib, cache_folder=cache_folder), ""
         try:
             with setup.memory_is_told():
-                model.sessions.load()
+                model.sessions.begin() if at_once and not setup.execution.on_gpu else model.sessions.load()
         except GpuError as e:
             if not setup.profile.automatic:
                 raise

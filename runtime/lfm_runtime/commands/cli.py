@@ -299,9 +299,11 @@ def _spinning(text: str) -> bool | int:
         raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
 
 
-def load_model(options: argparse.Namespace, question: str = "", *, special: bool = True) -> Model:
+def load_model(
+    options: argparse.Namespace, question: str = "", *, special: bool = True, at_once: bool = False
+) -> Model:
     """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
-    Model.answer.
+    Model.answer; `at_once`: for this question alone, see Model.of.
     """
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.images.pixels import MAX_MEGAPIXELS, image_size
@@ -312,7 +314,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     check_images(options)
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = tuple(image_size(image, max_megapixels=most) for image in options.images)
-    ask, flags = Ask(sizes, question, special), setting_flags(options)
+    ask, flags = Ask(sizes, question, special, once=at_once), setting_flags(options)
     bundle = bundle_of(options)
     try:
         setup = resolve(bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
@@ -323,7 +325,7 @@ def load_model(options: argparse.Namespace, question: str = "", *, special: bool
     say = status_line(quiet=options.quiet or not sys.stderr.isatty())
     say(f"loading {setup.bundle.folder.resolve().name}, {setup.summary}")
     try:
-        return Model.of(setup, cache_folder=options.cache)
+        return Model.of(setup, cache_folder=options.cache, at_once=at_once)
     finally:
         say("")
 

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.prompt.strip():
         raise SettingError('the question is empty; write one: -p "What is in this image?"')
     _check(options)
-    model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special)
+    model = load_model(options, f"{options.system} {options.prompt}", special=not options.no_special, at_once=True)
     if options.choices:
         return _choose(options, model)
     answer = model.answer(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,16 +32,25 @@ class Loader:
     """Loads the graphs of a variant: each in its prepared form where there is one that fits, else as it is."""
 
     def __init__(
-        self, bundle: Bundle, execution: Execution, paths: Mapping[str, Path], advice: str, *, verify: bool = False
+        self,
+        bundle: Bundle,
+        execution: Execution,
+        paths: Mapping[str, Path],
+        advice: str,
+        *,
+        unpacked: Collection[Path] = (),
+        verify: bool = False,
     ) -> None:
-        """`paths`: of all graphs of the variant, by stem; `advice`: what prepares them; `verify`: hash all of what was
-        prepared before it is used.
+        """`paths`: of all graphs of the variant, by stem; `advice`: what prepares them; `unpacked`: those whose weights
+        are used as the file has them; `verify`: hash all of what was prepared before it is used.
         """
         self.execution = execution
         self._bundle, self._paths, self._advice, self._verify = bundle, paths, advice, verify
+        self._unpacked = unpacked
         self.load_ms: dict[str, float] = {}  # file → what it took, of the last time
         self.unprepared: set[str] = set()
         self._said_unprepared = False
+        self._saying = threading.Lock()
 
     def load(self, graph: GraphSpec, path: Path) -> ort.InferenceSession:
         """One graph.
@@ -57,7 +67,7 @@ class Loader:
         else:
             self.unprepared.add(path.name)
             with self.gpu_failures(path):
-                session = load_session(path, graph, self.execution)
+                session = load_session(path, graph, self._execution_of(path))
         self.load_ms[path.name] = (time.perf_counter() - started) * 1e3
         return session
 
@@ -72,6 +82,9 @@ class Loader:
                 raise
             raise (full(self._paths.values(), why) if is_full(why) else unusable(path, CUDA, why)) from e
 
+    def _execution_of(self, path: Path) -> Execution:
+        return replace(self.execution, packed=False) if path in self._unpacked else self.execution
+
     def _prepared(self, graph: GraphSpec, path: Path) -> ort.InferenceSession | None:
         """What was prepared for a processor, where it fits and works: its weights are packed and its casts made."""
         if not self.execution.prepared or self.execution.on_gpu:
@@ -80,13 +93,14 @@ class Loader:
         note = found.note
         if found.path != path:
             try:
-                return load_session(found.path, graph, self.execution)
+                return load_session(found.path, graph, self._execution_of(path))
             except BundleError as e:
                 why = reason(e.__cause__)[:200] if e.__cause__ else str(e)
                 note = f"{found.path.parent} is damaged, or not for this onnxruntime, and is not used ({why})"
-        if note and not self._said_unprepared:  # once: what does not fit for one graph mostly does not for the others
-            _log.warning("lfm-edge: %s; run: %s", note, self._advice)
-            self._said_unprepared = True
+        with self._saying:
+            if note and not self._said_unprepared:  # once: what does not fit for one mostly does not for the others
+                _log.warning("lfm-edge: %s; run: %s", note, self._advice)
+                self._said_unprepared = True
         return None
 
 

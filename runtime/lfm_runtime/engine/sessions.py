@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -22,7 +23,7 @@ from lfm_runtime.engine.gpu import GpuError, check_placement, full, is_full, lef
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.loader import Loader, check_onnxruntime
 from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError
-from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISION_ENCODER
+from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISION_ENCODER, GraphSpec
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,14 @@ class Sessions:
     """Loaded all at once, or with `low_memory` one stage at a time."""
 
     def __init__(
-        self, bundle: Bundle, variant: str, prefill: str | None, execution: Execution, *, verify: bool = False
+        self,
+        bundle: Bundle,
+        variant: str,
+        prefill: str | None,
+        execution: Execution,
+        *,
+        unpacked: Collection[Path] = (),
+        verify: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -40,6 +48,7 @@ class Sessions:
             variant: whose graphs.
             prefill: another variant, whose decoder reads prompts.
             execution: how they are run.
+            unpacked: graphs whose weights are used as the file has them.
             verify: hash all of what was prepared before it is used.
 
         Raises:
@@ -52,8 +61,9 @@ class Sessions:
             check_onnxruntime(bundle, path)
         advice = f"lfm-edge prepare {bundle.folder} --variant {variant}{f' --prefill {prefill}' if prefill else ''}"
         self._bundle = bundle
-        self._loader = Loader(bundle, execution, self.paths, advice, verify=verify)
+        self._loader = Loader(bundle, execution, self.paths, advice, unpacked=unpacked, verify=verify)
         self._vision: ort.InferenceSession | None = None
+        self._begun: dict[tuple[GraphSpec, Path], Future[ort.InferenceSession]] = {}
         self.decoder = Decoder(
             self._load_decoder,
             self.paths[DECODER.stem],
@@ -74,15 +84,31 @@ class Sessions:
         return bool(self._loader.load_ms) and not self._loader.unprepared
 
     def load(self) -> None:
-        """Load everything, the encoder beside the decoder; with low_memory nothing yet."""
+        """Load everything, the graphs side by side; with low_memory nothing yet."""
         if self.execution.low_memory:
             return
-        with ThreadPoolExecutor(1) as other:
-            vision = other.submit(self._loader.load, VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+        self.begin()
+        try:
+            self.vision()
             self.decoder.load()
-            self._vision = vision.result()
+        finally:  # where one cannot be loaded, nothing of the others stays
+            wait(self._begun.values())
+            self._begun.clear()
         if self.execution.on_gpu:
             self._try_a_step()
+
+    def begin(self) -> None:
+        """Begin to load everything, the graphs side by side; who needs one waits for it, and gets its errors. With
+        low_memory nothing begins.
+        """
+        if self.execution.low_memory:
+            return
+        graphs = [(VISION_ENCODER, self.paths[VISION_ENCODER.stem]), (DECODER, self.paths[DECODER.stem])]
+        if self.prefill_path:
+            graphs.append((DECODER, self.prefill_path))
+        others = ThreadPoolExecutor(2, "load")  # the encoder is needed first: more at a time would delay it
+        self._begun = {(graph, path): others.submit(self._loader.load, graph, path) for graph, path in graphs}
+        others.shutdown(wait=False)
 
     def vision(self) -> ort.InferenceSession:
         """The vision encoder. With low_memory the decoder is released first, and the encoder is freed when the caller
@@ -90,12 +116,15 @@ class Sessions:
         """
         if self.execution.low_memory:
             self.decoder.release()
-        return self._vision or self._loader.load(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+            return self._loaded(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+        self._vision = self._vision or self._loaded(VISION_ENCODER, self.paths[VISION_ENCODER.stem])
+        return self._vision
 
     def release(self) -> None:
         """Give back all memory of the graphs, a GPU's as well."""
         self.decoder.release()
         self._vision = None
+        self._begun.clear()
 
     def identity(self) -> str:
         """Tells what these graphs compute from what others do, across processes."""
@@ -114,9 +143,14 @@ class Sessions:
                 raise full(self.paths.values(), reason(e.__cause__)) from e
             raise
 
+    def _loaded(self, graph: GraphSpec, path: Path) -> ort.InferenceSession:
+        """A graph whose loading has begun, once it is there; else it is loaded now."""
+        begun = self._begun.pop((graph, path), None)
+        return begun.result() if begun else self._loader.load(graph, path)
+
     def _load_decoder(self) -> DecoderSessions:
-        decoder = self._loader.load(DECODER, self.paths[DECODER.stem])
-        prefill = self._loader.load(DECODER, self.prefill_path) if self.prefill_path else None
+        decoder = self._loaded(DECODER, self.paths[DECODER.stem])
+        prefill = self._loaded(DECODER, self.prefill_path) if self.prefill_path else None
         if prefill and _form_of_states(prefill) != _form_of_states(decoder):
             raise SettingError(
                 f"the KV cache formats of {self.prefill_path} and of {self.variant}'s decoder differ; use two "

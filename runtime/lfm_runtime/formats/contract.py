@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Literal
 
 from lfm_profiles import VARIANTS, Variant
+from lfm_profiles.variants import Number
 
 from lfm_runtime.errors import GraphContractError
 
@@ -147,3 +148,9 @@ def graph_file(stem: str, variant: str) -> str:
 def variant_of(path: PurePath, graph: GraphSpec) -> Variant | None:
     """The variant whose own file this is: a variant can take a graph of another. None for a name that none has."""
     return next((v for v in VARIANTS.values() for a in graph.aliases for s in v.suffixes if path.stem == a + s), None)
+
+
+def number_of(graph: GraphSpec, path: PurePath) -> Number:
+    """What a graph's weights are, as the row of the variant says whose file it is."""
+    row = variant_of(path, graph) or VARIANTS["fp32"]
+    return row.vision if graph is VISION_ENCODER else row.weights

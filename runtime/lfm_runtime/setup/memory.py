@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm_profiles import VARIANTS, adds_int8_in_16_bits
-from lfm_profiles.variants import Number
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.context import MOST_AT_ONCE
 from lfm_runtime.engine.gpu import GpuError, gpu_memory
 from lfm_runtime.engine.prepared import find
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec, variant_of
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec, number_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST
 from lfm_runtime.formats.onnx_file import external_bytes
@@ -168,6 +167,8 @@ def _stack_mib() -> float:
 def _loaded(setup: Setup, shapes: Shapes, graph: GraphSpec, path: Path) -> _Loaded:
     weights, number = weights_of(setup.bundle, path) / MIB, number_of(graph, path)
     head = shapes.vocabulary * shapes.hidden * _HEAD_BYTES[number] / MIB if graph is DECODER else 0.0
+    if path in setup.unpacked:
+        return _Loaded(Memory(0, weights), 0)
     found = find(setup.bundle, path).path if setup.execution.prepared else path
     if found != path:
         whole = sum(file.stat().st_size for file in found.parent.iterdir()) / MIB
@@ -224,12 +225,6 @@ def _block(bundle: Bundle, path: Path) -> int:
                 rules = bundle.manifest.quantization.get(name, {}).get("recipe", [])
                 return min((int(rule["block"]) for rule in rules if rule["bits"] == 4), default=0)
     return 0
-
-
-def number_of(graph: GraphSpec, path: Path) -> Number:
-    """What a graph's weights are, as the row of the variant says whose file it is."""
-    row = variant_of(path, graph) or VARIANTS["fp32"]
-    return row.vision if graph is VISION_ENCODER else row.weights
 
 
 def _cutting(size: Size, plan: ImageLayout, tile_size: int) -> float:

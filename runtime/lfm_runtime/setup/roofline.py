@@ -17,11 +17,11 @@ from typing import Any
 from lfm_profiles.schema import Board
 
 from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import ModelFacts
 from lfm_runtime.setup.forecast import Forecast
-from lfm_runtime.setup.memory import number_of, weights_of
+from lfm_runtime.setup.memory import weights_of
 from lfm_runtime.setup.setup import Setup
 
 _SHARES = {"fp32": (0.4, 0.8), "fp16": (0.4, 0.8), "int8": (0.17, 0.34), "int4": (0.1, 0.2)}

@@ -19,13 +19,14 @@ from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import BundleError, OutOfMemoryError, more_memory
-from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER
+from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.onnx_file import output_names
-from lfm_runtime.images.layout import ImageSettings, image_settings
+from lfm_runtime.images.layout import ImageSettings, image_settings, lay_out
 from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.profile import generation_changes, image_changes
 from lfm_runtime.setup.variants import choose_variants
 
+_FEW_VIEWS = 2
 Size = tuple[int, int]
 """Width and height of an upright image in pixels."""
 
@@ -64,6 +65,7 @@ class Ask:
     special: bool = True  # whether the question may hold special tokens
     kv_tokens: int = 0  # whose keys and values are kept at once, where more than this question's
     cache_mib: int = 0  # for prompts' beginnings and image features
+    once: bool = False  # this question alone, and then the process ends
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Setup:
     steps: tuple[str, ...] = ()  # what was given up to fit the memory, in words
     free_mib: int | None = None  # that this process might take when it was decided; None where nothing tells
     verify: bool = False  # hash large files as well
+    unpacked: frozenset[Path] = frozenset()  # graphs that are used so few times that packing weights takes longer
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -166,6 +169,7 @@ def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool
             engines=_engines(bundle, paths[VISION_ENCODER.stem]),
             most_patches=_most_patches(bundle.images, profile),
         )
+    images = image_settings(bundle.images, image_changes(profile, bundle.images))
     verifies = not execution.on_gpu and _gives_conv_inputs(bundle, paths[DECODER.stem])
     return Setup(
         bundle,
@@ -173,13 +177,29 @@ def settle(bundle: Bundle, profile: Profile, ask: Ask = Ask(()), *, verify: bool
         variant,
         prefill,
         execution,
-        image_settings(bundle.images, image_changes(profile, bundle.images)),
+        images,
         bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=verifies)),
         min(bundle.context_length, profile.context or bundle.context_length),
         verifies,
         ask,
         verify=verify,
+        unpacked=_unpacked(bundle, variant, prefill, execution, sum(len(lay_out(*s, images).views) for s in ask.images))
+        if ask.once or execution.low_memory
+        else frozenset(),
     )
+
+
+def _unpacked(bundle: Bundle, variant: str, prefill: str | None, execution: Execution, views: int) -> frozenset[Path]:
+    """The int8 graphs that are used once or twice before they are given back: onnxruntime packs weights whenever a
+    graph is loaded, prepared or not, in one thread, which takes as long as they are slower unpacked in 3 views of 256
+    tokens or 1,200 tokens of a prompt (docs/log/2026-11-28.md). A decoder's are used for every token.
+    """
+    if execution.on_gpu or views > _FEW_VIEWS:
+        return frozenset()
+    graphs = [(VISION_ENCODER, bundle.graphs(variant)[1][VISION_ENCODER.stem])]
+    if prefill:
+        graphs.append((DECODER, bundle.graphs(prefill)[1][DECODER.stem]))
+    return frozenset(path for graph, path in graphs if number_of(graph, path) == "int8")
 
 
 def _engines(bundle: Bundle, vision: Path) -> Path:
