@@ -7,7 +7,7 @@ from pathlib import Path
 from lfm_runtime import EdgeError, Model
 from lfm_runtime.batch import answer_all
 
-if len(sys.argv) != 3:
+if len(sys.argv) != 3 or not Path(sys.argv[2]).is_dir():
     sys.exit(__doc__)
 bundle, folder = sys.argv[1:]
 images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))

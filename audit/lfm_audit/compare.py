@@ -21,6 +21,7 @@ class Change:
     name: str
     before: Figure
     after: Figure
+    same_work: bool = True  # False: of other images, or other answers, than the audit before
 
     @property
     def ratio(self) -> float | None:
@@ -30,15 +31,17 @@ class Change:
     @property
     def beyond_noise(self) -> bool:
         """Whether the medians' confidence intervals do not overlap."""
-        return separable(self.before, self.after)
+        return self.same_work and separable(self.before, self.after)
 
     @property
     def too_few(self) -> bool:
         """Whether one has too few samples for an interval: then nothing can be said."""
-        return None in (self.before.low, self.after.low)
+        return self.same_work and None in (self.before.low, self.after.low)
 
     def word(self) -> str:
-        """Return "worse", "better", "within noise" or "too few samples"."""
+        """Return "worse", "better", "within noise", "too few samples" or "other work"."""
+        if not self.same_work:
+            return "other work"
         if self.too_few:
             return "too few samples"
         return ("worse" if self.worse_by() > 0 else "better") if self.beyond_noise else "within noise"
@@ -56,14 +59,19 @@ def changes(before: Audit, after: Audit) -> list[Change]:
     theirs = {(h.variant, h.image, h.name): h.figure for h in after.headlines()}
     old, new = list(before.variants), list(after.variants)
     renamed = {old[0]: new[0]} if len(old) == len(new) == 1 else {}
-    found = []
+    found, same = [], _work(before) == _work(after)
     for h in before.headlines():
         now = renamed.get(h.variant, h.variant)
         other = theirs.get((now, h.image, h.name))
         if other:
             name = h.variant if now == h.variant else f"{h.variant} → {now}"
-            found.append(Change(name, h.image, h.name, h.figure, other))
+            found.append(Change(name, h.image, h.name, h.figure, other, same_work=bool(h.image) or same))
     return found
+
+
+def _work(audit: Audit) -> tuple[Any, ...]:
+    """What starts and memory depend on, beside the device: all images of a run."""
+    return audit.workload.images, audit.workload.new_tokens, audit.workload.question
 
 
 def differences(before: Audit, after: Audit) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 from lfm_runtime.bundle import complete_for_clients, end_tokens
-from lfm_runtime.decode.sampling import GenerationSettings
+from lfm_runtime.decode.sampling import GenerationSettings, not_applied
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import read_json_object
@@ -158,7 +158,10 @@ def _look_at_settings(checkpoint: Checkpoint) -> None:
                 f"{folder}: the image settings say {name} {said}, the weights are for {needed}; correct them"
             )
     path = folder / "generation_config.json"
-    GenerationSettings.from_config(read_json_object(path, SettingError, required=False), path)
+    raw = read_json_object(path, SettingError, required=False)
+    GenerationSettings.from_config(raw, path)
+    if names := not_applied(raw):
+        _log.warning("lfm-edge: %s: %s: not applied by lfm-edge; answers may differ for it", path, ", ".join(names))
     in_config = "max_image_tokens" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     if not in_config and not any(
         (folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")

@@ -209,7 +209,11 @@ def _questions(settings: Settings, manifest: Manifest, warn: Warn) -> _Questions
         questions = _some(questions, MANY_IMAGES)
         warn(f"{MANY_IMAGES} of {images} images are used; more would not make a better calibration")
     if images < FEW_IMAGES:
-        where = f"--prompts asks about {images} images" if questions[0].place else f"only {images} usable images"
+        where = (
+            f"--prompts asks about {images} images"
+            if questions[0].place
+            else f"only {images} usable image{'s' * (images > 1)}"
+        )
         warn(f"{where}; with fewer than {FEW_IMAGES} the calibration and its judgement mean little")
     calibrate, judge = split_off(questions, HELD_OUT, seed=0)
     if not judge:

@@ -64,7 +64,7 @@ class Bundle:
         if folder.is_file():
             raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
-            raise BundleError(f"{folder} is not a folder; {_how_to_get(folder)}")
+            raise BundleError(f"{folder} does not exist; {_how_to_get(folder)}")
         if not os.access(folder, os.R_OK | os.X_OK):
             raise BundleError(f"{folder} cannot be read; change its permissions")
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():

@@ -143,6 +143,18 @@ def test_differences(written) -> None:
     assert changes(one, other)[0].variant == "int8 → int4"
 
 
+def test_memory_of_other_images_is_not_judged(written) -> None:
+    """Starts and memory are of all images of a run; times of an image that both have are its own."""
+    raw = json.loads(written.read_text())
+    raw["workload"]["images"].popitem()
+    for found in raw["variants"].values():
+        for name in ("peak_mib", "anonymous_mib"):
+            found["memory"][name] = figure([x * 0.5 for x in found["memory"][name]["samples"]])
+    found = changes(read_audit(written), read_as(Audit, raw, written, AuditError, ""))
+    assert {change.word() for change in found if not change.image} == {"other work"}
+    assert "other work" not in {change.word() for change in found if change.image}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -299,7 +299,7 @@ def test_divergence(demo_bundle, photo, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bundle": Path("nowhere")}, "nowhere is not a folder"),
+        ({"bundle": Path("nowhere")}, "nowhere does not exist"),
         ({"profile": with_flags(read("generic"), {"variant": ("int4",)})}, "has no variant 'int4'"),
     ],
 )

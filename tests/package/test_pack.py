@@ -264,6 +264,18 @@ def test_what_was_there_stays(packed, tmp_path, demo_bundle) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(BundleError, match="is a folder that lfm-edge did not make"):
         unpack(packed, tmp_path / "mine")
+    (tmp_path / "there" / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match=r"not valid JSON.* so what is in .*there is not known; remove it"):
+        unpack(packed, tmp_path / "there")
+
+
+def test_a_read_only_bundle_is_not_replaced(packed, tmp_path, monkeypatch) -> None:
+    unpack(packed, tmp_path / "there")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))  # root may always
+    with pytest.raises(BundleError, match="there is read-only; change its permissions"):
+        unpack(packed, tmp_path / "there")
+    assert not list(tmp_path.glob(".there.*"))
 
 
 # ------------------------------------------------------------------------------------------------ hostile archives
@@ -426,7 +438,7 @@ def test_an_edited_profile_is_not_replaced(demo_bundle, tmp_path) -> None:
     unpack(tmp_path / "cam.tar", tmp_path / "cam")
 
 
-def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> None:
+def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys, caplog) -> None:
     """selftest asks its questions on the device, and fails where more than one in ten answers differ."""
     from lfm_audit import selftest
     from lfm_runtime.questions import GOLDEN_QUESTIONS, GoldenSet
@@ -447,8 +459,11 @@ def test_a_golden_set_travels_with_the_bundle(demo_bundle, tmp_path, capsys) -> 
         (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [lines[0], odd])))
         assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 2
         assert re.search(says, capsys.readouterr().err)
+    lines[3]["answer"] = "seventeen elephants"
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main([*words, "-o", str(tmp_path / "cam.tar")]) == 0
+    assert "answers 1 of 1 otherwise than the file" in caplog.text
+    assert "line 4: " in caplog.text
     unpack(tmp_path / "cam.tar", tmp_path / "cam")
     assert verify(tmp_path / "cam") == []
     golden = GoldenSet.of(Bundle.open(tmp_path / "cam"))

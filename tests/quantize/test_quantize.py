@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -364,7 +365,11 @@ def test_judging_follows_the_runtime(quantized, questions) -> None:
     assert total == pytest.approx(sum(right))
 
 
-def test_quality_command(quantized, tmp_path, capsys) -> None:
+def refuse_for_want_of_room(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_quality_command(quantized, tmp_path, capsys, monkeypatch) -> None:
     bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
     replace(Manifest.of(bundle), quality={}).write(bundle)  # by more questions than these
     lines = (ROOT / "demo/eval/eval.jsonl").read_text().splitlines()[:10]
@@ -377,6 +382,12 @@ def test_quality_command(quantized, tmp_path, capsys) -> None:
     assert "text.layers.5" in out
     assert ET.parse(tmp_path / "p.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert b"vision.encoder.layers.3" in (tmp_path / "p.svg").read_bytes(), "as a comment beside its outlines"
+    before = (tmp_path / "p.svg").read_bytes()
+    with monkeypatch.context() as full:
+        full.setattr("lfm_runtime.formats.files._write_whole", refuse_for_want_of_room)
+        assert main([*arguments, "--plot", str(tmp_path / "p.svg")]) == 2
+    assert "p.svg cannot be written (No space left on device); choose another place" in capsys.readouterr().err
+    assert (tmp_path / "p.svg").read_bytes() == before
     assert main([*arguments, "--plot", str(tmp_path / "p.txt")]) == 2
     assert "name a .svg, .png or .pdf" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0
@@ -476,7 +487,7 @@ def put_nan(bundle: Path) -> None:
 
 
 BREAK = {
-    "no bundle": (shutil.rmtree, "is not a folder"),
+    "no bundle": (shutil.rmtree, "does not exist"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
     "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
     "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),

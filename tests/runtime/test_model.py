@@ -4,6 +4,7 @@ input.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime import (
+    IMAGE,
     BundleError,
     Chat,
+    Conversation,
     EdgeError,
     GraphContractError,
     ImageError,
@@ -93,6 +96,23 @@ def test_several_images_and_none(demo_model, drawing) -> None:
     assert two.report.image_tokens == 2 * one.report.image_tokens
     assert none.report.image_tokens == none.report.tiles == 0
     assert none.report.timing_ms["vision"] is None
+
+
+def test_what_transformers_users_try_first(demo_model, drawing) -> None:
+    """Dicts as messages, places without images, things that are no image: each says what is wanted."""
+    dicts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    for make in (lambda: demo_model.converse(dicts, [drawing]), lambda: Conversation(dicts)):
+        with pytest.raises(PromptError, match="a message is a dict; give lfm_runtime.Message"):
+            make()
+    place = [Message("user", (IMAGE, "x"))]
+    for images, count in (([], 0), ([drawing, drawing], 2)):
+        with pytest.raises(PromptError, match=f"have 1 places for images .* and {count} images are given"):
+            demo_model.converse(place, images)
+    for odd, kind in ((None, "NoneType"), (io.BytesIO(b""), "BytesIO")):
+        with pytest.raises(ImageError, match=f"an image is a {kind}; give a path"):
+            demo_model.answer(odd, "x")
+    with pytest.raises(ImageError, match="does not exist; download it first"):
+        demo_model.answer("https://example.com/a.jpg", "x")
 
 
 def test_finish_reasons(demo_model, drawing) -> None:
@@ -348,7 +368,7 @@ def test_chat_answers_each_line(demo_bundle, drawing, capsys, monkeypatch) -> No
 
 
 BAD = {
-    "no bundle": (["run", "nowhere", "-p", "x"], "is not a folder"),
+    "no bundle": (["run", "nowhere", "-p", "x"], "does not exist"),
     "not a bundle": (["run", "{tmp}", "-p", "x"], "it has no manifest.json and no config.json"),
     "no image": (["run", "{bundle}", "nope.png", "-p", "x"], "does not exist"),
     "not an image": (["run", "{bundle}", "{bundle}/manifest.json", "-p", "x"], "not a readable image"),

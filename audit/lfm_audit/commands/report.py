@@ -39,15 +39,15 @@ def run(options: argparse.Namespace) -> int:
     output = options.output or options.files[0].with_suffix(".html")
     if output.suffix not in (".html", ".md"):
         raise SettingError(f"{output}: a report is .html or .md")
-    check_output(output, "lfm-edge report", is_report, force=options.force)
     as_page = output.suffix == ".html"
     tuning = read_tuning(options.files[0])
+    audits = [] if tuning else named_audits(options.files)  # what a file is, before where its report would lie
+    check_output(output, "lfm-edge report", is_report, force=options.force)
     if tuning is not None:
         if len(options.files) > 1:
             raise SettingError(f"{options.files[0]} is a result of lfm-edge tune; give no other file with it")
         text = tuning_page(tuning) if as_page else tuning_markdown(tuning)
     else:
-        audits = named_audits(options.files)
         text = audit_page(audits) if as_page else audit_markdown(audits)
     write_whole(output, text)
     print(f"written: {output} ({len(text.encode()) / 1e3:,.0f} kB)")

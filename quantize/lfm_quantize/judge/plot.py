@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from lfm_runtime.formats.files import write_whole
 from matplotlib.figure import Figure
 
 from lfm_quantize.judge.quality import Quality
@@ -14,7 +16,11 @@ _HEIGHT = 0.38  # of a bar; two a row
 
 
 def error_plot(quality: Quality, path: Path) -> None:
-    """Write a row a layer, one bar for image tokens and one for text tokens, in the format that the suffix names."""
+    """Write a row a layer, one bar for image tokens and one for text tokens, in the format that the suffix names.
+
+    Raises:
+        EdgeError: it cannot be written there; what was there stays.
+    """
     rows = range(len(quality.layers))
     figure = Figure(figsize=(7, 1.2 + 0.26 * len(rows)), layout="constrained")
     axis = figure.subplots()
@@ -26,7 +32,9 @@ def error_plot(quality: Quality, path: Path) -> None:
     axis.set_xlabel("relative error of the hidden state after the layer")
     axis.set_title(f"{quality.variant} against {quality.against}", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Title": _TITLE, **({"Date": None} if path.suffix == ".svg" else {})})
+    kind, drawn = path.suffix.lower().removeprefix("."), io.BytesIO()
+    figure.savefig(drawn, format=kind, metadata={"Title": _TITLE, **({"Date": None} if kind == "svg" else {})})
+    write_whole(path, drawn.getvalue())
 
 
 def is_plot(path: Path) -> bool:

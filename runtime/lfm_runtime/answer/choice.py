@@ -60,7 +60,9 @@ class Chosen:
 
 
 def check_answers(answers: Sequence[str]) -> None:
-    """Raise SettingError for fewer than two answers, an empty one, or one that is there twice."""
+    """Raise SettingError for answers that are no list of texts, fewer than two, an empty one, or one twice."""
+    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+        raise SettingError(f'the answers are {answers!r:.60}; give a list of texts: ["yes", "no"]')
     if len(answers) < _FEWEST:
         raise SettingError(
             f"a choice needs two answers or more, and there {'is 1' if answers else 'is none'}; give two or more"

@@ -36,7 +36,11 @@ def run(options: argparse.Namespace) -> int:
         total += size
         print(f"{path}  {size / 1e6:,.1f} MB")
         if not options.dry_run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as e:
+                do = "change its permissions: chmod -R u+w" if isinstance(e, PermissionError) else "remove it by hand"
+                raise BundleError(f"{path} cannot be removed ({e.strerror or e}); {do}") from e
     print(f"{total / 1e6:,.1f} MB {'would be removed' if options.dry_run else 'removed'}")
     return 0
 

@@ -302,9 +302,7 @@ def _spinning(text: str) -> bool | int:
 def load_model(
     options: argparse.Namespace, question: str = "", *, special: bool = True, at_once: bool = False
 ) -> Model:
-    """The model the flags describe, so that it fits this machine's memory with these images; `special` as for
-    Model.answer; `at_once`: for this question alone, see Model.of.
-    """
+    """The model of the flags, so that it fits this machine's memory; `at_once`: for this question alone."""
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.images.pixels import MAX_MEGAPIXELS, image_size
     from lfm_runtime.model import Model

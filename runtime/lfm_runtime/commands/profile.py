@@ -67,11 +67,12 @@ def _list(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from lfm_profiles.schema import IMAGE_SETTINGS, SETTINGS
+    from lfm_profiles.schema import GENERATION_SETTINGS, IMAGE_SETTINGS, SETTINGS
 
     from lfm_runtime.bundle import Bundle
+    from lfm_runtime.decode.sampling import GenerationSettings
     from lfm_runtime.images.layout import image_settings
-    from lfm_runtime.setup.profile import find_profile, image_changes
+    from lfm_runtime.setup.profile import find_profile, generation_changes, image_changes
 
     if len(options.names) > 1:
         raise SettingError("show takes one profile; name one")
@@ -81,6 +82,11 @@ def _show(options: argparse.Namespace) -> None:
         bundle = Bundle.open(Path(options.bundle))
         images = image_settings(bundle.images, image_changes(profile, bundle.images))
         values |= {name: (getattr(images, name), profile.origin.get(name, "checkpoint")) for name in IMAGE_SETTINGS}
+        generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=True))
+        usual = GenerationSettings()
+        for name in (*GENERATION_SETTINGS, "temperature", "min_p", "top_k", "top_p", "repetition_penalty"):
+            said = "default" if getattr(bundle.generation, name) == getattr(usual, name) else "checkpoint"
+            values[name] = getattr(generation, name), profile.origin.get(name, said)
         most = bundle.context_length
         values["context"] = min(profile.context or most, most), profile.origin.get("context", "checkpoint")
     budget = {name: value for name, value in vars(profile.budget).items() if value is not None}

@@ -6,6 +6,7 @@ Order as in transformers: repetition penalty, then temperature, top_k, top_p, mi
 from __future__ import annotations
 
 import json
+import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,49 @@ Logits = NDArray[np.float32]
 _LEAST, _MOST = 1e-6, 1e6
 _RANGE = "0.000001 to 1000000"
 """What logits are divided by; beyond it they are no numbers any more."""
+
+
+_KINDS: dict[str, type] = {
+    "temperature": float,
+    "min_p": float,
+    "top_k": int,
+    "top_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+    "seed": int,
+    "speculate": int,
+}
+_WORDS = {float: "a number", int: "a whole number"}
+_IN_FILES = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+}
+"""What transformers applies and this runtime does not, with the values that change nothing."""
+
+
+def not_applied(raw: Mapping[str, Any]) -> list[str]:
+    """Settings of a generation_config.json that would change answers and are not applied."""
+    return [name for name, off in _NEUTRAL.items() if raw.get(name, off) not in (off, None, [], {})]
+
+
+def _is(value: object, kind: type) -> bool:
+    numbers_ = numbers.Integral if kind is int else numbers.Real  # numpy's as well
+    return isinstance(value, numbers_) and not isinstance(value, bool)
 
 
 class Generation(TypedDict, total=False):
@@ -60,7 +104,11 @@ class GenerationSettings:
     tool_choice: str = "auto"  # required, or a tool's name: the answer is a call
 
     def __post_init__(self) -> None:
-        """Raise SettingError for a value outside its range."""
+        """Raise SettingError for a value of another kind or outside its range."""
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not _is(value, kind) and not (value is None and name == "seed"):
+                raise SettingError(f"{name} is {repr(value)[:60]}; {_WORDS[kind]} is needed")
         for name, ok, allowed in (
             ("temperature", self.temperature == 0 or _LEAST <= self.temperature <= _MOST, f"0 (greedy), {_RANGE}"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
@@ -83,22 +131,10 @@ class GenerationSettings:
         Raises:
             SettingError: a value of another kind, or an impossible one; names the file.
         """
-        kinds = {
-            "temperature": float,
-            "min_p": float,
-            "top_k": int,
-            "top_p": float,
-            "repetition_penalty": float,
-            "max_new_tokens": int,
-            "do_sample": bool,
-        }
-        found = {name: raw[name] for name in kinds if raw.get(name) is not None}
-        for name, value in found.items():
-            fits = type(value) is kinds[name] or (kinds[name] is float and type(value) is int)
-            if not fits:
-                wanted = {float: "a number", int: "a whole number", bool: "true or false"}[kinds[name]]
-                raise SettingError(f"{path}: {name} is {repr(value)[:60]}; {wanted} is needed")
+        found = {name: raw[name] for name in (*_IN_FILES, "do_sample") if raw.get(name) is not None}
         samples = found.pop("do_sample", None)
+        if not isinstance(samples, bool | None):
+            raise SettingError(f"{path}: do_sample is {repr(samples)[:60]}; true or false is needed")
         if samples is not None or found.keys() & {"temperature", "min_p", "top_k", "top_p"}:
             found = {"temperature": 1.0, "min_p": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, **found}
         if samples is False:

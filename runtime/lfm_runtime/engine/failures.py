@@ -42,6 +42,11 @@ def failures_are_ours(what: object) -> Iterator[None]:
                 f"{what} has its weights behind a link, which onnxruntime {ort.__version__} refuses; install another "
                 f"release: {WITHOUT_LINKS}, or copy the folder with its files: cp -rL"
             ) from e
+        if "escapes model directory" in reason(e):
+            raise BundleError(
+                f"{what} has its weights behind a link to another folder, which onnxruntime refuses; copy the bundle "
+                "with its files: cp -rL"
+            ) from e
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "
             "--verify, or export it again"

@@ -40,6 +40,10 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
         with _locked(bundle):
             _recover(bundle)
             (check or check_replaceable)(bundle)
+            if bundle.is_dir() and not os.access(bundle, os.W_OK):  # renaming it would need its parent's alone
+                raise BundleError(
+                    f"{bundle} is read-only; change its permissions{', or choose another output' * elsewhere}"
+                )
             staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.partial-", dir=bundle.parent))
             try:
                 yield staging
@@ -90,7 +94,11 @@ def check_replaceable(bundle: Path) -> None:
         raise BundleError(f"{bundle} is not a folder; choose another output")
     if not bundle.is_dir() or not any(bundle.iterdir()):
         return
-    manifest = Manifest.read(bundle)
+    try:
+        manifest = Manifest.read(bundle)
+    except BundleError as e:
+        damage = str(e).split(";")[0]
+        raise BundleError(f"{damage}, so what is in {bundle} is not known; remove it, or choose another output") from e
     if manifest is None or not manifest.is_ours:
         raise BundleError(f"{bundle} is a folder that lfm-edge did not make; choose another output")
     known = {*BESIDE_MANIFEST, *manifest.files}

@@ -38,7 +38,8 @@ def each_image(images: Any) -> list[Any]:
     """The images of a list, or the one that is no list: a path is not taken letter by letter, nor an array row by
     row.
     """
-    one = isinstance(images, (str, os.PathLike, bytes, Image.Image)) or not isinstance(images, Iterable)
+    one = isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
+    one = one or not isinstance(images, Iterable)
     return [images] if one or (isinstance(images, np.ndarray) and images.ndim <= 3) else list(images)
 
 
@@ -96,7 +97,8 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError as e:
-        raise ImageError(f"{name} does not exist; check the path") from e
+        do = "download it first" if re.match(r"\w+://", name) else "check the path"
+        raise ImageError(f"{name} does not exist; {do}") from e
     except IsADirectoryError as e:
         what = (
             "a bundle; name it first, then the images" if holds_a_model(Path(name)) else "a folder; name an image file"
@@ -126,6 +128,8 @@ def _read(source: ImageLike) -> Image.Image:
         if not source.size:
             raise ImageError(f"array of shape {source.shape} has no pixels")
         return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ImageError(f"an image is a {type(source).__name__}; give a path, a file's bytes, a PIL image or an array")
     return open_file(source)
 
 

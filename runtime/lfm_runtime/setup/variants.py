@@ -49,6 +49,8 @@ def _prefill(variants: Collection[str], profile: Profile, variant: str) -> str |
         if asked:
             raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
         return None
+    if profile.is_flag("variant") and row.weights not in ("int8", "int4") and not asked:
+        return None  # who names float weights means them for the prompt as well
     if row.keys == "int8" and other.int8_keys in variants:
         other = VARIANTS[other.int8_keys or name]
     return other.name if asked or (other.name in variants and other.shares_states_with(row)) else None

@@ -117,3 +117,12 @@ class Conversation:
     tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the model may call
     now: datetime | None = None  # the date that a template with tools tells; by default today's
     special: bool = True  # False: text that spells a special token is text, so that it cannot forge a turn
+
+    def __post_init__(self) -> None:
+        """Refuse messages of another kind, such as transformers' dicts."""
+        for message in self.messages:
+            if not isinstance(message, Message):
+                raise PromptError(
+                    f"a message is a {type(message).__name__}; give lfm_runtime.Message values: "
+                    'Message("user", (IMAGE, "What is this?"))'
+                )

@@ -94,6 +94,12 @@ class PromptBuilder:
             guard = _unused_character(chat, text)
             text = self._guarded(chat, text, guard)
         pieces = text.split(self.spec.image_tokens.image)
+        places = sum(message.images for message in chat.messages)
+        if places != len(layouts):
+            raise PromptError(
+                f"the messages have {places} places for images (IMAGE), and {len(layouts)} images are given; give one "
+                "for each"
+            )
         if len(pieces) - 1 != len(layouts):
             raise PromptError(
                 f"the prompt has {len(pieces) - 1} places for {len(layouts)} images; do not write "
@@ -109,9 +115,9 @@ class PromptBuilder:
                 f"the prompt has {found} image tokens where the images give {wanted}; leave image tokens out of "
                 "the text"
             )
-        places = [i for i, token in enumerate(ids) if token == self.image_id]
+        at = [i for i, token in enumerate(ids) if token == self.image_id]
         counts = accumulate(layout.tokens for layout in layouts)
-        return RenderedPrompt(ids, wanted, tuple(places[count - 1] + 1 for count in counts))
+        return RenderedPrompt(ids, wanted, tuple(at[count - 1] + 1 for count in counts))
 
 
 def _unused_character(chat: Conversation, rendered: str) -> str:

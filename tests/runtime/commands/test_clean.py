@@ -35,6 +35,18 @@ def test_only_leftovers_are_removed(bundle_copy, capsys) -> None:
     assert before == {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
 
 
+def test_what_cannot_be_removed_is_named(bundle_copy, capsys, monkeypatch) -> None:
+    left = bundle_copy.parent / f".{bundle_copy.name}.partial-abc"
+    left.mkdir()
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "tokenizer.json")  # a name without its folder, as rmtree gives
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    assert main(["clean", str(bundle_copy)]) == 2
+    assert f"{left} cannot be removed (Permission denied); change its permissions" in capsys.readouterr().err
+
+
 def test_a_first_export_that_was_killed(tmp_path, capsys) -> None:
     """Its leftovers are removed although there is no bundle; a name without leftovers is no bundle's."""
     (tmp_path / ".new.partial-abc").mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm_runtime.decode.sampling import GenerationSettings, Sampler, distribution, penalise
+from lfm_runtime.decode.sampling import GenerationSettings, Sampler, distribution, not_applied, penalise
 from lfm_runtime.errors import BundleError, SettingError
 
 CASES = [
@@ -87,6 +87,11 @@ def test_seed_and_greedy() -> None:
         {"max_new_tokens": 0},
         {"stop": ("",)},
         {"nonsense": 1},
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": 5.0},
+        {"temperature": "hot"},
+        {"top_k": True},
+        {"seed": "x"},
         {"temperature": 0, "top_k": 3},
         {"temperature": 0, "seed": 3},
     ],
@@ -95,6 +100,17 @@ def test_seed_and_greedy() -> None:
 def test_generation_settings_that_cannot_be_are_refused(bad) -> None:
     with pytest.raises(SettingError):
         GenerationSettings().with_changes(bad)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = GenerationSettings().with_changes({"max_new_tokens": np.int64(5), "temperature": np.float32(0.5)})
+    assert (found.max_new_tokens, found.temperature) == (5, 0.5)
+
+
+def test_what_is_not_applied_is_named() -> None:
+    neutral = {"num_beams": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": [], "typical_p": 1}
+    assert not_applied({**neutral, "temperature": 0.3}) == []
+    assert not_applied({"num_beams": 4, "bad_words_ids": [[5]]}) == ["num_beams", "bad_words_ids"]
 
 
 def test_logits_that_are_not_numbers() -> None:

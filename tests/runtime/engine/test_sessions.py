@@ -51,6 +51,15 @@ def test_what_is_used_once_is_not_packed(two_decoders) -> None:
     assert unpacked(two_decoders, ONCE, variant="fp32", prefill="none") == set()
 
 
+def test_float_weights_read_their_own_prompts(two_decoders) -> None:
+    """A profile's prefill decoder is dropped where the user names a variant of float weights; the user's own stays."""
+    name = "x86-avx512-vnni"
+    assert resolve(two_decoders, name).prefill == "int8"
+    assert resolve(two_decoders, name, variant="int4").prefill == "int8"
+    assert resolve(two_decoders, name, variant="fp32").prefill is None
+    assert resolve(two_decoders, name, variant="fp32", prefill="int8").prefill == "int8"
+
+
 def test_one_answer_while_graphs_load_is_the_same(two_decoders, monkeypatch) -> None:
     """Each graph of the variant is loaded once, by threads that are no answer's; the text is that of a loaded model."""
     flags = {"variant": "int4", "prefill": "int8", "threads": 2}

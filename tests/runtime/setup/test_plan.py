@@ -250,7 +250,7 @@ def test_a_plan_of_nothing_is_refused(demo_bundle, tmp_path, capsys) -> None:
     assert stop.value.code == 2
     assert "bundle" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "none")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert main(["plan", str(demo_bundle), str(tmp_path / "none.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
 

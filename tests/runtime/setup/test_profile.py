@@ -274,6 +274,9 @@ def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
     assert found["settings"]["min_tiles"] == {"value": 2, "from": "checkpoint"}
     assert found["settings"]["variant"]["from"] == "generic"
     assert found["settings"]["arena"]["from"] == "default"
+    assert found["settings"]["max_new_tokens"] == {"value": 64, "from": "checkpoint"}
+    assert found["settings"]["temperature"] == {"value": 0.0, "from": "checkpoint"}
+    assert found["settings"]["top_p"] == {"value": 1.0, "from": "default"}
     assert found["budget"] == {"peak_rss_mib": 700}
 
 
