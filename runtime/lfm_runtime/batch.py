@@ -6,9 +6,9 @@ the others go on: each of its steps comes after one of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,27 +289,56 @@ def _answer_all(
     system: str,
     generation: Generation,
 ) -> Iterator[tuple[int, Report | EdgeError]]:
-    places: list[tuple[int, Seat]] = []
-    more = True
-    while more or places:
-        while more and batch.has_seat:
-            if (asked := next(questions, None)) is None:
-                more = False
-                break
-            index, (images, question) = asked
-            images = each_image(images)
-            try:
-                messages = [*([Message("system", system)] if system else []), Message.user(question, len(images))]
-                job = batch.model.prepare_answer(messages, images, **generation)
-            except EdgeError as e:
-                yield index, e
+    turns = [Message("system", system)] if system else []
+
+    def take(_: bool) -> tuple[int, Job | EdgeError] | None:
+        if (asked := next(questions, None)) is None:
+            return None
+        index, (images, question) = asked
+        images = each_image(images)
+        try:
+            return index, batch.model.prepare_answer(
+                [*turns, Message.user(question, len(images))], images, **generation
+            )
+        except EdgeError as e:
+            return index, e
+
+    for index, found in finished(batch, take):
+        if isinstance(found, EdgeError):
+            yield index, found
+        elif found.error:
+            raise found.error
+        elif isinstance(found, Seat):
+            yield index, found.job.reply.report
+
+
+Work: TypeAlias = "Job | Sequence[Choice]"
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+
+def finished(batch: Batch, take: Callable[[bool], tuple[T, Work | E] | None]) -> Iterator[tuple[T, Seat | Scoring | E]]:
+    """Do work as places become free, and yield it with its name when it is finished.
+
+    Args:
+        batch: grown where work needs more room.
+        take: gives the next work with a name for it, or an error instead of it, which is passed on. None: called with
+            True, which waits, that there is no more; with False that there is none yet.
+    """
+    places: list[tuple[T, Seat | Scoring]] = []
+    while True:
+        while batch.has_seat and (taken := take(not places)) is not None:
+            name, work = taken
+            if isinstance(work, Exception):
+                yield name, work
                 continue
-            if job.capacity > batch.capacity:
-                batch.grow(job.capacity)
-            places.append((index, batch.add(job)))
+            needed = work.capacity if isinstance(work, Job) else max(one.job.capacity for one in work)
+            if needed > batch.capacity:
+                batch.grow(needed)
+            places.append((name, batch.add(work) if isinstance(work, Job) else batch.score(work)))
+        if not places:
+            return
         batch.step()
-        for index, seat in [place for place in places if place[1].finished]:
-            places.remove((index, seat))
-            if seat.error:
-                raise seat.error
-            yield index, seat.job.reply.report
+        for place in [place for place in places if place[1].finished]:
+            places.remove(place)
+            yield place

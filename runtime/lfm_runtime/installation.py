@@ -34,6 +34,7 @@ def extra_for(module: str, likely: str = "") -> str | None:
     none has.
     """
     wanted = module.partition(".")[0].lower().replace("_", "-")
+    wanted = "pyyaml" if wanted == "yaml" else wanted
     found = [(name, extra) for name, _, _, extra in _requires() if extra and name.startswith(wanted)]
     exact = [extra for name, extra in found if name == wanted] or [extra for _, extra in found]
     return likely if likely in exact else min(exact, key=lambda extra: len(requirements(extra)), default=None)

@@ -195,6 +195,10 @@ class Model:
         for question, answers in questions:
             chat = Conversation([*turns, Message.user(question, len(opened))], special=special)
             asked.append(self.prepare_choice(chat, opened, answers))
+        return self.chosen(asked)
+
+    def chosen(self, asked: Sequence[Choice]) -> list[Chosen]:
+        """Score the answers of prepared questions."""
         with self.setup.memory_is_told(), self.sessions.failures_are_ours(), self.sessions.execution.pinned():
             return run_through(self.choosing(asked, Context(self.decoder, self.cache)))
 
@@ -236,6 +240,10 @@ class Model:
         them is not computed again (see Chat).
         """
         job = self.prepare_answer(chat, images, max_megapixels=max_megapixels, **generation)
+        return self.answering(job, context, progress)
+
+    def answering(self, job: Job, context: Context | None = None, progress: Progress | None = None) -> Answer:
+        """The answer of a prepared job."""
         return Answer(self._computed(self._answer(job, context, progress)), job.reply)
 
     def prepare_answer(

@@ -48,12 +48,12 @@ def choose(
             failure = e
             continue
         if not found.steps or number == (rows or ROWS[-1]):
-            return (found if flags.get("spinning") is not None else _spins_briefly(found)), number
+            return (found if flags.get("spinning") is not None else spins_briefly(found)), number
     assert failure is not None
     raise failure
 
 
-def _spins_briefly(setup: Setup) -> Setup:
+def spins_briefly(setup: Setup) -> Setup:
     """With threads that wait for more work for a moment only. Encoder, prefill and decoder take turns here, and the
     threads of one that has just ended would keep the next one's from the processors: on two cores 53 images a minute
     instead of 49 at four at once, and one alone as fast or faster (450M int4, 8 interleaved rounds, 2026-11-28).

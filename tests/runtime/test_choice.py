@@ -91,7 +91,14 @@ def portable_like(demo_model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("answers", "said"),
-    [([], "there is none"), (["yes"], "there is 1"), (["a", ""], "empty"), (["a", "b", "a"], "there twice"), ("yes,no", "a list of texts"), ([1, 2], "a list of texts")],
+    [
+        ([], "there is none"),
+        (["yes"], "there is 1"),
+        (["a", ""], "empty"),
+        (["a", "b", "a"], "there twice"),
+        ("yes,no", "a list of texts"),
+        ([1, 2], "a list of texts"),
+    ],
 )
 def test_answers_that_are_no_choice(demo_model, answers, said) -> None:
     with pytest.raises(SettingError, match=said):

@@ -102,7 +102,7 @@ def test_what_transformers_users_try_first(demo_model, drawing) -> None:
     """Dicts as messages, places without images, things that are no image: each says what is wanted."""
     dicts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
     for make in (lambda: demo_model.converse(dicts, [drawing]), lambda: Conversation(dicts)):
-        with pytest.raises(PromptError, match="a message is a dict; give lfm_runtime.Message"):
+        with pytest.raises(PromptError, match=r"a message is a dict; give lfm_runtime\.Message"):
             make()
     place = [Message("user", (IMAGE, "x"))]
     for images, count in (([], 0), ([drawing, drawing], 2)):

@@ -11,11 +11,11 @@ from lfm_runtime.commands.cli import add_force_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
-        "Make a report from audits (several are shown side by side, compared with the first), or from the "
-        "results of lfm-edge tune."
+        "Make a report from audits (several are shown side by side, compared with the first), from the results of "
+        "lfm-edge tune, or from the records of lfm-edge caption."
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE.json", help="written by lfm-edge audit or lfm-edge tune"
+        "files", nargs="+", type=Path, metavar="FILE.json", help="of lfm-edge audit or tune; or the .jsonl of caption"
     )
     parser.add_argument(
         "-o",
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write a page of the audits, or of the tuning, as .html or .md; return 0."""
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.formats.files import check_output, write_whole
+    from lfm_runtime.formats.files import check_output
 
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     if output.suffix not in (".html", ".md"):
         raise SettingError(f"{output}: a report is .html or .md")
     as_page = output.suffix == ".html"
+    if options.files[0].suffix == ".jsonl":
+        return _records(options, output)
     tuning = read_tuning(options.files[0])
     audits = [] if tuning else named_audits(options.files)  # what a file is, before where its report would lie
     check_output(output, "lfm-edge report", is_report, force=options.force)
@@ -49,6 +51,30 @@ def run(options: argparse.Namespace) -> int:
         text = tuning_page(tuning) if as_page else tuning_markdown(tuning)
     else:
         text = audit_page(audits) if as_page else audit_markdown(audits)
+    return _written(output, text)
+
+
+def _records(options: argparse.Namespace, output: Path) -> int:
+    """The page of a run over many images, which the package that writes its records makes."""
+    from importlib.metadata import entry_points
+
+    from lfm_runtime.errors import SettingError
+    from lfm_runtime.formats.files import check_output
+
+    from lfm_audit.report.source import is_report
+
+    if len(options.files) > 1:
+        raise SettingError(f"{options.files[0]} is of lfm-edge caption; give no other file with it")
+    if output.suffix != ".html":
+        raise SettingError(f"{output}: a page of images is .html")
+    check_output(output, "lfm-edge report", is_report, force=options.force)
+    (page,) = entry_points(group="lfm_edge.reports", name="jsonl")
+    return _written(output, page.load()(options.files[0]))
+
+
+def _written(output: Path, text: str) -> int:
+    from lfm_runtime.formats.files import write_whole
+
     write_whole(output, text)
     print(f"written: {output} ({len(text.encode()) / 1e3:,.0f} kB)")
     return 0

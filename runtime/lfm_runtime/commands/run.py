@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--schema", metavar="FILE", help="a JSON schema that the answer follows (needs the extra json)")
     shape.add_argument(
         "--choices",
-        type=_choices,
+        type=parse_choices,
         metavar="A,B",
         help="print how likely each of these answers is, instead of generating one; a JSON list where they have commas",
     )
@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _schema(name: str) -> str:
+def read_schema(name: str) -> str:
+    """The text of a JSON schema's file. Raises SettingError where it cannot be read, or is no text, or is too long."""
     try:
         with Path(name).open(encoding="utf-8-sig") as file:  # a pipe too; a device would not end
             text = file.read(_LARGEST_SCHEMA + 1)
@@ -93,7 +94,8 @@ def _schema(name: str) -> str:
     return text
 
 
-def _choices(text: str) -> list[str]:
+def parse_choices(text: str) -> list[str]:
+    """The answers of --choices. Raises ArgumentTypeError for JSON that is no list of texts."""
     if not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",")]
     try:
@@ -111,7 +113,7 @@ def _check(options: argparse.Namespace) -> None:
     from lfm_runtime.formats.files import check_output
 
     if options.schema:
-        options.schema = _schema(options.schema)
+        options.schema = read_schema(options.schema)
     if options.choices:
         useless = [name for name in answer_changes(options) if name != "max_megapixels"]
         useless += ["boxes"] * bool(options.boxes)

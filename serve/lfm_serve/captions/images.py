@@ -1,0 +1,181 @@
+"""Which files are asked about, and reading them: beside the answers, a few ahead."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from lfm_runtime.bundle import IMAGE_SUFFIXES
+from lfm_runtime.errors import EdgeError, ImageError
+from lfm_runtime.images.files import MAX_BYTES
+from lfm_runtime.images.opened import OpenedImage
+from lfm_runtime.model import Model
+
+_AHEAD = 2
+"""Images that are read and decoded before they are asked about."""
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """A file as it was read: what a record says of it, and its pixels; or why there are none."""
+
+    path: str  # as it was found
+    key: str  # as records name it
+    sha256: str | None
+    size: int | None
+    modified: float | None  # seconds since 1970
+    image: OpenedImage | None = None
+    error: EdgeError | None = None
+
+
+def find(places: Sequence[str], *, recursive: bool, match: Sequence[str], warn: Callable[[str], None]) -> Iterator[str]:
+    """Paths of images: files that are named, and of folders those with an image's suffix, in the order of names. Links
+    are followed, each folder once. What cannot be read is warned of.
+
+    Raises:
+        ImageError: a place is not there.
+    """
+    for place in places:
+        if os.path.isdir(place):  # noqa: PTH112  (names need not be UTF-8; a Path for each of a million takes memory)
+            yield from _walk(place, place, recursive, match, warn, set())
+        elif os.path.lexists(place):
+            yield place
+        else:
+            raise ImageError(f"{place} does not exist; name a folder of images")
+
+
+def wanted(path: str, folder: str, match: Sequence[str]) -> bool:
+    """Whether a file of a folder is an image that was asked for. Patterns are of its name, or with a slash of its path
+    below the folder.
+    """
+    name = os.path.basename(path)  # noqa: PTH119
+    if not name.lower().endswith(IMAGE_SUFFIXES) or name.startswith("."):
+        return False
+    below = os.path.relpath(path, folder)
+    return not match or any(fnmatch.fnmatch(below if "/" in pattern else name, pattern) for pattern in match)
+
+
+def _walk(
+    folder: str,
+    top: str,
+    recursive: bool,
+    match: Sequence[str],
+    warn: Callable[[str], None],
+    seen: set[tuple[int, int]],
+) -> Iterator[str]:
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:  # links in a circle
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as e:
+        warn(f"{folder} cannot be read ({e.strerror}); it is left out")
+        return
+    for entry in found:
+        if _is_folder(entry):
+            if recursive and not entry.name.startswith("."):
+                yield from _walk(entry.path, top, recursive, match, warn, seen)
+        elif wanted(entry.path, top, match) and _is_file_or_broken(entry):
+            yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file_or_broken(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to nothing, which gets a record. Pipes and devices of an image's name do not."""
+    try:
+        return entry.is_file() or not os.path.exists(entry.path)  # noqa: PTH110
+    except OSError:
+        return True
+
+
+def is_unchanged(path: str, record: dict[str, object]) -> bool:
+    """Whether a file is as its record says, by size and time of change; one that cannot be looked at is not."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime) == (record["size"], record["modified"])
+
+
+def read_image(model: Model, path: str, key: str, *, max_megapixels: float) -> ReadImage:
+    """Read a file once: what is hashed is what is looked at. Whatever is wrong with it is the `error`."""
+    sha256 = size = modified = None
+    try:
+        status = os.stat(path)  # noqa: PTH116
+        size, modified = status.st_size, status.st_mtime
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not a plain file")
+        if size > MAX_BYTES:
+            raise ImageError(f"{size >> 20} MiB, the limit is {MAX_BYTES >> 20}; make it smaller")
+        with open(path, "rb") as f:  # noqa: PTH123
+            content = f.read(MAX_BYTES + 1)
+        sha256 = hashlib.sha256(content).hexdigest()
+        found = model.open(content, max_megapixels=max_megapixels)
+    except OSError as e:
+        return ReadImage(path, key, sha256, size, modified, error=ImageError(f"cannot be read ({e.strerror})"))
+    except EdgeError as e:
+        why = ImageError(str(e).removeprefix("image (bytes) "))
+        return ReadImage(path, key, sha256, size, modified, error=why)
+    except MemoryError:
+        return ReadImage(path, key, sha256, size, modified, error=ImageError("takes more memory than is free"))
+    return ReadImage(path, key, sha256, size, modified, found)
+
+
+class Reader:
+    """A thread that reads images ahead of their turn."""
+
+    def __init__(self, paths: Iterable[str], read: Callable[[str], ReadImage]) -> None:
+        self._paths, self._read = paths, read
+        self._queue: SimpleQueue[ReadImage | None] = SimpleQueue()
+        self._room = threading.Semaphore(_AHEAD)
+        self._stopped = self._over = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._thread.start()
+
+    def take(self, wait: bool) -> ReadImage | None:
+        """The next image. None: without `wait` that none is read yet, with it that there are no more."""
+        if self._over or self._stopped:
+            return None
+        try:
+            found = self._queue.get(wait)
+        except Empty:
+            return None
+        if found is None:
+            self._over = True
+            if self.failure:
+                raise self.failure
+            return None
+        self._room.release()
+        return None if self._stopped else found
+
+    def stop(self) -> None:
+        """No more images; may be called by a signal's handler."""
+        self._stopped = True
+        self._room.release()
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        try:
+            for path in self._paths:
+                self._room.acquire()
+                if self._stopped:
+                    break
+                self._queue.put(self._read(path))
+        except BaseException as e:  # noqa: BLE001  (raised where images are taken)
+            self.failure = e
+        self._queue.put(None)

@@ -1,0 +1,226 @@
+"""The JSONL file of a run: one record a line, each written whole; the last record of a path counts.
+
+A second writer is refused by a lock on the file. A line that a killed process or a full disk has cut off is dropped
+when the file is opened again, so what it was about is done again. Beside the file, NAME.settings.json says what all of
+its records were asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
+
+_SYNC_S = 1.0
+_KEYS = ("path", "sha256", "size", "modified", "settings")
+
+
+class JournalError(EdgeError):
+    """The output cannot be used: the message says why, and what to do."""
+
+
+class Journal:
+    """An open output. Only one thread writes."""
+
+    def __init__(self, path: Path, descriptor: int, settings: str) -> None:
+        self.path, self.settings = path, settings
+        self.records: dict[str, dict[str, Any]] = {}  # path → its last record, without the answer
+        self.superseded = 0  # records that a later one replaces
+        self._descriptor = descriptor
+        self._synced = time.monotonic()
+
+    @staticmethod
+    @contextmanager
+    def open(path: Path, settings: Mapping[str, Any], digest: str) -> Iterator[Journal]:
+        """Open an output, new or to go on with; closed and synchronized at the end.
+
+        Raises:
+            JournalError: it is somebody else's, damaged, written by another process now, or of other settings.
+        """
+        check_writable(path)
+        check_outside_bundles(path)
+        journal = Journal(path, _locked(path), digest)
+        try:
+            journal._read()
+            journal._check_settings(settings)
+            yield journal
+            if journal.superseded:
+                journal.compact()
+        finally:
+            os.fsync(journal._descriptor)
+            os.close(journal._descriptor)
+
+    def key(self, path: str) -> str:
+        """How records name an image: relative to the output's folder where it lies below it, else absolute."""
+        whole, base = os.path.abspath(path), os.path.dirname(os.path.realpath(self.path))  # noqa: PTH100, PTH120  (links stay)
+        return os.path.relpath(whole, base) if whole.startswith(f"{base}{os.sep}") else whole
+
+    def write(self, record: dict[str, Any]) -> str:
+        """Append a record, whole or not at all; returns "", or what the system says where there is no room for it.
+
+        Raises:
+            JournalError: it cannot be written for another reason.
+        """
+        line = _line(record)
+        before = os.fstat(self._descriptor).st_size
+        try:
+            done = 0
+            while done < len(line):
+                done += os.write(self._descriptor, line[done:])
+            if time.monotonic() - self._synced > _SYNC_S:
+                os.fsync(self._descriptor)
+                self._synced = time.monotonic()
+        except OSError as e:
+            os.ftruncate(self._descriptor, before)
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return f"{self.path}: {e.strerror}"
+            raise JournalError(f"{self.path} cannot be written ({e.strerror}); run again to go on") from e
+        self._note(record)
+        return ""
+
+    def whole_records(self) -> Iterator[dict[str, Any]]:
+        """The record of every path, in the order of the file."""
+        last = {record["path"]: n for n, record in enumerate(_records(self.path))}
+        for n, record in enumerate(_records(self.path)):
+            if last[record["path"]] == n:
+                yield record
+
+    def compact(self) -> None:
+        """Write the file anew without the records that later ones replace."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            new = _locked(temporary)
+            with os.fdopen(os.dup(new), "wb") as f:
+                f.writelines(_line(record) for record in self.whole_records())
+                f.flush()
+                os.fsync(new)
+            temporary.replace(os.path.realpath(self.path))
+        except OSError as e:  # the last record of a path counts: it is not needed
+            temporary.unlink(missing_ok=True)
+            raise JournalError(f"{self.path} holds records twice and cannot be written anew ({e.strerror})") from e
+        os.close(self._descriptor)
+        self._descriptor, self.superseded = new, 0
+
+    def _read(self) -> None:
+        """Learn what is there, and cut off a last line that is not whole."""
+        whole = 0
+        with self.path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line)
+                    if not all(key in record for key in _KEYS) or not line.endswith(b"\n"):
+                        raise ValueError  # noqa: TRY301  (as what is no JSON)
+                except (ValueError, TypeError, RecursionError) as e:
+                    if f.read(1):
+                        raise JournalError(
+                            f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or choose "
+                            "another output"
+                        ) from e
+                    break
+                whole += len(line)
+                self._note(record)
+        size = self.path.stat().st_size
+        if whole < size and not whole:  # one line that is none of ours, or the beginning of our first
+            with self.path.open("rb") as f:
+                if not f.read(9).startswith(b'{"path"'[:size]):
+                    raise JournalError(
+                        f"{self.path} exists, and lfm-edge caption did not write it; choose another name"
+                    )
+        if whole < size:
+            os.ftruncate(self._descriptor, whole)
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings; write down those of a new file."""
+        place = self.path.with_name(f"{self.path.name}.settings.json")
+        others = {record["settings"] for record in self.records.values()} - {self.settings}
+        if not others:
+            if not self.records or not place.exists():
+                write_whole(place, to_json(settings, indent=1) + "\n")
+            return
+        try:
+            before = read_json_object(place, JournalError)
+            unlike = [
+                f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
+                for name, value in settings.items()
+                if _plain(value) != before.get(name)
+            ]
+        except JournalError:
+            unlike = []
+        raise JournalError(
+            f"{self.path} was made with other settings ({'; '.join(unlike) or f'{place.name} does not say which'}); "
+            "choose another output"
+        )
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self.superseded += record["path"] in self.records
+        kept = (*_KEYS, "error") if "error" in record else _KEYS
+        self.records[record["path"]] = {key: record[key] for key in kept}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line. A name that is not UTF-8 is written with escapes, which Python reads again."""
+    try:
+        return (to_json(record) + "\n").encode()
+    except UnicodeEncodeError:
+        return (to_json(record, ascii_only=True) + "\n").encode()
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as f:
+        for line in f:
+            yield json.loads(line)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The last record of every path of a file, in order; a cut-off last line is left out.
+
+    Raises:
+        JournalError: it cannot be read, or is no output of lfm-edge caption.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line)
+                    name = record["path"]
+                    if not (isinstance(name, str) and ("text" in record or "error" in record)):
+                        raise ValueError  # noqa: TRY301
+                except (ValueError, TypeError, KeyError, RecursionError) as e:
+                    if number > 1 and not line.endswith(b"\n"):
+                        break
+                    raise JournalError(f"{path}, line {number} is no record of lfm-edge caption") from e
+                found.pop(name, None)
+                found[name] = record
+    except OSError as e:
+        raise JournalError(f"{path} cannot be read ({e.strerror}); check the path") from e
+    return list(found.values())
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that appends, with the lock of the only writer."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as e:
+        raise JournalError(f"{path} cannot be written ({e.strerror}); choose another place") from e
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(descriptor)
+        raise JournalError(
+            f"{path} is being written by another lfm-edge caption; wait, or choose another output"
+        ) from e
+    return descriptor

@@ -1,0 +1,49 @@
+"""The records as a table: CSV, or Parquet where pyarrow is installed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm_runtime.errors import SettingError
+from lfm_runtime.formats.files import check_writable, write_whole
+
+_ALL = ("path", "text", "finish_reason", "error", "new_tokens", "sha256", "size")
+
+
+def check_table(path: Path) -> None:
+    """Raise SettingError for a table of another kind, EdgeError for a place that cannot be written."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise SettingError(f"--table {path}: name a .csv or a .parquet")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow as pa  # noqa: F401
+        except ModuleNotFoundError as e:
+            raise SettingError(f"--table {path} needs pyarrow; install it: pip install pyarrow, or name a .csv") from e
+    check_writable(path)
+
+
+def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> None:
+    """Write a row for each record: what it is about, its fields or its text, its error."""
+    columns = [*(name for name in _ALL if name != "text" or not fields), *(f"fields.{name}" for name in fields)]
+    rows = [{**record, **{f"fields.{k}": v for k, v in (record.get("fields") or {}).items()}} for record in records]
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        return
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    whole = io.BytesIO()
+    parquet.write_table(pa.table({name: [_printable(row.get(name)) for row in rows] for name in columns}), whole)
+    write_whole(path, whole.getvalue())
+
+
+def _printable(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

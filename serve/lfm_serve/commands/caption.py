@@ -1,0 +1,232 @@
+"""`lfm-edge caption`: ask the same about every image of folders, and write a record of each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
+from lfm_runtime.commands.run import parse_choices, read_schema
+from lfm_runtime.errors import SettingError
+
+if TYPE_CHECKING:
+    from lfm_runtime.bundle import Bundle
+
+    from lfm_serve.captions.asking import Asking
+    from lfm_serve.captions.images import ReadImage
+    from lfm_serve.captions.journal import Journal
+    from lfm_serve.captions.making import Counts
+    from lfm_serve.captions.progress import Progress
+    from lfm_serve.captions.setup import Plan
+    from lfm_serve.captions.watching import Watch
+
+_EXIT_ERRORS, _EXIT_STOPPED = 3, 130
+_GENERATION = ("temperature", "max_new_tokens", "repetition_penalty", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the description of `parser` and add the command's arguments."""
+    parser.description = (
+        "Ask the same about every image of folders; write a JSONL file, one record for each. Run again to go on: only "
+        "what is missing or has changed is done. Exit code 0; 3 where images have an error instead of an answer; 130 "
+        "where it was stopped."
+    )
+    parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
+    parser.add_argument("places", nargs="+", metavar="FOLDER", help="folders of images, or images")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl")
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("-p", "--prompt", metavar="QUESTION", help="the question")
+    what.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    what.add_argument("--schema", metavar="FILE", help="a JSON schema that answers follow (needs the extra json)")
+    what.add_argument("--choices", type=parse_choices, metavar="A,B", help="the likeliest of these answers")
+    what.add_argument(
+        "--fields", type=Path, metavar="FILE.yaml", help="fields to be read from images, name: description a line"
+    )
+    which = parser.add_argument_group("which images")
+    which.add_argument("-r", "--recursive", action="store_true", help="of folders in folders too")
+    which.add_argument(
+        "--match", action="append", default=[], metavar="PATTERN", help="only these: '*.jpg', 'scans/*'; repeatable"
+    )
+    which.add_argument("--watch", action="store_true", help="then wait for new images, until Ctrl-C")
+    which.add_argument("--retry-errors", action="store_true", help="do those again that have an error")
+    which.add_argument("--max-megapixels", type=float, default=100.0, metavar="N", help="larger ones are errors")
+    out = parser.add_argument_group("what is written beside the records")
+    out.add_argument("--sidecar", choices=("txt",), help="the text beside each image, as NAME.txt")
+    out.add_argument("--table", type=Path, metavar="FILE", help="all records as .csv, or .parquet (needs pyarrow)")
+    out.add_argument("--force", action="store_true", help="replace NAME.txt that lfm-edge did not write")
+    parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
+    )
+    parser.add_argument("--quiet", action="store_true", help="only errors")
+    text = parser.add_argument_group("generation (defaults: greedy; else as lfm-edge run)")
+    text.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum tokens of an answer")
+    text.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
+    text.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers")
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask about every image, and return the exit code."""
+    from lfm_runtime.bundle import Bundle
+
+    from lfm_serve.captions.asking import settings_hash, settings_of
+    from lfm_serve.captions.journal import Journal
+    from lfm_serve.captions.making import Counts
+    from lfm_serve.captions.setup import plan
+    from lfm_serve.captions.tables import check_table, write_table
+
+    _check(options)
+    if options.table:
+        check_table(options.table)
+    bundle = Bundle.open(Path(bundle_of(options)))
+    asking, generation = _asking(options, bundle), _generation(options)
+    flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
+    how = plan(bundle, options.profile, asking, rows=options.rows, **flags)
+    for step in how.setup.steps:
+        print(f"lfm-edge: reduced to fit the memory ({how.setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    settings, counts = settings_of(how.setup, asking, generation), Counts()
+    with Journal.open(options.output, settings, settings_hash(settings)) as journal:
+        watch, progress, todo = _todo(options, journal, counts)
+        if watch or todo:
+            _make(options, how, asking, generation, journal, watch, progress, todo)
+        if options.table:
+            write_table(options.table, journal.whole_records(), asking.fields)
+    return _end(options, counts)
+
+
+def _todo(
+    options: argparse.Namespace, journal: Journal, counts: Counts
+) -> tuple[Watch | None, Progress, Iterable[str]]:
+    """What brings new images with --watch, what tells of the run, and the images that are missing."""
+    from lfm_serve.captions.images import find
+    from lfm_serve.captions.making import missing
+    from lfm_serve.captions.progress import Progress
+    from lfm_serve.captions.watching import Watch
+
+    retry, kind = options.retry_errors, {"recursive": options.recursive, "match": options.match}
+    progress = Progress(counts, None, quiet=options.quiet)
+    watch = Watch(options.places, **kind) if options.watch else None  # before what is there is listed: none is missed
+    there = dict.fromkeys(find(options.places, **kind, warn=progress.warn))
+    if watch:
+        return watch, progress, missing(journal, counts, watch.paths(there, progress.warn), retry_errors=retry)
+    if not there:
+        do = "name other folders" if options.recursive else "those in folders below are found with --recursive"
+        raise SettingError(f"there are no images in {' '.join(options.places)}; {do}")
+    todo = list(missing(journal, counts, there, retry_errors=retry))
+    return None, Progress(counts, len(todo), quiet=options.quiet), todo
+
+
+def _make(
+    options: argparse.Namespace,
+    how: Plan,
+    asking: Asking,
+    generation: Mapping[str, Any],
+    journal: Journal,
+    watch: Watch | None,
+    progress: Progress,
+    todo: Iterable[str],
+) -> None:
+    """Do what is missing, and with --watch what comes."""
+    from lfm_runtime.model import Model
+
+    from lfm_serve.captions.making import Captions
+    from lfm_serve.captions.sidecars import Sidecars
+
+    sidecars = Sidecars(journal.whole_records(), force=options.force) if options.sidecar else None
+    model = Model.of(how.setup)
+    captions = Captions(model, asking, generation, journal, progress.counts)
+    rows = how.rows if model.decoder.info.shares_kv else 1
+    if not options.quiet:
+        print(f"{how.setup.summary}, {rows} at once", file=sys.stderr)
+
+    def told(image: ReadImage, record: Mapping[str, Any]) -> None:
+        if sidecars:
+            sidecars.write(image.path, record, progress.warn)
+        progress.told()
+
+    def stop() -> None:
+        captions.stop()
+        if watch:
+            watch.stop()
+
+    most = options.max_megapixels
+    with _stopping(stop):
+        captions.make(todo, rows=rows, capacity=how.capacity, max_megapixels=most, told=told, warn=progress.warn)
+    progress.end()
+
+
+@contextmanager
+def _stopping(stop: Any) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM lets answers that are being made end; the second ends the process."""
+    before: dict[Any, Any] = {}
+
+    def handle(*_: object) -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
+        print("\nlfm-edge: ending after the answers that are being made; again: at once", file=sys.stderr, flush=True)
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(options: argparse.Namespace, counts: Counts) -> int:
+    if not options.quiet:
+        parts = [f"{counts.answered:,} answered"]
+        parts += [f"{counts.errors:,} errors"] if counts.errors else []
+        parts += [f"{counts.unchanged:,} there already"] if counts.unchanged else []
+        print(f"{options.output}: {', '.join(parts)}", file=sys.stderr)
+    if counts.stopped and not options.watch:
+        print("lfm-edge: stopped; run it again to go on", file=sys.stderr)
+        return _EXIT_STOPPED
+    return _EXIT_ERRORS if counts.errors else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise SettingError for what cannot be, before anything is opened."""
+    if options.output.suffix != ".jsonl":
+        raise SettingError(f"-o {options.output}: records are JSONL; name it OUT.jsonl")
+    shapes = [name for name in ("schema", "choices", "fields") if getattr(options, name)]
+    if len(shapes) > 1:
+        raise SettingError(f"--{shapes[0]} and --{shapes[1]} exclude each other; give one")
+    if options.fields and options.prompt is not None:
+        raise SettingError("-p has no effect beside --fields, which asks for the fields; leave it out")
+    if not options.fields and not (options.prompt or "").strip():
+        raise SettingError('the question is missing: -p "Describe this image."; or --fields FILE.yaml')
+    if options.choices and any(getattr(options, name) for name in _GENERATION):
+        raise SettingError("generation settings have no effect beside --choices, which generates nothing")
+    if options.force and not options.sidecar:
+        raise SettingError("--force is about --sidecar, and has no effect without it; leave it out")
+    if not 0 < options.max_megapixels < float("inf"):
+        raise SettingError(f"--max-megapixels {options.max_megapixels:g} is impossible; allowed: above 0")
+    if os.path.lexists(options.output) and not options.output.is_file():
+        raise SettingError(f"-o {options.output} is not a file; name one")
+
+
+def _asking(options: argparse.Namespace, bundle: Bundle) -> Asking:
+    from lfm_serve.captions.asking import Asking, with_fields
+
+    if options.fields:
+        if options.system:
+            raise SettingError("--system has no effect beside --fields, which has its own; leave it out")
+        return with_fields(bundle, options.fields)
+    schema = read_schema(options.schema) if options.schema else None
+    return Asking(options.prompt, options.system, schema, tuple(options.choices or ()))
+
+
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in _GENERATION if getattr(options, name) is not None}
+    return {} if options.choices else given
