@@ -33,6 +33,7 @@ NOT_RUN = (
     (r"lfm-edge .*/tmp/", "a 450M; docs/performance.md says how long"),
     (r"lfm-edge --version", "not a command"),
     (r"lfm-edge serve", "does not end; tests/serve, and the Python block of docs/serve.md"),
+    (r"lfm-edge caption .*--watch", "does not end; tests/serve/test_captions.py"),
     (r"lfm-edge completion .*>", "writes into a shell; tests/runtime/commands/test_completion.py"),
     (r"lfm-edge quantize bundle --variant fp16 --calibration", "for a GPU; tests/quantize/test_gpu_variants.py"),
 )
@@ -131,6 +132,7 @@ def place(tmp_path_factory, demo_bundle) -> Path:
         shutil.copy(audit, folder / f"{name}.json")
     words = [str(folder / "bundle"), str(folder / "photo.jpg"), "-o", str(folder / "tuned.toml")]
     assert run_short(["tune", *words]) == 0
+    (folder / "fields.yaml").write_text("shape: the shape\ncolour: its colour\n")
     (folder / "my-board.toml").write_text('extends = "generic"\nthreads = 1\n')
     assert main(["pack", str(folder / "bundle"), "--variant", "int4", "-o", str(folder / "cam.tar")]) == 0
     return folder

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 ROOT = Path(__file__).resolve().parents[2]
 EXCHANGED = (None, True, 0, -1, 10**9, 1.5, "", "x", [], {}, [None], {"x": 1})
 GONE = object()
-SAMPLE = 2000 if os.environ.get("LONG") else 25
+SAMPLE = 2000 if os.environ.get("LONG") else 16
 DEEP = 4
 """Of values in a list, so many are tried: the others are as these."""
 

@@ -285,7 +285,7 @@ def test_boards(installed, monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere is not a folder"),
+        (["nowhere"], "nowhere does not exist"),
         (["BUNDLE", "--profile", "zzz"], "there is no profile 'zzz'"),
         (["BUNDLE", "--variant", "int4"], "has no variant 'int4'"),
     ],

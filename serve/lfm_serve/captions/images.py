@@ -17,6 +17,8 @@ from lfm_runtime.images.files import MAX_BYTES
 from lfm_runtime.images.opened import OpenedImage
 from lfm_runtime.model import Model
 
+from lfm_serve.captions.journal import Known
+
 _AHEAD = 2
 """Images that are read and decoded before they are asked about."""
 
@@ -102,13 +104,13 @@ def _is_file_or_broken(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def is_unchanged(path: str, record: dict[str, object]) -> bool:
-    """Whether a file is as its record says, by size and time of change; one that cannot be looked at is not."""
+def is_unchanged(path: str, record: Known) -> bool:
+    """Whether a file is as its record says, by size and time of change, or by that neither could be found out."""
     try:
         status = os.stat(path)  # noqa: PTH116
     except OSError:
-        return False
-    return (status.st_size, status.st_mtime) == (record["size"], record["modified"])
+        return record.size is None
+    return (status.st_size, status.st_mtime) == (record.size, record.modified)
 
 
 def read_image(model: Model, path: str, key: str, *, max_megapixels: float) -> ReadImage:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
@@ -28,27 +28,37 @@ class JournalError(EdgeError):
     """The output cannot be used: the message says why, and what to do."""
 
 
+class Known(NamedTuple):
+    """What is kept in memory of a record: enough to tell whether its image has changed."""
+
+    size: int | None
+    modified: float | None  # seconds since 1970
+    failed: bool
+
+
 class Journal:
     """An open output. Only one thread writes."""
 
-    def __init__(self, path: Path, descriptor: int, settings: str) -> None:
+    def __init__(self, path: Path, descriptor: int, settings: str, *, remembers: bool = False) -> None:
+        """`remembers`: the same image may come twice in this run, so what is written is known as well."""
         self.path, self.settings = path, settings
-        self.records: dict[str, dict[str, Any]] = {}  # path → its last record, without the answer
+        self.records: dict[str, Known] = {}  # by path
+        self._remembers, self._others = remembers, False
         self.superseded = 0  # records that a later one replaces
         self._descriptor = descriptor
         self._synced = time.monotonic()
 
     @staticmethod
     @contextmanager
-    def open(path: Path, settings: Mapping[str, Any], digest: str) -> Iterator[Journal]:
-        """Open an output, new or to go on with; closed and synchronized at the end.
+    def open(path: Path, settings: Mapping[str, Any], digest: str, *, remembers: bool = False) -> Iterator[Journal]:
+        """Open an output, new or to go on with; closed and synchronized at the end. `remembers`: see __init__.
 
         Raises:
             JournalError: it is somebody else's, damaged, written by another process now, or of other settings.
         """
         check_writable(path)
         check_outside_bundles(path)
-        journal = Journal(path, _locked(path), digest)
+        journal = Journal(path, _locked(path), digest, remembers=remembers)
         try:
             journal._read()
             journal._check_settings(settings)
@@ -84,7 +94,9 @@ class Journal:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return f"{self.path}: {e.strerror}"
             raise JournalError(f"{self.path} cannot be written ({e.strerror}); run again to go on") from e
-        self._note(record)
+        self.superseded += record["path"] in self.records
+        if self._remembers:
+            self._note(record)
         return ""
 
     def whole_records(self) -> Iterator[dict[str, Any]]:
@@ -127,6 +139,8 @@ class Journal:
                         ) from e
                     break
                 whole += len(line)
+                self.superseded += record["path"] in self.records
+                self._others |= record["settings"] != self.settings
                 self._note(record)
         size = self.path.stat().st_size
         if whole < size and not whole:  # one line that is none of ours, or the beginning of our first
@@ -141,8 +155,7 @@ class Journal:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings; write down those of a new file."""
         place = self.path.with_name(f"{self.path.name}.settings.json")
-        others = {record["settings"] for record in self.records.values()} - {self.settings}
-        if not others:
+        if not self._others:
             if not self.records or not place.exists():
                 write_whole(place, to_json(settings, indent=1) + "\n")
             return
@@ -161,9 +174,7 @@ class Journal:
         )
 
     def _note(self, record: Mapping[str, Any]) -> None:
-        self.superseded += record["path"] in self.records
-        kept = (*_KEYS, "error") if "error" in record else _KEYS
-        self.records[record["path"]] = {key: record[key] for key in kept}
+        self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
 
 
 def _plain(value: Any) -> Any:

@@ -44,7 +44,7 @@ def missing(journal: Journal, counts: Counts, paths: Iterable[str], *, retry_err
     """
     for path in paths:
         record = journal.records.get(journal.key(path))
-        if record and not (retry_errors and "error" in record) and is_unchanged(path, record):
+        if record and not (retry_errors and record.failed) and is_unchanged(path, record):
             counts.unchanged += 1
         else:
             yield path

@@ -1,17 +1,23 @@
-"""New images of folders, as they are closed (inotify, by watchdog)."""
+"""New images of folders (inotify, by watchdog): those that are written, when they are closed; those that are moved or
+linked there, when nobody opens them to write.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from lfm_runtime.errors import SettingError
+from watchdog.events import FileSystemEventHandler
+from watchdog.observers import Observer
 
 from lfm_serve.captions.images import wanted
 
-_GONE = ""
+_SETTLED_S = 0.5
+"""A file that is made by opening it is opened at once; one that was moved in is not opened at all."""
 
 
 class Watch:
@@ -19,29 +25,13 @@ class Watch:
 
     def __init__(self, folders: Sequence[str], *, recursive: bool, match: Sequence[str]) -> None:
         """Raises SettingError for a place that is no folder, or that cannot be watched."""
-        from watchdog.events import FileClosedEvent, FileMovedEvent, FileSystemEventHandler
-        from watchdog.observers import Observer
-
-        queue: SimpleQueue[str] = SimpleQueue()
-
-        class Handler(FileSystemEventHandler):
-            def __init__(self, folder: str) -> None:
-                self.folder = folder
-
-            def dispatch(self, event: Any) -> None:
-                at = event.dest_path if isinstance(event, FileMovedEvent) else event.src_path
-                path = os.fsdecode(at)
-                if isinstance(event, FileClosedEvent | FileMovedEvent) and wanted(path, self.folder, match):
-                    queue.put(path)
-                elif event.event_type == "deleted" and event.is_directory and path == self.folder:
-                    queue.put(_GONE)
-
-        self._queue, self._left, self._observer = queue, len(folders), Observer()
+        self._events: SimpleQueue[tuple[str, str]] = SimpleQueue()
+        self._left, self._observer = len(folders), Observer()
         for folder in folders:
             if not os.path.isdir(folder):  # noqa: PTH112  (as images.find)
                 raise SettingError(f"{folder} is not a folder; --watch waits for images in folders")
             try:
-                self._observer.schedule(Handler(folder), folder, recursive=recursive)
+                self._observer.schedule(_Handler(self._events, folder, match), folder, recursive=recursive)
             except OSError as e:
                 raise SettingError(f"{folder} cannot be watched ({e.strerror}); run again without --watch") from e
         self._observer.start()
@@ -49,15 +39,43 @@ class Watch:
     def paths(self, there: Iterable[str], warn: Callable[[str], None]) -> Iterator[str]:
         """Those of `there`, then new ones, until all folders are gone or `stop` is called."""
         yield from there
+        made: dict[str, float] = {}  # path → when it is taken if nobody opens it
         while self._left > 0:
-            path = self._queue.get()
-            if path == _GONE:
-                self._left -= 1
-                warn("a folder that is watched is gone")
-            else:
+            first = next(iter(made), None)
+            try:
+                left = None if first is None else max(0.0, made[first] - time.monotonic())
+                kind, path = self._events.get(timeout=left)
+            except Empty:
+                assert first is not None
+                del made[first]
+                yield first
+                continue
+            made.pop(path, None)
+            if kind == "closed":
                 yield path
+            elif kind == "made":
+                made[path] = time.monotonic() + _SETTLED_S
+            elif kind == "gone":
+                self._left -= 1
+                warn(f"{path} is gone, and watched no more")
 
     def stop(self) -> None:
         """End `paths`; may be called by a signal's handler."""
         self._left = 0
-        self._queue.put(_GONE)
+        self._events.put(("stop", ""))
+
+
+class _Handler(FileSystemEventHandler):
+    """Passes on what happens to images of a folder."""
+
+    def __init__(self, events: SimpleQueue[tuple[str, str]], folder: str, match: Sequence[str]) -> None:
+        self._events, self._folder, self._match = events, folder, match
+
+    def dispatch(self, event: Any) -> None:
+        """Called by watchdog in a thread of its own."""
+        path = os.fsdecode(event.dest_path if event.event_type == "moved" else event.src_path)
+        if event.event_type == "deleted" and path == self._folder:
+            self._events.put(("gone", path))
+        kind = {"closed": "closed", "moved": "made", "created": "made", "opened": "opened"}.get(event.event_type)
+        if kind and not event.is_directory and wanted(path, self._folder, self._match):
+            self._events.put((kind, path))

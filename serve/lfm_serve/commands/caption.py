@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     for step in how.setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({how.setup.free_mib} MiB are free): {step}", file=sys.stderr)
     settings, counts = settings_of(how.setup, asking, generation), Counts()
-    with Journal.open(options.output, settings, settings_hash(settings)) as journal:
+    with Journal.open(options.output, settings, settings_hash(settings), remembers=options.watch) as journal:
         watch, progress, todo = _todo(options, journal, counts)
         if watch or todo:
             _make(options, how, asking, generation, journal, watch, progress, todo)
@@ -109,11 +109,14 @@ def _todo(
     from lfm_serve.captions.images import find
     from lfm_serve.captions.making import missing
     from lfm_serve.captions.progress import Progress
-    from lfm_serve.captions.watching import Watch
 
     retry, kind = options.retry_errors, {"recursive": options.recursive, "match": options.match}
     progress = Progress(counts, None, quiet=options.quiet)
-    watch = Watch(options.places, **kind) if options.watch else None  # before what is there is listed: none is missed
+    watch = None
+    if options.watch:  # before what is there is listed: none is missed
+        from lfm_serve.captions.watching import Watch
+
+        watch = Watch(options.places, **kind)
     there = dict.fromkeys(find(options.places, **kind, warn=progress.warn))
     if watch:
         return watch, progress, missing(journal, counts, watch.paths(there, progress.warn), retry_errors=retry)
