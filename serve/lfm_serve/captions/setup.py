@@ -35,6 +35,7 @@ def plan(
     """
     if rows is not None and rows < 1:
         raise SettingError(f"--rows {rows} is impossible; allowed: 1 and above")
+    brief = (lambda setup: setup) if flags.get("spinning") is not None else spins_briefly
     one = resolve(bundle, profile, **flags)
     one = resolve(bundle, profile, replace(one.ask, question=f"{asking.system} {asking.question}"), **flags)
     of = one.forecast
@@ -42,7 +43,7 @@ def plan(
     if rows == 1 or (alone := _alone(one)):
         if rows != 1 and rows:
             raise SettingError(f"--rows {rows} has no effect: {alone}; leave it out")
-        return Plan(one, 1, capacity)
+        return Plan(brief(one), 1, capacity)
     for number in (rows,) if rows else ROWS[:-1]:
         try:
             found = resolve(bundle, profile, replace(one.ask, kv_tokens=number * capacity), **flags)
@@ -51,8 +52,8 @@ def plan(
                 raise
             continue
         if rows or found.steps == one.steps:
-            return Plan(found if flags.get("spinning") is not None else spins_briefly(found), number, capacity)
-    return Plan(one, 1, capacity)
+            return Plan(brief(found), number, capacity)
+    return Plan(brief(one), 1, capacity)
 
 
 def _alone(setup: Setup) -> str:
