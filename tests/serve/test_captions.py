@@ -24,6 +24,8 @@ from lfm_runtime.errors import SettingError
 from lfm_serve.captions.asking import Asking, is_extract, with_fields
 from lfm_serve.captions.images import find
 from lfm_serve.captions.journal import Journal, JournalError, read_records
+from lfm_serve.captions.making import Counts
+from lfm_serve.captions.progress import Progress
 from lfm_serve.captions.setup import plan
 from PIL import Image
 
@@ -129,6 +131,35 @@ def test_odd_files(caption, folder, tmp_path) -> None:
     assert main(["report", str(tmp_path / "out.jsonl")]) == 0
 
 
+def test_what_cannot_be_read_for_a_moment_keeps_its_answer(caption, folder, capsys, monkeypatch) -> None:
+    """A folder that is gone, or a disk that fails: an answer is never replaced by such an error."""
+    first = caption()
+    kept, stat = IMAGES[2].name, os.stat
+
+    def fails(path, *rest, **more):
+        if str(path).endswith(kept):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *rest, **more)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "stat", fails)
+        assert caption() == first
+    os.utime(folder / kept, (1, 1))
+    with monkeypatch.context() as failing:
+        failing.setattr(
+            "lfm_serve.captions.images.stat.S_ISREG", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error"))
+        )
+        assert caption() == first
+    assert f"{kept} cannot be read (I/O error); its record stays" in capsys.readouterr().err
+
+
+def test_the_same_folder_under_two_names(demo_bundle, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    words = ["caption", str(demo_bundle), ".", str(folder), "-o", str(tmp_path / "o.jsonl"), "-p", QUESTION, "--quiet"]
+    assert main(words) == 0
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 12
+
+
 def test_patterns_and_places(folder, tmp_path) -> None:
     (folder / "deep").mkdir()
     shutil.copy(IMAGES[0], folder / "deep" / "0000.png")
@@ -185,6 +216,11 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
     [
         ("notes of mine\n", "exists, and lfm-edge caption did not write it"),
         ('{"a": 1}\n', "exists, and lfm-edge caption did not write it"),
+        ('{"path": "a.png", "label": "cat"}\n', "exists, and lfm-edge caption did not write it"),
+        ('{"path": "a.png", "label": "cat"}', "exists, and lfm-edge caption did not write it"),
+        ('{"path": "a', "exists, and lfm-edge caption did not write it"),
+        ('["path", "sha256", "size", "modified", "settings"]\n', "exists, and lfm-edge caption did not write it"),
+        (f"{json.dumps(record(1))}\nmine\n", "line 2 is no record"),
         (f"{json.dumps(record(1))}\nx\n{json.dumps(record(2))}\n", "line 2 is no record"),
         (f"{json.dumps(record(1, 'other'))}\n", "was made with other settings"),
     ],
@@ -204,6 +240,24 @@ def test_a_second_writer_is_refused(tmp_path) -> None:
         Journal.open(tmp_path / "out.jsonl", {}, "s"),
     ):
         pytest.fail("opened")
+
+
+def test_what_a_killed_rewriting_left_does_no_harm(tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Journal.open(out, {}, "s") as journal:
+        for each in (record(1, text="a"), record(2, text="b"), record(1, text="c")):
+            journal.write(each)
+    (tmp_path / f".out.jsonl.{os.getpid()}").write_text('{"torn')
+    with Journal.open(out, {}, "s"):
+        pass
+    assert [one["text"] for one in read_records(out)] == ["b", "c"]
+    assert out.read_bytes().count(b"\n") == 2
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    with Journal.open(link, {}, "s") as journal:
+        journal.write(record(2, text="d"))
+    assert link.is_symlink()
+    assert [one["text"] for one in read_records(out)] == ["c", "d"]
 
 
 def test_other_settings_are_named(caption, demo_bundle, folder, tmp_path, capsys) -> None:
@@ -235,6 +289,33 @@ def test_a_schema_and_a_table(caption, tmp_path) -> None:
     with (tmp_path / "t.csv").open(newline="") as f:
         rows = list(csv.DictReader(f))
     assert {(row["path"], row["text"]) for row in rows} == {(one["path"], one["text"]) for one in found}
+
+
+def test_a_table_as_parquet(caption, folder, tmp_path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "zero.png").touch()
+    found = caption("--table", str(tmp_path / "t.parquet"), code=3)
+    rows = parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    assert [(row["path"], row["text"], row["error"]) for row in rows] == [
+        (one["path"], one.get("text"), one.get("error")) for one in found
+    ]
+
+
+def test_progress_says_rate_and_time_left(monkeypatch, capsys) -> None:
+    """A bar on a terminal; a line a minute elsewhere."""
+    clock = [1000.0]
+    monkeypatch.setattr("lfm_serve.captions.progress.time.monotonic", lambda: clock[0])
+    counts = Counts(answered=30, errors=20, started=880.0)
+    progress = Progress(counts, 200, quiet=False)
+    progress.told()
+    assert capsys.readouterr().err == ""
+    clock[0] += 61
+    counts.answered += 25
+    progress.told()
+    progress.told()
+    assert capsys.readouterr().err == "75 of 200 images, 20 errors, 24.9 a minute, 5 min left\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert Progress(counts, 200, quiet=False).line().startswith("[########............] 75 of 200 images")
 
 
 def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
@@ -286,6 +367,19 @@ def test_sidecars_replace_only_our_own(caption, folder, tmp_path, capsys) -> Non
     again = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
     assert again["images/0001.png"] != found["images/0001.png"]
     assert (folder / "0001.txt").read_text() == again["images/0001.png"] + "\n"
+    (folder / "0003.txt").unlink()  # as where a run ended between a record and its text
+    caption("--sidecar", "txt")
+    assert (folder / "0003.txt").read_text() == again["images/0003.png"] + "\n"
+
+
+def test_a_table_of_somebody_else_stays(caption, tmp_path) -> None:
+    (tmp_path / "t.csv").write_text("my,own\n")
+    out = tmp_path / "out.jsonl"
+    out.touch()
+    assert caption("--table", str(tmp_path / "t.csv"), code=2) == []
+    assert (tmp_path / "t.csv").read_text() == "my,own\n"
+    caption("--table", str(tmp_path / "t.csv"), "--force")
+    caption("--table", str(tmp_path / "t.csv"))
 
 
 def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
@@ -299,6 +393,11 @@ def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
     assert "<b>" not in page
     assert "://" not in page.replace("http://www.w3.org", "")
     assert main(["report", str(tmp_path / "out.jsonl"), "-o", str(tmp_path / "x.md")]) == 2
+    odd = {"path": "\ud800", "text": "\udcff", "ms": {"total": 10**400}, "probabilities": {"a": "x", "b": 0.5}}
+    (tmp_path / "odd.jsonl").write_text(
+        f"{json.dumps(odd)}\n{json.dumps({**odd, 'path': 'x', 'fields': {'a': None}})}\n"
+    )
+    assert main(["report", str(tmp_path / "odd.jsonl")]) == 0
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     assert main(["report", str(tmp_path / "other.jsonl")]) == 2
     assert "line 1 is no record of lfm-edge caption" in capsys.readouterr().err
@@ -373,6 +472,7 @@ def test_killed_at_any_moment(demo_bundle, tmp_path) -> None:
     """SIGKILL again and again: every record is there once, whole, and the texts are those of one run."""
     shutil.copytree(IMAGES[0].parent, tmp_path / "images")
     out, moments = tmp_path / "out.jsonl", 50 if os.environ.get("LONG") == "1" else 10
+    before, between = b"", 0
     for n in range(moments):
         process = started(demo_bundle, tmp_path / "images", out)
         wait_for(process, "at once")
@@ -380,10 +480,15 @@ def test_killed_at_any_moment(demo_bundle, tmp_path) -> None:
         process.kill()
         process.communicate()
         lines = out.read_bytes().split(b"\n")
+        assert out.read_bytes().startswith(before), "what was whole is gone"
+        between += 1 < len(lines) <= len(IMAGES)
+        before = b"".join(line + b"\n" for line in lines[:-1])
         paths = [json.loads(line)["path"] for line in lines[:-1]]
         assert len(paths) == len(set(paths))
         if len(paths) == len(IMAGES):
             out.unlink()
+            before = b""
+    assert between, "no run was killed in the middle"
     process = started(demo_bundle, tmp_path / "images", out)
     process.communicate()
     assert process.returncode == 0
@@ -427,12 +532,14 @@ def test_a_full_disk_is_waited_for(demo_bundle, folder, tmp_path) -> None:
 
 
 def test_new_images_are_waited_for(demo_bundle, folder, tmp_path) -> None:
-    """One that is written slowly is read when it is closed; one that is moved in, at once."""
+    """One that is written slowly is read when it is closed; one that is moved in, at once. The folder is a link."""
     out = tmp_path / "out.jsonl"
-    process = started(demo_bundle, folder, out, "--watch")
+    (tmp_path / "link").symlink_to(folder)
+    process = started(demo_bundle, tmp_path / "link", out, "--watch")
     wait_for(process, "at once")
     drained = threading.Thread(target=process.stderr.read, daemon=True)
     content = IMAGES[40].read_bytes()
+    ends = time.monotonic() + 120  # a test that hangs says less than one that fails
     with (folder / "slow.png").open("wb") as f:
         f.write(content[:100])
         f.flush()
@@ -440,15 +547,17 @@ def test_new_images_are_waited_for(demo_bundle, folder, tmp_path) -> None:
         (tmp_path / "moved.png").rename(folder / "moved.png")
         while b"moved.png" not in out.read_bytes():
             assert process.poll() is None
+            assert time.monotonic() < ends
             time.sleep(0.01)
         assert b"slow.png" not in out.read_bytes()
         f.write(content[100:])
     while b"slow.png" not in out.read_bytes():
         assert process.poll() is None
+        assert time.monotonic() < ends
         time.sleep(0.01)
     drained.start()
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
     found = {one["path"]: one for one in read_records(out)}
     assert len(found) == 14
-    assert "text" in found["images/slow.png"]
+    assert "text" in found["link/slow.png"]

@@ -111,7 +111,7 @@ def read_fields(path: Path) -> dict[str, str]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise SettingError(f"--fields {path} cannot be read ({e.strerror}); {advice}") from e
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise SettingError(f"--fields {path} is not YAML ({' '.join(str(e).split())[:160]}); {advice}") from e
     if not isinstance(raw, dict) or not raw or len(raw) > _MOST_FIELDS:
         raise SettingError(f"--fields {path} is no mapping of 1 to {_MOST_FIELDS} names; {advice}")

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.images.files import MAX_BYTES
-from lfm_runtime.images.opened import OpenedImage
+from lfm_runtime.images.opened import CutImage
 from lfm_runtime.model import Model
 
 from lfm_serve.captions.journal import Known
@@ -32,7 +32,7 @@ class ReadImage:
     sha256: str | None
     size: int | None
     modified: float | None  # seconds since 1970
-    image: OpenedImage | None = None
+    image: CutImage | None = None
     error: EdgeError | None = None
 
 
@@ -45,7 +45,7 @@ def find(places: Sequence[str], *, recursive: bool, match: Sequence[str], warn: 
     """
     for place in places:
         if os.path.isdir(place):  # noqa: PTH112  (names need not be UTF-8; a Path for each of a million takes memory)
-            yield from _walk(place, place, recursive, match, warn, set())
+            yield from _walk(place, recursive, match, warn)
         elif os.path.lexists(place):
             yield place
         else:
@@ -56,37 +56,33 @@ def wanted(path: str, folder: str, match: Sequence[str]) -> bool:
     """Whether a file of a folder is an image that was asked for. Patterns are of its name, or with a slash of its path
     below the folder.
     """
-    name = os.path.basename(path)  # noqa: PTH119
-    if not name.lower().endswith(IMAGE_SUFFIXES) or name.startswith("."):
+    name, below = os.path.basename(path), os.path.relpath(path, folder)  # noqa: PTH119
+    if not name.lower().endswith(IMAGE_SUFFIXES) or "/." in f"/{below}":
         return False
-    below = os.path.relpath(path, folder)
     return not match or any(fnmatch.fnmatch(below if "/" in pattern else name, pattern) for pattern in match)
 
 
-def _walk(
-    folder: str,
-    top: str,
-    recursive: bool,
-    match: Sequence[str],
-    warn: Callable[[str], None],
-    seen: set[tuple[int, int]],
-) -> Iterator[str]:
-    try:
-        status = os.stat(folder)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in seen:  # links in a circle
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as e:
-        warn(f"{folder} cannot be read ({e.strerror}); it is left out")
-        return
-    for entry in found:
-        if _is_folder(entry):
-            if recursive and not entry.name.startswith("."):
-                yield from _walk(entry.path, top, recursive, match, warn, seen)
-        elif wanted(entry.path, top, match) and _is_file_or_broken(entry):
-            yield entry.path
+def _walk(top: str, recursive: bool, match: Sequence[str], warn: Callable[[str], None]) -> Iterator[str]:
+    """Files of a folder before those of the folders in it."""
+    seen: set[tuple[int, int]] = set()
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116
+            if (status.st_dev, status.st_ino) in seen:  # links in a circle
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as e:
+            warn(f"{folder} cannot be read ({e.strerror}); it is left out")
+            continue
+        below = {entry.path: entry.name for entry in found if _is_folder(entry)}
+        for entry in found:
+            if entry.path not in below and wanted(entry.path, top, match) and _is_file_or_broken(entry):
+                yield entry.path
+        folders += [path for path, name in reversed(below.items()) if recursive and not name.startswith(".")]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -105,11 +101,13 @@ def _is_file_or_broken(entry: os.DirEntry[str]) -> bool:
 
 
 def is_unchanged(path: str, record: Known) -> bool:
-    """Whether a file is as its record says, by size and time of change, or by that neither could be found out."""
+    """Whether a file is as its record says, by size and time of change. One that cannot be looked at now keeps its
+    record.
+    """
     try:
         status = os.stat(path)  # noqa: PTH116
     except OSError:
-        return record.size is None
+        return True
     return (status.st_size, status.st_mtime) == (record.size, record.modified)
 
 
@@ -126,7 +124,7 @@ def read_image(model: Model, path: str, key: str, *, max_megapixels: float) -> R
         with open(path, "rb") as f:  # noqa: PTH123
             content = f.read(MAX_BYTES + 1)
         sha256 = hashlib.sha256(content).hexdigest()
-        found = model.open(content, max_megapixels=max_megapixels)
+        found = model.open(content, max_megapixels=max_megapixels).cut()  # a photo of 48 megapixels is 144 MB
     except OSError as e:
         return ReadImage(path, key, sha256, size, modified, error=ImageError(f"cannot be read ({e.strerror})"))
     except EdgeError as e:
@@ -143,7 +141,9 @@ class Reader:
     def __init__(self, paths: Iterable[str], read: Callable[[str], ReadImage]) -> None:
         self._paths, self._read = paths, read
         self._queue: SimpleQueue[ReadImage | None] = SimpleQueue()
-        self._room = threading.Semaphore(_AHEAD)
+        self._room: SimpleQueue[None] = SimpleQueue()  # whose put, unlike a semaphore's release, a signal may interrupt
+        for _ in range(_AHEAD):
+            self._room.put(None)
         self._stopped = self._over = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
@@ -162,19 +162,19 @@ class Reader:
             if self.failure:
                 raise self.failure
             return None
-        self._room.release()
+        self._room.put(None)
         return None if self._stopped else found
 
     def stop(self) -> None:
         """No more images; may be called by a signal's handler."""
         self._stopped = True
-        self._room.release()
+        self._room.put(None)
         self._queue.put(None)
 
     def _run(self) -> None:
         try:
             for path in self._paths:
-                self._room.acquire()
+                self._room.get()
                 if self._stopped:
                     break
                 self._queue.put(self._read(path))

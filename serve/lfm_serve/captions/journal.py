@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
 
+_log = logging.getLogger(__name__)
 _SYNC_S = 1.0
 _KEYS = ("path", "sha256", "size", "modified", "settings")
 
@@ -58,6 +61,7 @@ class Journal:
         """
         check_writable(path)
         check_outside_bundles(path)
+        path = Path(os.path.abspath(path))  # noqa: PTH100  (links stay)
         journal = Journal(path, _locked(path), digest, remembers=remembers)
         try:
             journal._read()
@@ -71,7 +75,7 @@ class Journal:
 
     def key(self, path: str) -> str:
         """How records name an image: relative to the output's folder where it lies below it, else absolute."""
-        whole, base = os.path.abspath(path), os.path.dirname(os.path.realpath(self.path))  # noqa: PTH100, PTH120  (links stay)
+        whole, base = os.path.abspath(path), str(self.path.parent)  # noqa: PTH100  (links stay)
         return os.path.relpath(whole, base) if whole.startswith(f"{base}{os.sep}") else whole
 
     def write(self, record: dict[str, Any]) -> str:
@@ -107,67 +111,72 @@ class Journal:
                 yield record
 
     def compact(self) -> None:
-        """Write the file anew without the records that later ones replace."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        """Write the file anew without the records that later ones replace; where that fails they stay, with a warning:
+        the last record of a path counts.
+        """
+        place = Path(os.path.realpath(self.path))
+        temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         try:
             new = _locked(temporary)
             with os.fdopen(os.dup(new), "wb") as f:
                 f.writelines(_line(record) for record in self.whole_records())
                 f.flush()
                 os.fsync(new)
-            temporary.replace(os.path.realpath(self.path))
-        except OSError as e:  # the last record of a path counts: it is not needed
+            temporary.replace(place)
+        except (OSError, JournalError) as e:
             temporary.unlink(missing_ok=True)
-            raise JournalError(f"{self.path} holds records twice and cannot be written anew ({e.strerror})") from e
+            _log.warning("lfm-edge: %s keeps records that later ones replace (%s)", self.path, e)
+            return
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         os.close(self._descriptor)
         self._descriptor, self.superseded = new, 0
 
     def _read(self) -> None:
         """Learn what is there, and cut off a last line that is not whole."""
-        whole = 0
+        whole, last = 0, b""
         with self.path.open("rb") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    record = json.loads(line)
-                    if not all(key in record for key in _KEYS) or not line.endswith(b"\n"):
-                        raise ValueError  # noqa: TRY301  (as what is no JSON)
-                except (ValueError, TypeError, RecursionError) as e:
-                    if f.read(1):
-                        raise JournalError(
-                            f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or choose "
-                            "another output"
-                        ) from e
+            for number, last in enumerate(f, 1):
+                record = _parsed(last)
+                if record is None and last.endswith(b"\n") and last.strip(b"\0\n"):
+                    what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line"
+                    what = what if number > 1 else f"{self.path} exists, and lfm-edge caption did not write it"
+                    raise JournalError(f"{what}, or choose another output")
+                if record is None or not last.endswith(b"\n"):
                     break
-                whole += len(line)
+                whole += len(last)
                 self.superseded += record["path"] in self.records
                 self._others |= record["settings"] != self.settings
                 self._note(record)
-        size = self.path.stat().st_size
-        if whole < size and not whole:  # one line that is none of ours, or the beginning of our first
-            with self.path.open("rb") as f:
-                if not f.read(9).startswith(b'{"path"'[:size]):
-                    raise JournalError(
-                        f"{self.path} exists, and lfm-edge caption did not write it; choose another name"
-                    )
-        if whole < size:
-            os.ftruncate(self._descriptor, whole)
+        if whole == self.path.stat().st_size:
+            return
+        if not whole and not (last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()):
+            raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
+        os.ftruncate(self._descriptor, whole)
+
+    @property
+    def _settings_place(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.settings.json")
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings; write down those of a new file."""
-        place = self.path.with_name(f"{self.path.name}.settings.json")
+        place = self._settings_place
+        try:
+            before = read_json_object(place, JournalError, required=False)
+        except JournalError:
+            before = {"damaged": True}
+        if before and "weights" not in before and place.exists() and not self.records:
+            raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
         if not self._others:
-            if not self.records or not place.exists():
+            if not self.records or not before:
                 write_whole(place, to_json(settings, indent=1) + "\n")
             return
-        try:
-            before = read_json_object(place, JournalError)
-            unlike = [
-                f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
-                for name, value in settings.items()
-                if _plain(value) != before.get(name)
-            ]
-        except JournalError:
-            unlike = []
+        unlike = [
+            f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
+            for name, value in settings.items()
+            if before and _plain(value) != before.get(name)
+        ]
         raise JournalError(
             f"{self.path} was made with other settings ({'; '.join(unlike) or f'{place.name} does not say which'}); "
             "choose another output"
@@ -175,6 +184,18 @@ class Journal:
 
     def _note(self, record: Mapping[str, Any]) -> None:
         self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A record; None for what is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and all(key in record for key in _KEYS)
+    whole = whole and all(isinstance(record[key], str) for key in ("path", "settings"))
+    numbers = [record[key] for key in ("size", "modified")] if whole else []
+    return record if whole and all(isinstance(n, int | float | None) for n in numbers) else None
 
 
 def _plain(value: Any) -> Any:
@@ -229,6 +250,9 @@ def _locked(path: Path) -> int:
         raise JournalError(f"{path} cannot be written ({e.strerror}); choose another place") from e
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):  # written anew by the writer before, at this moment
+            os.close(descriptor)
+            return _locked(path)
     except OSError as e:
         os.close(descriptor)
         raise JournalError(

@@ -10,14 +10,16 @@ from typing import Any
 from lfm_runtime.answer.choice import Choice, Chosen
 from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import Batch, Scoring, Seat, finished
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import ImageError, PromptError
 from lfm_runtime.model import Model
 from lfm_runtime.report import Report
 
 from lfm_serve.captions.asking import Asking
 from lfm_serve.captions.images import Reader, ReadImage, is_unchanged, read_image
-from lfm_serve.captions.journal import Journal, JournalError
+from lfm_serve.captions.journal import Journal
 
+_OF_AN_IMAGE = (ImageError, PromptError)
+"""Errors of an image, or of its question: others are the model's, and would be those of every image after it."""
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Between attempts to write where the disk is full; the last one from then on."""
 
@@ -74,15 +76,23 @@ class Captions:
         of every record once it is written.
 
         Raises:
-            JournalError: a record cannot be written, and no room is the reason.
+            JournalError: a record cannot be written, and want of room is not the reason.
+            EdgeError: the model cannot be used any more: an error of one image is its record.
         """
         self._reader = Reader(
             paths, lambda path: read_image(self.model, path, self.journal.key(path), max_megapixels=max_megapixels)
         )
+        if self.counts.stopped:  # before there was a reader to be stopped
+            self._reader.stop()
         made = self._together(self._reader, rows, capacity) if rows > 1 else self._one_by_one(self._reader)
         for image, found in made:
-            record = self._record(image, found)
-            self._write(record, warn)
+            record, known = self._record(image, found), self.journal.records.get(image.key)
+            if "error" in record and image.sha256 is None and known and not known.failed:
+                warn(f"{image.path} {record['error']}; its record stays")
+                self.counts.unchanged += 1
+                continue
+            if not self._write(record, warn):
+                return
             self.counts.answered += "error" not in record
             self.counts.errors += "error" in record
             told(image, record)
@@ -110,7 +120,7 @@ class Captions:
             work = self._work(image)
             try:
                 found = work if isinstance(work, Exception) else self._done(work)
-            except EdgeError as e:
+            except _OF_AN_IMAGE as e:
                 found = e
             yield image, found
 
@@ -126,7 +136,7 @@ class Captions:
             return image.error
         try:
             return self.asking.work(self.model, image.image, self.generation)
-        except EdgeError as e:
+        except _OF_AN_IMAGE as e:
             return e
 
     def _record(self, image: ReadImage, found: Report | Chosen | Exception) -> dict[str, Any]:
@@ -141,25 +151,28 @@ class Captions:
             return {**record, "error": " ".join(str(found).split())}
         return {**record, **self.asking.outcome(found)}
 
-    def _write(self, record: dict[str, Any], warn: Callable[[str], None]) -> None:
-        """Write a record; where the disk is full, say so once and wait until there is room."""
+    def _write(self, record: dict[str, Any], warn: Callable[[str], None]) -> bool:
+        """Write a record; where the disk is full, say so once and wait until there is room. False: stopped."""
         attempt = 0
         while full := self.journal.write(record):
-            if self.counts.stopped:
-                raise JournalError(f"{full}; what is written is whole: run again to go on")
             if attempt == 0:
                 warn(f"{full}; waiting until there is room (Ctrl-C ends; what is written is whole)")
-            time.sleep(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+            again = time.monotonic() + _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
+            while time.monotonic() < again:
+                if self.counts.stopped:
+                    return False
+                time.sleep(0.1)
             attempt += 1
         if attempt:
             warn("there is room again")
+        return True
 
 
 def _outcome(found: Seat | Scoring | Exception) -> Report | Chosen | Exception:
     if isinstance(found, Exception):
         return found
     if found.error:
-        if isinstance(found.error, EdgeError):
+        if isinstance(found.error, _OF_AN_IMAGE):
             return found.error
         raise found.error
     if isinstance(found, Seat):

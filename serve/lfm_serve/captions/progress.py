@@ -9,7 +9,7 @@ from lfm_runtime.commands.console import status_line
 
 from lfm_serve.captions.making import Counts
 
-_EVERY_S = 60.0
+_EVERY_S, _BAR = 60.0, 20
 
 
 class Progress:
@@ -33,7 +33,8 @@ class Progress:
     def warn(self, text: str) -> None:
         """A line that stays."""
         self._say("")
-        print(f"lfm-edge: {text}", file=sys.stderr, flush=True)
+        plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a stranger's names may hold anything
+        print(f"lfm-edge: {plain}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Clear the line."""
@@ -45,11 +46,13 @@ class Progress:
         seconds = time.monotonic() - counts.started
         rate = counts.done / seconds if seconds > 0 else 0.0
         of = "" if self._total is None else f" of {self._total:,}"
+        full = round(_BAR * counts.done / self._total) if self._total else 0
+        bar = f"[{'#' * full:.<{_BAR}}] " if self._total and self._terminal else ""
         errors = f", {counts.errors:,} errors" if counts.errors else ""
         left = ""
         if self._total and rate and counts.done < self._total:
             left = f", {_duration((self._total - counts.done) / rate)} left"
-        return f"{counts.done:,}{of} images{errors}, {rate * 60:.3g} a minute{left}"
+        return f"{bar}{counts.done:,}{of} images{errors}, {rate * 60:.3g} a minute{left}"
 
 
 def _duration(seconds: float) -> str:

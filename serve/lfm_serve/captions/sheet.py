@@ -15,9 +15,11 @@ from lfm_runtime.images.pixels import open_image
 from PIL import Image
 
 from lfm_serve.captions.journal import read_records
+from lfm_serve.captions.tables import printable
 
 _PIXELS = 240
 _QUALITY = 62
+_MOST = 1e12
 
 
 def page(path: Path) -> str:
@@ -38,7 +40,7 @@ def page(path: Path) -> str:
     times = sorted(card["ms"] for card in cards if card["ms"])
     return environment.get_template("sheet.html.jinja").render(
         name=path.name,
-        settings=settings,
+        made=", ".join(str(settings[key]) for key in ("bundle", "variant") if settings.get(key)),
         asked=_asked(settings),
         cards=cards,
         errors=sum(bool(card["error"]) for card in cards),
@@ -54,29 +56,30 @@ def _settings(path: Path) -> Mapping[str, Any]:
 
 
 def _asked(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("question") or settings.get("system") or "")
+    return str(printable(str(settings.get("question") or settings.get("system") or "")))
 
 
 def _card(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    fields = record.get("fields") if isinstance(record.get("fields"), dict) else None
-    odds = record.get("probabilities") if isinstance(record.get("probabilities"), dict) else None
+    fields, odds = (v if isinstance(v := record.get(key), dict) else {} for key in ("fields", "probabilities"))
     ms = record["ms"].get("total") if isinstance(record.get("ms"), dict) else None
     return {
-        "path": _printable(record["path"]),
+        "path": printable(record["path"]),
         "picture": _thumbnail(folder / record["path"]),
-        "text": "" if fields else _printable(str(record.get("text", ""))),
-        "fields": fields,
-        "odds": odds,
-        "error": _printable(str(record["error"])) if "error" in record else "",
+        "text": "" if fields else printable(str(record.get("text", ""))),
+        "fields": {printable(k): "–" if v is None else printable(str(v)) for k, v in fields.items()},
+        "odds": {printable(k): 100 * v for k, v in odds.items() if _is_number(v)},
+        "error": printable(str(record["error"])) if "error" in record else "",
         "cut": record.get("finish_reason") == "length",
-        "tokens": record.get("new_tokens"),
-        "ms": ms if isinstance(ms, int | float) else None,
+        "tokens": record["new_tokens"] if _is_number(record.get("new_tokens")) else None,
+        "ms": ms if _is_number(ms) else None,
     }
 
 
 def _thumbnail(path: Path) -> tuple[str, int, int] | None:
     """A data URI with its width and height; None where the image is not there any more, or cannot be opened."""
     try:
+        if not path.is_file():
+            return None
         image = open_image(path)
     except (EdgeError, OSError):
         return None
@@ -86,6 +89,5 @@ def _thumbnail(path: Path) -> tuple[str, int, int] | None:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}", image.width, image.height
 
 
-def _printable(text: str) -> str:
-    """Names that are not UTF-8, as readable as can be."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _MOST

@@ -14,10 +14,20 @@ from lfm_runtime.formats.files import write_whole
 class Sidecars:
     """Writes NAME.txt beside NAME.jpg; a file that an earlier run did not write stays."""
 
-    def __init__(self, records: Iterable[Mapping[str, Any]], *, force: bool) -> None:
-        """`records`: of earlier runs, whose texts are ours; `force`: replace whatever is there."""
-        self._ours = {record["path"]: _digest(record["text"]) for record in records if "text" in record}
+    def __init__(
+        self, records: Iterable[Mapping[str, Any]], base: Path, warn: Callable[[str], None], *, force: bool
+    ) -> None:
+        """`records`: of earlier runs, whose texts are ours, and are written where a run ended before it did; `base`:
+        what their paths are relative to; `force`: replace whatever is there.
+        """
+        self._ours: dict[str, str] = {}
         self._force = force
+        for record in records:
+            if "text" in record:
+                self._ours[record["path"]] = _digest(record["text"])
+                image = base / record["path"]
+                if image.exists() and not image.with_suffix(".txt").exists():
+                    self.write(str(image), record, warn)
 
     def write(self, path: str, record: Mapping[str, Any], warn: Callable[[str], None]) -> None:
         """Write the text of a record beside its image; where that cannot be, warn."""

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.errors import SettingError
-from lfm_runtime.formats.files import check_writable, write_whole
+from lfm_runtime.formats.files import check_output, write_whole
 
+_MARK = b"lfm-edge caption"
 _ALL = ("path", "text", "finish_reason", "error", "new_tokens", "sha256", "size")
 
 
-def check_table(path: Path) -> None:
-    """Raise SettingError for a table of another kind, EdgeError for a place that cannot be written."""
+def check_table(path: Path, *, force: bool) -> None:
+    """Raise SettingError for a table of another kind, EdgeError for a place that cannot be written, or that holds what
+    is not ours, unless `force`.
+    """
     if path.suffix not in (".csv", ".parquet"):
         raise SettingError(f"--table {path}: name a .csv or a .parquet")
     if path.suffix == ".parquet":
@@ -23,27 +26,43 @@ def check_table(path: Path) -> None:
             import pyarrow as pa  # noqa: F401
         except ModuleNotFoundError as e:
             raise SettingError(f"--table {path} needs pyarrow; install it: pip install pyarrow, or name a .csv") from e
-    check_writable(path)
+    check_output(path, "lfm-edge caption", _is_table, force=force)
+
+
+def _is_table(path: Path) -> bool:
+    with path.open("rb") as f:
+        beginning = f.read(200)
+    if path.suffix == ".csv":
+        return beginning.startswith(b"path,") and b",sha256,size" in beginning
+    from pyarrow import parquet
+
+    return _MARK in (parquet.read_schema(path).metadata or {})
 
 
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> None:
     """Write a row for each record: what it is about, its fields or its text, its error."""
     columns = [*(name for name in _ALL if name != "text" or not fields), *(f"fields.{name}" for name in fields)]
-    rows = [{**record, **{f"fields.{k}": v for k, v in (record.get("fields") or {}).items()}} for record in records]
+    rows = [
+        {name: printable(value) for name, value in record.items()}
+        | {f"fields.{name}": printable(value) for name, value in (record.get("fields") or {}).items()}
+        for record in records
+    ]
     if path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        write_whole(path, text.getvalue())
         return
     import pyarrow as pa
     from pyarrow import parquet
 
     whole = io.BytesIO()
-    parquet.write_table(pa.table({name: [_printable(row.get(name)) for row in rows] for name in columns}), whole)
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    parquet.write_table(table.replace_schema_metadata({_MARK: b"1"}), whole)
     write_whole(path, whole.getvalue())
 
 
-def _printable(value: Any) -> Any:
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+def printable(value: Any) -> Any:
+    """Texts without halves of characters, which names that are not UTF-8 and JSON's escapes have."""
+    return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(value, str) else value

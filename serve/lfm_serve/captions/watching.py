@@ -16,6 +16,7 @@ from watchdog.observers import Observer
 
 from lfm_serve.captions.images import wanted
 
+_KINDS = {"closed": "closed", "moved": "made", "created": "made", "closed_no_write": "made", "opened": "opened"}
 _SETTLED_S = 0.5
 """A file that is made by opening it is opened at once; one that was moved in is not opened at all."""
 
@@ -31,7 +32,8 @@ class Watch:
             if not os.path.isdir(folder):  # noqa: PTH112  (as images.find)
                 raise SettingError(f"{folder} is not a folder; --watch waits for images in folders")
             try:
-                self._observer.schedule(_Handler(self._events, folder, match), folder, recursive=recursive)
+                handler = _Handler(self._events, folder, match)
+                self._observer.schedule(handler, os.path.realpath(folder), recursive=recursive)  # no link is watched
             except OSError as e:
                 raise SettingError(f"{folder} cannot be watched ({e.strerror}); run again without --watch") from e
         self._observer.start()
@@ -70,12 +72,14 @@ class _Handler(FileSystemEventHandler):
 
     def __init__(self, events: SimpleQueue[tuple[str, str]], folder: str, match: Sequence[str]) -> None:
         self._events, self._folder, self._match = events, folder, match
+        self._real = os.path.realpath(folder)
 
     def dispatch(self, event: Any) -> None:
         """Called by watchdog in a thread of its own."""
-        path = os.fsdecode(event.dest_path if event.event_type == "moved" else event.src_path)
-        if event.event_type == "deleted" and path == self._folder:
-            self._events.put(("gone", path))
-        kind = {"closed": "closed", "moved": "made", "created": "made", "opened": "opened"}.get(event.event_type)
+        real = os.fsdecode(event.dest_path if event.event_type == "moved" else event.src_path)
+        if event.event_type in ("deleted", "moved") and os.fsdecode(event.src_path) == self._real:
+            self._events.put(("gone", self._folder))
+        kind = _KINDS.get(event.event_type)
+        path = os.path.join(self._folder, os.path.relpath(real, self._real))  # noqa: PTH118
         if kind and not event.is_directory and wanted(path, self._folder, self._match):
             self._events.put((kind, path))

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("what is written beside the records")
     out.add_argument("--sidecar", choices=("txt",), help="the text beside each image, as NAME.txt")
     out.add_argument("--table", type=Path, metavar="FILE", help="all records as .csv, or .parquet (needs pyarrow)")
-    out.add_argument("--force", action="store_true", help="replace NAME.txt that lfm-edge did not write")
+    out.add_argument("--force", action="store_true", help="replace NAME.txt and tables that lfm-edge did not write")
     parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
     _check(options)
     if options.table:
-        check_table(options.table)
+        check_table(options.table, force=options.force)
     bundle = Bundle.open(Path(bundle_of(options)))
     asking, generation = _asking(options, bundle), _generation(options)
     flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     settings, counts = settings_of(how.setup, asking, generation), Counts()
     with Journal.open(options.output, settings, settings_hash(settings), remembers=options.watch) as journal:
         watch, progress, todo = _todo(options, journal, counts)
-        if watch or todo:
+        if watch or todo or options.sidecar:
             _make(options, how, asking, generation, journal, watch, progress, todo)
         if options.table:
             write_table(options.table, journal.whole_records(), asking.fields)
@@ -117,7 +117,7 @@ def _todo(
         from lfm_serve.captions.watching import Watch
 
         watch = Watch(options.places, **kind)
-    there = dict.fromkeys(find(options.places, **kind, warn=progress.warn))
+    there = {journal.key(path): path for path in find(options.places, **kind, warn=progress.warn)}.values()
     if watch:
         return watch, progress, missing(journal, counts, watch.paths(there, progress.warn), retry_errors=retry)
     if not there:
@@ -143,7 +143,12 @@ def _make(
     from lfm_serve.captions.making import Captions
     from lfm_serve.captions.sidecars import Sidecars
 
-    sidecars = Sidecars(journal.whole_records(), force=options.force) if options.sidecar else None
+    sidecars = None
+    if options.sidecar:
+        place = journal.path.parent
+        sidecars = Sidecars(journal.whole_records(), place, progress.warn, force=options.force)
+    if not (watch or todo):
+        return
     model = Model.of(how.setup)
     captions = Captions(model, asking, generation, journal, progress.counts)
     rows = how.rows if model.decoder.info.shares_kv else 1
@@ -174,8 +179,10 @@ def _stopping(stop: Any) -> Iterator[None]:
     def handle(*_: object) -> None:
         for number, handler in before.items():
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
-        print("\nlfm-edge: ending after the answers that are being made; again: at once", file=sys.stderr, flush=True)
         stop()
+        os.write(
+            2, b"\nlfm-edge: ending after the answers that are being made; again: at once\n"
+        )  # print may be at work
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handle)
@@ -211,8 +218,8 @@ def _check(options: argparse.Namespace) -> None:
         raise SettingError('the question is missing: -p "Describe this image."; or --fields FILE.yaml')
     if options.choices and any(getattr(options, name) for name in _GENERATION):
         raise SettingError("generation settings have no effect beside --choices, which generates nothing")
-    if options.force and not options.sidecar:
-        raise SettingError("--force is about --sidecar, and has no effect without it; leave it out")
+    if options.force and not (options.sidecar or options.table):
+        raise SettingError("--force is about --sidecar and --table, and has no effect without them; leave it out")
     if not 0 < options.max_megapixels < float("inf"):
         raise SettingError(f"--max-megapixels {options.max_megapixels:g} is impossible; allowed: above 0")
     if os.path.lexists(options.output) and not options.output.is_file():
