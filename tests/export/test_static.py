@@ -186,7 +186,7 @@ def test_the_command_writes_all_graphs(portable, tmp_path, capsys) -> None:
 def test_a_bundle_that_is_not_portable_is_refused(demo_bundle, tmp_path) -> None:
     with pytest.raises(EdgeError, match="is not portable; make it with"):
         write_static(demo_bundle, tmp_path / "s", StaticShape(8, 8, 4, 8))
-    with pytest.raises(EdgeError, match="is not a folder"):
+    with pytest.raises(EdgeError, match="does not exist"):
         write_static(tmp_path / "nowhere", tmp_path / "s", StaticShape(8, 8, 4, 8))
 
 
