@@ -205,7 +205,7 @@ def _check_fits(
     bundle: Path, old: Manifest | None, kept: list[str], checkpoint: Checkpoint, dtype: str, rest: set[str]
 ) -> None:
     """What is kept must be of the same weights, and together with what is written make a whole variant."""
-    if kept and old and old.source.weights != checkpoint.fingerprint():
+    if kept and old and old.source.weights != checkpoint.fingerprint:
         raise CheckpointError(
             f"{bundle} holds graphs of another checkpoint or adapter; choose another output, or remove it first"
         )

@@ -75,7 +75,7 @@ def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: li
             hub.revision if (hub := HubId.of_cache(checkpoint.folder)) else None,
             _license(checkpoint.folder),
             _name(checkpoint.adapter.folder) if checkpoint.adapter else None,
-            checkpoint.fingerprint(),
+            checkpoint.fingerprint,
         ),
         ModelFacts(
             text.layers,

@@ -333,7 +333,7 @@ def test_variants_of_other_weights_do_not_mix(tmp_path) -> None:
     """fp16 of one checkpoint cannot join fp32 of another; replacing everything can."""
     other = Path(shutil.copytree(DEMO, tmp_path / "other"))
     weights = bytearray((other / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
+    weights[len(weights) // 2] ^= 1  # a fine-tune may leave both ends as they were
     (other / "model.safetensors").write_bytes(weights)
     bundle = tmp_path / "bundle"
     export(DEMO, bundle)

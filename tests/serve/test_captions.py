@@ -32,6 +32,7 @@ from PIL import Image
 IMAGES = sorted((Path(__file__).resolve().parents[2] / "demo" / "eval" / "images").glob("*.png"))
 QUESTION = "What is in this image?"
 KEYS = ["path", "sha256", "size", "modified", "settings", "text", "finish_reason", "prompt_tokens", "image_tokens"]
+SETTINGS = {"weights": "w"}
 KEYS += ["new_tokens", "ms", "peak_mib"]
 
 
@@ -196,14 +197,14 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
     out = place / "out.jsonl"
     out.unlink(missing_ok=True)
     wanted = [record(n, text=text) for n, text in enumerate(texts)]
-    with Journal.open(out, {}, "s") as journal:
+    with Journal.open(out, SETTINGS, "s") as journal:
         for each in wanted:
             assert not journal.write(each)
     whole = out.read_bytes()
     cut = min(at, len(whole))
     os.truncate(out, cut)
     kept = whole[:cut].count(b"\n")
-    with Journal.open(out, {}, "s") as journal:
+    with Journal.open(out, SETTINGS, "s") as journal:
         assert list(journal.records) == [each["path"] for each in wanted[:kept]]
         for each in wanted[0 if twice else kept :]:
             journal.write(each)
@@ -221,6 +222,10 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
         ('{"path": "a', "exists, and lfm-edge caption did not write it"),
         ('["path", "sha256", "size", "modified", "settings"]\n', "exists, and lfm-edge caption did not write it"),
         (f"{json.dumps(record(1))}\nmine\n", "line 2 is no record"),
+        (f"{json.dumps(record(1))}\n\n{json.dumps(record(2))}\n", "line 2 is no record"),
+        (f"{json.dumps(record(1))}\n\n", "line 2 is no record"),
+        (f"{json.dumps(record(1, text=5))}\n", "did not write it"),
+        (f"{json.dumps(record(1))}\n{json.dumps(record(2, 'other'))}\n" + '{"pa', "was made with other settings"),
         (f"{json.dumps(record(1))}\nx\n{json.dumps(record(2))}\n", "line 2 is no record"),
         (f"{json.dumps(record(1, 'other'))}\n", "was made with other settings"),
     ],
@@ -228,33 +233,33 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
 def test_what_is_not_ours_stays(tmp_path, content, says) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    with pytest.raises(JournalError, match=says), Journal.open(out, {}, "s"):
+    with pytest.raises(JournalError, match=says), Journal.open(out, SETTINGS, "s"):
         pytest.fail("opened")
     assert out.read_text() == content
 
 
 def test_a_second_writer_is_refused(tmp_path) -> None:
     with (
-        Journal.open(tmp_path / "out.jsonl", {}, "s"),
+        Journal.open(tmp_path / "out.jsonl", SETTINGS, "s"),
         pytest.raises(JournalError, match="is being written by another"),
-        Journal.open(tmp_path / "out.jsonl", {}, "s"),
+        Journal.open(tmp_path / "out.jsonl", SETTINGS, "s"),
     ):
         pytest.fail("opened")
 
 
 def test_what_a_killed_rewriting_left_does_no_harm(tmp_path) -> None:
     out = tmp_path / "out.jsonl"
-    with Journal.open(out, {}, "s") as journal:
+    with Journal.open(out, SETTINGS, "s") as journal:
         for each in (record(1, text="a"), record(2, text="b"), record(1, text="c")):
             journal.write(each)
     (tmp_path / f".out.jsonl.{os.getpid()}").write_text('{"torn')
-    with Journal.open(out, {}, "s"):
+    with Journal.open(out, SETTINGS, "s"):
         pass
     assert [one["text"] for one in read_records(out)] == ["b", "c"]
     assert out.read_bytes().count(b"\n") == 2
     link = tmp_path / "link.jsonl"
     link.symlink_to(out)
-    with Journal.open(link, {}, "s") as journal:
+    with Journal.open(link, SETTINGS, "s") as journal:
         journal.write(record(2, text="d"))
     assert link.is_symlink()
     assert [one["text"] for one in read_records(out)] == ["c", "d"]
@@ -346,7 +351,8 @@ def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
     [
         ("- a\n- b\n", "is no mapping"),
         ("", "is no mapping"),
-        ("a: [1]\n", "is no name with a description"),
+        ("a: [1]\n", "what 'a' means is no text"),
+        ("yes: x\n", "True is no name of a field; put it in quotes"),
         ("a: b: c\n", "is not YAML"),
         ("!!python/object/apply:os.system ['x']\n", "is not YAML"),
     ],
@@ -372,14 +378,48 @@ def test_sidecars_replace_only_our_own(caption, folder, tmp_path, capsys) -> Non
     assert (folder / "0003.txt").read_text() == again["images/0003.png"] + "\n"
 
 
-def test_a_table_of_somebody_else_stays(caption, tmp_path) -> None:
-    (tmp_path / "t.csv").write_text("my,own\n")
+def test_a_table_of_somebody_else_stays(caption, folder, tmp_path) -> None:
+    """So does one that was corrected by hand."""
+    table = tmp_path / "t.csv"
+    table.write_text("my,own\n")
+    assert caption("--table", str(table), code=2) == []
+    assert table.read_text() == "my,own\n"
+    caption("--table", str(table), "--force")
+    shutil.copy(IMAGES[30], folder)
+    caption("--table", str(table))
+    corrected = table.read_text().replace("square", "SQUARE")
+    table.write_text(corrected)
+    caption("--table", str(table), code=2)
+    assert table.read_text() == corrected
+
+
+def test_texts_of_two_images_never_share_a_file(caption, folder, tmp_path, capsys) -> None:
+    Image.open(IMAGES[0]).convert("RGB").save(folder / "0001.jpg")
+    Image.open(IMAGES[0]).convert("RGB").save(tmp_path / "picture.txt", "jpeg")
+    (folder / "0004.txt").symlink_to(tmp_path / "elsewhere")
+    picture = (tmp_path / "picture.txt").read_bytes()
+    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"))
+    said = capsys.readouterr().err
+    assert "0001.txt is that of" in said
+    assert "picture.txt is not written" in said
+    assert "0004.txt is a link and stays" in said
+    assert (tmp_path / "picture.txt").read_bytes() == picture
+    assert not (tmp_path / "elsewhere").exists()
+    assert len(found) == 14
+
+
+def test_sidecars_are_of_the_images_that_are_named(caption, folder, tmp_path) -> None:
+    """A record that came from elsewhere names any file; and --force replaces a text whose image has its record."""
+    first = caption()
+    (tmp_path / "other.png").write_bytes(b"x")
     out = tmp_path / "out.jsonl"
-    out.touch()
-    assert caption("--table", str(tmp_path / "t.csv"), code=2) == []
-    assert (tmp_path / "t.csv").read_text() == "my,own\n"
-    caption("--table", str(tmp_path / "t.csv"), "--force")
-    caption("--table", str(tmp_path / "t.csv"))
+    out.write_text(out.read_text() + json.dumps({**first[0], "path": "other.png", "text": "EVIL"}) + "\n")
+    (folder / "0003.txt").write_text("mine")
+    caption("--sidecar", "txt")
+    assert not (tmp_path / "other.txt").exists()
+    assert (folder / "0003.txt").read_text() == "mine"
+    caption("--sidecar", "txt", "--force")
+    assert (folder / "0003.txt").read_text() == {one["path"]: one["text"] for one in first}["images/0003.png"] + "\n"
 
 
 def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
@@ -393,7 +433,8 @@ def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
     assert "<b>" not in page
     assert "://" not in page.replace("http://www.w3.org", "")
     assert main(["report", str(tmp_path / "out.jsonl"), "-o", str(tmp_path / "x.md")]) == 2
-    odd = {"path": "\ud800", "text": "\udcff", "ms": {"total": 10**400}, "probabilities": {"a": "x", "b": 0.5}}
+    odd = record(1, text="\udcff", ms={"total": 10**400}, probabilities={"a": "x", "b": 0.5})
+    odd["path"] = "\ud800"
     (tmp_path / "odd.jsonl").write_text(
         f"{json.dumps(odd)}\n{json.dumps({**odd, 'path': 'x', 'fields': {'a': None}})}\n"
     )
@@ -434,12 +475,14 @@ def test_rows_that_fit(demo_bundle) -> None:
         (["-p", "x", "--table", "t.xlsx"], "name a .csv or a .parquet"),
         (["-p", "x", "--max-megapixels", "0"], "allowed: above 0"),
         (["-p", "x", "--rows", "0"], "--rows 0 is impossible"),
-        (["-p", "x", "--match", "*.gif"], "there are no images in"),
+        (["-p", "x", "--match", "*.gif"], "none matches *.gif; try without --match"),
+        (["-p", "x", "--schema", "f.yaml"], "the schema is not JSON"),
         (["-p", "x", "-o", "nowhere/out.jsonl"], "is not a folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(demo_bundle, folder, tmp_path, capsys, monkeypatch, words, says) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.yaml").write_text("a: b\n")
     out = [] if "-o" in words else ["-o", "out.jsonl"]
     assert main(["caption", str(demo_bundle), str(folder), *out, *words]) == 2
     said = capsys.readouterr().err

@@ -10,10 +10,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.setup.hub import SETTINGS_FILES
 
 from lfm_export.checkpoint.config import CheckpointError, Config, TextConfig, load_config
@@ -25,7 +27,6 @@ from lfm_export.checkpoint.tensors import Floats, TensorStore, check_folder, che
 _VISION = ("model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.vision_model.", "vision_tower.")
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 _TEXT = ("model.language_model.", "language_model.model.", "language_model.")
-_SAMPLE = 1 << 20
 _HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 
 
@@ -149,17 +150,15 @@ class Checkpoint:
             decided("tie_word_embeddings", bool(text.tied_head), False, f"has a {head} that is not the embedding table")
         )
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Tells these weights from others: a hash over every file's header and the ends of its data, not over
-        gigabytes.
+        """Tells these weights from others: a hash over config.json and the whole weights. A fine-tune may differ in the
+        middle of a file alone.
         """
         files = [*self.files, *([self.adapter.folder / ADAPTER_WEIGHTS] if self.adapter else [])]
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in files:
-            with file.open("rb") as f:
-                digest.update(f.read(_SAMPLE))
-                f.seek(max(0, file.stat().st_size - _SAMPLE))
-                digest.update(f.read(_SAMPLE))
+            digest.update(file_hash(file).encode())
         return digest.hexdigest()[:32]
 
     def tensor_name(self, place: str) -> str:

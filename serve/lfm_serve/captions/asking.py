@@ -117,9 +117,11 @@ def read_fields(path: Path) -> dict[str, str]:
         raise SettingError(f"--fields {path} is no mapping of 1 to {_MOST_FIELDS} names; {advice}")
     found = {}
     for name, description in raw.items():
-        if not isinstance(name, str) or not name.strip() or not isinstance(description, str | int | float | None):
-            raise SettingError(f"--fields {path}: {name!r:.40} is no name with a description; {advice}")
-        found[name] = " ".join(str(description or "").split())
+        if not isinstance(name, str) or not name.strip():
+            raise SettingError(f"--fields {path}: {name!r:.40} is no name of a field; put it in quotes")
+        if isinstance(description, dict | list):
+            raise SettingError(f"--fields {path}: what {name!r:.40} means is no text; {advice}")
+        found[name] = " ".join(("" if description is None else str(description)).split())
     return found
 
 

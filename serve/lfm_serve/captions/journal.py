@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
+from lfm_runtime.formats.manifest import file_hash
 
 _log = logging.getLogger(__name__)
 _SYNC_S = 1.0
@@ -47,6 +49,7 @@ class Journal:
         self.path, self.settings = path, settings
         self.records: dict[str, Known] = {}  # by path
         self._remembers, self._others = remembers, False
+        self._settings: dict[str, Any] = {"tables": {}}
         self.superseded = 0  # records that a later one replaces
         self._descriptor = descriptor
         self._synced = time.monotonic()
@@ -64,8 +67,9 @@ class Journal:
         path = Path(os.path.abspath(path))  # noqa: PTH100  (links stay)
         journal = Journal(path, _locked(path), digest, remembers=remembers)
         try:
-            journal._read()
+            whole = journal._read()
             journal._check_settings(settings)
+            os.ftruncate(journal._descriptor, whole)  # after all that may refuse it
             yield journal
             if journal.superseded:
                 journal.compact()
@@ -133,27 +137,28 @@ class Journal:
         os.close(self._descriptor)
         self._descriptor, self.superseded = new, 0
 
-    def _read(self) -> None:
-        """Learn what is there, and cut off a last line that is not whole."""
+    def _read(self) -> int:
+        """Learn what is there; returns where a last line begins that was cut off, or the end."""
         whole, last = 0, b""
         with self.path.open("rb") as f:
             for number, last in enumerate(f, 1):
                 record = _parsed(last)
-                if record is None and last.endswith(b"\n") and last.strip(b"\0\n"):
-                    what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line"
-                    what = what if number > 1 else f"{self.path} exists, and lfm-edge caption did not write it"
-                    raise JournalError(f"{what}, or choose another output")
-                if record is None or not last.endswith(b"\n"):
+                if not last.endswith(b"\n"):
                     break
+                if record is None:
+                    what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or"
+                    what = what if number > 1 else f"{self.path} exists, and lfm-edge caption did not write it;"
+                    raise JournalError(f"{what} choose another output")
                 whole += len(last)
                 self.superseded += record["path"] in self.records
                 self._others |= record["settings"] != self.settings
                 self._note(record)
         if whole == self.path.stat().st_size:
-            return
-        if not whole and not (last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()):
+            return whole
+        ours = last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()
+        if not (whole or ours) or _is_json(last):
             raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
-        os.ftruncate(self._descriptor, whole)
+        return whole
 
     @property
     def _settings_place(self) -> Path:
@@ -169,8 +174,9 @@ class Journal:
         if before and "weights" not in before and place.exists() and not self.records:
             raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
         if not self._others:
+            self._settings = {**settings, "tables": before.get("tables", {}) if self.records else {}}
             if not self.records or not before:
-                write_whole(place, to_json(settings, indent=1) + "\n")
+                write_whole(place, to_json(self._settings, indent=1) + "\n")
             return
         unlike = [
             f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
@@ -179,11 +185,35 @@ class Journal:
         ]
         raise JournalError(
             f"{self.path} was made with other settings ({'; '.join(unlike) or f'{place.name} does not say which'}); "
-            "choose another output"
+            "choose another output, or give the settings of the run before"
         )
+
+    def wrote_table(self, path: Path) -> bool:
+        """Whether a table is as a run of this output wrote it."""
+        known = self._settings["tables"]
+        return isinstance(known, dict) and known.get(self.key(str(path))) == file_hash(path)
+
+    def note_table(self, path: Path) -> None:
+        """Remember a table that was written."""
+        known = self._settings["tables"]
+        self._settings["tables"] = {**(known if isinstance(known, dict) else {}), self.key(str(path)): file_hash(path)}
+        write_whole(self._settings_place, to_json(self._settings, indent=1) + "\n")
 
     def _note(self, record: Mapping[str, Any]) -> None:
         self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "path": (str,),
+    "sha256": (str, NoneType),
+    "size": (int, NoneType),
+    "modified": (int, float, NoneType),
+    "settings": (str,),
+    "text": (str,),
+    "error": (str,),
+    "fields": (dict, NoneType),
+    "probabilities": (dict,),
+}
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -192,10 +222,17 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and all(key in record for key in _KEYS)
-    whole = whole and all(isinstance(record[key], str) for key in ("path", "settings"))
-    numbers = [record[key] for key in ("size", "modified")] if whole else []
-    return record if whole and all(isinstance(n, int | float | None) for n in numbers) else None
+    if not isinstance(record, dict) or any(key not in record for key in _KEYS):
+        return None
+    return record if all(isinstance(record[k], kinds) for k, kinds in _KINDS.items() if k in record) else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
@@ -226,17 +263,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as f:
             for number, line in enumerate(f, 1):
-                try:
-                    record = json.loads(line)
-                    name = record["path"]
-                    if not (isinstance(name, str) and ("text" in record or "error" in record)):
-                        raise ValueError  # noqa: TRY301
-                except (ValueError, TypeError, KeyError, RecursionError) as e:
-                    if number > 1 and not line.endswith(b"\n"):
-                        break
-                    raise JournalError(f"{path}, line {number} is no record of lfm-edge caption") from e
-                found.pop(name, None)
-                found[name] = record
+                record = _parsed(line)
+                if record is None and number > 1 and not line.endswith(b"\n"):
+                    break
+                if record is None:
+                    raise JournalError(f"{path}, line {number} is no record of lfm-edge caption; remove the line")
+                found.pop(record["path"], None)
+                found[record["path"]] = record
     except OSError as e:
         raise JournalError(f"{path} cannot be read ({e.strerror}); check the path") from e
     return list(found.values())

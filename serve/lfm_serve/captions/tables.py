@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.errors import SettingError
-from lfm_runtime.formats.files import check_output, write_whole
+from lfm_runtime.formats.files import check_writable, write_whole
 
-_MARK = b"lfm-edge caption"
 _ALL = ("path", "text", "finish_reason", "error", "new_tokens", "sha256", "size")
 
 
-def check_table(path: Path, *, force: bool) -> None:
-    """Raise SettingError for a table of another kind, EdgeError for a place that cannot be written, or that holds what
-    is not ours, unless `force`.
-    """
+def check_table(path: Path) -> None:
+    """Raise SettingError for a table of another kind, EdgeError for a place that cannot be written."""
     if path.suffix not in (".csv", ".parquet"):
         raise SettingError(f"--table {path}: name a .csv or a .parquet")
     if path.suffix == ".parquet":
@@ -26,17 +23,7 @@ def check_table(path: Path, *, force: bool) -> None:
             import pyarrow as pa  # noqa: F401
         except ModuleNotFoundError as e:
             raise SettingError(f"--table {path} needs pyarrow; install it: pip install pyarrow, or name a .csv") from e
-    check_output(path, "lfm-edge caption", _is_table, force=force)
-
-
-def _is_table(path: Path) -> bool:
-    with path.open("rb") as f:
-        beginning = f.read(200)
-    if path.suffix == ".csv":
-        return beginning.startswith(b"path,") and b",sha256,size" in beginning
-    from pyarrow import parquet
-
-    return _MARK in (parquet.read_schema(path).metadata or {})
+    check_writable(path)
 
 
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> None:
@@ -59,7 +46,7 @@ def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequen
 
     whole = io.BytesIO()
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    parquet.write_table(table.replace_schema_metadata({_MARK: b"1"}), whole)
+    parquet.write_table(table, whole)
     write_whole(path, whole.getvalue())
 
 

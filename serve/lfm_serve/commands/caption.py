@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from lfm_serve.captions.asking import Asking
     from lfm_serve.captions.images import ReadImage
     from lfm_serve.captions.journal import Journal
-    from lfm_serve.captions.making import Counts
+    from lfm_serve.captions.making import Captions, Counts
     from lfm_serve.captions.progress import Progress
     from lfm_serve.captions.setup import Plan
+    from lfm_serve.captions.sidecars import Sidecars
     from lfm_serve.captions.watching import Watch
 
 _EXIT_ERRORS, _EXIT_STOPPED = 3, 130
@@ -76,16 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Ask about every image, and return the exit code."""
     from lfm_runtime.bundle import Bundle
+    from lfm_runtime.formats.files import check_output
+    from lfm_runtime.model import Model
 
     from lfm_serve.captions.asking import settings_hash, settings_of
     from lfm_serve.captions.journal import Journal
-    from lfm_serve.captions.making import Counts
+    from lfm_serve.captions.making import Captions, Counts, missing
+    from lfm_serve.captions.progress import Progress
     from lfm_serve.captions.setup import plan
     from lfm_serve.captions.tables import check_table, write_table
 
     _check(options)
     if options.table:
-        check_table(options.table, force=options.force)
+        check_table(options.table)
     bundle = Bundle.open(Path(bundle_of(options)))
     asking, generation = _asking(options, bundle), _generation(options)
     flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
@@ -93,65 +97,62 @@ def run(options: argparse.Namespace) -> int:
     for step in how.setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({how.setup.free_mib} MiB are free): {step}", file=sys.stderr)
     settings, counts = settings_of(how.setup, asking, generation), Counts()
+    watch, progress, found = _found(options, counts)
     with Journal.open(options.output, settings, settings_hash(settings), remembers=options.watch) as journal:
-        watch, progress, todo = _todo(options, journal, counts)
-        if watch or todo or options.sidecar:
-            _make(options, how, asking, generation, journal, watch, progress, todo)
+        if options.table:
+            check_output(options.table, "this run", journal.wrote_table, force=options.force)
+        there = {journal.key(path): path for path in found}
+        sidecars = _sidecars(options, journal, there, progress) if options.sidecar else None
+        paths = watch.paths(there.values(), progress.warn) if watch else there.values()
+        todo: Iterable[str] = missing(journal, counts, paths, retry_errors=options.retry_errors)
+        if not watch:
+            todo = list(todo)
+            progress = Progress(counts, len(todo), quiet=options.quiet)
+        if watch or todo:
+            captions = Captions(Model.of(how.setup), asking, generation, journal, counts)
+            _make(options, captions, how, watch, progress, sidecars, todo)
         if options.table:
             write_table(options.table, journal.whole_records(), asking.fields)
+            journal.note_table(options.table)
     return _end(options, counts)
 
 
-def _todo(
-    options: argparse.Namespace, journal: Journal, counts: Counts
-) -> tuple[Watch | None, Progress, Iterable[str]]:
-    """What brings new images with --watch, what tells of the run, and the images that are missing."""
+def _found(options: argparse.Namespace, counts: Counts) -> tuple[Watch | None, Progress, list[str]]:
+    """What brings new images with --watch, what tells of the run, and the images that are there."""
     from lfm_serve.captions.images import find
-    from lfm_serve.captions.making import missing
     from lfm_serve.captions.progress import Progress
 
-    retry, kind = options.retry_errors, {"recursive": options.recursive, "match": options.match}
-    progress = Progress(counts, None, quiet=options.quiet)
-    watch = None
+    kind = {"recursive": options.recursive, "match": options.match}
+    progress, watch = Progress(counts, None, quiet=options.quiet), None
     if options.watch:  # before what is there is listed: none is missed
         from lfm_serve.captions.watching import Watch
 
         watch = Watch(options.places, **kind)
-    there = {journal.key(path): path for path in find(options.places, **kind, warn=progress.warn)}.values()
-    if watch:
-        return watch, progress, missing(journal, counts, watch.paths(there, progress.warn), retry_errors=retry)
-    if not there:
-        do = "name other folders" if options.recursive else "those in folders below are found with --recursive"
-        raise SettingError(f"there are no images in {' '.join(options.places)}; {do}")
-    todo = list(missing(journal, counts, there, retry_errors=retry))
-    return None, Progress(counts, len(todo), quiet=options.quiet), todo
+    found = list(find(options.places, **kind, warn=progress.warn))
+    if not (found or watch):
+        do = "" if options.recursive else "those in folders below are found with --recursive"
+        do = f"none matches {' or '.join(options.match)}; try without --match" if options.match else do
+        raise SettingError(f"there are no images in {' '.join(options.places)}; {do or 'name other folders'}")
+    return watch, progress, found
+
+
+def _sidecars(options: argparse.Namespace, journal: Journal, there: Mapping[str, str], progress: Progress) -> Sidecars:
+    from lfm_serve.captions.sidecars import Sidecars
+
+    return Sidecars(journal.whole_records(), there, progress.warn, force=options.force)
 
 
 def _make(
     options: argparse.Namespace,
+    captions: Captions,
     how: Plan,
-    asking: Asking,
-    generation: Mapping[str, Any],
-    journal: Journal,
     watch: Watch | None,
     progress: Progress,
+    sidecars: Sidecars | None,
     todo: Iterable[str],
 ) -> None:
     """Do what is missing, and with --watch what comes."""
-    from lfm_runtime.model import Model
-
-    from lfm_serve.captions.making import Captions
-    from lfm_serve.captions.sidecars import Sidecars
-
-    sidecars = None
-    if options.sidecar:
-        place = journal.path.parent
-        sidecars = Sidecars(journal.whole_records(), place, progress.warn, force=options.force)
-    if not (watch or todo):
-        return
-    model = Model.of(how.setup)
-    captions = Captions(model, asking, generation, journal, progress.counts)
-    rows = how.rows if model.decoder.info.shares_kv else 1
+    rows = how.rows if captions.model.decoder.info.shares_kv else 1
     if not options.quiet:
         print(f"{how.setup.summary}, {rows} at once", file=sys.stderr)
 
@@ -197,7 +198,7 @@ def _end(options: argparse.Namespace, counts: Counts) -> int:
     if not options.quiet:
         parts = [f"{counts.answered:,} answered"]
         parts += [f"{counts.errors:,} errors"] if counts.errors else []
-        parts += [f"{counts.unchanged:,} there already"] if counts.unchanged else []
+        parts += [f"{counts.unchanged:,} there already"] if counts.unchanged and not options.watch else []
         print(f"{options.output}: {', '.join(parts)}", file=sys.stderr)
     if counts.stopped and not options.watch:
         print("lfm-edge: stopped; run it again to go on", file=sys.stderr)
@@ -234,6 +235,13 @@ def _asking(options: argparse.Namespace, bundle: Bundle) -> Asking:
             raise SettingError("--system has no effect beside --fields, which has its own; leave it out")
         return with_fields(bundle, options.fields)
     schema = read_schema(options.schema) if options.schema else None
+    if schema is not None:  # before the model is loaded
+        from lfm_runtime.decode.guide import Grammars
+
+        try:
+            Grammars(bundle.prompts.tokenizer, bundle.eos).of_schema(schema)
+        except SettingError as e:
+            raise SettingError(f"--schema {options.schema}: {e}") from e
     return Asking(options.prompt, options.system, schema, tuple(options.choices or ()))
 
 
