@@ -32,16 +32,16 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import check_output
 
+    output = options.output or options.files[0].with_suffix(".html")
+    if options.files[0].suffix == ".jsonl":
+        return _records(options, output)
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
     from lfm_audit.report.source import is_report, named_audits, read_tuning
 
-    output = options.output or options.files[0].with_suffix(".html")
     if output.suffix not in (".html", ".md"):
         raise SettingError(f"{output}: a report is .html or .md")
     as_page = output.suffix == ".html"
-    if options.files[0].suffix == ".jsonl":
-        return _records(options, output)
     tuning = read_tuning(options.files[0])
     audits = [] if tuning else named_audits(options.files)  # what a file is, before where its report would lie
     check_output(output, "lfm-edge report", is_report, force=options.force)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from lfm_serve.captions.asking import Asking
     from lfm_serve.captions.images import ReadImage
-    from lfm_serve.captions.journal import Journal
     from lfm_serve.captions.making import Captions, Counts
     from lfm_serve.captions.progress import Progress
     from lfm_serve.captions.setup import Plan
@@ -85,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_serve.captions.making import Captions, Counts, missing
     from lfm_serve.captions.progress import Progress
     from lfm_serve.captions.setup import plan
+    from lfm_serve.captions.sidecars import Sidecars
     from lfm_serve.captions.tables import check_table, write_table
 
     _check(options)
@@ -102,7 +102,9 @@ def run(options: argparse.Namespace) -> int:
         if options.table:
             check_output(options.table, "this run", journal.wrote_table, force=options.force)
         there = {journal.key(path): path for path in found}
-        sidecars = _sidecars(options, journal, there, progress) if options.sidecar else None
+        sidecars = None
+        if options.sidecar:
+            sidecars = Sidecars(journal.whole_records(), there, progress.warn, force=options.force)
         paths = watch.paths(there.values(), progress.warn) if watch else there.values()
         todo: Iterable[str] = missing(journal, counts, paths, retry_errors=options.retry_errors)
         if not watch:
@@ -134,12 +136,6 @@ def _found(options: argparse.Namespace, counts: Counts) -> tuple[Watch | None, P
         do = f"none matches {' or '.join(options.match)}; try without --match" if options.match else do
         raise SettingError(f"there are no images in {' '.join(options.places)}; {do or 'name other folders'}")
     return watch, progress, found
-
-
-def _sidecars(options: argparse.Namespace, journal: Journal, there: Mapping[str, str], progress: Progress) -> Sidecars:
-    from lfm_serve.captions.sidecars import Sidecars
-
-    return Sidecars(journal.whole_records(), there, progress.warn, force=options.force)
 
 
 def _make(
