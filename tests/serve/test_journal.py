@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lfm_serve.captions.journal import Journal, JournalError, read_records
 
@@ -25,6 +25,8 @@ def place(tmp_path_factory) -> Path:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=8), st.integers(0, 2000), st.booleans())
+@example(["a"], len(json.dumps(record(0, text="a"))), False)  # the newline alone is missing
+@example(["a", "b"], 2 * len(json.dumps(record(0, text="a"))) + 1, True)
 def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
     """What was whole stays, what was cut off is done again; no record is there twice."""
     out = place / "out.jsonl"
@@ -61,6 +63,8 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
         (f"{json.dumps(record(1))}\n{json.dumps(record(2, 'other'))}\n" + '{"pa', "was made with other settings"),
         (f"{json.dumps(record(1))}\nx\n{json.dumps(record(2))}\n", "line 2 is no record"),
         (f"{json.dumps(record(1, 'other'))}\n", "was made with other settings"),
+        (f"{json.dumps(record(1))}\n{json.dumps(record(2, 'other'))}", "was made with other settings"),
+        (f"{json.dumps(record(1))}\n5", "did not write it"),
     ],
 )
 def test_what_is_not_ours_stays(tmp_path, content, says) -> None:

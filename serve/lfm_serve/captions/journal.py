@@ -143,6 +143,7 @@ class Journal:
         with self.path.open("rb") as f:
             for number, last in enumerate(f, 1):
                 record = _parsed(last)
+                self._others |= record is not None and record["settings"] != self.settings
                 if not last.endswith(b"\n"):
                     break
                 if record is None:
@@ -151,12 +152,11 @@ class Journal:
                     raise JournalError(f"{what} choose another output")
                 whole += len(last)
                 self.superseded += record["path"] in self.records
-                self._others |= record["settings"] != self.settings
                 self._note(record)
         if whole == self.path.stat().st_size:
             return whole
         ours = last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()
-        if not (whole or ours) or _is_json(last):
+        if not (whole or ours) or (_is_json(last) and _parsed(last) is None):  # ours may lack its newline alone
             raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
         return whole
 
