@@ -53,7 +53,7 @@ class Chat:
         """
         if self._answering:
             raise SettingError("the previous answer is not finished; read it to its end, or close its iterator")
-        new = self.model.open_all(images, max_megapixels=max_megapixels)
+        new = [image.cut() for image in self.model.open_all(images, max_megapixels=max_megapixels)]
         turn = Message.user(question, len(new))
         answer = self.model.converse(
             [*self.messages, turn], [*self._images, *new], context=self._context, progress=progress, **generation

@@ -19,7 +19,7 @@ from lfm_runtime.answer.choice import Choice, Chosen, check_answers
 from lfm_runtime.answer.reply import Answer, Job, Opened, Reply
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.cache import Cache
-from lfm_runtime.decode.context import Context, prompt_keys
+from lfm_runtime.decode.context import Context, prompt_keys, stops
 from lfm_runtime.decode.guide import Grammars, Guide
 from lfm_runtime.decode.sampling import Generation, GenerationSettings, Sampler
 from lfm_runtime.decode.score import log_likelihood
@@ -197,10 +197,11 @@ class Model:
             asked.append(self.prepare_choice(chat, opened, answers))
         return self.chosen(asked)
 
-    def chosen(self, asked: Sequence[Choice]) -> list[Chosen]:
+    def chosen(self, asked: Sequence[Choice], context: Context | None = None) -> list[Chosen]:
         """Score the answers of prepared questions."""
+        context = context or Context(self.decoder, self.cache)
         with self.setup.memory_is_told(), self.sessions.failures_are_ours(), self.sessions.execution.pinned():
-            return run_through(self.choosing(asked, Context(self.decoder, self.cache)))
+            return run_through(self.choosing(asked, context))
 
     def prepare_choice(self, chat: Conversation, images: Sequence[Given], answers: Sequence[str]) -> Choice:
         """As `prepare_answer`, for given answers.
@@ -346,31 +347,36 @@ class Model:
     ) -> Generator[None, None, NDArray[np.float32]]:
         """As `read`, but a view of an image or a step of tokens each time."""
         prompt, opened, report = job.prompt, job.images, job.reply.report
+        views: Sequence[int] = [-1] * len(prompt.view_ends)  # hashing pixels takes time
         with report.stage("preprocess"):
-            images = [image.key for image in opened] if returning else [-1] * len(opened)  # hashing pixels takes time
-            keys = prompt_keys(prompt.ids, self.prompts.image_id, images, prompt.image_ends)
+            if returning:
+                opened = cut = [image.cut() for image in opened]
+                views = [key for image in cut for key in image.keys]
+            keys = prompt_keys(prompt.ids, self.prompts.image_id, views, prompt.view_ends)
         found = context.find(keys)
         known = report.cached_tokens = found.length
-        new = [image for image, end in zip(opened, prompt.image_ends, strict=True) if end > known]
-        features = yield from encoding(self.sessions, self.cache, new, report, progress)
+        skip = sum(end <= known for end in prompt.view_ends)
+        features = yield from encoding(self.sessions, self.cache, opened, report, progress, skip=skip)
         with report.stage("load"):
             self.decoder.load()  # with low_memory not before
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
             context.resume(found, keys, job.capacity)
-        for end in (*(n for n in prompt.image_ends if returning and n > known), len(prompt.ids)):
+        ends = stops(prompt.view_ends, prompt.image_ends, len(prompt.ids)) if returning else (len(prompt.ids),)
+        for end in (end for end in ends if end > known):
             if context.length > known:
                 yield
             at = context.length
             part = context.feeding(embeds[:, at - known : end - known], keys[at:end])
             logits = yield from report.staged("prefill", part)
             with report.stage("prefill"):
-                context.remember(cached=end < len(prompt.ids))
+                context.remember(cached=end in prompt.image_ends)
         return logits
 
     def encode(self, opened: Sequence[Opened], report: Report | None = None) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order; each view runs alone and unpadded."""
+        opened = [image.cut() for image in opened] if self.cache else opened
         return run_through(encoding(self.sessions, self.cache, opened, report or Report()))
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
-from lfm_serve.captions.asking import Asking, is_extract, with_fields
+from lfm_serve.asking import Asking, is_extract, with_fields
 from lfm_serve.captions.images import find
 from lfm_serve.captions.journal import read_records
 from lfm_serve.captions.making import Counts
@@ -244,7 +244,7 @@ def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
     assert "fields.shape,fields.colour" in (tmp_path / "t.csv").read_text().splitlines()[0]
     bundle = Bundle.open(demo_bundle)
     assert not is_extract(bundle)
-    monkeypatch.setattr("lfm_serve.captions.asking.is_extract", lambda _: True)
+    monkeypatch.setattr("lfm_serve.asking.is_extract", lambda _: True)
     asking = with_fields(bundle, tmp_path / "f.yaml")
     assert asking.question == ""
     assert asking.system == (

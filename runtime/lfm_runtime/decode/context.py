@@ -8,7 +8,7 @@ marks and snapshots, which hold them, at every point worth returning to.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,12 +151,25 @@ class Context:
         return other
 
 
-def prompt_keys(ids: Sequence[int], image_id: int, images: Sequence[int], ends: Sequence[int]) -> Keys:
-    """Ids with the image tokens replaced: those before `ends[i]` by `images[i]`."""
+def prompt_keys(ids: Sequence[int], image_id: int, views: Sequence[int], ends: Sequence[int]) -> Keys:
+    """Ids with the image tokens replaced: those before `ends[i]` by `views[i]`."""
     keys = np.array(ids, np.int64)
     at = np.flatnonzero(keys == image_id)
-    keys[at] = np.array(images, np.int64)[np.searchsorted(ends, at, side="right")] if len(at) else at
+    keys[at] = np.array(views, np.int64)[np.searchsorted(ends, at, side="right")] if len(at) else at
     return keys
+
+
+def stops(views: Sequence[int], images: Sequence[int], end: int) -> Iterator[int]:
+    """Where the steps of a prompt end that others may begin like: where each image does, and between its views so that
+    a step has as many of them as it may. It depends on what is before a stop alone, so what is computed up to there is
+    the same bit for bit, whatever comes after it and wherever it was gone on from.
+    """
+    last = 0
+    for here, following in zip(views, (*views[1:], end), strict=True):
+        if here in images or following - last > MOST_AT_ONCE:
+            yield here
+            last = here
+    yield end
 
 
 def _common(a: Keys, b: Keys) -> int:

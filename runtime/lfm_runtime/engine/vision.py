@@ -22,16 +22,29 @@ Progress = Callable[[int, int], None]
 
 
 def encoding(
-    sessions: Sessions, cache: Cache | None, opened: Sequence[Opened], report: Report, progress: Progress | None = None
+    sessions: Sessions,
+    cache: Cache | None,
+    opened: Sequence[Opened],
+    report: Report,
+    progress: Progress | None = None,
+    *,
+    skip: int = 0,
 ) -> Generator[None, None, NDArray[np.float32]]:
-    """Image features [image tokens, H] of all views of all images in order, a view each time, on a GPU those of one
-    size. Each view runs alone and unpadded.
+    """Image features [image tokens, H] of all views of all images in order, but for the first `skip`: a view each time,
+    on a GPU those of one size. Each view runs alone and unpadded. With a cache, of images that are cut.
     """
-    features: list[NDArray[np.float32] | None] = [
-        cache.features(image.key, image.layout.tokens) if cache else None for image in opened
-    ]
-    todo = [i for i, found in enumerate(features) if found is None]
-    total = sum(len(opened[i].layout.views) for i in todo)
+    features: list[NDArray[np.float32] | None] = []
+    todo: list[tuple[Opened, list[int], int]] = []  # images, their views to be encoded, where their features begin
+    for image in opened:
+        begin, views = len(features), image.layout.views
+        wanted = range(min(skip, len(views)), len(views))
+        skip -= len(views) - len(wanted)
+        keys = image.cut().keys if cache else ()
+        features += [cache.features(keys[n], views[n].tokens) if cache else None for n in wanted]
+        if missing := [n for n in wanted if features[begin + n - wanted.start] is None]:
+            todo.append((image, missing, begin - wanted.start))
+    total = sum(len(missing) for _, missing, _ in todo)
+    report.encoded += total
     done = iter(range(total + 1))
 
     def tell(views: int) -> None:
@@ -42,25 +55,25 @@ def encoding(
     if todo:
         with report.stage("load"):
             vision = sessions.vision()
-        for i in todo:
-            parts = []
-            for part in _encode_views(sessions, vision, opened[i], report, tell):
-                parts.append(part)
+        for image, missing, begin in todo:
+            for together in _encode_views(sessions, vision, image, missing, report, tell):
+                for n, made in together:
+                    features[begin + n] = made
+                    if cache:
+                        cache.keep_features(image.cut().keys[n], made)
                 yield
-            features[i] = made = np.concatenate(parts)
-            if cache:
-                cache.keep_features(opened[i].key, made)
     tell(1)
     return np.concatenate([f for f in features if f is not None]) if features else np.empty((0, 0), np.float32)
 
 
 def _encode_views(
-    sessions: Sessions, vision: Any, opened: Opened, report: Report, tell: Callable[[int], None]
-) -> Iterator[NDArray[np.float32]]:
+    sessions: Sessions, vision: Any, opened: Opened, wanted: Sequence[int], report: Report, tell: Callable[[int], None]
+) -> Iterator[list[tuple[int, NDArray[np.float32]]]]:
+    """Numbers of views and their features [tokens, H], of those that run together."""
     output = [str(VISION_ENCODER.output([o.name for o in vision.get_outputs()]))]
-    cut = opened.views()
+    cut, numbers = opened.patches(wanted), iter(wanted)
     at_once = VIEWS_AT_ONCE if sessions.execution.on_gpu else 1
-    for views in views_of_one_size(opened.layout.views, at_once):
+    for views in views_of_one_size([opened.layout.views[n] for n in wanted], at_once):
         tell(len(views))
         with report.stage("preprocess"):
             patches = np.stack([next(cut) for _ in views])
@@ -72,4 +85,6 @@ def _encode_views(
             }
             check_patches(vision, patches)
             (found,) = vision.run(output, fed(vision, feeds))
-        yield image_features(found, sum(view.tokens for view in views))
+        tokens = [view.tokens for view in views]
+        parts = np.split(image_features(found, sum(tokens)), np.cumsum(tokens)[:-1])
+        yield [(next(numbers), part) for part in parts]

@@ -5,7 +5,7 @@ The chat template is the checkpoint's own, run by `chat_template/`; export compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,12 +19,13 @@ from lfm_runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class RenderedPrompt:
     """Token ids; `image_token` stands once for every row of image features, in order. `image_ends[i]` is where those of
-    image i end.
+    image i end, `view_ends[j]` those of view j of all images.
     """
 
     ids: list[int]
     image_tokens: int
     image_ends: tuple[int, ...] = ()
+    view_ends: tuple[int, ...] = ()
 
 
 class PromptBuilder:
@@ -116,8 +117,12 @@ class PromptBuilder:
                 "the text"
             )
         at = [i for i, token in enumerate(ids) if token == self.image_id]
-        counts = accumulate(layout.tokens for layout in layouts)
-        return RenderedPrompt(ids, wanted, tuple(at[count - 1] + 1 for count in counts))
+
+        def ends(counts: Iterable[int]) -> tuple[int, ...]:
+            return tuple(at[count - 1] + 1 for count in accumulate(counts))
+
+        views = (view.tokens for layout in layouts for view in layout.views)
+        return RenderedPrompt(ids, wanted, ends(layout.tokens for layout in layouts), ends(views))
 
 
 def _unused_character(chat: Conversation, rendered: str) -> str:

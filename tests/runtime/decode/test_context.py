@@ -20,7 +20,7 @@ from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import Context, prompt_keys
 from lfm_runtime.decode.state import Snapshot
 from lfm_runtime.decode.states import ConcatenatedState, SharedState
-from lfm_runtime.images.opened import image_key
+from lfm_runtime.images.opened import view_key
 from lfm_runtime.setup.resolve import resolve
 from PIL import Image
 
@@ -73,22 +73,23 @@ def test_snapshot_starts_another_state(demo_model, form) -> None:
 
 
 def test_keys_tell_images_apart(demo_model) -> None:
-    one, two = (demo_model.open(p) for p in PICTURES[:2])
+    one, two = (demo_model.open(p).cut() for p in PICTURES[:2])
     prompt = demo_model.prompts.render([Message.user("x", 2)], [one.layout, two.layout])
     image = demo_model.prompts.image_id
     keys = [
-        prompt_keys(prompt.ids, image, [a.key, b.key], prompt.image_ends)
+        prompt_keys(prompt.ids, image, [*a.keys, *b.keys], prompt.view_ends)
         for a, b in ((one, two), (one, one), (two, one))
     ]
     assert len({k.tobytes() for k in keys}) == 3
     assert [int((k < 0).sum()) for k in keys] == [prompt.image_tokens] * 3
-    assert {int(k) for k in keys[0] if k < 0} == {one.key, two.key}
+    assert {int(k) for k in keys[0] if k < 0} == {*one.keys, *two.keys}
     first_end, last_end = prompt.image_ends
-    assert keys[0][first_end - 1] == one.key
-    assert keys[0][last_end - 1] == two.key
+    assert keys[0][first_end - 1] == one.keys[0]
+    assert keys[0][last_end - 1] == two.keys[0]
     assert np.array_equal(np.flatnonzero(keys[0] < 0), np.flatnonzero(np.array(prompt.ids) == image))
-    assert demo_model.open(PICTURES[0]).key == one.key
-    assert image_key(b"abc", "one plan") != image_key(b"abc", "another plan")
+    assert demo_model.open(PICTURES[0]).cut().keys == one.keys
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    assert len({view_key(pixels, "a"), view_key(pixels, "b"), view_key(pixels.reshape(3, 2, 3), "a")}) == 3
 
 
 def test_session_equals_the_whole_conversation(demo_model) -> None:
