@@ -7,8 +7,6 @@ its records were asked.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +22,9 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
 from lfm_runtime.formats.manifest import file_hash
 
+from lfm_serve.jsonl import FULL, append, locked
+
+PROGRAM = "lfm-edge caption"
 _log = logging.getLogger(__name__)
 _SYNC_S = 1.0
 _KEYS = ("path", "sha256", "size", "modified", "settings")
@@ -65,7 +66,7 @@ class Journal:
         check_writable(path)
         check_outside_bundles(path)
         path = Path(os.path.abspath(path))  # noqa: PTH100  (links stay)
-        journal = Journal(path, _locked(path), digest, remembers=remembers)
+        journal = Journal(path, locked(path, PROGRAM, JournalError), digest, remembers=remembers)
         try:
             whole = journal._read()
             journal._check_settings(settings)
@@ -89,17 +90,12 @@ class Journal:
             JournalError: it cannot be written for another reason.
         """
         line = _line(record)
-        before = os.fstat(self._descriptor).st_size
         try:
-            done = 0
-            while done < len(line):
-                done += os.write(self._descriptor, line[done:])
-            if time.monotonic() - self._synced > _SYNC_S:
-                os.fsync(self._descriptor)
-                self._synced = time.monotonic()
+            sync = time.monotonic() - self._synced > _SYNC_S
+            append(self._descriptor, line, sync=sync)
+            self._synced = time.monotonic() if sync else self._synced
         except OSError as e:
-            os.ftruncate(self._descriptor, before)
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if e.errno in FULL:
                 return f"{self.path}: {e.strerror}"
             raise JournalError(f"{self.path} cannot be written ({e.strerror}); run again to go on") from e
         self.superseded += record["path"] in self.records
@@ -121,7 +117,7 @@ class Journal:
         place = Path(os.path.realpath(self.path))
         temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         try:
-            new = _locked(temporary)
+            new = locked(temporary, PROGRAM, JournalError)
             with os.fdopen(os.dup(new), "wb") as f:
                 f.writelines(_line(record) for record in self.whole_records())
                 f.flush()
@@ -273,22 +269,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     except OSError as e:
         raise JournalError(f"{path} cannot be read ({e.strerror}); check the path") from e
     return list(found.values())
-
-
-def _locked(path: Path) -> int:
-    """A descriptor that appends, with the lock of the only writer."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as e:
-        raise JournalError(f"{path} cannot be written ({e.strerror}); choose another place") from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), path.stat()):  # written anew by the writer before, at this moment
-            os.close(descriptor)
-            return _locked(path)
-    except OSError as e:
-        os.close(descriptor)
-        raise JournalError(
-            f"{path} is being written by another lfm-edge caption; wait, or choose another output"
-        ) from e
-    return descriptor

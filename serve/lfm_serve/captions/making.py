@@ -14,7 +14,7 @@ from lfm_runtime.errors import ImageError, PromptError
 from lfm_runtime.model import Model
 from lfm_runtime.report import Report
 
-from lfm_serve.captions.asking import Asking
+from lfm_serve.asking import Asking
 from lfm_serve.captions.images import Reader, ReadImage, is_unchanged, read_image
 from lfm_serve.captions.journal import Journal
 

@@ -11,7 +11,7 @@ from lfm_runtime.errors import SettingError
 from lfm_runtime.setup.resolve import DoesNotFitError, resolve
 from lfm_runtime.setup.setup import Setup
 
-from lfm_serve.captions.asking import Asking
+from lfm_serve.asking import Asking
 from lfm_serve.setup import ROWS, spins_briefly
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
-from lfm_runtime.commands.run import parse_choices, read_schema
 from lfm_runtime.errors import SettingError
 
-if TYPE_CHECKING:
-    from lfm_runtime.bundle import Bundle
+from lfm_serve.commands.asking import (
+    add_asking_arguments,
+    add_generation_arguments,
+    asking_of,
+    check_asking,
+    generation_of,
+)
+from lfm_serve.stopping import stopping
 
-    from lfm_serve.captions.asking import Asking
+if TYPE_CHECKING:
     from lfm_serve.captions.images import ReadImage
     from lfm_serve.captions.making import Captions, Counts
     from lfm_serve.captions.progress import Progress
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from lfm_serve.captions.watching import Watch
 
 _EXIT_ERRORS, _EXIT_STOPPED = 3, 130
-_GENERATION = ("temperature", "max_new_tokens", "repetition_penalty", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument("places", nargs="+", metavar="FOLDER", help="folders of images, or images")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl")
-    what = parser.add_argument_group("what is asked")
-    what.add_argument("-p", "--prompt", metavar="QUESTION", help="the question")
-    what.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    what.add_argument("--schema", metavar="FILE", help="a JSON schema that answers follow (needs the extra json)")
-    what.add_argument("--choices", type=parse_choices, metavar="A,B", help="the likeliest of these answers")
-    what.add_argument(
-        "--fields", type=Path, metavar="FILE.yaml", help="fields to be read from images, name: description a line"
-    )
+    add_asking_arguments(parser, several=False)
     which = parser.add_argument_group("which images")
     which.add_argument("-r", "--recursive", action="store_true", help="of folders in folders too")
     which.add_argument(
@@ -61,15 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--table", type=Path, metavar="FILE", help="all records as .csv, or .parquet (needs pyarrow)")
     out.add_argument("--force", action="store_true", help="replace NAME.txt and tables that lfm-edge did not write")
     parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
-    parser.add_argument(
-        "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
-    )
-    parser.add_argument("--quiet", action="store_true", help="only errors")
-    text = parser.add_argument_group("generation (defaults: greedy; else as lfm-edge run)")
-    text.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    text.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum tokens of an answer")
-    text.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-    text.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers")
+    add_generation_arguments(parser)
     add_setting_arguments(parser)
 
 
@@ -79,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.formats.files import check_output
     from lfm_runtime.model import Model
 
-    from lfm_serve.captions.asking import settings_hash, settings_of
+    from lfm_serve.asking import settings_hash, settings_of
     from lfm_serve.captions.journal import Journal
     from lfm_serve.captions.making import Captions, Counts, missing
     from lfm_serve.captions.progress import Progress
@@ -91,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.table:
         check_table(options.table)
     bundle = Bundle.open(Path(bundle_of(options)))
-    asking, generation = _asking(options, bundle), _generation(options)
+    asking, generation = asking_of(options, options.prompt, bundle), generation_of(options)
     flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
     how = plan(bundle, options.profile, asking, rows=options.rows, **flags)
     for step in how.setup.steps:
@@ -163,31 +150,9 @@ def _make(
             watch.stop()
 
     most = options.max_megapixels
-    with _stopping(stop):
+    with stopping(stop):
         captions.make(todo, rows=rows, capacity=how.capacity, max_megapixels=most, told=told, warn=progress.warn)
     progress.end()
-
-
-@contextmanager
-def _stopping(stop: Any) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets answers that are being made end; the second ends the process."""
-    before: dict[Any, Any] = {}
-
-    def handle(*_: object) -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
-        stop()
-        os.write(
-            2, b"\nlfm-edge: ending after the answers that are being made; again: at once\n"
-        )  # print may be at work
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end(options: argparse.Namespace, counts: Counts) -> int:
@@ -206,41 +171,10 @@ def _check(options: argparse.Namespace) -> None:
     """Raise SettingError for what cannot be, before anything is opened."""
     if options.output.suffix != ".jsonl":
         raise SettingError(f"-o {options.output}: records are JSONL; name it OUT.jsonl")
-    shapes = [name for name in ("schema", "choices", "fields") if getattr(options, name)]
-    if len(shapes) > 1:
-        raise SettingError(f"--{shapes[0]} and --{shapes[1]} exclude each other; give one")
-    if options.fields and options.prompt is not None:
-        raise SettingError("-p has no effect beside --fields, which asks for the fields; leave it out")
-    if not options.fields and not (options.prompt or "").strip():
-        raise SettingError('the question is missing: -p "Describe this image."; or --fields FILE.yaml')
-    if options.choices and any(getattr(options, name) for name in _GENERATION):
-        raise SettingError("generation settings have no effect beside --choices, which generates nothing")
+    check_asking(options, [options.prompt], "Describe this image.")
     if options.force and not (options.sidecar or options.table):
         raise SettingError("--force is about --sidecar and --table, and has no effect without them; leave it out")
     if not 0 < options.max_megapixels < float("inf"):
         raise SettingError(f"--max-megapixels {options.max_megapixels:g} is impossible; allowed: above 0")
     if os.path.lexists(options.output) and not options.output.is_file():
         raise SettingError(f"-o {options.output} is not a file; name one")
-
-
-def _asking(options: argparse.Namespace, bundle: Bundle) -> Asking:
-    from lfm_serve.captions.asking import Asking, with_fields
-
-    if options.fields:
-        if options.system:
-            raise SettingError("--system has no effect beside --fields, which has its own; leave it out")
-        return with_fields(bundle, options.fields)
-    schema = read_schema(options.schema) if options.schema else None
-    if schema is not None:  # before the model is loaded
-        from lfm_runtime.decode.guide import Grammars
-
-        try:
-            Grammars(bundle.prompts.tokenizer, bundle.eos).of_schema(schema)
-        except SettingError as e:
-            raise SettingError(f"--schema {options.schema}: {e}") from e
-    return Asking(options.prompt, options.system, schema, tuple(options.choices or ()))
-
-
-def _generation(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(options, name) for name in _GENERATION if getattr(options, name) is not None}
-    return {} if options.choices else given

@@ -1,0 +1,113 @@
+"""A live source that is drained all the time, so that the newest picture is new; opened again when it is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from lfm_serve.cameras.sources import Frame, Source, SourceError
+
+_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Before it is opened again; the last one from then on."""
+_OLD_S = 2.0
+"""An older picture is not looked at: a newer one is waited for."""
+_END_S = 1.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A source gives no pictures any more, or none yet; it is tried again from now on."""
+
+    why: str
+    moment: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Back:
+    """It gives pictures again."""
+
+    seconds: float  # that it was lost for
+    attempts: int
+    moment: float = field(default_factory=time.time)
+
+
+class Live:
+    """A thread that reads a source and keeps the newest picture only. It never ends by itself."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._ready = threading.Condition()
+        self._newest: Frame | None = None
+        self._events: deque[Lost | Back] = deque()
+        self._stopped = threading.Event()
+        self._lost: float | None = None  # since when
+        self._attempts = 0
+        self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
+        self._thread.start()
+
+    def take(self, seconds: float | None) -> Frame | Lost | Back | None:
+        """What has become of the source, in order; then the newest picture that was not taken before and is at most 2 s
+        old, waited for. None: after so many seconds there is none, or it was stopped.
+        """
+        until = None if seconds is None else time.monotonic() + seconds
+        with self._ready:
+            while not self._stopped.is_set():
+                if self._events:
+                    return self._events.popleft()
+                found, self._newest = self._newest, None
+                if found and found.age <= _OLD_S:
+                    return found
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self._ready.wait(left if left is None or left < 1 else 1.0)  # a signal is handled between
+        return None
+
+    def wait(self, seconds: float) -> None:
+        """Do nothing for so long, or until it is stopped."""
+        self._stopped.wait(seconds)
+
+    def stop(self) -> None:
+        """End `take`, from any thread or a signal's handler."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """End the thread, and what it has opened. One that waits for a camera is left: it ends with the process."""
+        self._stopped.set()
+        self._source.stop()
+        self._thread.join(_END_S)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with closing(self._source.frames()) as frames:
+                    for frame in frames:
+                        if self._stopped.is_set():
+                            return
+                        self._got(frame)
+                why = "it ended"
+            except SourceError as e:
+                why = str(e)
+            except Exception as e:  # noqa: BLE001  (a reader that dies would be a camera that nobody opens again)
+                why = f"{type(e).__name__}: {e}"
+            self._lose(why)
+            self._stopped.wait(_PAUSES_S[min(self._attempts, len(_PAUSES_S)) - 1])
+
+    def _got(self, frame: Frame) -> None:
+        with self._ready:
+            if self._lost is not None:
+                self._events.append(Back(time.monotonic() - self._lost, self._attempts))
+                self._lost, self._attempts = None, 0
+            self._newest = frame
+            self._ready.notify()
+
+    def _lose(self, why: str) -> None:
+        with self._ready:
+            self._attempts += 1
+            if self._lost is None:
+                self._lost = time.monotonic()
+                self._events.append(Lost(why))
+            self._ready.notify()

@@ -1,0 +1,114 @@
+"""What the command's options mean."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from lfm_runtime.errors import ImageError, SettingError
+from PIL import Image
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(text: str) -> float:
+    """A duration: 500ms, 2s, 10m, 1.5h. Without a unit it is seconds.
+
+    Raises:
+        SettingError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)?", text.strip())
+    if not found:
+        raise SettingError(f"{text!r:.40} is no duration; write 500ms, 2s, 10m or 1h")
+    return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+@dataclass(frozen=True)
+class Roi:
+    """A region of pictures: in pixels, or in shares of width and height."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    shares: bool
+
+    @staticmethod
+    def parse(text: str) -> Roi:
+        """x,y,w,h: pixels, or with a decimal point shares from 0.0 to 1.0.
+
+        Raises:
+            SettingError: it is none.
+        """
+        parts = text.split(",")
+        shares = "." in text
+        advice = "write x,y,width,height in pixels (100,50,640,480) or shares (0.25,0.0,0.5,1.0)"
+        try:
+            x, y, width, height = (float(part) for part in parts) if shares else (int(part) for part in parts)
+        except ValueError:
+            raise SettingError(f"--roi {text!r:.40} is no region; {advice}") from None
+        most = 1.0 if shares else float("inf")
+        if not (0 <= x < most and 0 <= y < most and 0 < width <= most and 0 < height <= most):
+            raise SettingError(f"--roi {text!r:.40} is no region of a picture; {advice}")
+        return Roi(x, y, width, height, shares)
+
+    def of(self, picture: Image.Image, *, first: bool) -> Image.Image:
+        """The region of a picture, cut at its edges.
+
+        Raises:
+            SettingError: it lies outside of the `first` picture.
+            ImageError: it lies outside of a later one, of another size.
+        """
+        of = picture.size if self.shares else (1, 1)
+        left, top = round(self.x * of[0]), round(self.y * of[1])
+        right, bottom = round((self.x + self.width) * of[0]), round((self.y + self.height) * of[1])
+        right, bottom = min(right, picture.width), min(bottom, picture.height)
+        if left >= right or top >= bottom:
+            size = f"{picture.width}×{picture.height}"
+            said = f"the region {left},{top} lies outside of the picture of {size} pixels"
+            raise SettingError(f"--roi: {said}") if first else ImageError(said)
+        return picture.crop((left, top, right, bottom))
+
+
+@dataclass(frozen=True)
+class Until:
+    """When to end: at a time, or with an answer."""
+
+    deadline: float | None = None  # time.monotonic()
+    answer: str = ""
+
+    @staticmethod
+    def parse(text: str) -> Until:
+        """A duration (30m), a time of day (18:00), or answer:TEXT for the first answer with the text in it (`said`).
+
+        Raises:
+            SettingError: it is none of them.
+        """
+        if text.startswith("answer:"):
+            wanted = text.removeprefix("answer:").strip()
+            if not wanted:
+                raise SettingError("--until answer: names no text; write answer:yes")
+            return Until(answer=wanted)
+        if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text):
+            now = datetime.now().astimezone()
+            then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+            then += timedelta(days=then <= now)
+            return Until(time.monotonic() + (then - now).total_seconds())
+        try:
+            return Until(time.monotonic() + seconds(text))
+        except SettingError:
+            raise SettingError(f"--until {text!r:.40} is no end; write 30m, 18:00 or answer:TEXT") from None
+
+    def left(self) -> float | None:
+        """Seconds until then; None without a time."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def over(self) -> bool:
+        """Whether the time has come."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def said(self, text: str) -> bool:
+        """Whether an answer ends it: it has the text in it, as whole words, in upper or lower case."""
+        return bool(self.answer) and bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", text, re.IGNORECASE))

@@ -1,0 +1,105 @@
+"""Where pictures come from: a camera's stream, a device, a program, a video, a folder of stills."""
+
+from __future__ import annotations
+
+import re
+import stat
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lfm_runtime.errors import EdgeError, SettingError
+from PIL import Image
+
+_SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "srt", "udp", "tcp")
+_LOGIN = re.compile(r"(?<=://)\S+(?=@)")
+_SECRET = re.compile(r"(?i)((?:user|usr|login|pass|pwd|token|auth|key|secret|sig|cred)\w*)=[^&\s/]*")
+
+
+class SourceError(EdgeError):
+    """A source gives no pictures (now): the message says why."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a source."""
+
+    number: int  # pictures that the source gave before it, looked at or not
+    picture: Callable[[], Image.Image]
+    """Decodes it: upright RGB. Raises ImageError."""
+    at: float | str | None = None  # seconds from the beginning of a video; the name of a still
+    received: float = field(default_factory=time.monotonic)  # here; what network and camera need is not known
+    moment: float = field(default_factory=time.time)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was received."""
+        return time.monotonic() - self.received
+
+
+class Source(Protocol):
+    """What can be opened for pictures, again and again."""
+
+    shown: str
+    """How it is named in records and messages, without credentials."""
+    live: bool
+    """Whether pictures come whether anybody looks or not."""
+
+    def frames(self) -> Generator[Frame, None, None]:
+        """Open it, and give its pictures until it ends or is lost; closed with the generator.
+
+        Raises:
+            SourceError: it cannot be opened, or was lost.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End `frames`, from another thread, where that is waiting for a picture; nothing is opened after it."""
+        ...
+
+
+def source_of(text: str, *, every: float, stall: float) -> Source:
+    """The source that a user names.
+
+    Args:
+        text: a URL, exec:COMMAND, a device, a video or a folder.
+        every: seconds between two pictures of a video that are wanted.
+        stall: seconds without a picture after which a live source counts as lost.
+
+    Raises:
+        SettingError: there is no such source, or what reads it is not installed.
+    """
+    if text.startswith("exec:"):
+        from lfm_serve.cameras.programs import Program
+
+        return Program(text.removeprefix("exec:"), stall)
+    scheme = re.match(r"(\w+)://", text)
+    if scheme and scheme[1].lower() not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise SettingError(
+            f"{masked(text)} cannot be watched; known are {known}, exec:COMMAND, devices, files, folders"
+        )
+    path = Path(text)
+    if not scheme and path.is_dir():
+        from lfm_serve.cameras.stills import Stills
+
+        return Stills(text)
+    if not scheme and not path.exists():
+        raise SettingError(f"{text} does not exist; name rtsp://…, exec:COMMAND, a device, a video or a folder")
+    device = not scheme and stat.S_ISCHR(path.stat().st_mode)
+    try:
+        from lfm_serve.cameras.streams import Stream, Video
+    except ImportError as e:
+        raise SettingError(f"{masked(text)} needs the extra video: pip install 'lfm-edge[video]'") from e
+    if scheme or device:
+        return Stream(text, stall, device=device)
+    return Video(text, every)
+
+
+def masked(text: str) -> str:
+    """A text in which URLs have no user, password, token or key: they reach no log. Rather too much than too little is
+    left out.
+    """
+    return _SECRET.sub(r"\1=…", _LOGIN.sub("…", text)) if "://" in text else text

@@ -1,0 +1,36 @@
+"""A folder of stills: each picture in the order of names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from functools import partial
+
+from lfm_runtime.errors import SettingError
+from lfm_runtime.images.pixels import open_image
+
+from lfm_serve.cameras.sources import Frame, SourceError
+from lfm_serve.captions.images import find
+
+
+class Stills:
+    """The images of a folder, each once."""
+
+    live = False
+
+    def __init__(self, folder: str) -> None:
+        """Raises SettingError for a folder without images."""
+        self.shown = self._folder = folder
+        if not any(find([folder], recursive=False, match=(), warn=lambda _: None)):
+            raise SettingError(f"there are no images in {folder}; name another folder")
+
+    def frames(self) -> Generator[Frame, None, None]:
+        """Implement Source.frames."""
+        said: list[str] = []
+        for number, path in enumerate(find([self._folder], recursive=False, match=(), warn=said.append)):
+            yield Frame(number, partial(open_image, path), os.path.basename(path))  # noqa: PTH119  (need not be UTF-8)
+        if said:
+            raise SourceError(said[0])
+
+    def stop(self) -> None:
+        """Implement Source.stop: nothing is waited for."""

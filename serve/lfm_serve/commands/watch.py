@@ -1,0 +1,196 @@
+"""`lfm-edge watch`: ask the same about a camera's newest picture, again and again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
+from lfm_runtime.errors import SettingError
+
+from lfm_serve.commands.asking import (
+    add_asking_arguments,
+    add_generation_arguments,
+    asking_of,
+    check_asking,
+    generation_of,
+)
+from lfm_serve.stopping import stopping
+
+if TYPE_CHECKING:
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.setup.setup import Setup
+
+    from lfm_serve.asking import Asking
+    from lfm_serve.cameras.looking import Look, Seen
+    from lfm_serve.cameras.records import Records
+
+_EXIT_ERRORS, _EXIT_STOPPED = 3, 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the description of `parser` and add the command's arguments."""
+    parser.description = (
+        "Ask the same about the newest picture of a camera, again and again, until Ctrl-C; or about the pictures of a "
+        "video or a folder. Writes a JSON record of each answer. Tiles that have not changed are not computed again. "
+        "Exit code 0; 3 where pictures have an error instead of an answer; 130 where a video or a folder was not seen "
+        "to its end."
+    )
+    parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="rtsp://…, /dev/video0, a video, a folder of stills, or exec:'COMMAND' that writes JPEG or PNG pictures",
+    )
+    add_asking_arguments(parser, several=True)
+    which = parser.add_argument_group("which pictures")
+    which.add_argument("--every", metavar="TIME", help="2s, 500ms, 10m: at most one in so long (of a video, its time)")
+    which.add_argument(
+        "--changed",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="only those of which so much (0.05 is 5 %%) differs from the one that was last asked about",
+    )
+    which.add_argument("--roi", metavar="X,Y,W,H", help="this region alone, in pixels or in shares (0.25,0.0,0.5,1.0)")
+    which.add_argument("--until", metavar="END", help="30m, 18:00, or answer:TEXT: the first answer with this text")
+    which.add_argument("--stall", metavar="TIME", help="a camera without a picture for so long is lost (default 10s)")
+    which.add_argument(
+        "--tile-tolerance",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="a tile is unchanged where no 16×16 patch's mean differs by more than N of 255 (default 0: no pixel may)",
+    )
+    out = parser.add_argument_group("where records go (default: standard output)")
+    out.add_argument("-o", "--output", type=Path, metavar="OUT.jsonl", help="to the end of this file")
+    out.add_argument("--mqtt", metavar="URL", help="to mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC (needs the extra mqtt)")
+    add_generation_arguments(parser)
+    add_setting_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look until the end, and return the exit code."""
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.model import Model
+
+    from lfm_serve.cameras.looking import Look, Seen, look
+    from lfm_serve.cameras.scene import Scene, cache_mib
+    from lfm_serve.cameras.settings import Roi, Until, seconds
+    from lfm_serve.cameras.sources import SourceError, source_of
+
+    _check(options)
+    every = seconds(options.every) if options.every else 0.0
+    roi = Roi.parse(options.roi) if options.roi else None
+    until = Until.parse(options.until) if options.until else Until()
+    source = source_of(options.source, every=every, stall=seconds(options.stall or "10s"))
+    _check_source(options, live=source.live)
+    bundle = Bundle.open(Path(bundle_of(options)))
+    asked = [asking_of(options, question, bundle) for question in options.prompt or [""]]
+    seen, what = Seen(), Look(source, asked, generation_of(options), every, options.changed, roi, until)
+    with _records(options) as records:
+        setup = _setup(options, bundle, asked)
+        scene = Scene(Model.of(setup, cache_mib=cache_mib(setup)), tolerance=options.tile_tolerance)
+        if not options.quiet:
+            print(f"{setup.summary}; watching {source.shown}", file=sys.stderr)
+            seen.told = _status(options)
+        failed = ""
+        try:
+            with stopping(seen.stop):
+                look(scene, what, records, seen)
+        except SourceError as e:
+            failed = f"{source.shown}: {e}"
+    return _end(options, what, seen, failed)
+
+
+def _setup(options: argparse.Namespace, bundle: Bundle, asked: list[Asking]) -> Setup:
+    """How it will run: memory is foreseen for the longest question about a large picture, and what is kept of two."""
+    from lfm_runtime.setup.resolve import resolve
+
+    from lfm_serve.cameras.scene import cache_mib
+    from lfm_serve.setup import spins_briefly
+
+    flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
+    setup = resolve(bundle, options.profile, **flags)
+    longest = max((f"{one.system} {one.question}" for one in asked), key=len)
+    ask = replace(setup.ask, question=longest, cache_mib=cache_mib(setup))
+    setup = resolve(bundle, options.profile, ask, **flags)
+    for step in setup.steps:
+        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    return setup if flags.get("spinning") is not None else spins_briefly(setup)
+
+
+@contextmanager
+def _records(options: argparse.Namespace) -> Iterator[list[Records]]:
+    """Where records go, opened before anything is loaded."""
+    from lfm_serve.cameras.records import Appended, Printed, Told
+
+    def warn(text: str) -> None:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a stranger's program may say anything
+        print(f"{clear}lfm-edge: {plain}", file=sys.stderr, flush=True)
+
+    with ExitStack() as opened:
+        found: list[Records] = [Told(warn)]
+        if options.output:
+            found.append(Appended(options.output, warn))
+            opened.callback(found[-1].close)
+        if options.mqtt:
+            try:
+                from lfm_serve.cameras.mqtt import Published
+            except ImportError as e:
+                raise SettingError("--mqtt needs the extra mqtt: pip install 'lfm-edge[mqtt]'") from e
+            found.append(Published(options.mqtt, warn))
+            opened.callback(found[-1].close)
+        yield found if found[1:] else [*found, Printed()]
+
+
+def _status(options: argparse.Namespace) -> Any:
+    """On a terminal that records are not written to, how far it is."""
+    from lfm_runtime.commands.console import status_line
+
+    say = status_line(quiet=not sys.stderr.isatty() or not (options.output or options.mqtt))
+    return lambda seen: say(_summary(seen))
+
+
+def _summary(seen: Seen) -> str:
+    parts = [f"{seen.answered:,} answers"]
+    parts += [f"{seen.unchanged:,} pictures unchanged"] if seen.unchanged else []
+    parts += [f"{seen.errors:,} errors"] if seen.errors else []
+    parts += [f"lost {seen.lost:,} times"] if seen.lost else []
+    return ", ".join(parts)
+
+
+def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str) -> int:
+    if not options.quiet:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        print(f"{clear}{what.source.shown}: {_summary(seen)}", file=sys.stderr)
+    if failed:
+        print(f"lfm-edge: {failed}", file=sys.stderr)
+        return _EXIT_ERRORS if seen.answered else 2
+    if seen.stopped and not what.source.live:
+        return _EXIT_STOPPED
+    return _EXIT_ERRORS if seen.errors else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise SettingError for what cannot be, before anything is opened."""
+    check_asking(options, options.prompt or [None], "Is the gate open?")
+    if not 0 <= options.changed <= 1:
+        raise SettingError(f"--changed {options.changed:g} is impossible; allowed: 0 to 1, the share of the picture")
+    if not 0 <= options.tile_tolerance <= 255:
+        raise SettingError(f"--tile-tolerance {options.tile_tolerance:g} is impossible; allowed: 0 to 255")
+    if options.output and options.output.suffix != ".jsonl":
+        raise SettingError(f"-o {options.output}: records are JSONL; name it OUT.jsonl")
+
+
+def _check_source(options: argparse.Namespace, *, live: bool) -> None:
+    if options.stall and not live:
+        raise SettingError("--stall is about cameras, and has no effect here; leave it out")
+    if options.every and Path(options.source).is_dir():
+        raise SettingError("--every has no effect on a folder, each still of which is looked at; leave it out")
