@@ -28,7 +28,7 @@ class Report:
     cached_tokens: int = 0  # of the prompt, known from before and not computed again
     image_tokens: int = 0
     tiles: int = 0
-    encoded: int = 0  # of the tiles, that were not known from before
+    encoded_tiles: int = 0  # those that were not known from before
     new_tokens: int = 0
     speculative_tokens: int = 0  # with speculation
     accepted_tokens: int = 0

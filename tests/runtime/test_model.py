@@ -328,6 +328,7 @@ def test_run_json(demo_bundle, drawing, capsys) -> None:
         "cached_tokens",
         "image_tokens",
         "tiles",
+        "encoded_tiles",
         "new_tokens",
         "speculative_tokens",
         "accepted_tokens",

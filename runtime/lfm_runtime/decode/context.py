@@ -165,7 +165,7 @@ def stops(views: Sequence[int], images: Sequence[int], end: int) -> Iterator[int
     the same bit for bit, whatever comes after it and wherever it was gone on from.
     """
     last = 0
-    for here, following in zip(views, (*views[1:], end), strict=True):
+    for here, following in zip(views, (*views[1:], end), strict=False):
         if here in images or following - last > MOST_AT_ONCE:
             yield here
             last = here

@@ -44,7 +44,7 @@ def encoding(
         if missing := [n for n in wanted if features[begin + n - wanted.start] is None]:
             todo.append((image, missing, begin - wanted.start))
     total = sum(len(missing) for _, missing, _ in todo)
-    report.encoded += total
+    report.encoded_tiles += total
     done = iter(range(total + 1))
 
     def tell(views: int) -> None:

@@ -63,7 +63,7 @@ class Live:
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     return None
-                self._ready.wait(left if left is None or left < 1 else 1.0)  # a signal is handled between
+                self._ready.wait(1.0 if left is None else min(left, 1.0))  # a signal is handled between
         return None
 
     def wait(self, seconds: float) -> None:
@@ -93,8 +93,14 @@ class Live:
                 why = str(e)
             except Exception as e:  # noqa: BLE001  (a reader that dies would be a camera that nobody opens again)
                 why = f"{type(e).__name__}: {e}"
-            self._lose(why)
-            self._stopped.wait(_PAUSES_S[min(self._attempts, len(_PAUSES_S)) - 1])
+            if not self._stopped.is_set():
+                self._lose(why)
+                self._stopped.wait(self._pause)
+
+    @property
+    def _pause(self) -> float:
+        """Seconds before the next attempt: longer after each one that failed."""
+        return _PAUSES_S[min(self._attempts, len(_PAUSES_S)) - 1]
 
     def _got(self, frame: Frame) -> None:
         with self._ready:

@@ -167,7 +167,7 @@ def _looked(picture: Image.Image, share: float, asking: Asking) -> dict[str, Any
 
 def _saved(found: Report | Chosen) -> dict[str, Any]:
     report = found.report if isinstance(found, Chosen) else found
-    return {"views": report.tiles, "encoded": report.encoded, "cached_tokens": report.cached_tokens}
+    return {"tiles": report.tiles, "encoded_tiles": report.encoded_tiles, "cached_tokens": report.cached_tokens}
 
 
 def _line(error: EdgeError) -> str:

@@ -129,7 +129,7 @@ class _Stream:
     def _more(self) -> None:
         if len(self._bytes) > self._most:
             raise NoPictureError
-        chunk = next(self._chunks, b"")
-        if not chunk:
+        chunk = next(self._chunks, None)
+        if chunk is None:
             raise _EndError
         self._bytes += chunk

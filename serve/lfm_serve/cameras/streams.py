@@ -24,6 +24,7 @@ class Stream:
 
     def __init__(self, address: str, stall: float, *, device: bool) -> None:
         self.shown, self._address, self._stall, self._device = masked(address), address, stall, device
+        self._stopped = False
 
     def frames(self) -> Generator[Frame, None, None]:
         """Implement Source.frames."""
@@ -36,20 +37,35 @@ class Stream:
         with _opened(self._address, **how) as container:
             stream = _video(container)
             stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
-            for packet in container.demux(stream):
+            for packet, waited in self._packets(container.demux(stream)):
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:  # what was lost on the way is in the next ones
                     continue
                 for frame in frames:
-                    lag.note(time.monotonic(), frame.time)
+                    now = time.monotonic()
+                    late = lag.note(now, frame.time, waited)
                     stream.codec_context.skip_frame = "NONKEY" if lag.behind else "DEFAULT"
-                    yield Frame(number, partial(_picture, frame))
-                    number += 1
+                    if lag.caught_up:
+                        yield Frame(number, partial(_picture, frame), received=now - late, moment=time.time() - late)
+                        number += 1
         raise SourceError("the stream ended")
 
+    def _packets(self, packets: Iterator[Any]) -> Iterator[tuple[Any, float]]:
+        """Packets, and how long each was waited for; ffmpeg may give a rest of one when it has waited long enough."""
+        while True:
+            begun = time.monotonic()
+            packet = next(packets, None)
+            waited = time.monotonic() - begun
+            if waited >= 0.99 * self._stall:
+                raise SourceError(f"no picture for {self._stall:g} s")
+            if packet is None or self._stopped:
+                return
+            yield packet, waited
+
     def stop(self) -> None:
-        """Implement Source.stop: at the next picture, or when ffmpeg has waited long enough for one."""
+        """Implement Source.stop: at the next packet, or when ffmpeg has waited long enough for one."""
+        self._stopped = True
 
 
 class Video:
@@ -82,32 +98,42 @@ class Video:
 
 
 class Lag:
-    """Whether a stream is read slower than it comes: pictures then wait longer and longer on the way.
+    """How long pictures have waited on the way, in the network or the camera: after it was cut for a moment, or where
+    they come faster than they are decoded.
 
-    What a picture waited for is not known, but how much longer than those that waited least: by the stream's clock,
-    which may run up to a thousandth faster or slower than ours, and may be set.
+    A picture that had to be waited for is new. One that was there already, or that comes after a gap, has waited for as
+    long as the stream's clock, since the last new one, is behind ours. That clock need not be right, and may be set.
     """
 
-    MOST_S, ENOUGH_S, _JUMP_S, _DRIFT = 1.0, 0.2, 10.0, 1e-3
+    _WAITED_S, _GAP_S, _DRIFT_S = 0.005, 1.0, 0.5
+    _MOST_S, _ENOUGH_S = 1.0, 0.2
+    _START_S = 3.0
 
     def __init__(self) -> None:
         self.behind = False
         """Whether only key frames should be decoded, until it has caught up."""
-        self._least: float | None = None
-        self._before = self._at = 0.0
+        self.caught_up = False
+        """Whether what came while the stream was being opened is read."""
+        self._least: float | None = None  # of our clock before the stream's, when a picture was new
+        self._clock, self._begun = 0.0, 0.0
 
-    def note(self, now: float, clock: float | None) -> None:
-        """A picture of this time of the stream's clock is there now (both in seconds)."""
-        if clock is None:
-            return
-        offset = now - clock
-        if self._least is None or abs(offset - self._before) > self._JUMP_S:
-            self._least = offset
-        else:
-            self._least = min(offset, self._least + self._DRIFT * max(0.0, now - self._at))
-        self._before, self._at = offset, now
-        late = offset - self._least
-        self.behind = late > (self.ENOUGH_S if self.behind else self.MOST_S)
+    def note(self, now: float, clock: float | None, waited: float) -> float:
+        """A picture of this time of the stream's clock is there now, and was waited for so long; returns how long it
+        has waited itself. All in seconds.
+        """
+        self._begun = self._begun or now
+        late = 0.0
+        if clock is not None:
+            if self._least is not None and clock >= self._clock:
+                late = max(0.0, now - clock - self._least)
+            if self._WAITED_S <= waited < self._GAP_S or (waited >= self._GAP_S and late < self._DRIFT_S):
+                late = 0.0
+            if late == 0.0:
+                self._least = now - clock
+            self._clock = clock
+        self.caught_up |= waited >= self._WAITED_S or now - self._begun > self._START_S
+        self.behind = late > (self._ENOUGH_S if self.behind else self._MOST_S)
+        return late
 
 
 @contextmanager
