@@ -56,6 +56,7 @@ server.set_address("127.0.0.1")
 camera = Camera(int(sys.argv[2]), float(sys.argv[3]))
 camera.set_shared(True)
 server.get_mount_points().add_factory("/live", camera)
-server.attach(None)
+while not server.attach(None):  # the port is still held by connections of the camera that was killed
+    time.sleep(0.1)
 print("ready", flush=True)
 GLib.MainLoop().run()
