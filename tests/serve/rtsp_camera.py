@@ -41,10 +41,12 @@ class Camera(GstRtspServer.RTSPMediaFactory):
         )
 
     def do_configure(self, media):
-        source = media.get_element().get_child_by_name("source")
+        source, over = media.get_element().get_child_by_name("source"), []
+        media.connect("unprepared", over.append)
 
-        def push() -> bool:
-            return source.emit("push-buffer", Gst.Buffer.new_wrapped(picture(time.time()))) == Gst.FlowReturn.OK
+        def push() -> bool:  # what comes before somebody plays it is refused, and lost
+            source.emit("push-buffer", Gst.Buffer.new_wrapped(picture(time.time())))
+            return not over
 
         GLib.timeout_add(1000 // self.fps, push)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _GROUP = "lfm_edge.commands"
 _GROUPS = {
     "make, on a PC": ("make", "export", "quantize", "quality", "pack", "stick", "wheelhouse"),
-    "run": ("run", "chat", "caption", "serve", "prepare", "plan", "profile", "unpack"),
+    "run": ("run", "chat", "caption", "watch", "serve", "prepare", "plan", "profile", "unpack"),
     "measure": ("audit", "compare", "report", "tune"),
     "check": ("doctor", "selftest", "verify", "clean"),
 }

@@ -11,7 +11,8 @@ EXIT_CODES = {
     "1": "a check failed (verify, doctor, selftest), a figure got worse (compare), a limit is broken (audit --limit)",
     "2": "an error that the message explains",
     "3": "quantize: the variant is not good enough. audit, compare: the measurement is not valid. selftest: only a "
-    "budget is exceeded, or the board is throttled. caption: some images have an error",
+    "budget is exceeded, or the board is throttled. caption, watch: some images have an "
+    "error",
     "130": "interrupted",
 }
 
