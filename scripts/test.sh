@@ -52,12 +52,15 @@ fi
 } &
 transformers5=$!
 
-# Reports are looked at in a browser, CUDA's provider is run on a recorder that g++ builds, and bundles are read by transformers.js
-# under Node, where they are or may be installed.
+# Reports are looked at in a browser, CUDA's provider is run on a recorder that g++ builds, bundles are read by transformers.js
+# under Node, and cameras are GStreamer's and records go to mosquitto, where they are or may be installed.
 missing=()
 { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing+=(chromium)
 command -v g++ >/dev/null || missing+=(g++)
 command -v npm >/dev/null || missing+=(nodejs npm)
+[ -x /usr/sbin/mosquitto ] || missing+=(mosquitto)
+/usr/bin/python3 -c "import gi; gi.require_version('GstRtspServer', '1.0')" 2>/dev/null ||
+    missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-ugly)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "== installing ${missing[*]}"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||

@@ -108,13 +108,16 @@ def read_fields(path: Path) -> dict[str, str]:
 
     advice = "write one field a line, name: description"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        raw, names = yaml.safe_load(text), _names(yaml.compose(text, yaml.SafeLoader))
     except OSError as e:
         raise SettingError(f"--fields {path} cannot be read ({e.strerror}); {advice}") from e
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise SettingError(f"--fields {path} is not YAML ({' '.join(str(e).split())[:160]}); {advice}") from e
     if not isinstance(raw, dict) or not raw or len(raw) > _MOST_FIELDS:
         raise SettingError(f"--fields {path} is no mapping of 1 to {_MOST_FIELDS} names; {advice}")
+    if twice := next((name for n, name in enumerate(names) if name in names[:n]), None):
+        raise SettingError(f"--fields {path}: {twice!r:.40} stands there twice; leave one out")
     found = {}
     for name, description in raw.items():
         if not isinstance(name, str) or not name.strip():
@@ -123,6 +126,12 @@ def read_fields(path: Path) -> dict[str, str]:
             raise SettingError(f"--fields {path}: what {name!r:.40} means is no text; {advice}")
         found[name] = " ".join(("" if description is None else str(description)).split())
     return found
+
+
+def _names(node: Any) -> list[str]:
+    """The keys of a mapping as they are written, of which YAML's reader keeps the last of two."""
+    pairs = node.value if getattr(node, "id", "") == "mapping" else []
+    return [str(key.value) for key, _ in pairs]
 
 
 def settings_of(setup: Setup, asking: Asking, generation: Mapping[str, Any]) -> dict[str, Any]:

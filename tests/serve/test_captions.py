@@ -262,6 +262,7 @@ def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
         ("- a\n- b\n", "is no mapping"),
         ("", "is no mapping"),
         ("a: [1]\n", "what 'a' means is no text"),
+        ("a: x\nb: y\na: z\n", "'a' stands there twice"),
         ("yes: x\n", "True is no name of a field; put it in quotes"),
         ("a: b: c\n", "is not YAML"),
         ("!!python/object/apply:os.system ['x']\n", "is not YAML"),
