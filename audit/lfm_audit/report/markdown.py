@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lfm_audit.report.fleet import boards_table, kinds
 from lfm_audit.report.source import MARK, Named, all_series
 from lfm_audit.report.tables import answers_table, changes_table, limits_table, tuning_tables, variants_table
 from lfm_audit.table import verdict_line
@@ -18,6 +19,7 @@ def audit_markdown(audits: Sequence[Named]) -> str:
         parts.append(f"**{one.name}**: {verdict_line(one.audit)} ({one.where}, {one.when})")
         parts += [f"- {reason}" for reason in grouped(one.audit.verdict.reasons)]
     tables = [
+        *((title, boards_table(boards)) for title, boards in kinds(audits)),
         ("What it costs", answers_table(all_series(audits))),
         ("Memory and start", variants_table(all_series(audits))),
         ("Limits", limits_table(audits)),

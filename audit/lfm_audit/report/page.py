@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from lfm_audit.report import plots
+from lfm_audit.report.fleet import boards_table, kinds
 from lfm_audit.report.source import MARK, Named, Series, all_series
 from lfm_audit.report.tables import (
     Table,
@@ -27,6 +29,13 @@ from lfm_audit.result import Audit, VariantResult
 from lfm_audit.table import left_out, verdict_line
 from lfm_audit.tune.result import TuningResult
 from lfm_audit.verdict import grouped
+
+_MOST_SERIES, _MOST_NAMES = 8, 6
+_BOARDS = (
+    "Medians, of the first variant and the largest image. A board is unlike the others where the 95 % interval of a "
+    "figure is worse than the others' median, by more than 5 % and three times what they differ by; where it was "
+    "throttled; or where its versions, settings or weights are not those of most."
+)
 
 
 @dataclass(frozen=True)
@@ -93,23 +102,33 @@ def audit_page(audits: Sequence[Named]) -> str:
         ),
         Section("Settings", [settings_table(audits)]),
     ]
+    fleet = kinds(audits)
+    if fleet:
+        sections[:0] = [Section(title, [boards_table(boards)], _BOARDS) for title, boards in fleet]
+    if (
+        len(series) > _MOST_SERIES
+    ):  # a page of many boards is about the boards; plots of all of them are opened by a click
+        known = len(fleet)
+        sections[known:] = [replace(section, folded=True) for section in sections[known:]]
     several = len(audits) > 1
     notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
-    title = title_of(audits[0]) if len(audits) == 1 else f"{len(audits)} audits: {', '.join(a.name for a in audits)}"
-    return _render(title, [_verdict(named) for named in audits], sections, notes)
+    names = ", ".join(named.name for named in audits) if len(audits) <= _MOST_NAMES else _places(audits)
+    title = title_of(audits[0]) if len(audits) == 1 else f"{len(audits)} audits: {names}"
+    verdicts = [{**_verdict(named), "name": named.name if several else ""} for named in audits]
+    if len(audits) > _MOST_NAMES:
+        verdicts = [verdict for verdict in verdicts if not verdict["good"]]
+    return _render(title, verdicts, sections, notes)
+
+
+def _places(audits: Sequence[Named]) -> str:
+    """How many boards of which model: `20 × Raspberry Pi 5, 2 × Jetson Orin Nano`."""
+    return ", ".join(f"{times} × {where}" for where, times in Counter(a.where for a in audits).most_common())
 
 
 def title_of(named: Named) -> str:
     """Model, variants, machine and day: what tells one page of a fleet from another."""
     audit, day = named.audit, named.when.partition(" ")[0]
-    return f"{_model(audit)} {', '.join(audit.variants)} · {named.where} · {day}"
-
-
-def _model(audit: Audit) -> str:
-    source = audit.bundle.source
-    if source is None:
-        return audit.bundle.name
-    return f"{source.name} with {source.adapter}" if source.adapter else source.name
+    return f"{named.model} {', '.join(audit.variants)} · {named.where} · {day}"
 
 
 def _verdict(named: Named) -> dict[str, Any]:
@@ -117,19 +136,18 @@ def _verdict(named: Named) -> dict[str, Any]:
     audit = named.audit
     broken = sum(not limit.holds for limit in audit.limits)
     return {
-        "name": named.name,
         "good": audit.verdict.valid and not broken,
         "word": "Valid" if audit.verdict.valid else "Not valid",
         "limits": f", {len(audit.limits) - broken} of {len(audit.limits)} limits hold" if audit.limits else "",
         "reasons": grouped(audit.verdict.reasons),
-        "sentences": [_sentence(variant, found, audit, named.where) for variant, found in audit.variants.items()],
+        "sentences": [_sentence(variant, found, named) for variant, found in audit.variants.items()],
         "line": f"{verdict_line(audit).partition(': ')[2]} · {named.when}",
     }
 
 
-def _sentence(variant: str, found: VariantResult, audit: Audit, where: str) -> str:
+def _sentence(variant: str, found: VariantResult, named: Named) -> str:
     """What a variant costs here, about the largest image."""
-    sizes = audit.workload.images
+    sizes = named.audit.workload.images
     name = max(found.images, key=lambda image: sizes[image].width * sizes[image].height if image in sizes else 0)
     answers, size = found.images[name], sizes.get(name)
     pixels = f"{size.width}×{size.height} pixels" if size else name
@@ -137,7 +155,7 @@ def _sentence(variant: str, found: VariantResult, audit: Audit, where: str) -> s
     peak = f"; {found.memory.peak_mib.max:,.0f} MiB at the peak" if found.memory.peak_mib else ""
     first = answers.ttft_ms.median
     after = f"{first / 1e3:.2f} s" if first >= 100 else f"{first:.0f} ms"
-    return f"{_model(audit)}, {variant}, on {where}: first token {after} after an image of {pixels}{rate}{peak}."
+    return f"{named.model}, {variant}, on {named.where}: first token {after} after an image of {pixels}{rate}{peak}."
 
 
 def _missing_starts(series: Sequence[Series]) -> str:

@@ -30,6 +30,14 @@ class Named:
         device = self.audit.device
         return str(device.get("board") or device.get("cpu") or device.get("machine"))
 
+    @property
+    def model(self) -> str:
+        """Name of the checkpoint, and of its adapter."""
+        source = self.audit.bundle.source
+        if source is None:
+            return self.audit.bundle.name
+        return f"{source.name} with {source.adapter}" if source.adapter else source.name
+
 
 @dataclass(frozen=True)
 class Series:

@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look until the end, and return the exit code."""
+    from lfm_serve.steady import keep_memory_steady
+
+    keep_memory_steady()  # before onnxruntime starts threads
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.model import Model
 
