@@ -5,12 +5,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import to_json
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where there is no room for a record."""
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """A value as a line of JSON. A name that is not UTF-8 is written with escapes, which Python reads again."""
+    try:
+        return (to_json(value) + "\n").encode()
+    except UnicodeEncodeError:
+        return (to_json(value, ascii_only=True) + "\n").encode()
 
 
 def locked(path: Path, program: str, error: type[EdgeError]) -> int:

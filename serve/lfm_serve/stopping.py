@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets answers that are being made end; the second ends the process."""
+    """The first Ctrl-C, SIGTERM or SIGHUP lets answers that are being made end; the second ends the process."""
     before: dict[Any, Any] = {}
 
     def handle(*_: object) -> None:
         for number, handler in before.items():
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
         stop()
-        os.write(
-            2, b"\nlfm-edge: ending after the answers that are being made; again: at once\n"
-        )  # print may be at work
+        with suppress(OSError):  # print may be at work, or nobody listen
+            os.write(2, b"\nlfm-edge: ending after the answers that are being made; again: at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.signal(number, handle)
     try:
         yield

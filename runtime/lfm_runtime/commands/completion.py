@@ -8,7 +8,8 @@ from pathlib import Path
 SHELLS = ("bash", "zsh", "tcsh")
 EXIT_CODES = {
     "0": "done",
-    "1": "a check failed (verify, doctor, selftest), a figure got worse (compare), a limit is broken (audit --limit)",
+    "1": "a check failed (verify, doctor, selftest), a figure got worse (compare), a limit is broken (audit --limit), "
+    "an answer did not come (watch --until)",
     "2": "an error that the message explains",
     "3": "quantize: the variant is not good enough. audit, compare: the measurement is not valid. selftest: only a "
     "budget is exceeded, or the board is throttled. caption, watch: some images have an "

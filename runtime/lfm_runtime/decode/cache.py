@@ -104,6 +104,12 @@ class Cache:
         found = self._get(self._name("image", str(image).encode()), partial(self._is_features, tokens))
         return None if found is None else found["features"]
 
+    def touch(self, image: int) -> None:
+        """The features of this key are needed again soon, though not now."""
+        name = self._name("image", str(image).encode())
+        if name in self._kept:
+            self._kept.move_to_end(name)
+
     def keep_features(self, image: int, features: NDArray[np.float32]) -> None:
         """Keep the features [image tokens, H] of an image under its key."""
         self._put(self._name("image", str(image).encode()), {"features": features})

@@ -40,6 +40,9 @@ def encoding(
         wanted = range(min(skip, len(views)), len(views))
         skip -= len(views) - len(wanted)
         keys = image.cut().keys if cache else ()
+        for known in keys[: wanted.start]:
+            assert cache
+            cache.touch(known)  # the decoder has read them: should it have to again, they are there
         features += [cache.features(keys[n], views[n].tokens) if cache else None for n in wanted]
         if missing := [n for n in wanted if features[begin + n - wanted.start] is None]:
             todo.append((image, missing, begin - wanted.start))

@@ -8,13 +8,12 @@ from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from lfm_serve.cameras.sources import Frame, Source, SourceError
+from lfm_serve.cameras.sources import OLD_S, Frame, Source, SourceError
 
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Before it is opened again; the last one from then on."""
-_OLD_S = 2.0
-"""An older picture is not looked at: a newer one is waited for."""
-_END_S = 1.0
+_END_S, _SLICE_S, _MARGIN_S = 1.0, 0.5, 10.0
+_MOST_EVENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,51 +40,57 @@ class Live:
         self._source = source
         self._ready = threading.Condition()
         self._newest: Frame | None = None
-        self._events: deque[Lost | Back] = deque()
-        self._stopped = threading.Event()
+        self._events: deque[Lost | Back] = deque(maxlen=_MOST_EVENTS)
+        self._stopped = False  # no Event: a signal's handler could wait for its lock without end
         self._lost: float | None = None  # since when
+        self._seen = time.monotonic()
         self._attempts = 0
         self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
         self._thread.start()
 
-    def take(self, seconds: float | None) -> Frame | Lost | Back | None:
+    def take(self, seconds: float | None, *, pictures: bool = True) -> Frame | Lost | Back | None:
         """What has become of the source, in order; then the newest picture that was not taken before and is at most 2 s
-        old, waited for. None: after so many seconds there is none, or it was stopped.
+        old, waited for. None: after so many seconds there is none, or it was stopped. Without `pictures` these stay.
         """
         until = None if seconds is None else time.monotonic() + seconds
         with self._ready:
-            while not self._stopped.is_set():
-                if self._events:
+            while not self._stopped:
+                if self._lost is None and time.monotonic() - self._seen > 2 * self._source.stall + _MARGIN_S:
+                    self._lose(f"no picture for {time.monotonic() - self._seen:.0f} s")  # the reader itself is stuck
+                found, event = self._newest, self._events[0] if self._events else None
+                before = isinstance(event, Lost) and pictures and found and found.moment <= event.moment
+                if event and not before:  # in their order
+                    if isinstance(event, Lost) and not pictures:
+                        self._newest = None  # it will not be new when one is due
                     return self._events.popleft()
-                found, self._newest = self._newest, None
-                if found and found.age <= _OLD_S:
-                    return found
+                if pictures:
+                    self._newest = None
+                    if found and found.age <= OLD_S:
+                        return found
+                    if event:
+                        continue
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     return None
-                self._ready.wait(1.0 if left is None else min(left, 1.0))  # a signal is handled between
+                self._ready.wait(_SLICE_S if left is None else min(left, _SLICE_S))
         return None
-
-    def wait(self, seconds: float) -> None:
-        """Do nothing for so long, or until it is stopped."""
-        self._stopped.wait(seconds)
 
     def stop(self) -> None:
         """End `take`, from any thread or a signal's handler."""
-        self._stopped.set()
+        self._stopped = True
 
     def close(self) -> None:
         """End the thread, and what it has opened. One that waits for a camera is left: it ends with the process."""
-        self._stopped.set()
+        self._stopped = True
         self._source.stop()
         self._thread.join(_END_S)
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._stopped:
             try:
                 with closing(self._source.frames()) as frames:
                     for frame in frames:
-                        if self._stopped.is_set():
+                        if self._stopped:
                             return
                         self._got(frame)
                 why = "it ended"
@@ -93,26 +98,33 @@ class Live:
                 why = str(e)
             except Exception as e:  # noqa: BLE001  (a reader that dies would be a camera that nobody opens again)
                 why = f"{type(e).__name__}: {e}"
-            if not self._stopped.is_set():
+            if not self._stopped:
+                self._attempts += 1
                 self._lose(why)
-                self._stopped.wait(self._pause)
+                self._wait(self._pause)
 
     @property
     def _pause(self) -> float:
         """Seconds before the next attempt: longer after each one that failed."""
         return _PAUSES_S[min(self._attempts, len(_PAUSES_S)) - 1]
 
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopped and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _SLICE_S))
+
     def _got(self, frame: Frame) -> None:
         with self._ready:
+            self._seen = time.monotonic()
             if self._lost is not None:
-                self._events.append(Back(time.monotonic() - self._lost, self._attempts))
-                self._lost, self._attempts = None, 0
+                self._events.append(Back(self._seen - self._lost, self._attempts))
+                self._lost = None
+            self._attempts = 0
             self._newest = frame
             self._ready.notify()
 
     def _lose(self, why: str) -> None:
         with self._ready:
-            self._attempts += 1
             if self._lost is None:
                 self._lost = time.monotonic()
                 self._events.append(Lost(why))

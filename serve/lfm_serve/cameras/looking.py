@@ -39,6 +39,7 @@ class Seen:
     errors: int = 0
     lost: int = 0
     stopped: bool = False
+    said: bool = False  # the answer that was waited for
     live: Live | None = None
     told: Callable[[Seen], None] = field(default=lambda _: None)
 
@@ -67,6 +68,7 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
 
     Raises:
         SettingError: the region lies outside of the first picture.
+        PromptError: a question cannot be asked about the first picture.
         SourceError: a source that is not live cannot be opened, or is cut off.
         RecordsError: records cannot be written, and want of room is not the reason.
         EdgeError: the model cannot be used any more.
@@ -96,8 +98,8 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
                     seen.unchanged += 1
                     seen.told(seen)
                     continue
-                before = now
                 image = scene.see(picture)
+                before = now
             except _OF_A_FRAME as e:
                 seen.errors += 1
                 write({**head, "error": _line(e)})
@@ -107,6 +109,8 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
                 try:
                     found = scene.ask(image, asking, what.generation)
                 except _OF_A_FRAME as e:
+                    if isinstance(e, PromptError) and not seen.answered:  # the question is too long for any picture
+                        raise
                     seen.errors += 1
                     write({**record, "error": _line(e)})
                     continue
@@ -114,6 +118,7 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
                 said = asking.outcome(found)
                 write({**record, **said, **_saved(found), "age_ms": round(sight.age * 1e3)})
                 if what.until.said(said["text"]):
+                    seen.said = True
                     return
                 if seen.stopped:
                     return
@@ -133,9 +138,9 @@ def _sights(what: Look, seen: Seen) -> Generator[Sight, None, None]:
     try:
         while not (seen.stopped or what.until.over()):
             if (left := due - time.monotonic()) > 0:
-                live.wait(left if (end := what.until.left()) is None else min(left, end))
-                continue
-            sight = live.take(what.until.left())
+                sight = live.take(left if (end := what.until.left()) is None else min(left, end), pictures=False)
+            else:
+                sight = live.take(what.until.left())
             if sight is None:
                 continue
             if isinstance(sight, Frame):

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.files import check_outside_bundles, check_writable, to_json
+from lfm_runtime.formats.files import check_outside_bundles, check_writable
 
-from lfm_serve.jsonl import FULL, append, locked
+from lfm_serve.jsonl import FULL, append, json_line, locked
 
 _SYNC_S = 1.0
+_BEGIN = b'{"time": "'
 _LAST = 1 << 20
 """No record is longer: looked back for the beginning of the last line."""
 Warn = Callable[[str], None]
@@ -90,8 +91,10 @@ class Appended:
             RecordsError: it cannot be written, and want of room is not the reason.
         """
         sync = time.monotonic() - self._synced > _SYNC_S
+        if sync:
+            self._follow()
         try:
-            append(self._descriptor, (to_json(record, ascii_only=True) + "\n").encode(), sync=sync)
+            append(self._descriptor, json_line(record), sync=sync)
         except OSError as e:
             if e.errno not in FULL:
                 raise RecordsError(f"{self._path} cannot be written ({e.strerror}); run again to go on") from e
@@ -107,6 +110,16 @@ class Appended:
         self._tell_lost()
         os.fsync(self._descriptor)
         os.close(self._descriptor)
+
+    def _follow(self) -> None:
+        """Where the file was moved away (logrotate), begin a new one."""
+        try:
+            same = os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except OSError:
+            same = False
+        if not same:
+            before, self._descriptor = self._descriptor, locked(self._path, "lfm-edge watch", RecordsError)
+            os.close(before)
 
     def _tell_lost(self) -> None:
         if self._lost:
@@ -124,9 +137,11 @@ def _whole_end(path: Path) -> int:
         last = f.read()
     try:
         record = json.loads(first)
-        ours = isinstance(record, dict) and "time" in record and "source" in record
+        ours = isinstance(record, dict) and isinstance(record.get("time"), str) and "source" in record
+        ours = ours and ("frame" in record or "event" in record)
     except ValueError:
-        ours = not first.endswith(b"\n") and first.startswith(b'{"time": "'[: len(first)])
-    if not ours:
+        ours = not first.endswith(b"\n")
+    torn = last[last.rfind(b"\n") + 1 :]
+    if not (ours and torn.startswith(_BEGIN[: len(torn)])):
         raise RecordsError(f"{path} exists, and lfm-edge watch did not write it; choose another output")
     return size - len(last) + last.rfind(b"\n") + 1

@@ -10,19 +10,21 @@ from datetime import datetime, timedelta
 from lfm_runtime.errors import ImageError, SettingError
 from PIL import Image
 
+_LONGEST_S = 1e9
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def seconds(text: str) -> float:
-    """A duration: 500ms, 2s, 10m, 1.5h. Without a unit it is seconds.
+def seconds(text: str, option: str) -> float:
+    """A duration: 500ms, 2s, 10m, 1.5h. Without a unit it is seconds. `option`: for the message.
 
     Raises:
         SettingError: it is none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)?", text.strip())
-    if not found:
-        raise SettingError(f"{text!r:.40} is no duration; write 500ms, 2s, 10m or 1h")
-    return float(found[1]) * _UNITS[found[2] or "s"]
+    value = float(found[1]) * _UNITS[found[2] or "s"] if found else _LONGEST_S
+    if value >= _LONGEST_S:
+        raise SettingError(f"{option} {text!r:.40} is no duration; write 500ms, 2s, 10m or 1h")
+    return value
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Until:
     """When to end: at a time, or with an answer."""
 
     deadline: float | None = None  # time.monotonic()
+    moment: float | None = None  # time.time(), which may be set while it is waited for
     answer: str = ""
 
     @staticmethod
@@ -92,22 +95,23 @@ class Until:
                 raise SettingError("--until answer: names no text; write answer:yes")
             return Until(answer=wanted)
         if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text):
-            now = datetime.now().astimezone()
+            now = datetime.now()  # noqa: DTZ005  (local, without a zone: summer time may begin between)
             then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
-            then += timedelta(days=then <= now)
-            return Until(time.monotonic() + (then - now).total_seconds())
+            return Until(moment=(then + timedelta(days=then <= now)).timestamp())
         try:
-            return Until(time.monotonic() + seconds(text))
+            return Until(time.monotonic() + seconds(text, "--until"))
         except SettingError:
             raise SettingError(f"--until {text!r:.40} is no end; write 30m, 18:00 or answer:TEXT") from None
 
     def left(self) -> float | None:
         """Seconds until then; None without a time."""
+        if self.moment is not None:
+            return max(0.0, self.moment - time.time())
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def over(self) -> bool:
         """Whether the time has come."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return self.left() == 0
 
     def said(self, text: str) -> bool:
         """Whether an answer ends it: it has the text in it, as whole words, in upper or lower case."""

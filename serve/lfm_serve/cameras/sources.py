@@ -14,8 +14,13 @@ from lfm_runtime.errors import EdgeError, SettingError
 from PIL import Image
 
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "srt", "udp", "tcp")
-_LOGIN = re.compile(r"(?<=://)\S+(?=@)")
-_SECRET = re.compile(r"(?i)((?:user|usr|login|pass|pwd|token|auth|key|secret|sig|cred)\w*)=[^&\s/]*")
+OLD_S = 2.0
+"""An older picture is not looked at: a newer one is waited for."""
+_LOGIN = re.compile(r"(:/+).*@")
+_NAME = re.compile(r"[^\s…]*:[^\s…]*@")
+_SECRET = re.compile(
+    r"(?i)([\w-]*(?:user|usr|login|pass|pw|psw|token|auth|key|secret|sig|cred|jwt|session|sid)[\w-]*)=[^&\s]*"
+)
 
 
 class SourceError(EdgeError):
@@ -46,6 +51,8 @@ class Source(Protocol):
     """How it is named in records and messages, without credentials."""
     live: bool
     """Whether pictures come whether anybody looks or not."""
+    stall: float
+    """Of a live one: seconds without a picture after which it is lost."""
 
     def frames(self) -> Generator[Frame, None, None]:
         """Open it, and give its pictures until it ends or is lost; closed with the generator.
@@ -75,7 +82,8 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
         from lfm_serve.cameras.programs import Program
 
         return Program(text.removeprefix("exec:"), stall)
-    scheme = re.match(r"(\w+)://", text)
+    text = text.strip()
+    scheme = re.match(r"([\w+.-]+)://", text)
     if scheme and scheme[1].lower() not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise SettingError(
@@ -86,9 +94,11 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
         from lfm_serve.cameras.stills import Stills
 
         return Stills(text)
-    if not scheme and not path.exists():
-        raise SettingError(f"{text} does not exist; name rtsp://…, exec:COMMAND, a device, a video or a folder")
-    device = not scheme and stat.S_ISCHR(path.stat().st_mode)
+    device = text.startswith("/dev/")  # which may be plugged in later
+    if not (scheme or device or path.exists()):
+        raise SettingError(f"{masked(text)} does not exist; name rtsp://…, exec:COMMAND, a device, a video or a folder")
+    if not (scheme or device) and not stat.S_ISREG(path.stat().st_mode):
+        raise SettingError(f"{text} is no plain file; exec:'cat {text}' reads JPEG or PNG pictures from it")
     try:
         from lfm_serve.cameras.streams import Stream, Video
     except ImportError as e:
@@ -102,4 +112,4 @@ def masked(text: str) -> str:
     """A text in which URLs have no user, password, token or key: they reach no log. Rather too much than too little is
     left out.
     """
-    return _SECRET.sub(r"\1=…", _LOGIN.sub("…", text)) if "://" in text else text
+    return _SECRET.sub(r"\1=…", _NAME.sub("…@", _LOGIN.sub(r"\1…@", text)))

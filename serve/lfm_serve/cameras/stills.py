@@ -16,13 +16,14 @@ from lfm_serve.captions.images import find
 class Stills:
     """The images of a folder, each once."""
 
-    live = False
+    live, stall = False, 0.0
 
     def __init__(self, folder: str) -> None:
         """Raises SettingError for a folder without images."""
         self.shown = self._folder = folder
-        if not any(find([folder], recursive=False, match=(), warn=lambda _: None)):
-            raise SettingError(f"there are no images in {folder}; name another folder")
+        said: list[str] = []
+        if not any(find([folder], recursive=False, match=(), warn=said.append)):
+            raise SettingError(said[0] if said else f"there are no images in {folder}; name another folder")
 
     def frames(self) -> Generator[Frame, None, None]:
         """Implement Source.frames."""

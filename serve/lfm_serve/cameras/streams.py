@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ import av
 from lfm_runtime.errors import ImageError
 from PIL import Image
 
-from lfm_serve.cameras.sources import Frame, SourceError, masked
+from lfm_serve.cameras.sources import OLD_S, Frame, SourceError, masked
 
+_SHORT_S = 1.0
+"""Less may be missing of a video's length: the last frame is shown for a while."""
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
@@ -23,21 +26,24 @@ class Stream:
     live = True
 
     def __init__(self, address: str, stall: float, *, device: bool) -> None:
-        self.shown, self._address, self._stall, self._device = masked(address), address, stall, device
+        self.shown, self._address, self.stall, self._device = masked(address), address, stall, device
         self._stopped = False
 
     def frames(self) -> Generator[Frame, None, None]:
         """Implement Source.frames."""
-        how: dict[str, Any] = {"timeout": (self._stall, self._stall)}
+        how: dict[str, Any] = {"timeout": (self.stall, self.stall)}
         if self._device:
             how["format"] = "video4linux2"
         elif self._address.lower().startswith("rtsp"):
             how["options"] = {"rtsp_transport": "tcp"}  # over UDP lost packets are smeared pictures
-        lag, number = Lag(), 0
+        lag, number, held = Lag(), 0, None
         with _opened(self._address, **how) as container:
             stream = _video(container)
             stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
+            last, why = time.monotonic(), f"no picture for {self.stall:g} s"
             for packet, waited in self._packets(container.demux(stream)):
+                if time.monotonic() - last >= 0.99 * self.stall:  # ffmpeg gives a rest of one when it has waited enough
+                    raise SourceError(why)
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:  # what was lost on the way is in the next ones
@@ -46,22 +52,25 @@ class Stream:
                     now = time.monotonic()
                     late = lag.note(now, frame.time, waited)
                     stream.codec_context.skip_frame = "NONKEY" if lag.behind else "DEFAULT"
+                    if late <= OLD_S:
+                        last = now
+                    why = f"pictures come {late:.0f} s late" if late > OLD_S else f"no picture for {self.stall:g} s"
+                    held = Frame(number, partial(_picture, frame), received=now - late, moment=time.time() - late)
                     if lag.caught_up:
-                        yield Frame(number, partial(_picture, frame), received=now - late, moment=time.time() - late)
+                        yield held
                         number += 1
+            if held and not lag.caught_up:  # a snapshot: the only picture of its address
+                yield held
         raise SourceError("the stream ended")
 
     def _packets(self, packets: Iterator[Any]) -> Iterator[tuple[Any, float]]:
-        """Packets, and how long each was waited for; ffmpeg may give a rest of one when it has waited long enough."""
+        """Packets, and how long each was waited for."""
         while True:
             begun = time.monotonic()
             packet = next(packets, None)
-            waited = time.monotonic() - begun
-            if waited >= 0.99 * self._stall:
-                raise SourceError(f"no picture for {self._stall:g} s")
             if packet is None or self._stopped:
                 return
-            yield packet, waited
+            yield packet, time.monotonic() - begun
 
     def stop(self) -> None:
         """Implement Source.stop: at the next packet, or when ffmpeg has waited long enough for one."""
@@ -71,7 +80,7 @@ class Stream:
 class Video:
     """A video file, a frame each `every` seconds of it."""
 
-    live = False
+    live, stall = False, 0.0
 
     def __init__(self, path: str, every: float) -> None:
         self.shown = self._path = path
@@ -92,6 +101,8 @@ class Video:
                         due = at + self._every if self._every else at
             except av.FFmpegError as e:
                 raise SourceError(f"damaged or cut off after {last:.1f} s ({e.strerror})") from e
+            if last < (length := _length(container, stream)) - _SHORT_S:
+                raise SourceError(f"cut off: it ends after {last:.1f} of {length:.1f} s")
 
     def stop(self) -> None:
         """Implement Source.stop: nothing is waited for."""
@@ -99,13 +110,15 @@ class Video:
 
 class Lag:
     """How long pictures have waited on the way, in the network or the camera: after it was cut for a moment, or where
-    they come faster than they are decoded.
+    they come faster than it carries them or than they are decoded.
 
-    A picture that had to be waited for is new. One that was there already, or that comes after a gap, has waited for as
-    long as the stream's clock, since the last new one, is behind ours. That clock need not be right, and may be set.
+    By the stream's clock: how much later a picture comes than those that came soonest. Some streams have none (ffmpeg
+    then counts pictures), so it is believed only once it has kept pace with ours; cameras' clocks may be a few percent
+    wrong, and be set.
     """
 
-    _WAITED_S, _GAP_S, _DRIFT_S = 0.005, 1.0, 0.5
+    _WAITED_S = 0.005  # less: it was there already
+    _PACE, _PACE_S = 0.05, 2.0
     _MOST_S, _ENOUGH_S = 1.0, 0.2
     _START_S = 3.0
 
@@ -114,26 +127,38 @@ class Lag:
         """Whether only key frames should be decoded, until it has caught up."""
         self.caught_up = False
         """Whether what came while the stream was being opened is read."""
-        self._least: float | None = None  # of our clock before the stream's, when a picture was new
-        self._clock, self._begun = 0.0, 0.0
+        self._believed = False
+        self._least = self._now = self._clock = 0.0  # of our clock before the stream's; of the picture before
+        self._since: tuple[float, float] | None = None  # both clocks, from where its pace is measured
+        self._begun: float | None = None
 
     def note(self, now: float, clock: float | None, waited: float) -> float:
         """A picture of this time of the stream's clock is there now, and was waited for so long; returns how long it
         has waited itself. All in seconds.
         """
-        self._begun = self._begun or now
+        self._begun = now if self._begun is None else self._begun
         late = 0.0
         if clock is not None:
-            if self._least is not None and clock >= self._clock:
-                late = max(0.0, now - clock - self._least)
-            if self._WAITED_S <= waited < self._GAP_S or (waited >= self._GAP_S and late < self._DRIFT_S):
-                late = 0.0
-            if late == 0.0:
-                self._least = now - clock
-            self._clock = clock
+            if self._since is None or clock < self._clock:
+                self._since, self._least, self._believed = (now, clock), now - clock, False
+            self._least = min(now - clock, self._least + self._PACE * (now - self._now))
+            if waited >= self._WAITED_S:
+                self._measure(now, clock)
+                if not self._believed:
+                    self._least = now - clock
+            late = max(0.0, now - clock - self._least)
+            self._now, self._clock = now, clock
         self.caught_up |= waited >= self._WAITED_S or now - self._begun > self._START_S
         self.behind = late > (self._ENOUGH_S if self.behind else self._MOST_S)
         return late
+
+    def _measure(self, now: float, clock: float) -> None:
+        """Believe a clock that has kept pace. One that was believed stays so: it is the pictures that are late then."""
+        assert self._since
+        seconds = now - self._since[0]
+        if seconds >= self._PACE_S:
+            self._believed |= abs((clock - self._since[1]) / seconds - 1) <= self._PACE
+            self._since = now, clock
 
 
 @contextmanager
@@ -142,10 +167,18 @@ def _opened(address: str, **how: Any) -> Iterator[Any]:
     try:
         with av.open(address, **how) as container:
             yield container
-    except av.FFmpegError as e:
-        raise SourceError(str(e.strerror or type(e).__name__)) from None
-    except OSError as e:
-        raise SourceError(str(e.strerror or type(e).__name__)) from None
+    except av.error.ExitError:
+        raise SourceError(f"no answer for {how['timeout'][0]:g} s") from None
+    except (av.FFmpegError, OSError) as e:
+        why = "its host is not known, or what it sends is no video" if e.errno == errno.EIO else e.strerror
+        raise SourceError(str(why or type(e).__name__)) from None
+
+
+def _length(container: Any, stream: Any) -> float:
+    """Seconds that a video says it has; 0 where it does not say, or says it of its sound too."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
 def _video(container: Any) -> Any:

@@ -22,7 +22,7 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
 from lfm_runtime.formats.manifest import file_hash
 
-from lfm_serve.jsonl import FULL, append, locked
+from lfm_serve.jsonl import FULL, append, json_line, locked
 
 PROGRAM = "lfm-edge caption"
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Journal:
         Raises:
             JournalError: it cannot be written for another reason.
         """
-        line = _line(record)
+        line = json_line(record)
         try:
             sync = time.monotonic() - self._synced > _SYNC_S
             append(self._descriptor, line, sync=sync)
@@ -119,7 +119,7 @@ class Journal:
         try:
             new = locked(temporary, PROGRAM, JournalError)
             with os.fdopen(os.dup(new), "wb") as f:
-                f.writelines(_line(record) for record in self.whole_records())
+                f.writelines(json_line(record) for record in self.whole_records())
                 f.flush()
                 os.fsync(new)
             temporary.replace(place)
@@ -233,14 +233,6 @@ def _is_json(line: bytes) -> bool:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    """A record as a line. A name that is not UTF-8 is written with escapes, which Python reads again."""
-    try:
-        return (to_json(record) + "\n").encode()
-    except UnicodeEncodeError:
-        return (to_json(record, ascii_only=True) + "\n").encode()
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

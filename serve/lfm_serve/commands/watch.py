@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from lfm_serve.cameras.looking import Look, Seen
     from lfm_serve.cameras.records import Records
 
-_EXIT_ERRORS, _EXIT_STOPPED = 3, 130
+_EXIT_NOT_SAID, _EXIT_ERRORS, _EXIT_STOPPED = 1, 3, 130
+_CAMERA_MIB = 64
+"""What reading a camera of 1080 lines takes: ffmpeg's libraries, a decoder's frames, the newest picture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Ask the same about the newest picture of a camera, again and again, until Ctrl-C; or about the pictures of a "
         "video or a folder. Writes a JSON record of each answer. Tiles that have not changed are not computed again. "
-        "Exit code 0; 3 where pictures have an error instead of an answer; 130 where a video or a folder was not seen "
-        "to its end."
+        "Exit code 0; 1 where --until answer:TEXT was not answered; 3 where pictures of a video or a folder have an "
+        "error; 130 where these were not seen to their end."
     )
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument(
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only those of which so much (0.05 is 5 %%) differs from the one that was last asked about",
     )
     which.add_argument("--roi", metavar="X,Y,W,H", help="this region alone, in pixels or in shares (0.25,0.0,0.5,1.0)")
-    which.add_argument("--until", metavar="END", help="30m, 18:00, or answer:TEXT: the first answer with this text")
+    which.add_argument("--until", metavar="END", help="30m, 18:00, or answer:TEXT: the first answer with these words")
     which.add_argument("--stall", metavar="TIME", help="a camera without a picture for so long is lost (default 10s)")
     which.add_argument(
         "--tile-tolerance",
@@ -88,10 +90,12 @@ def run(options: argparse.Namespace) -> int:
     from lfm_serve.cameras.sources import SourceError, source_of
 
     _check(options)
-    every = seconds(options.every) if options.every else 0.0
-    roi = Roi.parse(options.roi) if options.roi else None
-    until = Until.parse(options.until) if options.until else Until()
-    source = source_of(options.source, every=every, stall=seconds(options.stall or "10s"))
+    every = 0.0 if options.every is None else seconds(options.every, "--every")
+    roi = None if options.roi is None else Roi.parse(options.roi)
+    until = Until() if options.until is None else Until.parse(options.until)
+    if (stall := seconds("10s" if options.stall is None else options.stall, "--stall")) <= 0:
+        raise SettingError("--stall 0 is impossible; allowed: above 0")
+    source = source_of(options.source, every=every, stall=stall)
     _check_source(options, live=source.live)
     bundle = Bundle.open(Path(bundle_of(options)))
     asked = [asking_of(options, question, bundle) for question in options.prompt or [""]]
@@ -121,7 +125,7 @@ def _setup(options: argparse.Namespace, bundle: Bundle, asked: list[Asking]) -> 
     flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
     setup = resolve(bundle, options.profile, **flags)
     longest = max((f"{one.system} {one.question}" for one in asked), key=len)
-    ask = replace(setup.ask, question=longest, cache_mib=cache_mib(setup))
+    ask = replace(setup.ask, question=longest, cache_mib=cache_mib(setup) + _CAMERA_MIB)
     setup = resolve(bundle, options.profile, ask, **flags)
     for step in setup.steps:
         print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
@@ -176,9 +180,11 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str) -> in
     if failed:
         print(f"lfm-edge: {failed}", file=sys.stderr)
         return _EXIT_ERRORS if seen.answered else 2
+    if what.until.answer and not seen.said:
+        return _EXIT_STOPPED if seen.stopped else _EXIT_NOT_SAID
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED
-    return _EXIT_ERRORS if seen.errors else 0
+    return _EXIT_ERRORS if seen.errors and not what.source.live else 0
 
 
 def _check(options: argparse.Namespace) -> None:
