@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm_runtime import EdgeError
+from lfm_runtime import EdgeError, Model
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.failures import failures_are_ours
 from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, more_memory, unreadable
@@ -312,3 +312,14 @@ def test_arguments_that_were_exchanged(demo_bundle, tmp_path, monkeypatch, capsy
     assert main([str(places.get(word, word)) for word in words]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_a_thread_is_want_of_memory(demo_bundle, monkeypatch) -> None:
+    """Where a thread that loads graphs cannot be started, the message has the numbers."""
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    with pytest.raises(OutOfMemoryError, match=r"can't start new thread.* was forecast"):
+        Model.load(demo_bundle, threads=1)
