@@ -199,9 +199,9 @@ class Model:
 
     def chosen(self, asked: Sequence[Choice], context: Context | None = None) -> list[Chosen]:
         """Score the answers of prepared questions."""
-        context = context or Context(self.decoder, self.cache)
+        kept, context = context is not None, context or Context(self.decoder, self.cache)
         with self.setup.memory_is_told(), self.sessions.failures_are_ours(), self.sessions.execution.pinned():
-            return run_through(self.choosing(asked, context))
+            return run_through(self.choosing(asked, context, kept))
 
     def prepare_choice(self, chat: Conversation, images: Sequence[Given], answers: Sequence[str]) -> Choice:
         """As `prepare_answer`, for given answers.
@@ -214,11 +214,15 @@ class Model:
         job = self.prepare_answer(chat, images, max_new_tokens=max(map(len, ids)))
         return Choice(job, tuple(answers), ids)
 
-    def choosing(self, asked: Sequence[Choice], context: Context) -> Generator[None, None, list[Chosen]]:
-        """Score the answers of each question, a view of an image, a step of tokens or an answer each time."""
-        found = []
+    def choosing(
+        self, asked: Sequence[Choice], context: Context, kept: bool = False
+    ) -> Generator[None, None, list[Chosen]]:
+        """Score the answers of each question, a view of an image, a step of tokens or an answer each time. `kept`: the
+        context is used again afterwards.
+        """
+        found, returning = [], kept or len(asked) > 1 or self.cache is not None
         for one in asked:
-            logits = yield from self.reading(one.job, context, returning=len(asked) > 1 or self.cache is not None)
+            logits = yield from self.reading(one.job, context, returning=returning)
             logits, scores = logits.copy(), []
             for ids in one.ids:
                 yield
@@ -347,16 +351,14 @@ class Model:
     ) -> Generator[None, None, NDArray[np.float32]]:
         """As `read`, but a view of an image or a step of tokens each time."""
         prompt, opened, report = job.prompt, job.images, job.reply.report
-        views: Sequence[int] = [-1] * len(prompt.view_ends)  # hashing pixels takes time
         with report.stage("preprocess"):
-            if returning:
-                opened = cut = [image.cut() for image in opened]
-                views = [key for image in cut for key in image.keys]
+            cut = [image.cut() for image in opened] if returning else []  # and hashing pixels takes time
+            views = [key for image in cut for key in image.keys] or [-1] * len(prompt.view_ends)
             keys = prompt_keys(prompt.ids, self.prompts.image_id, views, prompt.view_ends)
         found = context.find(keys)
         known = report.cached_tokens = found.length
         skip = sum(end <= known for end in prompt.view_ends)
-        features = yield from encoding(self.sessions, self.cache, opened, report, progress, skip=skip)
+        features = yield from encoding(self.sessions, self.cache, cut or opened, report, progress, skip=skip)
         with report.stage("load"):
             self.decoder.load()  # with low_memory not before
         with report.stage("embed"):
@@ -376,7 +378,6 @@ class Model:
 
     def encode(self, opened: Sequence[Opened], report: Report | None = None) -> NDArray[np.float32]:
         """Image features [image tokens, H] of all views of all images in order; each view runs alone and unpadded."""
-        opened = [image.cut() for image in opened] if self.cache else opened
         return run_through(encoding(self.sessions, self.cache, opened, report or Report()))
 
     def _computed(self, pieces: Generator[str]) -> Iterator[str]:

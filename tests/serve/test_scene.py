@@ -124,6 +124,16 @@ def test_tolerance_takes_noise_for_nothing(models) -> None:
     assert exact.ask(exact.see(noisy(quiet)), QUESTIONS[0], SHORT).encoded_tiles == 7
 
 
+def test_choices_without_a_cache(models) -> None:
+    """The context is kept though features are not: answers are about this picture, and what is known is not read again."""
+    scene = Scene(models[1])
+    for colours in ([10, 60, 110, 160, 210, 250], [200, 60, 110, 160, 210, 250], [200, 60, 110, 160, 210, 250]):
+        found = scene.ask(scene.see(tiled(colours)), CHOICES, SHORT)
+        fresh = Scene(models[1])
+        assert found.probabilities == fresh.ask(fresh.see(tiled(colours)), CHOICES, SHORT).probabilities
+    assert found.report.cached_tokens >= found.report.image_tokens
+
+
 def test_errors_leave_the_scene_usable(models) -> None:
     scene = Scene(models[0])
     picture = scene.see(tiled([10, 60, 110, 160, 210, 250]))

@@ -49,10 +49,31 @@ class Section:
 
 
 def audit_page(audits: Sequence[Named]) -> str:
-    """The sentence, verdicts and costs first, then where time and memory go; details are folded."""
-    series = all_series(audits)
+    """Boards that are unlike the others of their kind, the sentence, verdicts and costs first, then where time and
+    memory go; details are folded.
+    """
+    series, several = all_series(audits), len(audits) > 1
+    boards = [Section(title, [boards_table(of_kind)], _BOARDS) for title, of_kind in kinds(audits)]
+    sections = _sections(audits, series)
+    if len(series) > _MOST_SERIES:  # such a page is about the boards: plots of all of them are opened by a click
+        sections = [replace(section, folded=True) for section in sections]
+    notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
+    verdicts = [{**_verdict(named), "name": named.name if several else ""} for named in audits]
+    if len(audits) > _MOST_NAMES:
+        verdicts = [verdict for verdict in verdicts if not verdict["good"]]
+    return _render(_title(audits), verdicts, [*boards, *sections], notes)
+
+
+def _title(audits: Sequence[Named]) -> str:
+    if len(audits) == 1:
+        return title_of(audits[0])
+    names = ", ".join(named.name for named in audits) if len(audits) <= _MOST_NAMES else _places(audits)
+    return f"{len(audits)} audits: {names}"
+
+
+def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section]:
     compared = "What changed" if len(audits) > 1 else "Variants compared"
-    sections = [
+    return [
         Section(
             "What it costs",
             [answers_table(series), variants_table(series)],
@@ -102,22 +123,6 @@ def audit_page(audits: Sequence[Named]) -> str:
         ),
         Section("Settings", [settings_table(audits)]),
     ]
-    fleet = kinds(audits)
-    if fleet:
-        sections[:0] = [Section(title, [boards_table(boards)], _BOARDS) for title, boards in fleet]
-    if (
-        len(series) > _MOST_SERIES
-    ):  # a page of many boards is about the boards; plots of all of them are opened by a click
-        known = len(fleet)
-        sections[known:] = [replace(section, folded=True) for section in sections[known:]]
-    several = len(audits) > 1
-    notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
-    names = ", ".join(named.name for named in audits) if len(audits) <= _MOST_NAMES else _places(audits)
-    title = title_of(audits[0]) if len(audits) == 1 else f"{len(audits)} audits: {names}"
-    verdicts = [{**_verdict(named), "name": named.name if several else ""} for named in audits]
-    if len(audits) > _MOST_NAMES:
-        verdicts = [verdict for verdict in verdicts if not verdict["good"]]
-    return _render(title, verdicts, sections, notes)
 
 
 def _places(audits: Sequence[Named]) -> str:

@@ -161,8 +161,15 @@ def prompt_keys(ids: Sequence[int], image_id: int, views: Sequence[int], ends: S
 
 def stops(views: Sequence[int], images: Sequence[int], end: int) -> Iterator[int]:
     """Where the steps of a prompt end that others may begin like: where each image does, and between its views so that
-    a step has as many of them as it may. It depends on what is before a stop alone, so what is computed up to there is
-    the same bit for bit, whatever comes after it and wherever it was gone on from.
+    a step has as many of them as it may.
+
+    Two prompts that are alike up to a stop of both have the same steps up to there. So what is computed is the same bit
+    for bit, whatever comes after it and wherever it was gone on from.
+
+    Args:
+        views: positions where those of the prompt end.
+        images: the same of its images.
+        end: where the prompt does.
     """
     last = 0
     for here, following in zip(views, (*views[1:], end), strict=False):

@@ -107,12 +107,8 @@ class Sessions:
         if self.prefill_path:
             graphs.append((DECODER, self.prefill_path))
         others = ThreadPoolExecutor(2, "load")  # the encoder is needed first: more at a time would delay it
-        try:
-            self._begun = {(graph, path): others.submit(self._loader.load, graph, path) for graph, path in graphs}
-        except RuntimeError as e:  # can't start new thread: there is no room for its stack
-            raise MemoryError(str(e)) from e
-        finally:
-            others.shutdown(wait=False)
+        self._begun = {(graph, path): others.submit(self._loader.load, graph, path) for graph, path in graphs}
+        others.shutdown(wait=False)
 
     def vision(self) -> ort.InferenceSession:
         """The vision encoder. With low_memory the decoder is released first, and the encoder is freed when the caller

@@ -31,8 +31,9 @@ def encoding(
     skip: int = 0,
 ) -> Generator[None, None, NDArray[np.float32]]:
     """Image features [image tokens, H] of all views of all images in order, but for the first `skip`: a view each time,
-    on a GPU those of one size. Each view runs alone and unpadded. With a cache, of images that are cut.
+    on a GPU those of one size. Each view runs alone and unpadded.
     """
+    opened = [image.cut() for image in opened] if cache else opened  # whose views have keys
     features: list[NDArray[np.float32] | None] = []
     todo: list[tuple[Opened, list[int], int]] = []  # images, their views to be encoded, where their features begin
     for image in opened:

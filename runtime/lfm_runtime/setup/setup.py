@@ -18,7 +18,7 @@ from lfm_runtime.engine.failures import reason
 from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError, OutOfMemoryError, more_memory
+from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, more_memory
 from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings, lay_out
@@ -105,10 +105,12 @@ class Setup:
         """Where memory runs out, the error has the numbers of the forecast."""
         try:
             yield
-        except MemoryError as e:
+        except (MemoryError, RuntimeError) as e:  # Python says it so where a thread's stack has no room
+            if not is_out_of_memory(e):
+                raise
             raise self.out_of_memory(e) from e
 
-    def out_of_memory(self, cause: MemoryError) -> OutOfMemoryError:
+    def out_of_memory(self, cause: Exception) -> OutOfMemoryError:
         """The error for a run that memory did not suffice for, with what was expected and what was free."""
         peak = f"about {self.forecast.memory.peak:.0f} MiB" if self.forecast else "an unknown amount"
         free = "" if self.free_mib is None else f", {self.free_mib} MiB were free"

@@ -75,7 +75,7 @@ class Published:
                 self._warn(f"{self._shown}: {_WAITING} records wait for the broker; more are lost until it is back")
 
     def close(self) -> None:
-        """Implement Records.close; what waits is sent where the broker is there."""
+        """Nothing more is sent but what waits, where the broker is there."""
         last = self._client.publish(self._status, "offline", qos=1, retain=True)
         if self._client.is_connected():
             with suppress(ValueError, RuntimeError):  # the connection is lost meanwhile

@@ -34,10 +34,6 @@ class Records(Protocol):
         """Write one, or say once that it cannot be done for now."""
         ...
 
-    def close(self) -> None:
-        """Nothing more is written."""
-        ...
-
 
 class Printed:
     """On standard output."""
@@ -46,9 +42,6 @@ class Printed:
         """Implement Records.write."""
         print_json(record)
         sys.stdout.flush()
-
-    def close(self) -> None:
-        """Implement Records.close."""
 
 
 class Told:
@@ -63,9 +56,6 @@ class Told:
             self._warn(f"{record['source']}: {record['error']}; trying again until it is there")
         elif record.get("event") == "back":
             self._warn(f"{record['source']}: there again after {record['seconds']:g} s")
-
-    def close(self) -> None:
-        """Implement Records.close."""
 
 
 class Appended:
@@ -106,7 +96,7 @@ class Appended:
         self._tell_lost()
 
     def close(self) -> None:
-        """Implement Records.close."""
+        """Nothing more is written."""
         self._tell_lost()
         os.fsync(self._descriptor)
         os.close(self._descriptor)

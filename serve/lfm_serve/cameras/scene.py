@@ -38,7 +38,8 @@ class Scene:
 
     def __init__(self, model: Model, *, tolerance: float = 0.0) -> None:
         """`tolerance`: a view is also taken for unchanged where no 16×16 patch's mean, of any colour, differs by more,
-        of 255, from that of the view that was encoded. With 0 answers are those without anything kept, bit for bit.
+        of 255, from that of the view that was encoded. With 0 answers, on a CPU, are those of a scene that keeps
+            nothing, bit for bit.
         """
         self.model, self._tolerance = model, tolerance
         self._context = Context(model.decoder)  # without the cache: no copies of keys and values are kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,15 +145,13 @@ def _records(options: argparse.Namespace) -> Iterator[list[Records]]:
     with ExitStack() as opened:
         found: list[Records] = [Told(warn)]
         if options.output:
-            found.append(Appended(options.output, warn))
-            opened.callback(found[-1].close)
+            found.append(opened.enter_context(closing(Appended(options.output, warn))))
         if options.mqtt:
             try:
                 from lfm_serve.cameras.mqtt import Published
             except ImportError as e:
                 raise SettingError("--mqtt needs the extra mqtt: pip install 'lfm-edge[mqtt]'") from e
-            found.append(Published(options.mqtt, warn))
-            opened.callback(found[-1].close)
+            found.append(opened.enter_context(closing(Published(options.mqtt, warn))))
         yield found if found[1:] else [*found, Printed()]
 
 
