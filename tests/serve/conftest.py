@@ -1,9 +1,14 @@
-"""A server of the demo bundle for all tests of a process."""
+"""What several files ask for: a server of the demo bundle, stills, processes that watch."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 from servers import Server
+from watching import IMAGES, Watching
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +17,25 @@ def server(demo_bundle):
     found = Server(demo_bundle, "--max-body-mib", "8")
     yield found
     assert found.stop() == 0
+
+
+@pytest.fixture
+def stills(tmp_path) -> Path:
+    (tmp_path / "stills").mkdir()
+    for n, image in enumerate(IMAGES[:6]):
+        shutil.copy(image, tmp_path / "stills" / f"{n}.png")
+    return tmp_path / "stills"
+
+
+@pytest.fixture
+def watching(demo_bundle, tmp_path) -> Iterator[Callable[..., Watching]]:
+    started: list[Watching] = []
+
+    def start(source: str, *words: str) -> Watching:
+        started.append(Watching(demo_bundle, source, tmp_path / f"out{len(started)}.jsonl", *words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()

@@ -85,13 +85,19 @@ def test_a_frame_costs_what_has_changed(models) -> None:
     assert other.encoded_tiles == other.tiles
 
 
-def test_the_cache_holds_two_pictures_and_no_more(models) -> None:
-    model = models[0]
-    scene = Scene(model)
+def test_the_cache_holds_two_pictures_and_no_more(demo_bundle) -> None:
+    """Also those views that the decoder has read long ago, and no copies of its keys and values."""
+    model = Model.load(demo_bundle, threads=1, cache_mib=8)
+    scene, colours = Scene(model), [10, 60, 110, 160, 210, 250]
+    scene.ask(scene.see(tiled(colours)), QUESTIONS[0], SHORT)
+    model.cache._max_bytes = 2 * model.cache.nbytes
     for n in range(12):
-        scene.ask(scene.see(tiled([n, 2 * n, 3 * n, 4 * n, 5 * n, 6 * n])), QUESTIONS[0], SHORT)
-    assert model.cache.nbytes <= 8 << 20
-    assert not model.cache._lengths  # no copies of keys and values
+        colours[5] = 21 * n + 1  # no other tile has this colour
+        assert scene.ask(scene.see(tiled(colours)), QUESTIONS[0], SHORT).encoded_tiles == 2
+    colours[0] = 99
+    assert scene.ask(scene.see(tiled(colours)), QUESTIONS[0], SHORT).encoded_tiles == 2
+    assert model.cache.nbytes <= model.cache._max_bytes
+    assert not model.cache._lengths
     views = model.setup.images.max_tiles + 1
     assert cache_mib(model.setup) << 20 >= 2 * views * 64 * model.bundle.facts.hidden * 4
 

@@ -1,0 +1,184 @@
+"""What can be watched: names of sources and what is hidden of them, stills, videos, and what a stream is late by."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lfm_runtime.errors import SettingError
+from lfm_serve.cameras.sources import SourceError, masked, source_of
+from PIL import Image
+
+BLANK = Image.new("RGB", (64, 48))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rtsp://admin:hunter2@10.0.0.9:554/stream1",
+        "rtsp://admin:hunter2%40@10.0.0.9/stream1",
+        "rtsp://admin:hun/ter2@10.0.0.9/stream1",
+        "rtsp://admin:a@hunter2@cam/stream1",
+        "rtsp://hunter2@cam/stream1",
+        "rtmp://cam/bcs/channel0?channel=0&user=admin&password=hunter2",
+        "rtsp://cam:554/user=admin_password=hunter2_channel=1_stream=0.sdp",
+        "http://cam/video.mjpg?Token=hunter2",
+        "http://cam/video.mjpg?apikey=hunter2&channel=1",
+        "rtsp://cam/live?auth_key=hunter2",
+        "http://cam/snap?token=abc/hunter2==",
+        "http://cam/snap?x=1&jwt=hunter2",
+        "rtsp://admin:hunter 2hunter2@cam/1",
+        "rtsp:/admin:hunter2@cam/1",
+        "rtsp+tcp://admin:hunter2@cam/1",
+        "admin:hunter2@cam/1",
+    ],
+)
+def test_no_credentials_are_shown(url) -> None:
+    assert "hunter2" not in masked(url)
+    assert "hunter2" not in masked(f"cannot open {url}: no route")
+
+
+def test_what_is_no_secret_is_shown() -> None:
+    for text in ("rtsp://10.0.0.9:554/cam/realmonitor?channel=1&subtype=0", "/dev/video0", "a=b"):
+        assert masked(text) == text
+    pytest.importorskip("av")
+    assert source_of("rtsp://a:b@cam/1?channel=2", every=0, stall=1).shown == "rtsp://…@cam/1?channel=2"
+    for command in ("curl -u me:hunter2 http://cam", "CAM_PASSWORD=hunter2 curl http://cam"):
+        assert source_of(f"exec:{command}", every=0, stall=1).shown == "exec:curl"
+    assert source_of("exec:A=hunter2", every=0, stall=1).shown == "exec:…"
+    assert source_of("exec:'rtsp://me:hunter2@cam/1'", every=0, stall=1).shown == "exec:'rtsp://…@cam/1'"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nowhere.mp4", "does not exist"),
+        ("exec:", "names no command"),
+        ("exec:  ", "names no command"),
+        ("gopher://cam/1", "cannot be watched"),
+        ("file:///etc/passwd", "cannot be watched"),
+        ("admin:hunter2@cam/1", "^…@cam/1 does not exist"),
+        (" rtsp+tcp://admin:hunter2@cam/1", "^rtsp[+]tcp://…@cam/1 cannot be watched"),
+        ("pipe", "exec:'cat pipe'"),
+    ],
+)
+def test_sources_that_are_none(text, says, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(SettingError, match=says):
+        source_of(text, every=0, stall=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError, match="no images"):
+        source_of("empty", every=0, stall=1)
+
+
+def lag_of(steps: list[tuple[float, float, float]]) -> list[float]:
+    """How late each picture is said to be, of (now, clock, waited)."""
+    from lfm_serve.cameras.streams import Lag
+
+    lag = Lag()
+    return [lag.note(*step) for step in steps]
+
+
+def test_lag() -> None:
+    """By simulated streams of 25 a second: what is waited for is new; what follows a gap is as old as the gap."""
+    pytest.importorskip("av")
+    steady = [(100 + n / 25, n / 25, 0.03) for n in range(150)]
+    assert lag_of(steady) == [0] * 150
+    slow_clock = [(100 + n / 25, n / 26, 0.03) for n in range(50_000)]  # a camera whose clock is 4 % slow
+    assert max(lag_of(slow_clock)) < 0.5
+    set_back = [*steady, *((106 + n / 25, n / 25, 0.03) for n in range(50))]
+    assert max(lag_of(set_back)) == 0
+    cut_8s = [
+        *steady,
+        *((114 + n / 1000, 6 + n / 25, 8.0 if n == 0 else 0.0) for n in range(200)),
+        (114.24, 14.2, 0.04),
+    ]
+    found = lag_of(cut_8s)[150:]
+    assert found[0] == pytest.approx(8, abs=0.5)
+    assert found[100] == pytest.approx(8 + 0.1 - 4, abs=0.5)
+    assert found[-1] < 0.1
+    camera_stopped = [*steady, (114, 14, 8.0)]
+    assert lag_of(camera_stopped)[-1] == 0
+    slow_stream = [(100 + 10 * n, 10.2 * n, 9.9) for n in range(100)]  # a picture each ten seconds
+    assert max(lag_of(slow_stream)) == 0
+
+
+def test_a_clock_that_is_none_is_not_believed() -> None:
+    """Pictures by HTTP have no time of their own: ffmpeg counts 25 a second, however many there are."""
+    pytest.importorskip("av")
+    for apart in (0.02, 0.2, 1.5, 60.0):
+        assert max(lag_of([(100 + apart * n, n / 25, apart - 0.01) for n in range(500)])) == 0
+
+
+def test_a_network_that_is_too_slow_is_found() -> None:
+    """Right at first, then 20 of 25 pictures a second come through, each waited for."""
+    pytest.importorskip("av")
+    steady = [(100 + n / 25, n / 25, 0.03) for n in range(150)]
+    found = lag_of([*steady, *((106 + n / 20, 6 + n / 25, 0.045) for n in range(600))])
+    assert max(found[:150]) == 0
+    assert found[-1] == pytest.approx(30 * 0.2 - 30 * 0.05, abs=0.5)
+
+
+def test_a_decoder_that_is_too_slow_is_found() -> None:
+    pytest.importorskip("av")
+    from lfm_serve.cameras.streams import Lag
+
+    lag = Lag()
+    for n in range(150):
+        lag.note(100 + n / 25, n / 25, 0.03)
+    behind = []
+    for n in range(1, 400):  # pictures for 25 a second, decoded at 20
+        lag.note(106 + n / 20, 6 + n / 25, 0.0)
+        behind.append(lag.behind)
+    assert not any(behind[:90])
+    assert all(behind[200:])
+    lag.note(126.1, 26, 0.03)
+    assert not lag.behind
+
+
+def test_names_of_stills_are_in_order(tmp_path) -> None:
+    for name in ("b.png", "a.png", "c.PNG", ".hidden.png", "notes.txt"):
+        BLANK.save(tmp_path / name, "PNG")
+    found = list(source_of(str(tmp_path), every=0, stall=1).frames())
+    assert [(one.number, one.at) for one in found] == [(0, "a.png"), (1, "b.png"), (2, "c.PNG")]
+    assert all(one.picture().size == BLANK.size for one in found)
+
+
+def test_videos_are_looked_at_by_their_own_time(tmp_path) -> None:
+    """Frames of ffmpeg's test source, made and turned by its own command."""
+    av = pytest.importorskip("av")
+    path = Path(tmp_path) / "v.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for n in range(50):
+            image = Image.new("RGB", (64, 48), (5 * n, 5 * n, 5 * n))
+            for packet in itertools.chain(stream.encode(av.VideoFrame.from_image(image)), []):
+                container.mux(packet)
+        container.mux(stream.encode(None))
+    found = [(one.number, one.at, one.picture()) for one in source_of(str(path), every=1.0, stall=1).frames()]
+    assert [(number, at) for number, at, _ in found] == [(10 * n, float(n)) for n in range(5)]
+    for number, _, picture in found:
+        assert np.asarray(picture).mean() == pytest.approx(5 * number, abs=4)
+    assert len(list(source_of(str(path), every=0, stall=1).frames())) == 50
+    content = path.read_bytes()
+    (cut := tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SourceError):
+        list(source_of(str(cut), every=0, stall=1).frames())
+    with av.open(str(path)) as container, av.open(str(tmp_path / "v.mkv"), "w") as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0])
+        for packet in container.demux(container.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    content = (tmp_path / "v.mkv").read_bytes()
+    (cut := tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SourceError, match=r"cut off: it ends after .* of 5.0 s"):
+        list(source_of(str(cut), every=0, stall=1).frames())
+    (none := tmp_path / "none.mp4").write_bytes(b"no video" * 1000)
+    with pytest.raises(SourceError):
+        list(source_of(str(none), every=0, stall=1).frames())
