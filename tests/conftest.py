@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,11 @@ from cache import cached_bundle  # noqa: E402
 
 os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub but those that start one
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("lfm-edge", deadline=None)  # a busy machine is no fault of what is tested
+    settings.load_profile("lfm-edge")
 
 
 _BUNDLES = {"demo_bundle", "gpu_bundle"}  # fixtures behind all others that export

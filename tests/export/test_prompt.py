@@ -160,7 +160,7 @@ conversations = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(chat=conversations, generation=st.booleans())
 def test_any_conversation_is_rendered_as_transformers_does(template, chat, generation) -> None:
     """Texts and images in any order, several system messages, tools, calls, results, thoughts, dates: the same text or
@@ -260,7 +260,7 @@ pieces = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(source=st.lists(pieces, max_size=8).map("".join))
 def test_templates_of_shuffled_pieces_are_errors_or_as_in_jinja2(source) -> None:
     """Whatever is not refused gives jinja2's text."""
@@ -452,7 +452,7 @@ forged = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(system=forged, parts=st.lists(forged | st.just(IMAGE), max_size=4).map(tuple), reply=forged)
 def test_texts_of_strangers_forge_nothing(demo_prompts, system, parts, reply) -> None:
     """With special=False the special tokens are the template's own, and everything else is the text's, byte for byte."""

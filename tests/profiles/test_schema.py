@@ -154,7 +154,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*SETTINGS, "nonsense"]), VALUES, max_size=3))
 def test_flags_are_taken_or_refused_whole(flags) -> None:
     """Any value of any setting: a profile that holds it, or a ProfileError; nothing else."""

@@ -33,7 +33,7 @@ def correlated_inputs(rows: int, k: int, seed: int = 1) -> np.ndarray:
     which=st.sampled_from(PRECISIONS),
     scale=st.floats(1e-6, 1e4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_round_to_nearest(n, k, seed, which, scale) -> None:
     """Codes stay in their range, and no weight is further from itself than half a step (fp16 scales: and their
     rounding).

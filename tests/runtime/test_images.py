@@ -171,7 +171,7 @@ def test_known_figures() -> None:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     width=st.integers(1, 5000),
     height=st.integers(1, 5000),
@@ -299,7 +299,7 @@ def test_truncated(photo) -> None:
             open_image(data[: int(len(data) * fraction)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_bytes_never_escape(photo, data) -> None:
     """Flipped bytes give an image or an ImageError, nothing else."""

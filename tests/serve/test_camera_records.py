@@ -27,7 +27,7 @@ def test_records_are_appended_whole(tmp_path) -> None:
     assert [json.loads(line) for line in out.read_text().splitlines()] == [RECORD] * 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(at=st.integers(0, 300))
 def test_a_torn_last_record_is_dropped(tmp_path_factory, at) -> None:
     out = tmp_path_factory.mktemp("torn") / "out.jsonl"

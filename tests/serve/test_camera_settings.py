@@ -46,7 +46,7 @@ def test_ends() -> None:
             Until.parse(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 63), st.integers(0, 47), st.integers(1, 100), st.integers(1, 100), st.booleans())
 def test_regions(x, y, width, height, shares) -> None:
     """Those of Pillow's crop, cut at the picture's edges."""
@@ -76,7 +76,7 @@ def test_a_region_outside() -> None:
         roi.of(BLANK, first=False)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 1000))
 def test_means_of_patches(height, width, seed) -> None:
     """Against each patch's own mean; what is left at the edges belongs to the last patches."""

@@ -23,7 +23,7 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("journal")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=8), st.integers(0, 2000), st.booleans())
 @example(["a"], len(json.dumps(record(0, text="a"))), False)  # the newline alone is missing
 @example(["a", "b"], 2 * len(json.dumps(record(0, text="a"))) + 1, True)

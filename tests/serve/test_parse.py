@@ -41,7 +41,7 @@ BODY = st.fixed_dictionaries(
 
 
 @given(BODY | JSON)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @example({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]})
 @example({"messages": [{"role": "user", "content": "x"}], "temperature": 10**400})
 def test_anything_is_a_request_or_a_refusal(body) -> None:
@@ -105,7 +105,7 @@ CHOOSE = st.fixed_dictionaries(
 
 
 @given(OLLAMA | JSON, CHOOSE | JSON)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, choose) -> None:
     for read, body, kind in ((parse_chat, chat, Asked), (parse_choose, choose, Choices)):
         try:

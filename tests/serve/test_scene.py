@@ -41,7 +41,7 @@ def state(scene: Scene) -> dict[str, np.ndarray]:
     return dict(scene._context.snapshot().values)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     frames=st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 3), st.sampled_from([*QUESTIONS, CHOICES])), min_size=2, max_size=6

@@ -40,7 +40,7 @@ def cut(content: bytes, at: list[int]) -> Iterator[bytes]:
     return (content[a:b] for a, b in zip([0, *ends], ends, strict=False) if b > a)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.sampled_from(FILES), st.binary(max_size=40)), min_size=1, max_size=5),
     st.lists(st.integers(0, 20_000), max_size=30),
@@ -76,7 +76,7 @@ def test_what_is_cut_off_does_no_harm_for_long(cut_off, share) -> None:
     assert all(content in good for content in found[1:])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"]))
 def test_anything_ends(garbage, begin) -> None:
     for content in pictures(iter([begin + garbage]), most=1 << 12):

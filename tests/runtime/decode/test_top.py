@@ -9,7 +9,7 @@ from lfm_runtime.decode.sampling import GenerationSettings, Sampler, Top
 from lfm_runtime.formats.contract import TOP_TOKENS
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_the_top_says_what_the_row_says(data) -> None:
     """Any row, any settings: the token drawn from the top, or from the row it fetches, is the one drawn from the row.

@@ -125,14 +125,14 @@ def test_long_pieces(large_pair) -> None:
         same(*large_pair, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=80))
 def test_any_text(pair, large_pair, text) -> None:
     same(*pair, text)
     same(*large_pair, text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     text=st.text(max_size=60)
     | st.text("aZé ßſ\u212a'sStT\n\r\t 12345٣½²\u0301ǅʰ中あ한आी.,!/_-  €😀ÀÉñΩω", max_size=30),
@@ -334,7 +334,7 @@ specials = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.lists(specials | st.text(max_size=5), max_size=8).map("".join))
 def test_special_tokens_as_text(real_pair, text) -> None:
     """As `tokenizers` with encode_special_tokens, and the same with a guard inside the special tokens."""
