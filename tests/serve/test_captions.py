@@ -145,7 +145,7 @@ def test_what_cannot_be_read_for_a_moment_keeps_its_answer(caption, folder, caps
     os.utime(folder / kept, (1, 1))
     with monkeypatch.context() as failing:
         failing.setattr(
-            "lfm_serve.captions.images.stat.S_ISREG", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error"))
+            "lfm_serve.captions.images._check_plain", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error"))
         )
         assert caption() == first
     assert f"{kept} cannot be read (I/O error); its record stays" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from lfm_runtime.bundle import IMAGE_SUFFIXES
@@ -17,17 +17,18 @@ from lfm_runtime.images.files import MAX_BYTES
 from lfm_runtime.images.opened import CutImage
 from lfm_runtime.model import Model
 
-from lfm_serve.captions.journal import Known
+from lfm_serve.captions.output import Known
 
 _AHEAD = 2
 """Images that are read and decoded before they are asked about."""
+_NO_MEMORY = "takes more memory than is free"
 
 
 @dataclass(frozen=True)
 class ReadImage:
     """A file as it was read: what a record says of it, and its pixels; or why there are none."""
 
-    path: str  # as it was found
+    path: str  # as it was found: a file, or an URL
     key: str  # as records name it
     sha256: str | None
     size: int | None
@@ -113,26 +114,44 @@ def is_unchanged(path: str, record: Known) -> bool:
 
 def read_image(model: Model, path: str, key: str, *, max_megapixels: float) -> ReadImage:
     """Read a file once: what is hashed is what is looked at. Whatever is wrong with it is the `error`."""
-    sha256 = size = modified = None
+    size = modified = None
     try:
         status = os.stat(path)  # noqa: PTH116
         size, modified = status.st_size, status.st_mtime
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError("not a plain file")
-        if size > MAX_BYTES:
-            raise ImageError(f"{size >> 20} MiB, the limit is {MAX_BYTES >> 20}; make it smaller")
+        _check_plain(status)
+        check_size(size)
         with open(path, "rb") as f:  # noqa: PTH123
             content = f.read(MAX_BYTES + 1)
-        sha256 = hashlib.sha256(content).hexdigest()
-        found = model.open(content, max_megapixels=max_megapixels).cut()  # a photo of 48 megapixels is 144 MB
+    except ImageError as e:
+        return ReadImage(path, key, None, size, modified, error=e)
     except OSError as e:
-        return ReadImage(path, key, sha256, size, modified, error=ImageError(f"cannot be read ({e.strerror})"))
-    except EdgeError as e:
-        why = ImageError(str(e).removeprefix("image (bytes) "))
-        return ReadImage(path, key, sha256, size, modified, error=why)
+        return ReadImage(path, key, None, size, modified, error=ImageError(f"cannot be read ({e.strerror})"))
     except MemoryError:
-        return ReadImage(path, key, sha256, size, modified, error=ImageError("takes more memory than is free"))
-    return ReadImage(path, key, sha256, size, modified, found)
+        return ReadImage(path, key, None, size, modified, error=ImageError(_NO_MEMORY))
+    return opened(model, ReadImage(path, key, None, size, modified), content, max_megapixels=max_megapixels)
+
+
+def _check_plain(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not a plain file")
+
+
+def check_size(size: int) -> None:
+    """Raise ImageError for a file that is too large to be an image."""
+    if size > MAX_BYTES:
+        raise ImageError(f"{size >> 20} MiB, the limit is {MAX_BYTES >> 20}; make it smaller")
+
+
+def opened(model: Model, image: ReadImage, content: bytes, *, max_megapixels: float) -> ReadImage:
+    """The image with the hash and the pixels of what was read."""
+    image = replace(image, sha256=hashlib.sha256(content).hexdigest())
+    try:
+        pixels = model.open(content, max_megapixels=max_megapixels).cut()  # a photo of 48 megapixels is 144 MB
+    except EdgeError as e:
+        return replace(image, error=ImageError(str(e).removeprefix("image (bytes) ")))
+    except MemoryError:
+        return replace(image, error=ImageError(_NO_MEMORY))
+    return replace(image, image=pixels)
 
 
 class Reader:

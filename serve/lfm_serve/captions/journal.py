@@ -15,42 +15,25 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
-from lfm_runtime.errors import EdgeError
-from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, to_json, write_whole
-from lfm_runtime.formats.manifest import file_hash
+from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, write_whole
 
+from lfm_serve.captions.output import JournalError, Output, parsed
 from lfm_serve.jsonl import FULL, append, json_line, locked
 
 PROGRAM = "lfm-edge caption"
 _log = logging.getLogger(__name__)
 _SYNC_S = 1.0
-_KEYS = ("path", "sha256", "size", "modified", "settings")
 
 
-class JournalError(EdgeError):
-    """The output cannot be used: the message says why, and what to do."""
-
-
-class Known(NamedTuple):
-    """What is kept in memory of a record: enough to tell whether its image has changed."""
-
-    size: int | None
-    modified: float | None  # seconds since 1970
-    failed: bool
-
-
-class Journal:
-    """An open output. Only one thread writes."""
+class Journal(Output):
+    """An open file, with the lock of the only writer."""
 
     def __init__(self, path: Path, descriptor: int, settings: str, *, remembers: bool = False) -> None:
         """`remembers`: the same image may come twice in this run, so what is written is known as well."""
-        self.path, self.settings = path, settings
-        self.records: dict[str, Known] = {}  # by path
-        self._remembers, self._others = remembers, False
-        self._settings: dict[str, Any] = {"tables": {}}
+        super().__init__(str(path), settings)
+        self.path, self._remembers = path, remembers
         self.superseded = 0  # records that a later one replaces
         self._descriptor = descriptor
         self._synced = time.monotonic()
@@ -79,16 +62,16 @@ class Journal:
             os.close(journal._descriptor)
 
     def key(self, path: str) -> str:
-        """How records name an image: relative to the output's folder where it lies below it, else absolute."""
+        """How records name an image: relative to the output's folder where it lies below it, else absolute; an URL is
+        its own name.
+        """
+        if "://" in path:
+            return path
         whole, base = os.path.abspath(path), str(self.path.parent)  # noqa: PTH100  (links stay)
         return os.path.relpath(whole, base) if whole.startswith(f"{base}{os.sep}") else whole
 
     def write(self, record: dict[str, Any]) -> str:
-        """Append a record, whole or not at all; returns "", or what the system says where there is no room for it.
-
-        Raises:
-            JournalError: it cannot be written for another reason.
-        """
+        """Append a record: see Output."""
         line = json_line(record)
         try:
             sync = time.monotonic() - self._synced > _SYNC_S
@@ -104,7 +87,7 @@ class Journal:
         return ""
 
     def whole_records(self) -> Iterator[dict[str, Any]]:
-        """The record of every path, in the order of the file."""
+        """See Output; it is the order of the file."""
         last = {record["path"]: n for n, record in enumerate(_records(self.path))}
         for n, record in enumerate(_records(self.path)):
             if last[record["path"]] == n:
@@ -138,7 +121,7 @@ class Journal:
         whole, last = 0, b""
         with self.path.open("rb") as f:
             for number, last in enumerate(f, 1):
-                record = _parsed(last)
+                record = parsed(last)
                 self._others |= record is not None and record["settings"] != self.settings
                 if not last.endswith(b"\n"):
                     break
@@ -152,7 +135,7 @@ class Journal:
         if whole == self.path.stat().st_size:
             return whole
         ours = last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()
-        if not (whole or ours) or (_is_json(last) and _parsed(last) is None):  # ours may lack its newline alone
+        if not (whole or ours) or (_is_json(last) and parsed(last) is None):  # ours may lack its newline alone
             raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
         return whole
 
@@ -160,67 +143,11 @@ class Journal:
     def _settings_place(self) -> Path:
         return self.path.with_name(f"{self.path.name}.settings.json")
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with other settings; write down those of a new file."""
-        place = self._settings_place
-        try:
-            before = read_json_object(place, JournalError, required=False)
-        except JournalError:
-            before = {"damaged": True}
-        if before and "weights" not in before and place.exists() and not self.records:
-            raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
-        if not self._others:
-            self._settings = {**settings, "tables": before.get("tables", {}) if self.records else {}}
-            if not self.records or not before:
-                write_whole(place, to_json(self._settings, indent=1) + "\n")
-            return
-        unlike = [
-            f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
-            for name, value in settings.items()
-            if before and _plain(value) != before.get(name)
-        ]
-        raise JournalError(
-            f"{self.path} was made with other settings ({'; '.join(unlike) or f'{place.name} does not say which'}); "
-            "choose another output, or give the settings of the run before"
-        )
+    def _read_settings(self) -> dict[str, Any]:
+        return read_json_object(self._settings_place, JournalError, required=False)
 
-    def wrote_table(self, path: Path) -> bool:
-        """Whether a table is as a run of this output wrote it."""
-        known = self._settings["tables"]
-        return isinstance(known, dict) and known.get(self.key(str(path))) == file_hash(path)
-
-    def note_table(self, path: Path) -> None:
-        """Remember a table that was written."""
-        known = self._settings["tables"]
-        self._settings["tables"] = {**(known if isinstance(known, dict) else {}), self.key(str(path)): file_hash(path)}
-        write_whole(self._settings_place, to_json(self._settings, indent=1) + "\n")
-
-    def _note(self, record: Mapping[str, Any]) -> None:
-        self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "path": (str,),
-    "sha256": (str, NoneType),
-    "size": (int, NoneType),
-    "modified": (int, float, NoneType),
-    "settings": (str,),
-    "text": (str,),
-    "error": (str,),
-    "fields": (dict, NoneType),
-    "probabilities": (dict,),
-}
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A record; None for what is none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or any(key not in record for key in _KEYS):
-        return None
-    return record if all(isinstance(record[k], kinds) for k, kinds in _KINDS.items() if k in record) else None
+    def _write_settings(self, text: str) -> None:
+        write_whole(self._settings_place, text)
 
 
 def _is_json(line: bytes) -> bool:
@@ -229,10 +156,6 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -251,7 +174,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as f:
             for number, line in enumerate(f, 1):
-                record = _parsed(line)
+                record = parsed(line)
                 if record is None and number > 1 and not line.endswith(b"\n"):
                     break
                 if record is None:

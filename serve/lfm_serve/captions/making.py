@@ -1,4 +1,4 @@
-"""The main path: images in, a record of each out, several answered at once."""
+"""The main path: images in, a record of each out, several answered at once; and the records kept."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lfm_runtime.model import Model
 from lfm_runtime.report import Report
 
 from lfm_serve.asking import Asking
-from lfm_serve.captions.images import Reader, ReadImage, is_unchanged, read_image
-from lfm_serve.captions.journal import Journal
+from lfm_serve.captions.images import Reader, ReadImage
+from lfm_serve.captions.output import Known, Output
 
 _OF_AN_IMAGE = (ImageError, PromptError)
 """Errors of an image, or of its question: others are the model's, and would be those of every image after it."""
@@ -40,83 +40,39 @@ class Counts:
         return self.answered + self.errors
 
 
-def missing(journal: Journal, counts: Counts, paths: Iterable[str], *, retry_errors: bool) -> Iterator[str]:
-    """The paths without a record, or that have changed since; with `retry_errors` those with an error too. The others
-    are counted.
-    """
-    for path in paths:
-        record = journal.records.get(journal.key(path))
-        if record and not (retry_errors and record.failed) and is_unchanged(path, record):
-            counts.unchanged += 1
-        else:
-            yield path
-
-
-class Captions:
-    """A question about images, and where the records go."""
+class Answers:
+    """A question about images, asked of a model that is loaded."""
 
     def __init__(
-        self, model: Model, asking: Asking, generation: Mapping[str, Any], journal: Journal, counts: Counts
+        self, model: Model, asking: Asking, generation: Mapping[str, Any], settings: str, *, rows: int, capacity: int
     ) -> None:
-        self.model, self.asking, self.generation, self.journal = model, asking, generation, journal
-        self.counts = counts
-        self._reader: Reader | None = None
+        """`settings`: their hash, which records name; `rows`: answers at once, each with room for `capacity` tokens of
+        prompt and answer.
+        """
+        self.model, self.asking, self.generation, self.settings = model, asking, generation, settings
+        self.rows, self.capacity = rows if model.decoder.info.shares_kv else 1, capacity
 
-    def make(
-        self,
-        paths: Iterable[str],
-        *,
-        rows: int,
-        capacity: int,
-        max_megapixels: float,
-        told: Callable[[ReadImage, dict[str, Any]], None],
-        warn: Callable[[str], None],
-    ) -> None:
-        """Answer about every image, `rows` at once, each with room for `capacity` tokens of prompt and answer. `told`
-        of every record once it is written.
+    def records(self, images: Reader) -> Iterator[tuple[ReadImage, dict[str, Any]]]:
+        """Answer about every image; each with its record, in the order of completion.
 
         Raises:
-            JournalError: a record cannot be written, and want of room is not the reason.
             EdgeError: the model cannot be used any more: an error of one image is its record.
         """
-        self._reader = Reader(
-            paths, lambda path: read_image(self.model, path, self.journal.key(path), max_megapixels=max_megapixels)
-        )
-        if self.counts.stopped:  # before there was a reader to be stopped
-            self._reader.stop()
-        made = self._together(self._reader, rows, capacity) if rows > 1 else self._one_by_one(self._reader)
-        for image, found in made:
-            record, known = self._record(image, found), self.journal.records.get(image.key)
-            if "error" in record and image.sha256 is None and known and not known.failed:
-                warn(f"{image.path} {record['error']}; its record stays")
-                self.counts.unchanged += 1
-                continue
-            if not self._write(record, warn):
-                return
-            self.counts.answered += "error" not in record
-            self.counts.errors += "error" in record
-            told(image, record)
+        found = self._together(images) if self.rows > 1 else self._one_by_one(images)
+        return ((image, self._record(image, outcome)) for image, outcome in found)
 
-    def stop(self) -> None:
-        """Begin no more answers; those that are being made get their records. May be called by a signal's handler."""
-        self.counts.stopped = True
-        if self._reader:
-            self._reader.stop()
-
-    def _together(
-        self, reader: Reader, rows: int, capacity: int
-    ) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
+    def _together(self, images: Reader) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
         def take(wait: bool) -> tuple[ReadImage, Any] | None:
-            image = reader.take(wait)
+            image = images.take(wait)
             return None if image is None else (image, self._work(image))
 
-        batch = Batch(self.model, rows, capacity)
+        batch = Batch(self.model, self.rows, self.capacity)
         with self.model.sessions.execution.pinned():
             for image, found in finished(batch, take):
                 yield image, _outcome(found)
 
-    def _one_by_one(self, reader: Reader) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
-        while image := reader.take(True):
+    def _one_by_one(self, images: Reader) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
+        while image := images.take(True):
             work = self._work(image)
             try:
                 found = work if isinstance(work, Exception) else self._done(work)
@@ -140,32 +96,76 @@ class Captions:
             return e
 
     def _record(self, image: ReadImage, found: Report | Chosen | Exception) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "path": image.key,
-            "sha256": image.sha256,
-            "size": image.size,
-            "modified": image.modified,
-            "settings": self.journal.settings,
-        }
+        record = about(image.key, image.sha256, image.size, image.modified, self.settings)
         if isinstance(found, Exception):
             return {**record, "error": " ".join(str(found).split())}
         return {**record, **self.asking.outcome(found)}
 
-    def _write(self, record: dict[str, Any], warn: Callable[[str], None]) -> bool:
-        """Write a record; where the disk is full, say so once and wait until there is room. False: stopped."""
-        attempt = 0
-        while full := self.journal.write(record):
-            if attempt == 0:
-                warn(f"{full}; waiting until there is room (Ctrl-C ends; what is written is whole)")
-            again = time.monotonic() + _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
-            while time.monotonic() < again:
-                if self.counts.stopped:
-                    return False
-                time.sleep(0.1)
-            attempt += 1
-        if attempt:
-            warn("there is room again")
-        return True
+
+def about(key: str, sha256: str | None, size: int | None, modified: float | None, settings: str) -> dict[str, Any]:
+    """How every record begins: which image, and which settings."""
+    return {"path": key, "sha256": sha256, "size": size, "modified": modified, "settings": settings}
+
+
+def missing(
+    output: Output,
+    counts: Counts,
+    paths: Iterable[str],
+    is_unchanged: Callable[[str, Known], bool],
+    *,
+    retry_errors: bool,
+) -> Iterator[str]:
+    """The paths without a record, or that have changed since; with `retry_errors` those with an error too. The others
+    are counted.
+    """
+    for path in paths:
+        record = output.records.get(output.key(path))
+        if record and not (retry_errors and record.failed) and is_unchanged(path, record):
+            counts.unchanged += 1
+        else:
+            yield path
+
+
+def keep(
+    made: Iterable[tuple[str, dict[str, Any]]],
+    output: Output,
+    counts: Counts,
+    told: Callable[[str, dict[str, Any]], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Write the record of every path; `told` of each once it is written.
+
+    Raises:
+        JournalError: a record cannot be written, and want of room is not the reason.
+    """
+    for path, record in made:
+        known = output.records.get(record["path"])
+        if "error" in record and record["sha256"] is None and known and not known.failed:
+            warn(f"{path} {record['error']}; its record stays")
+            counts.unchanged += 1
+            continue
+        if not _write(output, record, counts, warn):
+            return
+        counts.answered += "error" not in record
+        counts.errors += "error" in record
+        told(path, record)
+
+
+def _write(output: Output, record: dict[str, Any], counts: Counts, warn: Callable[[str], None]) -> bool:
+    """Write a record; where the disk is full, say so once and wait until there is room. False: stopped."""
+    attempt = 0
+    while full := output.write(record):
+        if attempt == 0:
+            warn(f"{full}; waiting until there is room (Ctrl-C ends; what is written is whole)")
+        again = time.monotonic() + _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
+        while time.monotonic() < again:
+            if counts.stopped:
+                return False
+            time.sleep(0.1)
+        attempt += 1
+    if attempt:
+        warn("there is room again")
+    return True
 
 
 def _outcome(found: Seat | Scoring | Exception) -> Report | Chosen | Exception:

@@ -1,0 +1,130 @@
+"""What a run over images writes, wherever it lies: records, of which the last of a path counts, and beside them
+NAME.settings.json, which says what all of them were asked.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import to_json
+from lfm_runtime.formats.manifest import file_hash
+
+_KEYS = ("path", "sha256", "size", "modified", "settings")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "path": (str,),
+    "sha256": (str, NoneType),
+    "size": (int, NoneType),
+    "modified": (int, float, NoneType),
+    "settings": (str,),
+    "text": (str,),
+    "error": (str,),
+    "fields": (dict, NoneType),
+    "probabilities": (dict,),
+    "worker": (dict,),
+}
+
+
+class JournalError(EdgeError):
+    """The output cannot be used: the message says why, and what to do."""
+
+
+class Known(NamedTuple):
+    """What is kept in memory of a record: enough to tell whether its image has changed."""
+
+    size: int | None
+    modified: float | None  # seconds since 1970
+    failed: bool
+
+
+class Output(ABC):
+    """An open output. Only one thread writes."""
+
+    def __init__(self, name: str, settings: str) -> None:
+        """`name`: as messages name it; `settings`: the hash that records carry."""
+        self.name, self.settings = name, settings
+        self.records: dict[str, Known] = {}  # by path
+        self._others = False  # whether records of other settings are there
+        self._settings: dict[str, Any] = {"tables": {}}
+
+    @abstractmethod
+    def key(self, path: str) -> str:
+        """How records name an image."""
+
+    @abstractmethod
+    def write(self, record: dict[str, Any]) -> str:
+        """Write a record, whole or not at all; returns "", or what the system says where there is no room for it.
+
+        Raises:
+            JournalError: it cannot be written for another reason.
+        """
+
+    @abstractmethod
+    def whole_records(self) -> Iterator[dict[str, Any]]:
+        """The record of every path, in the order in which they were written."""
+
+    @abstractmethod
+    def _read_settings(self) -> dict[str, Any]:
+        """What NAME.settings.json says; {} where it is not there. Raises JournalError where it is damaged."""
+
+    @abstractmethod
+    def _write_settings(self, text: str) -> None: ...
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings; write down those of a new file."""
+        place = f"{self.name}.settings.json"
+        try:
+            before = self._read_settings()
+        except JournalError:
+            before = {"damaged": True}
+        if before and "weights" not in before and not self.records:
+            raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
+        if not self._others:
+            self._settings = {**settings, "tables": before.get("tables", {}) if self.records else {}}
+            if not self.records or not before:
+                self._write_settings(to_json(self._settings, indent=1) + "\n")
+            return
+        unlike = [
+            f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
+            for name, value in settings.items()
+            if before and _plain(value) != before.get(name)
+        ]
+        silent = f"{place.rsplit('/', 1)[-1]} does not say which"
+        raise JournalError(
+            f"{self.name} was made with other settings ({'; '.join(unlike) or silent}); choose another output, or give "
+            "the settings of the run before"
+        )
+
+    def wrote_table(self, path: Path) -> bool:
+        """Whether a table is as a run of this output wrote it."""
+        known = self._settings["tables"]
+        return isinstance(known, dict) and known.get(self.key(str(path))) == file_hash(path)
+
+    def note_table(self, path: Path) -> None:
+        """Remember a table that was written."""
+        known = self._settings["tables"]
+        self._settings["tables"] = {**(known if isinstance(known, dict) else {}), self.key(str(path)): file_hash(path)}
+        self._write_settings(to_json(self._settings, indent=1) + "\n")
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A record; None for what is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or any(key not in record for key in _KEYS):
+        return None
+    return record if all(isinstance(record[k], kinds) for k, kinds in _KINDS.items() if k in record) else None
