@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lfm_runtime.bundle import Bundle, check_names, in_hub_cache
+from lfm_runtime.bundle import Bundle, check_names, in_a_cache
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.engine.prepared import remove_damaged
@@ -54,7 +54,7 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     manifest = Manifest.read(folder)
     if manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
-    if in_hub_cache(folder):
+    if in_a_cache(folder):
         manifest = manifest.of_whole_variants(folder)
     if problems := _strangers(folder, set(manifest.files)):
         return problems

@@ -33,6 +33,8 @@ HASHED_AT_LOAD = 32 << 20
 """
 
 
+FETCHED = "fetched"
+"""The folder in which bundles lie that were fetched by URL, by the hash of their manifest."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 
 
@@ -79,7 +81,7 @@ class Bundle:
         manifest = Manifest.read(folder)
         if manifest is None and (folder / SUMS).exists():
             raise BundleError(f"{folder / MANIFEST} is missing, and {SUMS} names it; copy the bundle again")
-        if manifest and in_hub_cache(folder):
+        if manifest and in_a_cache(folder):
             manifest = manifest.of_whole_variants(folder)
         generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
         genai = None if manifest else Genai.read(folder)
@@ -303,9 +305,9 @@ def _what_to_do(path: Path) -> str:
     return f"{do}; settings are changed by flags or a profile" if path.suffix in (".json", ".toml") else do
 
 
-def in_hub_cache(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the hub's cache, where the files of other variants may not be fetched."""
-    return folder.resolve().parent.name == "snapshots"
+def in_a_cache(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the hub's cache or in ours, where files of other variants may not be fetched."""
+    return folder.resolve().parent.name in ("snapshots", FETCHED)
 
 
 def find_variants(names: Collection[str]) -> dict[str, dict[str, str]]:

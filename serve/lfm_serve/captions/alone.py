@@ -41,7 +41,12 @@ class Maker(Protocol):
         """Whether an image is as its record says."""
 
     def records(
-        self, paths: Iterable[str], asking: Asking, generation: Mapping[str, Any], output: Output
+        self,
+        paths: Iterable[str],
+        asking: Asking,
+        generation: Mapping[str, Any],
+        output: Output,
+        warn: Callable[[str], None],
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Answer about every path; each with its record, in the order of completion. Raises EdgeError where the model
         cannot be used.
@@ -58,7 +63,7 @@ class Alone:
         """`options`: of `lfm-edge caption`."""
         self._options = options
         self._plan: Plan | None = None
-        self._reader: Reader | None = None
+        self._reader: Reader[str] | None = None
         self._stopped = False
 
     def bundle(self) -> Bundle:
@@ -89,7 +94,12 @@ class Alone:
         return is_unchanged(path, record)
 
     def records(
-        self, paths: Iterable[str], asking: Asking, generation: Mapping[str, Any], output: Output
+        self,
+        paths: Iterable[str],
+        asking: Asking,
+        generation: Mapping[str, Any],
+        output: Output,
+        warn: Callable[[str], None],  # noqa: ARG002  (nothing here leaves or comes)
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """See Maker; images are read a few ahead."""
         assert self._plan

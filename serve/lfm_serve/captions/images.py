@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
 
 from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, ImageError
@@ -21,6 +22,7 @@ from lfm_serve.captions.output import Known
 
 _AHEAD = 2
 """Images that are read and decoded before they are asked about."""
+Place = TypeVar("Place")
 _NO_MEMORY = "takes more memory than is free"
 
 
@@ -154,10 +156,10 @@ def opened(model: Model, image: ReadImage, content: bytes, *, max_megapixels: fl
     return replace(image, image=pixels)
 
 
-class Reader:
+class Reader(Generic[Place]):
     """A thread that reads images ahead of their turn."""
 
-    def __init__(self, paths: Iterable[str], read: Callable[[str], ReadImage]) -> None:
+    def __init__(self, paths: Iterable[Place], read: Callable[[Place], ReadImage]) -> None:
         self._paths, self._read = paths, read
         self._queue: SimpleQueue[ReadImage | None] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()  # whose put, unlike a semaphore's release, a signal may interrupt

@@ -52,7 +52,7 @@ class Answers:
         self.model, self.asking, self.generation, self.settings = model, asking, generation, settings
         self.rows, self.capacity = rows if model.decoder.info.shares_kv else 1, capacity
 
-    def records(self, images: Reader) -> Iterator[tuple[ReadImage, dict[str, Any]]]:
+    def records(self, images: Reader[Any]) -> Iterator[tuple[ReadImage, dict[str, Any]]]:
         """Answer about every image; each with its record, in the order of completion.
 
         Raises:
@@ -61,7 +61,7 @@ class Answers:
         found = self._together(images) if self.rows > 1 else self._one_by_one(images)
         return ((image, self._record(image, outcome)) for image, outcome in found)
 
-    def _together(self, images: Reader) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
+    def _together(self, images: Reader[Any]) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
         def take(wait: bool) -> tuple[ReadImage, Any] | None:
             image = images.take(wait)
             return None if image is None else (image, self._work(image))
@@ -71,7 +71,7 @@ class Answers:
             for image, found in finished(batch, take):
                 yield image, _outcome(found)
 
-    def _one_by_one(self, images: Reader) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
+    def _one_by_one(self, images: Reader[Any]) -> Iterator[tuple[ReadImage, Report | Chosen | Exception]]:
         while image := images.take(True):
             work = self._work(image)
             try:

@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> int:
 
         if watch or todo:
             with stopping(stop):
-                keep(maker.records(todo, asking, generation, output), output, counts, told, progress.warn)
+                made = maker.records(todo, asking, generation, output, progress.warn)
+                keep(made, output, counts, told, progress.warn)
             progress.end()
         if options.table:
             write_table(options.table, output.whole_records(), asking.fields)

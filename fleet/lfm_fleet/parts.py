@@ -1,0 +1,159 @@
+"""Records at an URL, where nothing can be appended to a file: parts beside it, each written whole, merged at the end.
+
+OUT.jsonl.parts/ has a part for some hundred records, or for half a minute; what a run that ended early has written is
+there for the next one. The last record of a path counts: OUT.jsonl is read first, then the parts in the order of names.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+from lfm_serve.captions.output import JournalError, Output, parsed
+from lfm_serve.jsonl import json_line
+
+from lfm_fleet.places import filesystem, why
+
+_RECORDS, _SECONDS = 500, 30.0
+
+
+class Parts(Output):
+    """An open output at an URL. Two runs at once write parts of different names; nothing tells them apart otherwise."""
+
+    def __init__(self, url: str, settings: str) -> None:
+        super().__init__(url, settings)
+        self._fs, self._path = filesystem(url)
+        self._folder = f"{self._path}.parts"
+        self._run = f"{time.time_ns():020}-{secrets.token_hex(4)}"
+        self._written = 0  # parts of this run
+        self._buffer: dict[str, bytes] = {}  # path → line
+        self._since = time.monotonic()  # when the buffer was empty
+
+    @staticmethod
+    @contextmanager
+    def open(url: str, settings: Mapping[str, Any], digest: str) -> Iterator[Parts]:
+        """Open an output, new or to go on with. What is buffered is written at the end, whatever ends the run; parts
+        are merged where it ends well.
+
+        Raises:
+            JournalError: it is somebody else's, cannot be written, or is of other settings.
+        """
+        parts = Parts(url, digest)
+        with parts._errors():
+            for record in parts._records(check=True):
+                parts._others |= record["settings"] != digest
+                parts._note(record)
+            parts._check_settings(settings)
+        try:
+            yield parts
+        finally:
+            if problem := parts._flush():
+                raise JournalError(f"{problem}; {len(parts._buffer)} records are lost, run again to make them anew")
+        with parts._errors():
+            parts._merge()
+
+    def key(self, path: str) -> str:
+        """Relative to the output's folder where it lies below it, else the whole URL or path."""
+        base = f"{PurePosixPath(self._path).parent}/"
+        same = path.partition("://")[0] == self.name.partition("://")[0]
+        inner = filesystem(path)[1] if same else ""
+        return inner.removeprefix(base) if inner.startswith(base) else path
+
+    def write(self, record: dict[str, Any]) -> str:
+        """See Output; it is in a part after some hundred records, or half a minute."""
+        self._buffer[record["path"]] = json_line(record)
+        if len(self._buffer) < _RECORDS and time.monotonic() - self._since < _SECONDS:
+            return ""
+        return self._flush()
+
+    def whole_records(self) -> Iterator[dict[str, Any]]:
+        """See Output."""
+        last = {record["path"]: n for n, record in enumerate(self._records())}
+        for n, record in enumerate(self._records()):
+            if last[record["path"]] == n:
+                yield record
+
+    def _flush(self) -> str:
+        """Write a part; returns "", or what the driver says, and then it is tried again."""
+        if not self._buffer:
+            return ""
+        try:
+            self._fs.makedirs(self._folder, exist_ok=True)
+            name = f"{self._folder}/{self._run}-{self._written:08}.jsonl"
+            self._put(name, b"".join(self._buffer.values()))
+        except Exception as e:  # noqa: BLE001  (drivers raise what they like)
+            return f"{self._folder}: {why(e)}"
+        self._written += 1
+        self._buffer.clear()
+        self._since = time.monotonic()
+        return ""
+
+    def _merge(self) -> None:
+        """One file of all records, and no parts."""
+        places = self._places()
+        if places in ([], [self._path]):
+            return
+        temporary = f"{self._folder}/merged.tmp" if "file" in _names(self._fs) else self._path
+        with self._fs.open(temporary, "wb") as f:  # an object appears when it is closed
+            f.writelines(json_line(record) for record in self.whole_records())
+        if temporary != self._path:
+            self._fs.mv(temporary, self._path)
+        self._fs.rm(self._folder, recursive=True)
+
+    def _places(self) -> list[str]:
+        """The file where it is there, and the parts."""
+        self._fs.invalidate_cache()
+        parts = self._fs.ls(self._folder, detail=False) if self._fs.isdir(self._folder) else []
+        named = sorted(name for name in parts if name.endswith(".jsonl"))
+        return [*([self._path] if self._fs.isfile(self._path) else []), *named]
+
+    def _records(self, *, check: bool = False) -> Iterator[dict[str, Any]]:
+        for place in self._places():
+            with self._fs.open(place, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    record = parsed(line) if check else json.loads(line)
+                    if record is None:
+                        raise JournalError(
+                            f"{place}, line {number} is no record of lfm-edge caption; choose another output"
+                        )
+                    yield record
+
+    def _put(self, name: str, content: bytes) -> None:
+        """Write a file whole: an object store does so by itself, a folder by another name first."""
+        if "file" not in _names(self._fs):
+            self._fs.pipe_file(name, content)
+            return
+        temporary = f"{name}.tmp"
+        self._fs.pipe_file(temporary, content)
+        self._fs.mv(temporary, name)
+
+    def _read_settings(self) -> dict[str, Any]:
+        place = f"{self._path}.settings.json"
+        if not self._fs.isfile(place):
+            return {}
+        try:
+            found = json.loads(self._fs.cat_file(place))
+        except ValueError as e:
+            raise JournalError(f"{place} is damaged") from e
+        return found if isinstance(found, dict) else {"damaged": True}
+
+    def _write_settings(self, text: str) -> None:
+        self._put(f"{self._path}.settings.json", text.encode())
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except JournalError:
+            raise
+        except Exception as e:
+            raise JournalError(f"{self.name} cannot be read and written ({why(e)}); choose another output") from e
+
+
+def _names(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
