@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CODE = [
     p
-    for stage in ("audit", "export", "package", "profiles", "quantize", "runtime", "serve")
+    for stage in ("audit", "export", "package", "profiles", "quantize", "runtime", "serve", "fleet")
     for p in (ROOT / stage).rglob("*.py")
 ]
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_FOLDER = 400, 60, 14

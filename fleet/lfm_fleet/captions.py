@@ -22,7 +22,7 @@ from lfm_serve.captions.output import Known, Output
 from lfm_fleet import places
 from lfm_fleet.batches import Batches
 from lfm_fleet.bundles import open_bundle
-from lfm_fleet.crew import connected, local, threads_each
+from lfm_fleet.crew import check_workers, connected, local, threads_each
 from lfm_fleet.job import Item, Job, decided
 from lfm_fleet.parts import Parts
 
@@ -34,6 +34,8 @@ class Cluster:
         """`options`: of `lfm-edge caption`."""
         self._options = options
         self._flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
+        if options.workers:
+            check_workers(options.workers)
         if options.workers and options.threads is None:
             self._flags["threads"] = threads_each(options.workers)
         self._manifest = ""

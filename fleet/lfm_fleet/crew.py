@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -13,6 +14,9 @@ from typing import Any
 import dask
 import onnxruntime as ort
 from distributed import Client, LocalCluster, Worker
+from distributed.comm import connect, parse_address
+from distributed.comm.registry import get_backend
+from distributed.security import Security
 from lfm_profiles import default_threads, now
 from lfm_runtime import __version__
 from lfm_runtime.errors import EdgeError, SettingError
@@ -25,7 +29,7 @@ RESOURCE = "lfm-edge"
 START = 'dask worker ADDRESS --nthreads 1 --resources "lfm-edge=1"'
 _CONNECT_S = 10.0
 _LOOK_S = 1.0
-_COME_S = 20.0
+_COME_S = 10.0
 """How long a run waits for its first worker."""
 
 
@@ -143,8 +147,15 @@ def connected(address: str) -> Iterator[Client]:
     Raises:
         ClusterError: it cannot be reached, or has another TLS.
     """
+    try:
+        get_backend(parse_address(address, strict=True)[0])
+    except ValueError as e:
+        raise ClusterError(
+            f"--scheduler {address} is no address ({why(e)}); one is tcp://host:8786 or tls://host:8786"
+        ) from e
     with _quiet():
         try:
+            asyncio.run(_reach(address))  # a Client that could not connect says more, and later
             client = Client(address, timeout=_CONNECT_S, set_as_default=False)
         except Exception as e:
             raise ClusterError(_unreached(address, e)) from e
@@ -187,16 +198,20 @@ def local(workers: int) -> Iterator[Client]:
             yield client
 
 
-def threads_each(workers: int) -> int:
-    """Threads of each of `workers` processes on this machine.
+async def _reach(address: str) -> None:
+    comm = await connect(address, timeout=_CONNECT_S, **Security().get_connection_args("client"))
+    await comm.close()
 
-    Raises:
-        SettingError: there are fewer processors than processes.
-    """
-    cores = default_threads()
+
+def check_workers(workers: int) -> None:
+    """Raise SettingError for more processes on this machine than it has processors."""
     if workers > (os.cpu_count() or workers):
         raise SettingError(f"--workers {workers}: this machine has {os.cpu_count()} processors; ask for fewer")
-    return max(1, cores // workers)
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each of `workers` processes on this machine."""
+    return max(1, default_threads() // workers)
 
 
 @contextmanager
@@ -224,8 +239,6 @@ def _unreached(address: str, e: BaseException) -> str:
             f"the scheduler {address} was not reached by TLS ({why(deepest)}); check distributed.comm.tls in Dask's "
             "configuration: the CA, certificate and key must be of the cluster (docs/fleet.md)"
         )
-    if isinstance(e, ValueError):
-        return f"--scheduler {address} is no address ({why(e)}); one is tcp://host:8786 or tls://host:8786"
     return f"the scheduler {address} cannot be reached ({why(deepest)}); start one with: dask scheduler"
 
 

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from clusters import IMAGES, QUESTION
+
+pytest.importorskip("distributed")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve images."""
+    (tmp_path / "images").mkdir()
+    for image in IMAGES[:12]:
+        shutil.copy(image, tmp_path / "images")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def command(demo_bundle, folder, tmp_path):
+    """The words of a run over the folder: `command("--workers", "2")`."""
+
+    def words(*more: str, images=None, out: str = "out.jsonl", bundle=None) -> list[str]:
+        output = out if "://" in out else str(tmp_path / out)
+        asked = ("-p", QUESTION, "-o", output, "--quiet", "--threads", "1")
+        return ["caption", str(bundle or demo_bundle), str(images or folder), *asked, *more]
+
+    return words
