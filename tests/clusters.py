@@ -59,18 +59,22 @@ class Cluster:
         more = ("--name", name, "--nthreads", "1", "--no-dashboard", kind, *offered, *words)
         self.workers.append(self._start("dask_worker", f"worker-{name}", self.address, *more, before=before))
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self):
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in (*self.workers, self.scheduler):
             process.send_signal(signal.SIGTERM)
         for process in (*self.workers, self.scheduler):
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def until(ready, what: str = "it") -> None:

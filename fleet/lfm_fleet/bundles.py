@@ -24,8 +24,6 @@ from lfm_runtime.setup.variants import choose_variants
 
 from lfm_fleet.places import filesystem, is_url, reading, why
 
-_PIECE = 1 << 20
-
 
 def open_bundle(place: str, profile: str, flags: Mapping[str, Any], wanted: str = "") -> tuple[Bundle, str]:
     """(a bundle, the SHA-256 of its manifest). `profile` and `flags` as of `resolve`: of the graphs of an URL, those
@@ -74,7 +72,8 @@ def _fetched(url: str, profile: str, flags: Mapping[str, Any], wanted: str) -> t
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not (folder / MANIFEST).exists():
-                _write(folder / MANIFEST, [raw])
+                with _placed(folder / MANIFEST) as temporary:
+                    temporary.write_bytes(raw)
             manifest = Manifest.of(folder)
             graphs = {name for graph, entry in manifest.graphs.items() for name in (graph, *entry.data)}
             for name in manifest.files.keys() - graphs:
@@ -105,27 +104,20 @@ def _fetch(url: str, path: Path, file: File) -> None:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
     check_room(path.parent, file.bytes, url, BundleError)
-    _write(path, _pieces(url, file))
-
-
-def _pieces(url: str, file: File) -> Iterator[bytes]:
     fs, inner = filesystem(url)
-    digest = hashlib.sha256()
-    with reading(url, "copy the bundle there again"), fs.open(inner, "rb") as f:
-        while piece := f.read(_PIECE):
-            digest.update(piece)
-            yield piece
-    if digest.hexdigest() != file.sha256:
-        raise BundleError(f"{url} is damaged (its SHA-256 is not the manifest's); copy the bundle there again")
+    with _placed(path) as temporary:
+        with reading(url, "copy the bundle there again"):
+            fs.get_file(inner, str(temporary))  # opened, some servers would have to know ranges
+        if file_hash(temporary) != file.sha256:
+            raise BundleError(f"{url} is damaged (its SHA-256 is not the manifest's); copy the bundle there again")
 
 
-def _write(path: Path, pieces: Iterator[bytes] | list[bytes]) -> None:
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """A file to be written, which then is `path`; where that fails there is none."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as f:
-            f.writelines(pieces)
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

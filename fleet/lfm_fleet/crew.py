@@ -14,7 +14,8 @@ from typing import Any
 import dask
 import onnxruntime as ort
 from distributed import Client, LocalCluster, Worker
-from distributed.comm import connect, parse_address
+from distributed.comm.addressing import parse_address
+from distributed.comm.core import connect
 from distributed.comm.registry import get_backend
 from distributed.security import Security
 from lfm_profiles import default_threads, now
@@ -27,7 +28,7 @@ from lfm_fleet.places import why
 RESOURCE = "lfm-edge"
 """What a worker offers that may be asked: one a process, so that it does one batch at a time."""
 START = 'dask worker ADDRESS --nthreads 1 --resources "lfm-edge=1"'
-_CONNECT_S = 10.0
+_CONNECT_S = 5.0
 _LOOK_S = 1.0
 _COME_S = 10.0
 """How long a run waits for its first worker."""

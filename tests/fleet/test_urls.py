@@ -1,0 +1,176 @@
+"""Bundles, images and records at URLs: Python's own web server, moto's S3, files."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+from clusters import IMAGES, QUESTION, texts
+from lfm_fleet.bundles import cache_folder, open_bundle
+from lfm_fleet.parts import Parts
+from lfm_fleet.places import PlaceError, find
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.commands.cli import main
+from lfm_runtime.errors import BundleError
+from lfm_serve.captions.output import JournalError
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(a folder, its address by http)."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    handler.func.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 bucket, empty."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("pictures")
+    yield "s3://pictures"
+    server.stop()
+
+
+def test_a_bundle_and_images_by_http(command, demo_bundle, served, tmp_path) -> None:
+    folder, address = served
+    shutil.copytree(demo_bundle, folder / "bundle")
+    (folder / "images").mkdir()
+    for image in IMAGES[:12]:
+        shutil.copy(image, folder / "images")
+    assert main(command()) == 0
+    where = {"bundle": f"{address}/bundle", "images": f"{address}/images", "out": "far.jsonl"}
+    assert main(command("--workers", "1", **where)) == 0
+    near = {Path(path).name: text for path, text in texts(tmp_path / "out.jsonl").items()}
+    assert {path.rsplit("/", 1)[1]: text for path, text in texts(tmp_path / "far.jsonl").items()} == near
+    (fetched,) = (f for f in cache_folder().iterdir() if f.is_dir())
+    assert Bundle.open(fetched).manifest
+    shutil.rmtree(folder / "bundle" / "onnx")  # in the cache it is
+    assert main(command("--workers", "1", **{**where, "out": "again.jsonl"})) == 0
+    assert texts(tmp_path / "again.jsonl") == texts(tmp_path / "far.jsonl")
+
+
+def test_records_and_images_in_s3(command, bucket, tmp_path) -> None:
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    for image in IMAGES[:12]:
+        store.put_file(str(image), f"pictures/in/{image.name}")
+    words = command("--workers", "1", images=f"{bucket}/in", out=f"{bucket}/out.jsonl")
+    assert main(words) == 0
+    lines = store.cat_file("pictures/out.jsonl").decode().splitlines()
+    assert sorted(json.loads(line)["path"] for line in lines) == [f"in/{image.name}" for image in IMAGES[:12]]
+    assert not store.exists("pictures/out.jsonl.parts")
+    store.put_file(str(IMAGES[20]), f"pictures/in/{IMAGES[0].name}")  # changed
+    store.rm_file(f"pictures/in/{IMAGES[1].name}")  # gone: its record stays
+    assert main(words) == 0
+    again = {r["path"]: r for r in map(json.loads, store.cat_file("pictures/out.jsonl").decode().splitlines())}
+    assert len(again) == 12
+    assert again[f"in/{IMAGES[0].name}"]["size"] == IMAGES[20].stat().st_size
+    assert {json.dumps(r) for r in again.values() if r["path"] != f"in/{IMAGES[0].name}"} < set(lines)
+    other = command("--workers", "1", "--system", "Be short.", images=f"{bucket}/in", out=f"{bucket}/out.jsonl")
+    assert main(other) == 2
+
+
+def test_fetched_files_have_the_manifests_hashes(demo_bundle, served) -> None:
+    folder, address = served
+    shutil.copytree(demo_bundle, folder / "bundle")
+    name = max((folder / "bundle" / "onnx").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(name.read_bytes())
+    content[len(content) // 2] ^= 1
+    name.write_bytes(content)
+    with pytest.raises(BundleError, match="is damaged"):
+        open_bundle(f"{address}/bundle", "generic", {})
+    shutil.copytree(demo_bundle, folder / "bundle", dirs_exist_ok=True)
+    _, found = open_bundle(f"{address}/bundle", "generic", {})
+    with pytest.raises(BundleError, match="is another bundle there"):
+        open_bundle(f"{address}/bundle", "generic", {}, "0" * 64)
+    assert len(found) == 64
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nothing://x/y", "cannot be used"),
+        ("http://127.0.0.1:1/images/a.png", "cannot be read|does not exist"),
+        ("file:///nowhere/a.png", "does not exist; name a folder of images"),
+    ],
+)
+def test_places_that_cannot_be_listed(url, said) -> None:
+    with pytest.raises(PlaceError, match=said):
+        list(find(url, recursive=False, match=[]))
+
+
+def test_patterns_and_folders_below(folder) -> None:
+    (folder / "below").mkdir()
+    shutil.copy(IMAGES[30], folder / "below")
+    url = f"file://{folder}"
+    names = [image.url.rsplit("/", 1)[1] for image in find(url, recursive=False, match=[])]
+    assert names == [image.name for image in IMAGES[:12]]
+    assert len(list(find(url, recursive=True, match=[]))) == 13
+    (only,) = find(url, recursive=True, match=["below/*"])
+    assert only.size == IMAGES[30].stat().st_size
+    assert only.modified == (folder / "below" / IMAGES[30].name).stat().st_mtime
+
+
+def record(path: str, text: str, settings: str = "abc") -> dict:
+    return {"path": path, "sha256": None, "size": 1, "modified": None, "settings": settings, "text": text}
+
+
+SETTINGS = {"weights": "w", "question": QUESTION}
+
+
+def test_parts_of_a_run_that_was_killed_are_there_for_the_next(tmp_path) -> None:
+    url = f"file://{tmp_path}/out.jsonl"
+
+    class KilledError(BaseException):
+        pass
+
+    with pytest.raises(KilledError), Parts.open(url, SETTINGS, "abc") as parts:
+        assert parts.write(record("a", "1")) == ""
+        raise KilledError
+    assert not (tmp_path / "out.jsonl").exists()
+    with Parts.open(url, SETTINGS, "abc") as parts:
+        assert list(parts.records) == ["a"]
+        parts.write(record("b", "2"))
+        parts.write(record("a", "3"))
+    assert {r["path"]: r["text"] for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())} == {
+        "a": "3",
+        "b": "2",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.settings.json"]
+    with (
+        pytest.raises(JournalError, match="was made with other settings"),
+        Parts.open(url, {**SETTINGS, "question": "?"}, "def"),
+    ):
+        pass
+
+
+def test_what_is_somebody_elses_is_not_touched(tmp_path) -> None:
+    (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
+    with (
+        pytest.raises(JournalError, match="line 1 is no record"),
+        Parts.open(f"file://{tmp_path}/out.jsonl", SETTINGS, "abc"),
+    ):
+        pass
+    assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
