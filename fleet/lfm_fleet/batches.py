@@ -49,8 +49,16 @@ class Batch:
 class Batches:
     """One run over images."""
 
-    def __init__(self, client: Client, job: Job, items: Sequence[Item], warn: Callable[[str], None]) -> None:
-        self.client, self.job, self.warn = client, job, warn
+    def __init__(
+        self,
+        client: Client,
+        job: Job,
+        items: Sequence[Item],
+        warn: Callable[[str], None],
+        answer: Callable[[Job, Sequence[Item]], Answered | Refused] = answer,
+    ) -> None:
+        """`answer`: what a worker does with a batch."""
+        self.client, self.job, self.warn, self._answer = client, job, warn, answer
         self.crew = Crew(client, warn)
         self._left, self._rest = len(items), iter(items)
         self._again: deque[Batch] = deque()  # of workers that refused or died, or that the scheduler forgot
@@ -87,7 +95,7 @@ class Batches:
         workers = self.crew.look() if is_reached(self.client) else []
         while len(self._running) < _SENT * len(workers) and (batch := self._take(len(workers))):
             future = self.client.submit(
-                answer, self.job, batch.items, resources={RESOURCE: 1}, retries=_RETRIES, pure=False
+                self._answer, self.job, batch.items, resources={RESOURCE: 1}, retries=_RETRIES, pure=False
             )
             self._running[future] = batch
             future.add_done_callback(self._ended.put)
@@ -103,7 +111,7 @@ class Batches:
             return self._again.popleft()
         if self._stopped:
             return None
-        each = int(BATCH_S / median(self._took)) if self._took else 1
+        each = int(BATCH_S / max(median(self._took), 1e-6)) if self._took else 1
         size = max(1, min(each, MOST_IMAGES, self._left // (_TAIL * workers)))
         items = list(islice(self._rest, size))
         self._left -= len(items)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
 
 if TYPE_CHECKING:
-    from lfm_quantize.judge.measure import Board
+    from lfm_quantize.judge.measure import Board, Spread
 
 DEMO_SET = Path(__file__).resolve().parents[3] / "demo" / "eval" / "eval.jsonl"
 
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the error after each layer: .svg, .png or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="compare on the workers of a Dask cluster (extra fleet; docs/fleet.md)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_image_arguments(parser)
 
@@ -81,7 +86,14 @@ def run(options: argparse.Namespace) -> int:
         threads = default_threads() if options.threads is None else check_threads(options.threads)
         with failures_are_ours(options.bundle):
             quality = measure(
-                options.bundle, variant, options.against, questions, threads, printer.progress, board=board
+                options.bundle,
+                variant,
+                options.against,
+                questions,
+                threads,
+                printer.progress,
+                board=board,
+                spread=_spread(options.scheduler),
             )
     finally:
         printer.clear()
@@ -97,6 +109,15 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         error_plot(quality, options.plot)
     return 0
+
+
+def _spread(scheduler: str | None) -> Spread | None:
+    """What compares on the workers of a scheduler; None: here."""
+    if scheduler is None:
+        return None
+    (found,) = entry_points(group="lfm_edge.clusters", name="spread")
+    spread: Spread = partial(found.load(), scheduler)
+    return spread
 
 
 def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:

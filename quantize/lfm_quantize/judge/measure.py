@@ -5,8 +5,8 @@ the runtime runs them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from lfm_profiles import FINEST, Profile
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
+from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.manifest import MANIFEST, file_hash
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.questions import Question
 from lfm_runtime.setup.profile import departures
@@ -33,8 +35,12 @@ LOGIT_BYTES = 64 << 20
 """Distributions kept at a time; a question more than that waits for the next round."""
 LAYER_SAMPLES = 4
 """Questions that the error is followed through the layers on."""
+SENT_QUESTIONS = 16
+"""Compared together where the comparison is spread."""
 
 Float = NDArray[np.float32]
+Spread = Callable[["Comparison", Sequence[Sequence[Question]]], Iterable["Found"]]
+"""Compares parts of the questions elsewhere; what is found, in their order."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,11 @@ def measure(
     *,
     board: Board | None = None,
     quick: bool = False,
+    spread: Spread | None = None,
 ) -> Quality:
     """Compare two variants of a bundle; this one as on a board, the other one with the checkpoint's own image settings
-    or, where they are to be alike, with the board's. `quick`: shorter answers, and the layers of one question alone.
+    or, where they are to be alike, with the board's. `quick`: shorter answers, and the layers of one question alone;
+    `spread`: parts of the questions are compared elsewhere, and the numbers are those of one machine.
 
     Raises:
         BundleError: a variant is missing.
@@ -96,7 +104,12 @@ def measure(
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
-    found = _compare(exact, judged, questions, most, board, progress)
+    comparison = Comparison(folder.resolve(), variant, against, threads, most, board)
+    if spread:
+        comparison = replace(comparison, manifest=file_hash(bundle.folder / MANIFEST))
+        found = _together(spread(comparison, _by_image(questions)), len(questions), variant, progress)
+    else:
+        found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
     few = questions[:: max(1, len(questions) // followed)][:followed]
     layers = [] if board and not board.alike else layer_errors(exact, judged, few)
@@ -127,6 +140,50 @@ def measure(
     )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two variants and how they answer, to be sent to where questions are compared."""
+
+    folder: Path  # the same on every machine
+    variant: str
+    against: str
+    threads: int
+    most: int  # tokens of an answer
+    board: Board | None
+    manifest: str = ""  # SHA-256 of the bundle's manifest.json
+
+    def __call__(self, questions: Sequence[Question]) -> Found:
+        """What is found on these questions.
+
+        Raises:
+            BundleError: there is no bundle, or another one.
+        """
+        bundle = Bundle.open(self.folder)
+        if file_hash(bundle.folder / MANIFEST) != self.manifest:
+            raise BundleError(f"{self.folder} is another bundle there; copy the same one there")
+        exact = Answering(bundle, self.against, self.threads, packed=False)
+        judged = Answering(bundle, self.variant, self.threads, prefill=self.board.prefill if self.board else None)
+        return _compare(exact, judged, questions, self.most, self.board, lambda *_: None)
+
+
+def _by_image(questions: Sequence[Question]) -> list[Sequence[Question]]:
+    """Parts of some questions each; those about one image stay together where they stand together."""
+    parts: list[list[Question]] = [[]]
+    for question in questions:
+        if len(parts[-1]) >= SENT_QUESTIONS and question.image != parts[-1][-1].image:
+            parts.append([])
+        parts[-1].append(question)
+    return list(parts)
+
+
+def _together(parts: Iterable[Found], questions: int, variant: str, progress: Progress) -> Found:
+    whole = Found()
+    for part in parts:
+        whole.extend(part)
+        progress(f"evaluates {variant}", len(whole.same_answer), questions)
+    return whole
+
+
 def _compare(
     exact: Answering,
     judged: Answering,
@@ -134,12 +191,12 @@ def _compare(
     most: int,
     board: Board | None,
     progress: Progress,
-) -> _Found:
+) -> Found:
     """Question by question, some at a time: the logits of answers of `most` tokens are large."""
     bundle = exact.bundle
     mine = board.images if board else bundle.images
     others = mine if board and board.alike else bundle.images
-    found = _Found(bundle, most)
+    found = Found()
     for part in _parts(questions, max(1, LOGIT_BYTES // (4 * len(bundle.prompt.vocabulary.tokens) * most))):
         samples = [to_sample(bundle, q, split=True, images=others) for q in part]
         references = _reference(exact, samples, most)
@@ -148,7 +205,7 @@ def _compare(
         encoded = judged.features_of(samples)
         decoder = judged.decoder()
         for sample, reference, features in zip(samples, references, encoded, strict=True):
-            found.add(sample, reference, features, decoder, judged.embed(decoder, sample, features))
+            found.add(bundle, most, sample, reference, features, decoder, judged.embed(decoder, sample, features))
             progress(f"evaluates {judged.variant}", len(found.same_answer), len(questions))
         del decoder
     return found
@@ -175,11 +232,9 @@ def _reference(exact: Answering, samples: Sequence[Sample], most: int) -> list[_
 
 
 @dataclass
-class _Found:
+class Found:
     """What is found question by question."""
 
-    bundle: Bundle
-    most: int  # tokens of an answer
     cosines: list[Float] = field(default_factory=list)
     tokens: list[tuple[int, int]] = field(default_factory=list)  # image tokens of the other variant, of this one
     divergence: list[Float] = field(default_factory=list)
@@ -187,9 +242,27 @@ class _Found:
     same_answer: list[bool] = field(default_factory=list)
     right: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)  # task → (the other variant, this one)
 
-    def add(self, sample: Sample, reference: _Reference, features: Float, decoder: Decoder, embeds: Float) -> None:
-        """Compare one question: the judged decoder is led through the other's answer."""
-        eos = self.bundle.eos
+    def extend(self, other: Found) -> None:
+        """Put what was found on later questions behind what was found before."""
+        self.cosines += other.cosines
+        self.tokens += other.tokens
+        self.divergence += other.divergence
+        self.same_token += other.same_token
+        self.same_answer += other.same_answer
+        for task, right in other.right.items():
+            self.right.setdefault(task, []).extend(right)
+
+    def add(
+        self,
+        bundle: Bundle,
+        most: int,
+        sample: Sample,
+        reference: _Reference,
+        features: Float,
+        decoder: Decoder,
+        embeds: Float,
+    ) -> None:
+        """Compare one question: the judged decoder is led through the other's answer of at most `most` tokens."""
         self.tokens.append((len(reference.features), len(features)))
         if reference.features.shape == features.shape:
             self.cosines.append(cosines(reference.features, features))
@@ -198,14 +271,11 @@ class _Found:
         self.same_token.append(reference.logits.argmax(1) == logits.argmax(1))
         # Led through the same tokens and agreeing on each, the variant would have said the same by itself.
         agrees = bool(self.same_token[-1].all())
-        said = reference.answer if agrees else greedy(decoder, embeds, self.most, eos)[0]
+        said = reference.answer if agrees else greedy(decoder, embeds, most, bundle.eos)[0]
         self.same_answer.append(said == reference.answer)
         if sample.question.answer is not None:
-            exact, judged = (self._text(ids) == sample.question.answer for ids in (reference.answer, said))
+            exact, judged = (_text(bundle, ids) == sample.question.answer for ids in (reference.answer, said))
             self.right.setdefault(sample.question.task, []).append((exact, judged))
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.bundle.prompts.tokenizer.decode([i for i in ids if i not in self.bundle.eos]))
 
     def accuracy(self, against: str, variant: str) -> dict[str, dict[str, float]]:
         """Task → number of questions, and each variant's share of exact answers."""
@@ -217,6 +287,10 @@ class _Found:
             }
             for task, right in self.right.items()
         }
+
+
+def _text(bundle: Bundle, ids: Sequence[int]) -> str:
+    return str(bundle.prompts.tokenizer.decode([i for i in ids if i not in bundle.eos]))
 
 
 def _parts(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
