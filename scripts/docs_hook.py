@@ -26,7 +26,19 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("export", "quantize", "runtime", "profiles", "package", "serve", "fleet", "audit", "device_tests", "examples", "demo")
+STAGES = (
+    "export",
+    "quantize",
+    "runtime",
+    "profiles",
+    "package",
+    "serve",
+    "fleet",
+    "audit",
+    "device_tests",
+    "examples",
+    "demo",
+)
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",

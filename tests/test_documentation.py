@@ -34,6 +34,7 @@ NOT_RUN = (
     (r"lfm-edge --version", "not a command"),
     (r"lfm-edge serve", "does not end; tests/serve, and the Python block of docs/serve.md"),
     (r"lfm-edge caption .*--watch", "does not end; tests/serve/test_captions.py"),
+    (r"lfm-edge .*--scheduler", "needs a cluster; tests/fleet"),
     (r"lfm-edge watch .*(rtsp://|exec:)", "needs a camera; tests/serve/test_watch.py"),
     (r"lfm-edge completion .*>", "writes into a shell; tests/runtime/commands/test_completion.py"),
     (r"lfm-edge quantize bundle --variant fp16 --calibration", "for a GPU; tests/quantize/test_gpu_variants.py"),

@@ -31,7 +31,9 @@ START = 'dask worker ADDRESS --nthreads 1 --resources "lfm-edge=1"'
 _CONNECT_S = 5.0
 _LOOK_S = 1.0
 _COME_S = 10.0
-"""How long a run waits for its first worker."""
+"""How long a run waits for its first worker …"""
+_OFFER_S = 3.0
+"""… and, where there are workers, for one that takes part."""
 
 
 class ClusterError(EdgeError):
@@ -55,8 +57,10 @@ class Crew:
         Raises:
             ClusterError: there is none.
         """
-        until = time.monotonic() + _COME_S
-        while not self.look() and not self._refused and time.monotonic() < until:
+        started = time.monotonic()
+        while not self.look() and not self._refused:
+            if time.monotonic() - started > (_OFFER_S if self._there else _COME_S):
+                break
             time.sleep(0.2)
         self.check()
 
@@ -190,7 +194,7 @@ def local(workers: int) -> Iterator[Client]:
                 threads_per_worker=1,
                 memory_limit=limit,
                 resources={RESOURCE: 1},
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # its port may be taken
                 silence_logs=logging.CRITICAL,
             )
         except Exception as e:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
 
 if TYPE_CHECKING:
+    from lfm_runtime.questions import Question
+
     from lfm_quantize.judge.measure import Board, Spread
 
 DEMO_SET = Path(__file__).resolve().parents[3] / "demo" / "eval" / "eval.jsonl"
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.formats.files import check_output
     from lfm_runtime.formats.manifest import MANIFEST
 
-    from lfm_quantize.calibrate.samples import named, read_questions
+    from lfm_quantize.calibrate.samples import named
     from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
@@ -68,16 +70,7 @@ def run(options: argparse.Namespace) -> int:
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
             raise QuantizeError(f"--plot {options.plot}: name a .svg, .png or .pdf")
         check_output(options.plot, "lfm-edge quality", is_plot, force=False)
-    images, prompts = options.images or DEMO_SET, options.prompts
-    if options.images is None and not DEMO_SET.exists():
-        raise QuantizeError("--images is needed: a folder, a text file of paths or a JSONL file of questions")
-    if options.images is None and prompts:
-        raise QuantizeError("--prompts has no effect without --images; name the images' folder")
-    if images.suffix == ".jsonl":
-        if prompts:
-            raise QuantizeError("--prompts has no effect beside a JSONL file, which has the questions; leave it out")
-        images, prompts = None, images
-    questions, skipped = read_questions(images, prompts)
+    questions, skipped = _questions(options)
     variant, board = _judged(options)
     printer = Printer(not options.quiet)
     if skipped:
@@ -109,6 +102,23 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         error_plot(quality, options.plot)
     return 0
+
+
+def _questions(options: argparse.Namespace) -> tuple[list[Question], list[Path]]:
+    """The questions to judge with, and the images that are left out."""
+    from lfm_quantize.calibrate.samples import read_questions
+    from lfm_quantize.graph import QuantizeError
+
+    images, prompts = options.images or DEMO_SET, options.prompts
+    if options.images is None and not DEMO_SET.exists():
+        raise QuantizeError("--images is needed: a folder, a text file of paths or a JSONL file of questions")
+    if options.images is None and prompts:
+        raise QuantizeError("--prompts has no effect without --images; name the images' folder")
+    if images.suffix == ".jsonl":
+        if prompts:
+            raise QuantizeError("--prompts has no effect beside a JSONL file, which has the questions; leave it out")
+        images, prompts = None, images
+    return read_questions(images, prompts)
 
 
 def _spread(scheduler: str | None) -> Spread | None:

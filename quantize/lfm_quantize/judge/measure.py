@@ -104,10 +104,10 @@ def measure(
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
-    comparison = Comparison(folder.resolve(), variant, against, threads, most, board)
     if spread:
-        comparison = replace(comparison, manifest=file_hash(bundle.folder / MANIFEST))
-        found = _together(spread(comparison, _by_image(questions)), len(questions), variant, progress)
+        found = _elsewhere(
+            spread, Comparison(folder.resolve(), variant, against, threads, most, board), questions, progress
+        )
     else:
         found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
@@ -116,7 +116,6 @@ def measure(
     # Of images that are cut alike; what is cut in another way has other features.
     all_cosines = np.concatenate(found.cosines) if found.cosines else np.full(1, np.nan, np.float32)
     divergence = np.concatenate(found.divergence)
-    size = _bytes(bundle, variant, board.prefill if board else None)
     return Quality(
         variant=variant,
         against=against,
@@ -131,7 +130,7 @@ def measure(
         same_top1=float(np.concatenate(found.same_token).mean()),
         same_answers=sum(found.same_answer) / len(questions),
         accuracy=found.accuracy(against, variant),
-        bytes=size,
+        bytes=_bytes(bundle, variant, board.prefill if board else None),
         against_bytes=_bytes(bundle, against, None),
         bits_per_weight=8 * _bytes(bundle, variant, None) / _weights(bundle),
         layers=layers,
@@ -176,11 +175,12 @@ def _by_image(questions: Sequence[Question]) -> list[Sequence[Question]]:
     return list(parts)
 
 
-def _together(parts: Iterable[Found], questions: int, variant: str, progress: Progress) -> Found:
+def _elsewhere(spread: Spread, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
     whole = Found()
-    for part in parts:
+    comparison = replace(comparison, manifest=file_hash(comparison.folder / MANIFEST))
+    for part in spread(comparison, _by_image(questions)):
         whole.extend(part)
-        progress(f"evaluates {variant}", len(whole.same_answer), questions)
+        progress(f"evaluates {comparison.variant}", len(whole.same_answer), len(questions))
     return whole
 
 
