@@ -102,10 +102,10 @@ class Cluster:
             options.max_megapixels,
             next((item.path for item in items if not places.is_url(item.path)), ""),
         )
-        where = f"{options.workers} processes" if options.workers else options.scheduler
+        where = f"worker processes: {options.workers}" if options.workers else options.scheduler
         if not options.quiet:
             prefill = f", prefill {setup.prefill}" if setup.prefill else ""
-            print(f"{setup.variant}{prefill}, settings of profile {setup.profile.name}, on {where}", file=sys.stderr)
+            print(f"{setup.variant}{prefill}, settings of profile {setup.profile.name}; {where}", file=sys.stderr)
         with local(options.workers) if options.workers else connected(options.scheduler) as client:
             self._batches = Batches(client, job, items, warn)
             if self._stopped:

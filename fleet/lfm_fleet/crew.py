@@ -11,10 +11,9 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import dask
 import onnxruntime as ort
-from distributed import Client, LocalCluster, Worker
-from distributed.comm.addressing import parse_address
+from distributed import Client, LocalCluster
+from distributed.comm.addressing import get_address_host_port, parse_address
 from distributed.comm.core import connect
 from distributed.comm.registry import get_backend
 from distributed.security import Security
@@ -29,6 +28,8 @@ RESOURCE = "lfm-edge"
 """What a worker offers that may be asked: one a process, so that it does one batch at a time."""
 START = 'dask worker ADDRESS --nthreads 1 --resources "lfm-edge=1"'
 _CONNECT_S = 5.0
+RETURN_S = 120.0
+"""How long a scheduler that is gone, or a worker where there is none, is waited for."""
 _LOOK_S = 1.0
 _COME_S = 10.0
 """How long a run waits for its first worker …"""
@@ -51,7 +52,7 @@ class Crew:
         self._there: dict[str, float] = {}  # address → what it offers
         self._looked = 0.0
 
-    def gather(self) -> None:
+    def gather(self, patience_s: float = _COME_S) -> None:
         """Wait for the first worker that takes part, which is asked who it is.
 
         Raises:
@@ -59,7 +60,7 @@ class Crew:
         """
         started = time.monotonic()
         while not self.look() and not self._refused:
-            if time.monotonic() - started > (_OFFER_S if self._there else _COME_S):
+            if time.monotonic() - started > (min(_OFFER_S, patience_s) if self._there else patience_s):
                 break
             time.sleep(0.2)
         self.check()
@@ -67,12 +68,18 @@ class Crew:
     def look(self) -> list[str]:
         """Addresses of the workers that take part, looked up once a second; new ones are asked who they are."""
         if time.monotonic() - self._looked > _LOOK_S:
-            offers = self._offers()
-            if new := [address for address in offers if address not in self._known]:
-                self._ask(new, offers)
+            with suppress(Exception):  # the scheduler may be gone, which its tasks tell
                 offers = self._offers()
-            self._there, self._looked = offers, time.monotonic()
+                if new := [address for address in offers if address not in self._known]:
+                    self._ask(new, offers)
+                self._there = offers
+            self._looked = time.monotonic()
         return [address for address, offer in self._there.items() if offer and address not in self._refused]
+
+    def all_refuse(self) -> bool:
+        """Whether workers are there that offer to be asked, and every one of them has refused."""
+        offering = [address for address, offer in self._there.items() if offer]
+        return bool(offering) and all(address in self._refused for address in offering)
 
     def check(self) -> None:
         """Raise ClusterError where every worker that offered to be asked has refused, or none offers."""
@@ -90,11 +97,6 @@ class Crew:
         if address not in self._refused:
             self._refused[address] = reason
             self._warn(f"worker {address} gets nothing to do: {reason}")
-        self._looked = 0.0
-        scheduler = self.client.scheduler
-        assert scheduler
-        with suppress(Exception):  # it has left
-            self.client.sync(scheduler.set_resources, worker=address, resources={RESOURCE: 0})
 
     def met(self, worker: dict[str, Any]) -> None:
         """Say once where a worker's versions are not the ones here."""
@@ -106,7 +108,7 @@ class Crew:
                 self._warn(f"{line}: answers may differ in rare cases")
 
     def review(self) -> bool:
-        """Ask everybody again, since tasks fail; whether somebody is refused for it."""
+        """Ask everybody again, since tasks fail; whether somebody gets nothing more to do for it."""
         before = len(self._refused)
         self.forget()
         self.look()
@@ -115,6 +117,7 @@ class Crew:
     def forget(self) -> None:
         """After the scheduler was started again, or tasks failed: everybody is new."""
         self._known.clear()
+        self._there.clear()
         self._looked = 0.0
 
     def _offers(self) -> dict[str, float]:
@@ -122,17 +125,18 @@ class Crew:
         return {address: worker.get("resources", {}).get(RESOURCE, 0) for address, worker in workers.items()}
 
     def _ask(self, addresses: list[str], offers: Mapping[str, float]) -> None:
-        """Let workers announce what they offer, also those that a run before sent no more batches to."""
+        """Whether workers have this package. Those that offer nothing are somebody else's."""
+        mine = [address for address in addresses if offers.get(address)]
         self._known.update(addresses)
-        for address, answer in self.client.run(announce, workers=addresses, on_error="return").items():
-            if isinstance(answer, BaseException) and offers.get(address):
+        for address, answer in self.client.run(who, workers=mine, on_error="return").items() if mine else ():
+            if isinstance(answer, OSError):  # it has left, or is slow: asked again
+                self._known.discard(address)
+            elif isinstance(answer, BaseException):
                 self.refuse(address, _unasked(answer))
 
 
-async def announce(dask_worker: Worker) -> str:
-    """What a worker offers, told to the scheduler again; returns its version of lfm-edge."""
-    if offer := dask_worker.state.total_resources.get(RESOURCE):
-        await dask_worker.set_resources(**{RESOURCE: offer})
+def who() -> str:
+    """The version of this package, where a worker has it."""
     return __version__
 
 
@@ -154,6 +158,7 @@ def connected(address: str) -> Iterator[Client]:
     """
     try:
         get_backend(parse_address(address, strict=True)[0])
+        get_address_host_port(address, strict=True)
     except ValueError as e:
         raise ClusterError(
             f"--scheduler {address} is no address ({why(e)}); one is tcp://host:8786 or tls://host:8786"
@@ -161,7 +166,7 @@ def connected(address: str) -> Iterator[Client]:
     with _quiet():
         try:
             asyncio.run(_reach(address))  # a Client that could not connect says more, and later
-            client = Client(address, timeout=_CONNECT_S, set_as_default=False)
+            client = Client(address, timeout=RETURN_S, set_as_default=False)
         except Exception as e:
             raise ClusterError(_unreached(address, e)) from e
         try:
@@ -172,6 +177,8 @@ def connected(address: str) -> Iterator[Client]:
                     f"the Python of the scheduler {address} lacks lfm-edge, which reads what is sent to workers; "
                     "install there what the workers have"
                 ) from e
+            except OSError as e:
+                raise ClusterError(_unreached(address, e)) from e
             yield client
         finally:
             with suppress(Exception):
@@ -196,6 +203,7 @@ def local(workers: int) -> Iterator[Client]:
                 resources={RESOURCE: 1},
                 dashboard_address="127.0.0.1:0",  # its port may be taken
                 silence_logs=logging.CRITICAL,
+                preload=["lfm_fleet.worker"],
             )
         except Exception as e:
             raise ClusterError(f"{workers} worker processes cannot be started ({why(e)}); ask for fewer") from e
@@ -227,8 +235,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with dask.config.set({"distributed.comm.timeouts.connect": f"{_CONNECT_S:g}s"}):
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
@@ -239,7 +246,8 @@ def _unreached(address: str, e: BaseException) -> str:
     while deepest.__cause__ or deepest.__context__:
         deepest = deepest.__cause__ or deepest.__context__  # type: ignore[assignment]
     said = f"{why(e)} {why(deepest)}"
-    if "ssl" in said.lower() or "tls" in said.lower() or "certificate" in said.lower():
+    missing = isinstance(deepest, FileNotFoundError) and address.startswith("tls")
+    if missing or "ssl" in said.lower() or "tls" in said.lower() or "certificate" in said.lower():
         return (
             f"the scheduler {address} was not reached by TLS ({why(deepest)}); check distributed.comm.tls in Dask's "
             "configuration: the CA, certificate and key must be of the cluster (docs/fleet.md)"

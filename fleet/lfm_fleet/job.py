@@ -39,7 +39,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Derive the name under which workers keep it."""
-        told = to_json({k: v for k, v in asdict(self).items() if k != "name"}, ascii_only=True)
+        told = to_json({k: v for k, v in asdict(self).items() if k not in ("name", "sample")}, ascii_only=True)
         object.__setattr__(self, "name", f"lfm-edge-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
 
 

@@ -7,19 +7,24 @@ there for the next one. The last record of a path counts: OUT.jsonl is read firs
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lfm_serve.captions.output import JournalError, Output, parsed
-from lfm_serve.jsonl import json_line
+from lfm_serve.jsonl import FULL, json_line
 
-from lfm_fleet.places import filesystem, why
+from lfm_fleet.places import filesystem, is_url, why
 
 _RECORDS, _SECONDS = 500, 30.0
+_PAUSES_S = (1.0, 5.0, None)
+"""Between attempts to write a part."""
+_OBJECTS = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory"))
+"""Stores in which a file appears when it is whole."""
 
 
 class Parts(Output):
@@ -45,7 +50,7 @@ class Parts(Output):
         """
         parts = Parts(url, digest)
         with parts._errors():
-            for record in parts._records(check=True):
+            for record in parts._records(parts._places()):
                 parts._others |= record["settings"] != digest
                 parts._note(record)
             parts._check_settings(settings)
@@ -59,10 +64,11 @@ class Parts(Output):
 
     def key(self, path: str) -> str:
         """Relative to the output's folder where it lies below it, else the whole URL or path."""
-        base = f"{PurePosixPath(self._path).parent}/"
-        same = path.partition("://")[0] == self.name.partition("://")[0]
-        inner = filesystem(path)[1] if same else ""
-        return inner.removeprefix(base) if inner.startswith(base) else path
+        base = f"{self.name.rpartition('/')[0]}/"
+        if is_url(path):
+            return path.removeprefix(base)
+        whole = os.path.abspath(path)  # noqa: PTH100  (links stay)
+        return whole.removeprefix(base.removeprefix("file://")) if base.startswith("file://") else whole
 
     def write(self, record: dict[str, Any]) -> str:
         """See Output; it is in a part after some hundred records, or half a minute."""
@@ -73,50 +79,65 @@ class Parts(Output):
 
     def whole_records(self) -> Iterator[dict[str, Any]]:
         """See Output."""
-        last = {record["path"]: n for n, record in enumerate(self._records())}
-        for n, record in enumerate(self._records()):
+        places = self._places()
+        last = {record["path"]: n for n, record in enumerate(self._records(places))}
+        for n, record in enumerate(self._records(places)):
             if last[record["path"]] == n:
                 yield record
 
     def _flush(self) -> str:
-        """Write a part; returns "", or what the driver says, and then it is tried again."""
+        """Write a part; returns "", or what the driver says where there is no room, and then it is tried again."""
         if not self._buffer:
             return ""
-        try:
-            self._fs.makedirs(self._folder, exist_ok=True)
-            name = f"{self._folder}/{self._run}-{self._written:08}.jsonl"
-            self._put(name, b"".join(self._buffer.values()))
-        except Exception as e:  # noqa: BLE001  (drivers raise what they like)
-            return f"{self._folder}: {why(e)}"
+        name = f"{self._folder}/{self._run}-{self._written:08}.jsonl"
+        for pause in _PAUSES_S:
+            try:
+                self._fs.makedirs(self._folder, exist_ok=True)
+                self._put(name, b"".join(self._buffer.values()))
+                break
+            except Exception as e:
+                if isinstance(e, OSError) and e.errno in FULL:
+                    return f"{self._folder}: {why(e)}"
+                if pause is None:
+                    raise JournalError(f"{self._folder} cannot be written ({why(e)}); run again to go on") from e
+                time.sleep(pause)
         self._written += 1
         self._buffer.clear()
         self._since = time.monotonic()
         return ""
 
     def _merge(self) -> None:
-        """One file of all records, and no parts."""
+        """One file of all records, and no parts but those that another run writes."""
         places = self._places()
         if places in ([], [self._path]):
             return
-        temporary = f"{self._folder}/merged.tmp" if "file" in _names(self._fs) else self._path
-        with self._fs.open(temporary, "wb") as f:  # an object appears when it is closed
-            f.writelines(json_line(record) for record in self.whole_records())
-        if temporary != self._path:
-            self._fs.mv(temporary, self._path)
-        self._fs.rm(self._folder, recursive=True)
+        with tempfile.NamedTemporaryFile(prefix="lfm-edge-", suffix=".jsonl") as f:
+            last = {record["path"]: n for n, record in enumerate(self._records(places))}
+            for n, record in enumerate(self._records(places)):
+                if last[record["path"]] == n:
+                    f.write(json_line(record))
+            f.flush()
+            self._placed(self._path, lambda place: self._fs.put_file(f.name, place))
+        for place in places:
+            if place != self._path:
+                self._fs.rm_file(place)
+        with suppress(Exception):  # another run's parts are in it; an object store has no folders
+            self._fs.rmdir(self._folder)
 
     def _places(self) -> list[str]:
         """The file where it is there, and the parts."""
         self._fs.invalidate_cache()
         parts = self._fs.ls(self._folder, detail=False) if self._fs.isdir(self._folder) else []
-        named = sorted(name for name in parts if name.endswith(".jsonl"))
+        named = sorted(str(name) for name in parts if str(name).endswith(".jsonl"))
         return [*([self._path] if self._fs.isfile(self._path) else []), *named]
 
-    def _records(self, *, check: bool = False) -> Iterator[dict[str, Any]]:
-        for place in self._places():
+    def _records(self, places: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for place in places:
             with self._fs.open(place, "rb") as f:
                 for number, line in enumerate(f, 1):
-                    record = parsed(line) if check else json.loads(line)
+                    record = parsed(line)
+                    if record is None and number > 1 and not line.endswith(b"\n"):
+                        break  # cut off where it was written
                     if record is None:
                         raise JournalError(
                             f"{place}, line {number} is no record of lfm-edge caption; choose another output"
@@ -124,13 +145,15 @@ class Parts(Output):
                     yield record
 
     def _put(self, name: str, content: bytes) -> None:
-        """Write a file whole: an object store does so by itself, a folder by another name first."""
-        if "file" not in _names(self._fs):
-            self._fs.pipe_file(name, content)
+        self._placed(name, lambda place: self._fs.pipe_file(place, content))
+
+    def _placed(self, name: str, write: Callable[[str], object]) -> None:
+        """Write a file whole: an object store does so by itself; elsewhere by another name first."""
+        if _OBJECTS.intersection([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
+            write(name)
             return
-        temporary = f"{name}.tmp"
-        self._fs.pipe_file(temporary, content)
-        self._fs.mv(temporary, name)
+        write(f"{name}.tmp")
+        self._fs.mv(f"{name}.tmp", name)
 
     def _read_settings(self) -> dict[str, Any]:
         place = f"{self._path}.settings.json"
@@ -153,7 +176,3 @@ class Parts(Output):
             raise
         except Exception as e:
             raise JournalError(f"{self.name} cannot be read and written ({why(e)}); choose another output") from e
-
-
-def _names(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

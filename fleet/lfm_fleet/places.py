@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import fsspec.core
 from lfm_runtime.bundle import IMAGE_SUFFIXES
@@ -81,7 +82,7 @@ def find(
     """
     fs, path = filesystem(place)
     with reading(place, "name a folder of images"):
-        if path.lower().endswith(IMAGE_SUFFIXES):
+        if urlsplit(place).path.lower().endswith(IMAGE_SUFFIXES):
             found = {path: fs.info(path)}
         else:
             found = fs.find(path, maxdepth=None if recursive else 1, detail=True)
@@ -89,7 +90,8 @@ def find(
         if info.get("type", "file") != "file":
             warn(f"{name} is no file; it is left out")
         elif name == path or wanted(name, path, match):
-            yield FoundImage(str(fs.unstrip_protocol(name)), info.get("size"), _modified(info))
+            url = place.rstrip("/") + str(name).removeprefix(path.rstrip("/"))  # drivers forget the host
+            yield FoundImage(url, info.get("size"), _modified(info))
 
 
 def read(url: str, size: int | None) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -28,7 +29,7 @@ from lfm_serve.captions.setup import plan
 
 from lfm_fleet.bundles import open_bundle
 from lfm_fleet.job import Item, Job
-from lfm_fleet.places import is_url, read
+from lfm_fleet.places import PlaceError, is_url, read
 
 _USABLE = 0.8
 """Share of Dask's memory limit that a model may take: there Dask pauses a worker."""
@@ -54,13 +55,16 @@ class Refused:
     why: str
 
 
+class UnfitError(EdgeError):
+    """This machine cannot do a job."""
+
+
 class Captioner(WorkerPlugin):
     """Answers about images with one model, loaded at the first batch; given back when the worker ends."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.name = job, job.name
         self._answers: Answers | None = None
-        self._refusal: EdgeError | None = None
         self._busy = threading.Lock()
         self.worker: dict[str, Any] = {}
 
@@ -73,14 +77,24 @@ class Captioner(WorkerPlugin):
         """The record of every image, in the order of completion.
 
         Raises:
-            EdgeError: this machine cannot do the job: no bundle, no memory, another version.
+            UnfitError: this machine cannot do the job: no bundle, no memory, another version.
+            EdgeError: the model cannot be used any more, or an URL of the bundle cannot be reached now.
         """
         with self._busy:
             answers = self._loading()
             started = time.monotonic()
             reader = Reader(iter(items), lambda item: self._read(answers.model, item))
-            found = [{**record, "worker": self.worker} for _, record in answers.records(reader)]
+            try:
+                found = [{**record, "worker": self.worker} for _, record in answers.records(reader)]
+            finally:
+                reader.stop()
             return Answered(found, time.monotonic() - started, self.worker)
+
+    def give_back(self) -> None:
+        """Give the model back, unless it answers now."""
+        if self._busy.acquire(blocking=False):
+            self._answers = None
+            self._busy.release()
 
     def _read(self, model: Model, item: Item) -> ReadImage:
         most = self.job.max_megapixels
@@ -96,14 +110,13 @@ class Captioner(WorkerPlugin):
         return opened(model, replace(image, size=len(content)), content, max_megapixels=most)
 
     def _loading(self) -> Answers:
-        if self._refusal:
-            raise self._refusal
         if self._answers is None:
             try:
                 self._answers = self._load()
-            except EdgeError as e:
-                self._refusal = e
+            except PlaceError:
                 raise
+            except EdgeError as e:
+                raise UnfitError(str(e)) from e
         return self._answers
 
     def _load(self) -> Answers:
@@ -137,7 +150,7 @@ def answer(job: Job, items: Sequence[Item]) -> Answered | Refused:
     captioner = captioner_of(job)
     try:
         return captioner.answer(items)
-    except EdgeError as e:
+    except UnfitError as e:
         return Refused(get_worker().address, " ".join(str(e).split()))
 
 
@@ -145,6 +158,9 @@ def captioner_of(job: Job) -> Captioner:
     """This process's captioner for a job, which Dask's worker, where this is one, keeps as a plugin."""
     with _lock:
         captioner = _loaded.setdefault(job.name, Captioner(job))
+        others = [other for other in _loaded.values() if other is not captioner]
+    for other in others:  # of a run that was killed, or of one that is at work beside this one
+        other.give_back()
     with contextlib.suppress(ValueError):  # this is no worker
         worker = get_worker()
         if job.name not in worker.plugins:
@@ -156,6 +172,11 @@ async def release(name: str, dask_worker: Worker) -> None:
     """Give the model of a job back; run on each worker."""
     if name in dask_worker.plugins:
         await dask_worker.plugin_remove(name=name)
+
+
+def dask_setup(worker: Worker) -> None:  # noqa: ARG001  (Dask's signature, of a module that workers preload)
+    """Ctrl-C of a terminal reaches every process; only the one that sends the batches decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _name() -> str:

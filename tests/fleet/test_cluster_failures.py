@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import trustme
-from clusters import PATIENCE_S, Cluster, start, texts
+from clusters import PATIENCE_S, Cluster, start, texts, until
 from distributed import Client
 from lfm_fleet import caption
 from lfm_fleet.batches import Batches
@@ -35,8 +35,10 @@ def test_a_scheduler_that_is_not_there(command, tmp_path) -> None:
     assert (tmp_path / "out.jsonl").read_text() == ""
 
 
-def test_what_is_no_address(command) -> None:
-    assert "--scheduler http://x is no address" in failed(command("--scheduler", "http://x"))
+@pytest.mark.parametrize("address", ["http://x", "tcp://x", "10.0.0.2"])
+def test_what_is_no_address(command, capsys, address) -> None:
+    assert main(command("--scheduler", address)) == 2
+    assert f"--scheduler {address} is no address" in capsys.readouterr().err
 
 
 def test_workers_that_offer_nothing(command, tmp_path) -> None:
@@ -93,6 +95,22 @@ def test_another_bundle_on_a_worker(demo_bundle, folder, tmp_path) -> None:
             list(Batches(client, elsewhere, [Item(str(folder / "0001.png"), "0001.png")], print).records())
         # Who refused a job is asked again by the next one.
         assert len(list(caption(client, [folder / "0001.png"], demo_bundle, "What?", threads=1))) == 1
+
+
+def test_the_only_worker_leaves_and_another_one_comes(command, folder, tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    for n in range(300):
+        shutil.copy(folder / "0001.png", folder / f"more-{n}.png")
+    with Cluster(tmp_path) as cluster:
+        cluster.work("a")
+        run = start(command("--scheduler", cluster.address))
+        until(lambda: (out.exists() and out.stat().st_size) or run.poll() is not None)
+        cluster.workers[0].kill()
+        until(lambda: (tmp_path / "out.jsonl").stat().st_size)
+        cluster.work("b")
+        said = run.communicate(timeout=PATIENCE_S)[1]
+        assert run.returncode == 0, said
+    assert len(texts(out)) == 312
 
 
 def test_images_that_a_worker_does_not_see(command, tmp_path) -> None:

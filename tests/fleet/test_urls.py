@@ -166,6 +166,54 @@ def test_parts_of_a_run_that_was_killed_are_there_for_the_next(tmp_path) -> None
         pass
 
 
+def test_another_runs_parts_stay_where_one_merges() -> None:
+    """In a store of another kind, too."""
+    url = "memory://here/out.jsonl"
+    with Parts.open(url, SETTINGS, "abc") as first:
+        first.write(record("a", "1"))
+    with Parts.open(url, SETTINGS, "abc") as second:
+        second.write(record("b", "2"))
+        with Parts.open(url, SETTINGS, "abc") as third:
+            third.write(record("c", "3"))
+            second._flush()
+            places = third._places()
+        assert len(places) == 2
+    store = fsspec.filesystem("memory")
+    found = {r["path"] for r in map(json.loads, store.cat_file("/here/out.jsonl").decode().splitlines())}
+    assert found == {"a", "b", "c"}
+    assert not store.exists("/here/out.jsonl.parts") or not store.ls("/here/out.jsonl.parts")
+
+
+@pytest.mark.parametrize(
+    ("output", "path", "key"),
+    [
+        ("s3://b/out/o.jsonl", "s3://b/out/in/a.png", "in/a.png"),
+        ("s3://b/out/o.jsonl", "s3://other/out/in/a.png", "s3://other/out/in/a.png"),
+        ("s3://b/out/o.jsonl", "/photos/a.png", "/photos/a.png"),
+        ("file:///photos/o.jsonl", "/photos/in/a.png", "in/a.png"),
+        ("file:///photos/o.jsonl", "/other/a.png", "/other/a.png"),
+    ],
+)
+def test_names_of_images(output, path, key) -> None:
+    pytest.importorskip("s3fs")
+    assert Parts(output, "abc").key(path) == key
+
+
+def test_urls_keep_their_host() -> None:
+    from lfm_fleet import places
+
+    class Ftp:
+        protocol = "ftp"
+
+        def find(self, path, **_):
+            return {f"{path}/ä b.png": {"size": 1, "type": "file"}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "filesystem", lambda _: (Ftp(), "/d"))
+        (image,) = find("ftp://host/d", recursive=False, match=[])
+    assert image.url == "ftp://host/d/ä b.png"
+
+
 def test_what_is_somebody_elses_is_not_touched(tmp_path) -> None:
     (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
     with (

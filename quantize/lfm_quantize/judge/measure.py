@@ -39,7 +39,9 @@ SENT_QUESTIONS = 16
 """Compared together where the comparison is spread."""
 
 Float = NDArray[np.float32]
-Spread = Callable[["Comparison", Sequence[Sequence[Question]]], Iterable["Found"]]
+Sent = tuple[str, str, str | None, str, str]
+"""A Question's fields, in their order."""
+Spread = Callable[["Comparison", "Sequence[Sequence[Sent]]"], Iterable["Found"]]
 """Compares parts of the questions elsewhere; what is found, in their order."""
 
 
@@ -106,7 +108,7 @@ def measure(
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
     if spread:
         found = _elsewhere(
-            spread, Comparison(folder.resolve(), variant, against, threads, most, board), questions, progress
+            spread, Comparison(str(folder.resolve()), variant, against, threads, most, board), questions, progress
         )
     else:
         found = _compare(exact, judged, questions, most, board, progress)
@@ -143,7 +145,7 @@ def measure(
 class Comparison:
     """Two variants and how they answer, to be sent to where questions are compared."""
 
-    folder: Path  # the same on every machine
+    folder: str  # the same on every machine; a Path of Python 3.13 cannot be read by an older one
     variant: str
     against: str
     threads: int
@@ -151,13 +153,14 @@ class Comparison:
     board: Board | None
     manifest: str = ""  # SHA-256 of the bundle's manifest.json
 
-    def __call__(self, questions: Sequence[Question]) -> Found:
+    def __call__(self, sent: Sequence[Sent]) -> Found:
         """What is found on these questions.
 
         Raises:
             BundleError: there is no bundle, or another one.
         """
-        bundle = Bundle.open(self.folder)
+        bundle = Bundle.open(Path(self.folder))
+        questions = [Question(Path(image), text, answer, task, place) for image, text, answer, task, place in sent]
         if file_hash(bundle.folder / MANIFEST) != self.manifest:
             raise BundleError(f"{self.folder} is another bundle there; copy the same one there")
         exact = Answering(bundle, self.against, self.threads, packed=False)
@@ -177,8 +180,9 @@ def _by_image(questions: Sequence[Question]) -> list[Sequence[Question]]:
 
 def _elsewhere(spread: Spread, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
     whole = Found()
-    comparison = replace(comparison, manifest=file_hash(comparison.folder / MANIFEST))
-    for part in spread(comparison, _by_image(questions)):
+    comparison = replace(comparison, manifest=file_hash(Path(comparison.folder) / MANIFEST))
+    parts = [[(str(q.image), q.text, q.answer, q.task, q.place) for q in part] for part in _by_image(questions)]
+    for part in spread(comparison, parts):
         whole.extend(part)
         progress(f"evaluates {comparison.variant}", len(whole.same_answer), len(questions))
     return whole
