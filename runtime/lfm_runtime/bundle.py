@@ -306,7 +306,7 @@ def _what_to_do(path: Path) -> str:
 
 
 def in_a_cache(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the hub's cache or in ours, where files of other variants may not be fetched."""
+    """Whether a folder is in the hub's cache or in ours, where files of other variants may not be fetched."""
     return folder.resolve().parent.name in ("snapshots", FETCHED)
 
 
