@@ -21,7 +21,7 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 from lfm_serve.captions.making import about
 
-from lfm_fleet.crew import RESOURCE, RETURN_S, ClusterError, Crew, is_reached
+from lfm_fleet.crew import GONE, RESOURCE, RETURN_S, ClusterError, Crew, is_reached
 from lfm_fleet.job import Item, Job
 from lfm_fleet.places import why
 from lfm_fleet.worker import Answered, Refused, answer, release
@@ -92,7 +92,7 @@ class Batches:
                     batch, _ = self._running.pop(future)
                     yield from self._outcome(future, batch)
         finally:
-            with suppress(Exception):  # the scheduler may be gone
+            with suppress(Exception):  # the scheduler may be gone; how the run ended is known
                 self.client.cancel(list(self._running))
                 self.client.run(release, self.job.name, workers=self.crew.look(), on_error="ignore")
 
@@ -159,10 +159,10 @@ class Batches:
         else:
             try:
                 found = future.result(timeout=_FETCH_S)
-            except KilledWorker as e:  # it has ended since, and so have those that did the batch again
-                yield from self._failed(e, batch)
-            except Exception:  # noqa: BLE001  (the scheduler or the worker has gone meanwhile)
+            except GONE:
                 self._again.append(batch)
+            except Exception as e:  # noqa: BLE001  (of the task: its worker has left since, and it was done again)
+                yield from self._failed(e, batch)
             else:
                 yield from self._answered(found, batch)
 

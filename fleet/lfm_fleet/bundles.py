@@ -19,6 +19,7 @@ from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.contract import DECODER
 from lfm_runtime.formats.files import check_room
 from lfm_runtime.formats.manifest import MANIFEST, PROFILE, File, Manifest, file_hash
+from lfm_runtime.setup.hub import HubId, bundle_folder
 from lfm_runtime.setup.profile import VARIABLE, find_profile
 from lfm_runtime.setup.variants import choose_variants
 
@@ -32,6 +33,8 @@ def open_bundle(place: str, profile: str, flags: Mapping[str, Any], wanted: str 
     Raises:
         BundleError: it is not here, is another one, or cannot be fetched.
     """
+    if HubId.parse(place):
+        place = str(bundle_folder(place, find_profile(profile or os.environ.get(VARIABLE, ""), **flags), quiet=True))
     if is_url(place):
         return _fetched(place.rstrip("/"), profile, flags, wanted)
     folder = Path(place)
@@ -41,6 +44,11 @@ def open_bundle(place: str, profile: str, flags: Mapping[str, Any], wanted: str 
     if bundle.manifest is None:
         raise BundleError(f"{folder} has no {MANIFEST}, by which workers tell bundles apart; export it with lfm-edge")
     return bundle, _same(file_hash(bundle.folder / MANIFEST), wanted, place)
+
+
+def as_sent(place: str) -> str:
+    """A bundle's place as every machine finds it: an URL or an id of the hub as it is, a path from the root."""
+    return place if is_url(place) or HubId.parse(place) else os.path.abspath(place)  # noqa: PTH100  (links stay)
 
 
 def _same(found: str, wanted: str, place: str) -> str:

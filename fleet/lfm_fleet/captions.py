@@ -21,7 +21,7 @@ from lfm_serve.captions.output import Known, Output
 
 from lfm_fleet import places
 from lfm_fleet.batches import Batches
-from lfm_fleet.bundles import open_bundle
+from lfm_fleet.bundles import as_sent, open_bundle
 from lfm_fleet.crew import check_workers, connected, local, threads_each
 from lfm_fleet.job import Item, Job, decided
 from lfm_fleet.parts import Parts
@@ -92,7 +92,7 @@ class Cluster:
         assert setup
         items = [self._item(path, output.key(path)) for path in paths]
         job = Job(
-            self._options.bundle if places.is_url(options.bundle) else os.path.abspath(options.bundle),  # noqa: PTH100
+            as_sent(options.bundle),
             self._manifest,
             {**self._flags, **decided(setup)},
             asking,
@@ -100,7 +100,7 @@ class Cluster:
             output.settings,
             options.rows,
             options.max_megapixels,
-            next((item.path for item in items if not places.is_url(item.path)), ""),
+            next((i.path for i in items if not places.is_url(i.path) and os.path.exists(i.path)), ""),  # noqa: PTH110
         )
         where = f"worker processes: {options.workers}" if options.workers else options.scheduler
         if not options.quiet:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -37,6 +38,10 @@ _OFFER_S = 3.0
 """… and, where there are workers, for one that takes part."""
 
 
+GONE = (OSError, TimeoutError, asyncio.TimeoutError, CancelledError)
+"""What Dask raises where a scheduler or a worker has left or does not answer; of TimeoutErrors there were two once."""
+
+
 class ClusterError(EdgeError):
     """The cluster cannot be used, or not any more: the message says why, and what to do."""
 
@@ -52,7 +57,7 @@ class Crew:
         self._there: dict[str, float] = {}  # address → what it offers
         self._looked = 0.0
 
-    def gather(self, patience_s: float = _COME_S) -> None:
+    def gather(self) -> None:
         """Wait for the first worker that takes part, which is asked who it is.
 
         Raises:
@@ -60,15 +65,15 @@ class Crew:
         """
         started = time.monotonic()
         while not self.look() and not self._refused:
-            if time.monotonic() - started > (min(_OFFER_S, patience_s) if self._there else patience_s):
+            if time.monotonic() - started > (_OFFER_S if self._there else _COME_S):
                 break
             time.sleep(0.2)
         self.check()
 
     def look(self) -> list[str]:
         """Addresses of the workers that take part, looked up once a second; new ones are asked who they are."""
-        if time.monotonic() - self._looked > _LOOK_S:
-            with suppress(Exception):  # the scheduler may be gone, which its tasks tell
+        if time.monotonic() - self._looked > _LOOK_S and is_reached(self.client):
+            with suppress(*GONE):  # which its tasks tell, too
                 offers = self._offers()
                 if new := [address for address in offers if address not in self._known]:
                     self._ask(new, offers)
@@ -110,13 +115,15 @@ class Crew:
     def review(self) -> bool:
         """Ask everybody again, since tasks fail; whether somebody gets nothing more to do for it."""
         before = len(self._refused)
-        self.forget()
+        self._known.clear()
+        self._looked = 0.0
         self.look()
         return len(self._refused) > before
 
     def forget(self) -> None:
-        """After the scheduler was started again, or tasks failed: everybody is new."""
+        """After the scheduler was started again: everybody is new."""
         self._known.clear()
+        self._refused.clear()
         self._there.clear()
         self._looked = 0.0
 
@@ -129,7 +136,7 @@ class Crew:
         mine = [address for address in addresses if offers.get(address)]
         self._known.update(addresses)
         for address, answer in self.client.run(who, workers=mine, on_error="return").items() if mine else ():
-            if isinstance(answer, OSError):  # it has left, or is slow: asked again
+            if isinstance(answer, GONE):  # asked again
                 self._known.discard(address)
             elif isinstance(answer, BaseException):
                 self.refuse(address, _unasked(answer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from lfm_profiles.schema import IMAGE_SETTINGS, TILE_SETTINGS
@@ -35,12 +35,12 @@ class Job:
     rows: int | None = None  # answers at once in a worker; None: as its memory allows
     max_megapixels: float = 100.0
     sample: str = ""  # an image that is a file, which every worker must see
-    name: str = field(init=False, default="")
 
-    def __post_init__(self) -> None:
-        """Derive the name under which workers keep it."""
-        told = to_json({k: v for k, v in asdict(self).items() if k not in ("name", "sample")}, ascii_only=True)
-        object.__setattr__(self, "name", f"lfm-edge-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
+    @property
+    def name(self) -> str:
+        """The name under which workers keep it."""
+        told = to_json({k: v for k, v in asdict(self).items() if k != "sample"}, ascii_only=True)
+        return f"lfm-edge-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def decided(setup: Setup) -> dict[str, Any]:

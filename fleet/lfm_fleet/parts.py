@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lfm_serve.captions.output import JournalError, Output, parsed
+from lfm_serve.captions.output import JournalError, Output, last_of_each, parsed
 from lfm_serve.jsonl import FULL, json_line
 
 from lfm_fleet.places import filesystem, is_url, why
@@ -80,10 +80,7 @@ class Parts(Output):
     def whole_records(self) -> Iterator[dict[str, Any]]:
         """See Output."""
         places = self._places()
-        last = {record["path"]: n for n, record in enumerate(self._records(places))}
-        for n, record in enumerate(self._records(places)):
-            if last[record["path"]] == n:
-                yield record
+        return last_of_each(lambda: self._records(places))
 
     def _flush(self) -> str:
         """Write a part; returns "", or what the driver says where there is no room, and then it is tried again."""
@@ -112,10 +109,7 @@ class Parts(Output):
         if places in ([], [self._path]):
             return
         with tempfile.NamedTemporaryFile(prefix="lfm-edge-", suffix=".jsonl") as f:
-            last = {record["path"]: n for n, record in enumerate(self._records(places))}
-            for n, record in enumerate(self._records(places)):
-                if last[record["path"]] == n:
-                    f.write(json_line(record))
+            f.writelines(json_line(record) for record in last_of_each(lambda: self._records(places)))
             f.flush()
             self._placed(self._path, lambda place: self._fs.put_file(f.name, place))
         for place in places:

@@ -13,10 +13,9 @@ from lfm_runtime.setup.resolve import resolve
 from lfm_serve.asking import Asking, settings_hash, settings_of
 
 from lfm_fleet.batches import Batches
-from lfm_fleet.bundles import open_bundle
+from lfm_fleet.bundles import as_sent, open_bundle
 from lfm_fleet.job import Item, Job, decided
-from lfm_fleet.places import is_url
-from lfm_fleet.worker import captioner_of
+from lfm_fleet.worker import loaded
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class Captioner:
         """
         paths = [os.fspath(image) for image in images]
         items = [Item(path, str(n)) for n, path in enumerate(paths)]
-        found = {int(record["path"]): record for record in captioner_of(self.job).answer(items).records}
+        found = {int(record["path"]): record for record in loaded(self.job).answer(items).records}
         return [{**found[n], "path": path} for n, path in enumerate(paths)]
 
 
@@ -74,10 +73,9 @@ def captioner(
     asking = Asking(question, system, schema, tuple(choices))
     setup = resolve(opened, profile, force=True, **flags)
     how = {} if choices else {"temperature": 0.0, **(generation or {})}
-    place = os.fspath(bundle)
     return Captioner(
         Job(
-            place if is_url(place) else os.path.abspath(place),  # noqa: PTH100  (links stay)
+            as_sent(os.fspath(bundle)),
             manifest,
             {**flags, **decided(setup)},
             asking,

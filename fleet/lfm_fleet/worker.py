@@ -31,10 +31,8 @@ from lfm_fleet.bundles import open_bundle
 from lfm_fleet.job import Item, Job
 from lfm_fleet.places import PlaceError, is_url, read
 
-_USABLE = 0.8
-"""Share of Dask's memory limit that a model may take: there Dask pauses a worker."""
 _MIB = 1 << 20
-_loaded: dict[str, Captioner] = {}
+_loaded: dict[str, Loaded] = {}
 _lock = threading.Lock()
 
 
@@ -59,7 +57,7 @@ class UnfitError(EdgeError):
     """This machine cannot do a job."""
 
 
-class Captioner(WorkerPlugin):
+class Loaded(WorkerPlugin):
     """Answers about images with one model, loaded at the first batch; given back when the worker ends."""
 
     def __init__(self, job: Job) -> None:
@@ -147,25 +145,24 @@ class Captioner(WorkerPlugin):
 
 def answer(job: Job, items: Sequence[Item]) -> Answered | Refused:
     """A batch, as a task of Dask's."""
-    captioner = captioner_of(job)
     try:
-        return captioner.answer(items)
+        return loaded(job).answer(items)
     except UnfitError as e:
         return Refused(get_worker().address, " ".join(str(e).split()))
 
 
-def captioner_of(job: Job) -> Captioner:
-    """This process's captioner for a job, which Dask's worker, where this is one, keeps as a plugin."""
+def loaded(job: Job) -> Loaded:
+    """What this process has of a job, which Dask's worker, where this is one, keeps as a plugin."""
     with _lock:
-        captioner = _loaded.setdefault(job.name, Captioner(job))
-        others = [other for other in _loaded.values() if other is not captioner]
+        mine = _loaded.setdefault(job.name, Loaded(job))
+        others = [other for other in _loaded.values() if other is not mine]
     for other in others:  # of a run that was killed, or of one that is at work beside this one
         other.give_back()
     with contextlib.suppress(ValueError):  # this is no worker
         worker = get_worker()
         if job.name not in worker.plugins:
-            sync(worker.loop, worker.plugin_add, plugin=captioner, name=job.name)
-    return captioner
+            sync(worker.loop, worker.plugin_add, plugin=mine, name=job.name)
+    return mine
 
 
 async def release(name: str, dask_worker: Worker) -> None:
@@ -190,12 +187,12 @@ def _device() -> Device:
     """This machine, with the memory that Dask lets this worker have."""
     device = now(this_machine().device)
     try:
-        limit = get_worker().memory_manager.memory_limit
+        manager = get_worker().memory_manager
     except ValueError:
         return device
-    if not limit:
+    if not manager.memory_limit:
         return device
-    usable = int(limit * _USABLE) // _MIB
+    usable = int(manager.memory_limit * (manager.memory_pause_fraction or 1.0)) // _MIB  # there Dask pauses a worker
     left = max(0, usable - psutil.Process().memory_info().rss // _MIB)
     mine = device.limit_mib is None or usable < device.limit_mib
     return replace(

@@ -48,7 +48,7 @@ def test_a_run_of_one_process_goes_on_on_a_cluster(command, folder, tmp_path, ca
 
 def test_choices_and_errors_of_images(command, folder, tmp_path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG nothing more")
-    (folder / "gone.png").symlink_to("nowhere")
+    (folder / "0000-gone.png").symlink_to("nowhere")  # the first one, by which workers tell whether they see images
     assert main(command("--choices", "one,two", "--workers", "1")) == 3
     assert main(command("--choices", "one,two", out="alone.jsonl")) == 3
     assert texts(tmp_path / "out.jsonl") == texts(tmp_path / "alone.jsonl")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
 
 import fsspec
 import pytest
-from clusters import IMAGES, QUESTION, texts
+from clusters import IMAGES, PATIENCE_S, QUESTION, start, texts
+from hub import Repository, running
 from lfm_fleet.bundles import cache_folder, open_bundle
 from lfm_fleet.parts import Parts
 from lfm_fleet.places import PlaceError, find
@@ -70,6 +72,17 @@ def test_a_bundle_and_images_by_http(command, demo_bundle, served, tmp_path) -> 
     shutil.rmtree(folder / "bundle" / "onnx")  # in the cache it is
     assert main(command("--workers", "1", **{**where, "out": "again.jsonl"})) == 0
     assert texts(tmp_path / "again.jsonl") == texts(tmp_path / "far.jsonl")
+
+
+def test_a_bundle_of_the_hub(command, demo_bundle, tmp_path) -> None:
+    """The worker asks the hub, too; here both have one cache."""
+    pytest.importorskip("huggingface_hub")
+    with running(Liquid__Demo=Repository(demo_bundle)) as hub:
+        of_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        run = start(command("--workers", "1", bundle="Liquid/Demo"), env={**os.environ, **of_hub}, cwd=tmp_path)
+        said = run.communicate(timeout=PATIENCE_S)[1]
+    assert run.returncode == 0, said
+    assert len(texts(tmp_path / "out.jsonl")) == 12
 
 
 def test_records_and_images_in_s3(command, bucket, tmp_path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, write_whole
 
-from lfm_serve.captions.output import JournalError, Output, parsed
+from lfm_serve.captions.output import JournalError, Output, last_of_each, parsed
 from lfm_serve.jsonl import FULL, append, json_line, locked
 
 PROGRAM = "lfm-edge caption"
@@ -88,10 +88,7 @@ class Journal(Output):
 
     def whole_records(self) -> Iterator[dict[str, Any]]:
         """See Output; it is the order of the file."""
-        last = {record["path"]: n for n, record in enumerate(_records(self.path))}
-        for n, record in enumerate(_records(self.path)):
-            if last[record["path"]] == n:
-                yield record
+        return last_of_each(lambda: _records(self.path))
 
     def compact(self) -> None:
         """Write the file anew without the records that later ones replace; where that fails they stay, with a warning:

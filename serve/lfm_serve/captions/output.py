@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -113,6 +113,14 @@ class Output(ABC):
 
     def _note(self, record: Mapping[str, Any]) -> None:
         self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)
+
+
+def last_of_each(read: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The last record of every path, of records that are read twice: they need not fit the memory."""
+    last = {record["path"]: n for n, record in enumerate(read())}
+    for n, record in enumerate(read()):
+        if last[record["path"]] == n:
+            yield record
 
 
 def _plain(value: Any) -> Any:
