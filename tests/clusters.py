@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-IMAGES = sorted((Path(__file__).resolve().parents[1] / "demo" / "eval" / "images").glob("*.png"))
-QUESTION = "What is in this image?"
 PATIENCE_S = 120  # on a busy machine; nothing is judged by it
 
 

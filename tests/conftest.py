@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pictures import IMAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -57,6 +58,15 @@ def demo_bundle(tmp_path_factory) -> Path:
         export(ROOT / "demo" / "checkpoint", folder)
 
     return cached_bundle("demo", make, tmp_path_factory.mktemp("demo") / "bundle")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve images."""
+    (tmp_path / "images").mkdir()
+    for image in IMAGES[:12]:
+        shutil.copy(image, tmp_path / "images")
+    return tmp_path / "images"
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import QUESTION
 
-IMAGES = sorted((Path(__file__).resolve().parents[1] / "demo" / "eval" / "images").glob("*.png"))
-QUESTION = "What is in this image?"
 HEAD = ["time", "source", "frame", "size", "changed", "question", "text", "finish_reason", "prompt_tokens"]
 HEAD += ["image_tokens", "new_tokens", "ms", "peak_mib", "tiles", "encoded_tiles", "cached_tokens", "age_ms"]
 PATIENCE_S = 120  # on a busy machine; nothing is judged by it

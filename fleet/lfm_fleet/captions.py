@@ -80,12 +80,7 @@ class Cluster:
         return image.modified == record.modified and image.size in (None, record.size)
 
     def records(
-        self,
-        paths: Iterable[str],
-        asking: Asking,
-        generation: Mapping[str, Any],
-        output: Output,
-        warn: Callable[[str], None],
+        self, paths: Iterable[str], asking: Asking, output: Output, warn: Callable[[str], None]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """See Maker."""
         options, setup = self._options, self._setup
@@ -96,7 +91,6 @@ class Cluster:
             self._manifest,
             {**self._flags, **decided(setup)},
             asking,
-            generation,
             output.settings,
             options.rows,
             options.max_megapixels,

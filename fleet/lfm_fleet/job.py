@@ -30,7 +30,6 @@ class Job:
     manifest: str  # SHA-256 of the bundle's manifest.json
     flags: Mapping[str, Any]  # settings of a profile: what answers depend on, and what the user gave
     asking: Asking
-    generation: Mapping[str, Any]
     settings: str  # the hash that records carry
     rows: int | None = None  # answers at once in a worker; None: as its memory allows
     max_megapixels: float = 100.0

@@ -70,17 +70,16 @@ def captioner(
         BundleError, SettingError: as `lfm_runtime.resolve`.
     """
     opened, manifest = open_bundle(os.fspath(bundle), profile, flags)
-    asking = Asking(question, system, schema, tuple(choices))
     setup = resolve(opened, profile, force=True, **flags)
     how = {} if choices else {"temperature": 0.0, **(generation or {})}
+    asking = Asking(question, system, schema, tuple(choices), generation=how)
     return Captioner(
         Job(
             as_sent(os.fspath(bundle)),
             manifest,
             {**flags, **decided(setup)},
             asking,
-            how,
-            settings_hash(settings_of(setup, asking, how)),
+            settings_hash(settings_of(setup, asking)),
             rows,
             max_megapixels,
         )

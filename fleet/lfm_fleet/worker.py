@@ -124,7 +124,7 @@ class Loaded(WorkerPlugin):
             raise EdgeError(f"it does not see {job.sample}; name images by a path, or an URL, that all workers see")
         bundle, _ = open_bundle(job.bundle, "", flags, job.manifest)
         how = plan(bundle, default_name(bundle), job.asking, rows=job.rows, device=_device(), **flags)
-        settings = settings_hash(settings_of(how.setup, job.asking, job.generation))
+        settings = settings_hash(settings_of(how.setup, job.asking))
         if settings != job.settings:
             raise EdgeError(
                 f"its settings would be others ({how.setup.summary}); install the same lfm-edge there, it has "
@@ -140,7 +140,7 @@ class Loaded(WorkerPlugin):
             "onnxruntime": ort.__version__,
         }
         model = Model.of(how.setup)
-        return Answers(model, job.asking, job.generation, settings, rows=how.rows, capacity=how.capacity)
+        return Answers(model, job.asking, settings, rows=how.rows, capacity=how.capacity)
 
 
 def answer(job: Job, items: Sequence[Item]) -> Answered | Refused:

@@ -48,7 +48,7 @@ def changed(image: Image.Image, rows: int, columns: int, tile: int, seed: int) -
 def asked(scene: Scene, image: Image.Image, asking: Asking, tokens: int) -> tuple[float, Report]:
     """(milliseconds from picture to answer, its report)."""
     begun = time.perf_counter()
-    report = scene.ask(scene.see(image), asking, {"temperature": 0.0, "max_new_tokens": tokens})
+    report = scene.ask(scene.see(image), replace(asking, generation={"temperature": 0.0, "max_new_tokens": tokens}))
     assert isinstance(report, Report)
     return (time.perf_counter() - begun) * 1e3, report
 

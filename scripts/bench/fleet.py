@@ -32,7 +32,7 @@ from lfm_fleet.worker import Answered
 from lfm_runtime import __version__
 from lfm_serve.asking import Asking
 
-JOB = Job("bundle", "0" * 64, {}, Asking("What?"), {}, "none")
+JOB = Job("bundle", "0" * 64, {}, Asking("What?"), "none")
 WORKER = {"host": "here", "onnxruntime": ort.__version__, "lfm_edge": __version__}
 
 

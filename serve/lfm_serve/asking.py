@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,23 @@ _MOST_FIELDS = 200
 
 @dataclass(frozen=True)
 class Asking:
-    """A question, and in which form the answer is wanted: text, JSON of a schema, or one of given answers."""
+    """A question, in which form the answer is wanted (text, JSON of a schema, or one of given answers), and how it is
+    generated.
+    """
 
     question: str  # "": the image alone
     system: str = ""
     schema: str | None = None  # JSON
     choices: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # of the schema, where it was made of them
+    generation: Mapping[str, Any] = field(default_factory=dict)  # settings other than the bundle's
 
     def __post_init__(self) -> None:
         """Raise SettingError for choices that are none."""
         if self.choices:
             check_answers(self.choices)
 
-    def work(self, model: Model, image: Opened, generation: Mapping[str, Any]) -> Job | Sequence[Choice]:
+    def work(self, model: Model, image: Opened) -> Job | Sequence[Choice]:
         """What a batch does for one image.
 
         Raises:
@@ -53,7 +56,7 @@ class Asking:
         if self.choices:
             return [model.prepare_choice(chat, [image], self.choices)]
         schema = {} if self.schema is None else {"schema": self.schema}
-        return model.prepare_answer(chat, [image], **schema, **generation)  # type: ignore[arg-type]
+        return model.prepare_answer(chat, [image], **schema, **self.generation)  # type: ignore[arg-type]
 
     def outcome(self, found: Report | Chosen) -> dict[str, Any]:
         """What a record says of an answer."""
@@ -134,9 +137,9 @@ def _names(node: Any) -> list[str]:
     return [str(key.value) for key, _ in pairs]
 
 
-def settings_of(setup: Setup, asking: Asking, generation: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(setup: Setup, asking: Asking) -> dict[str, Any]:
     """All that an answer depends on, but for the image: two records with the same settings can stand in one file."""
-    chosen = setup.generation.with_changes(generation)
+    chosen = setup.generation.with_changes(asking.generation)
     names = [f.name for f in fields(chosen) if f.name not in ("schema", "tool_choice", "ignore_eos", "speculate")]
     paths = setup.bundle.graphs_read(setup.variant, setup.prefill)
     weights = "\n".join(part for path in paths for part in setup.bundle.fingerprint(path))

@@ -1,22 +1,11 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-from pathlib import Path
 
 import pytest
-from clusters import IMAGES, QUESTION
+from pictures import QUESTION
 
 collect_ignore_glob = [] if importlib.util.find_spec("distributed") else ["test_*.py"]
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Twelve images."""
-    (tmp_path / "images").mkdir()
-    for image in IMAGES[:12]:
-        shutil.copy(image, tmp_path / "images")
-    return tmp_path / "images"
 
 
 @pytest.fixture

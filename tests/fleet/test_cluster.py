@@ -10,8 +10,9 @@ import threading
 
 import psutil
 import pytest
-from clusters import IMAGES, PATIENCE_S, Cluster, start, texts, until
+from clusters import PATIENCE_S, Cluster, start, texts, until
 from lfm_runtime.commands.cli import main
+from pictures import IMAGES
 
 
 def many(folder, count: int) -> None:

@@ -85,12 +85,12 @@ def test_a_model_that_a_workers_memory_cannot_hold(command, tmp_path) -> None:
 
 def test_another_bundle_on_a_worker(demo_bundle, folder, tmp_path) -> None:
     job = captioner(demo_bundle, "What?", threads=1).job
-    other = type(job)(job.bundle, "0" * 64, job.flags, job.asking, job.generation, job.settings)
+    other = type(job)(job.bundle, "0" * 64, job.flags, job.asking, job.settings)
     with Cluster(tmp_path) as cluster, Client(cluster.address) as client:
         cluster.work("a")
         with pytest.raises(ClusterError, match="is another bundle there: its manifest's hash is"):
             list(Batches(client, other, [Item(str(folder / "0001.png"), "0001.png")], print).records())
-        elsewhere = type(job)("/nowhere", job.manifest, job.flags, job.asking, job.generation, job.settings)
+        elsewhere = type(job)("/nowhere", job.manifest, job.flags, job.asking, job.settings)
         with pytest.raises(ClusterError, match="/nowhere does not exist there; copy it there, or name an URL"):
             list(Batches(client, elsewhere, [Item(str(folder / "0001.png"), "0001.png")], print).records())
         # Who refused a job is asked again by the next one.

@@ -6,9 +6,10 @@ import pickle
 
 import dask.bag
 import pytest
-from clusters import IMAGES, QUESTION, Cluster
+from clusters import Cluster
 from distributed import Client
 from lfm_fleet import caption, captioner
+from pictures import IMAGES, QUESTION
 
 
 @pytest.fixture(scope="module")

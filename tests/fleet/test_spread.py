@@ -23,7 +23,7 @@ def bundle(demo_bundle, tmp_path):
 @pytest.fixture
 def questions(tmp_path):
     """Some of the demo's, in a file of their own."""
-    from clusters import IMAGES
+    from pictures import IMAGES
 
     place = IMAGES[0].parents[1] / "eval.jsonl"
     lines = [json.loads(line) for line in place.read_text().splitlines()[:FEW]]

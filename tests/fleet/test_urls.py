@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from clusters import IMAGES, PATIENCE_S, QUESTION, start, texts
+from clusters import PATIENCE_S, start, texts
 from hub import Repository, running
 from lfm_fleet.bundles import cache_folder, open_bundle
 from lfm_fleet.parts import Parts
@@ -21,6 +21,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from lfm_serve.captions.output import JournalError
+from pictures import IMAGES, QUESTION
 
 
 @pytest.fixture

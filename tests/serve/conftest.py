@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lfm_runtime.commands.cli import main
+from pictures import IMAGES, QUESTION
 from servers import Server
-from watching import IMAGES, Watching
+from watching import Watching
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +42,17 @@ def watching(demo_bundle, tmp_path) -> Iterator[Callable[..., Watching]]:
     for each in started:
         each.process.kill()
         each.process.wait()
+
+
+@pytest.fixture
+def caption(demo_bundle, folder, tmp_path):
+    """A function that runs the command on the folder; returns its exit code and the records."""
+
+    def run(*words: str, code: int = 0) -> list[dict]:
+        out = tmp_path / "out.jsonl"
+        arguments = ["caption", str(demo_bundle), str(folder), "-o", str(out), "--threads", "1", "--quiet", *words]
+        asked = () if {"-p", "--fields"}.intersection(words) else ("-p", QUESTION)
+        assert main([*arguments, *asked]) == code
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run

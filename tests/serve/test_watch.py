@@ -14,8 +14,9 @@ from datetime import datetime
 
 import pytest
 from lfm_runtime.commands.cli import main
+from pictures import IMAGES, QUESTION
 from PIL import Image
-from watching import HEAD, IMAGES, PATIENCE_S, QUESTION
+from watching import HEAD, PATIENCE_S
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import time
 import psutil
 import pytest
 from lfm_runtime.commands.cli import main
+from pictures import QUESTION
 from PIL import Image
-from watching import PATIENCE_S, QUESTION, answers
+from watching import PATIENCE_S, answers
 
 
 def test_a_program_that_writes_pictures(watching, stills) -> None:

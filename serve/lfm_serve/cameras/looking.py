@@ -56,7 +56,6 @@ class Look:
 
     source: Source
     asked: Sequence[Asking]
-    generation: Mapping[str, Any] = field(default_factory=dict)
     every: float = 0.0  # seconds; 0: as often as answers are made
     changed: float = 0.0  # the share of the picture that must differ from the one that was last asked about
     roi: Roi | None = None
@@ -107,7 +106,7 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
             for asking in what.asked:
                 record = {**head, **_looked(picture, share, asking)}
                 try:
-                    found = scene.ask(image, asking, what.generation)
+                    found = scene.ask(image, asking)
                 except _OF_A_FRAME as e:
                     if isinstance(e, PromptError) and not seen.answered:  # the question is too long for any picture
                         raise

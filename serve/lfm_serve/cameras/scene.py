@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,9 +58,9 @@ class Scene:
         self._before = now
         return now
 
-    def ask(self, picture: CutImage, asking: Asking, generation: Mapping[str, Any] | None = None) -> Report | Chosen:
+    def ask(self, picture: CutImage, asking: Asking) -> Report | Chosen:
         """The whole answer. Raises as `Model.answer`."""
-        work = asking.work(self.model, picture, generation or {})
+        work = asking.work(self.model, picture)
         if not isinstance(work, Job):
             return self.model.chosen(work, self._context)[0]
         answer = self.model.answering(work, self._context)

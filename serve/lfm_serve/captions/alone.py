@@ -41,12 +41,7 @@ class Maker(Protocol):
         """Whether an image is as its record says."""
 
     def records(
-        self,
-        paths: Iterable[str],
-        asking: Asking,
-        generation: Mapping[str, Any],
-        output: Output,
-        warn: Callable[[str], None],
+        self, paths: Iterable[str], asking: Asking, output: Output, warn: Callable[[str], None]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Answer about every path; each with its record, in the order of completion. Raises EdgeError where the model
         cannot be used.
@@ -97,7 +92,6 @@ class Alone:
         self,
         paths: Iterable[str],
         asking: Asking,
-        generation: Mapping[str, Any],
         output: Output,
         warn: Callable[[str], None],  # noqa: ARG002  (nothing here leaves or comes)
     ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,7 +99,7 @@ class Alone:
         assert self._plan
         how, most = self._plan, self._options.max_megapixels
         model = Model.of(how.setup)
-        answers = Answers(model, asking, generation, output.settings, rows=how.rows, capacity=how.capacity)
+        answers = Answers(model, asking, output.settings, rows=how.rows, capacity=how.capacity)
         if not self._options.quiet:
             print(f"{how.setup.summary}, {answers.rows} at once", file=sys.stderr)
         self._reader = Reader(paths, lambda path: read_image(model, path, output.key(path), max_megapixels=most))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +43,11 @@ class Counts:
 class Answers:
     """A question about images, asked of a model that is loaded."""
 
-    def __init__(
-        self, model: Model, asking: Asking, generation: Mapping[str, Any], settings: str, *, rows: int, capacity: int
-    ) -> None:
+    def __init__(self, model: Model, asking: Asking, settings: str, *, rows: int, capacity: int) -> None:
         """`settings`: their hash, which records name; `rows`: answers at once, each with room for `capacity` tokens of
         prompt and answer.
         """
-        self.model, self.asking, self.generation, self.settings = model, asking, generation, settings
+        self.model, self.asking, self.settings = model, asking, settings
         self.rows, self.capacity = rows if model.decoder.info.shares_kv else 1, capacity
 
     def records(self, images: Reader[Any]) -> Iterator[tuple[ReadImage, dict[str, Any]]]:
@@ -91,7 +89,7 @@ class Answers:
         if image.error or image.image is None:
             return image.error
         try:
-            return self.asking.work(self.model, image.image, self.generation)
+            return self.asking.work(self.model, image.image)
         except _OF_AN_IMAGE as e:
             return e
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def asking_of(options: argparse.Namespace, question: str, bundle: Bundle) -> Ask
     from lfm_serve.asking import Asking, with_fields
 
     if options.fields:
-        return with_fields(bundle, options.fields)
+        return replace(with_fields(bundle, options.fields), generation=_generation(options))
     schema = read_schema(options.schema) if options.schema else None
     if schema is not None:
         from lfm_runtime.decode.guide import Grammars
@@ -78,10 +79,10 @@ def asking_of(options: argparse.Namespace, question: str, bundle: Bundle) -> Ask
             Grammars(bundle.prompts.tokenizer, bundle.eos).of_schema(schema)
         except SettingError as e:
             raise SettingError(f"--schema {options.schema}: {e}") from e
-    return Asking(question, options.system, schema, tuple(options.choices or ()))
+    return Asking(question, options.system, schema, tuple(options.choices or ()), generation=_generation(options))
 
 
-def generation_of(options: argparse.Namespace) -> dict[str, Any]:
+def _generation(options: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that were given."""
     given = {name: getattr(options, name) for name in _GENERATION if getattr(options, name) is not None}
     return {} if options.choices else given

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lfm_runtime.commands.cli import add_setting_arguments
 from lfm_runtime.errors import SettingError
 
-from lfm_serve.commands.asking import (
-    add_asking_arguments,
-    add_generation_arguments,
-    asking_of,
-    check_asking,
-    generation_of,
-)
+from lfm_serve.commands.asking import add_asking_arguments, add_generation_arguments, asking_of, check_asking
 from lfm_serve.stopping import stopping
 
 if TYPE_CHECKING:
@@ -77,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
         check_table(options.table)
     maker = _maker(options)
     bundle = maker.bundle()
-    asking, generation = asking_of(options, options.prompt, bundle), generation_of(options)
-    settings, counts = settings_of(maker.plan(bundle, asking), asking, generation), Counts()
+    asking = asking_of(options, options.prompt, bundle)
+    settings, counts = settings_of(maker.plan(bundle, asking), asking), Counts()
     watch, progress, found = _found(options, maker, counts)
     with maker.output(settings, settings_hash(settings)) as output:
         if options.table:
@@ -106,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
         if watch or todo:
             with stopping(stop):
-                made = maker.records(todo, asking, generation, output, progress.warn)
+                made = maker.records(todo, asking, output, progress.warn)
                 keep(made, output, counts, told, progress.warn)
             progress.end()
         if options.table:

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
 from lfm_runtime.errors import SettingError
 
-from lfm_serve.commands.asking import (
-    add_asking_arguments,
-    add_generation_arguments,
-    asking_of,
-    check_asking,
-    generation_of,
-)
+from lfm_serve.commands.asking import add_asking_arguments, add_generation_arguments, asking_of, check_asking
 from lfm_serve.stopping import stopping
 
 if TYPE_CHECKING:
@@ -99,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     _check_source(options, live=source.live)
     bundle = Bundle.open(Path(bundle_of(options)))
     asked = [asking_of(options, question, bundle) for question in options.prompt or [""]]
-    seen, what = Seen(), Look(source, asked, generation_of(options), every, options.changed, roi, until)
+    seen, what = Seen(), Look(source, asked, every, options.changed, roi, until)
     with _records(options) as records:
         setup = _setup(options, bundle, asked)
         scene = Scene(Model.of(setup, cache_mib=cache_mib(setup)), tolerance=options.tile_tolerance)

@@ -1,0 +1,168 @@
+"""`lfm-edge caption`: answers of other forms, and what is written beside the records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from lfm_runtime import Model
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.commands.cli import main
+from lfm_runtime.errors import SettingError
+from lfm_serve.asking import is_extract, with_fields
+from pictures import IMAGES
+from PIL import Image
+
+
+def test_choices_and_their_probabilities(caption, demo_model, tmp_path) -> None:
+    found = caption("-p", "How many shapes?", "--choices", "1,2,3", "--rows", "3")
+    for one in found[:3]:
+        chosen = demo_model.choose(tmp_path / one["path"], "How many shapes?", ["1", "2", "3"])
+        assert one["text"] == chosen.best
+        assert list(one["probabilities"].values()) == pytest.approx(chosen.probabilities, abs=1e-5)
+
+
+def test_a_schema_and_a_table(caption, tmp_path) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]}')
+    found = caption("--schema", str(tmp_path / "s.json"), "--table", str(tmp_path / "t.csv"))
+    assert all(json.loads(one["text"])["n"] in (1, 2, 3) for one in found)
+    with (tmp_path / "t.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {(row["path"], row["text"]) for row in rows} == {(one["path"], one["text"]) for one in found}
+
+
+def test_a_table_as_parquet(caption, folder, tmp_path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "zero.png").touch()
+    found = caption("--table", str(tmp_path / "t.parquet"), code=3)
+    rows = parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    assert [(row["path"], row["text"], row["error"]) for row in rows] == [
+        (one["path"], one.get("text"), one.get("error")) for one in found
+    ]
+
+
+def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
+    """A JSON object of the fields; an Extract checkpoint is asked as it was trained: the image is the whole turn."""
+    pytest.importorskip("llguidance")
+    (tmp_path / "f.yaml").write_text("shape: its shape, one word\ncolour:\n")
+    found = caption("--fields", str(tmp_path / "f.yaml"), "--max-new-tokens", "200", "--table", str(tmp_path / "t.csv"))
+    whole = [one["fields"] for one in found if one["finish_reason"] == "schema"]
+    assert all(list(fields) == ["shape", "colour"] for fields in whole)
+    assert all(one["fields"] is None for one in found if one["finish_reason"] == "length")
+    assert "fields.shape,fields.colour" in (tmp_path / "t.csv").read_text().splitlines()[0]
+    bundle = Bundle.open(demo_bundle)
+    assert not is_extract(bundle)
+    monkeypatch.setattr("lfm_serve.asking.is_extract", lambda _: True)
+    asking = with_fields(bundle, tmp_path / "f.yaml")
+    assert asking.question == ""
+    assert asking.system == (
+        "Extract the following from the image:\n\nshape: its shape, one word\ncolour: \n\nRespond with only a JSON "
+        "object. Do not include any text outside the JSON."
+    )
+    model = Model.load(demo_bundle, threads=1)
+    job = replace(asking, generation={"max_new_tokens": 8}).work(model, model.open(IMAGES[0]))
+    assert model.answering(job).text().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "is no mapping"),
+        ("", "is no mapping"),
+        ("a: [1]\n", "what 'a' means is no text"),
+        ("a: x\nb: y\na: z\n", "'a' stands there twice"),
+        ("yes: x\n", "True is no name of a field; put it in quotes"),
+        ("a: b: c\n", "is not YAML"),
+        ("!!python/object/apply:os.system ['x']\n", "is not YAML"),
+    ],
+)
+def test_fields_that_are_none(demo_bundle, tmp_path, text, says) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(SettingError, match=says):
+        with_fields(Bundle.open(demo_bundle), tmp_path / "f.yaml")
+
+
+def test_sidecars_replace_only_our_own(caption, folder, tmp_path, capsys) -> None:
+    (folder / "0002.txt").write_text("mine")
+    found = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
+    assert (folder / "0001.txt").read_text() == found["images/0001.png"] + "\n"
+    assert (folder / "0002.txt").read_text() == "mine"
+    assert "0002.txt is not of lfm-edge caption and stays; --force replaces it" in capsys.readouterr().err
+    shutil.copy(IMAGES[30], folder / "0001.png")
+    again = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
+    assert again["images/0001.png"] != found["images/0001.png"]
+    assert (folder / "0001.txt").read_text() == again["images/0001.png"] + "\n"
+    (folder / "0003.txt").unlink()  # as where a run ended between a record and its text
+    caption("--sidecar", "txt")
+    assert (folder / "0003.txt").read_text() == again["images/0003.png"] + "\n"
+
+
+def test_a_table_of_somebody_else_stays(caption, folder, tmp_path) -> None:
+    """So does one that was corrected by hand."""
+    table = tmp_path / "t.csv"
+    table.write_text("my,own\n")
+    assert caption("--table", str(table), code=2) == []
+    assert table.read_text() == "my,own\n"
+    caption("--table", str(table), "--force")
+    shutil.copy(IMAGES[30], folder)
+    caption("--table", str(table))
+    corrected = table.read_text().replace("square", "SQUARE")
+    table.write_text(corrected)
+    caption("--table", str(table), code=2)
+    assert table.read_text() == corrected
+
+
+def test_texts_of_two_images_never_share_a_file(caption, folder, tmp_path, capsys) -> None:
+    Image.open(IMAGES[0]).convert("RGB").save(folder / "0001.jpg")
+    Image.open(IMAGES[0]).convert("RGB").save(tmp_path / "picture.txt", "jpeg")
+    (folder / "0004.txt").symlink_to(tmp_path / "elsewhere")
+    picture = (tmp_path / "picture.txt").read_bytes()
+    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"))
+    said = capsys.readouterr().err
+    assert "0001.txt is that of" in said
+    assert "picture.txt is not written" in said
+    assert "0004.txt is a link and stays" in said
+    assert (tmp_path / "picture.txt").read_bytes() == picture
+    assert not (tmp_path / "elsewhere").exists()
+    assert len(found) == 14
+
+
+def test_sidecars_are_of_the_images_that_are_named(caption, folder, tmp_path) -> None:
+    """A record that came from elsewhere names any file; and --force replaces a text whose image has its record."""
+    first = caption()
+    (tmp_path / "other.png").write_bytes(b"x")
+    out = tmp_path / "out.jsonl"
+    out.write_text(out.read_text() + json.dumps({**first[0], "path": "other.png", "text": "EVIL"}) + "\n")
+    (folder / "0003.txt").write_text("mine")
+    caption("--sidecar", "txt")
+    assert not (tmp_path / "other.txt").exists()
+    assert (folder / "0003.txt").read_text() == "mine"
+    caption("--sidecar", "txt", "--force")
+    assert (folder / "0003.txt").read_text() == {one["path"]: one["text"] for one in first}["images/0003.png"] + "\n"
+
+
+def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
+    (folder / "<b>.png").write_bytes(b"x")
+    caption(code=3)
+    assert main(["report", str(tmp_path / "out.jsonl")]) == 0
+    page = (tmp_path / "out.html").read_text()
+    assert page.count("<article") == 13
+    assert page.index('class="bad"') < page.index("data:image/jpeg")
+    assert "&lt;b&gt;.png" in page
+    assert "<b>" not in page
+    assert "://" not in page.replace("http://www.w3.org", "")
+    assert main(["report", str(tmp_path / "out.jsonl"), "-o", str(tmp_path / "x.md")]) == 2
+    odd = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    odd |= {"path": "\ud800", "text": "\udcff", "ms": {"total": 10**400}, "probabilities": {"a": "x", "b": 0.5}}
+    odd.pop("error", None)
+    (tmp_path / "odd.jsonl").write_text(
+        f"{json.dumps(odd)}\n{json.dumps({**odd, 'path': 'x', 'fields': {'a': None}})}\n"
+    )
+    assert main(["report", str(tmp_path / "odd.jsonl")]) == 0
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    assert main(["report", str(tmp_path / "other.jsonl")]) == 2
+    assert "line 1 is no record of lfm-edge caption" in capsys.readouterr().err
