@@ -69,6 +69,14 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.fixture
+def starts_empty(monkeypatch) -> None:
+    """Forecasts of memory start from a process that takes nothing: what this one takes changes between two of them."""
+    from lfm_runtime.setup.forecast import Memory
+
+    monkeypatch.setattr(Memory, "of_this_process", staticmethod(lambda: Memory(0.0, 0.0)))
+
+
 @pytest.fixture(scope="session")
 def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
     """A copy of the demo bundle with fp16, int4, int4-fp16 and fp16-trt."""

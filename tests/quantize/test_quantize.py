@@ -250,7 +250,7 @@ def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     assert not kept
 
 
-def test_memory_is_forecast_by_how_many_weights_share_a_scale(quantized, tmp_path) -> None:
+def test_memory_is_forecast_by_how_many_weights_share_a_scale(quantized, tmp_path, starts_empty) -> None:
     """Each scale of 4-bit weights takes some 15 bytes once they are packed, and 2 in the file."""
     bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
     manifest = Manifest.of(bundle)

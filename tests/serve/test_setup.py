@@ -14,7 +14,7 @@ from lfm_serve.setup import choose
 from servers import PICTURES
 
 
-def test_rows_times_context_is_in_the_forecast(demo_bundle) -> None:
+def test_rows_times_context_is_in_the_forecast(demo_bundle, starts_empty) -> None:
     """One more row of 2,000 tokens costs its keys and values; the cache costs what it may hold."""
     peaks = {
         (rows, cache): choose(demo_bundle, "generic", rows=rows, context=2000, cache_mib=cache)[0].forecast.memory.peak
@@ -23,8 +23,8 @@ def test_rows_times_context_is_in_the_forecast(demo_bundle) -> None:
     setup, rows = choose(demo_bundle, "generic", rows=4, context=2000)
     assert (setup.context_length, rows) == (2000, 4)
     kv_mib = 3 * 2000 * Shapes.of(setup.bundle).kv_bytes / 2**20
-    assert peaks[4, 0] - peaks[1, 0] == pytest.approx(kv_mib, abs=3)  # what the process has grew in between
-    assert peaks[4, 64] - peaks[4, 0] == pytest.approx(64, abs=3)
+    assert peaks[4, 0] - peaks[1, 0] == pytest.approx(kv_mib, abs=0.1)
+    assert peaks[4, 64] - peaks[4, 0] == pytest.approx(64, abs=0.1)
 
 
 def test_an_image_that_the_memory_cannot_open(demo_bundle, demo_model, monkeypatch) -> None:
