@@ -8,6 +8,7 @@
 # FOLDER/bin/lfm-edge-install is a copy of this script for later use: it needs no --prefix, and installs a stick with --stick FOLDER. If
 # signatures matter, use that copy: nobody checks a stick's own install.sh.
 #
+# FOLDER/profile.toml, where you put one, is taken before the profile that came with a stick, by every version.
 # FOLDER/versions/NAME-HASH holds one version each (an environment, the bundle, its prepared graphs); the links FOLDER/current and
 # FOLDER/previous name two of them. `current` is switched by one rename, after everything else is on disk: whenever this is killed or
 # the power fails, the old version works, and the next run removes what was left half done.
@@ -34,7 +35,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --rollback | --uninstall) action=${1#--} ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) fail "$1 is unknown; see: sh install.sh --help" ;;
     esac
     shift
@@ -101,6 +102,7 @@ uninstall() {
     ours
     lock
     rm -f "$prefix/current" "$prefix/previous" "$prefix/.current.new" "$prefix/.previous.new" "$prefix/bin/lfm-edge" "$prefix/signers"
+    rm -f "$prefix/.checked" # by those who install on many boards
     rm -f "$prefix/bin/lfm-edge-install" "$prefix/bin/.lfm-edge.new" "$prefix/bin/.lfm-edge-install.new" "$prefix/.signers.new"
     for folder in "$prefix"/versions/*; do
         ! is_version "${folder##*/}" || discard "${folder##*/}"
@@ -187,7 +189,9 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     "$edge" unpack "$stick/$(setting name).tar" -o "$1/bundle"
     "$edge" prepare "$1/bundle" --variant "$variant" ${prefill:+--prefill "$prefill"}
     LFM_EDGE_PROFILE=
-    [ ! -f "$1/bundle/profile.toml" ] || LFM_EDGE_PROFILE=$1/bundle/profile.toml
+    for profile in "$1/bundle/profile.toml" "$prefix/profile.toml"; do
+        [ ! -f "$profile" ] || LFM_EDGE_PROFILE=$profile
+    done
     export LFM_EDGE_PROFILE
     say "testing it: on a small board and with a large model this takes minutes"
     status=0
@@ -199,13 +203,15 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     esac
 }
 
-commands() { # this script; and lfm-edge of the current version, with the profile that came on the stick unless another is named
+commands() { # this script; and lfm-edge of the current version, with the board's or the stick's profile unless another is named
     quoted=$(printf '%s' "$prefix" | sed "s/'/'\\\\''/g")
     mkdir -p "$prefix/bin"
     cat >"$prefix/bin/.lfm-edge.new" <<END
 #!/bin/sh
 current='$quoted/current'
-[ ! -f "\$current/bundle/profile.toml" ] || export LFM_EDGE_PROFILE="\${LFM_EDGE_PROFILE-\$current/bundle/profile.toml}"
+for profile in '$quoted/profile.toml' "\$current/bundle/profile.toml"; do
+    [ ! -f "\$profile" ] || export LFM_EDGE_PROFILE="\${LFM_EDGE_PROFILE-\$profile}"
+done
 exec "\$current/venv/bin/lfm-edge" "\$@"
 END
     cp "$stick/install.sh" "$prefix/bin/.lfm-edge-install.new"

@@ -40,6 +40,7 @@ class Extras:
     sign_with: Path | None = None  # a key of ssh: SHA256SUMS.sig is packed as well
     golden: Mapping[str, Path | bytes] = field(default_factory=dict)  # a golden set: name in the bundle → content
     split: int = 0  # largest size of a part in bytes, for media that hold no larger files; 0 is one file
+    with_extras: Sequence[str] = ()  # of lfm-edge, whose wheels a stick has as well
 
 
 NOTHING = Extras()

@@ -91,7 +91,7 @@ def write_stick(
         platform: the device.
         output: a folder, or NAME.tar.
         extras: a profile (without one, the device chooses), a golden set, a key of ssh, with which install.sh can tell
-            who made the stick.
+            who made the stick, extras of lfm-edge.
         force: also replace the stick of another board, or a signed one by one that is not.
 
     Raises:
@@ -132,7 +132,7 @@ def _fill(
     platform: Platform,
     extras: Extras,
 ) -> list[Wheel]:
-    wheels = wheelhouse(platform, stick / "wheels")
+    wheels = wheelhouse(platform, stick / "wheels", extras.with_extras)
     _check_onnxruntime(folder, manifest, wheels, platform)
     size = sum(file.bytes for file in manifest.files.values())
     split = _LARGEST_FILE if size > _LARGEST_FILE else 0

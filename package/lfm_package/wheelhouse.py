@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -79,9 +79,9 @@ class Wheel:
         )
 
 
-def wheelhouse(platform: Platform, folder: Path) -> list[Wheel]:
+def wheelhouse(platform: Platform, folder: Path, extras: Sequence[str] = ()) -> list[Wheel]:
     """Everything that `pip install --no-index` needs on the target, as `folder`: wheels, and requirements.txt with
-    their hashes.
+    their hashes; of these extras of lfm-edge too.
 
     Raises:
         WheelhouseError: pip fails, or what came cannot run on the target.
@@ -89,7 +89,7 @@ def wheelhouse(platform: Platform, folder: Path) -> list[Wheel]:
     """
     with replacing(folder, check=_check_ours) as new:
         ours = _our_wheel(new)
-        resolved = resolve(platform, ours)
+        resolved = resolve(platform, ours, extras)
         pins = new / REQUIREMENTS
         pins.write_text(_pinned(platform, resolved), encoding="utf-8")
         _pip("download", "--dest", str(new), "--no-deps", "--require-hashes", "-r", str(pins), *_tags(platform))
@@ -113,14 +113,16 @@ def read_wheelhouse(folder: Path) -> list[Wheel]:
     return sorted(found, key=lambda wheel: wheel.name)
 
 
-def resolve(platform: Platform, ours: Wheel) -> list[Wheel]:
+def resolve(platform: Platform, ours: Wheel, extras: Sequence[str] = ()) -> list[Wheel]:
     """What pip would fetch for the target beside our own wheel. Metadata only: nothing is downloaded.
 
     Two things pip's dry run takes from the Python that it runs on, not from the target: environment markers ("tomli;
     python_version < '3.11'"), and which Python a release needs. So both are looked at here: what is missing for the
     target is asked for by name, what its Python cannot run is excluded, and pip is asked again until neither is left.
+    What only the Python here needs is left out.
     """
-    wanted = {_INSTALLER, *(str(requirement) for requirement in _for_target(platform, ours))}
+    ours = replace(ours, requires=tuple(str(requirement) for requirement in _for_target(platform, ours, extras)))
+    wanted = {_INSTALLER, *ours.requires}
     unsuited: set[str] = set()
     while True:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
@@ -146,6 +148,7 @@ def resolve(platform: Platform, ours: Wheel) -> list[Wheel]:
         } - wanted
         unsuited_now = {f"{wheel.name}!={wheel.version}" for wheel in found if not _suits(platform, wheel)}
         if not missing and not unsuited_now:
+            found = _reached(platform, ours, found)
             check(platform, [ours, *found])
             return found
         wanted, unsuited = wanted | missing, unsuited | unsuited_now
@@ -201,15 +204,29 @@ def _unmet(platform: Platform, wheels: Sequence[Wheel]) -> list[tuple[Wheel, Req
     ]
 
 
-def _for_target(platform: Platform, wheel: Wheel) -> list[Requirement]:
-    """Return the requirements of a wheel that hold on the platform, without markers."""
+def _for_target(platform: Platform, wheel: Wheel, extras: Iterable[str] = ()) -> list[Requirement]:
+    """The requirements of a wheel and of these extras of it that hold on the platform, without markers."""
     found = []
     for text in wheel.requires:
         requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate(platform.markers):
-            requirement.marker = None
+        marker, requirement.marker = requirement.marker, None
+        if marker is None or any(marker.evaluate({**platform.markers, "extra": extra}) for extra in ("", *extras)):
             found.append(requirement)
     return found
+
+
+def _reached(platform: Platform, ours: Wheel, wheels: Sequence[Wheel]) -> list[Wheel]:
+    """Those wheels that are needed on the platform: by ours, or by one of them, with the extras it asks for."""
+    there = {wheel.name: wheel for wheel in wheels}
+    reached: set[tuple[str, frozenset[str]]] = set()
+    look = [Requirement(_INSTALLER), *_for_target(platform, ours)]
+    while look:
+        requirement = look.pop()
+        one = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if one not in reached:
+            reached.add(one)
+            look += _for_target(platform, there[one[0]], requirement.extras)
+    return [wheel for wheel in wheels if wheel.name in {name for name, _ in reached}]
 
 
 def _reported(entry: dict[str, Any]) -> Wheel:

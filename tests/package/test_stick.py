@@ -24,7 +24,7 @@ PI5 = Platform.of("pi5")
 def no_fetching(monkeypatch) -> None:
     """One wheel that was made here, instead of 46 MB of them."""
 
-    def few(platform, folder):
+    def few(platform, folder, extras):
         folder.mkdir()
         (folder / "onnxruntime-1.20.0-cp313-cp313-manylinux_2_28_aarch64.whl").write_bytes(b"")
         (folder / "requirements.txt").write_text("")

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomllib
 from lfm_package import wheelhouse as module
+from lfm_package.commands.wheelhouse import EXTRAS
 from lfm_package.targets import TARGETS, Platform, System, Target
 from lfm_package.wheelhouse import Wheel, WheelhouseError, check, glibc_needed, read_wheelhouse, resolve, wheelhouse
 from lfm_runtime.commands.cli import main
@@ -36,11 +39,11 @@ PI5 = Platform.of("pi5")
 
 
 @pytest.mark.parametrize(
-    ("target", "python"),
+    ("target", "python", "extras"),
     [
-        ("pi5", "3.13"),
+        ("pi5", "3.13", EXTRAS),
         *(
-            pytest.param(*other, marks=pytest.mark.slow)
+            pytest.param(*other, (), marks=pytest.mark.slow)
             for other in (
                 ("pi5", "3.11"),
                 ("jetson-jp6", "3.10"),
@@ -51,10 +54,18 @@ PI5 = Platform.of("pi5")
         ),
     ],
 )
-def test_the_same_as_another_resolver(target, python, tmp_path) -> None:
+def test_the_same_as_another_resolver(target, python, extras, tmp_path) -> None:
     """Metadata only, from the index: the same releases as uv finds for that Python, processor and C library."""
     platform = Platform.of(target, python)
-    (tmp_path / "in.txt").write_text("\n".join(text for text in OURS.requires if "extra" not in text))
+    listed = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    optional = {name: listed["optional-dependencies"][name] for name in EXTRAS}
+    ours = replace(
+        OURS, requires=(*OURS.requires, *(f"{text}; extra == '{name}'" for name in optional for text in optional[name]))
+    )
+    asked = [text for text in OURS.requires if "extra" not in text] + [
+        text for name in extras for text in optional[name]
+    ]
+    (tmp_path / "in.txt").write_text("\n".join(asked))
     glibc = min(platform.system.glibc, 40)  # the newest that uv has a name for
     words = [
         "pip",
@@ -69,11 +80,12 @@ def test_the_same_as_another_resolver(target, python, tmp_path) -> None:
     uv = subprocess.Popen(
         [sys.executable, "-m", "uv", *words], stdout=subprocess.PIPE, text=True
     )  # beside pip: both wait for the index
-    found = {wheel.name: str(wheel.version) for wheel in resolve(platform, OURS)}
+    found = {wheel.name: str(wheel.version) for wheel in resolve(platform, ours, extras)}
     found.pop("pip")
     said, _ = uv.communicate()
     assert uv.returncode == 0
     assert found == dict(line.split("==") for line in said.split())
+    assert {"starlette", "llguidance", "distributed"} <= found.keys() or not extras
     assert (
         found["onnxruntime"] == "1.23.2"
         if python == "3.10"

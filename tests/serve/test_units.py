@@ -12,7 +12,7 @@ from lfm_runtime.commands.cli import every_command
 
 pytestmark = pytest.mark.process
 EXAMPLES = Path(__file__).resolve().parents[2] / "serve" / "examples"
-PROGRAM = "/opt/lfm-edge-serve/bin/lfm-edge"
+PROGRAM = "/opt/lfm-edge/bin/lfm-edge"
 
 
 @pytest.fixture

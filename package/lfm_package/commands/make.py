@@ -137,6 +137,7 @@ def _order(options: argparse.Namespace) -> Order:
     for flag in ("python", "profile", "sign", "golden"):
         if value := getattr(options, flag):
             words += [f"--{flag}", str(value)]
+    words += [word for extra in options.extra for word in ("--extra", extra)]
     return Order(
         checkpoint=options.checkpoint,
         bundle=bundle,

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         check_profile(contents.profile, platform)
     elif wish := _wishes(options.bundle, contents.variants, platform.target.others):
         print(f"  {wish}", file=sys.stderr if options.json else sys.stdout)
-    extras = Extras(contents.profile, (), options.sign, contents.golden)
+    extras = Extras(contents.profile, (), options.sign, contents.golden, with_extras=tuple(options.extra))
     wheels = write_stick(options.bundle, contents.variants, platform, options.output, extras, force=options.force)
     files = (
         [options.output] if options.output.is_file() else [path for path in options.output.rglob("*") if path.is_file()]

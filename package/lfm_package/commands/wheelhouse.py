@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+EXTRAS = ("serve", "json", "video", "mqtt", "fleet")
+"""Extras of lfm-edge that boards use."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `wheelhouse` and `stick` share: board and Python."""
+    """Add the arguments that `wheelhouse`, `stick` and `make` share: board, Python, extras."""
     names = "pi5, pi4, pi3, pi-zero2w, jetson-jp6, jetson-jp7, aarch64, x86_64"
     parser.add_argument("--target", required=True, metavar="NAME", help=f"the board: {names}")
     parser.add_argument(
@@ -26,6 +29,13 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="X.Y",
         help="Python version of the board, if its system is not the newest release: 3.11 on bookworm",
+    )
+    parser.add_argument(
+        "--extra",
+        action="append",
+        default=[],
+        choices=EXTRAS,
+        help="what else the board does: lfm-edge serve, answers by a schema, cameras, MQTT, Dask workers; repeatable",
     )
 
 
@@ -35,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_package.wheelhouse import wheelhouse
 
     platform = Platform.of(options.target, options.python)
-    wheels = wheelhouse(platform, options.output)
+    wheels = wheelhouse(platform, options.output, options.extra)
     print(platform)
     for wheel in wheels:
         print(f"  {wheel.name:14s} {wheel.version!s:10s} {wheel.size / 1e6:6.1f} MB")
