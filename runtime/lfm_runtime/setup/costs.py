@@ -15,7 +15,7 @@ import numpy as np
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import read_json_object, to_json, write_whole
 
 _NAME = "measured.json"
@@ -45,7 +45,7 @@ def keep_costs(bundle: Bundle, found: Mapping[str, Costs]) -> None:
     """Remember what was measured, by `cost_key`; where nothing may be written, it is not remembered."""
     place = folder_of(bundle.folder) / _NAME
     known = {**_read(place), **{key: asdict(costs) for key, costs in found.items()}}
-    with suppress(OSError):  # a read-only disk: plans go on without times
+    with suppress(OSError, EdgeError):  # a read-only disk, another user's folder: plans go on without times
         place.parent.mkdir(parents=True, exist_ok=True)
         write_whole(place, to_json(known, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ import pytest
 from lfm_profiles import Device, detect, read, with_flags
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
+from lfm_runtime.setup import costs
 from lfm_runtime.setup import memory as planning
 from lfm_runtime.setup.forecast import Forecast, Memory
 from lfm_runtime.setup.machine import this_machine
@@ -316,3 +317,11 @@ def test_python_does_what_run_does_under_a_memory_limit(demo_bundle, photo, spar
     assert command == python
     assert (command[0] == 2) == (spare < 0)
     assert bool(command[1]) == (spare < 400)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that even root cannot write")
+def test_times_are_not_kept_where_nothing_may_be_written(demo_bundle, monkeypatch) -> None:
+    """An audit by another user than who installed: it ends well, and plans go on without its times."""
+    monkeypatch.setattr(costs, "folder_of", lambda folder: Path("/proc/self"))
+    costs.keep_costs(Bundle.open(demo_bundle), {"key": costs.Costs((), (), 1.0, 1.0, 1.0, valid=True)})
+    assert not Path("/proc/self/measured.json").exists()
