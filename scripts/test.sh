@@ -53,12 +53,14 @@ fi
 transformers5=$!
 
 # Reports are looked at in a browser, CUDA's provider is run on a recorder that g++ builds, bundles are read by transformers.js
-# under Node, and cameras are GStreamer's and records go to mosquitto, where they are or may be installed.
+# under Node, cameras are GStreamer's, records go to mosquitto, and Ansible's boards are containers of systemd with an sshd, where they
+# are or may be installed.
 missing=()
 { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || missing+=(chromium)
 command -v g++ >/dev/null || missing+=(g++)
 command -v npm >/dev/null || missing+=(nodejs npm)
 [ -x /usr/sbin/mosquitto ] || missing+=(mosquitto)
+{ command -v systemd-nspawn && [ -x /usr/sbin/sshd ] && command -v sudo; } >/dev/null || missing+=(systemd-container openssh-server sudo)
 /usr/bin/python3 -c "import gi; gi.require_version('GstRtspServer', '1.0')" 2>/dev/null ||
     missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-ugly)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
