@@ -208,6 +208,10 @@ def _questions(settings: Settings, manifest: Manifest, warn: Warn) -> _Questions
     if images > MANY_IMAGES:
         questions = _some(questions, MANY_IMAGES)
         warn(f"{MANY_IMAGES} of {images} images are used; more would not make a better calibration")
+    asked = {q.image for q in questions}
+    images = len({file_hash(image) for image in asked})
+    if copies := len(asked) - images:
+        warn(f"{copies} of {len(asked)} images are copies: they add nothing, and may judge what they calibrated")
     if images < FEW_IMAGES:
         where = (
             f"--prompts asks about {images} images"

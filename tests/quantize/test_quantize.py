@@ -566,20 +566,22 @@ def test_gate_error_is_an_edge_error() -> None:
 
 
 def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> None:
-    """Three pictures and a broken one: two warnings, and a variant all the same."""
+    """Three pictures, a copy and a broken one: three warnings, and a variant all the same."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     (tmp_path / "images").mkdir()
     for path in sorted((few / "images").iterdir())[:3]:
         shutil.copy(path, tmp_path / "images")
+    shutil.copy(path, tmp_path / "images" / "copy.jpg")
     (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     assert (
         main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
     )
     captured = capsys.readouterr()
-    assert "1 of 4 images are left out: broken.jpg could not be opened" in captured.err
+    assert "1 of 5 images are left out: broken.jpg could not be opened" in captured.err
+    assert "1 of 4 images are copies: they add nothing" in captured.err
     assert "only 3 usable images" in captured.err
     assert "fp16 against fp32" in captured.out
-    assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 2, "questions": 2, "skipped": 1}
+    assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 3, "questions": 3, "skipped": 1}
 
 
 QUANTIZE = """
