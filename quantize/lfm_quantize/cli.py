@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="leave these layers fp32; * matches all; repeatable",
     )
+    _add_running_arguments(parser)
+
+
+def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """How it is judged, where it runs, and what it prints."""
     parser.add_argument(
         "--profile",
         default="",
@@ -64,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="judge with the image settings and the prefill decoder of this profile; default: the checkpoint's, none",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="answer the calibration's questions on the workers of a Dask cluster (extra fleet; docs/fleet.md)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a variant that was made with more care")
     parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -94,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
         default_threads() if options.threads is None else check_threads(options.threads),
         options.quick,
         options.force,
+        options.scheduler,
         find_profile(options.profile, variant=options.variant) if options.profile else None,
     )
     printer = Printer(not options.quiet)

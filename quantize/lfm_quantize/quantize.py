@@ -21,6 +21,7 @@ from lfm_runtime.questions import Question
 
 from lfm_quantize.calibrate.answers import Progress, add_answers
 from lfm_quantize.calibrate.samples import FEW_IMAGES, named, read_questions, split_off, to_sample
+from lfm_quantize.calibrate.spread import spread_over
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import Board, measure
 from lfm_quantize.judge.quality import GateError, Quality, check_floor
@@ -91,7 +92,7 @@ def quantize(
         # Calibrate: questions and answers that the source's variant is led through.
         samples = [to_sample(bundle, q, split=False) for q in questions.calibrate]
         run = Run(settings, bundle, source, recipe, samples, work, progress)
-        add_answers(run.exact, samples, QUICK_TOKENS if settings.quick else CALIBRATION_TOKENS, progress)
+        add_answers(run.exact, samples, _answer_tokens(settings), progress, spread_over(settings.scheduler))
         # Smooth and round, or rewrite.
         made = MAKERS[settings.variant](run)
         made.record.update(_origin(source, questions))
@@ -118,6 +119,10 @@ def quantize(
                 warn(warning)
         work.finished()  # the new files are in the bundle
     return quality
+
+
+def _answer_tokens(settings: Settings) -> int:
+    return QUICK_TOKENS if settings.quick else CALIBRATION_TOKENS
 
 
 def _check_better(manifest: Manifest, settings: Settings) -> None:

@@ -26,6 +26,7 @@ class Settings:
     threads: int = 2
     quick: bool = False
     force: bool = False  # replace a variant that was calibrated, or not quickly, by one that is less
+    scheduler: str | None = None  # of a Dask cluster, whose workers answer the questions to calibrate with
     profile: Profile | None = None  # of the device whose image settings and prefill decoder it is judged with
 
     def check(self) -> None:
@@ -58,6 +59,8 @@ class Settings:
             raise QuantizeError(f"--quick has no effect on {self.variant}; leave it out")
         if self.quick and (self.method or self.recipe or self.max_size):
             raise QuantizeError("--quick names the methods; leave it out, or --method, --recipe and --max-size")
+        if self.scheduler and not self.calibration:
+            raise QuantizeError("--scheduler has no effect without --calibration, whose questions are answered there")
         if self.profile and not self.calibration:
             raise QuantizeError("--profile has no effect without --calibration, which the variant is judged with")
         if self.floor is not None and not (self.calibration and self.floor > 0):

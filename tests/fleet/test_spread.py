@@ -1,4 +1,4 @@
-"""`lfm-edge quality --scheduler`: the numbers of one machine."""
+"""`lfm-edge quality` and `quantize --scheduler`: the numbers of one machine."""
 
 from __future__ import annotations
 
@@ -65,3 +65,33 @@ def test_quality_on_a_cluster(bundle, questions, tmp_path) -> None:
         else:
             assert there[name] == here[name], name
     assert [layer["name"] for layer in there["layers"]] == [layer["name"] for layer in here["layers"]]
+
+
+def test_calibration_on_a_cluster(demo_bundle, tmp_path) -> None:
+    """The questions are answered there; the variant is the same, file by file."""
+    from pictures import IMAGES
+
+    (tmp_path / "images.txt").write_text("".join(f"{path}\n" for path in IMAGES[:24]))
+    words = [
+        "--variant",
+        "int4",
+        "--calibration",
+        str(tmp_path / "images.txt"),
+        "--quick",
+        "--json",
+        "--quiet",
+        "--threads",
+        "1",
+    ]
+    for name in ("here", "there"):
+        shutil.copytree(demo_bundle, tmp_path / name)
+    here = measured(["quantize", str(tmp_path / "here"), *words])
+    with Cluster(tmp_path) as cluster:
+        for name in "ab":
+            cluster.work(name)
+        there = measured(["quantize", str(tmp_path / "there"), *words, "--scheduler", cluster.address])
+    assert {name: here[name] for name in here if name != "seconds"} == {
+        name: there[name] for name in there if name != "seconds"
+    }
+    files = [json.loads((tmp_path / name / "manifest.json").read_text())["files"] for name in ("here", "there")]
+    assert files[0] == files[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from lfm_runtime.engine.loader import load_session
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 
-from lfm_quantize.calibrate.samples import MOST_ANSWER_TOKENS, Sample, View
+from lfm_quantize.calibrate.samples import MOST_ANSWER_TOKENS, Sample, View, to_sample
+from lfm_quantize.calibrate.spread import Sent, Spread, digest, parts_of, received, same_bundle
 from lfm_quantize.graph import QuantizeError
 
 Float = NDArray[np.float32]
@@ -87,8 +88,33 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
     return np.stack([first, *(np.array(state.step(decoder.embed([token])), np.float32) for token in answer[:-1])])
 
 
-def add_answers(answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress) -> None:
-    """Give each sample its answer: the known one, else the greedy one of at most `limit` tokens.
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy answers of a variant, to be sent to where questions are answered."""
+
+    folder: str  # the same on every machine
+    manifest: str
+    variant: str
+    threads: int
+    limit: int  # tokens of an answer
+
+    def __call__(self, sent: Sequence[Sent]) -> list[list[int]]:
+        """The answers' tokens.
+
+        Raises:
+            BundleError: there is no bundle, or another one.
+        """
+        bundle = same_bundle(self.folder, self.manifest)
+        samples = [to_sample(bundle, question, split=False) for question in received(sent)]
+        answering = Answering(bundle, self.variant, self.threads, packed=False)
+        return list(_greedy_answers(answering, samples, self.limit, lambda *_: None))
+
+
+def add_answers(
+    answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress, spread: Spread | None = None
+) -> None:
+    """Give each sample its answer: the known one, else the greedy one of at most `limit` tokens; where there is
+    `spread`, parts of the questions are answered there.
 
     Raises:
         QuantizeError: a known answer is too long or holds an image token.
@@ -109,8 +135,21 @@ def add_answers(answering: Answering, samples: Sequence[Sample], limit: int, pro
         sample.ids += answer
     if not unknown:
         return
-    features = answering.features([s.views for s in unknown], progress)
-    decoder = answering.decoder()
-    for i, (sample, found) in enumerate(zip(unknown, features, strict=True)):
-        sample.ids += greedy(decoder, answering.embed(decoder, sample, found), limit, bundle.eos)[0]
+    if spread:
+        ask = Greedy(str(bundle.folder.resolve()), digest(bundle.folder), answering.variant, answering.threads, limit)
+        parts = parts_of([sample.question for sample in unknown])
+        answers: Iterable[list[int]] = (ids for part in spread(ask, parts) for ids in part)
+    else:
+        answers = _greedy_answers(answering, unknown, limit, progress)
+    for i, (sample, ids) in enumerate(zip(unknown, answers, strict=True)):
+        sample.ids += ids
         progress(f"{answering.variant} answers", i + 1, len(unknown))
+
+
+def _greedy_answers(
+    answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress
+) -> Iterator[list[int]]:
+    features = answering.features([s.views for s in samples], progress)
+    decoder = answering.decoder()
+    for sample, found in zip(samples, features, strict=True):
+        yield greedy(decoder, answering.embed(decoder, sample, found), limit, answering.bundle.eos)[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ from lfm_runtime.commands.cli import add_image_arguments, given_flags
 if TYPE_CHECKING:
     from lfm_runtime.questions import Question
 
-    from lfm_quantize.judge.measure import Board, Spread
+    from lfm_quantize.judge.measure import Board
 
 DEMO_SET = Path(__file__).resolve().parents[3] / "demo" / "eval" / "eval.jsonl"
 
@@ -59,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.formats.manifest import MANIFEST
 
     from lfm_quantize.calibrate.samples import named
+    from lfm_quantize.calibrate.spread import spread_over
     from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
                 threads,
                 printer.progress,
                 board=board,
-                spread=_spread(options.scheduler),
+                spread=spread_over(options.scheduler),
             )
     finally:
         printer.clear()
@@ -119,15 +118,6 @@ def _questions(options: argparse.Namespace) -> tuple[list[Question], list[Path]]
             raise QuantizeError("--prompts has no effect beside a JSONL file, which has the questions; leave it out")
         images, prompts = None, images
     return read_questions(images, prompts)
-
-
-def _spread(scheduler: str | None) -> Spread | None:
-    """What compares on the workers of a scheduler; None: here."""
-    if scheduler is None:
-        return None
-    (found,) = entry_points(group="lfm_edge.clusters", name="spread")
-    spread: Spread = partial(found.load(), scheduler)
-    return spread
 
 
 def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:

@@ -5,7 +5,7 @@ the runtime runs them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ import numpy as np
 from lfm_profiles import FINEST, Profile
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.decoder import Decoder
-from lfm_runtime.errors import BundleError
-from lfm_runtime.formats.manifest import MANIFEST, file_hash
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.questions import Question
 from lfm_runtime.setup.profile import departures
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
 from lfm_quantize.calibrate.samples import Sample, to_sample
+from lfm_quantize.calibrate.spread import Sent, Spread, digest, parts_of, received, same_bundle
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
 from lfm_quantize.judge.layers import layer_errors
@@ -35,14 +34,8 @@ LOGIT_BYTES = 64 << 20
 """Distributions kept at a time; a question more than that waits for the next round."""
 LAYER_SAMPLES = 4
 """Questions that the error is followed through the layers on."""
-SENT_QUESTIONS = 16
-"""Compared together where the comparison is spread."""
 
 Float = NDArray[np.float32]
-Sent = tuple[str, str, str | None, str, str]
-"""A Question's fields, in their order."""
-Spread = Callable[["Comparison", "Sequence[Sequence[Sent]]"], Iterable["Found"]]
-"""Compares parts of the questions elsewhere; what is found, in their order."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ def measure(
 class Comparison:
     """Two variants and how they answer, to be sent to where questions are compared."""
 
-    folder: str  # the same on every machine; a Path of Python 3.13 cannot be read by an older one
+    folder: str  # the same on every machine
     variant: str
     against: str
     threads: int
@@ -159,30 +152,16 @@ class Comparison:
         Raises:
             BundleError: there is no bundle, or another one.
         """
-        bundle = Bundle.open(Path(self.folder))
-        questions = [Question(Path(image), text, answer, task, place) for image, text, answer, task, place in sent]
-        if file_hash(bundle.folder / MANIFEST) != self.manifest:
-            raise BundleError(f"{self.folder} is another bundle there; copy the same one there")
+        bundle, questions = same_bundle(self.folder, self.manifest), received(sent)
         exact = Answering(bundle, self.against, self.threads, packed=False)
         judged = Answering(bundle, self.variant, self.threads, prefill=self.board.prefill if self.board else None)
         return _compare(exact, judged, questions, self.most, self.board, lambda *_: None)
 
 
-def _by_image(questions: Sequence[Question]) -> list[Sequence[Question]]:
-    """Parts of some questions each; those about one image stay together where they stand together."""
-    parts: list[list[Question]] = [[]]
-    for question in questions:
-        if len(parts[-1]) >= SENT_QUESTIONS and question.image != parts[-1][-1].image:
-            parts.append([])
-        parts[-1].append(question)
-    return list(parts)
-
-
 def _elsewhere(spread: Spread, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
     whole = Found()
-    comparison = replace(comparison, manifest=file_hash(Path(comparison.folder) / MANIFEST))
-    parts = [[(str(q.image), q.text, q.answer, q.task, q.place) for q in part] for part in _by_image(questions)]
-    for part in spread(comparison, parts):
+    comparison = replace(comparison, manifest=digest(Path(comparison.folder)))
+    for part in spread(comparison, parts_of(questions)):
         whole.extend(part)
         progress(f"evaluates {comparison.variant}", len(whole.same_answer), len(questions))
     return whole
