@@ -15,6 +15,7 @@ import yaml
 HERE = Path(__file__).parent
 COLLECTION = HERE.parent / "fleet" / "ansible"
 PORT = 2222
+PATIENCE_S = 120  # on a busy machine; nothing is judged by it
 
 
 def why_not() -> str:
@@ -79,8 +80,10 @@ class Fleet:
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         self.boards[name] = board = Board(name, address, self.folder / "key", process)
+        patience = time.monotonic() + PATIENCE_S
         while board.ssh("hostname", check=False) != name:
-            assert process.poll() is None, (self.folder / f"{name}.log").read_text(errors="replace")
+            log = self.folder / f"{name}.log"
+            assert process.poll() is None and time.monotonic() < patience, log.read_text(errors="replace")
             time.sleep(0.2)
         hosts = {board.name: {"ansible_host": board.address} for board in self.boards.values()}
         settings = {

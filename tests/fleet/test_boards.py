@@ -116,6 +116,56 @@ def test_units_are_those_of_the_server() -> None:
         assert copy.read_text() == (root / "serve" / "examples" / name).read_text()
 
 
+STICK_SH = Path(__file__).resolve().parents[2] / "fleet" / "ansible" / "roles" / "install" / "files" / "stick.sh"
+
+
+@pytest.fixture
+def checked(tmp_path, keys):
+    """What stick.sh says of a stick that must be signed: its exit code, and a line."""
+    numbers = iter(range(100))
+
+    def run(stick: Path) -> tuple[int, str]:
+        words = ["sh", str(STICK_SH), str(stick), str(tmp_path / f"place{next(numbers)}"), str(keys / "signers")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.returncode, (done.stderr or done.stdout).strip()
+
+    return run
+
+
+def test_forged_sticks(with_server, stick_once, checked, demo_bundle, keys, tmp_path) -> None:
+    """Nothing is carried but what a signer has signed."""
+    code, said = checked(with_server)
+    assert code == 0 and said.startswith("cam-"), said
+    files = tmp_path / "files"
+    files.mkdir()
+    subprocess.run(["tar", "-xf", with_server, "-C", files], check=True)
+    assert checked(files / "cam") == (0, said), "a folder is as good as a tar"
+    renamed = shutil.copy(with_server, tmp_path / "of-november.tar")
+    assert checked(renamed) == (0, said)
+
+    code, said = checked(stick_once)
+    assert code == 2 and "is not signed" in said
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "install.sh").write_text("echo forged")
+    more = Path(shutil.copy(with_server, tmp_path / "more.tar"))
+    subprocess.run(["tar", "-rf", more, "-C", tmp_path, "more"], check=True)
+    code, said = checked(more)
+    assert code == 2 and "is damaged" in said, "its install.sh is another"
+
+    words = [str(demo_bundle), "--variant", "fp32", "--sign", str(keys / "release"), "-o", str(tmp_path / "bundle.tar")]
+    subprocess.run([sys.executable, "-m", "lfm_runtime", "pack", *words], check=True, capture_output=True)
+    subprocess.run(["tar", "-xf", tmp_path / "bundle.tar", "-C", tmp_path], check=True)
+    for name in ("install.sh", "stick.conf"):
+        shutil.copy(files / "cam" / name, tmp_path / "bundle")
+    code, said = checked(tmp_path / "bundle")
+    assert code == 2 and "does not name install.sh" in said, "what is signed is a bundle"
+    (files / "cam" / "install.sh").write_text("echo forged")
+    code, said = checked(files / "cam")
+    assert code == 2 and "is damaged" in said
+    code, said = checked(tmp_path / "more")
+    assert code == 2 and "is no stick" in said
+
+
 @pytest.mark.skipif(not ANOTHER, reason="there is no second Python here")
 def test_a_good_board_a_full_one_and_one_with_another_python(fleet, with_server, keys, photo, demo_model) -> None:
     good = fleet.add("good", OURS, mib=ROOM)
@@ -139,6 +189,7 @@ def test_a_good_board_a_full_one_and_one_with_another_python(fleet, with_server,
     assert good.ssh(asked, given=photo.read_bytes()) == wanted
     assert fleet.play("install", "--limit", "good", **stick).of("good")["changed"] == 0
 
+    assert fleet.play("serve", "--check", serve_listen=f"{good.address}:8080").of("good")["failed"] == 0
     played = fleet.play("serve", serve_listen=f"{good.address}:8080")
     assert played.of("good")["failed"] == 0, played.text
     assert "nothing is installed in /opt/lfm-edge; install first" in played.last("full")
@@ -153,6 +204,8 @@ def test_serving_and_settings(serving) -> None:
     settings = {"serve_listen": f"{address}:8080", "serve_keys_file": "clients"}
     assert answers(serving.boards["cam"])
     assert serving.play("serve", **settings).of("cam")["changed"] == 0
+    assert "is no address and port" in serving.play("serve", serve_listen="cam.local:8080").last("cam")
+    assert answers(serving.boards["cam"]), "nothing was changed"
     assert "is open to other machines: give keys" in serving.play("serve", serve_listen="0.0.0.0:8080").last("cam")
     played = serving.play("serve", **settings, serve_arguments=["--context", "100000000"])
     assert "does not answer" in played.last("cam") and "--context 100000000 is impossible" in played.last("cam")
