@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from boards import Board, Fleet, Played, pythons, why_not
 
 pytest.importorskip("ansible", reason="Ansible is not installed")
@@ -297,3 +298,54 @@ def test_a_connection_that_breaks(fleet, stick_once, tmp_path) -> None:
     assert played.of("far")["failed"] == 0, played.text
     assert version_of(fleet, "far").startswith("newer-")
     assert fleet.play("install", install_stick=str(newer)).of("far")["changed"] == 0
+
+
+@pytest.mark.slow
+def test_a_selftest_that_fails_and_a_stick_for_each_board(fleet, stick_once, demo_bundle, tmp_path) -> None:
+    """The stick of one board has golden values that no processor gives; the other board has a stick of its own."""
+    fleet.add("good", OURS, mib=ROOM)
+    fleet.add("bad", OURS, mib=ROOM)
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "wrong"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["golden"]["fp32"]["prompt"][0] += 1
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    sticks = {"good": stick_once, "bad": made(bundle, tmp_path / "other")}
+    (fleet.folder / "host_vars").mkdir()
+    for name, stick in sticks.items():
+        (fleet.folder / "host_vars" / f"{name}.yml").write_text(f"install_stick: {stick}\n")
+    played = fleet.play("install")
+    assert played.of("good")["failed"] == 0, played.text
+    assert version_of(fleet, "good").startswith("cam-")
+    assert "failed: FAILED   golden values" in played.last("bad") and "installed now: nothing" in played.last("bad")
+    assert version_of(fleet, "bad") == ""
+    assert fleet.play("install", "--limit", "good").of("good")["changed"] == 0
+
+
+@pytest.mark.slow
+def test_an_audit_of_boards_that_fail(serving) -> None:
+    """One whose connection breaks in the middle, one without a Python, one that is away: the others' reasons are said."""
+    cam = serving.boards["cam"]
+    inventory = yaml.safe_load((serving.folder / "inventory.yml").read_text())
+    hosts = inventory["all"]["hosts"]
+    hosts["away"] = {"ansible_host": "127.77.254.254"}
+    hosts["broken"] = {**hosts["cam"], "ansible_python_interpreter": "/nope"}
+    (serving.folder / "inventory.yml").write_text(yaml.safe_dump(inventory))
+    assert answers(cam)
+    settings = {"audit_drain": True, "audit_arguments": ["--budget", "8s"], "audit_report": _ours()}
+    played = serving.play("audit", **settings)
+    assert played.of("cam")["failed"] == 0, played.text
+    assert "it was not reached" in played.last("away")
+    assert "broken: " in played.last("broken")
+    assert answers(cam)
+
+    (serving.folder / "audits" / "cam.json").unlink()
+    running = serving.start("audit", **settings)
+    while cam.ssh("systemctl is-active lfm-edge-serve.service", check=False) == "active":
+        time.sleep(0.1)
+    cam.hang_up()
+    played = Played(running.communicate()[0])
+    assert played.of("cam")["failed"] == 1 and "not to the end" in played.last("cam"), played.text
+    assert not (serving.folder / "audits" / "cam.json").exists()
+    while cam.ssh("systemctl is-active lfm-edge-serve.socket", check=False) != "active":
+        time.sleep(0.1)
+    assert answers(cam)
