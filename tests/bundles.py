@@ -1,8 +1,15 @@
 """Reads bundles with the standard library alone, as any program could."""
 
+import hashlib
 import json
 from pathlib import Path
 
 
 def read_manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file, by its place."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

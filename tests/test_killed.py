@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from bundles import tree
 from lfm_package.verify import verify
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepared import find, folder_of
-from lfm_runtime.formats.manifest import file_hash
 from sticks import another
 
 pytestmark = pytest.mark.process
@@ -64,10 +64,6 @@ def kill_often(kills: int, command: Sequence[str], longest: float, check: Callab
     for moment in moments:
         run(command, kill_after=moment)
         check()
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @KILLS

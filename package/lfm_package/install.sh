@@ -80,8 +80,8 @@ lock() { # held until this process and what it started end
 }
 ours() { [ -f "$prefix/.lfm-edge" ] || fail "nothing is installed in $prefix; name the folder with --prefix"; }
 other_than() { # the newest whole version but this one
-    for folder in $(ls -t "$prefix/versions"); do # names are ours: no blanks
-        [ "$folder" = "$1" ] || [ ! -f "$prefix/versions/$folder/complete" ] || { say "$folder" && return; }
+    ls -t "$prefix/versions" | while IFS= read -r folder; do
+        [ "$folder" = "$1" ] || [ ! -f "$prefix/versions/$folder/complete" ] || { say "$folder" && break; }
     done
 }
 

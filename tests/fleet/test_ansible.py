@@ -18,6 +18,7 @@ from boards import Board, Fleet, Played, pythons, why_not
 pytest.importorskip("ansible", reason="Ansible is not installed")
 pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(why_not()), reason=why_not() or "boards can be made")]
 OURS, ANOTHER = pythons()
+NAME = "Hof cäm"
 ROOM = 1500
 """MiB of a disk that holds three versions and a stick."""
 
@@ -43,7 +44,7 @@ def keys(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def with_server(demo_bundle, tmp_path_factory, keys) -> Path:
     return made(
-        demo_bundle, tmp_path_factory.mktemp("a") / "cam.tar", "--extra", "serve", "--sign", str(keys / "release")
+        demo_bundle, tmp_path_factory.mktemp("a") / f"{NAME}.tar", "--extra", "serve", "--sign", str(keys / "release")
     )
 
 
@@ -136,13 +137,12 @@ def checked(tmp_path, keys):
 def test_forged_sticks(with_server, stick_once, checked, demo_bundle, keys, tmp_path) -> None:
     """Nothing is carried but what a signer has signed."""
     code, said = checked(with_server)
-    assert code == 0 and said.startswith("cam-"), said
+    assert code == 0 and said.startswith(f"{NAME}-"), said
     files = tmp_path / "files"
     files.mkdir()
     subprocess.run(["tar", "-xf", with_server, "-C", files], check=True)
-    assert checked(files / "cam") == (0, said), "a folder is as good as a tar"
-    renamed = shutil.copy(with_server, tmp_path / "of-november.tar")
-    assert checked(renamed) == (0, said)
+    assert checked(files / NAME) == (0, said), "a folder is as good as a tar"
+    assert checked(Path(shutil.copy(with_server, tmp_path / "of-november.tar"))) == (0, said)
 
     code, said = checked(stick_once)
     assert code == 2 and "is not signed" in said
@@ -157,11 +157,11 @@ def test_forged_sticks(with_server, stick_once, checked, demo_bundle, keys, tmp_
     subprocess.run([sys.executable, "-m", "lfm_runtime", "pack", *words], check=True, capture_output=True)
     subprocess.run(["tar", "-xf", tmp_path / "bundle.tar", "-C", tmp_path], check=True)
     for name in ("install.sh", "stick.conf"):
-        shutil.copy(files / "cam" / name, tmp_path / "bundle")
+        shutil.copy(files / NAME / name, tmp_path / "bundle")
     code, said = checked(tmp_path / "bundle")
     assert code == 2 and "does not name install.sh" in said, "what is signed is a bundle"
-    (files / "cam" / "install.sh").write_text("echo forged")
-    code, said = checked(files / "cam")
+    (files / NAME / "install.sh").write_text("echo forged")
+    code, said = checked(files / NAME)
     assert code == 2 and "is damaged" in said
     code, said = checked(tmp_path / "more")
     assert code == 2 and "is no stick" in said
@@ -183,7 +183,7 @@ def test_a_good_board_a_full_one_and_one_with_another_python(fleet, with_server,
     assert "MiB free" in played.last("full") and "installed now: nothing" in played.last("full")
     assert "this stick is for Python" in played.last("other") and "installed now: nothing" in played.last("other")
     assert [version_of(fleet, name) for name in ("full", "other")] == ["", ""]
-    assert version_of(fleet, "good").startswith("cam-")
+    assert version_of(fleet, "good").startswith(f"{NAME}-")
     assert good.ssh("ls /opt") == "lfm-edge", "the stick that was carried is gone"
     asked = "cat > p.jpg; /opt/lfm-edge/bin/lfm-edge run /opt/lfm-edge/current/bundle p.jpg -p Hi --max-new-tokens 4 --temperature 0"
     wanted = demo_model.answer([photo], "Hi", temperature=0, max_new_tokens=4).text().strip()
@@ -247,7 +247,7 @@ def _ours() -> str:
 
 
 @pytest.mark.slow
-def test_a_version_that_cannot_serve_goes_back(serving, demo_bundle, keys, tmp_path) -> None:
+def test_a_version_that_cannot_serve_goes_back(serving, with_server, demo_bundle, keys, tmp_path) -> None:
     """It passes its selftest and becomes current, but the service does not start with it."""
     before = version_of(serving, "cam")
     unsigned = made(demo_bundle, tmp_path / "unsigned")
@@ -261,6 +261,23 @@ def test_a_version_that_cannot_serve_goes_back(serving, demo_bundle, keys, tmp_p
     assert f"installed now: {before}" in played.last("cam")
     assert version_of(serving, "cam") == before
     assert answers(serving.boards["cam"])
+
+    place = "/etc/systemd/system/lfm-edge-serve.service.d/zz.conf"
+    cam = serving.boards["cam"]
+    cam.ssh(
+        f"printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' | sudo tee {place} && sudo systemctl daemon-reload"
+    )
+    played = serving.play("install", install_stick=str(without), install_signers=str(keys / "signers"))
+    assert f"installed now: {before}, with which the service does not start either" in played.last("cam")
+    cam.ssh(f"sudo rm {place} && sudo systemctl daemon-reload && sudo systemctl reset-failed")
+    assert (
+        serving.play("install", install_stick=str(with_server), install_signers=str(keys / "signers")).of("cam")[
+            "failed"
+        ]
+        == 0
+    )
+    cam.ssh("sudo systemctl start lfm-edge-serve.socket")
+    assert answers(cam)
 
 
 def broken(board: Board, process: subprocess.Popen) -> None:

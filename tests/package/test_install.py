@@ -87,11 +87,10 @@ def test_a_life(stick, tmp_path, photo, demo_model) -> None:
         assert str((prefix / "current").readlink()).startswith(now)
         assert answer(prefix, photo).strip() == wanted.strip()
 
-    another(stick, name="third")
+    another(stick, name="third one, für später")
     assert install(stick, prefix).returncode == 0
-    assert sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir()) == ["newer", "third"], (
-        "the current one and the one before"
-    )
+    names = sorted(p.name.split("-")[0] for p in (prefix / "versions").iterdir())
+    assert names == ["newer", "third one, für später"], "the current one and the one before"
 
     (prefix / str((prefix / "current").readlink()) / "bundle" / "manifest.json").write_text("{}")
     done = install(stick, prefix)

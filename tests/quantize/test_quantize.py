@@ -1,28 +1,21 @@
-"""The whole stage on the demo model: floors, manifest, resuming, the gate, the commands, bad input."""
+"""The variants that are made of the demo model: floors, what the bundle holds, outliers, other ways to make them."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from bundles import read_manifest
+from bundles import read_manifest, tree
 from lfm_export.export import export
-from lfm_quantize import variant as variant_files
 from lfm_quantize.calibrate.samples import to_sample
 from lfm_quantize.graph import QuantizeError, linears, open_graph, session
-from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
+from lfm_quantize.judge.distances import cosines
 from lfm_quantize.judge.measure import measure
-from lfm_quantize.judge.quality import GateError, with_error
-from lfm_quantize.make import integers
+from lfm_quantize.judge.quality import with_error
 from lfm_quantize.passes.integers import Integers, Product
 from lfm_quantize.passes.nodes import exchange, node, rewritten
 from lfm_quantize.quantize import quantize
@@ -31,20 +24,14 @@ from lfm_quantize.settings import Settings
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.formats.manifest import Manifest, file_hash
-from lfm_runtime.questions import Question
+from lfm_runtime.formats.manifest import Manifest
 from lfm_runtime.setup.resolve import resolve
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+
 CHECKPOINT = ROOT / "demo" / "checkpoint"
 
-
-def tree(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-# ----------------------------------------------------------------------------------------------------------- floors
 
 FLOORS = {  # lowest cosine min and mean, highest KL and points lost, largest size
     "int8": (0.998, 0.9995, 0.0005, 0.3, 0.27),
@@ -112,9 +99,6 @@ def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
     assert "onnx/embed_tokens_q4.onnx_data" in manifest["graphs"]["onnx/decoder_model_merged_q4.onnx"]["data"]
 
 
-# ------------------------------------------------------------------------------------------------- outlier checkpoints
-
-
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory) -> Path:
     import make_outliers
@@ -159,97 +143,6 @@ def test_per_tensor_ranges_do_not_survive_outliers(outliers, questions) -> None:
     assert found.min() < 0.99
 
 
-# ------------------------------------------------------------------------------------------------------- killed, again
-
-
-def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypatch) -> None:
-    settings = Settings("int4", (few / "images",), few / "calibration.jsonl", method="gptq")
-    undisturbed = Path(shutil.copytree(demo_bundle, tmp_path / "undisturbed"))
-    quantize(undisturbed, settings)
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    before = tree(bundle)
-    blocks: list[str] = []
-    real = integers.quantize_block
-    monkeypatch.setattr(
-        integers, "quantize_block", lambda fed, block, *rest: (blocks.append(block.name), real(fed, block, *rest))[1]
-    )
-
-    def kill(what: str, done: int, _: int) -> None:
-        if what == "quantizes decoder_model_merged" and done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(bundle, settings, kill)
-    assert tree(bundle) == before
-    first, blocks[:] = list(blocks), []
-    (damaged,) = tmp_path.glob(".bundle.int4-work/vision.encoder.layers.1")
-    os.truncate(damaged / "0.codes.npy", 60)
-    quantize(bundle, settings)
-    assert len(first) == 9
-    assert len(blocks) == 5
-    assert set(first) & set(blocks) == {damaged.name}
-    onnx_files = lambda folder: {n: h for n, h in tree(folder).items() if n.startswith("onnx/")}  # noqa: E731
-    assert onnx_files(bundle) == onnx_files(undisturbed)
-    assert not list(tmp_path.glob(".*"))  # nothing left beside the bundles
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(bundle, settings, kill)
-    blocks.clear()
-    quantize(
-        bundle, Settings("int4", (few / "images",), few / "calibration.jsonl", method="gptq", keep=("head",))
-    )  # another recipe: from the start
-    assert len(blocks) == 13
-
-
-def test_two_runs_at_once(demo_bundle, few, tmp_path) -> None:
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-
-    def again(what: str, done: int, _: int) -> None:
-        if what == "quantizes vision_encoder" and done == 1:
-            with pytest.raises(QuantizeError, match="another run is making int8"):
-                quantize(bundle, Settings("int8", (few / "images",), few / "calibration.jsonl"))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(bundle, Settings("int8", (few / "images",), few / "calibration.jsonl"), again)
-
-
-# ------------------------------------------------------------------------------------------------------------- gate
-
-
-def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
-    """Exit 3, the reason and the layers to keep in one line, and the variant that was there still there."""
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    arguments = [
-        "quantize",
-        str(bundle),
-        "--variant",
-        "int4",
-        "--calibration",
-        str(few / "images"),
-        "--prompts",
-        str(few / "calibration.jsonl"),
-        "--quiet",
-    ]
-    assert main([*arguments, "--method", "rtn"]) == 0
-    before = tree(bundle)
-    assert main([*arguments, "--method", "rtn", "--floor", "1e-9"]) == 3
-    err = capsys.readouterr().err
-    assert "int4 is not good enough: KL" in err
-    assert not list(bundle.parent.glob(f".{bundle.name}*")), "the same command would come to the same: nothing is kept"
-    assert "--keep '" in err
-    assert err.count("\n") == 1
-    assert tree(bundle) == before
-    suggested = err.split("--keep '")[1].split("'")[0]
-    assert main([*arguments, "--keep", suggested]) == 0
-    kept = [
-        layer["name"]
-        for layer in read_manifest(bundle)["quantization"]["int4"]["layers"]
-        if layer["name"].startswith(suggested.rstrip("*"))
-    ]
-    assert not kept
-
-
 def test_memory_is_forecast_by_how_many_weights_share_a_scale(quantized, tmp_path, starts_empty) -> None:
     """Each scale of 4-bit weights takes some 15 bytes once they are packed, and 2 in the file."""
     bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
@@ -263,70 +156,6 @@ def test_memory_is_forecast_by_how_many_weights_share_a_scale(quantized, tmp_pat
         return found.memory.anonymous
 
     assert expected(32) > expected(64) > expected(128)
-
-
-def test_a_damaged_variant_is_made_again(quantized, tmp_path, capsys) -> None:
-    """What is replaced need not be whole; everything else must be."""
-    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
-    data = bundle / "onnx" / "decoder_model_merged_int8.onnx_data"
-    os.truncate(data, data.stat().st_size // 2)
-    assert main(["quantize", str(bundle), "--variant", "int8", "--force", "--quiet"]) == 0
-    assert main(["verify", str(bundle)]) == 0
-    data = bundle / "onnx" / "decoder_model_merged.onnx_data"
-    os.truncate(data, data.stat().st_size // 2)
-    capsys.readouterr()
-    assert main(["quantize", str(bundle), "--variant", "int8", "--force", "--quiet"]) == 2
-    assert "decoder_model_merged.onnx_data" in capsys.readouterr().err
-
-
-def test_a_judgement_over_more_questions_stays(quantized, tmp_path, capsys) -> None:
-    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
-    asked = [
-        {"image": str(ROOT / f"demo/eval/images/000{n}.png"), "question": "What is in this image?"} for n in (0, 1)
-    ]
-
-    def judged(lines: list[dict[str, str]]) -> str:
-        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        assert main(["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "q.jsonl")]) == 0
-        return capsys.readouterr().err
-
-    manifest = Manifest.of(bundle)
-    replace(manifest, quality={}).write(bundle)
-    assert "the numbers are kept in" in judged(asked[:1])
-    assert "the numbers are kept in" in judged(asked)
-    kept = Manifest.of(bundle).quality
-    assert kept["int8"]["questions"] == 2
-    assert "the numbers are not kept: manifest.json has those of 2 questions, these are of 1" in judged(asked[:1])
-    assert Manifest.of(bundle).quality == kept
-
-
-def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
-    """A variant compared with itself differs in nothing; the divergence is torch's."""
-    quality = measure(demo_bundle, "fp32", "fp32", questions[1][:6], 1)
-    assert quality.kl < 1e-9
-    assert quality.same_answers == 1
-    assert quality.cosine_min > 0.999999
-    assert all(layer.added < 1e-5 for layer in quality.layers)
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((2, 5, 100)).astype(np.float32) * 4
-    wanted = torch.nn.functional.kl_div(
-        torch.log_softmax(torch.tensor(b), 1), torch.log_softmax(torch.tensor(a), 1), log_target=True, reduction="none"
-    ).sum(1)
-    np.testing.assert_allclose(kl_divergence(a, b), wanted, rtol=1e-4)
-
-
-def test_the_standard_error_is_that_of_other_questions() -> None:
-    """Against the spread of means over answers drawn again, whole (bootstrap); tokens of an answer are alike."""
-    rng = np.random.default_rng(0)
-    answers = [rng.gamma(1, rng.gamma(2, 1), rng.integers(1, 30)).astype(np.float32) for _ in range(80)]
-    means = [
-        np.concatenate([answers[i] for i in rng.integers(0, len(answers), len(answers))]).mean() for _ in range(3000)
-    ]
-    assert standard_error(answers) == pytest.approx(np.std(means), rel=0.1)
-    alone = [a[:1] for a in answers]
-    assert standard_error(alone) == pytest.approx(np.std(np.concatenate(alone), ddof=1) / len(alone) ** 0.5, rel=1e-4)
-    assert np.isnan(standard_error(answers[:1])), "one cannot tell"
 
 
 def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> None:
@@ -353,54 +182,6 @@ def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> 
     assert main(words) == 0
     of = quick["quality"]["int4"]
     assert f"quick run before KL {with_error(of['kl'], of['kl_error'])}" in capsys.readouterr().out
-
-
-def test_judging_follows_the_runtime(quantized, questions) -> None:
-    """Accuracy by the gate is accuracy by Model.answer."""
-    asked = questions[1][:40]
-    quality = measure(quantized, "int4", "fp32", asked, 1)
-    model = Model.load(quantized, variant="int4", threads=1)
-    right = [model.answer([q.image], q.text, temperature=0).text() == q.answer for q in asked]
-    total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
-    assert total == pytest.approx(sum(right))
-
-
-def refuse_for_want_of_room(*_) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_quality_command(quantized, tmp_path, capsys, monkeypatch) -> None:
-    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
-    replace(Manifest.of(bundle), quality={}).write(bundle)  # by more questions than these
-    lines = (ROOT / "demo/eval/eval.jsonl").read_text().splitlines()[:10]
-    shutil.copytree(ROOT / "demo/eval/images", tmp_path / "images")
-    (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    arguments = ["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "q.jsonl"), "--quiet"]
-    assert main([*arguments, "--layers", "--plot", str(tmp_path / "p.svg")]) == 0
-    out = capsys.readouterr().out
-    assert "image features" in out
-    assert "text.layers.5" in out
-    assert ET.parse(tmp_path / "p.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert b"vision.encoder.layers.3" in (tmp_path / "p.svg").read_bytes(), "as a comment beside its outlines"
-    before = (tmp_path / "p.svg").read_bytes()
-    with monkeypatch.context() as full:
-        full.setattr("lfm_runtime.formats.files._write_whole", refuse_for_want_of_room)
-        assert main([*arguments, "--plot", str(tmp_path / "p.svg")]) == 2
-    assert "p.svg cannot be written (No space left on device); choose another place" in capsys.readouterr().err
-    assert (tmp_path / "p.svg").read_bytes() == before
-    assert main([*arguments, "--plot", str(tmp_path / "p.txt")]) == 2
-    assert "name a .svg, .png or .pdf" in capsys.readouterr().err
-    assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["questions"] == 10
-    assert read_manifest(bundle)["quality"]["int8"]["kl"] == found["kl"]
-    Bundle.open(bundle).verify()
-    assert main(["quality", str(bundle), "--variant", "int3", "--images", str(tmp_path / "q.jsonl")]) == 2
-    assert "there is no variant 'int3'" in capsys.readouterr().err
-    assert main(["quality", str(bundle), "--variant", "int8", "--images", str(tmp_path / "nothing")]) == 2
-
-
-# ---------------------------------------------------------------------------------------------------- search, static
 
 
 @pytest.mark.slow
@@ -445,9 +226,6 @@ def test_static_int8(demo_bundle, few, questions, tmp_path) -> None:
     assert Model.load(bundle, variant="int8-static", threads=1).answer([], "hi").text() is not None
 
 
-# -------------------------------------------------------------------------------------------------------- no images
-
-
 def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
     """Said plainly, and nothing is claimed about quality."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
@@ -467,121 +245,6 @@ def test_starting_from_fp16(few, tmp_path) -> None:
     assert quality.cosine_min > 0.998
     with pytest.raises(QuantizeError, match="nothing finer to make it from"):
         quantize(tmp_path / "bundle", Settings("fp16"))
-
-
-# -------------------------------------------------------------------------------------------------------- bad input
-
-
-def remove_fp32(bundle: Path) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["variants"] = {"int8": manifest["variants"]["fp32"]}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-
-
-def put_nan(bundle: Path) -> None:
-    path = bundle / "onnx" / "decoder_model_merged.onnx"
-    tensor = open_graph(path).graph.initializers["text.layers.2.conv.in_proj.weight"].const_value
-    with (bundle / "onnx" / "decoder_model_merged.onnx_data").open("r+b") as file:
-        file.seek(tensor.offset)
-        file.write(np.array([np.nan], np.float32).tobytes())
-
-
-BREAK = {
-    "no bundle": (shutil.rmtree, "does not exist"),
-    "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
-    "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
-    "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),
-    "truncated graph": (lambda b: (b / "onnx/vision_encoder.onnx").write_bytes(b"x"), "has 1 bytes"),
-}
-
-
-@pytest.mark.parametrize("case", BREAK, ids=lambda name: name.replace(" ", "_"))
-def test_bad_bundle(case, demo_bundle, tmp_path, capsys, monkeypatch) -> None:
-    breaking, says = BREAK[case]
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    if case == "NaN":  # larger files are hashed only when asked; this one is small
-        monkeypatch.setattr("lfm_runtime.bundle.HASHED_AT_LOAD", 0)
-    breaking(bundle)
-    before = tree(bundle)
-    assert main(["quantize", str(bundle), "--variant", "int4", "--quiet"]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("lfm-edge: ")
-    assert says in err[-1]
-    assert tree(bundle) == before
-
-
-def test_a_variant_is_not_made_from_itself(demo_bundle, tmp_path, capsys) -> None:
-    """In a bundle as export --dtype fp16 makes it."""
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["variants"] = {"fp16": manifest["variants"]["fp32"]}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    assert main(["quantize", str(bundle), "--variant", "fp16"]) == 2
-    assert "has fp16 from lfm-edge export and nothing finer to make it from" in capsys.readouterr().err
-
-
-def test_a_refused_quantization_leaves_the_bundle_as_it_was(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
-    """Each one line, exit 2, the bundle as before."""
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    before = tree(bundle)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "typo.toml").write_text('[[layer]]\npattern = "vison.*"\nbits = 8\n')
-    for arguments, says in (
-        (["--variant", "int5"], "unknown variant 'int5'"),
-        (["--variant", "int4", "--method", "best"], "unknown method 'best'"),
-        (["--variant", "int4", "--keep", "text.layers.77.*"], "matches no layer"),
-        (
-            ["--variant", "int4", "--recipe", str(tmp_path / "typo.toml")],
-            "typo.toml: pattern 'vison.*' matches no layer",
-        ),
-        (["--variant", "int4", "--calibration", str(tmp_path / "empty")], "has no usable image"),
-    ):
-        assert main(["quantize", str(bundle), *arguments]) == 2
-        err = capsys.readouterr().err
-        assert says in err
-        assert err.count("\n") == 1
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
-    assert main(["quantize", str(bundle), "--variant", "int4"]) == 2
-    assert "has 1 MiB free" in capsys.readouterr().err
-    assert tree(bundle) == before
-
-
-def test_disk_full_while_writing(demo_bundle, tmp_path, monkeypatch, capsys) -> None:
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    before = tree(bundle)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(variant_files, "save", full)
-    assert main(["quantize", str(bundle), "--variant", "int8", "--quiet"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert tree(bundle) == before
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
-
-
-def test_gate_error_is_an_edge_error() -> None:
-    assert GateError.exit_code == 3
-    assert issubclass(GateError, ValueError)
-
-
-def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> None:
-    """Three pictures, a copy and a broken one: three warnings, and a variant all the same."""
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    (tmp_path / "images").mkdir()
-    for path in sorted((few / "images").iterdir())[:3]:
-        shutil.copy(path, tmp_path / "images")
-    shutil.copy(path, tmp_path / "images" / "copy.jpg")
-    (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    assert (
-        main(["quantize", str(bundle), "--variant", "fp16", "--calibration", str(tmp_path / "images"), "--quiet"]) == 0
-    )
-    captured = capsys.readouterr()
-    assert "1 of 5 images are left out: broken.jpg could not be opened" in captured.err
-    assert "1 of 4 images are copies: they add nothing" in captured.err
-    assert "only 3 usable images" in captured.err
-    assert "fp16 against fp32" in captured.out
-    assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 3, "questions": 3, "skipped": 1}
 
 
 QUANTIZE = """
@@ -604,122 +267,3 @@ def test_memory_at_full_size(full_size, peak_mib, tmp_path, size, limit_mib) -> 
             tmp_path / "images" / f"{i}.jpg"
         )
     assert peak_mib(QUANTIZE, tmp_path / "bundle", tmp_path / "images") <= limit_mib
-
-
-def test_quality_as_a_profile_runs_it(quantized, tmp_path, capsys) -> None:
-    """pi5 shows the model one view where the checkpoint would see tiles: that costs more than int8 does, and is told."""
-    bundle = quantized
-    photo = ROOT / "demo" / "photos" / "coffee.jpg"
-    (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(photo), "question": "What is in this image?"}))
-    words = ["quality", str(bundle), "--images", str(tmp_path / "q.jsonl"), "--quiet", "--json"]
-
-    def found(*more: str) -> dict:
-        assert main([*words, *more]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    before = (bundle / "manifest.json").read_bytes()
-    board = found("--profile", "pi5", "--variant", "int8")
-    assert (bundle / "manifest.json").read_bytes() == before, "figures of a board are not the variant's own"
-    plain = found("--variant", "int8")
-    assert plain["board"] is None
-    assert board["board"]["profile"] == "pi5"
-    assert board["board"]["changes"] == ["do_image_splitting off instead of on"]
-    assert board["board"]["image_tokens"] < board["board"]["other_image_tokens"] / 4
-    assert board["cosine_min"] is None
-    assert board["kl"] > 10 * plain["kl"]
-    few = found("--variant", "int8", "--max-image-tokens", "32", "--no-do-image-splitting")
-    assert few["board"]["image_tokens"] <= 32
-    same = found("--variant", "int8", "--profile", "generic")
-    assert same["kl"] == pytest.approx(plain["kl"], rel=1e-3), "a profile that changes nothing"
-    assert main([*words, "--profile", "pi5", "--layers"]) == 2
-    assert main(words) == 2
-    assert "--variant is needed, or --profile" in capsys.readouterr().err
-
-
-def test_a_board_for_both_variants_measures_the_variant_alone(quantized, tmp_path) -> None:
-    """One view instead of tiles for both: the features are comparable, and the loss is about the variant's own."""
-    from lfm_quantize.judge.measure import Board
-    from lfm_runtime.setup.profile import find_profile
-
-    photo = ROOT / "demo" / "photos" / "coffee.jpg"
-    asked = [Question(photo, "What is in this image?"), Question(photo, "Describe the image.")]
-    bundle = Bundle.open(quantized)
-    profile = find_profile("pi5", variant="int4")
-    one, alike = (
-        measure(quantized, "int4", "fp32", asked, 1, board=Board.of(bundle, profile, alike=a)) for a in (False, True)
-    )
-    assert one.board is not None
-    assert alike.board is not None
-    assert alike.board["prefill"] == "int8"
-    assert alike.board["image_tokens"] == alike.board["other_image_tokens"] == one.board["image_tokens"]
-    assert alike.kl < one.kl / 10
-    assert alike.cosine_min > 0.9
-    assert alike.layers
-    assert "a question, for both" in alike.table()
-
-
-def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
-    """Accuracy with a board's image settings and prefill decoder is accuracy by a Model of that profile."""
-    from lfm_quantize.judge.measure import Board
-
-    asked = questions[1][:60]
-    model = Model.load(quantized, variant="int4", prefill="int8", max_image_tokens=16, min_image_tokens=4, threads=1)
-    board = Board("pi5", "int8", model.setup.images, ())
-    quality = measure(quantized, "int4", "fp32", asked, 1, board=board)
-    right = [model.answer(q.image, q.text, temperature=0).text() == q.answer for q in asked]
-    total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
-    assert total == pytest.approx(sum(right))
-    assert 0 < sum(right) < len(right), "so few tokens cost some answers"
-
-
-def test_less_care_does_not_replace_more(demo_bundle, tmp_path, capsys) -> None:
-    """A variant that was calibrated is not lost to a run without images, nor a full run's to a quick one."""
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    made = {"calibration": {"images": 48, "questions": 48, "skipped": 0}, "quick": False}
-    manifest["quantization"], manifest["quality"] = {"int8": made}, {"int8": {"kl": 0.001}}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    words = ["quantize", str(bundle), "--variant", "int8", "--quiet"]
-    photos = ["--calibration", str(ROOT / "demo" / "photos"), "--quick"]
-    for more, says in (([], "name --calibration images, or replace it with --force"), (photos, "leave --quick out")):
-        before = tree(bundle)
-        assert main([*words, *more]) == 2
-        said = capsys.readouterr().err
-        assert "int8 is there, calibrated and judged (KL 0.001)" in said
-        assert says in said
-        assert tree(bundle) == before
-    assert main([*words, *photos[:2]]) == 2, "three photos are fewer than 48"
-    assert "calibrated with 48 images, and this run has" in capsys.readouterr().err
-    assert tree(bundle) == before
-    assert main([*words, "--force"]) == 0
-
-
-def quality_of(kl: float, error: float, questions: int = 4) -> Any:
-    from lfm_quantize.judge.quality import Quality
-
-    cosines = (1.0, 1.0, 1.0)
-    return Quality("int4", "fp32", questions, questions, 9, *cosines, kl, error, 1.0, 1.0, {}, 1, 2, 4.0, [], 1.0)
-
-
-@pytest.mark.parametrize(
-    ("kl", "error", "questions", "said"),
-    [
-        (0.01, 0.001, 9, "is good enough: KL 0.01, at most 0.1 is allowed"),
-        (0.12, 0.03, 4, "may be good enough, 4 questions do not tell"),
-        (0.09, 0.03, 4, "may be good enough, 4 questions do not tell"),
-        (0.002, float("nan"), 1, "may be good enough, one question does not tell"),
-        (0.15, 0.01, 9, None),
-        (0.21, 0.3, 4, None),
-        (0.2, float("nan"), 1, None),
-    ],
-)
-def test_the_floor_heeds_the_error(kl, error, questions, said) -> None:
-    """What is within the standard error of the floor is neither refused nor called good."""
-    from lfm_quantize.judge.quality import check_floor
-
-    quality = quality_of(kl, error, questions)
-    if said is None:
-        with pytest.raises(GateError, match="is not good enough"):
-            check_floor(quality, 0.1)
-    else:
-        assert said in check_floor(quality, 0.1)

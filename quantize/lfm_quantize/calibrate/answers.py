@@ -15,7 +15,7 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.samples import MOST_ANSWER_TOKENS, Sample, View, to_sample
-from lfm_quantize.calibrate.spread import Sent, Spread, digest, parts_of, received, same_bundle
+from lfm_quantize.calibrate.spread import Sent, SharedBundle, Spread, parts_of, received
 from lfm_quantize.graph import QuantizeError
 
 Float = NDArray[np.float32]
@@ -92,8 +92,7 @@ def follow(decoder: Decoder, embeds: Float, answer: Sequence[int]) -> Float:
 class Greedy:
     """Greedy answers of a variant, to be sent to where questions are answered."""
 
-    folder: str  # the same on every machine
-    manifest: str
+    shared: SharedBundle
     variant: str
     threads: int
     limit: int  # tokens of an answer
@@ -104,7 +103,7 @@ class Greedy:
         Raises:
             BundleError: there is no bundle, or another one.
         """
-        bundle = same_bundle(self.folder, self.manifest)
+        bundle = self.shared.open()
         samples = [to_sample(bundle, question, split=False) for question in received(sent)]
         answering = Answering(bundle, self.variant, self.threads, packed=False)
         return list(_greedy_answers(answering, samples, self.limit, lambda *_: None))
@@ -136,7 +135,7 @@ def add_answers(
     if not unknown:
         return
     if spread:
-        ask = Greedy(str(bundle.folder.resolve()), digest(bundle.folder), answering.variant, answering.threads, limit)
+        ask = Greedy(SharedBundle.of(bundle.folder), answering.variant, answering.threads, limit)
         parts = parts_of([sample.question for sample in unknown])
         answers: Iterable[list[int]] = (ids for part in spread(ask, parts) for ids in part)
     else:

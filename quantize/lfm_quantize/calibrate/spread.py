@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -45,18 +46,25 @@ def received(sent: Sequence[Sent]) -> list[Question]:
     return [Question(Path(image), text, answer, task, place) for image, text, answer, task, place in sent]
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of a bundle's manifest, by which workers know whether they have the same one."""
-    return file_hash(folder / MANIFEST)
+@dataclass(frozen=True)
+class SharedBundle:
+    """A bundle that every machine has under the same path."""
 
+    folder: str
+    manifest: str  # SHA-256 of its manifest.json
 
-def same_bundle(folder: str, manifest: str) -> Bundle:
-    """The bundle of a worker.
+    @staticmethod
+    def of(folder: Path) -> SharedBundle:
+        """The bundle of this machine."""
+        return SharedBundle(str(folder.resolve()), file_hash(folder / MANIFEST))
 
-    Raises:
-        BundleError: there is none, or another one.
-    """
-    bundle = Bundle.open(Path(folder))
-    if digest(bundle.folder) != manifest:
-        raise BundleError(f"{folder} is another bundle there; copy the same one there")
-    return bundle
+    def open(self) -> Bundle:
+        """The bundle of the machine that this runs on.
+
+        Raises:
+            BundleError: there is none, or another one.
+        """
+        bundle = Bundle.open(Path(self.folder))
+        if file_hash(bundle.folder / MANIFEST) != self.manifest:
+            raise BundleError(f"{self.folder} is another bundle there; copy the same one there")
+        return bundle

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
 from lfm_quantize.calibrate.samples import Sample, to_sample
-from lfm_quantize.calibrate.spread import Sent, Spread, digest, parts_of, received, same_bundle
+from lfm_quantize.calibrate.spread import Sent, SharedBundle, Spread, parts_of, received
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
 from lfm_quantize.judge.layers import layer_errors
@@ -100,9 +100,8 @@ def measure(
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
     if spread:
-        found = _elsewhere(
-            spread, Comparison(str(folder.resolve()), variant, against, threads, most, board), questions, progress
-        )
+        comparison = Comparison(SharedBundle.of(folder), variant, against, threads, most, board)
+        found = _elsewhere(spread, comparison, questions, progress)
     else:
         found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
@@ -138,13 +137,12 @@ def measure(
 class Comparison:
     """Two variants and how they answer, to be sent to where questions are compared."""
 
-    folder: str  # the same on every machine
+    shared: SharedBundle
     variant: str
     against: str
     threads: int
     most: int  # tokens of an answer
     board: Board | None
-    manifest: str = ""  # SHA-256 of the bundle's manifest.json
 
     def __call__(self, sent: Sequence[Sent]) -> Found:
         """What is found on these questions.
@@ -152,7 +150,7 @@ class Comparison:
         Raises:
             BundleError: there is no bundle, or another one.
         """
-        bundle, questions = same_bundle(self.folder, self.manifest), received(sent)
+        bundle, questions = self.shared.open(), received(sent)
         exact = Answering(bundle, self.against, self.threads, packed=False)
         judged = Answering(bundle, self.variant, self.threads, prefill=self.board.prefill if self.board else None)
         return _compare(exact, judged, questions, self.most, self.board, lambda *_: None)
@@ -160,7 +158,6 @@ class Comparison:
 
 def _elsewhere(spread: Spread, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
     whole = Found()
-    comparison = replace(comparison, manifest=digest(Path(comparison.folder)))
     for part in spread(comparison, parts_of(questions)):
         whole.extend(part)
         progress(f"evaluates {comparison.variant}", len(whole.same_answer), len(questions))

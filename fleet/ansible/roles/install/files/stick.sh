@@ -1,6 +1,7 @@
 #!/bin/sh
 # stick.sh STICK PLACE [SIGNERS] : checks a stick, a folder or a tar, on the machine that installs it, before anything of it is run; makes
-# PLACE/stick.tar of the files that SHA256SUMS names and of no others; prints its version, and the KiB that it needs with what is carried.
+# PLACE/stick.tar of the files that SHA256SUMS names and of no others; prints its version, and on a line of its own the KiB that it needs
+# with what is carried.
 set -eu
 export LC_ALL=C
 stick=$1 place=$2 signers=${3:-}
@@ -39,7 +40,8 @@ tar -chf "$place/stick.tar" -C "$files" --verbatim-files-from -T "$place/names"
 sum=$(sha256sum <"$files/SHA256SUMS")
 name=$(sed -n 's/^name=//p' "$files/stick.conf") need=$(sed -n 's/^need_kib=//p' "$files/stick.conf")
 rm -rf "$place/files"
-case $name$need in *[!A-Za-z0-9._-]* | '') no_stick "its stick.conf is damaged" ;; esac
+case $name in */* | '') no_stick "its stick.conf is damaged" ;; esac
+case $need in *[!0-9]* | '') no_stick "its stick.conf is damaged" ;; esac
 size=$(du -k "$place/stick.tar" | cut -f 1)
-printf '%s-%.12s %d\n' "$name" "$sum" $((need + 2 * size)) >"$place/said"
+printf '%s-%.12s\n%d\n' "$name" "$sum" $((need + 2 * size)) >"$place/said"
 cat "$place/said"
