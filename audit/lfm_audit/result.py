@@ -212,9 +212,14 @@ class VariantResult:
 
     @property
     def kl(self) -> float | None:
-        """KL divergence from fp32 in nats a token, where quantize or quality measured it."""
+        """KL divergence from `kl_to` in nats a token, where quantize or quality measured it."""
         found = (self.quality or {}).get("kl")
         return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
+    @property
+    def kl_to(self) -> str:
+        """The variant that `kl` is the distance to."""
+        return str((self.quality or {}).get("against", "fp32"))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.messages import Message
+from lfm_runtime.words import counted
 
 from lfm_audit.measure.trial import Trial, start
 from lfm_audit.summary import inter_token, ttft
@@ -100,7 +101,9 @@ def _files(on: Installed) -> str:
         raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
     there = sum(path.is_file() for path in on.folder.rglob("*"))
     more = there - len(on.bundle.files) - sum((on.folder / name).exists() for name in BESIDE_MANIFEST)
-    return f"{len(on.bundle.files)} files" + (f"; {more} more that manifest.json does not name" if more > 0 else "")
+    return f"{counted(len(on.bundle.files), 'file')}" + (
+        f"; {more} more that manifest.json does not name" if more > 0 else ""
+    )
 
 
 def _loads(on: Installed) -> str:
@@ -117,7 +120,7 @@ def _loads(on: Installed) -> str:
             raise CheckError(
                 f"{graph.stem} runs on {here}, profile {on.profile.name} wants {wanted}; see lfm-edge profile detect"
             )
-    return f"{on.setup.variant} with {on.profile.providers[0]}, {on.setup.execution.threads} threads"
+    return f"{on.setup.variant} with {on.profile.providers[0]}, {counted(on.setup.execution.threads, 'thread')}"
 
 
 def _golden(on: Installed) -> str:

@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from lfm_runtime.words import counted
+
 from lfm_audit.figures import Figure
 from lfm_audit.result import Audit, VariantResult
 from lfm_audit.verdict import grouped
@@ -42,7 +44,7 @@ def table(audit: Audit) -> str:
         steady = "" if soak.steady else " (not steady yet)"
         if len(soak.minutes) > 1:
             change = f"first token {soak.ttft_change:+.1%}, per token {soak.inter_token_change:+.1%} against the first"
-            lines.append(f"soak, {len(soak.minutes)} minutes{steady}: {change}")
+            lines.append(f"soak, {counted(len(soak.minutes), 'minute')}{steady}: {change}")
         else:
             lines.append("soak: ended within its first minute, which has nothing to be compared with")
     machine = audit.machine
@@ -70,7 +72,7 @@ def left_out(audit: Audit) -> list[str]:
 
 
 def _variant_lines(variant: str, found: VariantResult) -> list[str]:
-    how = [f"{found.threads} threads", *([f"prefill {found.prefill}"] if found.prefill else [])]
+    how = [counted(found.threads, "thread"), *([f"prefill {found.prefill}"] if found.prefill else [])]
     how.append("prepared" if found.prepared else "not prepared")
     lines = [f"{variant} ({', '.join(how)})"]
     lines += [f"  to fit the memory: {step}" for step in found.steps_down]

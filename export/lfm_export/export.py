@@ -14,7 +14,7 @@ from lfm_runtime.decode.sampling import GenerationSettings, not_applied
 from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import read_json_object
-from lfm_runtime.formats.manifest import GraphEntry, Manifest
+from lfm_runtime.formats.manifest import GraphEntry, Manifest, lost_seal
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.images.layout import ImageSettings
@@ -71,7 +71,7 @@ def export(
     _look_at_settings(checkpoint)
     prompt = compile_prompt(checkpoint_folder)
     image_token_id = _check_tokens(checkpoint, prompt)
-    for note in checkpoint.notes:
+    for note in filter(None, (*checkpoint.notes, lost_seal(bundle))):
         _log.warning("lfm-edge: %s", note)
     wanted = set(graphs or known)
     if wanted & {DECODER.stem, EMBED_TOKENS.stem} and checkpoint.config.text.tied_head:

@@ -14,6 +14,7 @@ import numpy as np
 from lfm_profiles import default_threads
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.words import counted
 from PIL import Image
 
 from lfm_package.make import EXPORT, STICK, Order, Step
@@ -95,7 +96,7 @@ def table(order: Order, steps: Sequence[Step]) -> str:
     images = count_images(order.calibration)
     if order.calibration:
         quick = " (quick: at most 8 and 4)" if order.quick else ""
-        lines.append(f"{images} images: three quarters calibrate, a quarter judges{quick}")
+        lines.append(f"{counted(images, 'image')}: three quarters calibrate, a quarter judges{quick}")
     if not any(step.made_of for step in steps):
         return "\n".join([*lines, "all but the stick was done before"])
     try:

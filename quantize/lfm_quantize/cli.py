@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from lfm_profiles import VARIANTS
+from lfm_runtime.words import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +145,7 @@ def other_run(bundle: Path, variant: str) -> str | None:
     return (
         f"{f'{kind} run before':16s} KL {with_error(found['kl'], found['kl_error'])} nats  "
         f"{found['same_answers']:.1%} identical  "
-        f"({found['questions']} questions, {found['seconds']:.0f} s to make)"
+        f"({counted(found['questions'], 'question')}, {found['seconds']:.0f} s to make)"
     )
 
 

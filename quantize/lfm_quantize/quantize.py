@@ -14,7 +14,7 @@ import onnxruntime as ort
 from lfm_profiles import VARIANTS
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, complete_for_clients
-from lfm_runtime.formats.manifest import Manifest, file_hash, outdated_files, recipe_file, variant_files
+from lfm_runtime.formats.manifest import Manifest, file_hash, lost_seal, outdated_files, recipe_file, variant_files
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
 from lfm_runtime.questions import Question
@@ -86,6 +86,8 @@ def quantize(
     check_replaceable(folder)
     _check_better(manifest, settings)
     check_space(folder, bundle, source.variant)
+    if lost := lost_seal(folder):
+        warn(lost)
     questions = _questions(settings, manifest, warn)
 
     with Work.open(folder, settings.variant, _key(settings, recipe, manifest, source, questions)) as work:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
-from lfm_profiles import VARIANTS
+from lfm_profiles import FINEST, VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import check_room
-from lfm_runtime.formats.manifest import MANIFEST, Manifest, variant_files
+from lfm_runtime.formats.manifest import MANIFEST, SUMS, Manifest, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import QuantizeError, edges, save
@@ -91,16 +92,20 @@ def with_quality(manifest: Manifest, quality: Quality) -> Manifest:
 
 
 def keep_quality(folder: Path, quality: Quality) -> str | None:
-    """Write the numbers into a bundle's manifest; returns why they are not: the folder is not ours or cannot be
-    written, or the variant was judged by more questions.
+    """Write the numbers into a bundle's manifest; returns why they are not: they say nothing about the loss to the
+    float weights, or less than those that are there; the folder is packed, not ours, or cannot be written.
     """
     folder = folder.resolve()
     there = Manifest.read(folder)
     if there is None:
         return f"{folder} has no {MANIFEST} to keep the numbers in"
-    known = there.quality.get(quality.variant, {}).get("questions", 0)
-    if known > quality.questions:
-        return f"the numbers are not kept: {MANIFEST} has those of {known} questions, these are of {quality.questions}"
+    if quality.against not in FINEST or quality.against == quality.variant:
+        kept = f"{MANIFEST} has the loss to {' or '.join(FINEST)}"
+        return f"the numbers are not kept: {kept}, these are to {quality.against}"
+    if (folder / SUMS).exists():
+        return f"the numbers are not kept: {folder} was packed, and its {SUMS} names {MANIFEST}; judge before packing"
+    if known := _better(there.quality.get(quality.variant, {}), quality):
+        return f"the numbers are not kept: {MANIFEST} has {known}"
     try:
         with replacing(folder, elsewhere=False) as new:
             manifest = Manifest.of(folder)
@@ -109,6 +114,18 @@ def keep_quality(folder: Path, quality: Quality) -> str | None:
     except BundleError as e:
         return f"the numbers are not kept: {e}"
     return None
+
+
+def _better(known: Mapping[str, Any], quality: Quality) -> str:
+    """What the numbers that are known have more than these; "" where they have not."""
+    against, questions = known.get("against"), known.get("questions", 0)
+    if against not in FINEST:
+        return ""
+    if FINEST.index(against) < FINEST.index(quality.against):
+        return f"those against {against}, these are against {quality.against}"
+    if against == quality.against and questions > quality.questions:
+        return f"those of {questions} questions, these are of {quality.questions}"
+    return ""
 
 
 def check_size(folder: Path, variant: str, megabytes: float) -> None:

@@ -359,8 +359,8 @@ class Model:
         known = report.cached_tokens = found.length
         skip = sum(end <= known for end in prompt.view_ends)
         features = yield from encoding(self.sessions, self.cache, cut or opened, report, progress, skip=skip)
-        with report.stage("load"):
-            self.decoder.load()  # with low_memory not before
+        with report.loading(begun=not self.sessions.execution.low_memory):
+            self.decoder.load()
         with report.stage("embed"):
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):

@@ -37,6 +37,8 @@ class Report:
         default_factory=lambda: dict.fromkeys(("prefill_tok_s", "decode_tok_s"))
     )
     memory_mib: dict[str, float | None] = field(default_factory=dict)
+    waited: float = field(default=0.0, repr=False)
+    """Seconds that the answer waited for graphs whose loading had begun before it."""
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
     """(stage, start, end) of every stretch of work and (WRITTEN, …) of every token; time.perf_counter() values."""
 
@@ -48,6 +50,14 @@ class Report:
         end = time.perf_counter()
         self.spans.append((name, start, end))
         self.timing_ms[name] = (self.timing_ms[name] or 0.0) + (end - start) * 1e3
+
+    @contextmanager
+    def loading(self, *, begun: bool) -> Iterator[None]:
+        """As stage("load"); `begun`: before the question, so that it is no part of the answer's time."""
+        start = time.perf_counter()
+        with self.stage("load"):
+            yield
+        self.waited += (time.perf_counter() - start) * begun
 
     def staged(self, name: str, steps: Generator[None, None, T]) -> Generator[None, None, T]:
         """Yield as `steps` does, and add the time of each step to a stage."""
@@ -62,10 +72,11 @@ class Report:
     def finish(self, started: float, first_token: float | None, ended: float) -> None:
         """Derive what follows from the stages. Times are time.perf_counter() values.
 
-        `ttft` runs from the question to the first token, the model being loaded. `decode_per_token` is the mean over
-        the tokens after the first: embedding, decoder, sampling and detokenising.
+        `ttft` runs from the question to the first token, the model being loaded: waiting for graphs that load meanwhile
+        is part of `load` alone. `decode_per_token` is the mean over the tokens after the first: embedding, decoder,
+        sampling and detokenising.
         """
-        ms = self.timing_ms
+        ms, started = self.timing_ms, started + self.waited
         ms["total"] = (ended - started) * 1e3
         if first_token is not None:
             ms["ttft"] = (first_token - started) * 1e3
@@ -79,7 +90,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers as plain values, rounded to a thousandth: what --json prints. Single spans are left to audits."""
-        return {name: _rounded(value) for name, value in asdict(replace(self, spans=[])).items() if name != "spans"}
+        hidden = ("spans", "waited")
+        return {name: _rounded(value) for name, value in asdict(replace(self, spans=[])).items() if name not in hidden}
 
     def table(self) -> str:
         """The same numbers for a person: two lines of milliseconds, one of tokens, one of megabytes."""

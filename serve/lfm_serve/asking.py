@@ -59,7 +59,7 @@ class Asking:
         return model.prepare_answer(chat, [image], **schema, **self.generation)  # type: ignore[arg-type]
 
     def outcome(self, found: Report | Chosen) -> dict[str, Any]:
-        """What a record says of an answer."""
+        """What a record says of an answer; with an error beside it, where JSON was wanted and it is not whole."""
         if isinstance(found, Chosen):
             return {
                 "text": found.best,
@@ -69,6 +69,8 @@ class Asking:
         said: dict[str, Any] = {"text": found.text, "finish_reason": found.finish_reason}
         if self.fields:
             said["fields"] = _fields(found.text, self.fields)
+        if self.schema is not None and not _is_json(found.text):
+            said["error"] = f"the answer ended ({found.finish_reason}) before its JSON was whole: see --max-new-tokens"
         return {**said, **_cost(found)}
 
 
@@ -164,19 +166,25 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 def _fields(text: str, names: Sequence[str]) -> dict[str, Any] | None:
     """The fields of an answer; None where it was cut off before its end."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
+    found = json.loads(text) if _is_json(text) else None
     return {name: found.get(name) for name in names} if isinstance(found, dict) else None
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _cost(report: Report) -> dict[str, Any]:
-    ms = report.timing_ms
+    ms = {name: None if value is None else round(value, 1) for name, value in report.timing_ms.items()}
     return {
         "prompt_tokens": report.prompt_tokens,
         "image_tokens": report.image_tokens,
         "new_tokens": report.new_tokens,
-        "ms": {name: round(ms[name] or 0.0, 1) for name in ("vision", "prefill", "ttft", "total")},
+        "ms": {name: ms[name] or 0.0 for name in ("vision", "prefill")}
+        | {name: ms[name] for name in ("ttft", "total")},
         "peak_mib": round(report.memory_mib.get("peak") or 0.0, 1),
     }

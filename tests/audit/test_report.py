@@ -116,6 +116,23 @@ def test_one_audit(audit, tmp_path) -> None:
     assert "no temperature" in said
 
 
+def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
+    """Records of older bundles may be of a comparison with int8."""
+    audit = copy.deepcopy(audit)
+    first, second = audit["variants"].values()
+    first["quality"] = {"kl": 0.0123, "against": "fp32"}
+    second["quality"] = {"kl": 0.0456, "against": "fp32"}
+    assert main(["report", str(write(tmp_path, "alike", audit))]) == 0
+    page = Page((tmp_path / "alike.html").read_text())
+    assert {"KL to fp32", "0.012", "0.046"} <= set(page.words)
+    assert "Quality and cost" in page.headings
+    second["quality"]["against"] = "int8"
+    assert main(["report", str(write(tmp_path, "unlike", audit))]) == 0
+    page = Page((tmp_path / "unlike.html").read_text())
+    assert {"KL", "0.012 to fp32", "0.046 to int8"} <= set(page.words)
+    assert "Quality and cost" not in page.headings, "they are not on one scale"
+
+
 def test_two_audits(audit, tmp_path) -> None:
     paths = [write(tmp_path, "before", audit), write(tmp_path, "after", changed(audit))]
     assert main(["report", *map(str, paths), "-o", str(tmp_path / "both.html")]) == 0

@@ -80,6 +80,48 @@ def test_a_judgement_over_more_questions_stays(quantized, tmp_path, capsys) -> N
     assert Manifest.of(bundle).quality == kept
 
 
+def test_only_the_loss_to_floats_is_kept(quantized, tmp_path, capsys) -> None:
+    """int8 and int4 are near each other: a report would show their distance as int4's loss. What was packed stays as it
+    is, byte by byte.
+    """
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    line = (ROOT / "demo/eval/eval.jsonl").read_text().splitlines()[0]
+    (tmp_path / "q.jsonl").write_text(line)
+    shutil.copytree(ROOT / "demo/eval/images", tmp_path / "images")
+
+    def judged(folder: Path, *words: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert main(["quality", str(folder), "--variant", "int4", "--images", str(tmp_path / "q.jsonl"), *words]) == 0
+        return capsys.readouterr()
+
+    before = tree(bundle)
+    assert "has the loss to fp32 or fp16, these are to int8" in judged(bundle, "--against", "int8").err
+    itself = judged(bundle, "--against", "int4")
+    assert "these are to int4" in itself.err
+    assert "smaller losses are not told apart" in itself.out
+    assert "manifest.json has those against fp32, these are against fp16" in judged(bundle, "--against", "fp16").err
+    assert tree(bundle) == before
+
+    packed, there = tmp_path / "small.tar", tmp_path / "small"
+    assert main(["pack", str(bundle), "--variant", "int4", "--prefill", "int8", "-o", str(packed)]) == 0
+    assert main(["unpack", str(packed), "-o", str(there)]) == 0
+    before = tree(there)
+    said = judged(there, "--against", "int8", "--json").out
+    assert json.loads(said)["bits_per_weight"] is None, "no floats, in which weights are counted"
+    assert "bits a weight" not in judged(there, "--against", "int8").out
+    assert tree(there) == before
+
+    assert main(["pack", str(bundle), "--variant", "int4", "--prefill", "fp32", "-o", str(packed), "--force"]) == 0
+    shutil.rmtree(there)
+    assert main(["unpack", str(packed), "-o", str(there)]) == 0
+    before = tree(there)
+    assert "small was packed, and its SHA256SUMS names manifest.json; judge before packing" in judged(there).err
+    assert tree(there) == before
+    assert main(["quantize", str(there), "--variant", "int8", "--quiet"]) == 0
+    assert "SHA256SUMS will not be true of it any more and goes: pack it again" in capsys.readouterr().err
+    assert main(["verify", str(there)]) == 0
+
+
 def test_same_against_itself_and_divergence(demo_bundle, questions) -> None:
     """A variant compared with itself differs in nothing; the divergence is torch's."""
     quality = measure(demo_bundle, "fp32", "fp32", questions[1][:6], 1)
@@ -223,6 +265,12 @@ def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
     total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())
     assert total == pytest.approx(sum(right))
     assert 0 < sum(right) < len(right), "so few tokens cost some answers"
+
+
+def test_points_lost_have_no_negative_zero() -> None:
+    from lfm_quantize.judge.quality import _points
+
+    assert [_points(lost) for lost in (-0.0, 0.0, -0.004, 0.005, -1.0)] == ["0", "0", "0", "+0.01", "-1.00"]
 
 
 def quality_of(kl: float, error: float, questions: int = 4) -> Any:

@@ -49,10 +49,12 @@ def test_fields(caption, tmp_path, demo_bundle, monkeypatch) -> None:
     """A JSON object of the fields; an Extract checkpoint is asked as it was trained: the image is the whole turn."""
     pytest.importorskip("llguidance")
     (tmp_path / "f.yaml").write_text("shape: its shape, one word\ncolour:\n")
-    found = caption("--fields", str(tmp_path / "f.yaml"), "--max-new-tokens", "200", "--table", str(tmp_path / "t.csv"))
-    whole = [one["fields"] for one in found if one["finish_reason"] == "schema"]
-    assert all(list(fields) == ["shape", "colour"] for fields in whole)
-    assert all(one["fields"] is None for one in found if one["finish_reason"] == "length")
+    asked = ("--fields", str(tmp_path / "f.yaml"), "--max-new-tokens", "200", "--table", str(tmp_path / "t.csv"))
+    found = caption(*asked, code=3)
+    whole = [one for one in found if one["finish_reason"] == "schema"]
+    assert whole and all(list(one["fields"]) == ["shape", "colour"] and "error" not in one for one in whole)
+    cut = [one for one in found if one["finish_reason"] == "length"]
+    assert cut and all(one["fields"] is None and "before its JSON was whole" in one["error"] for one in cut)
     assert "fields.shape,fields.colour" in (tmp_path / "t.csv").read_text().splitlines()[0]
     bundle = Bundle.open(demo_bundle)
     assert not is_extract(bundle)

@@ -73,7 +73,7 @@ def test_errors_are_records_and_can_be_tried_again(caption, folder) -> None:
     assert len(again) == 12
 
 
-def test_odd_files(caption, folder, tmp_path) -> None:
+def test_odd_files(caption, demo_bundle, folder, tmp_path, capsys) -> None:
     """Each is a record or a line, and the run goes on."""
     (folder / "zero.png").touch()
     shutil.copy(IMAGES[0], folder / "new\nline.png")
@@ -93,7 +93,10 @@ def test_odd_files(caption, folder, tmp_path) -> None:
     assert text["new\nline.png"] == text["bad\udcff.png"] == text[IMAGES[0].name]
     assert text["deep/deep.PNG"] == text[IMAGES[1].name]
     assert len(found) == len(text) == 12 + 7
-    assert len(caption("--recursive", "--max-megapixels", "20")) == len(found)
+    words = ["caption", str(demo_bundle), str(folder), "-o", str(tmp_path / "out.jsonl"), "-p", QUESTION]
+    assert main([*words, "--threads", "1", "--recursive", "--max-megapixels", "20"]) == 3, "as the run before"
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(found)
+    assert "0 answered, 19 there already, 4 with an error (--retry-errors does those again)" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "out.jsonl")]) == 0
 
 

@@ -217,9 +217,32 @@ def test_turns_as_clients_send_them() -> None:
         ("temperature", True, "a number is needed"),
         ("stream", 1, "true or false is needed"),
         ("stop", [""], "not empty"),
+        ("logit_bias", {"15043": -100}, "not applied"),
+        ("stop_token_ids", [7], "not applied"),
+        ("modalities", ["text", "audio"], "not applied"),
+        ("mirostat", 2, "not applied"),
+        ("max_image_tokens", 64, "set where the server is started"),
+        ("n_predict", 0, "is impossible"),
     ],
 )
 def test_what_is_not_done_is_refused(field, value, says) -> None:
     with pytest.raises(ApiError, match=says) as caught:
         parse({"messages": [{"role": "user", "content": "x"}], field: value})
     assert (caught.value.param or field).startswith(field)
+
+
+def test_settings_that_change_nothing_are_taken() -> None:
+    """llama.cpp's page sends all of its samplers, with what they are without effect; OpenAI's client null."""
+    sent = {"typ_p": 1, "dry_multiplier": 0, "xtc_probability": 0.0, "dynatemp_range": 0, "modalities": ["text"]}
+    more = {"logit_bias": None, "n_predict": -1, "mirostat": False, "samplers": ["top_k"], "num_ctx": 4096}
+    asked = parse({"messages": [{"role": "user", "content": "x"}], **sent, **more})
+    assert asked.unused == ("num_ctx", "samplers")
+    assert "max_new_tokens" not in asked.generation
+    assert parse({"messages": [{"role": "user", "content": "x"}], "n_predict": 5}).generation["max_new_tokens"] == 5
+
+
+def test_ollamas_options_too() -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}], "options": {"num_ctx": 8192, "mirostat": 0, "tfs_z": 1.0}}
+    assert parse_chat(asked)
+    with pytest.raises(ApiError, match="mirostat is not applied"):
+        parse_chat({**asked, "options": {"mirostat": 1}})

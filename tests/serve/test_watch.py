@@ -14,6 +14,7 @@ from datetime import datetime
 
 import pytest
 from lfm_runtime.commands.cli import main
+from lfm_runtime.installation import install_advice
 from pictures import IMAGES, QUESTION
 from PIL import Image
 from watching import HEAD, PATIENCE_S
@@ -91,10 +92,12 @@ def test_until_an_answer(watch, stills) -> None:
 def test_choices_schemas_and_fields(watch, stills, tmp_path) -> None:
     found = watch(str(stills), "--choices", "red cross,green circle")
     assert all(set(one["probabilities"]) == {"red cross", "green circle"} for one in found)
+    assert all(one["ms"]["ttft"] is None for one in found), "nothing is generated"
     pytest.importorskip("llguidance")
     (tmp_path / "fields.yaml").write_text("shape: the shape that is seen\n")
-    found = watch(str(stills), "--fields", str(tmp_path / "fields.yaml"), "--max-new-tokens", "40")
-    assert all("fields" in one for one in found)
+    found = watch(str(stills), "--fields", str(tmp_path / "fields.yaml"), "--max-new-tokens", "40", code=3)
+    assert all((one["fields"] is None) == ("error" in one) for one in found)
+    assert any("error" in one for one in found)
 
 
 def test_records_are_appended_to_a_file(watch, stills, tmp_path) -> None:
@@ -122,7 +125,10 @@ def test_records_are_appended_to_a_file(watch, stills, tmp_path) -> None:
         (["stills", "--roi", ""], "--roi '' is no region"),
         (["admin:secret@cam/1"], "^lfm-edge: …@cam/1 does not exist"),
         (["stills", "--roi", "1,2"], "--roi '1,2' is no region"),
-        (["stills", "--roi", "9999,0,5,5"], "lies outside of the picture of 128×128"),
+        (["stills", "--roi", "9999,0,5,5"], "9999,0,5,5 is not inside of the picture of 128×128"),
+        (["stills", "--roi", "0,0,1,1"], "is one pixel: shares have decimal points"),
+        (["stills", "--roi", "100,100,29,5"], "100,100,29,5 is not inside of the picture of 128×128"),
+        (["stills", "--roi", "0.5,0.0,0.6,1.0"], "is no region of a picture"),
         (["stills", "--until", "later"], "--until 'later' is no end"),
         (["exec:x", "--every", "soon"], "--every 'soon' is no duration"),
         (["stills", "-o", "out.txt"], "name it OUT.jsonl"),
@@ -169,6 +175,7 @@ def test_without_the_extras_it_says_which(demo_bundle, capsys, monkeypatch, stil
     assert main(["watch", str(demo_bundle), "rtsp://me:secret@cam/1", "-p", QUESTION]) == 2
     assert main(["watch", str(demo_bundle), str(stills), "-p", QUESTION, "--mqtt", "mqtt://broker/a"]) == 2
     said = capsys.readouterr().err
-    assert "needs the extra video: pip install 'lfm-edge[video]'" in said
-    assert "needs the extra mqtt: pip install 'lfm-edge[mqtt]'" in said
+    for extra in ("video", "mqtt"):
+        assert f"needs the extra {extra}: {install_advice(extra)}\n" in said
+    assert main(["watch", str(demo_bundle), str(IMAGES[0]), "-p", QUESTION, "--threads", "1"]) == 0, "needs none"
     assert "secret" not in said

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
 from lfm_runtime.errors import SettingError
+from lfm_runtime.words import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         axes_of(bundle, profile, options.images),
     )
     if tuning.resume(kept):
-        print(f"continuing with {len(tuning.points)} points from {kept}", file=sys.stderr)
+        print(f"continuing with {counted(len(tuning.points), 'point')} from {kept}", file=sys.stderr)
     interrupt_on_termination()
     progress = status_line(quiet=options.quiet)
     tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from lfm_runtime.words import counted
 
 from lfm_audit.report import plots
 from lfm_audit.report.fleet import boards_table, kinds
@@ -195,8 +196,8 @@ def tuning_page(tuning: TuningResult) -> str:
         Section(
             "All points",
             [plots.pareto(tuning)],
-            f"{len(tuning.measured)} points, {tuning.rounds} rounds. Numbers are rows of the front. "
-            f"KL: against {tuning.reference} with the checkpoint's own image settings. Asked: {asked}",
+            f"{counted(len(tuning.measured), 'point')}, {counted(tuning.rounds, 'round')}. Numbers are rows of the "
+            f"front. KL: against {tuning.reference} with the checkpoint's own image settings. Asked: {asked}",
         ),
         Section(
             "The front",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
@@ -234,8 +235,10 @@ def machine(audits: Sequence[Named]) -> str:
 
 @_styled
 def quality(series: Sequence[Series]) -> str:
-    """What a variant costs beside what it loses; "" where fewer than two variants' quality was measured."""
-    there = [one for one in series if one.result.kl is not None and one.result.memory.peak_mib]
+    """What a variant costs beside what it loses; "" where fewer than two variants' loss to the same was measured."""
+    measured = [one for one in series if one.result.kl is not None and one.result.memory.peak_mib]
+    to = Counter(one.result.kl_to for one in measured).most_common(1)[0][0] if measured else ""
+    there = [one for one in measured if one.result.kl_to == to]
     if len(there) < 2:
         return ""
     image = images_of(there)[-1]
@@ -258,7 +261,7 @@ def quality(series: Sequence[Series]) -> str:
         axis.margins(0.25)
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("KL divergence to fp32, nats")
+    axes[0].set_ylabel(f"KL divergence to {to}, nats")
     return _svg(figure, "Quality lost, and cost")
 
 

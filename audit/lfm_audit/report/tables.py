@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lfm_runtime.words import counted
+
 from lfm_audit.compare import Change, changes, differences
 from lfm_audit.figures import Figure
 from lfm_audit.report.source import Named, Series
@@ -110,6 +112,7 @@ def answers_table(series: Sequence[Series]) -> Table:
 def variants_table(series: Sequence[Series]) -> Table:
     """Return a row for each variant: memory, start, size and quality."""
     rows = []
+    to = sorted({one.result.kl_to for one in series if one.result.kl is not None})
     for one in series:
         found, starts = one.result, dict(one.result.starts.items())
         peak = found.memory.peak_mib
@@ -119,7 +122,7 @@ def variants_table(series: Sequence[Series]) -> Table:
             _of(found.memory.anonymous_mib, 0),
             *(_of(starts[kind].ready_ms, 0) if kind in starts else NONE for kind in ("warm", "cold", "first_ever")),
             f"{found.disk_mib:,.0f}",
-            NONE if found.kl is None else f"{found.kl:.2g}",
+            NONE if found.kl is None else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}",
         ]
         rows.append(Row(cells))
     head = [
@@ -130,7 +133,7 @@ def variants_table(series: Sequence[Series]) -> Table:
         "cold start",
         "first-ever start",
         "on disk, MiB",
-        "KL to fp32",
+        f"KL to {to[0]}" if len(to) == 1 else "KL",
     ]
     return Table(head, rows).without_empty()
 
@@ -324,7 +327,7 @@ def _weights(marks: Mapping[str, str]) -> str:
 def _run(measured: tuple[str, VariantResult]) -> str:
     name, found = measured
     prefill = f", {found.prefill} for the prefill" if found.prefill else ""
-    return f"{name} ({found.threads} threads{prefill})"
+    return f"{name} ({counted(found.threads, 'thread')}{prefill})"
 
 
 def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.commands.cli import add_force_argument
 from lfm_runtime.commands.console import print_json
+from lfm_runtime.words import counted
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
@@ -116,7 +117,8 @@ def _golden(options: argparse.Namespace, profile: Profile) -> Mapping[str, Path 
     questions = read_jsonl(options.golden, [options.golden.parent])
     model = Model.load(options.bundle, profile=on_this_machine(profile), threads=default_threads(), prepared=False)
     golden, images = record(model, questions)
-    said = f"golden set: {len(questions)} questions about {len(images)} images, answered by {model.setup.summary}"
+    asked = f"{counted(len(questions), 'question')} about {counted(len(images), 'image')}"
+    said = f"golden set: {asked}, answered by {model.setup.summary}"
     print(said, file=sys.stderr if options.json else sys.stdout)
     return {GOLDEN_QUESTIONS: golden.to_text().encode(), **images}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
+from lfm_runtime.words import counted
 
 if TYPE_CHECKING:
     from lfm_runtime.questions import Question
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     variant, board = _judged(options)
     printer = Printer(not options.quiet)
     if skipped:
-        printer.warn(f"{len(skipped)} images are left out: {named(skipped)}")
+        printer.warn(f"{counted(len(skipped), 'image')} left out: {named(skipped)}")
     try:
         threads = default_threads() if options.threads is None else check_threads(options.threads)
         with failures_are_ours(options.bundle):

@@ -24,8 +24,9 @@ Float = NDArray[np.float32]
 
 
 def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Question]) -> list[LayerError]:
-    """The error of the hidden state after each layer, both variants run as wholes. Empty for graphs that lfm-edge
-    export did not build: theirs have no names to find layers by.
+    """The error of the hidden state after each layer, both variants run as wholes. Layers whose state only one variant
+    has, as one that was exported in fp16 may, are left out: their error is in the next one's. Empty for graphs that
+    lfm-edge export did not build: theirs have no names to find layers by.
     """
     bundle = exact.bundle
     files = bundle.graphs(exact.variant)[1]
@@ -33,6 +34,8 @@ def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Questi
     if not has_blocks(vision) or not has_blocks(decoder):
         return []
     decoder = rewritten(decoder, AllPositions())
+    known = _values(exact) & _values(judged)
+    blocks = [[b for b in _judged_blocks(model) if known.issuperset(b.outputs)] for model in (vision, decoder)]
     samples = [to_sample(bundle, q, split=False) for q in questions]
     views = [view for sample in samples for view in sample.views]
     image_id = bundle.prompts.image_id
@@ -40,12 +43,12 @@ def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Questi
         [np.ones(len(view.patches), np.bool_) for view in views],
         [np.array(sample.ids) == image_id for sample in samples],
     )
-    of_exact, of_judged = (_states(variant, vision, decoder, samples) for variant in (exact, judged))
+    of_exact, of_judged = (_states(variant, blocks, samples) for variant in (exact, judged))
     found: list[LayerError] = []
-    for model, x, y, is_image in zip((vision, decoder), of_exact, of_judged, kinds, strict=True):
+    for between, x, y, is_image in zip(blocks, of_exact, of_judged, kinds, strict=True):
         # Image tokens come into the decoder with the error of the encoder.
         before: dict[str, float] = {"image": found[-1].image or 0.0} if found else {}
-        for block in _judged_blocks(model):
+        for block in between:
             error = _relative(block.outputs, zip(x, y, is_image, strict=True))
             added = max((max(0.0, e**2 - before.get(kind, 0.0) ** 2) ** 0.5 for kind, e in error.items()), default=0.0)
             found.append(LayerError(block.name, error.get("image"), error.get("text"), added))
@@ -53,15 +56,20 @@ def layer_errors(exact: Answering, judged: Answering, questions: Sequence[Questi
     return found
 
 
+def _values(variant: Answering) -> set[str]:
+    """Names of all values that a variant's encoder and decoder compute."""
+    files = variant.bundle.graphs(variant.variant)[1]
+    graphs = (open_graph(files[stem]).graph for stem in (VISION_ENCODER.stem, DECODER.stem))
+    return {str(value.name) for graph in graphs for node in graph for value in node.outputs}
+
+
 def _states(
-    variant: Answering, vision: ir.Model, decoder: ir.Model, samples: Sequence[Sample]
+    variant: Answering, blocks: Sequence[Sequence[Block]], samples: Sequence[Sample]
 ) -> tuple[list[Values], list[Values]]:
-    """A variant's hidden states between all blocks of the encoder, by view, and of the decoder, by sample. The blocks
-    are those of `vision` and `decoder`, whose values have the same names.
-    """
+    """A variant's hidden states after blocks of the encoder, by view, and of the decoder, by sample."""
     files = variant.bundle.graphs(variant.variant)[1]
     views = [view.feeds() for sample in samples for view in sample.views]
-    encoded = _run(open_graph(files[VISION_ENCODER.stem]), _judged_blocks(vision), views, variant.threads)
+    encoded = _run(open_graph(files[VISION_ENCODER.stem]), blocks[0], views, variant.threads)
     decoding = variant.decoder()
     embeds = [
         variant.embed(decoding, sample, values["image_features"])
@@ -70,7 +78,7 @@ def _states(
     del decoding
     model = rewritten(open_graph(files[DECODER.stem]), AllPositions())
     feeds = [decoder_feeds(model, e) for e in embeds]
-    return encoded, _run(model, _judged_blocks(decoder), feeds, variant.threads)
+    return encoded, _run(model, blocks[1], feeds, variant.threads)
 
 
 def _run(model: ir.Model, blocks: Sequence[Block], samples: Sequence[Feeds], threads: int) -> list[Values]:

@@ -126,7 +126,7 @@ def measure(
         accuracy=found.accuracy(against, variant),
         bytes=_bytes(bundle, variant, board.prefill if board else None),
         against_bytes=_bytes(bundle, against, None),
-        bits_per_weight=8 * _bytes(bundle, variant, None) / _weights(bundle),
+        bits_per_weight=8 * _bytes(bundle, variant, None) / weights if (weights := _weights(bundle)) else None,
         layers=layers,
         board=None if board is None else board.described(found.tokens),
         seconds=time.perf_counter() - started,
@@ -286,9 +286,11 @@ def _bytes(bundle: Bundle, variant: str, prefill: str | None) -> int:
     return sum(path.stat().st_size for path in {*graphs, *data})
 
 
-def _weights(bundle: Bundle) -> int:
-    """How many weights the model has, the shared table counted once; counted where they are floats."""
+def _weights(bundle: Bundle) -> int | None:
+    """How many weights the model has, the shared table counted once; None where no variant has them as floats."""
     variant = next((v for v in FINEST if v in bundle.variants), None)
+    if variant is None:
+        return None
     total = head = table = 0
     for path in set(bundle.graphs(variant)[1].values()):
         model = open_graph(path)

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime as ort
 from lfm_profiles import VARIANTS
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.words import counted
 
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""
@@ -53,7 +54,7 @@ class Quality:
     ]  # task → {"questions", variant names: share of exact answers}; where answers are known
     bytes: int
     against_bytes: int
-    bits_per_weight: float
+    bits_per_weight: float | None  # None: the bundle has no float variant to count them in
     layers: list[LayerError]
     seconds: float
     board: dict[str, Any] | None = None  # the profile whose image settings and prefill decoder were used: see Board
@@ -81,8 +82,8 @@ class Quality:
     def table(self) -> str:
         """For people."""
         lines = [
-            f"{self.variant} against {self.against}: {self.questions} questions about {self.images} images, "
-            f"{self.answer_tokens} answer tokens",
+            f"{self.variant} against {self.against}: {counted(self.questions, 'question')} about "
+            f"{counted(self.images, 'image')}, {counted(self.answer_tokens, 'answer token')}",
             *self._board_lines(),
             f"  image features   cosine min {self.cosine_min:.5f}  1st percentile {self.cosine_p1:.5f}  mean "
             f"{self.cosine_mean:.5f}"
@@ -93,17 +94,20 @@ class Quality:
         ]
         for task, found in sorted(self.accuracy.items()):
             a, b = found[self.against], found[self.variant]
-            lost, asked = 100 * (a - b), found["questions"]
-            lines.append(
-                f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost:+.2f} points ({asked:.0f} questions)"
-            )
+            lost, asked = _points(100 * (a - b)), counted(round(found["questions"]), "question")
+            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost} points ({asked})")
         if len(self.accuracy) > 1:
-            lines.append(f"  exact, all       lost {self.accuracy_lost():+.2f} points")
+            lines.append(f"  exact, all       lost {_points(self.accuracy_lost() or 0.0)} points")
         reads = f", {self.board['prefill']}'s decoder included" if self.board and self.board["prefill"] else ""
+        bits = self.bits_per_weight
         lines.append(
             f"  size             {self.bytes / 1e6:.1f} MB, {self.bytes / self.against_bytes:.3f} of {self.against}"
-            f"{reads}; {self.variant} has {self.bits_per_weight:.2f} bits a weight, all files"
+            f"{reads}{'' if bits is None else f'; {self.variant} has {bits:.2f} bits a weight, all files'}"
         )
+        if self.variant == self.against:
+            lines.append(
+                "  against itself   what reading an answer in one step differs: smaller losses are not told apart"
+            )
         return "\n".join(lines)
 
     def _board_lines(self) -> list[str]:
@@ -117,6 +121,11 @@ class Quality:
         other = "for both" if self.board["alike"] else f"{before:.0f} with the checkpoint's settings"
         lines.append(f"  image tokens     {after:.0f} a question, {other}")
         return lines
+
+
+def _points(lost: float) -> str:
+    """With a sign, and 0 without one."""
+    return f"{lost:+.2f}" if abs(lost) >= 0.005 else "0"
 
 
 def with_error(value: float, error: float) -> str:

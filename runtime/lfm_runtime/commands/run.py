@@ -145,7 +145,8 @@ def _choose(options: argparse.Namespace, model: Model) -> int:
         print(f"{chosen.probabilities[chosen.answers.index(answer)]:8.4f}  {score:9.3f}  {answer}")
     sys.stdout.flush()
     if not options.quiet:
-        said = f"these answers are {100 * chosen.share:.2g} % of what the model would say"
+        share = 100 * chosen.share
+        said = f"these answers are {share:.{'2g' if share < 10 else '0f'}} % of what the model would say"
         print(f"probability, log-likelihood; {said}\n{chosen.report.table()}", file=sys.stderr)
     return 0
 

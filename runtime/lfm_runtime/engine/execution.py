@@ -16,6 +16,7 @@ from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, physica
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA
 from lfm_runtime.engine.ort_release import PLACEMENT_SINCE, onnxruntime_is
 from lfm_runtime.errors import SettingError
+from lfm_runtime.words import counted
 
 _log = logging.getLogger(__name__)
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
@@ -85,9 +86,8 @@ class Execution:
                 listed = ", ".join(map(str, usable))
                 raise SettingError(f"affinity: this process may not use processor {strangers[0]}; it may use {listed}")
             if len(cores) < threads:
-                raise SettingError(
-                    f"affinity has {len(cores)} processors for {threads} threads; name as many, or lower threads"
-                )
+                named = f"affinity has {counted(len(cores), 'processor')} for {counted(threads, 'thread')}"
+                raise SettingError(f"{named}; name as many, or lower threads")
         spinning = profile.spinning
         if type(spinning) is int and not onnxruntime_is("1.26"):
             _log.warning(
@@ -158,7 +158,9 @@ def check_threads(count: int) -> int:
     """The number of threads; SettingError where so many would only wait for each other, for minutes."""
     most = max(_MANY_THREADS, 4 * len(_processors()))
     if not 1 <= count <= most:
-        raise SettingError(f"threads {count} is impossible on {len(_processors())} processors; allowed: 1 to {most}")
+        raise SettingError(
+            f"threads {count} is impossible on {counted(len(_processors()), 'processor')}; allowed: 1 to {most}"
+        )
     return count
 
 

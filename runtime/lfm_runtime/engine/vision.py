@@ -57,7 +57,7 @@ def encoding(
                 progress(next(done), total)
 
     if todo:
-        with report.stage("load"):
+        with report.loading(begun=not sessions.execution.low_memory):
             vision = sessions.vision()
         for image, missing, begin in todo:
             for together in _encode_views(sessions, vision, image, missing, report, tell):

@@ -291,6 +291,14 @@ def hashed(folder: Path, names: Iterable[str]) -> dict[str, File]:
     return {name: File.of(folder / name) for name in names}
 
 
+def lost_seal(folder: Path) -> str:
+    """What a bundle that was packed loses when a variant is written into it, in words; "" for one that was not."""
+    if not (folder / SUMS).exists():
+        return ""
+    lost = f"{SUMS} and its signature" if (folder / SIGNATURE).exists() else SUMS
+    return f"{folder} was packed; {lost} will not be true of it any more and goes: pack it again"
+
+
 def unlike_sums(folder: Path, files: Mapping[str, File]) -> list[str]:
     """What SHA256SUMS, which names the manifest as well, says differently of these files; each a message. Bundles that
     were never packed have none.

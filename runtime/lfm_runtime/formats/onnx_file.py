@@ -123,6 +123,15 @@ def output_names(path: Path) -> set[str]:
         return {bytes(name).decode() for value in outputs for number, name in _fields(value) if number == _VALUE_NAME}
 
 
+def node_count(path: Path) -> int:
+    """How many nodes a graph has, those in its branches and functions not counted.
+
+    Raises:
+        BundleError: see external_files.
+    """
+    return len(_nodes(path))
+
+
 def operators(path: Path, *, nested: bool = False) -> set[str]:
     """Types of the operators in a graph; `nested`: those in its branches and functions too.
 

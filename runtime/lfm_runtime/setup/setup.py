@@ -25,6 +25,7 @@ from lfm_runtime.images.layout import ImageSettings, image_settings, lay_out
 from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.profile import generation_changes, image_changes
 from lfm_runtime.setup.variants import choose_variants
+from lfm_runtime.words import counted
 
 _FEW_VIEWS = 2
 Size = tuple[int, int]
@@ -98,7 +99,7 @@ class Setup:
         """Variant, prefill decoder, threads and profile, in half a line."""
         prefill = f", prefill {self.prefill}" if self.prefill else ""
         low = ", one graph at a time" if self.execution.low_memory else ""
-        return f"{self.variant}{prefill}{low}, {self.execution.threads} threads, profile {self.profile.name}"
+        return f"{self.variant}{prefill}{low}, {counted(self.execution.threads, 'thread')}, profile {self.profile.name}"
 
     @contextmanager
     def memory_is_told(self) -> Iterator[None]:

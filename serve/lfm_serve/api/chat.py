@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: a stranger's JSON → conversation, places of images, settings. Nothing is opened here.
 
-What is asked for and not built is refused, so that no client believes it got it; fields that change no answer are
-ignored.
+What is asked for and not built is refused, so that no client believes it got it; fields that change no answer, and
+those that nobody knows, are ignored.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lfm_profiles.schema import IMAGE_SETTINGS
 from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.text.messages import IMAGE, Conversation, Message, Place, Role, ToolCall
 from lfm_runtime.text.tool_calls import function_of
@@ -101,6 +102,12 @@ def _check_not_built(body: Mapping[str, Any]) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if body.get(name) not in (None, 0):
             refuse(name, f"{name} is not implemented; use repetition_penalty")
+    for name in IMAGE_SETTINGS:
+        if body.get(name) is not None:
+            refuse(name, f"{name} is set where the server is started; a request has image_url.detail: low or high")
+    for name, without_effect in NOT_APPLIED.items():
+        if body.get(name) is not None and body[name] not in without_effect:
+            refuse(name, f"{name} is not applied by this server, and would change the answer; leave it out")
 
 
 def _schema(body: Mapping[str, Any]) -> str | None:
@@ -237,9 +244,9 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         value = typed(body, name, int, float)
         if value is not None:
             found[ours] = float(max(-_MOST, min(value, _MOST))) if abs(value) > _MOST else float(value)
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "n_predict"):
         value = typed(body, name, int)
-        if value is not None:
+        if value is not None and (name != "n_predict" or value != -1):  # llama.cpp's: no limit
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             found["max_new_tokens"] = value
@@ -267,6 +274,40 @@ def effective(generation: Generation, default: float) -> Generation:
 
 _OTHER_GRAMMARS = ("grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 """Of other servers: ignored, an answer would be free text that its client takes for what it asked for."""
+NOT_APPLIED: Mapping[str, Sequence[Any]] = {
+    "logit_bias": ({}, []),
+    "modalities": (["text"], []),
+    "audio": (),
+    "web_search_options": (),
+    "function_call": ("auto", "none"),
+    "typical_p": (1,),
+    "typ_p": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "n_probs": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "prompt_logprobs": (0,),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": ("",),
+    "documents": ([],),
+    "lora": ([],),
+    "mm_processor_kwargs": ({},),
+    "images_kwargs": ({},),
+}
+"""What OpenAI's API and other servers apply and this one does not, and the values with which it changes nothing."""
 _IN_WORDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
 
 
@@ -281,12 +322,15 @@ def typed(body: Mapping[str, Any], name: str, *kinds: type) -> Any:
 
 _KNOWN = {
     *_NUMBERS,
+    *IMAGE_SETTINGS,
+    *NOT_APPLIED,
     "messages",
     "model",
     "stream",
     "stream_options",
     "max_tokens",
     "max_completion_tokens",
+    "n_predict",
     "top_k",
     "seed",
     "ignore_eos",

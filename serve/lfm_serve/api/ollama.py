@@ -12,7 +12,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.text.spec import ChatFormat
 
 from lfm_serve.api.answers import reason
-from lfm_serve.api.chat import Asked, parse, typed
+from lfm_serve.api.chat import NOT_APPLIED, Asked, parse, typed
 from lfm_serve.api.errors import ApiError, as_json
 
 VERSION = "0.13.0"
@@ -40,6 +40,7 @@ def parse_chat(body: Any) -> Asked:
     found: dict[str, Any] = {ours: options[theirs] for theirs, ours in _OPTIONS.items() if theirs in options}
     if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # no limit
         del found["max_tokens"]
+    found |= {name: value for name, value in options.items() if name in NOT_APPLIED}
     form = typed(body, "format", str, dict)
     if isinstance(form, dict):
         found["response_format"] = {"type": "json_schema", "schema": form}

@@ -113,8 +113,9 @@ def look(scene: Scene, what: Look, records: Sequence[Records], seen: Seen) -> No
                     seen.errors += 1
                     write({**record, "error": _line(e)})
                     continue
-                seen.answered += 1
                 said = asking.outcome(found)
+                seen.answered += "error" not in said
+                seen.errors += "error" in said
                 write({**record, **said, **_saved(found), "age_ms": round(sight.age * 1e3)})
                 if what.until.said(said["text"]):
                     seen.said = True

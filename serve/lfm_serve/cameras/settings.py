@@ -11,6 +11,8 @@ from lfm_runtime.errors import ImageError, SettingError
 from PIL import Image
 
 _LONGEST_S = 1e9
+_ROUNDING = 1e-6
+"""Of shares that are to add up to one."""
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -51,25 +53,26 @@ class Roi:
             x, y, width, height = (float(part) for part in parts) if shares else (int(part) for part in parts)
         except ValueError:
             raise SettingError(f"--roi {text!r:.40} is no region; {advice}") from None
-        most = 1.0 if shares else float("inf")
-        if not (0 <= x < most and 0 <= y < most and 0 < width <= most and 0 < height <= most):
+        most = 1.0 + _ROUNDING if shares else float("inf")
+        if not (x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= most and y + height <= most):
             raise SettingError(f"--roi {text!r:.40} is no region of a picture; {advice}")
+        if not shares and width <= 1 and height <= 1:
+            raise SettingError(f"--roi {text!r:.40} is one pixel: shares have decimal points; {advice}")
         return Roi(x, y, width, height, shares)
 
     def of(self, picture: Image.Image, *, first: bool) -> Image.Image:
-        """The region of a picture, cut at its edges.
+        """The region of a picture.
 
         Raises:
-            SettingError: it lies outside of the `first` picture.
-            ImageError: it lies outside of a later one, of another size.
+            SettingError: it is not inside of the `first` picture, or less than a pixel of it.
+            ImageError: it is not inside of a later one, of another size.
         """
         of = picture.size if self.shares else (1, 1)
         left, top = round(self.x * of[0]), round(self.y * of[1])
         right, bottom = round((self.x + self.width) * of[0]), round((self.y + self.height) * of[1])
-        right, bottom = min(right, picture.width), min(bottom, picture.height)
-        if left >= right or top >= bottom:
-            size = f"{picture.width}×{picture.height}"
-            said = f"the region {left},{top} lies outside of the picture of {size} pixels"
+        if not (left < right <= picture.width and top < bottom <= picture.height):
+            size, region = f"{picture.width}×{picture.height}", f"{left},{top},{right - left},{bottom - top}"
+            said = f"the region {region} is not inside of the picture of {size} pixels"
             raise SettingError(f"--roi: {said}") if first else ImageError(said)
         return picture.crop((left, top, right, bottom))
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: a camera's stream, a device, a program, a video, a folder of stills."""
+"""Where pictures come from: a camera's stream, a device, a program, a video, a still or a folder of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.installation import install_advice
 from PIL import Image
 
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "srt", "udp", "tcp")
@@ -71,7 +73,7 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
     """The source that a user names.
 
     Args:
-        text: a URL, exec:COMMAND, a device, a video or a folder.
+        text: a URL, exec:COMMAND, a device, an image, a video or a folder.
         every: seconds between two pictures of a video that are wanted.
         stall: seconds without a picture after which a live source counts as lost.
 
@@ -90,19 +92,21 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
             f"{masked(text)} cannot be watched; known are {known}, exec:COMMAND, devices, files, folders"
         )
     path = Path(text)
-    if not scheme and path.is_dir():
+    if not scheme and (path.is_dir() or (path.is_file() and text.lower().endswith(IMAGE_SUFFIXES))):
         from lfm_serve.cameras.stills import Stills
 
         return Stills(text)
     device = text.startswith("/dev/")  # which may be plugged in later
     if not (scheme or device or path.exists()):
-        raise SettingError(f"{masked(text)} does not exist; name rtsp://…, exec:COMMAND, a device, a video or a folder")
+        raise SettingError(
+            f"{masked(text)} does not exist; name rtsp://…, exec:COMMAND, a device, an image, a video or a folder"
+        )
     if not (scheme or device) and not stat.S_ISREG(path.stat().st_mode):
         raise SettingError(f"{text} is no plain file; exec:'cat {text}' reads JPEG or PNG pictures from it")
     try:
         from lfm_serve.cameras.streams import Stream, Video
     except ImportError as e:
-        raise SettingError(f"{masked(text)} needs the extra video: pip install 'lfm-edge[video]'") from e
+        raise SettingError(f"{masked(text)} needs the extra video: {install_advice('video')}") from e
     if scheme or device:
         return Stream(text, stall, device=device)
     return Video(text, every)

@@ -1,4 +1,4 @@
-"""A folder of stills: each picture in the order of names."""
+"""A still, or a folder of them: each picture in the order of names."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lfm_serve.captions.images import find
 
 
 class Stills:
-    """The images of a folder, each once."""
+    """An image, or those of a folder, each once."""
 
     live, stall = False, 0.0
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, place: str) -> None:
         """Raises SettingError for a folder without images."""
-        self.shown = self._folder = folder
+        self.shown = self._place = place
         said: list[str] = []
-        if not any(find([folder], recursive=False, match=(), warn=said.append)):
-            raise SettingError(said[0] if said else f"there are no images in {folder}; name another folder")
+        if not any(find([place], recursive=False, match=(), warn=said.append)):
+            raise SettingError(said[0] if said else f"there are no images in {place}; name another folder")
 
     def frames(self) -> Generator[Frame, None, None]:
         """Implement Source.frames."""
         said: list[str] = []
-        for number, path in enumerate(find([self._folder], recursive=False, match=(), warn=said.append)):
+        for number, path in enumerate(find([self._place], recursive=False, match=(), warn=said.append)):
             yield Frame(number, partial(open_image, path), os.path.basename(path))  # noqa: PTH119  (need not be UTF-8)
         if said:
             raise SourceError(said[0])

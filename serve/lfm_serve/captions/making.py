@@ -30,7 +30,8 @@ class Counts:
 
     answered: int = 0
     errors: int = 0
-    unchanged: int = 0
+    unchanged: int = 0  # of before
+    failed: int = 0  # of those, with an error
     stopped: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -120,6 +121,7 @@ def missing(
         record = output.records.get(output.key(path))
         if record and not (retry_errors and record.failed) and is_unchanged(path, record):
             counts.unchanged += 1
+            counts.failed += record.failed
         else:
             yield path
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 from lfm_runtime.commands.console import status_line
+from lfm_runtime.words import counted
 
 from lfm_serve.captions.making import Counts
 
@@ -45,14 +46,18 @@ class Progress:
         counts = self.counts
         seconds = time.monotonic() - counts.started
         rate = counts.done / seconds if seconds > 0 else 0.0
-        of = "" if self._total is None else f" of {self._total:,}"
         full = round(_BAR * counts.done / self._total) if self._total else 0
         bar = f"[{'#' * full:.<{_BAR}}] " if self._total and self._terminal else ""
-        errors = f", {counts.errors:,} errors" if counts.errors else ""
+        errors = f", {counted(counts.errors, 'error')}" if counts.errors else ""
         left = ""
         if self._total and rate and counts.done < self._total:
             left = f", {_duration((self._total - counts.done) / rate)} left"
-        return f"{bar}{counts.done:,}{of} images{errors}, {rate * 60:.3g} a minute{left}"
+        images = (
+            counted(counts.done, "image")
+            if self._total is None
+            else f"{counts.done:,} of {counted(self._total, 'image')}"
+        )
+        return f"{bar}{images}{errors}, {rate * 60:.3g} a minute{left}"
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lfm_runtime.commands.cli import add_setting_arguments
 from lfm_runtime.errors import SettingError
+from lfm_runtime.words import counted
 
 from lfm_serve.commands.asking import add_asking_arguments, add_generation_arguments, asking_of, check_asking
 from lfm_serve.stopping import stopping
@@ -139,13 +140,14 @@ def _found(options: argparse.Namespace, maker: Maker, counts: Counts) -> tuple[W
 def _end(options: argparse.Namespace, counts: Counts) -> int:
     if not options.quiet:
         parts = [f"{counts.answered:,} answered"]
-        parts += [f"{counts.errors:,} errors"] if counts.errors else []
-        parts += [f"{counts.unchanged:,} there already"] if counts.unchanged and not options.watch else []
+        parts += [counted(counts.errors, "error")] if counts.errors else []
+        failed = f", {counts.failed:,} with an error (--retry-errors does those again)" if counts.failed else ""
+        parts += [f"{counts.unchanged:,} there already{failed}"] if counts.unchanged and not options.watch else []
         print(f"{options.output}: {', '.join(parts)}", file=sys.stderr)
     if counts.stopped and not options.watch:
         print("lfm-edge: stopped; run it again to go on", file=sys.stderr)
         return _EXIT_STOPPED
-    return _EXIT_ERRORS if counts.errors else 0
+    return _EXIT_ERRORS if counts.errors or counts.failed else 0
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
 from lfm_runtime.errors import SettingError
+from lfm_runtime.words import counted
 
 from lfm_serve.commands.asking import add_asking_arguments, add_generation_arguments, asking_of, check_asking
 from lfm_serve.stopping import stopping
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="rtsp://…, /dev/video0, a video, a folder of stills, or exec:'COMMAND' that writes JPEG or PNG pictures",
+        help="rtsp://…, /dev/video0, a video, an image or a folder of them, or exec:'COMMAND' that writes JPEG or PNG",
     )
     add_asking_arguments(parser, several=True)
     which = parser.add_argument_group("which pictures")
@@ -144,7 +145,9 @@ def _records(options: argparse.Namespace) -> Iterator[list[Records]]:
             try:
                 from lfm_serve.cameras.mqtt import Published
             except ImportError as e:
-                raise SettingError("--mqtt needs the extra mqtt: pip install 'lfm-edge[mqtt]'") from e
+                from lfm_runtime.installation import install_advice
+
+                raise SettingError(f"--mqtt needs the extra mqtt: {install_advice('mqtt')}") from e
             found.append(opened.enter_context(closing(Published(options.mqtt, warn))))
         yield found if found[1:] else [*found, Printed()]
 
@@ -158,10 +161,10 @@ def _status(options: argparse.Namespace) -> Any:
 
 
 def _summary(seen: Seen) -> str:
-    parts = [f"{seen.answered:,} answers"]
-    parts += [f"{seen.unchanged:,} pictures unchanged"] if seen.unchanged else []
-    parts += [f"{seen.errors:,} errors"] if seen.errors else []
-    parts += [f"lost {seen.lost:,} times"] if seen.lost else []
+    parts = [counted(seen.answered, "answer")]
+    parts += [f"{counted(seen.unchanged, 'picture')} unchanged"] if seen.unchanged else []
+    parts += [counted(seen.errors, "error")] if seen.errors else []
+    parts += [f"lost {counted(seen.lost, 'time')}"] if seen.lost else []
     return ", ".join(parts)
 
 

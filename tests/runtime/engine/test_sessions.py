@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from lfm_runtime import BundleError, ImageError, Model
 from lfm_runtime.commands.cli import main
+from lfm_runtime.decode.decoder import Decoder
 from lfm_runtime.engine.loader import Loader
+from lfm_runtime.formats.contract import DECODER
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 
@@ -78,6 +81,29 @@ def test_one_answer_while_graphs_load_is_the_same(two_decoders, monkeypatch) -> 
     assert {name for name, _ in loaded} == names
     assert len(loaded) == len(names)
     assert [name for name, by_main in loaded if by_main] == [setup.paths["embed_tokens"].name]
+
+
+def test_waiting_for_graphs_is_loading_and_no_part_of_the_answer(demo_bundle, monkeypatch) -> None:
+    waits, load, loaded = threading.Event(), Loader.load, Decoder.load
+
+    def held(self, graph, path):
+        assert graph is not DECODER or waits.wait(60)
+        return load(self, graph, path)
+
+    def needed(self):
+        threading.Timer(0.25, waits.set).start()
+        return loaded(self)
+
+    monkeypatch.setattr(Loader, "load", held)
+    monkeypatch.setattr(Decoder, "load", needed)
+    model = Model.of(resolve(demo_bundle, ask=ONCE, variant="fp32", threads=1), at_once=True)
+    started = time.perf_counter()
+    answer = model.answer(PICTURE, QUESTION)
+    answer.text()
+    ms, wall = answer.report.timing_ms, (time.perf_counter() - started) * 1e3
+    assert ms["load"] >= 250
+    assert ms["total"] <= wall - 250
+    assert 0 < ms["ttft"] <= ms["total"]
 
 
 @pytest.fixture

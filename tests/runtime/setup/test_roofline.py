@@ -11,6 +11,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import read_json_object
+from lfm_runtime.formats.onnx_file import node_count
 from lfm_runtime.setup.roofline import Vision, products_ms, reading_ms, text_weights
 
 LFM2_350M = ("conv", "conv", "full_attention") * 3 + ("conv", "full_attention") * 3 + ("conv",)
@@ -49,6 +50,21 @@ def test_what_is_published_for_a_pi_5_is_inside_the_range(demo_bundle) -> None:
     for size, rate in ((weights + head, 30), (230e6, 42)):
         token = reading_ms(size, board)
         assert token.least <= 1e3 / rate <= token.most == pytest.approx(2 * token.least)
+
+
+def test_a_small_model_is_not_foreseen_faster_than_its_nodes(demo_bundle, photo, capsys) -> None:
+    """The demo's weights are read in less time than its operators are called."""
+    onnx = pytest.importorskip("onnx")
+    path = Bundle.open(demo_bundle).graphs("fp32")[1][DECODER.stem]
+    nodes = len(onnx.load(str(path), load_external_data=False).graph.node)
+    assert nodes == node_count(path)
+    words = ["plan", str(demo_bundle), str(photo), "--variant", "fp32", "--json", "--profile"]
+    tokens = []
+    for name in ("pi5", "pi3"):
+        assert main([*words, name]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["foreseen_ms"]["per_token"])
+    assert tokens[0][0] >= nodes * 0.002
+    assert tokens[1][0] > 2 * tokens[0][0], "a slower core calls more slowly"
 
 
 def test_plan_says_it_is_foreseen(demo_bundle, photo, capsys) -> None:
