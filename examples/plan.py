@@ -7,7 +7,7 @@ from lfm_runtime.images.pixels import image_size
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 
-if len(sys.argv) < 2:
+if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
     sys.exit(__doc__)
 bundle, *images = sys.argv[1:]
 try:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from lfm_runtime.words import counted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
@@ -114,11 +116,12 @@ def _check_reads_a_bundle(options: argparse.Namespace) -> None:
         ("dtype", options.dtype != "fp32"),
         ("adapter", options.adapter),
         ("graphs", options.graphs),
-        ("static", options.static and what != "--static"),
-        ("web", options.web and what != "--web"),
     ):
         if given:
             raise CheckpointError(f"--{flag} has no effect beside {what}, which reads a bundle; leave it out")
+    for other, given in (("--static", options.static), ("--web", options.web)):
+        if given and other != what:
+            raise CheckpointError(f"{other} and {what} exclude each other: each writes a folder of its own; give one")
 
 
 def _run_genai(options: argparse.Namespace) -> int:
@@ -168,7 +171,7 @@ class Printer:
         """Count a tensor of `size` bytes that was written, and show the progress."""
         self.tensors += 1
         self.bytes += size
-        line = f"{self.tensors:4d} tensors  {self.bytes / 1e6:8,.1f} MB  {name}"
+        line = f"{counted(self.tensors, 'tensor'):>12s}  {self.bytes / 1e6:8,.1f} MB  {name}"
         if self.live:
             print(f"\r\x1b[K{line[:100]}", end="", file=sys.stderr, flush=True)
         elif self.enabled and self.bytes >= self._next:

@@ -113,11 +113,11 @@ def run(options: argparse.Namespace) -> int:
         with failures_are_ours(options.bundle):
             quality = quantize(options.bundle, settings, printer.progress, printer.warn)
     except KeyboardInterrupt:
-        printer.clear()
         left = work_folder(options.bundle, options.variant)
-        if left.is_dir():
-            print(f"interrupted; the same command goes on from {left}, lfm-edge clean removes it", file=sys.stderr)
-        raise
+        if not left.is_dir():
+            raise
+        said = f"interrupted; the same command goes on from {left}, lfm-edge clean removes it"
+        raise KeyboardInterrupt(said) from None
     finally:
         printer.clear()
     if options.json:

@@ -184,6 +184,7 @@ def real_vocabulary(folder: Path, cfg: dict, like: str) -> None:
     to its ids.
     """
     spec = real_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
     image = cfg.get("image_token_id", cfg.get("image_token_index"))
     vocab, added = spec["model"]["vocab"], spec["added_tokens"]
     name_of = {i: token for token, i in vocab.items()} | {token["id"]: token["content"] for token in added}
@@ -235,11 +236,11 @@ def demo_vocabulary(folder: Path, vocabulary: int) -> None:
 
 def write(folder: Path, size: str, like: str = "lfm2.5", tokenizer: str = "real", seed: int = 0) -> int:
     """The whole checkpoint; returns the number of parameters."""
-    folder.mkdir(parents=True, exist_ok=True)
     cfg = config(size, like)
     if tokenizer == "real":
         real_vocabulary(folder, cfg, like)
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         demo_vocabulary(folder, cfg["text_config"]["vocab_size"])
     parameters = write_weights(folder / "model.safetensors", cfg, seed)
     for path in (SPELLINGS / like).iterdir():

@@ -143,7 +143,7 @@ def test_such_a_folder_is_not_written_over_another(demo_bundle, tmp_path, capsys
     assert main(["export", str(demo_bundle), "--genai", "--variant", "int8", "-o", str(tmp_path / "g")]) == 2
     assert "has no variant 'int8'" in capsys.readouterr().err
     assert main(["export", str(demo_bundle), "--genai", "--web", "-o", str(tmp_path / "g")]) == 2
-    assert "--web has no effect beside --genai" in capsys.readouterr().err
+    assert "--web and --genai exclude each other" in capsys.readouterr().err
     assert main(["export", str(CHECKPOINT), "--variant", "int8", "-o", str(tmp_path / "g")]) == 2
     assert "--variant has no effect without --genai" in capsys.readouterr().err
     assert not (tmp_path / "g").exists()

@@ -44,7 +44,7 @@ def test_a_bundle_for_browsers(demo_bundle, demo_model, tmp_path, capsys) -> Non
     [
         (["--portable"], "--portable has no effect beside --web"),
         (["--dtype", "fp16"], "--dtype has no effect beside --web"),
-        (["--static"], "--static has no effect beside --web"),
+        (["--static"], "--static and --web exclude each other"),
         (["--grid", "4x4"], "--grid has no effect without --static"),
     ],
 )

@@ -77,8 +77,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             code = step.run()
         except KeyboardInterrupt:
-            say("\ninterrupted; the same command goes on after the last finished step")
-            raise
+            raise KeyboardInterrupt("interrupted; the same command goes on after the last finished step") from None
         if code:
             how = "once that is mended, the same command goes on from there"
             if code == NOT_GOOD_ENOUGH:

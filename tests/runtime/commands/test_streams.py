@@ -338,7 +338,7 @@ def test_no_proc_beside_processes(demo_bundle, photo) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("module", ["lfm_runtime.commands.cli", "lfm_runtime.commands.console", "lfm_runtime.model"])
-def test_ctrl_c_while_modules_load_is_quiet(module, demo_bundle) -> None:
+def test_ctrl_c_while_modules_load_is_one_line(module, demo_bundle) -> None:
     """As it comes in the first tenths of a second, at any import."""
     script = f"""import sys
 class Interrupted:
@@ -352,4 +352,4 @@ sys.exit(start())"""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 130, done.stderr
-    assert not done.stderr.strip()
+    assert done.stderr.strip() in ("", "lfm-edge: interrupted")
