@@ -53,7 +53,7 @@ class Seat:
         """Sample the next token, and take those that follow from it."""
         reply = self.job.reply
         self.tokens = [self.sampler.next(logits)]
-        self.piece = reply.add(self.tokens[0])
+        self.piece = reply.add(self.tokens[0], self.sampler.odds.popleft() if self.sampler.odds else None)
         if reply.finished:
             self.job.finish()
             return

@@ -317,7 +317,7 @@ class Model:
         sampler = Sampler(job.settings, self.decoder.info.vocabulary, job.prompt.ids, job.guide)
         with closing(self._tokens(job, context, sampler, sampler.next(logits))) as tokens:
             for token in tokens:
-                piece = job.reply.add(token)
+                piece = job.reply.add(token, sampler.odds.popleft() if sampler.odds else None)
                 if piece:
                     yield piece
                 if job.reply.finished:

@@ -25,6 +25,8 @@ _EXTRACT = (
 )
 """The system prompt that LFM2.5-VL's Extract checkpoints were trained with; their user turn is the image alone."""
 _MOST_FIELDS = 200
+_NO_PART_OF_AN_ANSWER = ("schema", "tool_choice", "ignore_eos", "speculate", "logprobs")
+"""Generation settings that records of the same file may differ in, or that they name elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _names(node: Any) -> list[str]:
 def settings_of(setup: Setup, asking: Asking) -> dict[str, Any]:
     """All that an answer depends on, but for the image: two records with the same settings can stand in one file."""
     chosen = setup.generation.with_changes(asking.generation)
-    names = [f.name for f in fields(chosen) if f.name not in ("schema", "tool_choice", "ignore_eos", "speculate")]
+    names = [f.name for f in fields(chosen) if f.name not in _NO_PART_OF_AN_ANSWER]
     paths = setup.bundle.graphs_read(setup.variant, setup.prefill)
     weights = "\n".join(part for path in paths for part in setup.bundle.fingerprint(path))
     return {

@@ -52,6 +52,23 @@ def test_parse_with_pydantic(server) -> None:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, Seen)
 
 
+def test_logprobs(server, demo_model) -> None:
+    """By OpenAI's client, streamed and not: each token's, in order, and the likeliest."""
+    words = {"model": "any", "messages": asked(), "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    create = client(server).chat.completions.create
+    whole = create(**words).choices[0]
+    found = whole.logprobs.content
+    assert b"".join(bytes(one.bytes) for one in found).decode() == whole.message.content
+    answer = demo_model.answer(PICTURES[0], QUESTION, temperature=0, logprobs=2)
+    answer.text()
+    assert [one.logprob for one in found] == pytest.approx([odds.logprob for odds in answer.odds], abs=1e-4)
+    assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].logprob >= one.logprob for one in found)
+    choices = [choice for chunk in create(**words, stream=True) for choice in chunk.choices]
+    streamed = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in found]
+    assert create(model="any", messages=asked(), temperature=0).choices[0].logprobs is None
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_json_in_every_spelling(server, stream) -> None:
     """response_format of OpenAI, flat as llama.cpp has it, json_object with and without a schema; also in a stream."""
@@ -128,6 +145,9 @@ def test_the_ollama_package(server, demo_model) -> None:
     assert "".join(part.message.content for part in parts) == whole.message.content and parts[-1].done
     found = ask.chat(model=name, messages=messages, format=Seen.model_json_schema(), options={"temperature": 0})
     assert Seen.model_validate_json(found.message.content)
+    odds = ask.chat(model=name, messages=messages, options={"temperature": 0}, logprobs=True, top_logprobs=3).logprobs
+    assert "".join(one.token for one in odds) == whole.message.content
+    assert all(len(one.top_logprobs) == 3 for one in odds)
     with pytest.raises(ollama.ResponseError, match="max_tokens 0") as caught:
         ask.chat(model=name, messages=messages, options={"num_predict": 0})
     assert caught.value.status_code == 400

@@ -202,7 +202,9 @@ def test_turns_as_clients_send_them() -> None:
     ("field", "value", "says"),
     [
         ("n", 2, "one answer a request"),
-        ("logprobs", True, "logprobs are not given"),
+        ("logprobs", 3, "true or false is needed"),
+        ("top_logprobs", 3, "no effect without logprobs"),
+        ("top_logprobs", 21, "allowed: 0 to 20"),
         ("tools", [{"type": "function"}], "no function.name"),
         ("tools", [{"function": {"name": "f", "parameters": 3}}], "is not an object"),
         ("functions", [{"name": "f"}], "older name of tools"),

@@ -76,6 +76,21 @@ def test_a_call_whose_arguments_follow_the_schema(tools_server, seed) -> None:
     jsonschema.validate(json.loads(call.function.arguments), schema)
 
 
+ODD = {"type": "object", "required": ["how bright?"], "properties": {"how bright?": {"enum": [1, 2]}, "a=b": {"type": "boolean"}, "": {"type": "null"}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["light.set", "set the light", 'quote"s'])
+def test_names_that_cannot_stand_in_a_call(tools_server, name) -> None:
+    """Such a call is written as JSON, which can have them."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": ODD}}, TOOLS[1]]
+    chosen = {"type": "function", "function": {"name": name}}
+    for seed in range(3):
+        found = ask(tools_server, tools=tools, tool_choice=chosen, temperature=1.0, seed=seed).choices[0]
+        (call,) = found.message.tool_calls
+        assert call.function.name == name
+        jsonschema.validate(json.loads(call.function.arguments), {**ODD, "additionalProperties": False})
+
+
 def test_the_named_tool_streamed(tools_server) -> None:
     chosen = {"type": "function", "function": {"name": "light.set"}}
     whole = ask(tools_server, tools=TOOLS, tool_choice=chosen, temperature=0).choices[0].message.tool_calls[0]

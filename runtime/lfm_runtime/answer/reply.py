@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lfm_runtime.decode.guide import Guide
+from lfm_runtime.decode.odds import Odds
 from lfm_runtime.decode.sampling import GenerationSettings
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.report import WRITTEN, Report
@@ -48,6 +49,11 @@ class Answer:
         return self.reply.report
 
     @property
+    def odds(self) -> Sequence[Odds]:
+        """With the setting `logprobs`, how likely each token of the text so far was."""
+        return self.reply.odds
+
+    @property
     def calls(self) -> Sequence[ToolCall]:
         """The calls of tools that it has made so far."""
         return self.reply.calls
@@ -79,6 +85,9 @@ class Reply:
         """`room`: tokens that still fit the context; `tools`: what the answer may call; `guide`: its grammar."""
         self.report = report
         self.calls: list[ToolCall] = []
+        self.odds: list[Odds] = []
+        """With the setting `logprobs`, of each token of the text."""
+        self._given = 0
         self._tokenizer, self._tools, self._guide = tokenizer, tools, guide
         self._call: bytearray | None = None  # what stands between a call's special tokens
         self.first_token: float | None = None
@@ -91,7 +100,7 @@ class Reply:
         """Whether the answer is over, so that no more tokens are to be generated."""
         return bool(self.report.finish_reason)
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, odds: Odds | None = None) -> str:
         """Take a generated token; return the text that has become certain with it."""
         known = time.perf_counter()
         self.first_token = self.first_token or known
@@ -102,6 +111,8 @@ class Reply:
             report.finish_reason = "eos"
         else:
             piece = self._stops.pass_on(self._text(token))
+            if odds and self._call is None and token not in self._tokenizer.special:
+                self.odds.append(odds)
             if self._stops.found:
                 report.finish_reason = "stop"
             elif self._guide and self._guide.finished:
@@ -117,6 +128,15 @@ class Reply:
         report.text += piece
         report.spans.append((WRITTEN, known, time.perf_counter()))
         return piece
+
+    def new_odds(self) -> Sequence[Odds]:
+        """Those of `odds` that this function has not given yet."""
+        begin, self._given = self._given, len(self.odds)
+        return self.odds[begin : self._given]
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for."""
+        return self._tokenizer.token_bytes(token)
 
     def _text(self, token: int) -> str:
         """The text that a token completes; none of a call, which is not text."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lfm_runtime.errors import SettingError
 from lfm_runtime.installation import install_advice
 from lfm_runtime.text.tokenizer import Tokenizer
-from lfm_runtime.text.tool_calls import CALL_END, CALL_START, function_of
+from lfm_runtime.text.tool_calls import CALL_END, CALL_START, function_of, is_name
 
 _SPELLING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write JSON; free white space is where small models run on without end."""
@@ -192,11 +192,20 @@ def _closed(schema: Any) -> Any:
 
 
 def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
-    """Lark rules for one function's call: the required arguments, then any of the others, each in its order."""
+    """Lark rules for one function's call: the required arguments, then any of the others, each in its order. Where a
+    name cannot stand in a call, the call is written as JSON.
+    """
     parameters = function.get("parameters") or {}
     if found := _not_enforced(parameters):
         raise ValueError(found)
     properties, required = parameters.get("properties") or {}, parameters.get("required") or []
+    if not all(map(is_name, (str(function.get("name")), *properties))):
+        whole = {**_closed({"type": "object", **parameters}), "x-guidance": _SPELLING}
+        before = json.dumps({"name": function.get("name"), "arguments": None}).removesuffix("null}")
+        return [
+            f'{rule}: {json.dumps(before)} {rule}_all "}}"',
+            f"{rule}_all: %json {json.dumps(whole, allow_nan=False)}",
+        ]
     definitions = _closed({k: v for k, v in parameters.items() if k in ("$defs", "definitions")})
     rules: list[str] = []
     given: list[str] = []

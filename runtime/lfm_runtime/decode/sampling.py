@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import numbers
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.guide import Guide
+from lfm_runtime.decode.odds import MOST_OTHERS, Odds, log_softmax, odds_of
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import MANY_TOKENS
 
@@ -35,6 +37,7 @@ _KINDS: dict[str, type] = {
     "max_new_tokens": int,
     "seed": int,
     "speculate": int,
+    "logprobs": int,
 }
 _WORDS = {float: "a number", int: "a whole number"}
 _IN_FILES = ("temperature", "min_p", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
@@ -84,6 +87,7 @@ class Generation(TypedDict, total=False):
     speculate: int | None
     schema: str | Mapping[str, Any] | None
     tool_choice: str | None
+    logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,13 @@ class GenerationSettings:
     speculate: int = 0  # speculative tokens a step, from prompt lookup; 0 off
     schema: str | None = None  # JSON schema, as JSON, that the answer follows
     tool_choice: str = "auto"  # required, or a tool's name: the answer is a call
+    logprobs: int | None = None  # keep each token's log probability, and those of so many of the likeliest
 
     def __post_init__(self) -> None:
         """Raise SettingError for a value of another kind or outside its range."""
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if not _is(value, kind) and not (value is None and name == "seed"):
+            if not _is(value, kind) and not (value is None and name in ("seed", "logprobs")):
                 raise SettingError(f"{name} is {repr(value)[:60]}; {_WORDS[kind]} is needed")
         for name, ok, allowed in (
             ("temperature", self.temperature == 0 or _LEAST <= self.temperature <= _MOST, f"0 (greedy), {_RANGE}"),
@@ -118,6 +123,7 @@ class GenerationSettings:
             ("max_new_tokens", 1 <= self.max_new_tokens <= 1 << 20, "1 to 1048576"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_OTHERS, f"0 to {MOST_OTHERS}"),
             ("speculate", 0 <= self.speculate <= MANY_TOKENS - 2, f"0 (off) to {MANY_TOKENS - 2}"),
         ):
             if not ok:
@@ -184,6 +190,8 @@ class Sampler:
     ) -> None:
         """`guide`: the grammar that the answer follows."""
         self.settings, self._guide = settings, guide
+        self.odds: deque[Odds] = deque()
+        """With `logprobs`, of each token drawn, until somebody takes them."""
         # Importing numpy.random, or what np.unique imports, takes longer than a prompt of text: 50 ms each.
         self._random = random.Random(settings.seed)  # noqa: S311
         seen = np.array(sorted(set(prompt)), np.int64)
@@ -196,13 +204,21 @@ class Sampler:
         """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is
         fetched if need be.
         """
+        count, known = self.settings.logprobs, None
+        if count is not None:
+            logits = logits if isinstance(logits, np.ndarray) else logits.whole()
+            known = log_softmax(logits)
         token = self._next_of(logits) if isinstance(logits, np.ndarray) else self._next_of_top(logits)
+        if known is not None and count is not None:
+            self.odds.append(odds_of(known, token, count))
         self._note(token)
         return token
 
     def forced(self) -> Iterator[int]:
-        """The ids that come next for sure, each of them taken as if it had been drawn."""
-        for token in self._guide.forced() if self._guide else ():
+        """The ids that come next for sure, each of them taken as if it had been drawn; none with `logprobs`, which have
+        to be computed.
+        """
+        for token in self._guide.forced() if self._guide and self.settings.logprobs is None else ():
             self._note(token)
             yield token
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.decoder import Decoder
+from lfm_runtime.decode.odds import log_softmax
 from lfm_runtime.decode.sampling import Top
 from lfm_runtime.decode.state import State
 from lfm_runtime.decode.states import SharedState
@@ -27,14 +28,14 @@ def log_likelihood(
         ends: the tokens that end an answer; any of them.
     """
     mark = state.mark()
-    total = float(_log_softmax(logits)[answer[0]])
+    total = float(log_softmax(logits)[answer[0]])
     try:
         at = 0
         while at < len(answer):
             rows = _after(decoder, state, answer[at : at + MANY_TOKENS - 1])
             for row in rows:
                 at += 1
-                known = _log_softmax(row)
+                known = log_softmax(row)
                 total += float(known[answer[at]] if at < len(answer) else np.logaddexp.reduce(known[list(ends)]))
     finally:
         state.rewind(mark)
@@ -50,8 +51,3 @@ def _after(decoder: Decoder, state: State, tokens: Sequence[int]) -> Sequence[ND
         logits = state.step_token(token)
         found.append(logits.whole() if isinstance(logits, Top) else logits.copy())
     return found
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))

@@ -18,12 +18,13 @@ CALL_START, CALL_END = "<|tool_call_start|>", "<|tool_call_end|>"
 _STRING = r"""(?:\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
 _QUOTES_INSIDE = r"""(?P<quote>["'])(?:.*?)(?P=quote)(?=\s*(?:,\s*[\w.-]+\s*[=:]|,\s*["'\[{(\d-]|[)\]}:]))"""
 """A string whose own quotes are not escaped, as LFM2.5's template writes them: it ends where something else begins."""
+_NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*(?:-\w+)*"
 _TOKENS = [
     re.compile(
         rf"""\s*(?:
       (?P<string>{string})
     | (?P<number>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
-    | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*(?:-\w+)*)
+    | (?P<name>{_NAME})
     | (?P<mark>[\[\](){{}}:,;=])
     | (?P<end>\Z)
     )""",
@@ -53,6 +54,11 @@ def parse_calls(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple[Too
         return _Calls(text, tools, _TOKENS[0]).all()
     except ValueError:
         return _Calls(text, tools, _TOKENS[1]).all()
+
+
+def is_name(text: str) -> bool:
+    """Whether a function or an argument of this name can stand in a call; JSON can have any."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def written(calls: Sequence[ToolCall], text: Callable[[str], str] = str) -> str:

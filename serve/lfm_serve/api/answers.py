@@ -37,7 +37,7 @@ class Completion:
         message: dict[str, Any] = {"role": "assistant", "content": report.text, "refusal": None}
         if reply.calls:
             message |= {"content": report.text or None, "tool_calls": [_call(call) for call in reply.calls]}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason(reply)}
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(reply), "finish_reason": reason(reply)}
         head = self._head("chat.completion")
         return {**head, "choices": [choice], "usage": usage(report), "timings": timings(report), **self._boxes(report)}
 
@@ -47,7 +47,8 @@ class Completion:
 
     def piece(self, text: str, reply: Reply) -> bytes:
         """A chunk of text."""
-        return self._chunk({"content": text}, None, **({"timings": _so_far(reply)} if self.with_timings else {}))
+        timings = {"timings": _so_far(reply)} if self.with_timings else {}
+        return self._chunk({"content": text}, None, self._logprobs(reply), **timings)
 
     def working(self) -> bytes:
         """A comment."""
@@ -58,7 +59,7 @@ class Completion:
         report, end = reply.report, b""
         for n, call in enumerate(reply.calls):
             end += self._chunk({"tool_calls": [{"index": n, **_call(call)}]}, None)
-        end += self._chunk({}, reason(reply), timings=timings(report), **self._boxes(report))
+        end += self._chunk({}, reason(reply), self._logprobs(reply), timings=timings(report), **self._boxes(report))
         if self.with_usage:
             end += event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(report)})
         return end + b"data: [DONE]\n\n"
@@ -72,8 +73,15 @@ class Completion:
         boxes = parse_boxes(report.text, self.sizes) if self.sizes and "[" in report.text else []
         return {"boxes": [asdict(box) for box in boxes]} if boxes else {}
 
-    def _chunk(self, delta: dict[str, Any], finish: str | None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _logprobs(self, reply: Reply) -> dict[str, Any] | None:
+        """Of the tokens since the chunk before; None where there are none, or they were not asked for."""
+        found = new_logprobs(reply)
+        return {"content": found, "refusal": None} if found else None
+
+    def _chunk(
+        self, delta: dict[str, Any], finish: str | None, logprobs: dict[str, Any] | None = None, **more: Any
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **more})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -95,6 +103,19 @@ def _call(call: ToolCall) -> dict[str, Any]:
     arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
     identity = f"call_{secrets.token_hex(12)}"
     return {"id": identity, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def new_logprobs(reply: Reply) -> list[dict[str, Any]]:
+    """How likely each token was that was not asked about before, as OpenAI and Ollama write it."""
+
+    def shown(token: int, logprob: float) -> dict[str, Any]:
+        text = reply.bytes_of(token)
+        return {"token": text.decode("utf-8", "replace"), "logprob": round(logprob, 6), "bytes": list(text)}
+
+    return [
+        {**shown(odds.token, odds.logprob), "top_logprobs": [shown(*one) for one in odds.likeliest]}
+        for odds in reply.new_odds()
+    ]
 
 
 def usage(report: Report) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lfm_profiles.schema import IMAGE_SETTINGS
+from lfm_runtime.decode.odds import MOST_OTHERS
 from lfm_runtime.decode.sampling import Generation
 from lfm_runtime.text.messages import IMAGE, Conversation, Message, Place, Role, ToolCall
 from lfm_runtime.text.tool_calls import function_of
@@ -92,8 +93,6 @@ def _check_not_built(body: Mapping[str, Any]) -> None:
 
     if body.get("n") not in (None, 1):
         refuse("n", "n: one answer a request is made; ask several times")
-    if body.get("logprobs") or body.get("top_logprobs"):
-        refuse("logprobs", "logprobs are not given; leave them out")
     if body.get("functions"):
         refuse("functions", "functions are an older name of tools; send tools")
     for name in _OTHER_GRAMMARS:
@@ -260,6 +259,15 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         if not all(isinstance(text, str) and text for text in texts):
             raise ApiError(400, "stop must be a text, or a list of texts that are not empty", None, "stop")
         found["stop"] = tuple(texts)
+    likeliest = typed(body, "top_logprobs", int) or 0
+    if not 0 <= likeliest <= MOST_OTHERS:
+        raise ApiError(
+            400, f"top_logprobs {likeliest} is impossible; allowed: 0 to {MOST_OTHERS}", None, "top_logprobs"
+        )
+    if typed(body, "logprobs", bool):
+        found["logprobs"] = likeliest
+    elif likeliest:
+        raise ApiError(400, "top_logprobs has no effect without logprobs: true", None, "top_logprobs")
     if typed(body, "ignore_eos", bool):  # llama.cpp's, for measuring
         found["ignore_eos"] = True
     return cast("Generation", found)

@@ -11,7 +11,7 @@ from lfm_runtime.answer.reply import Reply
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.text.spec import ChatFormat
 
-from lfm_serve.api.answers import reason
+from lfm_serve.api.answers import new_logprobs, reason
 from lfm_serve.api.chat import NOT_APPLIED, Asked, parse, typed
 from lfm_serve.api.errors import ApiError, as_json
 
@@ -82,15 +82,15 @@ class ChatLines:
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The answer as one object."""
         message: dict[str, Any] = {"role": "assistant", "content": reply.report.text}
-        return {**self._head(), "message": {**message, **_calls(reply)}, **_end(reply)}
+        return {**self._head(), "message": {**message, **_calls(reply)}, **_logprobs(reply), **_end(reply)}
 
     def first(self) -> bytes:
         """Nothing: the first line is of the first text."""
         return b""
 
-    def piece(self, text: str, _reply: Reply) -> bytes:
+    def piece(self, text: str, reply: Reply) -> bytes:
         """A line of text."""
-        return self._line({"message": {"role": "assistant", "content": text}, "done": False})
+        return self._line({"message": {"role": "assistant", "content": text}, **_logprobs(reply), "done": False})
 
     def working(self) -> bytes:
         """A line without text: the format has no comments."""
@@ -100,7 +100,7 @@ class ChatLines:
         """The line with the calls, if there are any, and that with the reason and the figures."""
         empty = {"role": "assistant", "content": ""}
         calls = self._line({"message": {**empty, **_calls(reply)}, "done": False}) if reply.calls else b""
-        return calls + self._line({"message": empty, **_end(reply)})
+        return calls + self._line({"message": empty, **_logprobs(reply), **_end(reply)})
 
     def failed(self, error: ApiError) -> bytes:
         """A line with the error."""
@@ -120,6 +120,11 @@ def _json(value: Any) -> bytes:
 def _calls(reply: Reply) -> dict[str, Any]:
     calls = [{"function": {"name": call.name, "arguments": dict(call.arguments)}} for call in reply.calls]
     return {"tool_calls": calls} if calls else {}
+
+
+def _logprobs(reply: Reply) -> dict[str, Any]:
+    found = new_logprobs(reply)
+    return {"logprobs": found} if found else {}
 
 
 def _end(reply: Reply) -> dict[str, Any]:
