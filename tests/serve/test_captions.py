@@ -15,6 +15,7 @@ from lfm_runtime.errors import SettingError
 from lfm_serve.asking import Asking
 from lfm_serve.captions.images import find
 from lfm_serve.captions.making import Counts
+from lfm_serve.captions.output import _shown
 from lfm_serve.captions.progress import Progress
 from lfm_serve.captions.setup import plan
 from pictures import IMAGES, QUESTION
@@ -152,7 +153,11 @@ def test_other_settings_are_named(caption, demo_bundle, folder, tmp_path, capsys
     caption("-p", "How many?", code=2)
     assert f"(question: '{QUESTION}', now 'How many?')" in capsys.readouterr().err
     caption("--max-image-tokens", "16", code=2)
-    assert "images: " in capsys.readouterr().err
+    assert "(images.max_image_tokens: 64, now 16)" in capsys.readouterr().err
+    caption("--max-new-tokens", "5", code=2)
+    assert "(generation.max_new_tokens: 64, now 5)" in capsys.readouterr().err
+    long = f"{'Look at this. ' * 9}How many {'shapes are there in it, and of which colours? ' * 3}"
+    assert _shown(repr(f"{long}?"), repr(f"{long}!")) != _shown(repr(f"{long}!"), repr(f"{long}?"))
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 

@@ -30,6 +30,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+_SHOWN = 60
+
+
 class JournalError(EdgeError):
     """The output cannot be used: the message says why, and what to do."""
 
@@ -89,11 +92,9 @@ class Output(ABC):
             if not self.records or not before:
                 self._write_settings(to_json(self._settings, indent=1) + "\n")
             return
-        unlike = [
-            f"{name}: {before.get(name)!r:.60}, now {value!r:.60}"
-            for name, value in settings.items()
-            if before and _plain(value) != before.get(name)
-        ]
+        unlike = [text for name, now in settings.items() for text in _unlike(name, before.get(name), _plain(now))]
+        if not before:
+            unlike = []
         silent = f"{place.rsplit('/', 1)[-1]} does not say which"
         raise JournalError(
             f"{self.name} was made with other settings ({'; '.join(unlike) or silent}); choose another output, or give "
@@ -121,6 +122,26 @@ def last_of_each(read: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[dict[
     for n, record in enumerate(read()):
         if last[record["path"]] == n:
             yield record
+
+
+def _unlike(name: str, before: Any, now: Any) -> Iterator[str]:
+    """In words, what differs in a setting; of settings in settings those alone that differ."""
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _unlike(f"{name}.{key}", before.get(key), now.get(key))
+        return
+    texts = [repr(one) if isinstance(one, str) else str(one) for one in (before, now)]
+    yield f"{name}: {_shown(*texts)}, now {_shown(*reversed(texts))}"
+
+
+def _shown(text: str, other: str) -> str:
+    """A text, of a long one what begins shortly before the two differ."""
+    first = next((n for n, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    begin = max(0, first - 20) if first > _SHOWN // 2 else 0
+    cut = text[begin : begin + _SHOWN]
+    return f"{'…' * (begin > 0)}{cut}{'…' * (begin + _SHOWN < len(text))}"
 
 
 def _plain(value: Any) -> Any:
