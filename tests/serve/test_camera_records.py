@@ -69,7 +69,7 @@ def test_a_full_disk_loses_records_and_says_how_many(tmp_path, monkeypatch) -> N
     file.close()
     assert len(said) == 2
     assert "records are lost until there is room" in said[0]
-    assert "3 records were lost" in said[1]
+    assert "3 records lost" in said[1]
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 2
 
 

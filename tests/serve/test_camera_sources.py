@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +185,35 @@ def test_videos_are_looked_at_by_their_own_time(tmp_path) -> None:
     (none := tmp_path / "none.mp4").write_bytes(b"no video" * 1000)
     with pytest.raises(SourceError):
         list(source_of(str(none), every=0, stall=1).frames())
+
+
+def test_one_picture_by_http_is_fetched_again_and_again(monkeypatch) -> None:
+    """As many cameras give their newest: no stream that is lost after each picture."""
+    streams = pytest.importorskip("lfm_serve.cameras.streams", exc_type=ImportError)
+    monkeypatch.setattr(streams, "_AGAIN_S", 0.01)
+    greys = iter(range(0, 250, 50))
+
+    class Camera(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = io.BytesIO()
+            Image.new("RGB", (64, 48), (next(greys),) * 3).save(content, "jpeg")
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", str(content.tell()))
+            self.end_headers()
+            self.wfile.write(content.getvalue())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Camera)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    frames = streams.Stream(f"http://127.0.0.1:{server.server_port}/snap.jpg", 10.0, device=False).frames()
+    seen = [next(frames) for _ in range(4)]
+    assert [frame.number for frame in seen] == [0, 1, 2, 3]
+    brightness = [np.asarray(frame.picture()).mean() for frame in seen]
+    assert all(later > earlier + 20 for earlier, later in itertools.pairwise(brightness))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SourceError):
+        list(frames)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from lfm_runtime.words import counted
 from watching import PATIENCE_S, free_port
 
 
@@ -107,6 +108,47 @@ def test_a_killed_process_is_said_to_be_offline(watching, broker, stills) -> Non
     heard.until(lambda told: told[-1] == ("home/gate/status", "offline"))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_tls(tmp_path, monkeypatch, known) -> None:
+    """A broker whose certificate an authority of one's own has signed, which OpenSSL is told of; or is not."""
+    pytest.importorskip("paho.mqtt")
+    from lfm_serve.cameras.mqtt import Published
+
+    program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not program or not shutil.which("openssl"):
+        pytest.skip("mosquitto or openssl is not installed")
+    port, said = free_port(), []
+    for words in (
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=authority -days 2",
+        "req -newkey rsa:2048 -nodes -keyout broker.key -out broker.csr -subj /CN=localhost -addext subjectAltName=DNS:localhost",
+        "x509 -req -in broker.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out broker.pem -days 2 -copy_extensions copy",
+    ):
+        subprocess.run(["openssl", *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "tls.conf").write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\ncertfile {tmp_path}/broker.pem\nkeyfile {tmp_path}/broker.key\n"
+        f"log_dest file {tmp_path}/log\nlog_type all\n"
+    )
+    broker = subprocess.Popen([program, "-c", str(tmp_path / "tls.conf")], stderr=subprocess.DEVNULL)
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    try:
+        published = Published(f"mqtts://localhost:{port}/home/gate", said.append)
+        published.write({"text": "open"})
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end and (published._waiting if known else not said):
+            time.sleep(0.05)
+        published.close()
+    finally:
+        broker.kill()
+        broker.wait()
+    if known:
+        assert "Received PUBLISH" in (tmp_path / "log").read_text()
+        assert not any("not delivered" in line for line in said)
+    else:
+        assert "no connection (host, port, network or TLS); trying again" in said[0]
+        assert "1 record not delivered" in said[-1]
+
+
 def test_a_wrong_password_is_told(watching, broker, stills) -> None:
     _, port = broker()
     found = watching(
@@ -115,4 +157,4 @@ def test_a_wrong_password_is_told(watching, broker, stills) -> None:
     found.until(lambda records: len(records) >= 2 and "Not authorized" in found.said.read_text())
     assert found.stop() == 0
     assert "wrong" not in found.said.read_text()
-    assert f"{len(found.records())} records were not delivered" in found.said.read_text()
+    assert f"{counted(len(found.records()), 'record')} not delivered" in found.said.read_text()

@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wheelhouse", type=Path, metavar="FOLDER", help="wheelhouse whose wheels are listed in the bill of materials"
     )
-    parser.add_argument(
-        "--split", default="0", metavar="SIZE", help="write parts of at most SIZE: 4G for FAT; unpack joins them"
-    )
+    parser.add_argument("--split", metavar="SIZE", help="write parts of at most SIZE: 4G for FAT; unpack joins them")
 
 
 def add_packing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,9 +129,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_package.signature import check_key
     from lfm_package.wheelhouse import read_wheelhouse
 
-    found = re.fullmatch(r"(\d+)([kMG]?)", options.split)
-    split = int(found[1]) * _UNITS[found[2]] if found else -1
-    if split < 0 or 0 < split < 10**6:
+    found = re.fullmatch(r"(\d+)([kMG]?)", options.split or "")
+    split = int(found[1]) * _UNITS[found[2]] if found else 0
+    if options.split is not None and split < 10**6:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
     check_place(options.output, force=options.force)
     if options.sign:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import paho.mqtt.client as paho
 from lfm_runtime.errors import SettingError
 from lfm_runtime.formats.files import to_json
+from lfm_runtime.words import counted
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -112,5 +113,5 @@ class Published:
 
     def _tell_lost(self) -> None:
         if self._lost:
-            self._warn(f"{self._shown}: {self._lost} records were not delivered")
+            self._warn(f"{self._shown}: {counted(self._lost, 'record')} not delivered")
             self._lost = 0

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import check_outside_bundles, check_writable
+from lfm_runtime.words import counted
 
 from lfm_serve.jsonl import FULL, append, json_line, locked
 
@@ -113,7 +114,7 @@ class Appended:
 
     def _tell_lost(self) -> None:
         if self._lost:
-            self._warn(f"{self._path}: {self._lost} records were lost for want of room")
+            self._warn(f"{self._path}: {counted(self._lost, 'record')} lost for want of room")
             self._lost = 0
 
 

@@ -74,7 +74,7 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
 
     Args:
         text: a URL, exec:COMMAND, a device, an image, a video or a folder.
-        every: seconds between two pictures of a video that are wanted.
+        every: seconds between two pictures that are wanted.
         stall: seconds without a picture after which a live source counts as lost.
 
     Raises:
@@ -108,7 +108,7 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
     except ImportError as e:
         raise SettingError(f"{masked(text)} needs the extra video: {install_advice('video')}") from e
     if scheme or device:
-        return Stream(text, stall, device=device)
+        return Stream(text, stall, device=device, every=every)
     return Video(text, every)
 
 

@@ -17,26 +17,43 @@ from lfm_serve.cameras.sources import OLD_S, Frame, SourceError, masked
 
 _SHORT_S = 1.0
 """Less may be missing of a video's length: the last frame is shown for a while."""
+_AGAIN_S, _SLICE_S = 1.0, 0.2
+"""After which a picture that is alone at its address is fetched again, where no longer time was asked for."""
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 class Stream:
-    """A live stream, or a device of Video4Linux."""
+    """A live stream, a device of Video4Linux, or a camera's newest picture at an address."""
 
     live = True
 
-    def __init__(self, address: str, stall: float, *, device: bool) -> None:
+    def __init__(self, address: str, stall: float, *, device: bool, every: float = 0.0) -> None:
         self.shown, self._address, self.stall, self._device = masked(address), address, stall, device
+        self._again = min(max(every, _AGAIN_S), stall)
         self._stopped = False
 
     def frames(self) -> Generator[Frame, None, None]:
-        """Implement Source.frames."""
+        """Implement Source.frames. What is one picture by HTTP is fetched again and again."""
+        number = 0
+        while not self._stopped:
+            before = number
+            for frame in self._once(number):
+                yield frame
+                number += 1
+            if number - before != 1 or not self._address.lower().startswith("http"):
+                raise SourceError("the stream ended")
+            until = time.monotonic() + self._again
+            while not self._stopped and (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, _SLICE_S))
+
+    def _once(self, number: int) -> Generator[Frame, None, None]:
+        """Open it, and give its pictures until it ends; the first has this number."""
         how: dict[str, Any] = {"timeout": (self.stall, self.stall)}
         if self._device:
             how["format"] = "video4linux2"
         elif self._address.lower().startswith("rtsp"):
             how["options"] = {"rtsp_transport": "tcp"}  # over UDP lost packets are smeared pictures
-        lag, number, held = Lag(), 0, None
+        lag, held = Lag(), None
         with _opened(self._address, **how) as container:
             stream = _video(container)
             stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
@@ -61,7 +78,6 @@ class Stream:
                         number += 1
             if held and not lag.caught_up:  # a snapshot: the only picture of its address
                 yield held
-        raise SourceError("the stream ended")
 
     def _packets(self, packets: Iterator[Any]) -> Iterator[tuple[Any, float]]:
         """Packets, and how long each was waited for."""
