@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -222,3 +224,23 @@ def test_what_cannot_be_is_one_line(demo_bundle, folder, tmp_path, capsys, monke
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_more_new_images_than_the_kernel_counts(folder) -> None:
+    """What watchdog says to its log alone, in its own words; all that is there is looked at again, once."""
+    inotify = pytest.importorskip("watchdog.observers.inotify_c")
+    watching = pytest.importorskip("lfm_serve.captions.watching")
+    lost = "filesystem events were lost"
+    if lost not in inspect.getsource(inotify):
+        pytest.skip("this watchdog does not tell")
+    said: list[str] = []
+    watch = watching.Watch([str(folder)], recursive=False, match=())
+    for _ in range(3):
+        logging.getLogger(inotify.__name__).warning("Inotify queue overflowed; %s", lost)
+    found = watch.paths([], lambda: iter(["a.png", "b.png"]), said.append)
+    assert [next(found), next(found)] == ["a.png", "b.png"]
+    (folder / "late.png").write_bytes(IMAGES[0].read_bytes())
+    assert next(found).endswith("late.png")
+    watch.stop()
+    assert list(found) == []
+    assert said == ["more images came at once than the kernel counts; looking at all that are there"]

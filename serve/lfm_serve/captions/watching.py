@@ -4,13 +4,14 @@ linked there, when nobody opens them to write.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import ImageError, SettingError
 from watchdog.events import FileSystemEventHandler
 from watchdog.observers import Observer
 
@@ -21,6 +22,10 @@ _SETTLED_S = 0.5
 """A file that is made by opening it is opened at once; one that was moved in is not opened at all."""
 
 
+_ALL = ""
+"""Instead of a path: what is there is to be looked at, as events were lost."""
+
+
 class Watch:
     """Paths that are there, then those that come. Watching begins before what is there is listed: none is missed."""
 
@@ -28,6 +33,7 @@ class Watch:
         """Raises SettingError for a place that is no folder, or that cannot be watched."""
         self._events: SimpleQueue[tuple[str, str]] = SimpleQueue()
         self._left, self._observer = len(folders), Observer()
+        logging.getLogger("watchdog").addHandler(_Overflow(self._events))
         for folder in folders:
             if not os.path.isdir(folder):  # noqa: PTH112  (as images.find)
                 raise SettingError(f"{folder} is not a folder; --watch waits for images in folders")
@@ -38,8 +44,12 @@ class Watch:
                 raise SettingError(f"{folder} cannot be watched ({e.strerror}); run again without --watch") from e
         self._observer.start()
 
-    def paths(self, there: Iterable[str], warn: Callable[[str], None]) -> Iterator[str]:
-        """Those of `there`, then new ones, until all folders are gone or `stop` is called."""
+    def paths(
+        self, there: Iterable[str], again: Callable[[], Iterable[str]], warn: Callable[[str], None]
+    ) -> Iterator[str]:
+        """Those of `there`, then new ones, until all folders are gone or `stop` is called. Where so many came at once
+        that the kernel dropped some, all that are there `again`.
+        """
         yield from there
         made: dict[str, float] = {}  # path → when it is taken if nobody opens it
         while self._left > 0:
@@ -50,21 +60,45 @@ class Watch:
             except Empty:
                 assert first is not None
                 del made[first]
-                yield first
+                if first == _ALL:
+                    yield from self._anew(again, warn)
+                else:
+                    yield first
                 continue
             made.pop(path, None)
             if kind == "closed":
                 yield path
-            elif kind == "made":
+            elif kind in ("made", "lost"):
                 made[path] = time.monotonic() + _SETTLED_S
             elif kind == "gone":
                 self._left -= 1
                 warn(f"{path} is gone, and watched no more")
 
+    @staticmethod
+    def _anew(again: Callable[[], Iterable[str]], warn: Callable[[str], None]) -> Iterator[str]:
+        warn("more images came at once than the kernel counts; looking at all that are there")
+        try:
+            yield from again()
+        except ImageError as e:  # a folder that is gone
+            warn(str(e))
+
     def stop(self) -> None:
         """End `paths`; may be called by a signal's handler."""
         self._left = 0
         self._events.put(("stop", ""))
+
+
+class _Overflow(logging.Handler):
+    """Passes on that the kernel's queue was full, which watchdog tells its log alone."""
+
+    def __init__(self, events: SimpleQueue[tuple[str, str]]) -> None:
+        super().__init__()
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Implement logging.Handler."""
+        if "filesystem events were lost" in record.getMessage():
+            self._events.put(("lost", _ALL))
 
 
 class _Handler(FileSystemEventHandler):

@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> int:
         sidecars = None
         if options.sidecar:
             sidecars = Sidecars(output.whole_records(), there, progress.warn, force=options.force)
-        paths = watch.paths(there.values(), progress.warn) if watch else there.values()
+        paths: Iterable[str] = there.values()
+        if watch:
+            paths = watch.paths(there.values(), lambda: maker.find(progress.warn), progress.warn)
         todo: Iterable[str] = missing(output, counts, paths, maker.is_unchanged, retry_errors=options.retry_errors)
         if not watch:
             todo = list(todo)
