@@ -169,7 +169,8 @@ def test_it_runs(page, place, monkeypatch, capsys) -> None:
         _DONE.add(tuple(words))
         code = run_short(words)
         said = capsys.readouterr().err
-        assert code in CODES.get(words[0], {0}), f"{command}: {code}: {said[-500:]}"
+        allowed = {0, 3} if "--fields" in words else CODES.get(words[0], {0})  # the demo's JSON may not end
+        assert code in allowed, f"{command}: {code}: {said[-500:]}"
 
 
 BLOCKS = [

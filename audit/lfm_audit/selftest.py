@@ -24,7 +24,7 @@ from lfm_runtime import Answer, Model, golden
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.engine.ort_release import refuses_links
 from lfm_runtime.engine.prepared import remove_damaged
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST
@@ -37,7 +37,6 @@ from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.messages import Message
-from lfm_runtime.words import counted
 
 from lfm_audit.measure.trial import Trial, start
 from lfm_audit.summary import inter_token, ttft

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 from lfm_audit.figures import Figure
 from lfm_audit.result import Audit, VariantResult

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from lfm_profiles import default_threads
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.words import counted
 from PIL import Image
 
 from lfm_package.make import EXPORT, STICK, Order, Step

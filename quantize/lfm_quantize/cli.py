@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lfm_profiles import VARIANTS
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,11 +83,7 @@ def quantize(
     bundle, manifest = Bundle.open(folder, replaced=outdated_files(settings.variant)), Manifest.of(folder)
     source = Source.open(bundle, settings.variant)
     recipe = _recipe(settings, source) if settings.rounds() else None
-    check_replaceable(folder)
-    _check_better(manifest, settings)
-    check_space(folder, bundle, source.variant)
-    if lost := lost_seal(folder):
-        warn(lost)
+    _check_place(bundle, manifest, settings, source.variant, warn)
     questions = _questions(settings, manifest, warn)
 
     with Work.open(folder, settings.variant, _key(settings, recipe, manifest, source, questions)) as work:
@@ -125,6 +121,15 @@ def quantize(
 
 def _answer_tokens(settings: Settings) -> int:
     return QUICK_TOKENS if settings.quick else CALIBRATION_TOKENS
+
+
+def _check_place(bundle: Bundle, manifest: Manifest, settings: Settings, start: str, warn: Warn) -> None:
+    """Raise BundleError or QuantizeError where the variant must not, or cannot, be written into the bundle."""
+    check_replaceable(bundle.folder)
+    _check_better(manifest, settings)
+    check_space(bundle.folder, bundle, start)
+    if lost := lost_seal(bundle.folder):
+        warn(lost)
 
 
 def _check_better(manifest: Manifest, settings: Settings) -> None:

@@ -1,4 +1,6 @@
-"""What can go wrong, said so that the person at the keyboard can act on it. Commands print these in one line."""
+"""What can go wrong, said so that the person at the keyboard can act on it. Commands print these in one line. And
+words of such lines.
+"""
 
 from __future__ import annotations
 
@@ -98,3 +100,9 @@ def unreadable(path: Path, cause: OSError, error: type[EdgeError], missing: str)
         return error(f"{path} is missing; {missing}")
     do = _DO.get(cause.errno or 0)
     return error(f"{path} cannot be read: {cause.strerror or cause}{f'; {do}' if do else ''}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2,000 images, 2 boxes."""
+    plural = "es" if noun.endswith("x") else "s"
+    return f"{number:,} {noun}{plural * (number != 1)}"

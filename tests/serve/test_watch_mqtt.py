@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 from watching import PATIENCE_S, free_port
 
 

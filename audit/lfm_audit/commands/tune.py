@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
-from lfm_runtime.errors import SettingError
-from lfm_runtime.words import counted
+from lfm_runtime.errors import SettingError, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 from lfm_audit.report import plots
 from lfm_audit.report.fleet import boards_table, kinds

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 from lfm_audit.compare import Change, changes, differences
 from lfm_audit.figures import Figure

@@ -12,7 +12,7 @@ from pathlib import Path
 from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.commands.cli import add_force_argument
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 

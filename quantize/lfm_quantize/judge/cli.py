@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 if TYPE_CHECKING:
     from lfm_runtime.questions import Question

@@ -8,8 +8,7 @@ from typing import Any
 
 import onnxruntime as ort
 from lfm_profiles import VARIANTS
-from lfm_runtime.errors import EdgeError
-from lfm_runtime.words import counted
+from lfm_runtime.errors import EdgeError, counted
 
 COSINE_FLOOR = 0.99
 """Lowest allowed 1st percentile of the image features' cosines."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lfm_runtime.decode.guide import Guide
-from lfm_runtime.decode.odds import Odds
-from lfm_runtime.decode.sampling import GenerationSettings
+from lfm_runtime.decode.sampling import GenerationSettings, Odds
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.report import WRITTEN, Report
 from lfm_runtime.text.messages import ToolCall

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"not enough memory to load {e.name or 'a Python package'} ({why}); {more_memory()}")
         return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt as e:  # a terminal has written ^C
-        print(f"{chr(10) * sys.stderr.isatty()}lfm-edge: {e or 'interrupted'}", file=sys.stderr)
+        print(f"{chr(10) * sys.stderr.isatty()}lfm-edge: {str(e) or 'interrupted'}", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
         sys.stderr.close()

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.guide import Guide
-from lfm_runtime.decode.odds import MOST_OTHERS, Odds, log_softmax, odds_of
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import MANY_TOKENS
 
 Logits = NDArray[np.float32]
+MOST_OTHERS = 20
+"""Tokens whose odds are kept at a place, at most."""
 _LEAST, _MOST = 1e-6, 1e6
 _RANGE = "0.000001 to 1000000"
 """What logits are divided by; beyond it they are no numbers any more."""
@@ -171,6 +172,30 @@ class GenerationSettings:
                 f"{', '.join(useless)} has no effect at temperature 0 (greedy); set a temperature or leave it out"
             )
         return settings
+
+
+@dataclass(frozen=True)
+class Odds:
+    """A generated token, and the likeliest at its place, which may be others: natural logarithms of the probabilities
+    that the model gives them, before settings and grammars change them.
+    """
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()  # (id, its logarithm), falling
+
+
+def odds_of(logprobs: NDArray[np.float64], token: int, count: int) -> Odds:
+    """Of a token and the `count` likeliest, from `log_softmax` [vocabulary]."""
+    top = np.argpartition(logprobs, -count)[-count:] if count else np.empty(0, np.int64)
+    falling = sorted(((int(i), float(logprobs[i])) for i in top), key=lambda one: (-one[1], one[0]))
+    return Odds(token, float(logprobs[token]), tuple(falling))
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Logits [vocabulary] as logarithms of probabilities."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_runtime.decode.decoder import Decoder
-from lfm_runtime.decode.odds import log_softmax
-from lfm_runtime.decode.sampling import Top
+from lfm_runtime.decode.sampling import Top, log_softmax
 from lfm_runtime.decode.state import State
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.formats.contract import MANY_TOKENS

@@ -15,8 +15,7 @@ from lfm_profiles import Profile, adds_int8_in_16_bits, default_threads, physica
 
 from lfm_runtime.engine.gpu_wheel import CPU, CUDA
 from lfm_runtime.engine.ort_release import PLACEMENT_SINCE, onnxruntime_is
-from lfm_runtime.errors import SettingError
-from lfm_runtime.words import counted
+from lfm_runtime.errors import SettingError, counted
 
 _log = logging.getLogger(__name__)
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"

@@ -18,14 +18,13 @@ from lfm_runtime.engine.failures import reason
 from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError, OutOfMemoryError, is_out_of_memory, more_memory
+from lfm_runtime.errors import BundleError, OutOfMemoryError, counted, is_out_of_memory, more_memory
 from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings, lay_out
 from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.profile import generation_changes, image_changes
 from lfm_runtime.setup.variants import choose_variants
-from lfm_runtime.words import counted
 
 _FEW_VIEWS = 2
 Size = tuple[int, int]

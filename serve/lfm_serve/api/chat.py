@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lfm_profiles.schema import IMAGE_SETTINGS
-from lfm_runtime.decode.odds import MOST_OTHERS
-from lfm_runtime.decode.sampling import Generation
+from lfm_runtime.decode.sampling import MOST_OTHERS, Generation
 from lfm_runtime.text.messages import IMAGE, Conversation, Message, Place, Role, ToolCall
 from lfm_runtime.text.tool_calls import function_of
 

@@ -9,9 +9,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import paho.mqtt.client as paho
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import SettingError, counted
 from lfm_runtime.formats.files import to_json
-from lfm_runtime.words import counted
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 

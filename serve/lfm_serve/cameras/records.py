@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import check_outside_bundles, check_writable
-from lfm_runtime.words import counted
 
 from lfm_serve.jsonl import FULL, append, json_line, locked
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 from lfm_runtime.commands.console import status_line
-from lfm_runtime.words import counted
+from lfm_runtime.errors import counted
 
 from lfm_serve.captions.making import Counts
 

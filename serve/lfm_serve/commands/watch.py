@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, setting_flags
-from lfm_runtime.errors import SettingError
-from lfm_runtime.words import counted
+from lfm_runtime.errors import SettingError, counted
 
 from lfm_serve.commands.asking import add_asking_arguments, add_generation_arguments, asking_of, check_asking
 from lfm_serve.stopping import stopping

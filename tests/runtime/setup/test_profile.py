@@ -213,7 +213,7 @@ def test_what_is_said_about_threads(demo_bundle, capsys, caplog) -> None:
     for words, says in [
         (["--threads", "0"], "threads 0 is impossible; allowed: 1 to 1024"),
         (["--affinity", "4000"], "affinity: this process may not use processor 4000; it may use"),
-        (["--threads", "3", "--affinity", ",".join(map(str, usable[:1]))], "affinity has 1 processors for 3 threads"),
+        (["--threads", "3", "--affinity", ",".join(map(str, usable[:1]))], "affinity has 1 processor for 3 threads"),
         (["--spinning", "0"], "spinning 0 is impossible"),
     ]:
         assert main(["run", str(demo_bundle), "-p", "x", *words]) == 2
