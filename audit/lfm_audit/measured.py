@@ -13,27 +13,28 @@ def keep_measured(bundle: Bundle, audit: Audit) -> None:
     """Remember an audit's figures beside what was prepared for this machine."""
     known = {}
     for variant, found in audit.variants.items():
-        vision, prefill, seconds = {}, {}, []
+        decode, preprocess, vision, prefill = {}, {}, {}, {}
         for name, image in found.images.items():
             size, stages = audit.workload.images[name], image.stages
             if image.views:
                 # Views of one image differ in size (thumbnails): means of both, so that sums agree. A token is 2 × 2
                 # patches.
+                preprocess[4 * image.image_tokens] = stages.preprocess_ms.median
                 vision[round(4 * image.image_tokens / image.views)] = stages.vision_ms.median / image.views
             prefill[image.prompt_tokens] = stages.prefill_ms.median
-            opening = stages.image_ms.median + stages.preprocess_ms.median
-            seconds.append(opening / (size.width * size.height / 1e6))
+            decode[size.width * size.height] = stages.image_ms.median
         # Of whole answers, pauses included: the median step is shorter where something now and then disturbs.
-        decode = [
+        steps = [
             1e3 / rate for image in found.images.values() if image.decode_tok_s and (rate := image.decode_tok_s.median)
         ]
-        if decode:
+        if steps:
             low_memory, weights = bool(found.settings["low_memory"]), audit.bundle.fingerprint[variant]
             known[cost_key(variant, found.prefill, found.threads, weights, low_memory=low_memory)] = Costs(
+                tuple(sorted(decode.items())),
+                tuple(sorted(preprocess.items())),
                 tuple(sorted(vision.items())),
                 tuple(sorted(prefill.items())),
-                float(np.median(decode)),
-                float(np.median(seconds)),
+                float(np.median(steps)),
                 max(image.stages.load_ms.median for image in found.images.values()),
                 audit.verdict.valid,
             )

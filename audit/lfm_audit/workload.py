@@ -10,8 +10,7 @@ from lfm_profiles import Profile
 from lfm_runtime.bundle import Bundle
 
 QUESTION = "Describe this image."
-SHORTEST_SOAK = 2
-"""Minutes."""
+SHORTEST_SOAK, LONGEST_SOAK = 2, 100_000  # minutes
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Settings:
             raise QuantizeError("--scheduler has no effect without --calibration, whose questions are answered there")
         if self.profile and not self.calibration:
             raise QuantizeError("--profile has no effect without --calibration, which the variant is judged with")
-        if self.floor is not None and not (self.calibration and self.floor > 0):
+        if self.floor is not None and not (self.calibration and 0 < self.floor < math.inf):
             raise QuantizeError("--floor needs --calibration and a KL divergence above 0, such as 0.01")
         if self.max_size is not None and not (
             self.calibration and self.variant == "int4" and not self.recipe and not self.method
@@ -71,7 +72,7 @@ class Settings:
             raise QuantizeError(
                 "--max-size searches precisions: it needs --variant int4 and --calibration, and no --recipe or --method"
             )
-        if self.max_size is not None and not self.max_size > 0:
+        if self.max_size is not None and not 0 < self.max_size < math.inf:
             raise QuantizeError(f"--max-size {self.max_size:g} is impossible; allowed: megabytes above 0")
 
     def kl_floor(self) -> float:

@@ -153,6 +153,8 @@ def test_plan_knows_the_times_then(written, demo_bundle, capsys) -> None:
     assert main(["plan", str(demo_bundle), str(image), "--profile", "generic", "-p", QUESTION, "--json"]) == 0
     times = json.loads(capsys.readouterr().out)["times_ms"]
     known = json.loads(written.read_text())["variants"]["fp32"]["images"]["512x512"]
+    opening = sum(known["stages"][stage]["median"] for stage in ("image_ms", "preprocess_ms"))
+    assert times["image"] == pytest.approx(opening, rel=0.01)
     assert times["vision"] == pytest.approx(known["stages"]["vision_ms"]["median"], rel=0.5)
     assert times["prefill"] == pytest.approx(known["stages"]["prefill_ms"]["median"], rel=0.01)
     assert main(["plan", str(demo_bundle), "--profile", "generic", "--threads", "1"]) == 0
@@ -482,6 +484,7 @@ def test_images_found(tmp_path, images) -> None:
         (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
         (["--new-tokens", "0"], "new-tokens 0 is impossible"),
         (["--soak", "-1"], "soak -1"),
+        (["--soak", "inf"], "soak inf is impossible; allowed: 2 to 100000 minutes"),
         (["-o", "nowhere/audit.json"], "is not a folder"),
         (["--images", "nowhere"], "nowhere is not a folder of images"),
     ],

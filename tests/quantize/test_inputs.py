@@ -227,6 +227,8 @@ def test_a_quick_run_takes_a_floor_and_searches_nothing() -> None:
         ({"variant": "int8-static"}, "int8-static needs --calibration"),
         ({"variant": "int4", "prompts": Path("p")}, "--prompts has no effect without --calibration"),
         ({"variant": "int4", "floor": 0.1}, "--floor needs --calibration"),
+        ({"variant": "int4", "calibration": (Path("c"),), "floor": float("inf")}, "KL divergence above 0"),
+        ({"variant": "int4", "calibration": (Path("c"),), "max_size": float("inf")}, "--max-size inf is impossible"),
         (
             {"variant": "int4", "floor": -1, "calibration": (Path("c"),)},
             "--floor needs --calibration and a KL divergence above 0",

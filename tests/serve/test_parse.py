@@ -225,6 +225,7 @@ def test_turns_as_clients_send_them() -> None:
         ("mirostat", 2, "not applied"),
         ("max_image_tokens", 64, "set where the server is started"),
         ("n_predict", 0, "is impossible"),
+        ("tool_choice", "required", "needs tools"),
     ],
 )
 def test_what_is_not_done_is_refused(field, value, says) -> None:
@@ -248,3 +249,10 @@ def test_ollamas_options_too() -> None:
     assert parse_chat(asked)
     with pytest.raises(ApiError, match="mirostat is not applied"):
         parse_chat({**asked, "options": {"mirostat": 1}})
+
+
+def test_two_limits_that_differ() -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    with pytest.raises(ApiError, match="max_completion_tokens 5 contradicts max_tokens"):
+        parse({**asked, "max_completion_tokens": 5})
+    assert parse({**asked, "max_completion_tokens": 2}).generation["max_new_tokens"] == 2

@@ -120,7 +120,7 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     from lfm_runtime.setup.resolve import resolve
     from lfm_runtime.setup.setup import Ask
 
-    from lfm_audit.workload import QUESTION, SHORTEST_SOAK, Workload
+    from lfm_audit.workload import LONGEST_SOAK, QUESTION, SHORTEST_SOAK, Workload
 
     bundle, flags = Bundle.open(options.bundle), setting_flags(options)
     if options.variants and "variant" in flags:
@@ -137,10 +137,10 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
         raise SettingError(f"--variants {options.variants} names one twice")
     if not 1 <= options.new_tokens <= 4096:
         raise SettingError(f"new-tokens {options.new_tokens} is impossible; allowed: 1 to 4096")
-    if options.soak and not options.soak >= SHORTEST_SOAK:
+    if options.soak and not SHORTEST_SOAK <= options.soak <= LONGEST_SOAK:
         raise SettingError(
-            f"soak {options.soak:g} is impossible; allowed: {SHORTEST_SOAK} and above, since minutes are compared with "
-            "the first"
+            f"soak {options.soak:g} is impossible; allowed: {SHORTEST_SOAK} to {LONGEST_SOAK} minutes, which are "
+            "compared with the first"
         )
     for variant in variants:
         bundle.graphs(variant)

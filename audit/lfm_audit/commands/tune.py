@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(
             f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above"
         )
+    if options.floor is not None and not 0 < options.floor < float("inf"):
+        raise SettingError(f"--floor {options.floor:g} is impossible; allowed: a KL divergence above 0, such as 0.1")
     output: Path = options.output
     if output.suffix != ".toml":
         raise SettingError(f"{output} cannot be written as a profile; name a .toml file")

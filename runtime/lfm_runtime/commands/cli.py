@@ -11,6 +11,7 @@ import difflib
 import errno
 import importlib
 import importlib.util
+import re
 import signal
 import sys
 import threading
@@ -109,10 +110,13 @@ class Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the option that was meant."""
 
+    _words: Sequence[str] = ()
+
     def without_dashes(self, words: list[str]) -> list[str]:
         """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the
         dashes.
         """
+        self._words = words
         if "--" not in words:
             return words
         at = words.index("--")
@@ -121,11 +125,20 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {words[at - 1]}: expected one argument")
         return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
 
+    def _of_a_negative(self, message: str) -> str:
+        """How a value is given that looks like an option; "" where none was."""
+        found = re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected one argument", message)
+        words = self._words
+        at = words.index(found[1]) + 1 if found and found[1] in words else len(words)
+        if found and at < len(words) and re.match(r"-[\d.]", words[at]):
+            return f"a value that begins with a dash is written {found[1]}={words[at]}; "
+        return ""
+
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
         meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {meant[0]}? " if meant else ""
+        hint = f"did you mean {meant[0]}? " if meant else self._of_a_negative(message)
         self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}for help: {self.prog} --help\n")
 
 

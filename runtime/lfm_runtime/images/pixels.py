@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lfm_runtime.errors import ImageError
+from lfm_runtime.errors import ImageError, SettingError
 from lfm_runtime.formats.files import holds_a_model
 from lfm_runtime.images.files import ORIENTATION, grey_levels, open_file, transparent_sample, upright_size
 from lfm_runtime.images.layout import ImageLayout, ImageSettings
@@ -94,7 +94,7 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
             with nullcontext() if image is source else image:  # closes the file
                 _check_size(image, name, max_megapixels)
                 yield image
-    except (ImageError, MemoryError):
+    except (ImageError, SettingError, MemoryError):
         raise
     except FileNotFoundError as e:
         do = "download it first" if re.match(r"\w+://", name) else "check the path"
@@ -136,8 +136,10 @@ def _read(source: ImageLike) -> Image.Image:
 def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
     if image.width < 1 or image.height < 1:
         raise ImageError(f"{name} has no pixels ({image.width}×{image.height})")
+    if not max_megapixels > 0:
+        raise SettingError(f"max_megapixels {max_megapixels:g} is impossible; allowed: above 0")
     megapixels = image.width * image.height / 1e6
-    if not megapixels <= max_megapixels:  # nan is no limit
+    if megapixels > max_megapixels:
         raise ImageError(
             f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; make it smaller, or raise the "
             "limit of run and chat with --max-megapixels"

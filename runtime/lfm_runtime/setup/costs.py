@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,18 +19,25 @@ from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import read_json_object, to_json, write_whole
 
 _NAME = "measured.json"
+Pairs: TypeAlias = "tuple[tuple[int, float], ...]"
+"""(so many, ms), rising."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one variant with so many threads, here: (patches or tokens, ms) pairs in rising order, and ms a token."""
+    """Of one variant with so many threads, here."""
 
-    vision: tuple[tuple[int, float], ...]
-    prefill: tuple[tuple[int, float], ...]
+    decode: Pairs  # of an image's pixels
+    preprocess: Pairs  # of its patches
+    vision: Pairs  # of a view's patches
+    prefill: Pairs  # of a prompt's tokens
     inter_token_ms: float
-    image_ms: float  # opening and cutting, a megapixel
     load_ms: float  # with low_memory: of an answer
     valid: bool  # whether the audit was
+
+    def image_ms(self, pixels: int, patches: int) -> float:
+        """Return the time to decode an image of so many pixels and to cut it into so many patches, in ms."""
+        return _along(self.decode, pixels) + _along(self.preprocess, patches)
 
     def vision_ms(self, patches: int) -> float:
         """Return the time to encode one view of so many patches, in ms."""
@@ -54,19 +61,15 @@ def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, 
     """What is known of a variant; None before the first audit of these weights with this onnxruntime here."""
     key = cost_key(variant, prefill, threads, fingerprint(bundle, variant, prefill), low_memory=low_memory)
     found = _read(folder_of(bundle.folder) / _NAME).get(key)
+    if found is None:
+        return None
     try:
-        return (
-            None
-            if found is None
-            else Costs(
-                tuple((int(n), float(ms)) for n, ms in found["vision"]),
-                tuple((int(n), float(ms)) for n, ms in found["prefill"]),
-                float(found["inter_token_ms"]),
-                float(found["image_ms"]),
-                float(found["load_ms"]),
-                bool(found["valid"]),
-            )
+        opening, cutting, encoding, reading = (
+            tuple((int(n), float(ms)) for n, ms in found[name])
+            for name in ("decode", "preprocess", "vision", "prefill")
         )
+        step, load = float(found["inter_token_ms"]), float(found["load_ms"])
+        return Costs(opening, cutting, encoding, reading, step, load, bool(found["valid"]))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -89,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}  # damaged: the next audit writes it anew
 
 
-def _along(pairs: tuple[tuple[int, float], ...], at: int) -> float:
+def _along(pairs: Pairs, at: int) -> float:
     """Return ms at `at`: interpolated linearly between the pairs, in proportion beyond them; 0 without any."""
     if not pairs or not at:
         return 0.0

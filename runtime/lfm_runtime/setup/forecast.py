@@ -53,7 +53,10 @@ class Forecast:
 
     def times_ms(self, costs: Costs, *, low_memory: bool) -> dict[str, float]:
         """Stages, first token and each further one, from what an audit measured."""
-        opening = sum(image.width * image.height for image in self.images) / 1e6 * costs.image_ms
+        opening = sum(
+            costs.image_ms(image.width * image.height, sum(v.rows * v.columns for v in image.views))
+            for image in self.images
+        )
         vision = sum(costs.vision_ms(view.rows * view.columns) for image in self.images for view in image.views)
         prefill = costs.prefill_ms(self.prompt_tokens)
         first = opening + costs.load_ms + vision + prefill

@@ -144,6 +144,8 @@ def _tools(body: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], str]:
     elif choice not in ("none", "auto", "required"):
         said = f"tool_choice {choice!r:.40} is not known; none, auto, required or a function"
         raise ApiError(400, said, None, "tool_choice")
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice: required needs tools", None, "tool_choice")
     if choice == "none" or not tools:
         return (), "auto"
     return tools, choice
@@ -247,7 +249,8 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         if value is not None and (name != "n_predict" or value != -1):  # llama.cpp's: no limit
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
-            found["max_new_tokens"] = value
+            if found.setdefault("max_new_tokens", value) != value:
+                raise ApiError(400, f"{name} {value} contradicts max_tokens; send one of them", None, name)
     top_k, seed = typed(body, "top_k", int), typed(body, "seed", int)
     if top_k is not None:
         found["top_k"] = max(0, top_k)  # -1: llama.cpp's off

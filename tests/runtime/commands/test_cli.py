@@ -55,7 +55,7 @@ def test_every_profile_that_is_named_is_validated(tmp_path, capsys) -> None:
     assert "say what to show: lfm-edge profile list, show" in capsys.readouterr().err
 
 
-def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle) -> None:
+def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle, photo) -> None:
     """A hub id, a stick, a bundle whose names a FAT mount shows in capitals, an empty question."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stick").mkdir()
@@ -72,9 +72,34 @@ def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle) -> Non
             ["run", str(demo_bundle), "-p", "x", "--max-new-tokens", "100000000"],
             "max_new_tokens 100000000 is impossible",
         ),
+        *(
+            (
+                ["run", str(demo_bundle), str(photo), "-p", "x", f"--max-megapixels={n}"],
+                f"max_megapixels {n} is impossible",
+            )
+            for n in ("nan", "-1", "0")
+        ),
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["watch", "b", "s", "--every", "-2s"],
+            "expected one argument; a value that begins with a dash is written --every=-2s",
+        ),
+        (["watch", "b", "s", "--every"], "expected one argument; for help"),
+        (["watch", "b", "s", "--every", "--quiet"], "expected one argument; for help"),
+    ],
+)
+def test_a_value_that_begins_with_a_dash(words, said, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_permissions_that_lack_where_no_reader_says_so(monkeypatch, capsys) -> None:

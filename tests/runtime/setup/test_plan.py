@@ -323,5 +323,5 @@ def test_python_does_what_run_does_under_a_memory_limit(demo_bundle, photo, spar
 def test_times_are_not_kept_where_nothing_may_be_written(demo_bundle, monkeypatch) -> None:
     """An audit by another user than who installed: it ends well, and plans go on without its times."""
     monkeypatch.setattr(costs, "folder_of", lambda folder: Path("/proc/self"))
-    costs.keep_costs(Bundle.open(demo_bundle), {"key": costs.Costs((), (), 1.0, 1.0, 1.0, valid=True)})
+    costs.keep_costs(Bundle.open(demo_bundle), {"key": costs.Costs((), (), (), (), 1.0, 1.0, valid=True)})
     assert not Path("/proc/self/measured.json").exists()
