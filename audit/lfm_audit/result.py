@@ -221,6 +221,12 @@ class VariantResult:
         """The variant that `kl` is the distance to."""
         return str((self.quality or {}).get("against", "fp32"))
 
+    @property
+    def kl_alone(self) -> bool:
+        """Whether `kl` is of the variant alone, and another one's decoder read the prompts of this audit."""
+        board = (self.quality or {}).get("board")
+        return self.prefill is not None and (not isinstance(board, Mapping) or board.get("prefill") != self.prefill)
+
 
 @dataclass(frozen=True)
 class MachineAt:

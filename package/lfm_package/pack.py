@@ -110,9 +110,9 @@ def is_packed(archive: Path, holds: str = MANIFEST) -> bool:
         return False
 
 
-def check_place(output: Path, *, force: bool) -> None:
+def check_place(output: Path, *, signed: bool, force: bool) -> None:
     """Before long work: raise EdgeError where `pack` would replace a file that it did not write: the archive, parts of
-    one, the sum or the bill of materials.
+    one, the sum or the bill of materials; or a signed archive by one that is not `signed`.
     """
     name = output.name
     sums, bill = output.with_name(f"{name}.sha256"), output.with_name(f"{name.removesuffix('.tar')}.cdx.json")
@@ -124,6 +124,8 @@ def check_place(output: Path, *, force: bool) -> None:
         (bill, is_bill),
     ):
         check_output(path, "lfm-edge pack", ours, force=force)
+    if not (force or signed) and output.exists() and output.stat().st_size and is_packed(output, SIGNATURE):
+        raise BundleError(f"{output} is signed; sign this one too: --sign KEY, or replace it with --force")
 
 
 def reduced(folder: Path, variants: Sequence[str]) -> Manifest:

@@ -111,6 +111,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     sections = {
         section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()
     }
+    _check_match(path, text, sections["match"])
     description, said = raw.pop("description", ""), raw.pop("name", path.stem)
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
     _check_together(path, text, values)
@@ -165,6 +166,13 @@ def _value(
         do = f"did you mean {meant[0]}?" if meant else f"allowed: {', '.join(known)}"
         raise ProfileError(f"{_where(path, text, key, section)}: unknown key {key!r}; {do}")
     return _checked(key, value, known[key], _where(path, text, key, section))
+
+
+def _check_match(path: Path, text: str, match: Mapping[str, Any]) -> None:
+    least, most = match.get("min_ram_mib", 0), match.get("max_ram_mib", 0)
+    if most and least > most:
+        where = _where(path, text, "min_ram_mib", "match")
+        raise ProfileError(f"{where}: min_ram_mib = {least} is above max_ram_mib = {most}")
 
 
 def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from lfm_quantize.recipe import Recipe
 from lfm_quantize.run import Made, Run
 from lfm_quantize.settings import Settings
 from lfm_quantize.source import Source
-from lfm_quantize.variant import check_size, check_space, save_graphs, with_graphs, with_quality
+from lfm_quantize.variant import calibration_marks, check_size, check_space, save_graphs, with_graphs, with_quality
 from lfm_quantize.work import Work
 
 MAKERS: Mapping[str, Callable[[Run], Made]] = {
@@ -127,6 +127,7 @@ def _check_place(bundle: Bundle, manifest: Manifest, settings: Settings, start: 
     """Raise BundleError or QuantizeError where the variant must not, or cannot, be written into the bundle."""
     check_replaceable(bundle.folder)
     _check_better(manifest, settings)
+    _check_dependents(manifest, settings)
     check_space(bundle.folder, bundle, start)
     if lost := lost_seal(bundle.folder):
         warn(lost)
@@ -143,6 +144,17 @@ def _check_better(manifest: Manifest, settings: Settings) -> None:
         raise QuantizeError(f"{variant} is there, {known}; name --calibration images, or replace it with --force")
     if settings.quick and not there.get("quick", False):
         raise QuantizeError(f"{variant} is there, {known} in full; leave --quick out, or replace it with --force")
+
+
+def _check_dependents(manifest: Manifest, settings: Settings) -> None:
+    """Raise QuantizeError where calibrated variants that use this one's weights would go."""
+    for variant in sorted(set(VARIANTS[settings.variant].dependents).intersection(manifest.variants)):
+        made = manifest.quantization.get(variant, {}).get("calibration")
+        if made and not settings.force:
+            raise QuantizeError(
+                f"{variant} is there, calibrated, and uses {settings.variant}'s weights: it would be removed; go on "
+                f"with --force, and quantize {variant} again"
+            )
 
 
 def _check_as_many(manifest: Manifest, settings: Settings, questions: _Questions) -> None:
@@ -170,7 +182,7 @@ def _judge(folder: Path, against: str, questions: list[Question], settings: Sett
 def _check(quality: Quality, settings: Settings, work: Work) -> None:
     """Raise GateError below the floor; nothing is kept then, as the same command would come to the same."""
     try:
-        check_floor(quality, settings.kl_floor(), quick=settings.quick)
+        check_floor(quality, settings.kl_floor(), quick=settings.quick, kept=settings.keep)
     except GateError:
         work.finished()
         raise
@@ -273,6 +285,7 @@ def _origin(source: Source, questions: _Questions) -> dict[str, Any]:
         "lfm_edge": __version__,
         "calibration": {
             "images": _images(questions.calibrate),
+            "sha256": calibration_marks(question.image for question in questions.calibrate),
             "questions": len(questions.calibrate),
             "skipped": questions.skipped,
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import onnx_ir as ir
 from lfm_profiles import FINEST, VARIANTS
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, counted
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import check_room
-from lfm_runtime.formats.manifest import MANIFEST, SUMS, Manifest, variant_files
+from lfm_runtime.formats.manifest import MANIFEST, SUMS, Manifest, file_hash, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import QuantizeError, edges, save
@@ -22,6 +22,8 @@ from lfm_quantize.passes.integers import TABLE
 from lfm_quantize.passes.kv import FIRST_ONNXRUNTIME
 from lfm_quantize.passes.table import look_up
 from lfm_quantize.source import Source
+
+_MARK = 16
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,32 @@ def with_quality(manifest: Manifest, quality: Quality) -> Manifest:
     return replace(manifest, quality={**manifest.quality, quality.variant: quality.to_dict()})
 
 
-def keep_quality(folder: Path, quality: Quality) -> str | None:
+def calibration_marks(images: Iterable[Path]) -> list[str]:
+    """By which images are known again: the beginnings of their files' SHA-256."""
+    return sorted({file_hash(image)[:_MARK] for image in set(images)})
+
+
+def keep_quality(folder: Path, quality: Quality, images: Iterable[Path]) -> str | None:
     """Write the numbers into a bundle's manifest; returns why they are not: they say nothing about the loss to the
-    float weights, or less than those that are there; the folder is packed, not ours, or cannot be written.
+    float weights on other `images` than those that calibrated, or less than those that are there; the folder is packed,
+    not ours, or cannot be written.
     """
     folder = folder.resolve()
     there = Manifest.read(folder)
     if there is None:
         return f"{folder} has no {MANIFEST} to keep the numbers in"
+    marks, used = calibration_marks(images), there.quantization.get(quality.variant, {}).get("calibration")
+    calibrated = used.get("sha256") if isinstance(used, dict) else None
+    if known := [mark for mark in marks if isinstance(calibrated, list) and mark in calibrated]:
+        few = f"{len(known)} of {counted(len(marks), 'image')} calibrated {quality.variant}"
+        return f"{few}, so that its loss on others is larger; the numbers are not kept"
     if quality.against not in FINEST or quality.against == quality.variant:
         kept = f"{MANIFEST} has the loss to {' or '.join(FINEST)}"
         return f"the numbers are not kept: {kept}, these are to {quality.against}"
     if (folder / SUMS).exists():
         return f"the numbers are not kept: {folder} was packed, and its {SUMS} names {MANIFEST}; judge before packing"
-    if known := _better(there.quality.get(quality.variant, {}), quality):
-        return f"the numbers are not kept: {MANIFEST} has {known}"
+    if better := _better(there.quality.get(quality.variant, {}), quality):
+        return f"the numbers are not kept: {MANIFEST} has {better}"
     try:
         with replacing(folder, elsewhere=False) as new:
             manifest = Manifest.of(folder)

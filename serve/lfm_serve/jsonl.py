@@ -14,6 +14,8 @@ from lfm_runtime.formats.files import to_json
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where there is no room for a record."""
+WATCHED = b'{"time": "'
+"""How each record of `lfm-edge watch` begins."""
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:

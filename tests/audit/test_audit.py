@@ -486,6 +486,7 @@ def test_images_found(tmp_path, images) -> None:
         (["--soak", "-1"], "soak -1"),
         (["--soak", "inf"], "soak inf is impossible; allowed: 2 to 100000 minutes"),
         (["-o", "nowhere/audit.json"], "is not a folder"),
+        (["--meter", "nowhere/watts.csv"], "nowhere is not a folder: no meter can write watts.csv there"),
         (["--images", "nowhere"], "nowhere is not a folder of images"),
     ],
 )

@@ -131,6 +131,14 @@ def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
     page = Page((tmp_path / "unlike.html").read_text())
     assert {"KL", "0.012 to fp32", "0.046 to int8"} <= set(page.words)
     assert "Quality and cost" not in page.headings, "they are not on one scale"
+    second["quality"]["against"], second["prefill"] = "fp32", "int8"
+    assert main(["report", str(write(tmp_path, "alone", audit))]) == 0
+    page = Page((tmp_path / "alone.html").read_text())
+    assert {"0.012", "0.046, alone"} <= set(page.words)
+    assert "Alone: without the prefill decoder that was used here" in " ".join(page.words)
+    second["quality"]["board"] = {"prefill": "int8"}
+    assert main(["report", str(write(tmp_path, "both", audit))]) == 0
+    assert "0.046" in Page((tmp_path / "both.html").read_text()).words
 
 
 def test_two_audits(audit, tmp_path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 from hub import Hub, Repository, running
-from lfm_runtime.setup.hub import HubId
+from lfm_runtime.setup.hub import HubError, HubId
 
 pytestmark = [pytest.mark.process, pytest.mark.transformers5]
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +244,8 @@ def test_what_is_an_id_and_what_a_path(tmp_path, monkeypatch) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").mkdir()
     assert HubId.parse("LiquidAI/LFM2-VL-450M") == HubId("LiquidAI/LFM2-VL-450M")
+    with pytest.raises(HubError, match="names no revision behind @"):
+        HubId.parse("LiquidAI/LFM2-VL-450M@")
     assert HubId.parse("LiquidAI/LFM2-VL-450M@refs/pr/1") == HubId("LiquidAI/LFM2-VL-450M", "refs/pr/1")
     for path in ("bundle", "./a/b", "../a", "/a/b", "a/b/c", "models/typo", "there/x", "~/a", "a/", "a//b", "C:\\a"):
         assert HubId.parse(path) is None, path

@@ -108,6 +108,7 @@ def test_extending_the_detected_one(tmp_path) -> None:
             "max_image_tokens = 64\nmin_image_tokens = 128\n",
             "line 2: min_image_tokens = 128 is above max_image_tokens = 64",
         ),
+        ("[match]\nmin_ram_mib = 9\nmax_ram_mib = 3\n", "line 2: min_ram_mib = 9 is above max_ram_mib = 3"),
         (
             "do_image_splitting = false\nmax_tiles = 3\n",
             "line 2: max_tiles has no effect beside do_image_splitting = false",

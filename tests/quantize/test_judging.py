@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -17,6 +18,7 @@ from bundles import read_manifest, tree
 from lfm_quantize.judge.distances import kl_divergence, standard_error
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import GateError
+from lfm_quantize.variant import calibration_marks
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
@@ -94,6 +96,15 @@ def test_only_the_loss_to_floats_is_kept(quantized, tmp_path, capsys) -> None:
         assert main(["quality", str(folder), "--variant", "int4", "--images", str(tmp_path / "q.jsonl"), *words]) == 0
         return capsys.readouterr()
 
+    marks = calibration_marks([tmp_path / json.loads(line)["image"]])
+    whole, of = Manifest.of(bundle), dict(Manifest.of(bundle).quantization["int4"])
+    assert len(of["calibration"]["sha256"]) == of["calibration"]["images"]
+    of["calibration"] = {**of["calibration"], "sha256": [*of["calibration"]["sha256"], *marks]}
+    replace(whole, quantization={**whole.quantization, "int4": of}, quality={}).write(bundle)
+    assert (
+        "1 of 1 image calibrated int4, so that its loss on others is larger; the numbers are not" in judged(bundle).err
+    )
+    whole.write(bundle)
     before = tree(bundle)
     assert "has the loss to fp32 or fp16, these are to int8" in judged(bundle, "--against", "int8").err
     itself = judged(bundle, "--against", "int4")
@@ -302,3 +313,15 @@ def test_the_floor_heeds_the_error(kl, error, questions, said) -> None:
             check_floor(quality, 0.1)
     else:
         assert said in check_floor(quality, 0.1)
+
+
+def test_what_to_keep_names_what_was_kept_as_well() -> None:
+    """Taken word for word, the advice does not go in a circle."""
+    from lfm_quantize.judge.quality import LayerError, check_floor
+
+    quality = quality_of(0.5, 0.01, 9)
+    quality.layers = [LayerError(f"text.layers.{n}", 0.1, 0.1, n / 10) for n in range(5)]
+    with pytest.raises(GateError) as refused:
+        check_floor(quality, 0.1, kept=("text.layers.0.*", "text.layers.4.*"))
+    said = re.findall(r"--keep '([^']+)'", str(refused.value))
+    assert said == ["text.layers.0.*", "text.layers.4.*", "text.layers.3.*", "text.layers.2.*"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import read_manifest
-from lfm_quantize.graph import constant, open_graph
+from lfm_quantize.graph import QuantizeError, constant, open_graph
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.quantize import quantize
 from lfm_quantize.settings import Settings
@@ -144,6 +144,8 @@ def test_a_new_base_takes_it_away(bundle, few, tmp_path) -> None:
     """Its offsets would point into files written anew."""
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     said: list[str] = []
+    with pytest.raises(QuantizeError, match="int4-kv8 is there, calibrated, and uses int4's weights"):
+        quantize(copy, Settings("int4", (few / "images",)))
     quantize(copy, Settings("int4", method="rtn", force=True), warn=said.append)
     assert any("int4-kv8" in line and "again" in line for line in said)
     found = Bundle.open(copy)

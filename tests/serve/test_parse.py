@@ -71,7 +71,7 @@ def test_base64_as_clients_write_it(data, urlsafe, broken, padded, percent) -> N
         ("http://169.254.169.254/latest", "fetches no URLs"),
         ("https://example.org/a.jpg", "fetches no URLs"),
         ("file:///etc/passwd", "file: URLs are not opened"),
-        ("photo.jpg", "an image is a data URI"),
+        ("photo.jpg", "an image is base64 text, or a data URI"),
         ("data:image/png;base64,###", "not valid base64"),
         ("data:image/png;base64,", "no bytes"),
     ],
@@ -256,3 +256,13 @@ def test_two_limits_that_differ() -> None:
     with pytest.raises(ApiError, match="max_completion_tokens 5 contradicts max_tokens"):
         parse({**asked, "max_completion_tokens": 5})
     assert parse({**asked, "max_completion_tokens": 2}).generation["max_new_tokens"] == 2
+
+
+def test_fields_that_change_nothing_are_named() -> None:
+    """So that the log can say once that they are ignored."""
+    choices = {"question": "Is it red?", "choices": ["yes", "no"]}
+    assert parse_choose({**choices, "temperature": 3, "model": "m"}).unused == ("temperature",)
+    asked = {"messages": [{"role": "user", "content": "x"}], "options": {"num_ctx": 100, "top_k": 3}, "keep_alive": 1}
+    assert parse_chat(asked).unused == ("options.num_ctx",)
+    with pytest.raises(ApiError, match=r"max_tokens is 3\.5; a whole number is needed"):
+        parse({"messages": [{"role": "user", "content": "x"}], "max_tokens": 3.5})

@@ -100,12 +100,14 @@ def test_choices_schemas_and_fields(watch, stills, tmp_path) -> None:
     assert any("error" in one for one in found)
 
 
-def test_records_are_appended_to_a_file(watch, stills, tmp_path) -> None:
+def test_records_are_appended_to_a_file(watch, stills, tmp_path, capsys) -> None:
     out = tmp_path / "out.jsonl"
     assert watch(str(stills), "-o", str(out)) == []
     with out.open("a") as f:
         f.write('{"time": "20')
     watch(str(stills), "-o", str(out))
+    assert main(["report", str(out)]) == 2
+    assert "out.jsonl has records of lfm-edge watch, not of lfm-edge caption" in capsys.readouterr().err
     assert [json.loads(line)["frame"] for line in out.read_text().splitlines()] == [*range(6), *range(6)]
 
 

@@ -44,6 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_arguments(parser)
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise SettingError for what cannot be."""
+    if not 0 <= options.minutes <= 1e5:
+        raise SettingError(
+            f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above"
+        )
+    if options.floor is not None and not 0 < options.floor < float("inf"):
+        raise SettingError(f"--floor {options.floor:g} is impossible; allowed: a KL divergence above 0, such as 0.1")
+    if options.output.suffix != ".toml":
+        raise SettingError(f"{options.output} cannot be written as a profile; name a .toml file")
+
+
 def run(options: argparse.Namespace) -> int:
     """Search until the time is over, print the front, write the profile and return 0."""
     from lfm_profiles import to_toml
@@ -61,15 +73,8 @@ def run(options: argparse.Namespace) -> int:
     from lfm_audit.tune.search import axes_of, tune
     from lfm_audit.tune.tuning import FLOOR, Tuning
 
-    if not 0 <= options.minutes <= 1e5:
-        raise SettingError(
-            f"minutes {options.minutes:g} is impossible; allowed: 0 (choose from what was measured before) and above"
-        )
-    if options.floor is not None and not 0 < options.floor < float("inf"):
-        raise SettingError(f"--floor {options.floor:g} is impossible; allowed: a KL divergence above 0, such as 0.1")
+    _check(options)
     output: Path = options.output
-    if output.suffix != ".toml":
-        raise SettingError(f"{output} cannot be written as a profile; name a .toml file")
     kept = output.with_suffix(".json")
     check_output(output, "lfm-edge tune", is_sealed, force=options.force)
     check_output(kept, "lfm-edge tune", is_tuning, force=False)

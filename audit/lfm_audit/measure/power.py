@@ -77,6 +77,8 @@ def integral(times: Sequence[float], values: Sequence[float], begin: float, end:
 
 def check_meter(path: Path) -> None:
     """Before long work: raise SettingError where the meter's file, which is read at the end, has other columns."""
+    if not path.parent.is_dir():
+        raise SettingError(f"{path.parent} is not a folder: no meter can write {path.name} there; check the path")
     if not path.exists():
         print(f"lfm-edge: {path} does not exist yet; it is read at the end", file=sys.stderr)
         return

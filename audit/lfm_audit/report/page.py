@@ -80,7 +80,12 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
             [answers_table(series), variants_table(series)],
             "Medians; the peak is the largest. ± is the median absolute deviation: half of the answers are within it. "
             "The first answer of each process is left out."
-            + (" KL divergence as measured when the variant was made." if any(one.result.kl for one in series) else ""),
+            + (" KL divergence as measured when the variant was made." if any(one.result.kl for one in series) else "")
+            + (
+                " Alone: without the prefill decoder that was used here; lfm-edge quality --profile judges both."
+                if any(one.result.kl and one.result.kl_alone for one in series)
+                else ""
+            ),
         ),
         Section("Limits", [limits_table(audits)]),
         Section(

@@ -122,7 +122,9 @@ def variants_table(series: Sequence[Series]) -> Table:
             _of(found.memory.anonymous_mib, 0),
             *(_of(starts[kind].ready_ms, 0) if kind in starts else NONE for kind in ("warm", "cold", "first_ever")),
             f"{found.disk_mib:,.0f}",
-            NONE if found.kl is None else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}",
+            NONE
+            if found.kl is None
+            else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}{', alone' * found.kl_alone}",
         ]
         rows.append(Row(cells))
     head = [

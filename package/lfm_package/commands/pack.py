@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     split = int(found[1]) * _UNITS[found[2]] if found else 0
     if options.split is not None and split < 10**6:
         raise SettingError(f"--split {options.split} is impossible; write 4G or 700M, 1M at least")
-    check_place(options.output, force=options.force)
+    check_place(options.output, signed=bool(options.sign), force=options.force)
     if options.sign:
         check_key(options.sign)
     contents = chosen_contents(options)

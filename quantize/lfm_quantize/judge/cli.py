@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
     if board is None:
-        if problem := keep_quality(options.bundle, quality):
+        if problem := keep_quality(options.bundle, quality, (question.image for question in questions)):
             printer.warn(problem)
         elif not options.quiet:
             print(f"the numbers are kept in {options.bundle / MANIFEST}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,10 +66,18 @@ class Quality:
 
     def accuracy_lost(self) -> float | None:
         """Points of exact answers lost, mean over all questions with a known answer."""
-        total = sum(t["questions"] for t in self.accuracy.values())
-        if not total:
-            return None
-        return 100 * sum((t[self.against] - t[self.variant]) * t["questions"] for t in self.accuracy.values()) / total
+        whole = self._all_tasks()
+        return 100 * (whole[self.against] - whole[self.variant]) if whole["questions"] else None
+
+    def _all_tasks(self) -> dict[str, float]:
+        """As one of `accuracy`."""
+        tasks = self.accuracy.values()
+        total = sum(task["questions"] for task in tasks)
+        shares = {
+            name: sum(task[name] * task["questions"] for task in tasks) / total if total else 0.0
+            for name in (self.against, self.variant)
+        }
+        return {"questions": total, **shares}
 
     def layer_table(self) -> str:
         """Where the error comes from."""
@@ -91,12 +100,11 @@ class Quality:
             f"  next token       KL {with_error(self.kl, self.kl_error)} nats  same first choice {self.same_top1:.2%}",
             f"  greedy answers   {self.same_answers:.1%} identical",
         ]
-        for task, found in sorted(self.accuracy.items()):
-            a, b = found[self.against], found[self.variant]
-            lost, asked = _points(100 * (a - b)), counted(round(found["questions"]), "question")
-            lines.append(f"  exact, {task:9s} {b:.2%}, {self.against} {a:.2%}, lost {lost} points ({asked})")
-        if len(self.accuracy) > 1:
-            lines.append(f"  exact, all       lost {_points(self.accuracy_lost() or 0.0)} points")
+        tasks = sorted(self.accuracy.items())
+        for task, found in [*tasks, *([("all", self._all_tasks())] if len(tasks) > 1 else [])]:
+            of, by = found[self.against], found[self.variant]
+            lost, asked = _points(100 * (of - by)), counted(round(found["questions"]), "question")
+            lines.append(f"  exact, {task:9s} {by:.2%}, {self.against} {of:.2%}, lost {lost} points ({asked})")
         reads = f", {self.board['prefill']}'s decoder included" if self.board and self.board["prefill"] else ""
         bits = self.bits_per_weight
         lines.append(
@@ -135,10 +143,10 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> str:
+def check_floor(quality: Quality, floor: float, *, quick: bool = False, kept: Sequence[str] = ()) -> str:
     """One line: it is good enough, or so few questions do not tell. Raises GateError when the cosines are too low, or
     KL is above the floor by more than its standard error, or above twice the floor; that says what to try: layers to
-    keep, or not --quick.
+    keep beside the patterns of those that were `kept`, or not --quick.
     """
     reasons = []
     error = 0.0 if math.isnan(quality.kl_error) else quality.kl_error
@@ -153,7 +161,8 @@ def check_floor(quality: Quality, floor: float, *, quick: bool = False) -> str:
         worst = sorted(
             (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
         )[:3]
-        keep = " ".join(f"--keep '{layer.name}.*'" for layer in worst) or "more calibration images"
+        patterns = dict.fromkeys((*kept, *(f"{layer.name}.*" for layer in worst)))
+        keep = " ".join(f"--keep '{pattern}'" for pattern in patterns) or "more calibration images"
         keep = "without --quick, which judges with few images" if quick else keep
         raise GateError(
             f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"

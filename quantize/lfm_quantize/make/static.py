@@ -4,6 +4,7 @@ at run time. The quantizer is onnxruntime's own.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ def with_static_ranges(run: Run) -> Made:
     rest = run.files("int8" if "int8" in run.bundle.variants else run.source.variant)
     encoder = NewGraph(static_int8(run.source.vision, feeds, keep))
     return Made({**rest, VISION_ENCODER.stem: encoder}, {"kept_fp32": keep})
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """onnxruntime's quantizer advises everybody to run its optimizer before, which renames what layers are found by."""
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -> ir.Model:
@@ -58,6 +64,7 @@ def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -
         for linear in linears(plain).values():  # behind attention, which is not ONNX's own, it cannot tell types
             for name in (linear.input, str(linear.node.outputs[0].name)):
                 model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        logging.getLogger().addFilter(_is_no_advice)
         quantize_static(
             model,
             str(target),
@@ -71,6 +78,7 @@ def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
             use_external_data_format=False,
         )
+        logging.getLogger().removeFilter(_is_no_advice)
         made = open_graph(target)
         made.metadata_props.clear()  # the quantizer's
         return made

@@ -16,6 +16,7 @@ from lfm_runtime.installation import WITHOUT_LINKS
 _IN_ITS_SOURCE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)( const)?( \[with [^\]]*\])? "
 )
+_NOT_WRITTEN = "Failed to write"
 # onnxruntime's exceptions share no base class of their own; these are all of them. A run with bindings, and what is
 # about memory of a device, raises plain RuntimeErrors.
 _FAILURES: tuple[type[Exception], ...] = tuple(
@@ -46,6 +47,10 @@ def failures_are_ours(what: object) -> Iterator[None]:
             raise BundleError(
                 f"{what} has its weights behind a link to another folder, which onnxruntime refuses; copy the bundle "
                 "with its files: cp -rL"
+            ) from e
+        if _NOT_WRITTEN in reason(e):
+            raise BundleError(
+                f"{what}: its prepared form cannot be written (disk full, or ulimit -f); free some space"
             ) from e
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "

@@ -16,7 +16,7 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.prepared import folder_of
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.formats.files import read_json_object, to_json, write_whole
+from lfm_runtime.formats.files import DIGEST, check_digest, read_json_object, to_json, with_digest, write_whole
 
 _NAME = "measured.json"
 Pairs: TypeAlias = "tuple[tuple[int, float], ...]"
@@ -54,7 +54,7 @@ def keep_costs(bundle: Bundle, found: Mapping[str, Costs]) -> None:
     known = {**_read(place), **{key: asdict(costs) for key, costs in found.items()}}
     with suppress(OSError, EdgeError):  # a read-only disk, another user's folder: plans go on without times
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, to_json(known, indent=1) + "\n")
+        write_whole(place, to_json(with_digest(known), indent=1) + "\n")
 
 
 def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, *, low_memory: bool) -> Costs | None:
@@ -87,9 +87,11 @@ def cost_key(variant: str, prefill: str | None, threads: int, fingerprint: str, 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json_object(path, BundleError, required=False)
+        found = read_json_object(path, BundleError, required=False)
+        check_digest(found, path, BundleError, "audit again")
     except BundleError:
-        return {}  # damaged: the next audit writes it anew
+        return {}  # damaged or edited: the next audit writes it anew
+    return {name: value for name, value in found.items() if name != DIGEST} if DIGEST in found else {}
 
 
 def _along(pairs: Pairs, at: int) -> float:

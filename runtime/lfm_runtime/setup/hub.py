@@ -63,10 +63,14 @@ class HubId:
 
     @staticmethod
     def parse(text: str | os.PathLike[str]) -> HubId | None:
-        """An id as the user writes it; None for what is, or looks like, a path."""
-        found = re.fullmatch(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?", os.fspath(text))
+        """An id as the user writes it; None for what is, or looks like, a path. Raises HubError without a revision
+        behind an @.
+        """
+        found = re.fullmatch(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(?P<revision>[\w./-]*))?", os.fspath(text))
         if not found or Path(text).exists() or Path(found["name"]).parent.exists():
             return None
+        if found["revision"] == "":
+            raise HubError(f"{text} names no revision behind @; name a branch, a tag or a commit, or leave the @ out")
         return HubId(found["name"], found["revision"])
 
     @staticmethod

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, GraphSpec, number_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import MANIFEST
-from lfm_runtime.formats.onnx_file import external_bytes
+from lfm_runtime.formats.onnx_file import external_bytes, external_files
 from lfm_runtime.images.layout import ImageLayout, lay_out
 from lfm_runtime.setup.forecast import MIB, Forecast, Memory
 from lfm_runtime.setup.setup import Setup, Size
@@ -80,7 +81,7 @@ def forecast(setup: Setup, start: Memory) -> Forecast | None:
     prompt = bundle.prompts.render(chat, layouts)
     new = max(0, min(setup.generation.max_new_tokens, setup.context_length - len(prompt.ids)))
     prefill = [bundle.graphs(setup.prefill)[1][DECODER.stem]] if setup.prefill else []
-    disk = sum(weights_of(bundle, path) for path in {*setup.paths.values(), *prefill}) / MIB
+    disk = weights_on_disk(bundle, {*setup.paths.values(), *prefill}) / MIB
     found = Forecast(layouts, prompt.image_tokens, len(prompt.ids), new, start, start, disk)
     memory = _run_memory(setup, shapes, found)
     return replace(found, memory=start + memory, address_mib=memory.peak + _address_mib(setup))
@@ -110,6 +111,20 @@ def weights_of(bundle: Bundle, graph: Path) -> int:
         with damage_is(BundleError, bundle.folder / MANIFEST, "export the bundle again"):
             return bundle.manifest.weights_bytes(name)
     return external_bytes(graph) or graph.stat().st_size
+
+
+def weights_on_disk(bundle: Bundle, graphs: Iterable[Path]) -> int:
+    """Return the bytes of the files of weights that graphs read, one that several read counted once."""
+    found: dict[Path, int] = {}
+    for graph in graphs:
+        name = bundle.name_of(graph)
+        if bundle.manifest and name in bundle.manifest.graphs:
+            names = bundle.manifest.graphs[name].data
+            found |= {bundle.folder / data: bundle.manifest.files[data].bytes for data in names}
+        else:
+            files = [graph.with_name(data) for data in external_files(graph)] or [graph]
+            found |= {path: path.stat().st_size for path in files}
+    return sum(found.values())
 
 
 def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:

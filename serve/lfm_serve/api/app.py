@@ -100,6 +100,7 @@ class Api:
     async def choose(self, request: HttpRequest) -> Response:
         """Score given answers."""
         asked = parse_choose(await self._body(request))
+        self._tell_unused(asked.unused)
         model = self._loaded()
         self._check_name(asked.model)
         images = await self._opened(model, asked.pictures)
@@ -111,7 +112,7 @@ class Api:
         """Open the images and render the prompt: all that a bad request can fail with, before it is queued."""
         model = self._loaded()
         self._check_name(asked.model)
-        self._tell_unused(asked)
+        self._tell_unused(asked.unused)
         images = await self._opened(model, asked.pictures)
         generation = effective(asked.generation, model.setup.generation.temperature)
         job = await run_in_threadpool(model.prepare_answer, asked.conversation, images, **generation)
@@ -215,8 +216,8 @@ class Api:
         if (strict or self.limits.strict_model) and name not in (None, self.name):
             raise ApiError(404, f"there is no model {name!r:.100}; this server has {self.name}", "model_not_found")
 
-    def _tell_unused(self, asked: Asked) -> None:
-        new = [name for name in asked.unused if name not in self._told][: _MOST_TOLD - len(self._told)]
+    def _tell_unused(self, unused: Sequence[str]) -> None:
+        new = [name for name in unused if name not in self._told][: _MOST_TOLD - len(self._told)]
         if new:
             self._told.update(new)
             _log.info("lfm-edge: ignored in requests: %s", ", ".join(f"{name:.40}" for name in new))

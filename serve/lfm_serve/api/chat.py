@@ -326,7 +326,8 @@ def typed(body: Mapping[str, Any], name: str, *kinds: type) -> Any:
     value = body.get(name)
     if value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
         return value
-    wanted = " or ".join(dict.fromkeys(_IN_WORDS.get(kind, "a number") for kind in kinds))
+    number = "a number" if float in kinds else "a whole number"
+    wanted = " or ".join(dict.fromkeys(_IN_WORDS.get(kind, number) for kind in kinds))
     raise ApiError(400, f"{name} is {value!r:.40}; {wanted} is needed", None, name)
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lfm_runtime.answer.choice import Choice, Chosen
@@ -22,6 +22,9 @@ from lfm_serve.api.errors import ApiError
 _MOST_ANSWERS, _MOST_QUESTIONS = 256, 64
 
 
+_KNOWN = ("question", "questions", "choices", "images", "system", "model", "stream")
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request, checked."""
@@ -30,6 +33,7 @@ class Asked:
     questions: tuple[tuple[str, tuple[str, ...]], ...]
     system: str = ""
     model: str | None = None
+    unused: tuple[str, ...] = field(default=(), compare=False)  # fields that change nothing here
 
     def prepared(self, model: Model, images: Sequence[CutImage]) -> list[Choice]:
         """What the engine scores.
@@ -59,7 +63,8 @@ def parse_choose(body: Any) -> Asked:
         raise ApiError(400, f"{len(questions)} questions; at most {_MOST_QUESTIONS}", None, "questions")
     images = typed(body, "images", list) or []
     pictures = tuple(picture(one, f"images[{n}]") for n, one in enumerate(images))
-    return Asked(pictures, tuple(questions), typed(body, "system", str) or "", typed(body, "model", str))
+    unused = tuple(sorted(name for name in body if name not in _KNOWN))
+    return Asked(pictures, tuple(questions), typed(body, "system", str) or "", typed(body, "model", str), unused)
 
 
 def _question(raw: Any, where: str) -> tuple[str, tuple[str, ...]]:

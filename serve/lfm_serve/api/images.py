@@ -36,7 +36,7 @@ def image_bytes(url: str, limits: Limits) -> bytes:
     if scheme:
         raise refused_image(f"{scheme}: URLs are not opened; send the image itself: data:image/jpeg;base64,…")
     if len(url) < _SHORTEST:
-        raise refused_image("an image is a data URI: data:image/jpeg;base64,…")
+        raise refused_image("an image is base64 text, or a data URI: data:image/jpeg;base64,…")
     return _decoded(url.encode("ascii", "replace"))
 
 

@@ -40,7 +40,9 @@ def parse_chat(body: Any) -> Asked:
     found: dict[str, Any] = {ours: options[theirs] for theirs, ours in _OPTIONS.items() if theirs in options}
     if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # no limit
         del found["max_tokens"]
-    found |= {name: value for name, value in options.items() if name in NOT_APPLIED}
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            found[name if name in NOT_APPLIED else f"options.{name}"] = value
     form = typed(body, "format", str, dict)
     if isinstance(form, dict):
         found["response_format"] = {"type": "json_schema", "schema": form}

@@ -14,10 +14,9 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import check_outside_bundles, check_writable
 
-from lfm_serve.jsonl import FULL, append, json_line, locked
+from lfm_serve.jsonl import FULL, WATCHED, append, json_line, locked
 
 _SYNC_S = 1.0
-_BEGIN = b'{"time": "'
 _LAST = 1 << 20
 """No record is longer: looked back for the beginning of the last line."""
 Warn = Callable[[str], None]
@@ -132,6 +131,6 @@ def _whole_end(path: Path) -> int:
     except ValueError:
         ours = not first.endswith(b"\n")
     torn = last[last.rfind(b"\n") + 1 :]
-    if not (ours and torn.startswith(_BEGIN[: len(torn)])):
+    if not (ours and torn.startswith(WATCHED[: len(torn)])):
         raise RecordsError(f"{path} exists, and lfm-edge watch did not write it; choose another output")
     return size - len(last) + last.rfind(b"\n") + 1

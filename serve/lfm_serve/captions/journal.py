@@ -20,7 +20,7 @@ from typing import Any
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, write_whole
 
 from lfm_serve.captions.output import JournalError, Output, last_of_each, parsed
-from lfm_serve.jsonl import FULL, append, json_line, locked
+from lfm_serve.jsonl import FULL, WATCHED, append, json_line, locked
 
 PROGRAM = "lfm-edge caption"
 _log = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 if record is None and number > 1 and not line.endswith(b"\n"):
                     break
                 if record is None:
+                    if line.startswith(WATCHED):
+                        raise JournalError(f"{path} has records of lfm-edge watch, not of lfm-edge caption")
                     raise JournalError(f"{path}, line {number} is no record of lfm-edge caption; remove the line")
                 found.pop(record["path"], None)
                 found[record["path"]] = record

@@ -56,7 +56,8 @@ def check_asking(options: argparse.Namespace, questions: Sequence[str | None], e
     if options.fields and options.system:
         raise SettingError("--system has no effect beside --fields, which has its own; leave it out")
     if not options.fields and not all((question or "").strip() for question in questions):
-        raise SettingError(f'the question is missing: -p "{example}"; or --fields FILE.yaml')
+        what = "missing" if all(question is None for question in questions) else "empty"
+        raise SettingError(f'the question is {what}: -p "{example}"; or --fields FILE.yaml')
     if options.choices and any(getattr(options, name) for name in _GENERATION):
         raise SettingError("generation settings have no effect beside --choices, which generates nothing")
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="a page that may ask: https://example.org"
     )
-    parser.add_argument("--name", default="", help="the model's id for clients; default: the checkpoint's name")
+    parser.add_argument("--name", help="the model's id for clients; default: the checkpoint's name")
     parser.add_argument("--strict-model", action="store_true", help="refuse requests for a model of another name")
     parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer for each (default 4096)")
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         limits,
         host=options.host,
         port=options.port,
-        name=options.name or _name(setup.bundle),
+        name=_name(setup.bundle) if options.name is None else options.name,
         keys=keys,
         anybody=options.no_auth,
         hosts=options.allow_host,
@@ -110,6 +110,8 @@ def _check(options: argparse.Namespace, keys: Sequence[bytes]) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise SettingError(f"--{name.replace('_', '-')} {value} is impossible; allowed: {least} and above")
+    if options.name is not None and not options.name.strip():
+        raise SettingError("--name is empty; name the model as clients will, or leave it out")
     if options.port > 65535:
         raise SettingError(f"--port {options.port} is impossible; allowed: 0 (any that is free) to 65535")
     for name in ("request_timeout", "max_megapixels"):

@@ -325,3 +325,32 @@ def test_times_are_not_kept_where_nothing_may_be_written(demo_bundle, monkeypatc
     monkeypatch.setattr(costs, "folder_of", lambda folder: Path("/proc/self"))
     costs.keep_costs(Bundle.open(demo_bundle), {"key": costs.Costs((), (), (), (), 1.0, 1.0, valid=True)})
     assert not Path("/proc/self/measured.json").exists()
+
+
+def test_times_that_were_edited_are_unknown(bundle, tmp_path, monkeypatch) -> None:
+    """They would be told as measured."""
+    monkeypatch.setattr(costs, "folder_of", lambda _: tmp_path)
+    key = costs.cost_key("fp32", None, 1, costs.fingerprint(bundle, "fp32"), low_memory=False)
+    known = costs.Costs(((1, 0.5),), ((4, 1.0),), ((4, 2.0),), ((9, 3.0),), 1.5, 0.0, valid=True)
+    costs.keep_costs(bundle, {key: known})
+    assert costs.find_costs(bundle, "fp32", None, 1, low_memory=False) == known
+    whole = (tmp_path / "measured.json").read_text()
+    for edited in (whole.replace("1.5", "-5"), whole.replace("1.5", "1e308"), whole[:-9], whole.replace("valid", "x")):
+        (tmp_path / "measured.json").write_text(edited)
+        assert costs.find_costs(bundle, "fp32", None, 1, low_memory=False) is None
+    costs.keep_costs(bundle, {key: known})
+    assert costs.find_costs(bundle, "fp32", None, 1, low_memory=False) == known, "the next audit writes it anew"
+
+
+def test_weights_that_two_graphs_share_are_on_disk_once(demo_bundle) -> None:
+    """The decoder's head is the embeddings' table, in one file."""
+    bundle = Bundle.open(demo_bundle)
+    files = {demo_bundle / name for path in bundle.graphs("fp32")[1].values() for name in data_of(path)}
+    found = resolve(demo_bundle, read("generic"), variant="fp32").forecast
+    assert found.disk_mib == pytest.approx(sum(path.stat().st_size for path in files) / 2**20)
+
+
+def data_of(graph: Path) -> set[str]:
+    onnx = pytest.importorskip("onnx")
+    tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
+    return {f"onnx/{e.value}" for t in tensors for e in t.external_data if e.key == "location"}
