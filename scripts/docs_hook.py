@@ -20,7 +20,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.commands.cli import Parser, main
+from lfm_runtime.commands.cli import main
+from lfm_runtime.commands.parser import Parser
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page

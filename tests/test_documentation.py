@@ -18,7 +18,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from lfm_runtime.commands.cli import Parser, main
+from lfm_runtime.commands.cli import main
+from lfm_runtime.commands.parser import Parser
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 ROOT = Path(__file__).resolve().parents[1]

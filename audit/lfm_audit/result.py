@@ -222,10 +222,11 @@ class VariantResult:
         return str((self.quality or {}).get("against", "fp32"))
 
     @property
-    def kl_alone(self) -> bool:
-        """Whether `kl` is of the variant alone, and another one's decoder read the prompts of this audit."""
+    def kl_with(self) -> str:
+        """How `kl` was measured, where that was not with the prefill decoder of this audit: in words."""
         board = (self.quality or {}).get("board")
-        return self.prefill is not None and (not isinstance(board, Mapping) or board.get("prefill") != self.prefill)
+        judged = board.get("prefill") if isinstance(board, Mapping) else None
+        return "" if judged == self.prefill else f"with {judged} for the prefill" if judged else "alone"
 
 
 @dataclass(frozen=True)

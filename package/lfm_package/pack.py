@@ -124,8 +124,9 @@ def check_place(output: Path, *, signed: bool, force: bool) -> None:
         (bill, is_bill),
     ):
         check_output(path, "lfm-edge pack", ours, force=force)
-    if not (force or signed) and output.exists() and output.stat().st_size and is_packed(output, SIGNATURE):
-        raise BundleError(f"{output} is signed; sign this one too: --sign KEY, or replace it with --force")
+    for path in (output, *parts[:1]):
+        if not (force or signed) and path.exists() and path.stat().st_size and is_packed(path, SIGNATURE):
+            raise BundleError(f"{path} is signed; sign this one too: --sign KEY, or replace it with --force")
 
 
 def reduced(folder: Path, variants: Sequence[str]) -> Manifest:

@@ -107,14 +107,14 @@ def keep_quality(folder: Path, quality: Quality, images: Iterable[Path]) -> str 
     there = Manifest.read(folder)
     if there is None:
         return f"{folder} has no {MANIFEST} to keep the numbers in"
-    marks, used = calibration_marks(images), there.quantization.get(quality.variant, {}).get("calibration")
-    calibrated = used.get("sha256") if isinstance(used, dict) else None
-    if known := [mark for mark in marks if isinstance(calibrated, list) and mark in calibrated]:
+    marks, calibrated = calibration_marks(images), _calibrated(there, quality.variant)
+    if known := calibrated.intersection(marks):
         few = f"{len(known)} of {counted(len(marks), 'image')} calibrated {quality.variant}"
         return f"{few}, so that its loss on others is larger; the numbers are not kept"
     if quality.against not in FINEST or quality.against == quality.variant:
-        kept = f"{MANIFEST} has the loss to {' or '.join(FINEST)}"
-        return f"the numbers are not kept: {kept}, these are to {quality.against}"
+        kept, these = f"{MANIFEST} has the loss to {' or '.join(FINEST)}", quality.against
+        these = "the variant itself" if these == quality.variant else these
+        return f"the numbers are not kept: {kept}, these are to {these}"
     if (folder / SUMS).exists():
         return f"the numbers are not kept: {folder} was packed, and its {SUMS} names {MANIFEST}; judge before packing"
     if better := _better(there.quality.get(quality.variant, {}), quality):
@@ -127,6 +127,16 @@ def keep_quality(folder: Path, quality: Quality, images: Iterable[Path]) -> str 
     except BundleError as e:
         return f"the numbers are not kept: {e}"
     return None
+
+
+def _calibrated(manifest: Manifest, variant: str) -> set[str]:
+    """Marks of the images that calibrated a variant, or those whose weights it uses; releases before kept none."""
+    found: set[str] = set()
+    for name in (variant, *VARIANTS[variant].bases):
+        used = manifest.quantization.get(name, {}).get("calibration")
+        marks = used.get("sha256") if isinstance(used, dict) else None
+        found.update(mark for mark in (marks if isinstance(marks, list) else ()) if isinstance(mark, str))
+    return found
 
 
 def _better(known: Mapping[str, Any], quality: Quality) -> str:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from lfm_runtime.answer.choice import Choice, Chosen
 from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import Batch, Scoring, Seat
+from lfm_runtime.decode.sampling import Odds
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.model import Model
 from lfm_runtime.setup.setup import Setup
@@ -22,9 +23,10 @@ _FAULT = "this is a fault of the server; see its log"
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain."""
+    """Text that has become certain, and how likely its tokens were, where that was asked for."""
 
     text: str
+    odds: Sequence[Odds] = ()
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Engine:
             _log.error("lfm-edge: %s", seat.error, exc_info=None if known else seat.error)
             request.emit(Failed(seat.error if isinstance(seat.error, EdgeError) else EdgeError(_FAULT)))
         elif isinstance(seat, Seat) and seat.piece:
-            request.emit(Piece(seat.piece))
+            request.emit(Piece(seat.piece, seat.job.reply.new_odds()))
         if seat.finished:
             if not seat.error:
                 request.emit(Ended(seat.chosen if isinstance(seat, Scoring) else None))

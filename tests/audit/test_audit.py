@@ -483,6 +483,7 @@ def test_images_found(tmp_path, images) -> None:
         (["--variants", "fp32,fp32"], "names one twice"),
         (["--variants", "fp32", "--variant", "fp32"], "--variant has no effect"),
         (["--new-tokens", "0"], "new-tokens 0 is impossible"),
+        (["-p", " "], "the question is empty"),
         (["--soak", "-1"], "soak -1"),
         (["--soak", "inf"], "soak inf is impossible; allowed: 2 to 100000 minutes"),
         (["-o", "nowhere/audit.json"], "is not a folder"),

@@ -135,10 +135,13 @@ def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
     assert main(["report", str(write(tmp_path, "alone", audit))]) == 0
     page = Page((tmp_path / "alone.html").read_text())
     assert {"0.012", "0.046, alone"} <= set(page.words)
-    assert "Alone: without the prefill decoder that was used here" in " ".join(page.words)
+    assert "Where the prefill decoder was another than here, that is said" in " ".join(page.words)
     second["quality"]["board"] = {"prefill": "int8"}
     assert main(["report", str(write(tmp_path, "both", audit))]) == 0
     assert "0.046" in Page((tmp_path / "both.html").read_text()).words
+    second["prefill"] = None
+    assert main(["report", str(write(tmp_path, "judged", audit))]) == 0
+    assert "0.046, with int8 for the prefill" in Page((tmp_path / "judged.html").read_text()).words
 
 
 def test_two_audits(audit, tmp_path) -> None:

@@ -14,7 +14,8 @@ from lfm_package.commands.make import _order
 from lfm_package.estimate import Sizes, cost, table
 from lfm_package.make import Done, Order, Step, steps_of
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.commands.cli import Parser, main
+from lfm_runtime.commands.cli import main
+from lfm_runtime.commands.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "demo" / "checkpoint"

@@ -53,7 +53,7 @@ def test_signed_and_checked(demo_bundle, keys, tmp_path, capsys) -> None:
 def test_nobody_else(demo_bundle, keys, tmp_path) -> None:
     pack(demo_bundle, ["fp32"], tmp_path / "strange.tar", Extras(sign_with=keys / "stranger"))
     pack(demo_bundle, ["fp32"], tmp_path / "plain.tar")
-    with pytest.raises(BundleError, match="is not signed by anyone in"):
+    with pytest.raises(BundleError, match=r"/strange\.tar: SHA256SUMS is not signed by anyone in"):
         unpack(tmp_path / "strange.tar", tmp_path / "there", signers=keys / "signers")
     with pytest.raises(BundleError, match="is not signed"):
         unpack(tmp_path / "plain.tar", tmp_path / "there", signers=keys / "signers")
@@ -83,3 +83,15 @@ def test_keys_that_cannot_sign_are_refused(demo_bundle, keys, tmp_path, monkeypa
     (keys / "signers.sig").write_text("")
     with pytest.raises(SettingError, match="install it with: sudo apt install openssh-client"):
         check_signature(keys / "signers", keys / "signers")
+
+
+@pytest.mark.parametrize("split", [[], ["--split", "10M"]])
+def test_a_signed_archive_is_not_replaced_by_an_unsigned_one(demo_bundle, keys, tmp_path, capsys, split) -> None:
+    words = ["pack", str(demo_bundle), "--variant", "fp32", "-o", str(tmp_path / "cam.tar"), *split]
+    assert main([*words, "--sign", str(keys / "ours")]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(words) == 2
+    assert "is signed; sign this one too: --sign KEY, or replace it with --force" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main([*words, "--sign", str(keys / "ours")]) == 0
+    assert main([*words, "--force"]) == 0

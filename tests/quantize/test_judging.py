@@ -324,4 +324,6 @@ def test_what_to_keep_names_what_was_kept_as_well() -> None:
     with pytest.raises(GateError) as refused:
         check_floor(quality, 0.1, kept=("text.layers.0.*", "text.layers.4.*"))
     said = re.findall(r"--keep '([^']+)'", str(refused.value))
-    assert said == ["text.layers.0.*", "text.layers.4.*", "text.layers.3.*", "text.layers.2.*"]
+    assert said == ["text.layers.0.*", "text.layers.4.*", "text.layers.3.*", "text.layers.2.*", "text.layers.1.*"]
+    with pytest.raises(GateError, match="Try more calibration images"):
+        check_floor(quality, 0.1, kept=("text.*",))

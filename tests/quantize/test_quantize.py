@@ -232,7 +232,7 @@ def test_without_calibration(demo_bundle, tmp_path, capsys) -> None:
     assert main(["quantize", str(bundle), "--variant", "int4", "--quiet"]) == 0
     assert "rounded without calibration" in capsys.readouterr().err
     manifest = read_manifest(bundle)
-    assert manifest["quantization"]["int4"]["calibration"] == {"images": 0, "questions": 0, "skipped": 0}
+    assert manifest["quantization"]["int4"]["calibration"] == {"images": 0, "sha256": [], "questions": 0, "skipped": 0}
     assert "int4" not in manifest.get("quality", {})
     assert Model.load(bundle, variant="int4", threads=1).answer([], "hi").text() is not None
 

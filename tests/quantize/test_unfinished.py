@@ -190,7 +190,9 @@ def test_few_and_broken_images_are_said(demo_bundle, few, tmp_path, capsys) -> N
     assert "1 of 4 images are copies: they add nothing" in captured.err
     assert "only 3 usable images" in captured.err
     assert "fp16 against fp32" in captured.out
-    assert read_manifest(bundle)["quantization"]["fp16"]["calibration"] == {"images": 3, "questions": 3, "skipped": 1}
+    found = read_manifest(bundle)["quantization"]["fp16"]["calibration"]
+    assert len(set(found.pop("sha256"))) == 3
+    assert found == {"images": 3, "questions": 3, "skipped": 1}
 
 
 def test_less_care_does_not_replace_more(demo_bundle, tmp_path, capsys) -> None:

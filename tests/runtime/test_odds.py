@@ -76,6 +76,19 @@ def test_every_way_gives_the_same(demo_model) -> None:
     assert not any(one.likeliest for one in plain.odds)
 
 
+def test_what_a_stop_string_cuts_off_has_no_odds(demo_model) -> None:
+    words = {"temperature": 0, "logprobs": 0}
+    whole = demo_model.answer(PICTURES[0], QUESTION, **words)
+    said, tokens = whole.text(), [demo_model.prompts.tokenizer.token_bytes(odds.token) for odds in whole.odds]
+    for at in range(1, len(said) - 1):
+        answer = demo_model.answer(PICTURES[0], QUESTION, **words, stop=said[at : at + 2])
+        text, kept = answer.text(), [demo_model.prompts.tokenizer.token_bytes(odds.token) for odds in answer.odds]
+        assert said.startswith(text)
+        assert kept == tokens[: len(kept)]
+        assert len(b"".join(kept[:-1])) < len(text.encode()) <= len(b"".join(kept)) or not text
+        assert text or not kept
+
+
 def test_a_grammar_changes_the_choice_and_not_the_odds(demo_model) -> None:
     """Tokens that a schema forces have odds as well, so they are fed one by one; the text is the same."""
     pytest.importorskip("llguidance")

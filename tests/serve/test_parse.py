@@ -130,7 +130,7 @@ def test_ollamas_requests_are_openais() -> None:
     assert asked.generation == {
         "speculate": 0, "temperature": 0.0, "repetition_penalty": 1.1, "stop": ("a",), "schema": '{"type": "object"}'
     }  # fmt: skip
-    assert asked.stream and asked.model == "m" and not asked.unused
+    assert asked.stream and asked.model == "m" and asked.unused == ("options.num_ctx",)
 
 
 def test_calls_of_past_turns() -> None:
@@ -253,7 +253,7 @@ def test_ollamas_options_too() -> None:
 
 def test_two_limits_that_differ() -> None:
     asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-    with pytest.raises(ApiError, match="max_completion_tokens 5 contradicts max_tokens"):
+    with pytest.raises(ApiError, match="max_completion_tokens 5 contradicts another limit, 2"):
         parse({**asked, "max_completion_tokens": 5})
     assert parse({**asked, "max_completion_tokens": 2}).generation["max_new_tokens"] == 2
 

@@ -91,6 +91,17 @@ def test_names_that_cannot_stand_in_a_call(tools_server, name) -> None:
         jsonschema.validate(json.loads(call.function.arguments), {**ODD, "additionalProperties": False})
 
 
+def test_a_call_without_parameters_has_no_arguments(tools_server) -> None:
+    for parameters in ({}, {"parameters": {}}, {"parameters": {"type": "object"}}):
+        tools = [{"type": "function", "function": {"name": "turn it on", **parameters}}]
+        (call,) = (
+            ask(tools_server, tools=tools, tool_choice="required", temperature=1.0, seed=1)
+            .choices[0]
+            .message.tool_calls
+        )
+        assert (call.function.name, call.function.arguments) == ("turn it on", "{}")
+
+
 def test_the_named_tool_streamed(tools_server) -> None:
     chosen = {"type": "function", "function": {"name": "light.set"}}
     whole = ask(tools_server, tools=TOOLS, tool_choice=chosen, temperature=0).choices[0].message.tool_calls[0]

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, metavar="FOLDER", help="folder of images to ask about (default: three generated images)"
     )
     parser.add_argument("--variants", metavar="A,B", help="variants to measure, alternating (default: the profile's)")
-    parser.add_argument("-p", "--prompt", default="", metavar="QUESTION")
+    parser.add_argument("-p", "--prompt", metavar="QUESTION", help="default: Describe this image.")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens of every answer")
     parser.add_argument("--budget", default="3m", metavar="TIME", help="time to measure: 90s, 3m, 1h")
     parser.add_argument(
@@ -126,7 +126,9 @@ def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: 
     if options.variants and "variant" in flags:
         raise SettingError("--variant has no effect beside --variants; leave one out")
     tell_of_damage(bundle)
-    question = options.prompt or QUESTION
+    question = QUESTION if options.prompt is None else options.prompt
+    if not question.strip():
+        raise SettingError(f'the question is empty; write one: -p "{QUESTION}"')
     largest = max((image_size(path) for path in images.values()), key=lambda size: size[0] * size[1])
     ask = Ask((largest,), question)
     # What cannot be here is said now, and not by the first process.

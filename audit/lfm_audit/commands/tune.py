@@ -52,6 +52,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.floor is not None and not 0 < options.floor < float("inf"):
         raise SettingError(f"--floor {options.floor:g} is impossible; allowed: a KL divergence above 0, such as 0.1")
+    if not options.prompt.strip():
+        raise SettingError('the question is empty; write one: -p "Describe this image."')
     if options.output.suffix != ".toml":
         raise SettingError(f"{options.output} cannot be written as a profile; name a .toml file")
 

@@ -82,8 +82,8 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
             "The first answer of each process is left out."
             + (" KL divergence as measured when the variant was made." if any(one.result.kl for one in series) else "")
             + (
-                " Alone: without the prefill decoder that was used here; lfm-edge quality --profile judges both."
-                if any(one.result.kl and one.result.kl_alone for one in series)
+                " Where the prefill decoder was another than here, that is said (see lfm-edge quality --profile)."
+                if any(one.result.kl and one.result.kl_with for one in series)
                 else ""
             ),
         ),

@@ -236,7 +236,7 @@ def machine(audits: Sequence[Named]) -> str:
 @_styled
 def quality(series: Sequence[Series]) -> str:
     """What a variant costs beside what it loses; "" where fewer than two variants' loss to the same was measured."""
-    measured = [s for s in series if s.result.kl is not None and not s.result.kl_alone and s.result.memory.peak_mib]
+    measured = [s for s in series if s.result.kl is not None and not s.result.kl_with and s.result.memory.peak_mib]
     to = Counter(one.result.kl_to for one in measured).most_common(1)[0][0] if measured else ""
     there = [one for one in measured if one.result.kl_to == to]
     if len(there) < 2:

@@ -124,7 +124,7 @@ def variants_table(series: Sequence[Series]) -> Table:
             f"{found.disk_mib:,.0f}",
             NONE
             if found.kl is None
-            else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}{', alone' * found.kl_alone}",
+            else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}{f', {found.kl_with}' if found.kl_with else ''}",
         ]
         rows.append(Row(cells))
     head = [

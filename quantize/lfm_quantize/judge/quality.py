@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -158,11 +159,14 @@ def check_floor(quality: Quality, floor: float, *, quick: bool = False, kept: Se
         parts = (
             ("vision.", "projector") if VARIANTS[quality.variant].static else ("vision.", "projector", "text.layers.")
         )
-        worst = sorted(
-            (layer for layer in quality.layers if layer.name.startswith(parts)), key=lambda layer: -layer.added
-        )[:3]
-        patterns = dict.fromkeys((*kept, *(f"{layer.name}.*" for layer in worst)))
-        keep = " ".join(f"--keep '{pattern}'" for pattern in patterns) or "more calibration images"
+        rounded = [
+            layer
+            for layer in quality.layers
+            if layer.name.startswith(parts) and not any(fnmatch.fnmatch(f"{layer.name}.", p) for p in kept)
+        ]
+        worst = sorted(rounded, key=lambda layer: -layer.added)[:3]
+        patterns = (*kept, *(f"{layer.name}.*" for layer in worst))
+        keep = " ".join(f"--keep '{pattern}'" for pattern in patterns) if worst else "more calibration images"
         keep = "without --quick, which judges with few images" if quick else keep
         raise GateError(
             f"{quality.variant} is not good enough: {' and '.join(reasons)}; the bundle is as before. Try {keep}"

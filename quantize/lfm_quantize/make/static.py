@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,19 @@ def with_static_ranges(run: Run) -> Made:
     return Made({**rest, VISION_ENCODER.stem: encoder}, {"kept_fp32": keep})
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
+@contextmanager
+def _without_advice() -> Iterator[None]:
     """onnxruntime's quantizer advises everybody to run its optimizer before, which renames what layers are found by."""
-    return "pre-processing before quantization" not in record.getMessage()
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "pre-processing before quantization" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(is_other)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_other)
 
 
 def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -> ir.Model:
@@ -64,21 +75,20 @@ def static_int8(vision: ir.Model, feeds: Sequence[Feeds], keep: Sequence[str]) -
         for linear in linears(plain).values():  # behind attention, which is not ONNX's own, it cannot tell types
             for name in (linear.input, str(linear.node.outputs[0].name)):
                 model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        logging.getLogger().addFilter(_is_no_advice)
-        quantize_static(
-            model,
-            str(target),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*interpolated, *keep],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
-            use_external_data_format=False,
-        )
-        logging.getLogger().removeFilter(_is_no_advice)
+        with _without_advice():
+            quantize_static(
+                model,
+                str(target),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=[*interpolated, *keep],
+                extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "MatMulConstBOnly": True},
+                use_external_data_format=False,
+            )
         made = open_graph(target)
         made.metadata_props.clear()  # the quantizer's
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -85,8 +86,9 @@ class Reply:
         self.report = report
         self.calls: list[ToolCall] = []
         self.odds: list[Odds] = []
-        """With the setting `logprobs`, of each token of the text."""
-        self._given = 0
+        """With the setting `logprobs`, of each token of the text so far."""
+        self._drawn: deque[tuple[int, Odds]] = deque()  # of tokens whose text is held back, and where that begins
+        self._begin = self._shown = self._given = 0  # bytes of tokens, bytes of the text, odds that were asked for
         self._tokenizer, self._tools, self._guide = tokenizer, tools, guide
         self._call: bytearray | None = None  # what stands between a call's special tokens
         self.first_token: float | None = None
@@ -111,7 +113,8 @@ class Reply:
         else:
             piece = self._stops.pass_on(self._text(token))
             if odds and self._call is None and token not in self._tokenizer.special:
-                self.odds.append(odds)
+                self._drawn.append((self._begin, odds))
+                self._begin += len(self._tokenizer.token_bytes(token))
             if self._stops.found:
                 report.finish_reason = "stop"
             elif self._guide and self._guide.finished:
@@ -125,8 +128,17 @@ class Reply:
                 piece = self._stops.pass_on(self._end_call())
             piece += self._stops.pass_on(self._stream.finish()) + self._stops.rest()
         report.text += piece
+        if self._drawn:
+            self._pass_on_odds(piece)
         report.spans.append((WRITTEN, known, time.perf_counter()))
         return piece
+
+    def _pass_on_odds(self, piece: str) -> None:
+        """A stop string and what comes after it are no part of the text."""
+        self._shown += len(piece.encode())
+        cut = self.report.finish_reason in ("", "stop")
+        while self._drawn and (not cut or self._drawn[0][0] < self._shown):
+            self.odds.append(self._drawn.popleft()[1])
 
     def new_odds(self) -> Sequence[Odds]:
         """Those of `odds` that this function has not given yet."""

@@ -7,22 +7,21 @@ A command is a module with `add_arguments(parser)` and `run(options) -> exit cod
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import importlib.util
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lfm_profiles import VARIANTS
 
 from lfm_runtime import __version__
+from lfm_runtime.commands.parser import Help, Parser
 from lfm_runtime.errors import EdgeError, is_out_of_memory, more_memory
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module: ModuleType = importlib.import_module(commands[words[0]].value)
         inner = Parser(prog=f"lfm-edge {words[0]}", formatter_class=Help)
         module.add_arguments(inner)
-        return int(module.run(inner.parse_intermixed_args(inner.without_dashes(words[1:]))))
+        return int(module.run(inner.parse_intermixed_args(inner.looked_at(words[1:]))))
     except EdgeError as e:
         return _fail(str(e), e.exit_code)
     except ModuleNotFoundError as e:
@@ -95,51 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _first_cause(error: BaseException) -> BaseException:
     """Return what an error came from: numpy puts a page of advice around the failed import of its library."""
     return _first_cause(error.__cause__) if error.__cause__ else error
-
-
-class Help(argparse.HelpFormatter):
-    """Help that ends with the default where there is one and the text does not name it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, "", False, argparse.SUPPRESS) and action.default != []
-        if not action.help or not action.option_strings or not shown or "default" in action.help:
-            return action.help
-        return f"{action.help} (default %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the option that was meant."""
-
-    _words: Sequence[str] = ()
-
-    def without_dashes(self, words: list[str]) -> list[str]:
-        """`-- -x.jpg` names a file; argparse, which lets options stand between positional words, would forget the
-        dashes.
-        """
-        self._words = words
-        if "--" not in words:
-            return words
-        at = words.index("--")
-        option = self._option_string_actions.get(words[at - 1]) if at else None
-        if option is not None and option.nargs != 0:
-            self.error(f"argument {words[at - 1]}: expected one argument")
-        return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
-
-    def _of_a_negative(self, message: str) -> str:
-        """How a value is given that looks like an option; "" where none was."""
-        found = re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected one argument", message)
-        words = self._words
-        at = words.index(found[1]) + 1 if found and found[1] in words else len(words)
-        if found and at < len(words) and re.match(r"-[\d.]", words[at]):
-            return f"a value that begins with a dash is written {found[1]}={words[at]}; "
-        return ""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error in one line and exit with code 2."""
-        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
-        meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {meant[0]}? " if meant else self._of_a_negative(message)
-        self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}for help: {self.prog} --help\n")
 
 
 def _by_group(commands: Mapping[str, EntryPoint]) -> str:

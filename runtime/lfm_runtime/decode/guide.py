@@ -200,7 +200,7 @@ def _call_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
         raise ValueError(found)
     properties, required = parameters.get("properties") or {}, parameters.get("required") or []
     if not all(map(is_name, (str(function.get("name")), *properties))):
-        whole = {**_closed({"type": "object", **parameters}), "x-guidance": _SPELLING}
+        whole = {**_closed({"type": "object", "properties": {}, **parameters}), "x-guidance": _SPELLING}
         before = json.dumps({"name": function.get("name"), "arguments": None}).removesuffix("null}")
         return [
             f'{rule}: {json.dumps(before)} {rule}_all "}}"',

@@ -50,7 +50,7 @@ def failures_are_ours(what: object) -> Iterator[None]:
             ) from e
         if _NOT_WRITTEN in reason(e):
             raise BundleError(
-                f"{what}: its prepared form cannot be written (disk full, or ulimit -f); free some space"
+                f"{what}: its prepared form cannot be written (full disk, or ulimit -f); free some space, or raise it"
             ) from e
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "

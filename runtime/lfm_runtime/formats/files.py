@@ -71,7 +71,7 @@ def _canonical(value: Any) -> Any:
     """1.0 as 1, which other programs write so."""
     if isinstance(value, dict):
         return {key: _canonical(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_canonical(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

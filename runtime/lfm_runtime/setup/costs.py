@@ -27,8 +27,8 @@ Pairs: TypeAlias = "tuple[tuple[int, float], ...]"
 class Costs:
     """Of one variant with so many threads, here."""
 
-    decode: Pairs  # of an image's pixels
-    preprocess: Pairs  # of its patches
+    opening: Pairs  # of an image's pixels
+    cutting: Pairs  # of its patches
     vision: Pairs  # of a view's patches
     prefill: Pairs  # of a prompt's tokens
     inter_token_ms: float
@@ -37,7 +37,7 @@ class Costs:
 
     def image_ms(self, pixels: int, patches: int) -> float:
         """Return the time to decode an image of so many pixels and to cut it into so many patches, in ms."""
-        return _along(self.decode, pixels) + _along(self.preprocess, patches)
+        return _along(self.opening, pixels) + _along(self.cutting, patches)
 
     def vision_ms(self, patches: int) -> float:
         """Return the time to encode one view of so many patches, in ms."""
@@ -65,8 +65,7 @@ def find_costs(bundle: Bundle, variant: str, prefill: str | None, threads: int, 
         return None
     try:
         opening, cutting, encoding, reading = (
-            tuple((int(n), float(ms)) for n, ms in found[name])
-            for name in ("decode", "preprocess", "vision", "prefill")
+            tuple((int(n), float(ms)) for n, ms in found[name]) for name in ("opening", "cutting", "vision", "prefill")
         )
         step, load = float(found["inter_token_ms"]), float(found["load_ms"])
         return Costs(opening, cutting, encoding, reading, step, load, bool(found["valid"]))

@@ -34,7 +34,7 @@ class Shape(Protocol):
         """What a stream begins with."""
         ...
 
-    def piece(self, text: str, reply: Reply) -> bytes:
+    def piece(self, piece: Piece, reply: Reply) -> bytes:
         """A part of a stream with some text."""
         ...
 
@@ -156,7 +156,7 @@ class Answering:
                 if found is None:
                     yield shape.working()
                 elif isinstance(found, Piece):
-                    yield shape.piece(found.text, reply)
+                    yield shape.piece(found, reply)
                 elif isinstance(found, Ended):
                     self._metrics.answered(reply.report)
                     yield shape.last(reply)

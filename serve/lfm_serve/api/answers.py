@@ -11,10 +11,12 @@ from typing import Any
 
 from lfm_runtime.answer.reply import Reply
 from lfm_runtime.boxes import parse_boxes
+from lfm_runtime.decode.sampling import Odds
 from lfm_runtime.report import Report
 from lfm_runtime.text.messages import ToolCall
 
 from lfm_serve.api.errors import ApiError, as_json
+from lfm_serve.engine import Piece
 
 _REASONS = {"eos": "stop", "stop": "stop", "schema": "stop", "length": "length", "context": "length"}
 
@@ -37,7 +39,12 @@ class Completion:
         message: dict[str, Any] = {"role": "assistant", "content": report.text, "refusal": None}
         if reply.calls:
             message |= {"content": report.text or None, "tool_calls": [_call(call) for call in reply.calls]}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(reply), "finish_reason": reason(reply)}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": _content(reply, reply.odds),
+            "finish_reason": reason(reply),
+        }
         head = self._head("chat.completion")
         return {**head, "choices": [choice], "usage": usage(report), "timings": timings(report), **self._boxes(report)}
 
@@ -45,10 +52,10 @@ class Completion:
         """The chunk with the role."""
         return self._chunk({"role": "assistant", "content": ""}, None)
 
-    def piece(self, text: str, reply: Reply) -> bytes:
+    def piece(self, piece: Piece, reply: Reply) -> bytes:
         """A chunk of text."""
         timings = {"timings": _so_far(reply)} if self.with_timings else {}
-        return self._chunk({"content": text}, None, self._logprobs(reply), **timings)
+        return self._chunk({"content": piece.text}, None, _content(reply, piece.odds), **timings)
 
     def working(self) -> bytes:
         """A comment."""
@@ -59,7 +66,8 @@ class Completion:
         report, end = reply.report, b""
         for n, call in enumerate(reply.calls):
             end += self._chunk({"tool_calls": [{"index": n, **_call(call)}]}, None)
-        end += self._chunk({}, reason(reply), self._logprobs(reply), timings=timings(report), **self._boxes(report))
+        rest = _content(reply, reply.new_odds())
+        end += self._chunk({}, reason(reply), rest, timings=timings(report), **self._boxes(report))
         if self.with_usage:
             end += event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(report)})
         return end + b"data: [DONE]\n\n"
@@ -72,11 +80,6 @@ class Completion:
         """The boxes that the answer is made of, in pixels; nothing where there are none."""
         boxes = parse_boxes(report.text, self.sizes) if self.sizes and "[" in report.text else []
         return {"boxes": [asdict(box) for box in boxes]} if boxes else {}
-
-    def _logprobs(self, reply: Reply) -> dict[str, Any] | None:
-        """Of the tokens since the chunk before; None where there are none, or they were not asked for."""
-        found = new_logprobs(reply)
-        return {"content": found, "refusal": None} if found else None
 
     def _chunk(
         self, delta: dict[str, Any], finish: str | None, logprobs: dict[str, Any] | None = None, **more: Any
@@ -105,16 +108,19 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": identity, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def new_logprobs(reply: Reply) -> list[dict[str, Any]]:
-    """How likely each token was that was not asked about before, as OpenAI and Ollama write it."""
+def _content(reply: Reply, odds: Sequence[Odds]) -> dict[str, Any] | None:
+    return {"content": logprobs(reply, odds), "refusal": None} if odds else None
+
+
+def logprobs(reply: Reply, odds: Sequence[Odds]) -> list[dict[str, Any]]:
+    """How likely tokens of an answer were, as OpenAI and Ollama write it."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text = reply.bytes_of(token)
         return {"token": text.decode("utf-8", "replace"), "logprob": round(logprob, 6), "bytes": list(text)}
 
     return [
-        {**shown(odds.token, odds.logprob), "top_logprobs": [shown(*one) for one in odds.likeliest]}
-        for odds in reply.new_odds()
+        {**shown(one.token, one.logprob), "top_logprobs": [shown(*other) for other in one.likeliest]} for one in odds
     ]
 
 

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: a stranger's JSON → conversation, places of images, settings. Nothing is opened here.
 
-What is asked for and not built is refused, so that no client believes it got it; fields that change no answer, and
-those that nobody knows, are ignored.
+What is asked for and not built is refused, so that no client believes it got it. Ignored is what clients send with
+every request and what nobody knows (repeat_last_n, chat_template_kwargs, store …); the log names each once.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         if value is not None and (name != "n_predict" or value != -1):  # llama.cpp's: no limit
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
-            if found.setdefault("max_new_tokens", value) != value:
-                raise ApiError(400, f"{name} {value} contradicts max_tokens; send one of them", None, name)
+            if (other := found.setdefault("max_new_tokens", value)) != value:
+                raise ApiError(400, f"{name} {value} contradicts another limit, {other}; send one of them", None, name)
     top_k, seed = typed(body, "top_k", int), typed(body, "seed", int)
     if top_k is not None:
         found["top_k"] = max(0, top_k)  # -1: llama.cpp's off

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from lfm_runtime.answer.reply import Reply
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.decode.sampling import Odds
 from lfm_runtime.text.spec import ChatFormat
 
-from lfm_serve.api.answers import new_logprobs, reason
+from lfm_serve.api.answers import logprobs, reason
 from lfm_serve.api.chat import NOT_APPLIED, Asked, parse, typed
 from lfm_serve.api.errors import ApiError, as_json
+from lfm_serve.engine import Piece
 
 VERSION = "0.13.0"
 """Of Ollama, whose API this is like: clients compare it with what they need."""
@@ -84,15 +86,16 @@ class ChatLines:
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The answer as one object."""
         message: dict[str, Any] = {"role": "assistant", "content": reply.report.text}
-        return {**self._head(), "message": {**message, **_calls(reply)}, **_logprobs(reply), **_end(reply)}
+        return {**self._head(), "message": {**message, **_calls(reply)}, **_logprobs(reply, reply.odds), **_end(reply)}
 
     def first(self) -> bytes:
         """Nothing: the first line is of the first text."""
         return b""
 
-    def piece(self, text: str, reply: Reply) -> bytes:
+    def piece(self, piece: Piece, reply: Reply) -> bytes:
         """A line of text."""
-        return self._line({"message": {"role": "assistant", "content": text}, **_logprobs(reply), "done": False})
+        message = {"role": "assistant", "content": piece.text}
+        return self._line({"message": message, **_logprobs(reply, piece.odds), "done": False})
 
     def working(self) -> bytes:
         """A line without text: the format has no comments."""
@@ -102,7 +105,7 @@ class ChatLines:
         """The line with the calls, if there are any, and that with the reason and the figures."""
         empty = {"role": "assistant", "content": ""}
         calls = self._line({"message": {**empty, **_calls(reply)}, "done": False}) if reply.calls else b""
-        return calls + self._line({"message": empty, **_logprobs(reply), **_end(reply)})
+        return calls + self._line({"message": empty, **_logprobs(reply, reply.new_odds()), **_end(reply)})
 
     def failed(self, error: ApiError) -> bytes:
         """A line with the error."""
@@ -124,9 +127,8 @@ def _calls(reply: Reply) -> dict[str, Any]:
     return {"tool_calls": calls} if calls else {}
 
 
-def _logprobs(reply: Reply) -> dict[str, Any]:
-    found = new_logprobs(reply)
-    return {"logprobs": found} if found else {}
+def _logprobs(reply: Reply, odds: Sequence[Odds]) -> dict[str, Any]:
+    return {"logprobs": logprobs(reply, odds)} if odds else {}
 
 
 def _end(reply: Reply) -> dict[str, Any]:

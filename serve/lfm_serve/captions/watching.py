@@ -7,7 +7,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -22,18 +24,26 @@ _SETTLED_S = 0.5
 """A file that is made by opening it is opened at once; one that was moved in is not opened at all."""
 
 
-_ALL = ""
-"""Instead of a path: what is there is to be looked at, as events were lost."""
+logging.getLogger("watchdog").addHandler(logging.NullHandler())  # events that it says were lost are found again
+AGAIN_S = 300.0
+"""What the kernel does not tell of is found then: more events at once than it counts, files on network disks."""
+_IN_WORK = 64
+"""Of the last paths that were given, some may not have a record yet."""
 
 
 class Watch:
     """Paths that are there, then those that come. Watching begins before what is there is listed: none is missed."""
 
-    def __init__(self, folders: Sequence[str], *, recursive: bool, match: Sequence[str]) -> None:
-        """Raises SettingError for a place that is no folder, or that cannot be watched."""
+    def __init__(
+        self, folders: Sequence[str], *, recursive: bool, match: Sequence[str], again_s: float = AGAIN_S
+    ) -> None:
+        """Raises SettingError for a place that is no folder, or that cannot be watched. `again_s`: seconds after which
+        all that is there is looked at again.
+        """
         self._events: SimpleQueue[tuple[str, str]] = SimpleQueue()
         self._left, self._observer = len(folders), Observer()
-        logging.getLogger("watchdog").addHandler(_Overflow(self._events))
+        self._given: deque[str] = deque(maxlen=_IN_WORK)
+        self._again_s = again_s
         for folder in folders:
             if not os.path.isdir(folder):  # noqa: PTH112  (as images.find)
                 raise SettingError(f"{folder} is not a folder; --watch waits for images in folders")
@@ -47,58 +57,45 @@ class Watch:
     def paths(
         self, there: Iterable[str], again: Callable[[], Iterable[str]], warn: Callable[[str], None]
     ) -> Iterator[str]:
-        """Those of `there`, then new ones, until all folders are gone or `stop` is called. Where so many came at once
-        that the kernel dropped some, all that are there `again`.
+        """Those of `there`, then new ones, until all folders are gone or `stop` is called; now and then all that are
+        there `again`: what is known already, the caller leaves out.
         """
-        yield from there
+        for path in chain(there, self._new(again, warn)):
+            self._given.append(path)
+            yield path
+
+    def _new(self, again: Callable[[], Iterable[str]], warn: Callable[[str], None]) -> Iterator[str]:
         made: dict[str, float] = {}  # path → when it is taken if nobody opens it
+        due = time.monotonic() + self._again_s
         while self._left > 0:
             first = next(iter(made), None)
+            until = due if first is None else min(due, made[first])
             try:
-                left = None if first is None else max(0.0, made[first] - time.monotonic())
-                kind, path = self._events.get(timeout=left)
+                kind, path = self._events.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
-                assert first is not None
-                del made[first]
-                if first == _ALL:
-                    yield from self._anew(again, warn)
-                else:
+                if first is not None and until == made[first]:
+                    del made[first]
                     yield first
+                    continue
+                try:
+                    yield from (path for path in again() if path not in self._given)
+                except ImageError as e:  # a folder that is gone
+                    warn(str(e))
+                due = time.monotonic() + self._again_s
                 continue
             made.pop(path, None)
             if kind == "closed":
                 yield path
-            elif kind in ("made", "lost"):
+            elif kind == "made":
                 made[path] = time.monotonic() + _SETTLED_S
             elif kind == "gone":
                 self._left -= 1
                 warn(f"{path} is gone, and watched no more")
 
-    @staticmethod
-    def _anew(again: Callable[[], Iterable[str]], warn: Callable[[str], None]) -> Iterator[str]:
-        warn("more images came at once than the kernel counts; looking at all that are there")
-        try:
-            yield from again()
-        except ImageError as e:  # a folder that is gone
-            warn(str(e))
-
     def stop(self) -> None:
         """End `paths`; may be called by a signal's handler."""
         self._left = 0
         self._events.put(("stop", ""))
-
-
-class _Overflow(logging.Handler):
-    """Passes on that the kernel's queue was full, which watchdog tells its log alone."""
-
-    def __init__(self, events: SimpleQueue[tuple[str, str]]) -> None:
-        super().__init__()
-        self._events = events
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Implement logging.Handler."""
-        if "filesystem events were lost" in record.getMessage():
-            self._events.put(("lost", _ALL))
 
 
 class _Handler(FileSystemEventHandler):

@@ -15,7 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from lfm_runtime.commands.cli import Parser
+from lfm_runtime.commands.parser import Parser
 
 pexpect = pytest.importorskip("pexpect")
 fdpexpect = pytest.importorskip("pexpect.fdpexpect")

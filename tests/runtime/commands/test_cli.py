@@ -93,9 +93,13 @@ def test_what_names_no_bundle(tmp_path, monkeypatch, capsys, demo_bundle, photo)
         ),
         (["watch", "b", "s", "--every"], "expected one argument; for help"),
         (["watch", "b", "s", "--every", "--quiet"], "expected one argument; for help"),
+        (["watch", "b", "s", "--every", ""], "argument --every: its value is empty; give one, or leave the option out"),
+        (["run", "b", "--profile=", "-p", "x"], "argument --profile: its value is empty"),
+        (["quantize", "b", "--variant", "int4", "--scheduler", ""], "argument --scheduler: its value is empty"),
+        (["export", "c", "-o", ""], "argument -o: its value is empty"),
     ],
 )
-def test_a_value_that_begins_with_a_dash(words, said, capsys) -> None:
+def test_values_that_look_like_none(words, said, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +147,7 @@ def test_dashes_do_not_feed_an_option(demo_bundle, photo) -> None:
         )
         assert done.returncode == 2
         assert b"expected one argument" in done.stderr
-    assert b"the limit is nan" in run(*asked(demo_bundle, photo, "--max-megapixels", "nan")).stderr
+    assert b"max_megapixels nan is impossible" in run(*asked(demo_bundle, photo, "--max-megapixels", "nan")).stderr
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of files
@@ -353,3 +355,20 @@ sys.exit(start())"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip() in ("", "lfm-edge: interrupted")
+
+
+@pytest.mark.process
+def test_ctrl_c_is_one_line(tmp_path) -> None:
+    """Of a command that is at work, which says when it has begun."""
+    checkpoint = Path(__file__).resolve().parents[3] / "demo" / "checkpoint"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [*COMMAND, "export", str(checkpoint), "-o", str(tmp_path / "bundle")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stderr
+    assert "tensor" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130
+    assert said.splitlines()[-1] == "lfm-edge: interrupted"
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())

@@ -56,6 +56,7 @@ def as_450m(bundle, monkeypatch) -> Bundle:
         }
     monkeypatch.setattr(Shapes, "of", staticmethod(lambda _: Shapes(1024, 4608, 768, 65536, 24576, 8 << 20)))
     monkeypatch.setattr(planning, "weights_of", lambda _, path: weights[Path(path)])
+    monkeypatch.setattr(planning, "weights_on_disk", lambda _, paths: sum(weights[Path(path)] for path in paths))
     monkeypatch.setattr(planning, "adds_int8_in_16_bits", lambda: False)
     return replace(bundle, variants=variants)
 
