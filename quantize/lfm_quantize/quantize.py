@@ -149,8 +149,7 @@ def _check_better(manifest: Manifest, settings: Settings) -> None:
 def _check_dependents(manifest: Manifest, settings: Settings) -> None:
     """Raise QuantizeError where calibrated variants that use this one's weights would go."""
     for variant in sorted(set(VARIANTS[settings.variant].dependents).intersection(manifest.variants)):
-        made = manifest.quantization.get(variant, {}).get("calibration") or {}
-        if made.get("images") and not settings.force:
+        if VARIANTS[variant].needs_images and not settings.force:
             raise QuantizeError(
                 f"{variant} is there, calibrated, and uses {settings.variant}'s weights: it would be removed; go on "
                 f"with --force, and quantize {variant} again"

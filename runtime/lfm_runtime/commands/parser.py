@@ -42,16 +42,16 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {words[at - 1]}: expected one argument")
         return words[:at] + [f"./{word}" if word.startswith("-") else word for word in words[at + 1 :]]
 
-    def _refuse_empty(self, words: Sequence[str]) -> None:
+    def _refuse_empty(self, words: list[str]) -> None:
         """An option's empty value would be taken for none by one command, and for a folder by another."""
-        for word, following in zip(words, [*words[1:], None], strict=True):
+        for at, word in enumerate(words):
             if word == "--":
                 return
             name, has_value, value = word.partition("=")
             option = self._option_string_actions.get(name)
             if option is None or option.nargs == 0 or name in _MAY_BE_EMPTY:
                 continue
-            if (has_value and not value) or (not has_value and following == ""):
+            if (has_value and not value) or (not has_value and words[at + 1 : at + 2] == [""]):
                 self.error(f"argument {name}: its value is empty; give one, or leave the option out")
 
     def _of_a_negative(self, message: str) -> str:
