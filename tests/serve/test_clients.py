@@ -152,6 +152,16 @@ def test_the_ollama_package(server, demo_model) -> None:
         ask.chat(model=name, messages=messages, options={"num_predict": 0})
     assert caught.value.status_code == 400
     assert server.ask("/api/version")[1]["version"].count(".") == 2
+    for call in (lambda: ask.generate(name, "x"), ask.ps):
+        with pytest.raises(ollama.ResponseError, match=r"^there is no (POST|GET) /api/\w+; of Ollama's API there are"):
+            call()
+    bundle = demo_model.bundle
+    files = {bundle.folder / name for path in bundle.graphs("fp32")[1].values() for name in data_of(bundle, path)}
+    assert ask.list().models[0].size == sum(path.stat().st_size for path in files)
+
+
+def data_of(bundle, graph) -> list[str]:
+    return json.loads((bundle.folder / "manifest.json").read_text())["graphs"][f"onnx/{graph.name}"]["data"]
 
 
 class ReviewMetadata(BaseModel):

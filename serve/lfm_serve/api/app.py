@@ -89,13 +89,9 @@ class Api:
 
     async def ollama_chat(self, request: HttpRequest) -> Response:
         """Answer a conversation, as Ollama does."""
-        try:
-            asked = parse_chat(await self._body(request))
-            job, _ = await self._prepared(asked)
-            return await self._answering.answer(request, job, ChatLines(self.name), stream=asked.stream)
-        except (ApiError, EdgeError) as e:
-            error = e if isinstance(e, ApiError) else of(e)
-            return Json({"error": error.message}, error.status, headers=dict(error.headers))
+        asked = parse_chat(await self._body(request))
+        job, _ = await self._prepared(asked)
+        return await self._answering.answer(request, job, ChatLines(self.name), stream=asked.stream)
 
     async def choose(self, request: HttpRequest) -> Response:
         """Score given answers."""
@@ -177,7 +173,7 @@ class Api:
     async def ollama_tags(self, _: HttpRequest) -> Response:
         """Return Ollama's list of models: one."""
         setup = self.engine.setup
-        return Json({"models": [tag(self.name, setup.bundle, setup.variant)]})
+        return Json({"models": [tag(self.name, setup)]})
 
     async def ollama_version(self, _: HttpRequest) -> Response:
         """Return the version of Ollama whose API this is like."""
@@ -188,7 +184,7 @@ class Api:
         body = await self._body(request)
         named = body.get("model") or body.get("name") if isinstance(body, dict) else None
         if self.limits.strict_model and named != self.name:
-            return Json({"error": f"there is no model {named!r:.100}; this server has {self.name}"}, 404)
+            raise ApiError(404, f"there is no model {named!r:.100}; this server has {self.name}")
         setup, model = self.engine.setup, self._loaded()
         return Json(shown(setup.bundle, setup.variant, self.engine.capacity, model.prompts.spec.chat))
 
@@ -243,25 +239,27 @@ class Api:
             raise ApiError(400, f"the body is not JSON ({str(e).partition('; use sys.')[0][:200]})") from e
 
 
-async def _api_error(_: HttpRequest, error: Exception) -> Response:
+async def _api_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def _edge_error(_: HttpRequest, error: Exception) -> Response:
+async def _edge_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, EdgeError)
-    return of(error).response()
+    return of(error).response(request.url.path)
 
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
-    said = {404: f"there is no {what[:200]}", 405: f"{what[:200]} is not a method of this path"}
-    return ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response()
+    what, path = f"{request.method} {request.url.path}"[:200], request.url.path
+    ollamas = "; of Ollama's API there are /api/chat, /api/tags, /api/show and /api/version"
+    said = {
+        404: f"there is no {what}{ollamas if path.startswith('/api/') else ''}",
+        405: f"{what} is not a method of this path",
+    }
+    return ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response(path)
 
 
 async def _our_bug(request: HttpRequest, error: Exception) -> Response:
     said = f"{type(error).__name__}: this is a fault of the server; see its log"
-    if request.url.path.startswith("/api/"):  # in Ollama's form
-        return Json({"error": said}, 500)
-    return ApiError(500, said).response()
+    return ApiError(500, said).response(request.url.path)

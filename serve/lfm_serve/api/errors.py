@@ -43,9 +43,10 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Json:
-        """The whole response."""
-        return Json(self.body(), self.status, headers=dict(self.headers))
+    def response(self, path: str) -> Json:
+        """The whole response to a request of this path; Ollama's have its form."""
+        body = {"error": self.message} if path.startswith("/api/") else self.body()
+        return Json(body, self.status, headers=dict(self.headers))
 
 
 def too_large(message: str) -> ApiError:

@@ -41,7 +41,7 @@ class Guard:
                 if scope["path"] not in _OPEN:
                     self._check_key(headers.get("authorization", ""))
             except ApiError as e:
-                await e.response()(scope, receive, send)
+                await e.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

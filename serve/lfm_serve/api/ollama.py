@@ -10,6 +10,8 @@ from typing import Any
 from lfm_runtime.answer.reply import Reply
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.decode.sampling import Odds
+from lfm_runtime.setup.memory import weights_on_disk
+from lfm_runtime.setup.setup import Setup
 from lfm_runtime.text.spec import ChatFormat
 
 from lfm_serve.api.answers import logprobs, reason
@@ -147,9 +149,10 @@ def _end(reply: Reply) -> dict[str, Any]:
     }
 
 
-def tag(name: str, bundle: Bundle, variant: str) -> dict[str, Any]:
-    """The model as a line of /api/tags."""
-    size = sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file())
+def tag(name: str, setup: Setup) -> dict[str, Any]:
+    """The model as a line of /api/tags; its size is that of the weights that are read."""
+    bundle, variant = setup.bundle, setup.variant
+    size = weights_on_disk(bundle, bundle.graphs_read(variant, setup.prefill))
     digest = bundle.manifest.source.weights if bundle.manifest else ""
     modified = datetime.fromtimestamp(bundle.folder.stat().st_mtime, timezone.utc).isoformat()
     details = _details(variant)
