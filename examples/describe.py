@@ -2,12 +2,15 @@
 
 import sys
 
-from lfm_runtime import Model
+from lfm_runtime import EdgeError, Model
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
 bundle, *images = sys.argv[1:]
-model = Model.load(bundle)
-for piece in model.answer(images, "What is in this image?"):
-    print(piece, end="", flush=True)
-print()
+try:
+    model = Model.load(bundle)
+    for piece in model.answer(images, "What is in this image?"):
+        print(piece, end="", flush=True)
+    print()
+except EdgeError as e:  # one line: what, where, and what to do
+    sys.exit(str(e))

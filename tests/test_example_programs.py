@@ -69,3 +69,13 @@ def test_wrong_words_are_told_what_is_right(name) -> None:
 def test_every_example_is_here() -> None:
     tested = Path(__file__).read_text()
     assert all(f'"{path.name}"' in tested for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ["describe.py", "conversation.py", "measure.py", "plan.py"])
+def test_a_wrong_bundle_is_one_line(name) -> None:
+    command = [sys.executable, str(ROOT / "examples" / name), "nowhere", str(PICTURE)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "nowhere does not exist" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -29,7 +29,7 @@ action=install signers=
 while [ $# -gt 0 ]; do
     case $1 in
     --prefix | --signers | --stick)
-        [ $# -gt 1 ] || fail "$1 needs a value; see: sh install.sh --help"
+        [ -n "${2:-}" ] || fail "$1 needs a value; see: sh install.sh --help"
         case $2 in /*) value=$2 ;; *) value=$(pwd)/$2 ;; esac
         case $1 in --prefix) prefix=$value ;; --signers) signers=$value ;; --stick) stick=$value ;; esac
         shift

@@ -315,6 +315,7 @@ def test_tuning(tmp_path) -> None:
     [
         (["GOOD", "-o", "x.pdf"], "a report is .html or .md"),
         (["GOOD", "-o", "nowhere/x.html"], "is not a folder"),
+        (["GOOD", "few.jsonl"], "few.jsonl is of lfm-edge caption, and reported alone: lfm-edge report few.jsonl"),
         (["nowhere.json"], "nowhere.json is missing"),
         (["CUT"], "is not valid JSON"),
         (["HALF"], "machine has no samples"),

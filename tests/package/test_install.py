@@ -352,6 +352,7 @@ def test_words(stick, tmp_path) -> None:
     assert "--rollback" in done.stdout
     assert "--bogus is unknown" in failed(install(stick, tmp_path / "edge", "--bogus"))
     assert "--signers needs a value" in failed(install(stick, tmp_path / "edge", "--signers"))
+    assert "--prefix needs a value" in failed(install(stick, Path(), "--prefix", ""))
     done = subprocess.run(
         ["sh", str(stick / "install.sh")], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lfm_runtime.batch import Batch
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import PromptError, SettingError
 from lfm_runtime.text.messages import Conversation, Message
 
 PICTURES = sorted((Path(__file__).resolve().parents[2] / "demo" / "eval" / "images").iterdir())[:3]
@@ -107,3 +107,14 @@ def test_a_grammar_changes_the_choice_and_not_the_odds(demo_model) -> None:
 def test_impossible_counts(demo_model, count) -> None:
     with pytest.raises(SettingError, match="logprobs"):
         demo_model.answer(PICTURES[0], QUESTION, logprobs=count)
+
+
+@pytest.mark.parametrize(("name", "value"), [("stop", [5]), ("stop", 5), ("schema", 5), ("schema", ["x"])])
+def test_settings_of_other_kinds(demo_model, name, value) -> None:
+    with pytest.raises(SettingError, match=f"{name} is "):
+        demo_model.answer(PICTURES[0], QUESTION, **{name: value})
+
+
+def test_a_conversation_without_messages(demo_model) -> None:
+    with pytest.raises(PromptError, match="has no message"):
+        demo_model.converse(Conversation([]), [])

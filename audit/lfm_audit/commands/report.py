@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     output = options.output or options.files[0].with_suffix(".html")
     if options.files[0].suffix == ".jsonl":
         return _records(options, output)
+    if captions := next((file for file in options.files if file.suffix == ".jsonl"), None):
+        raise SettingError(f"{captions} is of lfm-edge caption, and reported alone: lfm-edge report {captions}")
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
     from lfm_audit.report.source import is_report, named_audits, read_tuning

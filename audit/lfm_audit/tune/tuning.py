@@ -15,7 +15,7 @@ import onnxruntime as ort
 from lfm_profiles import VARIANTS, Profile, changed, cpu_features, default_threads
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import SettingError, counted
 from lfm_runtime.formats.files import write_whole
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.setup import settle
@@ -108,7 +108,7 @@ class Tuning:
         best, chosen, alike = self.front()[0], self.chosen(), self._alike()
         allowed = f"KL ≤ {self.floor:g}" if self.good_enough(chosen) else "whatever its KL"
         rounds = len(self.points[chosen].latency_ms)
-        few = f"; {rounds} rounds tell little, give it more time" if rounds < _TELLING else ""
+        few = f"; {counted(rounds, 'sample')} of it tell little, give it more time" if rounds < _TELLING else ""
         if len(alike) == 1:
             return f"best by {self.objective} with {allowed}{few}"
         among = f"of {len(alike)} points whose {self.objective} differs by no more than chance ({allowed})"
@@ -209,9 +209,8 @@ class Tuning:
         points, failed = len(self.points), [m.failed for m in self.points.values() if m.failed]
         lines = [
             self.table(),
-            f"\n{points} points in {self.rounds} rounds; answers of 32 tokens; KL to {self.reference} with the "
-            "checkpoint's "
-            f"own image settings; *: {self.why()}",
+            f"\n{counted(points, 'point')} in {counted(self.rounds, 'round')}; answers of 32 tokens; KL to "
+            f"{self.reference} with the checkpoint's own image settings; *: {self.why()}",
         ]
         if failed:
             lines.append(f"{len(failed)} points could not be measured: {failed[0]}")

@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         times = setup.forecast.times_ms(costs, low_memory=setup.execution.low_memory) if costs else None
         ranges = {name: [r.least, r.most] for name, r in foreseen.items()} if foreseen else None
-        print_json({**setup.as_dict(), "times_ms": times, "foreseen_ms": ranges})
+        valid = costs.valid if costs else None  # the audit that measured them
+        print_json({**setup.as_dict(), "times_ms": times, "times_valid": valid, "foreseen_ms": ranges})
         return 0
     for name, value in (
         *_forecast_rows(setup, setup.forecast, options.images),

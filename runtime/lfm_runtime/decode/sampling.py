@@ -162,6 +162,13 @@ class GenerationSettings:
             changed["stop"] = (changed["stop"],)
         if isinstance(changed.get("schema"), Mapping | bool):
             changed["schema"] = json.dumps(changed["schema"])
+        stops = changed.get("stop", ())
+        if not isinstance(stops, tuple | list) or not all(isinstance(stop, str) for stop in stops):
+            raise SettingError(f"stop is {repr(stops)[:60]}; a text, or several, are needed")
+        if not isinstance(changed.get("schema", ""), str):
+            raise SettingError(
+                f"schema is {repr(changed['schema'])[:60]}; a JSON schema is needed, as a dict or as text"
+            )
         try:
             settings = replace(self, **changed)
         except TypeError as e:

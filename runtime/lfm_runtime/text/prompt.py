@@ -87,6 +87,8 @@ class PromptBuilder:
                 cannot hold; the number of placeholders and images differ (a question that spells out the placeholder).
         """
         chat = chat if isinstance(chat, Conversation) else Conversation(chat)
+        if not chat.messages:
+            raise PromptError("the conversation has no message; give at least one of the user's")
         if chat.tools and not self.spec.chat.takes_tools:
             raise PromptError("the model's chat template has no place for tools; leave them out, or take another model")
         text = self._text(chat)

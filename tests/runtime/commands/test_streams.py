@@ -360,6 +360,7 @@ sys.exit(start())"""
 @pytest.mark.process
 def test_ctrl_c_is_one_line(tmp_path) -> None:
     """Of a command that is at work, which says when it has begun."""
+    pytest.importorskip("onnx_ir")
     checkpoint = Path(__file__).resolve().parents[3] / "demo" / "checkpoint"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = [*COMMAND, "export", str(checkpoint), "-o", str(tmp_path / "bundle")]
