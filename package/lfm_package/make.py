@@ -39,6 +39,7 @@ class Order:
     prompts: Path | None = None
     quick: bool = False
     quiet: bool = False
+    force: bool = False  # variants too that were made with more care, and sticks of others
     stick: tuple[str, ...] = ()  # further words for `lfm-edge stick`
 
     @cached_property
@@ -89,15 +90,15 @@ def steps_of(order: Order) -> list[Step]:
     steps = [Step(EXPORT, [EXPORT, str(order.checkpoint), *adapter, "-o", str(order.bundle), *quiet], made_of)]
     images = ["--calibration", *map(str, order.calibration), "--profile", order.profile] if order.calibration else []
     prompts = ["--prompts", str(order.prompts)] if order.prompts else []
-    quick = ["--quick"] if order.quick else []
+    quick, force = ["--quick"] * order.quick, ["--force"] * order.force
     inputs = [*order.calibration, *([order.prompts] if order.prompts else [])]
     for variant in order.variants():
-        words = ["quantize", str(order.bundle), "--variant", variant, *images, *prompts, *quick, *quiet]
+        words = ["quantize", str(order.bundle), "--variant", variant, *images, *prompts, *quick, *quiet, *force]
         judged = str(order.board)  # as it runs the variant
         full = _digest(made_of, [variant, judged], inputs)
         now = _digest(made_of, [variant, judged, *quick], inputs)
         steps.append(Step(variant, words, now, full if order.quick else ""))
-    return [*steps, Step(STICK, [STICK, str(order.bundle), "-o", str(order.output), *order.stick], "")]
+    return [*steps, Step(STICK, [STICK, str(order.bundle), "-o", str(order.output), *order.stick, *force], "")]
 
 
 def _digest(before: str, words: Sequence[str], inputs: Iterable[Path]) -> str:

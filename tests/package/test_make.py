@@ -227,3 +227,12 @@ def test_shown_figures_add_up() -> None:
     shown = [line.split() for line in table(order, steps).splitlines() if line.endswith("GB")]
     seconds = [int(line[-6]) * (60 if line[-5] == "min" else 1) for line in shown]
     assert sum(seconds[:-1]) == seconds[-1]
+
+
+def test_force_reaches_every_step_that_asks_for_it(few, tmp_path) -> None:
+    """Whose messages name it."""
+    words = [str(CHECKPOINT), "--target", "pi5", "--calibration", str(few), "-o", str(tmp_path / "cam")]
+    for given in ([], ["--force"]):
+        steps = {step.name: step for step in steps_of(asked(*words, *given))}
+        assert [("--force" in steps[name].words) for name in ("int8", "int4", "stick")] == [bool(given)] * 3
+        assert "--force" not in steps["export"].words

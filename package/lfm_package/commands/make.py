@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--golden", type=Path, metavar="FILE.jsonl", help="questions that selftest asks on the board")
     parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="keep the bundle here; default: OUTPUT-bundle")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FOLDER", help="or NAME.tar")
-    parser.add_argument("--force", action="store_true", help="replace the stick of another board, or a signed one")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the stick of another board, or a signed one, and variants that were made with more images",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -147,5 +151,6 @@ def _order(options: argparse.Namespace) -> Order:
         prompts=options.prompts,
         quick=options.quick,
         quiet=options.quiet,
-        stick=(*words, *(["--force"] if options.force else [])),
+        force=options.force,
+        stick=tuple(words),
     )

@@ -151,8 +151,12 @@ def check_floor(quality: Quality, floor: float, *, quick: bool = False, kept: Se
     """
     reasons = []
     error = 0.0 if math.isnan(quality.kl_error) else quality.kl_error
-    if not (quality.kl - error <= floor and quality.kl <= 2 * floor):
-        reasons.append(f"KL {with_error(quality.kl, quality.kl_error)} is above {floor:g}")
+    measured = f"KL {with_error(quality.kl, quality.kl_error)}"
+    if not quality.kl - error <= floor:
+        more = "" if math.isnan(quality.kl_error) else " by more than its standard error"
+        reasons.append(f"{measured} is above {floor:g}{more}")
+    elif not quality.kl <= 2 * floor:
+        reasons.append(f"{measured} is above twice {floor:g}")
     if not quality.cosine_p1 >= COSINE_FLOOR:
         reasons.append(f"the image features' cosine (1st percentile) {quality.cosine_p1:.4f} is below {COSINE_FLOOR}")
     if reasons:
