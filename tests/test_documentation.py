@@ -88,7 +88,7 @@ def test_it_parses(page, command) -> None:
     parser = Parser(prog=name)
     importlib.import_module(points[name].value).add_arguments(parser)
     if "|" not in words:  # "profile list | show"
-        parser.parse_intermixed_args(parser.without_dashes(words))
+        parser.parse_intermixed_args(parser.looked_at(words))
 
 
 def run_short(words: list[str]) -> int:
