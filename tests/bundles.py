@@ -13,3 +13,9 @@ def tree(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file, by its place."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def int4_words(bundle: Path, few: Path) -> list[str]:
+    """The command that calibrates int4 with the images and questions of a folder."""
+    asked = ["--calibration", str(few / "images"), "--prompts", str(few / "calibration.jsonl")]
+    return ["quantize", str(bundle), "--variant", "int4", *asked, "--quiet"]

@@ -100,9 +100,8 @@ def _files(on: Installed) -> str:
         raise Skipped("a folder without manifest.json: nothing to compare with; make a bundle with lfm-edge export")
     there = sum(path.is_file() for path in on.folder.rglob("*"))
     more = there - len(on.bundle.files) - sum((on.folder / name).exists() for name in BESIDE_MANIFEST)
-    return f"{counted(len(on.bundle.files), 'file')}" + (
-        f"; {more} more that manifest.json does not name" if more > 0 else ""
-    )
+    unnamed = f"; {more} more that manifest.json does not name" if more > 0 else ""
+    return f"{counted(len(on.bundle.files), 'file')}{unnamed}"
 
 
 def _loads(on: Installed) -> str:

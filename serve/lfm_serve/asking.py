@@ -19,6 +19,8 @@ from lfm_runtime.report import Report
 from lfm_runtime.setup.setup import Setup
 from lfm_runtime.text.messages import IMAGE, Conversation, Message
 
+from lfm_serve.jsonl import is_json
+
 _EXTRACT = (
     "Extract the following from the image:\n\n{fields}\n\nRespond with only a JSON object. Do not include any text "
     "outside the JSON."
@@ -71,7 +73,7 @@ class Asking:
         said: dict[str, Any] = {"text": found.text, "finish_reason": found.finish_reason}
         if self.fields:
             said["fields"] = _fields(found.text, self.fields)
-        if self.schema is not None and not _is_json(found.text):
+        if self.schema is not None and not is_json(found.text):
             said["error"] = f"the answer ended ({found.finish_reason}) before its JSON was whole: see --max-new-tokens"
         return {**said, **_cost(found)}
 
@@ -168,16 +170,8 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 def _fields(text: str, names: Sequence[str]) -> dict[str, Any] | None:
     """The fields of an answer; None where it was cut off before its end."""
-    found = json.loads(text) if _is_json(text) else None
+    found = json.loads(text) if is_json(text) else None
     return {name: found.get(name) for name in names} if isinstance(found, dict) else None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _cost(report: Report) -> dict[str, Any]:

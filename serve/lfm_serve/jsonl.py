@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,15 @@ def json_line(value: Mapping[str, Any]) -> bytes:
         return (to_json(value) + "\n").encode()
     except UnicodeEncodeError:
         return (to_json(value, ascii_only=True) + "\n").encode()
+
+
+def is_json(text: str | bytes) -> bool:
+    """Whether a text is one whole JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def locked(path: Path, program: str, error: type[EdgeError]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import read_manifest, tree
+from bundles import int4_words, read_manifest, tree
 from lfm_quantize.judge.distances import kl_divergence, standard_error
 from lfm_quantize.judge.measure import measure
 from lfm_quantize.judge.quality import GateError
@@ -31,17 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_below_the_floor(demo_bundle, few, tmp_path, capsys) -> None:
     """Exit 3, the reason and the layers to keep in one line, and the variant that was there still there."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    arguments = [
-        "quantize",
-        str(bundle),
-        "--variant",
-        "int4",
-        "--calibration",
-        str(few / "images"),
-        "--prompts",
-        str(few / "calibration.jsonl"),
-        "--quiet",
-    ]
+    arguments = int4_words(bundle, few)
     assert main([*arguments, "--method", "rtn"]) == 0
     before = tree(bundle)
     assert main([*arguments, "--method", "rtn", "--floor", "1e-9"]) == 3

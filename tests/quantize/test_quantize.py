@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundles import read_manifest, tree
+from bundles import int4_words, read_manifest, tree
 from lfm_export.export import export
 from lfm_quantize.calibrate.samples import to_sample
 from lfm_quantize.graph import QuantizeError, linears, open_graph, session
@@ -188,17 +188,7 @@ def test_a_quick_run_beside_the_full_one(demo_bundle, few, tmp_path, capsys) -> 
 def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     """The files are no larger than asked and not much smaller; the recipe found makes the same files again."""
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    arguments = [
-        "quantize",
-        str(bundle),
-        "--variant",
-        "int4",
-        "--calibration",
-        str(few / "images"),
-        "--prompts",
-        str(few / "calibration.jsonl"),
-        "--quiet",
-    ]
+    arguments = int4_words(bundle, few)
     assert main([*arguments, "--max-size", "3.9"]) == 0
     files = {n: h for n, h in tree(bundle).items() if "_q4" in n}
     size = sum((bundle / n).stat().st_size for n in files)

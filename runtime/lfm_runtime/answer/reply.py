@@ -136,8 +136,8 @@ class Reply:
     def _pass_on_odds(self, piece: str) -> None:
         """A stop string and what comes after it are no part of the text."""
         self._shown += len(piece.encode())
-        cut = self.report.finish_reason in ("", "stop")
-        while self._drawn and (not cut or self._drawn[0][0] < self._shown):
+        whole = self.report.finish_reason not in ("", "stop")
+        while self._drawn and (whole or self._drawn[0][0] < self._shown):
             self.odds.append(self._drawn.popleft()[1])
 
     def new_odds(self) -> Sequence[Odds]:

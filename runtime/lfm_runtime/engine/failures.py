@@ -50,7 +50,8 @@ def failures_are_ours(what: object) -> Iterator[None]:
             ) from e
         if _NOT_WRITTEN in reason(e):
             raise BundleError(
-                f"{what}: its prepared form cannot be written (full disk, or ulimit -f); free some space, or raise it"
+                f"{what}: its prepared form cannot be written (the disk is full, or files may not be so large: "
+                "ulimit -f); free some space, or raise the limit"
             ) from e
         raise BundleError(
             f"{what} does not work with onnxruntime {ort.__version__} ({reason(e)[:300]}); check it with "

@@ -20,7 +20,7 @@ from typing import Any
 from lfm_runtime.formats.files import check_outside_bundles, check_writable, read_json_object, write_whole
 
 from lfm_serve.captions.output import JournalError, Output, last_of_each, parsed
-from lfm_serve.jsonl import FULL, WATCHED, append, json_line, locked
+from lfm_serve.jsonl import FULL, WATCHED, append, is_json, json_line, locked
 
 PROGRAM = "lfm-edge caption"
 _log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Journal(Output):
         if whole == self.path.stat().st_size:
             return whole
         ours = last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()
-        if not (whole or ours) or (_is_json(last) and parsed(last) is None):  # ours may lack its newline alone
+        if not (whole or ours) or (is_json(last) and parsed(last) is None):  # ours may lack its newline alone
             raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
         return whole
 
@@ -145,14 +145,6 @@ class Journal(Output):
 
     def _write_settings(self, text: str) -> None:
         write_whole(self._settings_place, text)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
