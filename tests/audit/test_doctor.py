@@ -220,6 +220,21 @@ def test_bundles(bundle_copy, tmp_path, monkeypatch) -> None:
     ]
 
 
+def test_weights_behind_a_link_are_judged_as_onnxruntime_takes_them(bundle_copy, photo) -> None:
+    """A link to another folder is refused; one to a file beside it is not."""
+    machine = replace(Machine.here(bundle_copy, "generic"))
+    weights = bundle_copy / "onnx" / "decoder_model_merged.onnx_data"
+    for place, state in (("elsewhere", "problem"), ("bundle/onnx", "ok")):
+        away = bundle_copy.parent / place / "weights"
+        away.parent.mkdir(exist_ok=True)
+        shutil.copy(weights, away)
+        weights.unlink()
+        weights.symlink_to(away)
+        assert found(machine, check_bundle.bundle)["bundle"].state == state
+        asked = ["run", str(bundle_copy), str(photo), "-p", "Hi", "--max-new-tokens", "1", "--variant", "fp32"]
+        assert main([*asked, "--profile", "generic"]) == (2 if state == "problem" else 0)
+
+
 def test_a_profile_that_the_manifest_does_not_name_is_not_selected(bundle_copy, monkeypatch) -> None:
     monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
     (bundle_copy / "profile.toml").write_text('name = "stray"\n')

@@ -126,11 +126,13 @@ def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
     page = Page((tmp_path / "alike.html").read_text())
     assert {"KL to fp32", "0.012", "0.046"} <= set(page.words)
     assert "Quality and cost" in page.headings
+    assert "no plot of" not in (tmp_path / "alike.html").read_text()
     second["quality"]["against"] = "int8"
     assert main(["report", str(write(tmp_path, "unlike", audit))]) == 0
     page = Page((tmp_path / "unlike.html").read_text())
     assert {"KL", "0.012 to fp32", "0.046 to int8"} <= set(page.words)
     assert "Quality and cost" not in page.headings, "they are not on one scale"
+    assert "no plot of quality and cost" in (tmp_path / "unlike.html").read_text()
     second["quality"]["against"], second["prefill"] = "fp32", "int8"
     assert main(["report", str(write(tmp_path, "alone", audit))]) == 0
     page = Page((tmp_path / "alone.html").read_text())

@@ -218,6 +218,10 @@ WRONG = {
         lambda f: edit(f, "config.json", "text_config", "hidden_size", to=[64]),
         ["text_config.hidden_size is [64]"],
     ),
+    "a size of 31 digits": (
+        lambda f: edit(f, "config.json", "text_config", "hidden_size", to=10**30),
+        ["text_config.hidden_size is 1000", "at most 2147483648"],
+    ),
     "layers that are not counted": (
         lambda f: edit(f, "config.json", "text_config", "layer_types", to=["conv"]),
         ["num_hidden_layers is 4", "1 layers"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lfm_profiles import FINEST
 from lfm_runtime import golden
 from lfm_runtime.engine.loader import check_onnxruntime
 from lfm_runtime.engine.prepared import find, remove_damaged
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Setup
@@ -26,6 +28,10 @@ def bundle(machine: Machine) -> Iterator[Finding]:
         return
     for path in bundle.graphs_read(setup.variant, setup.prefill):
         check_onnxruntime(bundle, path)
+        if away := _weights_elsewhere(path):
+            said = f"{away} is a link to another folder, which onnxruntime refuses"
+            yield Finding("bundle", "problem", said, "copy the bundle with its files: cp -rL")
+            return
     size = sum(file.bytes for file in bundle.files.values())
     signed = ", signed" if (bundle.folder / "SHA256SUMS.sig").exists() else ""
     said = f"{', '.join(bundle.variants)}; {size / 1e6:,.0f} MB{signed}; {setup.profile.name} takes {setup.variant}"
@@ -41,6 +47,15 @@ def bundle(machine: Machine) -> Iterator[Finding]:
         yield Finding("variants", "warning", why, do)
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
     yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
+
+
+def _weights_elsewhere(graph: Path) -> Path | None:
+    """A file of a graph's weights that onnxruntime refuses: below neither the graph's folder nor, where the graph is a
+    link itself as in the hub's cache, the folder that it leads to.
+    """
+    allowed = graph.parent.resolve(), graph.resolve().parent
+    files = (graph.with_name(name) for name in sorted(external_files(graph)))
+    return next((file for file in files if not any(file.resolve().is_relative_to(place) for place in allowed)), None)
 
 
 def _setup(machine: Machine) -> Setup:

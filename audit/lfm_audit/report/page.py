@@ -59,6 +59,8 @@ def audit_page(audits: Sequence[Named]) -> str:
     if len(series) > _MOST_SERIES:  # such a page is about the boards: plots of all of them are opened by a click
         sections = [replace(section, folded=True) for section in sections]
     notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
+    if any(one.result.kl is not None for one in series) and not plots.comparable_losses(series):
+        notes.append("no plot of quality and cost: fewer than two variants' losses to one other, as they ran, are here")
     verdicts = [{**_verdict(named), "name": named.name if several else ""} for named in audits]
     if len(audits) > _MOST_NAMES:
         verdicts = [verdict for verdict in verdicts if not verdict["good"]]

@@ -233,14 +233,21 @@ def machine(audits: Sequence[Named]) -> str:
     return _svg(figure, "Temperature, frequency and power")
 
 
-@_styled
-def quality(series: Sequence[Series]) -> str:
-    """What a variant costs beside what it loses; "" where fewer than two variants' loss to the same was measured."""
+def comparable_losses(series: Sequence[Series]) -> list[Series]:
+    """Those whose loss to the same variant was measured as they ran, two at least; else none."""
     measured = [s for s in series if s.result.kl is not None and not s.result.kl_with and s.result.memory.peak_mib]
     to = Counter(one.result.kl_to for one in measured).most_common(1)[0][0] if measured else ""
     there = [one for one in measured if one.result.kl_to == to]
-    if len(there) < 2:
+    return there if len(there) > 1 else []
+
+
+@_styled
+def quality(series: Sequence[Series]) -> str:
+    """What a variant costs beside what it loses; "" where there are no losses to compare."""
+    there = comparable_losses(series)
+    if not there:
         return ""
+    to = there[0].result.kl_to
     image = images_of(there)[-1]
     figure, axes = _panels(1, 2.6, columns=2)
     for axis, label in zip(axes, ("ms to the first token", "MiB at the peak"), strict=True):

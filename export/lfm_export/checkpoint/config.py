@@ -106,7 +106,8 @@ class Section:
                 f"{self.path}: {self._prefix}{name} is missing; is this a complete LFM2-VL checkpoint?"
             )
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.wrong(name, value, f"a whole number of {least} or more{f', at most {most},' * (most < 1 << 31)}")
+            limit = f", at most {most}," if most < 1 << 31 or (type(value) is int and value > most) else ""
+            raise self.wrong(name, value, f"a whole number of {least} or more{limit}")
         return value
 
     def number(self, *names: str, default: float) -> float:
