@@ -204,11 +204,11 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
     else:
         recipe = Recipe.read(settings.recipe)
         try:
-            recipe.check(source.linears())
+            recipe.check(source.layers())
         except QuantizeError as e:
             raise QuantizeError(f"{settings.recipe}: {e}") from e
     recipe = recipe.keeping(settings.keep)
-    recipe.check(source.linears())
+    recipe.check(source.layers())
     return recipe
 
 

@@ -12,6 +12,7 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_I
 from numpy.typing import NDArray
 
 from lfm_quantize.graph import Linear, QuantizeError, constant, linears, open_graph, release
+from lfm_quantize.passes.attention import attentions
 from lfm_quantize.passes.nodes import drop_unused
 from lfm_quantize.passes.table import look_up
 from lfm_quantize.passes.widen import Widen
@@ -73,6 +74,10 @@ class Source:
     def linears(self) -> dict[str, Linear]:
         """All matrix products with constant weights, by name, the encoder's first."""
         return {**linears(self.vision), **linears(self.decoder)}
+
+    def layers(self) -> list[str]:
+        """What a recipe can name: all matrix products with constant weights, and the encoder's attentions."""
+        return [*self.linears(), *attentions(self.vision)]
 
     @property
     def head(self) -> str:

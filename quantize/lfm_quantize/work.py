@@ -106,6 +106,7 @@ class Work:
             },
             "constants": list(change.constants),
             "layers": change.layers,
+            "attentions": change.attentions,
         }
         for i, product in enumerate(change.products.values()):
             for part in _PARTS:
@@ -138,4 +139,4 @@ def _read(place: Path, raw: Mapping[str, Any]) -> Change:
         rounded = Rounded(array(f"{i}.codes"), array(f"{i}.scales"), zero_points, Precision(**entry["precision"]))
         products[name] = Product(rounded, entry["negative"])
     constants = {name: array(f"constant.{i}") for i, name in enumerate(raw["constants"])}
-    return Change(products, constants, raw["layers"])
+    return Change(products, constants, raw["layers"], raw["attentions"])

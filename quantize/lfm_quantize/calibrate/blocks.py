@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.samples import Sample
 from lfm_quantize.graph import linears, nodes_between, part, release, session
+from lfm_quantize.passes.attention import attentions
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.rounding import Rounded
 
@@ -31,6 +32,7 @@ class Block:
     cut: tuple[str, ...]  # values it starts from
     outputs: tuple[str, ...]  # values the next one starts from
     linears: tuple[str, ...]
+    attentions: tuple[str, ...] = ()
 
 
 _VISION = ("vision.embeddings", "vision.encoder.layers.{}.layer_norm1", "vision.post_layernorm")
@@ -58,7 +60,7 @@ def blocks_of(model: ir.Model) -> list[Block]:
     for label, cut, outputs in zip(labels, starts, ends, strict=True):
         inside = nodes_between(model, outputs, cut)
         if inside:
-            blocks.append(Block(label, cut, outputs, tuple(linears(model, inside))))
+            blocks.append(Block(label, cut, outputs, tuple(linears(model, inside)), tuple(attentions(model, inside))))
     return blocks
 
 

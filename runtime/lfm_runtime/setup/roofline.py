@@ -5,7 +5,8 @@ The shares are those of products on prompts and images and of reading weights fo
 factor of two apart, and were set so that what is published for a Pi 5 lies inside: LFM2.5-350M in int8, by another
 engine, 200 tok/s of a prompt and 30 tok/s; LFM2.5-230M 42 tok/s. On two processors of an EPYC with AVX-512 VNNI, taken
 as whole cores at 4 GHz, int8 products reach 0.39 of the peak and fp32 products 0.38, and prompts are read 0.57 times as
-fast with 4-bit weights as with int8's. On Arm nothing has been measured.
+fast with 4-bit weights as with int8's; an encoder's attention takes 0.62 times as long in int8 as in fp32. On Arm
+nothing has been measured.
 
 Every run of a graph also takes time for each of its nodes, which is most of a small model's token: 1.3 to 3.5 µs on
 that EPYC, of the demo model. A Pi 5 is taken to need 2 to 4, others more or less as their peak in fp32 is below or
@@ -25,13 +26,14 @@ from lfm_runtime.errors import BundleError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.files import damage_is, read_json_object
 from lfm_runtime.formats.manifest import ModelFacts
-from lfm_runtime.formats.onnx_file import node_count
+from lfm_runtime.formats.onnx_file import node_count, operators
 from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.memory import weights_of
 from lfm_runtime.setup.setup import Setup
 
 _SHARES = {"fp32": (0.4, 0.8), "fp16": (0.4, 0.8), "int8": (0.17, 0.34), "int4": (0.1, 0.2)}
 _READING = (0.45, 0.9)
+_ATTENTION_IN_INT8 = 0.62  # of its time in fp32
 _NODE_US, _OF_GFLOPS = (2.0, 4.0), 153.6
 
 
@@ -85,7 +87,7 @@ class Vision:
         return 2.0 * patches * tower + 2.0 * patches / self.factor**2 * projector
 
     def attention(self, patches: int) -> float:
-        """Operations of scores and of the values' sums, which stay fp32."""
+        """Operations of scores and of the values' sums."""
         return 4.0 * patches**2 * self.hidden * self.layers
 
 
@@ -134,11 +136,13 @@ def foreseen_ms(setup: Setup, forecast: Forecast) -> dict[str, Range] | None:
         vision = Vision.of(read_json_object(path, BundleError))
     encoder, decoder = setup.paths[VISION_ENCODER.stem], setup.paths[DECODER.stem]
     reader = bundle.graphs(setup.prefill)[1][DECODER.stem] if setup.prefill else decoder
+    in_integers = "Scan" in operators(encoder, nested=True)  # attention, head by head
     images = Range(0, 0)
     for patches in _patches(forecast):
         images += calls_ms(node_count(encoder), board)
         images += products_ms(vision.products(patches, model.hidden), number_of(VISION_ENCODER, encoder), board)
-        images += products_ms(vision.attention(patches), "fp32", board)
+        attention = vision.attention(patches) * (_ATTENTION_IN_INT8 if in_integers else 1)
+        images += products_ms(attention, "fp32", board)
     weights = text_weights(model)
     head = model.hidden * model.vocabulary
     reads = reading_ms(weights_of(bundle, reader), board)
