@@ -259,7 +259,8 @@ def _unreached(address: str, e: BaseException) -> str:
             f"the scheduler {address} was not reached by TLS ({why(deepest)}); check distributed.comm.tls in Dask's "
             "configuration: the CA, certificate and key must be of the cluster (docs/fleet.md)"
         )
-    return f"the scheduler {address} cannot be reached ({why(deepest)}); start one with: dask scheduler"
+    because = "it does not answer" if isinstance(deepest, (CancelledError, asyncio.CancelledError)) else why(deepest)
+    return f"the scheduler {address} cannot be reached ({because}); start one with: dask scheduler"
 
 
 def is_reached(client: Client) -> bool:

@@ -17,6 +17,7 @@ umask 022
 unset PYTHONPATH PYTHONHOME 2>/dev/null || true
 
 say() { printf '%s\n' "$*"; }
+quote() { printf '%s' "$1" | sed "s/'/'\\\\''/g"; } # for a text between ' and '
 fail() {
     printf 'install.sh: %s\n' "$*" >&2
     exit 2
@@ -204,7 +205,7 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
 }
 
 commands() { # this script; and lfm-edge of the current version, with the board's or the stick's profile unless another is named
-    quoted=$(printf '%s' "$prefix" | sed "s/'/'\\\\''/g")
+    quoted=$(quote "$prefix")
     mkdir -p "$prefix/bin"
     cat >"$prefix/bin/.lfm-edge.new" <<END
 #!/bin/sh
@@ -276,7 +277,11 @@ install() {
         kept=${folder##*/}
         [ "$kept" = "$id" ] || [ "$kept" = "$(version_of previous)" ] || ! is_version "$kept" || discard "$kept"
     done
-    say "try: $prefix/bin/lfm-edge run $prefix/current/bundle photo.jpg -p 'What is in this image?'"
+    case $prefix in
+    *[!A-Za-z0-9_./-]*) shown="'$(quote "$prefix")" && end="'" ;;
+    *) shown=$prefix && end= ;;
+    esac
+    say "try: $shown/bin/lfm-edge$end run $shown/current/bundle$end photo.jpg -p 'What is in this image?'"
 }
 
 "$action"

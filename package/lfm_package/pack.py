@@ -23,6 +23,7 @@ from lfm_runtime.bundle import Bundle, client_files
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.files import check_output, check_room
 from lfm_runtime.formats.manifest import MANIFEST, PROFILE, SIGNATURE, SUMS, File, Manifest, file_hash
+from lfm_runtime.formats.writer import check_no_link
 
 from lfm_package.sbom import is_bill, sbom
 from lfm_package.signature import sign
@@ -123,6 +124,7 @@ def check_place(output: Path, *, signed: bool, force: bool) -> None:
         (sums, lambda path: re.fullmatch(rf"[0-9a-f]{{64}}  {re.escape(name)}\n", path.read_text()) is not None),
         (bill, is_bill),
     ):
+        check_no_link(path)
         check_output(path, "lfm-edge pack", ours, force=force)
     for path in (output, *parts[:1]):
         if not (force or signed) and path.exists() and path.stat().st_size and is_packed(path, SIGNATURE):

@@ -16,9 +16,10 @@ from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.prepare import space_needed
 from lfm_runtime.errors import BundleError, SettingError
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
-from lfm_runtime.formats.files import check_output, check_outside_bundles, check_room
+from lfm_runtime.formats.files import check_output, check_room
 from lfm_runtime.formats.manifest import SIGNATURE, SUMS, Manifest, file_hash
-from lfm_runtime.formats.writer import replacing
+from lfm_runtime.formats.writer import check_no_link, replacing
+from lfm_runtime.formats.writer import check_place as check_folder
 from packaging.version import Version
 
 from lfm_package.pack import NOTHING, Extras, entry, is_packed, pack, reduced
@@ -66,9 +67,10 @@ def check_place(output: Path, platform: Platform, *, signed: bool, force: bool) 
     board's stick, or a signed one by one that is not.
     """
     if output.suffix == ".tar":
+        check_no_link(output)
         check_output(output, "lfm-edge stick", is_stick, force=force)
     else:
-        check_outside_bundles(output)
+        check_folder(output)
         _check_ours(output)
     if not force:
         _check_like(output, platform, signed=signed)

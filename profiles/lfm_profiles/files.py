@@ -107,7 +107,12 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     elif extends is not None:
         beside = path.parent / f"{extends}.toml"  # a file of one's own may extend the shipped profile of the same name
         own = beside.is_file() and beside.resolve() != path.resolve()
-        parent = read(str(beside) if own else extends, detected=detected, _below=(*_below, path))
+        wanted = str(beside) if own else extends
+        try:
+            path_of(wanted)
+        except (ProfileError, TypeError) as e:
+            raise ProfileError(f"{_where(path, text, 'extends')}: {e}") from e
+        parent = read(wanted, detected=detected, _below=(*_below, path))
     sections = {
         section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()
     }

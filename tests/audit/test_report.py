@@ -433,3 +433,12 @@ def test_background_load_is_marked_where_it_was(audit, tmp_path) -> None:
     assert said not in evenness()
     spans[3]["share"] = spans[7]["share"] = 0.4
     assert evenness().count(said) == 1
+
+
+def test_the_audit_of_another_bundle_stays(audit, demo_bundle, tmp_path, capsys) -> None:
+    """It would have to be measured again."""
+    place = Path(write(tmp_path, "a", {**audit, "bundle": {**audit["bundle"], "name": "other"}}))
+    before = place.read_bytes()
+    assert main(["audit", str(demo_bundle), "-o", str(place)]) == 2
+    assert f"is an audit of other, not of {demo_bundle.name}; choose another output" in capsys.readouterr().err
+    assert place.read_bytes() == before

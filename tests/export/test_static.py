@@ -4,6 +4,7 @@ fixed ranges is close.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def test_nothing_is_open(static) -> None:
         assert not {node.op_type for node in model.graph.node} & {"NonZero", "Range", "Shape", "If", "Loop"}
         for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
             assert all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim), value.name
+
+
+def test_files_with_another_hard_link_are_read(static, portable, tmp_path) -> None:
+    """As `export --web` leaves them."""
+    shutil.copytree(portable, tmp_path / "bundle")
+    (tmp_path / "web").mkdir()
+    for path in (tmp_path / "bundle" / "onnx").iterdir():
+        os.link(path, tmp_path / "web" / path.name)
+    write_static(tmp_path / "bundle", tmp_path / "static", StaticShape(8, 12, PREFILL, CONTEXT))
+    for path in static.iterdir():
+        assert (tmp_path / "static" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_vision(static, portable) -> None:

@@ -94,6 +94,9 @@ def test_a_variant_that_is_not_good_enough_is_not_tried_again(tmp_path, monkeypa
     assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(output)]) == 3
     said = capsys.readouterr().err
     assert f"go on with: lfm-edge stick '{output}-bundle' -o '{output}' --target pi5" in said
+    words = ["--quick", "--calibration", str(ROOT / "demo" / "photos")]
+    assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(output), *words]) == 3
+    assert "the same command without --quick goes on from there" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
@@ -116,6 +119,7 @@ def test_ctrl_c_says_how_it_goes_on(tmp_path, monkeypatch, capsys) -> None:
         (["--target", "pi5", "--calibration", str(CHECKPOINT)], "has no images"),
         (["--target", "pi5", "--adapter", "no-lora"], "no-lora does not exist"),
         (["--target", "pi5", "--prompts", "none.jsonl"], "none.jsonl does not exist"),
+        (["--target", "pi5", "--quick"], "--quick has no effect without --calibration"),
         (["--target", "pi5", "--bundle", "cam"], "cam is named twice"),
         (["--target", "pi5", "--golden", "none.jsonl"], "none.jsonl does not exist"),
     ],
@@ -144,6 +148,10 @@ def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
         assert main(["make", str(CHECKPOINT), "--target", "pi5", "-o", str(tmp_path / place)]) == 2
         assert "not something lfm-edge stick made; choose another output" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["cam", "cam.tar", "notes.txt"]
+    words = ["--bundle", str(tmp_path / "bundle"), "-o", str(tmp_path / "cam.tar" / "stick")]
+    assert main(["make", str(CHECKPOINT), "--target", "pi5", *words]) == 2
+    assert "stick cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(

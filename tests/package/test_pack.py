@@ -505,3 +505,7 @@ def test_what_is_the_users_beside_a_pack_stays(name, demo_bundle, tmp_path, caps
     assert main([*words, "--split", "9M"]) == 0
     assert main(words) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cam.cdx.json", "cam.tar", "cam.tar.sha256"]
+    (tmp_path / "link.tar").symlink_to("cam.tar")
+    assert main([*words[:-1], str(tmp_path / "link.tar"), "--force"]) == 2
+    assert "link.tar is a link; name what it leads to" in capsys.readouterr().err
+    assert (tmp_path / "link.tar").is_symlink()

@@ -89,6 +89,14 @@ def test_again_and_not_over_something_else(demo_bundle, no_fetching, tmp_path) -
     with pytest.raises(BundleError, match="has no variant 'int4'"):
         module.write_stick(demo_bundle, ["int4"], PI5, tmp_path / "cam")
     assert (tmp_path / "cam" / "cam.tar").exists()
+    for name, place in (("link", "media"), ("link.tar", "media/cam.tar")):
+        (tmp_path / name).symlink_to(place)  # whether it leads to something or not
+        for _ in range(2):
+            with pytest.raises(BundleError, match=f"{name} is a link; name what it leads to: .*{place}"):
+                module.write_stick(demo_bundle, ["fp32"], PI5, tmp_path / name)
+            (tmp_path / "media").mkdir(exist_ok=True)
+        assert (tmp_path / name).is_symlink()
+        assert not any((tmp_path / "media").iterdir())
 
 
 def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> None:

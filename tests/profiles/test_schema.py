@@ -119,7 +119,10 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ("budget = 3\n", "line 1: budget must be a table: [budget]"),
         ("threads = 3\n[match]\nthreads = 3\n", "line 3: unknown key 'threads'"),
         ("extends = 3\n", "line 1: extends must be a string"),
-        ('extends = "nothing"\n', "there is no profile 'nothing'; shipped: auto, apple-silicon"),
+        (
+            'threads = 2\nextends = "nothing"\n',
+            "mine.toml, line 2: there is no profile 'nothing'; shipped: auto, apple",
+        ),
         ('extends = "mine"\n', "there is no profile"),
         ("[[rules]]\n", "unknown key 'rules'"),
         ("context = 1e3\n", "context = 1000.0 is impossible; allowed: 64 to 1048576 (tokens)"),

@@ -271,7 +271,13 @@ def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
 def test_points_lost_have_no_negative_zero() -> None:
     from lfm_quantize.judge.quality import _points
 
-    assert [_points(lost) for lost in (-0.0, 0.0, -0.004, 0.005, -1.0)] == ["0", "0", "0", "+0.01", "-1.00"]
+    assert [_points(lost) for lost in (-0.0, 0.0, -0.004, 0.005, -1.0)] == [
+        "lost 0 points",
+        "lost 0 points",
+        "lost 0 points",
+        "lost 0.01 points",
+        "gained 1.00 points",
+    ]
 
 
 def quality_of(kl: float, error: float, questions: int = 4) -> Any:

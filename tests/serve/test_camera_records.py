@@ -39,6 +39,16 @@ def test_a_torn_last_record_is_dropped(tmp_path_factory, at) -> None:
     assert out.read_bytes() == line * (min(at, 3 * len(line)) // len(line) + 1)
 
 
+def test_zeros_after_a_power_cut_are_dropped(tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    line = (json.dumps(RECORD, ensure_ascii=False) + "\n").encode()
+    out.write_bytes(line + line[:20] + bytes(200))
+    for _ in range(2):
+        Appended(out, print).close()
+        assert out.read_bytes() == line
+        out.write_bytes(line + bytes(200))
+
+
 @pytest.mark.parametrize(
     "content", ["notes\n", '{"a": 1}\n', '{"path": "a.png", "text": "x"}\n', "notes", "5", '{"tim']
 )

@@ -67,7 +67,7 @@ def test_half_a_character(server) -> None:
         ({"repetition_penalty": 1e-300}, "repetition_penalty 1e-300 is impossible"),
         ({"repeat_penalty": 1e8}, "allowed: 0.000001 to 1000000"),
         ({"max_tokens": 0}, "max_tokens 0 is impossible"),
-        ({"max_completion_tokens": -1}, "max_completion_tokens -1 is impossible"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens -2 is impossible"),
     ],
 )
 def test_numbers_that_are_too_small_or_too_large(server, more, said) -> None:
@@ -85,6 +85,7 @@ def test_what_has_no_effect_is_no_fault(server) -> None:
             "options": {**more, "num_predict": 1},
         }
         assert server.ask("/api/chat", ollama)[0] == 200
+    assert server.chat(text("x"), max_tokens=-1, max_completion_tokens=2)[1]["usage"]["completion_tokens"] <= 2
 
 
 def test_advice_that_a_client_can_follow(server) -> None:

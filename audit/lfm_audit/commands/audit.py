@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"-o and --csv are both {options.csv}; name two files")
     if options.output:
         check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
+        _check_same_bundle(options)
     if options.csv:
         check_output(options.csv, "lfm-edge audit", is_csv, force=options.force)
     if options.meter:
@@ -111,6 +112,21 @@ def run(options: argparse.Namespace) -> int:
     if not result.verdict.valid:
         return INVALID
     return 0 if all(limit.holds for limit in result.limits) else LIMIT_BROKEN
+
+
+def _check_same_bundle(options: argparse.Namespace) -> None:
+    """Raise SettingError where the audit of another bundle would be replaced: it would have to be measured again."""
+    from lfm_runtime.errors import SettingError
+    from lfm_runtime.formats.files import read_json_object
+
+    if options.force or not options.output.exists() or not options.output.stat().st_size:
+        return
+    before, now = read_json_object(options.output, SettingError).get("bundle"), options.bundle.resolve().name
+    name = before.get("name") if isinstance(before, dict) else None
+    if name != now:
+        raise SettingError(
+            f"{options.output} is an audit of {name}, not of {now}; choose another output, or replace it with --force"
+        )
 
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:

@@ -39,6 +39,12 @@ _BOARDS = (
 )
 
 
+_KL = (
+    "KL divergence as the bundle knew it, on images that did not calibrate: measured when the variant was quantized, "
+    "or by lfm-edge quality over more questions."
+)
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page: plots and tables below a title and a note. `folded`: it is opened by a click."""
@@ -82,7 +88,7 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
             [answers_table(series), variants_table(series)],
             "Medians; the peak is the largest. ± is the median absolute deviation: half of the answers are within it. "
             "The first answer of each process is left out."
-            + (" KL divergence as measured when the variant was made." if any(one.result.kl for one in series) else "")
+            + (f" {_KL}" if any(one.result.kl for one in series) else "")
             + (
                 " Where the prefill decoder was another than here, that is said (see lfm-edge quality --profile)."
                 if any(one.result.kl and one.result.kl_with for one in series)
@@ -118,11 +124,7 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
         ),
         Section("The machine during the audit", [plots.machine(audits), machine_table(audits)]),
         Section("Soak", [plots.soak(audits)]),
-        Section(
-            "Quality and cost",
-            [plots.quality(series)],
-            "As measured when the variant was quantized, on images calibration did not see.",
-        ),
+        Section("Quality and cost", [plots.quality(series)], _KL),
         Section(
             "Every figure",
             [figures_table(series)],

@@ -108,7 +108,11 @@ class Tuning:
         best, chosen, alike = self.front()[0], self.chosen(), self._alike()
         allowed = f"KL ≤ {self.floor:g}" if self.good_enough(chosen) else "whatever its KL"
         rounds = len(self.points[chosen].latency_ms)
-        few = f"; {counted(rounds, 'sample')} of it tell little, give it more time" if rounds < _TELLING else ""
+        few = (
+            f"; {counted(rounds, 'sample')} of it {'tells' if rounds == 1 else 'tell'} little, give it more time"
+            if rounds < _TELLING
+            else ""
+        )
         if len(alike) == 1:
             return f"best by {self.objective} with {allowed}{few}"
         among = f"of {len(alike)} points whose {self.objective} differs by no more than chance ({allowed})"

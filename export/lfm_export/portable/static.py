@@ -13,6 +13,7 @@ bundle's embed_tokens.onnx_data on the host.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from lfm_runtime.formats.contract import BATCH, DECODER, PAST, PATCHES, TOKENS, 
 from lfm_runtime.formats.files import check_outside_bundles
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
 
 from lfm_export.checkpoint.config import CheckpointError
@@ -124,13 +126,35 @@ def _write(encoders: list[Path], decoder: Path, shape: StaticShape, factor: int,
 
 
 def _load(path: Path) -> onnx.ModelProto:
+    """Raises CheckpointError where the graph or its data file is damaged."""
     try:
-        return onnx.load(path)
-    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as e:
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            if uses_external_data(tensor):
+                _read_data(tensor, path.parent)
+    except (DecodeError, OSError, ValueError) as e:
         if isinstance(e, OSError):
             raise unreadable(path, e, CheckpointError, "copy the bundle again") from e
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({reason}); export the bundle again") from e
+    return model
+
+
+def _read_data(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Put a tensor's data into it. onnx itself refuses files with several hard links, as `export --web` leaves them; so
+    the name is held against the folder here.
+    """
+    found = ExternalDataInfo(tensor)
+    if Path(found.location).name != found.location:
+        raise ValueError(f"{tensor.name} names the data file {found.location!r}, which is not beside the graph")
+    size = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    with (folder / found.location).open("rb") as f:
+        f.seek(found.offset or 0)
+        tensor.raw_data = f.read(size)
+    if len(tensor.raw_data) != size or (found.length or size) != size:
+        raise ValueError(f"{found.location} is shorter than {tensor.name} says")
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _fixed(model: onnx.ModelProto, sizes: Mapping[str, int], known: Mapping[str, NDArray[np.int64]]) -> onnx.ModelProto:

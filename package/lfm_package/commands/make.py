@@ -84,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt("interrupted; the same command goes on after the last finished step") from None
         if code:
             how = "once that is mended, the same command goes on from there"
-            if code == NOT_GOOD_ENOUGH:
+            if code == NOT_GOOD_ENOUGH and order.quick:
+                how = "the same command without --quick goes on from there"
+            elif code == NOT_GOOD_ENOUGH:
                 how = f"once it is made in another way, go on with: lfm-edge {shlex.join(steps[-1].words)}"
             print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
@@ -106,7 +108,6 @@ def _order(options: argparse.Namespace) -> Order:
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         advice = install_advice("export,quantize,package")
         raise SettingError(f"make needs the Python package {missing[0]}; install what it uses with: {advice}")
-    from lfm_package.estimate import count_images
     from lfm_package.make import Order
     from lfm_package.signature import check_key
     from lfm_package.stick import check_place, check_profile
@@ -126,11 +127,7 @@ def _order(options: argparse.Namespace) -> Order:
     if not (options.checkpoint / "config.json").exists():
         raise SettingError(f"{options.checkpoint} is no checkpoint, it has no config.json; name its folder, or its id")
     options.adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
-    for path in (*options.calibration, options.adapter, options.prompts, options.golden):
-        if path is not None and not path.exists():
-            raise SettingError(f"{path} does not exist; check the path")
-    if options.calibration and not count_images(options.calibration):
-        raise SettingError(f"{options.calibration[0]} has no images; name a folder with JPEG or PNG files")
+    _check_inputs(options)
     check_place(options.output, platform, signed=bool(options.sign), force=options.force)
     name = options.output.name.removesuffix(".tar")
     bundle = options.bundle or options.output.with_name(f"{name}-bundle")
@@ -154,3 +151,19 @@ def _order(options: argparse.Namespace) -> Order:
         force=options.force,
         stick=tuple(words),
     )
+
+
+def _check_inputs(options: argparse.Namespace) -> None:
+    """Raise SettingError for images and files that are missing, or of no effect."""
+    from lfm_runtime.errors import SettingError
+
+    from lfm_package.estimate import count_images
+
+    for path in (*options.calibration, options.adapter, options.prompts, options.golden):
+        if path is not None and not path.exists():
+            raise SettingError(f"{path} does not exist; check the path")
+    for flag, given in (("--quick", options.quick), ("--prompts", options.prompts)):
+        if given and not options.calibration:
+            raise SettingError(f"{flag} has no effect without --calibration; name images, or leave it out")
+    if options.calibration and not count_images(options.calibration):
+        raise SettingError(f"{options.calibration[0]} has no images; name a folder with JPEG or PNG files")

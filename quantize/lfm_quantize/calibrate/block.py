@@ -35,7 +35,7 @@ class Change:
     products: dict[str, Product] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)  # a record for each product, for the manifest
-    attentions: list[str] = field(default_factory=list)  # those in 8 bits
+    attentions: list[dict[str, Any]] = field(default_factory=list)  # name, bits and error of each, for the manifest
 
     def add(self, other: Change) -> None:
         """Take in the changes of another block."""
@@ -51,7 +51,8 @@ class Change:
 
     def passes(self, *, tied: bool) -> tuple[ir.passes.InPlacePass, ...]:
         """What makes the change in a graph; `tied` as for `Integers`."""
-        return Constants(self.constants), IntegerAttention(self.attentions), Integers(self.products, tied=tied)
+        attentions = [found["name"] for found in self.attentions if found["bits"] == 8]
+        return Constants(self.constants), IntegerAttention(attentions), Integers(self.products, tied=tied)
 
 
 def quantize_block(
@@ -100,11 +101,8 @@ def quantize_block(
         change.layers.append(_record(name, wanted[name], rounded, weight, moments, fit))
     for name in block.attentions:
         if recipe.precision(name).bits < 32 and fed.feeds:
-            error = _attention_error(fed, block, states, name)
-            change.attentions += [name] if error <= ATTENTION_ERROR else []
-            change.layers.append(
-                {"name": name, "bits": 8 if error <= ATTENTION_ERROR else 32, "error": float(f"{error:.4g}")}
-            )
+            error = float(f"{_attention_error(fed, block, states, name):.4g}")
+            change.attentions.append({"name": name, "bits": 8 if error <= ATTENTION_ERROR else 32, "error": error})
     return change
 
 

@@ -104,8 +104,9 @@ class Quality:
         tasks = sorted(self.accuracy.items())
         for task, found in [*tasks, *([("all", self._all_tasks())] if len(tasks) > 1 else [])]:
             of, by = found[self.against], found[self.variant]
-            lost, asked = _points(100 * (of - by)), counted(round(found["questions"]), "question")
-            lines.append(f"  exact, {task:9s} {by:.2%}, {self.against} {of:.2%}, lost {lost} points ({asked})")
+            change, asked = 100 * (of - by), counted(round(found["questions"]), "question")
+            what = _points(change)
+            lines.append(f"  exact, {task:9s} {by:.2%}, {self.against} {of:.2%}, {what} ({asked})")
         reads = f", {self.board['prefill']}'s decoder included" if self.board and self.board["prefill"] else ""
         bits = self.bits_per_weight
         lines.append(
@@ -132,8 +133,9 @@ class Quality:
 
 
 def _points(lost: float) -> str:
-    """With a sign, and 0 without one."""
-    return f"{lost:+.2f}" if abs(lost) >= 0.005 else "0"
+    """As words."""
+    size = f"{abs(lost):.2f}" if abs(lost) >= 0.005 else "0"
+    return f"{'gained' if lost <= -0.005 else 'lost'} {size} points"
 
 
 def with_error(value: float, error: float) -> str:

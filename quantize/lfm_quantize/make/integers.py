@@ -41,7 +41,8 @@ def as_integers(run: Run) -> Made:
         EMBED_TOKENS.stem: NewGraph(rewritten(source.embed, QuantizedTable(table)) if table else source.embed),
         DECODER.stem: NewGraph(rewritten(source.decoder, *decoder.passes(tied=source.tied))),
     }
-    return Made(graphs, {"recipe": recipe.to_list(), "layers": [*vision.layers, *decoder.layers]}, recipe)
+    layers = [*vision.layers, *decoder.layers]
+    return Made(graphs, {"recipe": recipe.to_list(), "layers": layers, "attentions": vision.attentions}, recipe)
 
 
 def _search(run: Run) -> Recipe:

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{path}  {size / 1e6:,.1f} MB")
         if not options.dry_run:
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             except OSError as e:
                 do = "change its permissions: chmod -R u+w" if isinstance(e, PermissionError) else "remove it by hand"
                 raise BundleError(f"{path} cannot be removed ({e.strerror or e}); {do}") from e

@@ -36,6 +36,7 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
     bundle = Path(os.path.abspath(bundle))  # noqa: PTH100  (resolve() would follow a link at the end); "." must get a name; links in its parents are followed as they stand
     try:
         check_outside_bundles(bundle)
+        check_no_link(bundle)
         bundle.parent.mkdir(parents=True, exist_ok=True)
         with _locked(bundle):
             _recover(bundle)
@@ -58,7 +59,8 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         denied = e.errno in (errno.EACCES, errno.EPERM)
         free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if full and bundle.parent.is_dir() else ""
-        do = "free some space" if full else f"change the permissions of {bundle.parent}" if denied else ""
+        there = next(place for place in bundle.parents if place.exists())
+        do = "free some space" if full else f"change the permissions of {there}" if denied else ""
         other = "choose another output" if elsewhere else ""
         do = ", or ".join(filter(None, (do, other))) or "try again"
         raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; nothing has changed there; {do}") from e
@@ -87,10 +89,29 @@ def _locked(bundle: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_no_link(output: Path) -> None:
+    """Raise BundleError for a link, which a new folder or archive would replace instead of what it leads to."""
+    if output.is_symlink():
+        raise BundleError(f"{output} is a link; name what it leads to: {output.resolve()}")
+
+
+def check_place(folder: Path) -> None:
+    """Before long work, raise BundleError where `replacing` could not write this folder."""
+    check_outside_bundles(folder)
+    check_no_link(folder)
+    there = next(place for place in Path(os.path.abspath(folder)).parents if place.exists())  # noqa: PTH100  (links stay)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}."):
+            pass
+    except OSError as e:
+        raise BundleError(f"{folder} cannot be written ({there}: {e.strerror or e}); choose another output") from e
+
+
 def check_replaceable(bundle: Path) -> None:
     """Only what an export made may be replaced, and only when nothing else lies in it, and not inside a bundle."""
     check_outside_bundles(bundle)
-    if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
+    check_no_link(bundle)
+    if bundle.exists() and not bundle.is_dir():
         raise BundleError(f"{bundle} is not a folder; choose another output")
     if not bundle.is_dir() or not any(bundle.iterdir()):
         return

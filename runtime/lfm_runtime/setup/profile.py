@@ -44,9 +44,9 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
     given = {key: value for key, value in flags.items() if value is not None}
     if isinstance(given.get("variant"), str):
         given["variant"] = (given["variant"],)
+    wanted = "" if isinstance(name, Profile) else os.fspath(name) or default_name()
     try:
         if not isinstance(name, Profile):
-            wanted = os.fspath(name) or default_name()
             name = (
                 replace(detected().profile, automatic=True)
                 if wanted == AUTO
@@ -54,7 +54,8 @@ def find_profile(name: str | os.PathLike[str] | Profile = "", **flags: Any) -> P
             )
         return with_flags(name, given)
     except ProfileError as e:
-        raise SettingError(str(e)) from e
+        by = f"{VARIABLE}: " if wanted and wanted == os.environ.get(VARIABLE) else ""
+        raise SettingError(f"{by}{e}") from e
 
 
 def default_name(bundle: Bundle | None = None) -> str:

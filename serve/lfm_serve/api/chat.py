@@ -246,7 +246,7 @@ def _generation(body: Mapping[str, Any]) -> Generation:
             found[ours] = float(max(-_MOST, min(value, _MOST))) if abs(value) > _MOST else float(value)
     for name in ("max_tokens", "max_completion_tokens", "n_predict"):
         value = typed(body, name, int)
-        if value is not None and (name != "n_predict" or value != -1):  # llama.cpp's: no limit
+        if value is not None and value != -1:  # no limit, for clients of llama.cpp and LM Studio
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             if (other := found.setdefault("max_new_tokens", value)) != value:

@@ -14,7 +14,7 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import check_outside_bundles, check_writable
 
-from lfm_serve.jsonl import FULL, WATCHED, append, json_line, locked
+from lfm_serve.jsonl import FULL, WATCHED, append, is_json, json_line, locked
 
 _SYNC_S = 1.0
 _LAST = 1 << 20
@@ -124,13 +124,15 @@ def _whole_end(path: Path) -> int:
             return 0
         f.seek(max(0, size - _LAST))
         last = f.read()
+    torn = last[last.rfind(b"\n") + 1 :]
+    begun = torn.startswith(WATCHED[: len(torn)])
     try:
         record = json.loads(first)
+        begun |= not is_json(torn)  # whatever it is: a board that lost its power may leave zeros
         ours = isinstance(record, dict) and isinstance(record.get("time"), str) and "source" in record
         ours = ours and ("frame" in record or "event" in record)
     except ValueError:
         ours = not first.endswith(b"\n")
-    torn = last[last.rfind(b"\n") + 1 :]
-    if not (ours and torn.startswith(WATCHED[: len(torn)])):
+    if not (ours and begun):
         raise RecordsError(f"{path} exists, and lfm-edge watch did not write it; choose another output")
     return size - len(last) + last.rfind(b"\n") + 1

@@ -120,10 +120,12 @@ def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
                 break
             states = fed.run(block, states)
         change = quantize_block(fed, block, states, recipe)
-        record = next(layer for layer in change.layers if layer["name"] == name)
-        assert change.attentions == [name] * eight
+        (record,) = change.attentions
+        assert record["name"] == name
         assert record["bits"] == (8 if eight else 32)
         assert (record["error"] <= calibrating.ATTENTION_ERROR) is eight
+        made = attentions(rewritten(graph, *change.passes(tied=False)))
+        assert (name in made) is not eight
         kept = quantize_block(fed, block, states, recipe.keeping([name]))
         assert not kept.attentions
         assert not quantize_block(FedGraph(graph, [], [], 1), block, [], recipe).attentions, "nothing to try it on"

@@ -197,6 +197,11 @@ def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) 
         assert main(["prepare", str(bundle)]) == 2
         assert "different results when prepared" in capsys.readouterr().err
     assert not list((tmp_path / "bundle.prepared").rglob("*.onnx"))
+    with monkeypatch.context() as patch:
+        shutil.rmtree(tmp_path / "bundle.prepared")
+        patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert main(["prepare", str(bundle)]) == 2
+        assert f"change the permissions of {tmp_path}\n" in capsys.readouterr().err, "of what is there"
     assert main(["prepare", str(bundle), "--prefill", "int8"]) == 2
     assert "has no variant 'int8'" in capsys.readouterr().err
 

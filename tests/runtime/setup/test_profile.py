@@ -184,7 +184,7 @@ def test_flags_environment_and_file_in_order(demo_bundle, tmp_path, monkeypatch,
     assert json.loads(capsys.readouterr().out)["new_tokens"] <= 2
     monkeypatch.setenv("LFM_EDGE_PROFILE", "nonsense")
     assert main(["run", str(demo_bundle), "-p", "x"]) == 2
-    assert "there is no profile 'nonsense'; shipped: auto" in capsys.readouterr().err
+    assert "LFM_EDGE_PROFILE: there is no profile 'nonsense'; shipped: auto" in capsys.readouterr().err
 
 
 def test_a_profile_never_asks_for_more_than_the_checkpoint(bundle_copy, photo) -> None:
