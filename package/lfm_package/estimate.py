@@ -136,7 +136,7 @@ def count_images(places: Sequence[Path]) -> int:
         elif place.suffix.lower() in suffixes:
             total += 1
         else:
-            lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             total += sum(1 for line in lines if line.strip())
     return total
 

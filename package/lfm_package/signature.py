@@ -7,6 +7,7 @@ ssh-ed25519 AAAA…` each.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def check_signature(path: Path, signers: Path) -> str:
         raise SettingError(
             f"{signers} does not exist; give a file with the allowed signers, as in ssh's allowed_signers"
         )
+    if signers.read_bytes().startswith((b"ssh-", b"ecdsa-", b"sk-")):
+        line = f'echo "me namespaces=\\"{NAMESPACE}\\" $(cat {shlex.quote(str(signers))})"'
+        raise SettingError(f"{signers} is a public key, not a list of who may sign; make one: {line} > signers")
     signature = path.with_name(path.name + SUFFIX)
     if not path.is_file():
         raise BundleError(f"{path} is missing, so there is no signature; get a signed bundle, or leave --signers out")

@@ -57,11 +57,7 @@ def unpack(archive: Path, folder: Path, *, signers: Path | None = None) -> None:
                 assert source is not None
                 with source, (new / name).open("wb") as f:
                     shutil.copyfileobj(source, f, _BLOCK)
-            try:
-                problems = verify(new, signers=signers)
-            except BundleError as e:  # of its signature
-                problems = [str(e)]
-            if problems:
+            if problems := verify(new, signers=signers):
                 raise BundleError(f"{archive}: {problems[0].replace(f'{new}/', '')}")
     except _DAMAGE as e:
         raise BundleError(f"{archive} {_no_tar(archive)}") from e

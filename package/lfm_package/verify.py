@@ -37,7 +37,7 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         signers: who may have signed it (see signature.py); None asks for no signature.
 
     Raises:
-        BundleError: it is no bundle of lfm-edge, or of a newer schema; or nobody of `signers` signed it.
+        BundleError: it is no bundle of lfm-edge, or of a newer schema.
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     if not folder.is_dir():
@@ -59,7 +59,10 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
     if problems := _strangers(folder, set(manifest.files)):
         return problems
     if signers is not None:
-        check_signature(folder / SUMS, signers)
+        try:
+            check_signature(folder / SUMS, signers)
+        except BundleError as e:
+            return [str(e)]
     problems = [*_hashes(folder, manifest.files, progress), *unlike_sums(folder, manifest.files)]
     if problems:
         return problems

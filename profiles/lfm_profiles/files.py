@@ -137,7 +137,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
 @functools.cache  # of every profile shipped, choosing one reads the rules
 def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         raw = tomllib.loads(text)
     except OSError as e:
         raise ProfileError(f"{path} cannot be read: {e.strerror}") from e

@@ -79,7 +79,7 @@ class Recipe:
             QuantizeError: not TOML, an unknown key or an impossible value; names the rule.
         """
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
             raise QuantizeError(f"{path} cannot be read as a recipe ({e}); it is TOML with [[layer]] tables") from e
         layers = raw.get("layer")

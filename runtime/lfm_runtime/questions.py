@@ -49,24 +49,25 @@ def read_jsonl(path: Path, folders: Sequence[Path], error: type[EdgeError] = Pro
         error: not such a file, empty, or an image that is in none of the folders; with the line.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        whole = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON's texts may hold U+2028
     except OSError as e:
         raise unreadable(path, e, error, "check the path") from e
     except UnicodeDecodeError as e:
         raise error(f"{path} is not UTF-8 text ({e}); questions are JSONL: one object a line") from e
+    lines = {number: line for number, line in enumerate(whole, 1) if line.strip()}
     if not lines:
         raise error(f'{path} is empty; write one object a line: {{"image": …, "question": …}}')
-    if lines[0].lstrip().startswith("["):
+    if next(iter(lines.values())).lstrip().startswith("["):
         lines_of_it = f"jq -c '.[]' {path.name} > {path.stem}-lines.jsonl"
         raise error(f"{path} is a JSON array; write one object a line instead: {lines_of_it}")
-    return [_read(line, folders, f"{path}, line {number}", error) for number, line in enumerate(lines, 1)]
+    return [_read(line, folders, f"{path}, line {number}", error) for number, line in lines.items()]
 
 
 def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]) -> Question:
     try:
         entry = json.loads(line)
         name, question, answer = str(entry["image"]), str(entry["question"]), entry.get("answer")
-        task = str(entry.get("task", "all"))
+        task = entry.get("task", "all")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise error(
             f'{where}: no JSON object with "image" and "question"; write one: {{"image": …, "question": …}}'
@@ -78,6 +79,9 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         raise error(f"{where}: image is {name[:40]}, not a file's name in quotes")
     if not (isinstance(entry["question"], str) and question.strip()):
         raise error(f"{where}: the question is empty or no text; write one, or remove the line")
+    if isinstance(answer, (bool, list, dict)) or not isinstance(task, str):
+        key, wrong = ("task", task) if not isinstance(task, str) else ("answer", answer)
+        raise error(f"{where}: {key} is {json.dumps(wrong)[:40]}, not a text in quotes")
     image = next((folder / name for folder in folders if (folder / name).exists()), None)
     if image is None:
         places = " or ".join(str(folder) for folder in dict.fromkeys(folders))

@@ -131,6 +131,20 @@ BAD = {
         lambda d: ((d / "p").write_text('{"image": "coffee.jpg"}'), read_questions(PHOTOS, d / "p")),
         "line 1",
     ),
+    "an answer that is a list": (
+        lambda d: (
+            (d / "p").write_text('\n\n{"image": "coffee.jpg", "question": "?", "answer": ["blue"]}'),
+            read_questions(PHOTOS, d / "p"),
+        ),
+        'line 3: answer is ["blue"], not a text in quotes',
+    ),
+    "a task that is a number": (
+        lambda d: (
+            (d / "p").write_text('{"image": "coffee.jpg", "question": "?", "task": 3}'),
+            read_questions(PHOTOS, d / "p"),
+        ),
+        "line 1: task is 3, not a text",
+    ),
     "JSONL with a list": (
         lambda d: ((d / "p").write_text('{"image": ["a"], "question": "?"}'), read_questions(PHOTOS, d / "p")),
         "line 1",
@@ -145,6 +159,18 @@ def test_bad_calibration_data(case, tmp_path) -> None:
         asking(tmp_path)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_editors_of_windows(tmp_path) -> None:
+    """They put a mark before the text, and end lines with CR LF; JSON's texts may hold U+2028."""
+    line = '{"image": "coffee.jpg", "question": "What\u2028is it?", "answer": "a cup"}\r\n'
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (2 * line).encode())
+    first, second = read_questions(PHOTOS, tmp_path / "p.jsonl")[0]
+    assert (first.text, first.answer, second.place) == ("What\u2028is it?", "a cup", f"{tmp_path}/p.jsonl, line 2")
+    (tmp_path / "p.txt").write_bytes("\ufeffWhat is it?\r\nWhere?\r\n".encode())
+    assert {q.text for q in read_questions(PHOTOS, tmp_path / "p.txt")[0]} == {"What is it?", "Where?"}
+    (tmp_path / "list.txt").write_bytes(f"\ufeff{PHOTOS}/coffee.jpg\r\n".encode())
+    assert [q.image for q in read_questions(tmp_path / "list.txt", None)[0]] == [PHOTOS / "coffee.jpg"]
 
 
 def test_images_are_on_one_side_only(images) -> None:

@@ -185,6 +185,9 @@ def test_quality_command(quantized, tmp_path, capsys, monkeypatch) -> None:
         assert main([*arguments, "--plot", str(tmp_path / "p.svg")]) == 2
     assert "p.svg cannot be written (No space left on device); choose another place" in capsys.readouterr().err
     assert (tmp_path / "p.svg").read_bytes() == before
+    (tmp_path / "mine.svg").write_text("mine")
+    assert main([*arguments, "--plot", str(tmp_path / "mine.svg")]) == 2
+    assert "choose another name, or remove it first" in capsys.readouterr().err
     assert main([*arguments, "--plot", str(tmp_path / "p.txt")]) == 2
     assert "name a .svg, .png or .pdf" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     output: Path = options.output
     kept = output.with_suffix(".json")
     check_output(output, "lfm-edge tune", is_sealed, force=options.force)
-    check_output(kept, "lfm-edge tune", is_tuning, force=False)
+    check_output(kept, "lfm-edge tune", is_tuning, force=None)
     for image in options.images:
         image_size(image)  # better now than in the first process
     bundle, device = Bundle.open(options.bundle), this_machine().device

@@ -83,7 +83,7 @@ def check_meter(path: Path) -> None:
         print(f"lfm-edge: {path} does not exist yet; it is read at the end", file=sys.stderr)
         return
     try:
-        with path.open(newline="", encoding="utf-8") as f:
+        with path.open(newline="", encoding="utf-8-sig") as f:
             columns = csv.DictReader(f).fieldnames
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise SettingError(f"{path} cannot be read as a meter's CSV ({e})") from e
@@ -100,7 +100,7 @@ def read_meter(path: Path) -> list[tuple[float, float]]:
         SettingError: not such a file.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as f:
+        with path.open(newline="", encoding="utf-8-sig") as f:
             rows = [(float(row["time_s"]), float(row["power_w"])) for row in csv.DictReader(f)]
     except OSError as e:
         raise SettingError(f"{path} cannot be read: {e.strerror}") from e

@@ -116,7 +116,7 @@ def _find_images(images: Path) -> list[Path]:
     if images.suffix.lower() in SUFFIXES:
         return [images]
     try:
-        lines = images.read_text(encoding="utf-8").splitlines()
+        lines = images.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as e:
         raise QuantizeError(f"{images} is neither a folder nor a text file of paths; name one of them") from e
     return [images.parent / line.strip() for line in lines if line.strip()]
@@ -124,7 +124,7 @@ def _find_images(images: Path) -> list[Path]:
 
 def _read_prompts(path: Path, folders: Sequence[Path]) -> list[Question] | list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError as e:
         raise unreadable(path, e, QuantizeError, "check the path") from e
     except UnicodeDecodeError as e:

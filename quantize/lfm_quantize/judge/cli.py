@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
         if options.plot.suffix not in (".svg", ".png", ".pdf"):
             raise QuantizeError(f"--plot {options.plot}: name a .svg, .png or .pdf")
-        check_output(options.plot, "lfm-edge quality", is_plot, force=False)
+        check_output(options.plot, "lfm-edge quality", is_plot, force=None)
     questions, skipped = _questions(options)
     variant, board = _judged(options)
     printer = Printer(not options.quiet)

@@ -30,7 +30,7 @@ def read_json_object(
         error: missing, unreadable, not JSON, or JSON of another kind.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows put a mark before it
         check_no_pointer(path, error)
         value = json.loads(text, parse_constant=_no_number)
     except OSError as e:
