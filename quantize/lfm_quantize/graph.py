@@ -269,13 +269,17 @@ def session(model: ir.Model, threads: int) -> ort.InferenceSession:
     quantized = any(n.op_type in ("MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat") for n in model.graph)
     options.add_session_config_entry("session.disable_prepacking", "0" if quantized else "1")
     tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
-    folder = next((t.file.parent for t in tensors.values() if isinstance(t, Mapped)), "")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # Where links lead to: onnxruntime, which is given no graph's file, takes none out of the folder.
+    files = {name: tensor.file.resolve() for name, tensor in tensors.items() if isinstance(tensor, Mapped)}
+    folder = next((file.parent for file in files.values()), Path())
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder) if files else ""
+    )
     written: dict[str, ir.TensorProtocol] = {}
     handed: dict[str, ort.OrtValue] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, Mapped):
-            written[name] = _at(tensor, tensor.file.name, tensor.offset)
+        if isinstance(tensor, Mapped) and files[name].parent == folder:
+            written[name] = _at(tensor, files[name].name, tensor.offset)
         elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
             written[name] = _at(tensor, _HANDED, 0)
             handed[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))

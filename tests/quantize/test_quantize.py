@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundles import int4_words, read_manifest, tree
+from bundles import cached, int4_words, read_manifest, tree
 from lfm_export.export import export
 from lfm_quantize.calibrate.samples import to_sample
 from lfm_quantize.graph import QuantizeError, linears, open_graph, session
@@ -97,6 +97,19 @@ def test_what_the_bundle_holds(quantized, demo_bundle) -> None:
     assert layers["text.layers.0.conv.in_proj"]["bits"] == 4  # short convolutions take part
     # The table lies in one file, which the head reads as well.
     assert "onnx/embed_tokens_q4.onnx_data" in manifest["graphs"]["onnx/decoder_model_merged_q4.onnx"]["data"]
+
+
+def test_a_folder_of_the_hubs_cache(quantized, few, tmp_path, capsys) -> None:
+    """Its files are links to blobs, which other snapshots share: they stay as they are."""
+    snapshot = cached(quantized, tmp_path)
+    blobs = snapshot.parents[1] / "blobs"
+    before = tree(blobs)
+    words = ["--variant", "int8", "--images", str(few / "images"), "--quiet"]
+    assert main(["quality", str(snapshot), *words]) == 0
+    assert main(["quantize", str(snapshot), "--variant", "int8", "--calibration", str(few / "images"), "--force"]) == 0
+    assert tree(blobs) == before
+    assert main(["verify", str(snapshot)]) == 0
+    assert "complete and verified" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

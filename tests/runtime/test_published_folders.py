@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import cached
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
@@ -303,18 +304,6 @@ def test_published_graphs_can_be_prepared(convention, demo_bundle, answers, phot
     model = Model.load(folder.path, threads=1)
     assert model.sessions.is_prepared
     assert model.answer([photo_path], QUESTIONS[0], temperature=0).text() == answers[0]
-
-
-def cached(folder: Path, cache: Path) -> Path:
-    """The folder as huggingface_hub's cache has it: links to blobs."""
-    blobs, snapshot = cache / "models--owner--name" / "blobs", cache / "models--owner--name" / "snapshots" / "0123abc"
-    blobs.mkdir(parents=True)
-    for n, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
-        shutil.copy(path, blobs / str(n))
-        link = snapshot / path.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path(*[".."] * (len(path.relative_to(folder).parts) + 1), "blobs", str(n)))
-    return snapshot
 
 
 def test_a_folder_of_the_hubs_cache_is_whole(demo_bundle, answers, photo_path, tmp_path, capsys) -> None:

@@ -67,13 +67,16 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
 
 
 def carry_over(bundle: Path, folder: Path, names: Iterable[str]) -> None:
-    """The bundle's files `names` in the new folder as well: hard links where the file system can, copies elsewhere."""
+    """The bundle's files `names` in the new folder as well: hard links where the file system can, copies elsewhere. A
+    link becomes the file: what is written there later would be written through it, into the hub's cache.
+    """
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        source = (bundle / name).resolve()
         try:
-            os.link(bundle / name, folder / name)
+            os.link(source, folder / name)
         except OSError:
-            shutil.copyfile(bundle / name, folder / name)
+            shutil.copyfile(source, folder / name)
 
 
 @contextmanager
