@@ -47,6 +47,13 @@ class Recipe:
         """Of one product."""
         return next((rule.precision for rule in self.rules if fnmatchcase(name, rule.pattern)), Precision(32))
 
+    def attends_in_integers(self, name: str) -> bool:
+        """Whether an attention is to be tried in 8 bits: where a rule for attentions says so. Rules such as `vision.*`
+        are for products.
+        """
+        rules = (rule for rule in self.rules if rule.pattern.endswith("attention") and fnmatchcase(name, rule.pattern))
+        return next((rule.precision.bits == 8 for rule in rules), False)
+
     def check(self, names: Iterable[str]) -> None:
         """Raise QuantizeError when a pattern matches no product: it would be a typo without effect."""
         matching([rule.pattern for rule in self.rules], names)

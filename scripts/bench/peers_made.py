@@ -16,7 +16,6 @@ from pathlib import Path
 from lfm_quantize.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parent
-PHOTOS = BENCH.parents[1] / "demo" / "photos"
 
 
 def run(*words: object, **environment: str) -> None:
@@ -35,13 +34,13 @@ def run(*words: object, **environment: str) -> None:
         raise SystemExit(f"{done.stdout[-4000:]}\n{words} ended with {done.returncode}")
 
 
-def rounded(bundle: Path, variant: str) -> Path:
-    """The recipe of `quantize --calibration`, but rounding to nearest: random weights have nothing to calibrate, and
-    the kernels are the same.
+def rounded(bundle: Path) -> Path:
+    """The recipe of `quantize --variant int4 --calibration`, but rounding to nearest: random weights have nothing to
+    calibrate, and the kernels are the same.
     """
-    recipe = Recipe.default(variant, "gptq")
+    recipe = Recipe.default("int4", "gptq")
     plain = [replace(rule, precision=replace(rule.precision, method="rtn")) for rule in recipe.rules]
-    path = bundle.parent / f"{variant}.toml"
+    path = bundle.parent / "int4.toml"
     path.write_text(Recipe(tuple(plain)).to_toml())
     return path
 
@@ -76,10 +75,10 @@ def main() -> None:
     if not (bundle / "manifest.json").exists():
         run(*edge, "export", checkpoint, "-o", bundle)
     variants = json.loads((bundle / "manifest.json").read_text())["variants"]
-    for variant in ("int8", "int4"):  # with images, on which the encoder's attention is tried; no floor: see rounded
-        if variant not in variants:
-            images = ("--calibration", PHOTOS, "--floor", "1000", "--recipe", rounded(bundle, variant))
-            run(*edge, "quantize", bundle, "--variant", variant, *images)
+    if "int8" not in variants:
+        run(*edge, "quantize", bundle, "--variant", "int8")
+    if "int4" not in variants:
+        run(*edge, "quantize", bundle, "--variant", "int4", "--recipe", rounded(bundle))
     run(*edge, "prepare", bundle, "--variant", "int4", "--prefill", "int8")
     if not (folder / "portable" / "manifest.json").exists():
         run(*edge, "export", checkpoint, "-o", folder / "portable", "--portable")

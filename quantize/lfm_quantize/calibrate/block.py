@@ -100,7 +100,7 @@ def quantize_block(
         change.products[name] = Product(rounded, fit.negative if fit else 1.0)
         change.layers.append(_record(name, wanted[name], rounded, weight, moments, fit))
     for name in block.attentions:
-        if recipe.precision(name).bits < 32 and fed.feeds:
+        if recipe.attends_in_integers(name) and fed.feeds:
             error = float(f"{_attention_error(fed, block, states, name):.4g}")
             change.attentions.append({"name": name, "bits": 8 if error <= ATTENTION_ERROR else 32, "error": error})
     return change

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.block import Change, quantize_block
 from lfm_quantize.calibrate.blocks import FedGraph, Values, blocks_of, prompt_feeds
 from lfm_quantize.graph import POSITION_TABLE, linears
-from lfm_quantize.passes.attention import attentions
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.passes.stored_half import StoredAsHalf
 from lfm_quantize.passes.table import QuantizedTable
-from lfm_quantize.recipe import Recipe, Rule, matching
+from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rounding import COMPENSATING, METHODS, Rounded
 from lfm_quantize.run import Made, Run
 from lfm_quantize.search import check_reachable, choose, survey
@@ -55,9 +54,6 @@ def _search(run: Run) -> Recipe:
         check_reachable(run.source, kept, size * 1e6 - run.source.other_bytes())
     choices = survey(run.source, run.bundle, run.samples, kept, run.settings.threads, run.progress)
     recipe = choose(choices, run.settings.kl_floor(), None if size is None else size * 1e6 - run.source.other_bytes())
-    assert run.recipe is not None  # a run that rounds has one
-    asked = [Rule(name, run.recipe.precision(name)) for name in attentions(run.source.vision)]
-    recipe = Recipe((*recipe.rules, *asked))
     run.work.keep_recipe(recipe)
     return recipe
 

@@ -12,7 +12,8 @@ from lfm_quantize.graph import linears, open_graph
 from lfm_quantize.passes.attention import IntegerAttention, attentions
 from lfm_quantize.passes.constants import Constants
 from lfm_quantize.passes.nodes import rewritten
-from lfm_quantize.recipe import Recipe
+from lfm_quantize.recipe import Recipe, Rule
+from lfm_quantize.rounding import Precision
 from lfm_runtime.bundle import Bundle
 
 HEADS, SIZE = 3, 8
@@ -111,7 +112,8 @@ def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
     packed = linears(encoder)[name.replace("attention", "qkv")]
     weight = packed.stored(packed.weights() * np.repeat([10, 10, 1], packed.n // 3)[:, None].astype(np.float32))
     sharp = rewritten(encoder, Constants({str(packed.weight.name): weight}))
-    recipe = Recipe.default("int8", "rtn")
+    usual = Recipe.default("int8", "rtn")
+    recipe = Recipe((Rule("vision.*.attention", Precision(8)), *usual.rules))
     for graph, eight in ((encoder, True), (sharp, False)):
         fed = FedGraph(graph, feeds, [np.ones(96, np.bool_)], 1)
         states = fed.start()
@@ -128,4 +130,5 @@ def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
         assert (name in made) is not eight
         kept = quantize_block(fed, block, states, recipe.keeping([name]))
         assert not kept.attentions
+        assert not quantize_block(fed, block, states, usual).attentions
         assert not quantize_block(FedGraph(graph, [], [], 1), block, [], recipe).attentions, "nothing to try it on"
