@@ -30,7 +30,7 @@ from lfm_runtime.setup.setup import settle
 
 from lfm_audit.measure.page_cache import drop_from_page_cache, read_into_page_cache
 from lfm_audit.measure.power import Power, read_meter
-from lfm_audit.measure.trial import Trial, TrialError, start
+from lfm_audit.measure.trial import Outcome, Trial, TrialError, start
 from lfm_audit.measure.watch import StateSample, Watch, sees_the_machine
 from lfm_audit.result import Audit
 from lfm_audit.summary import Measured, Run, summary
@@ -164,7 +164,16 @@ def _run(work: Workload, subject: Subject, kind: str, sensors: Sensors) -> Run:
             outcome = start(trial, environment=environment, watch=seen.start)
         finally:
             seen.end()
+    _check_known(work, outcome)
     return Run(subject.variant, kind, outcome, seen)
+
+
+def _check_known(work: Workload, outcome: Outcome) -> None:
+    """Raise TrialError where a process used a variant that was not there when the audit began."""
+    if outcome.prefill and outcome.prefill not in work.bundle.variants:
+        raise TrialError(
+            f"{work.bundle.folder} was given {outcome.prefill} meanwhile, which is used now; measure again"
+        )
 
 
 def _cool_down(sensors: Sensors, idle: StateSample) -> None:
@@ -232,6 +241,7 @@ def _soak(work: Workload, sensors: Sensors, progress: Progress) -> Run:
         outcome = start(trial, watch=seen.start)
     finally:
         seen.end()
+    _check_known(work, outcome)
     return Run(subject.variant, "soak", outcome, seen)
 
 

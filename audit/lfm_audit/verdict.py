@@ -88,7 +88,7 @@ def _disturbed(audit: Audit) -> Iterator[str]:
     share = machine.background_share
     if share.mean > MOST_BACKGROUND:
         others = (
-            f"other programs, or the host of a virtual machine, used {share.mean:.0%} of the processors, "
+            f"other programs, or the host of a virtual machine, used {share.mean:.1%} of the processors, "
             f"{share.max:.0%} at most"
         )
         yield f"background load: {others}; close them, or wait for the host"

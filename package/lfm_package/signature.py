@@ -68,7 +68,8 @@ def check_signature(path: Path, signers: Path) -> str:
             "verify", "-f", str(signers), "-I", who[0], "-n", NAMESPACE, "-s", str(signature), stdin=f.read()
         )
     if done.returncode:
-        raise BundleError(f"{path} does not match {who[0]}'s signature ({_said(done)}); do not use it")
+        but = f"or {signers} allows other namespaces than {NAMESPACE!r}"
+        raise BundleError(f"{path} does not match {who[0]}'s signature, {but} ({_said(done)}); do not use it")
     return who[0]
 
 

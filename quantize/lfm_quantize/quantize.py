@@ -29,6 +29,7 @@ from lfm_quantize.make.floats import as_fp16, for_tensorrt, over_int4
 from lfm_quantize.make.integers import as_integers
 from lfm_quantize.make.keys import with_int8_keys
 from lfm_quantize.make.static import with_static_ranges
+from lfm_quantize.passes.attention import attentions
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.run import Made, Run
 from lfm_quantize.settings import Settings
@@ -203,6 +204,8 @@ def _recipe(settings: Settings, source: Source) -> Recipe:
         recipe = Recipe.default(settings.variant, method, quick=settings.quick)
     else:
         recipe = Recipe.read(settings.recipe)
+        if not settings.calibration and any(map(recipe.attends_in_integers, attentions(source.vision))):
+            raise QuantizeError(f"{settings.recipe}: attention in 8 bits is tried on images; name --calibration")
         try:
             recipe.check(source.layers())
         except QuantizeError as e:

@@ -553,6 +553,21 @@ def test_what_was_measured_is_kept_when_its_place_fails(tmp_path, monkeypatch) -
     assert kept.read_text() == "measured"
 
 
+def test_a_variant_that_is_added_meanwhile_ends_it(demo_bundle, images, processes, monkeypatch) -> None:
+    """It would be used from then on; what was measured before is kept."""
+    processes(3)
+    real, outcomes = audit_module.start, []
+
+    def started(*given, **more):
+        outcomes.append(real(*given, **more))
+        return replace(outcomes[-1], prefill="int8") if len(outcomes) == 3 else outcomes[-1]
+
+    monkeypatch.setattr(audit_module, "start", started)
+    found = done(work(demo_bundle, images), Sensors())
+    assert "was given int8 meanwhile" in found["stopped"]
+    assert len(found["variants"]["fp32"]["starts"]["warm"]["ready_ms"]["samples"]) == 2
+
+
 def test_one_file_for_two_outputs(demo_bundle, tmp_path, capsys) -> None:
     words = ["audit", str(demo_bundle), "-o", str(tmp_path / "a.csv"), "--csv", str(tmp_path / "." / "a.csv")]
     assert main(words) == 2

@@ -174,8 +174,10 @@ def make_adapter(folder, **options):
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"w1": 3}},
         {"target_modules": r".*language_model.*\.(k_proj|w3)"},
+        {"target_modules": "all-linear", "exclude_modules": ["conv", "lm_head"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["w1", "fc1"]},
     ],
-    ids=["plain", "rslora", "patterns", "regex"],
+    ids=["plain", "rslora", "patterns", "regex", "all", "layers"],
 )
 def test_adapter_equals_peft(tmp_path, options) -> None:
     """Logits and features of the export with --adapter against peft's own merge."""
@@ -218,6 +220,13 @@ def test_adapter_changes_something(tmp_path) -> None:
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 8}, r"has r = 8 for .*, its tensors have 4; config and tensors are not of one adapter"),
+        ({"rank_pattern": {"q_proj": 2}}, r"has r = 2 for .*q_proj, its tensors have 4"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has .*, which is not a regular expression"),
+        ({"target_modules": ["v_proj"]}, "which adapter_config.json does not target"),
+        ({"exclude_modules": ["w1"]}, r"tensors of .*\.w1, which adapter_config.json does not target"),
+        ({"layers_to_transform": [0]}, "which adapter_config.json does not target"),
+        ({"target_modules": 5}, "adapter_config.json.*save the adapter again"),
     ],
     ids=str,
 )

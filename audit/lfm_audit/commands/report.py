@@ -77,6 +77,8 @@ def _records(options: argparse.Namespace, output: Path) -> int:
 def _written(output: Path, text: str) -> int:
     from lfm_runtime.formats.files import write_whole
 
-    write_whole(output, text)
+    from lfm_audit.report.source import sealed
+
+    write_whole(output, sealed(text))
     print(f"written: {output} ({len(text.encode()) / 1e3:,.0f} kB)")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from lfm_profiles import FINEST
 from lfm_runtime import golden
 from lfm_runtime.engine.loader import check_onnxruntime
+from lfm_runtime.engine.ort_release import FOLDERS_SINCE, onnxruntime_is
 from lfm_runtime.engine.prepared import find, remove_damaged
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import external_files
@@ -28,7 +29,7 @@ def bundle(machine: Machine) -> Iterator[Finding]:
         return
     for path in bundle.graphs_read(setup.variant, setup.prefill):
         check_onnxruntime(bundle, path)
-        if away := _weights_elsewhere(path):
+        if onnxruntime_is(FOLDERS_SINCE) and (away := _weights_elsewhere(path)):
             said = f"{away} is a link to another folder, which onnxruntime refuses"
             yield Finding("bundle", "problem", said, "copy the bundle with its files: cp -rL")
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,9 +94,21 @@ def read_tuning(path: Path) -> TuningResult | None:
 
 
 MARK = "<!-- lfm-edge report -->"
-"""In every report, HTML and Markdown."""
+"""In every report, HTML and Markdown; see `sealed`."""
+_SEAL = "<!-- lfm-edge report; sha256 of the rest: {}; edited, it is not replaced -->"
+_SEALED = re.compile(re.escape(_SEAL).replace(r"\{\}", "(?P<digest>[0-9a-f]{64})"))
+
+
+def sealed(text: str) -> str:
+    """A report that can tell later whether somebody edited it: see `is_report`."""
+    return text.replace(MARK, _SEAL.format(hashlib.sha256(text.encode()).hexdigest()), 1)
 
 
 def is_report(path: Path) -> bool:
-    """Whether lfm-edge report wrote this file."""
-    return MARK in path.read_text(encoding="utf-8")
+    """Whether lfm-edge report wrote this file, and nobody edited it since."""
+    text = path.read_text(encoding="utf-8")
+    found = _SEALED.search(text)
+    if found is None:
+        return MARK in text  # of a release that sealed none
+    rest = f"{text[: found.start()]}{MARK}{text[found.end() :]}"
+    return hashlib.sha256(rest.encode()).hexdigest() == found["digest"]

@@ -57,8 +57,7 @@ def tune(
         DoesNotFitError: not even the smallest point fits.
         TrialError: no point can be measured.
     """
-    if tuning.objective == "energy" and not sensors.power_from:
-        raise SettingError(f"energy cannot be measured here: {sensors.missing.get('power')}; choose another objective")
+    _check_objective(tuning.objective, sensors)
     random_order, begin, start_point = random.Random(tuning.rounds), time.monotonic(), tuning.first_point()  # noqa: S311
     if minutes <= 0 and tuning.front():
         return
@@ -100,6 +99,13 @@ def tune(
             if not tuning.front():
                 raise
     tuning.save(kept)
+
+
+def _check_objective(objective: str, sensors: Sensors) -> None:
+    """Raise SettingError where nothing here measures energy and that is what is asked for."""
+    if objective == "energy" and not sensors.power_from:
+        why = str(sensors.missing.get("power")).partition("; a meter's CSV")[0]  # which audit takes
+        raise SettingError(f"energy cannot be measured here: {why}; choose another objective")
 
 
 def _check_some(tuning: Tuning) -> None:

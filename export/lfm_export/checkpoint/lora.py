@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,27 @@ class Adapter:
             raise CheckpointError(
                 f"{folder}: {ADAPTER_WEIGHTS} holds no tensor; was the adapter saved before it was trained?"
             )
-        return Adapter(folder, store, config, modules)
+        found = Adapter(folder, store, config, modules)
+        with damage_is(CheckpointError, folder / "adapter_config.json", "save the adapter again"):
+            for stem in modules.values():
+                found._check_module(stem.removeprefix(_PREFIX), store.entries.get(f"{stem}.lora_A.weight"))
+        return found
+
+    def _check_module(self, module: str, a: Any) -> None:
+        """Raise CheckpointError where the tensors of a module are not those that the config describes: config and
+        tensors may be of two trainings, and PEFT would do something else with them.
+        """
+        config, mixed = self.config, "config and tensors are not of one adapter; save it again"
+        told = _by_pattern(config.get("rank_pattern"), module, config.get("r"), "rank_pattern")
+        if told is not None and a is not None and len(a.shape) == 2 and told != a.shape[0]:
+            raise CheckpointError(
+                f"{self.folder}: adapter_config.json has r = {json.dumps(told)[:20]} for {module}, its tensors have "
+                f"{a.shape[0]}; {mixed}"
+            )
+        if not _is_targeted(config, module):
+            raise CheckpointError(
+                f"{self.folder}: it has tensors of {module}, which adapter_config.json does not target; {mixed}"
+            )
 
     def check_targets(self, base: TensorStore) -> None:
         """Every adapted module must exist in the checkpoint: an adapter for another model is an error, not a no-op."""
@@ -131,9 +152,8 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         with damage_is(CheckpointError, self.folder / "adapter_config.json", "save the adapter again"):
-            alpha = _by_pattern(
-                self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)
-            )  # peft's default
+            usual = self.config.get("lora_alpha", 8)  # peft's default
+            alpha = _by_pattern(self.config.get("alpha_pattern"), module, usual, "alpha_pattern")
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
                 raise CheckpointError(f"{self.folder}: lora_alpha is {alpha!r} for {module}; a number is needed")
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
@@ -164,15 +184,45 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any, key: str) -> Any:
     """PEFT's per-module overrides: a key is a regular expression for the end of the module path."""
+    return next(
+        (value for pattern, value in (patterns or {}).items() if _matches(rf"(.*\.)?({pattern})", module, key)), default
+    )
+
+
+def _is_targeted(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT would change a module: by target_modules, exclude_modules and layers_to_transform, as
+    `peft.tuners.tuners_utils.check_target_module_exists` reads them.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _is_named(excluded, module, "exclude_modules"):
+        return False
+    if targets is not None and targets != "all-linear" and not _is_named(targets, module, "target_modules"):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(targets, str):
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = (re.match(rf".*\.{pattern}\.(\d+)\.", module) for pattern in patterns)
+    index = next((int(match[1]) for match in found if match), None)
+    return index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _is_named(names: str | Sequence[str], module: str, key: str) -> bool:
+    """By a regular expression for all of its path, or by a list of ends."""
+    if isinstance(names, str):
+        return _matches(names, module, key)
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _matches(pattern: str, module: str, key: str) -> bool:
     try:
-        return next(
-            (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default
-        )
+        return re.fullmatch(pattern, module) is not None
     except re.error as e:
         raise CheckpointError(
-            f"adapter_config.json: alpha_pattern has {e.pattern!r}, which is not a regular expression ({e})"
+            f"adapter_config.json: {key} has {e.pattern!r}, which is not a regular expression ({e})"
         ) from e
 
 

@@ -18,5 +18,7 @@ def refuses_links() -> bool:
     return ort.__version__ in REFUSE_LINKS
 
 
+FOLDERS_SINCE = "1.24"
+"""It refuses weights that a link leads to in another folder."""
 PLACEMENT_SINCE = "1.24"
 """It tells which provider has which operator."""

@@ -128,6 +128,8 @@ def _check(options: argparse.Namespace, keys: Sequence[bytes]) -> None:
             raise SettingError(f"--cors-origin {origin!r:.80} is not an origin; write https://example.org")
     if options.low_memory:
         raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
+    if "/" in options.host:
+        raise SettingError(f"--host {options.host} is a path; name an address, or let systemd pass a socket")
     if not (keys or options.no_auth or is_loopback((options.host, options.port))):
         raise SettingError(OPEN.format(options.host))  # before the model is looked at
 
