@@ -116,6 +116,8 @@ def check_place(output: Path, *, signed: bool, force: bool) -> None:
     one, the sum or the bill of materials; or a signed archive by one that is not `signed`.
     """
     name = output.name
+    if not name:
+        raise SettingError(f"{output} is a folder; name a file, such as {output / 'cam.tar'}")
     sums, bill = output.with_name(f"{name}.sha256"), output.with_name(f"{name.removesuffix('.tar')}.cdx.json")
     parts = sorted(output.parent.glob(f"{glob.escape(name)}.[0-9][0-9][0-9]"))
     for path, ours in (

@@ -136,6 +136,8 @@ def _rule(entry: Any, where: str) -> Rule:
     bits, block, method = entry["bits"], entry.get("block", 64 if entry["bits"] == 4 else 0), entry.get("method", "rtn")
     if type(bits) is not int or bits not in (4, 8, 32):
         raise QuantizeError(f"{where}: bits {bits!r}; allowed: 4, 8, 32")
+    if bits == 4 and entry["pattern"].endswith("attention"):
+        raise QuantizeError(f"{where}: attention is computed in 8 bits or in fp32, bits = 32")
     if bits == 4 and (type(block) is not int or block not in BLOCKS):
         raise QuantizeError(f"{where}: block {block!r}; allowed: {', '.join(map(str, BLOCKS))}")
     if bits != 4 and ("block" in entry or "zero_points" in entry):

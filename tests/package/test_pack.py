@@ -143,6 +143,8 @@ def test_packed_and_unpacked_by_command_is_whole(demo_bundle, tmp_path, capsys) 
     [
         (["--variant", "int4", "-o", "x.tar"], "has no variant 'int4'"),
         (["--variant", "fp32", "-o", "x.zip"], "is not a .tar"),
+        (["--variant", "fp32", "-o", "."], ". is a folder; name a file, such as cam.tar"),
+        (["--variant", "fp32", "-o", "/"], "/ is a folder; name a file, such as /cam.tar"),
         (["--variant", "fp32", "-o", "nowhere/x.tar"], "is not a folder"),
         (["--variant", "fp32", "-o", "x.tar", "--split", "7"], "--split 7 is impossible"),
         (["--variant", "fp32", "-o", "x.tar", "--split", "0"], "--split 0 is impossible"),
@@ -371,6 +373,22 @@ def test_what_the_profile_would_choose_is_packed(demo_bundle, tmp_path, capsys) 
     assert "it would also use int8, which the bundle lacks: lfm-edge quantize" in said
     unpack(tmp_path / "cam.tar", tmp_path / "cam")
     assert read(str(tmp_path / "cam" / "profile.toml")).name == "pi5"
+
+
+def test_golden_answers_are_of_what_is_packed(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """Not of the decoder for prompts that this machine would use, and that the pack lacks."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    for variant in ("int8", "int4"):
+        assert main(["quantize", str(bundle), "--variant", variant, "--quiet"]) == 0
+    photo = Path(__file__).resolve().parents[2] / "demo" / "eval" / "images" / "0007.png"
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": str(photo), "question": "Where is the red cross?"}))
+    monkeypatch.setenv("LFM_EDGE_PROFILE", "x86-avx512-vnni")
+    words = ["pack", str(bundle), "--variant", "int4", "--golden", str(tmp_path / "mine.jsonl")]
+    for more, reader in (([], False), (["--prefill", "int8"], True), (["--prefill", "none"], False)):
+        capsys.readouterr()
+        assert main([*words, *more, "-o", str(tmp_path / "cam.tar"), "--force"]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("golden set"))
+        assert ("prefill int8" in line) is reader
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -119,6 +119,8 @@ def test_a_model_too_new_for_the_board(bundle_copy, no_fetching, tmp_path) -> No
     ],
 )
 def test_bad_words(demo_bundle, no_fetching, tmp_path, capsys, words, said) -> None:
+    assert main(["stick", str(demo_bundle), "--target", "pi5", "--variant", "fp32", "-o", "/"]) == 2
+    assert "not something lfm-edge stick made" in capsys.readouterr().err
     assert main(["stick", str(demo_bundle), *words, "-o", str(tmp_path / "cam")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "cam").exists()

@@ -224,6 +224,7 @@ def test_first_rule_decides_and_keep_comes_first() -> None:
         ('[[layer]]\npattern = "*"\nbits = 8\nblock = 32', "block and zero_points have an effect only with bits = 4"),
         ('[[layer]]\npattern = "*"\nbits = 8\nmethod = "magic"', "unknown method 'magic'; allowed: rtn, clipped, gptq"),
         ('[[layer]]\npattern = "*"\nbits = 8\nbitz = 3', "unknown key 'bitz'"),
+        ('[[layer]]\npattern = "*.attention"\nbits = 4', "layer 1: attention is computed in 8 bits or in fp32"),
         ('[[layer]]\npatern = "*"\nbits = 8', "layer 1: unknown key 'patern'"),
         ('[[layer]]\npattern = "*"\nbits = 4\nzero_points = 3', "zero_points is true or false"),
     ],

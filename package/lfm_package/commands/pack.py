@@ -87,7 +87,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
                 f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
             )
         prefill = None if options.prefill == "none" else options.prefill
-        golden = _golden(options, find_profile("", variant=options.variant, prefill=prefill))
+        golden = _golden(options, find_profile("", variant=options.variant, prefill=prefill or "none"))
         return Contents([options.variant, *([prefill] if prefill else [])], None, golden)
     profile = find_profile(name, variant=options.variant, prefill=options.prefill)
     variant, prefill = choose_variants(bundle.variants, profile)
@@ -99,7 +99,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         how = f"lfm-edge quantize {options.bundle} --variant {wish}"
         print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
     packed = find_profile(name, variant=variant, prefill=prefill)
-    golden = _golden(options, packed)
+    golden = _golden(options, find_profile(packed, prefill=prefill or "none"))  # of what is packed alone
     return Contents([variant, *([prefill] if prefill else [])], packed if options.profile else None, golden)
 
 

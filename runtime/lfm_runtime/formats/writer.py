@@ -102,7 +102,8 @@ def check_place(folder: Path) -> None:
     """Before long work, raise BundleError where `replacing` could not write this folder."""
     check_outside_bundles(folder)
     check_no_link(folder)
-    there = next(place for place in Path(os.path.abspath(folder)).parents if place.exists())  # noqa: PTH100  (links stay)
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  (links stay); "." must get a name
+    there = next((place for place in folder.parents if place.exists()), folder)
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}."):
             pass
