@@ -59,7 +59,9 @@ class Settings:
         if self.quick and not self.rounds():
             raise QuantizeError(f"--quick has no effect on {self.variant}; leave it out")
         if self.quick and (self.method or self.recipe or self.max_size):
-            raise QuantizeError("--quick names the methods; leave it out, or --method, --recipe and --max-size")
+            raise QuantizeError(
+                "--quick chooses the methods; leave it out, or leave out --method, --recipe and --max-size"
+            )
         if self.scheduler and not self.calibration:
             raise QuantizeError("--scheduler has no effect without --calibration, whose questions are answered there")
         if self.profile and not self.calibration:

@@ -13,7 +13,7 @@ from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError, counted
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import check_room
-from lfm_runtime.formats.manifest import MANIFEST, SUMS, Manifest, file_hash, variant_files
+from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, file_hash, variant_files
 from lfm_runtime.formats.writer import carry_over, replacing
 
 from lfm_quantize.graph import QuantizeError, edges, save
@@ -98,15 +98,18 @@ def calibration_marks(images: Iterable[Path]) -> list[str]:
     return sorted({file_hash(image)[:_MARK] for image in set(images)})
 
 
-def keep_quality(folder: Path, quality: Quality, images: Iterable[Path]) -> str | None:
+def keep_quality(folder: Path, quality: Quality, images: Iterable[Path], measured: Manifest | None) -> str | None:
     """Write the numbers into a bundle's manifest; returns why they are not: they say nothing about the loss to the
     float weights on other `images` than those that calibrated, or less than those that are there; the folder is packed,
-    not ours, or cannot be written.
+    not ours, cannot be written, or has other weights than when its manifest was `measured`.
     """
     folder = folder.resolve()
     there = Manifest.read(folder)
-    if there is None:
+    if there is None or measured is None:
         return f"{folder} has no {MANIFEST} to keep the numbers in"
+    for variant in (quality.variant, quality.against):
+        if _weights(there, variant) != _weights(measured, variant):
+            return f"the numbers are not kept: {variant} was made anew meanwhile, and they are of the one before"
     marks, calibrated = calibration_marks(images), _calibrated(there, quality.variant)
     if known := calibrated.intersection(marks):
         few = f"{len(known)} of {counted(len(marks), 'image')} calibrated {quality.variant}"
@@ -127,6 +130,11 @@ def keep_quality(folder: Path, quality: Quality, images: Iterable[Path]) -> str 
     except BundleError as e:
         return f"the numbers are not kept: {e}"
     return None
+
+
+def _weights(manifest: Manifest, variant: str) -> dict[str, File]:
+    names = variant_files(variant)
+    return {name: file for name, file in manifest.files.items() if name in names}
 
 
 def _calibrated(manifest: Manifest, variant: str) -> set[str]:

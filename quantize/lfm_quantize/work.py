@@ -63,7 +63,11 @@ class Work:
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 mark.write_text(digest)
-            yield Work(folder)
+            try:
+                yield Work(folder)
+            finally:
+                if {path.name for path in folder.glob("*")} == {"key"}:  # nothing to go on from
+                    shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
 

@@ -72,6 +72,25 @@ def test_a_judgement_over_more_questions_stays(quantized, tmp_path, capsys) -> N
     assert Manifest.of(bundle).quality == kept
 
 
+def test_numbers_of_a_variant_made_anew_meanwhile_are_not_kept(quantized, few, tmp_path, monkeypatch, capsys) -> None:
+    from lfm_quantize.judge import measure as measuring
+
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    real = measuring.measure
+
+    def slowly(*given, **more):
+        found = real(*given, **more)
+        assert main(["quantize", str(bundle), "--variant", "int4", "--force", "--quiet"]) == 0
+        return found
+
+    monkeypatch.setattr(measuring, "measure", slowly)
+    words = ["--variant", "int4", "--images", str(few / "images"), "--prompts"]
+    (tmp_path / "q.txt").write_text("What is it?\n")
+    assert main(["quality", str(bundle), *words, str(tmp_path / "q.txt")]) == 0
+    assert "int4 was made anew meanwhile, and they are of the one before" in capsys.readouterr().err
+    assert "int4" not in read_manifest(bundle)["quality"]
+
+
 def test_only_the_loss_to_floats_is_kept(quantized, tmp_path, capsys) -> None:
     """int8 and int4 are near each other: a report would show their distance as int4's loss. What was packed stays as it
     is, byte by byte.

@@ -129,7 +129,7 @@ def test_the_page_asks_for_the_key_itself(demo_bundle, tmp_path) -> None:
         (["--image-host", "https://x.org/"], "is no name of a host"),
         (["--allow-host", "http://x:80/"], "is no name of a host"),
         (["--context", "100000000"], "the model has"),
-        (["--api-key-file", "/dev/zero"], "has a line that is no key"),
+        (["--api-key-file", "/dev/zero"], ", line 1 is no key; write one a line"),
     ],
 )
 def test_flags_that_cannot_be(demo_bundle, capsys, words, said) -> None:
@@ -140,7 +140,10 @@ def test_flags_that_cannot_be(demo_bundle, capsys, words, said) -> None:
 def test_keys_that_are_none(demo_bundle, tmp_path, capsys) -> None:
     (tmp_path / "keys").write_bytes(bytes(range(128, 256)))
     assert main(["serve", str(demo_bundle), "--api-key-file", str(tmp_path / "keys")]) == 2
-    assert "has a line that is no key" in capsys.readouterr().err
+    assert ", line 1 is no key; write one a line" in capsys.readouterr().err
+    (tmp_path / "keys").write_text("\ufefffirst\nmy key\n")  # of an editor of Windows
+    assert main(["serve", str(demo_bundle), "--api-key-file", str(tmp_path / "keys")]) == 2
+    assert ", line 2 is no key" in capsys.readouterr().err
 
 
 def test_keys_of_the_environment(demo_bundle, monkeypatch) -> None:

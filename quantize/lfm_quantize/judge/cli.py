@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.engine.execution import check_threads
     from lfm_runtime.engine.failures import failures_are_ours
     from lfm_runtime.formats.files import check_output
-    from lfm_runtime.formats.manifest import MANIFEST
+    from lfm_runtime.formats.manifest import MANIFEST, Manifest
 
     from lfm_quantize.calibrate.samples import named
     from lfm_quantize.calibrate.spread import spread_over
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         check_output(options.plot, "lfm-edge quality", is_plot, force=None)
     questions, skipped = _questions(options)
     variant, board = _judged(options)
+    measured = Manifest.read(options.bundle) if options.bundle.is_dir() else None
     printer = Printer(not options.quiet)
     if skipped:
         printer.warn(f"{counted(len(skipped), 'image')} left out: {named(skipped)}")
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
     if board is None:
-        if problem := keep_quality(options.bundle, quality, (question.image for question in questions)):
+        if problem := keep_quality(options.bundle, quality, (question.image for question in questions), measured):
             printer.warn(problem)
         elif not options.quiet:
             print(f"the numbers are kept in {options.bundle / MANIFEST}", file=sys.stderr)

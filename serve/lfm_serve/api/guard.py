@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hmac
 import ipaddress
 import socket
@@ -77,7 +78,7 @@ def read_keys(path: Path) -> list[bytes]:
             text = file.read(_LARGEST)
     except OSError as e:
         raise SettingError(f"{path} cannot be read ({e.strerror}); it has one key a line") from e
-    keys = keys_of(text.decode("latin-1"), str(path))
+    keys = keys_of(text.removeprefix(codecs.BOM_UTF8).decode("latin-1"), str(path))
     if not keys:
         raise SettingError(f"{path} has no key; write one a line, for example of: openssl rand -hex 32")
     return keys
@@ -89,8 +90,10 @@ def keys_of(text: str, where: str) -> list[bytes]:
     Raises:
         SettingError: a line is no key; `where` it is.
     """
-    lines = [part.strip() for line in text.splitlines() if not line.startswith("#") for part in line.split(",")]
-    keys = [line for line in lines if line]
-    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise SettingError(f"{where} has a line that is no key; write one a line, of: openssl rand -hex 32")
+    lines = text.splitlines()
+    parts = [(n, part.strip()) for n, line in enumerate(lines, 1) if line[:1] != "#" for part in line.split(",")]
+    keys = [key for _, key in parts if key]
+    for n, key in parts:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise SettingError(f"{where}, line {n} is no key; write one a line, of: openssl rand -hex 32")
     return [key.encode() for key in keys]
