@@ -74,11 +74,7 @@ def _by_heads(graph: ir.Graph, name: str, attend: ir.Node, width: int) -> list[i
     heads = attend.attributes["num_heads"].as_int()
     size = width // heads
     query, key, value = attend.inputs[:3]
-    every, split, joined = (
-        constant("every", [-1]),
-        constant("split", [0, 0, heads, size]),
-        constant("joined", [0, 0, width]),
-    )
+    split, joined = constant("split", [0, 0, heads, size]), constant("joined", [0, 0, width])
     every, dimensions = constant("every", [-1]), constant("size", [size])
     patches = add("Shape", [query], "patches", start=1, end=2)
     by_patch = add("Concat", [every, patches, dimensions], "by_patch", axis=0)
