@@ -237,6 +237,15 @@ def test_adapters_that_cannot_be_merged(tmp_path, change, says) -> None:
         Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
 
 
+def test_an_adapter_that_overflows_is_named(tmp_path) -> None:
+    make_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e25 for name, tensor in load_file(file).items()}, file)
+    adapted = Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"adapter: with the adapter, .*w1 has NaN or infinite weights"):
+        adapted.read("text.layers.0.feed_forward.w1.weight", 96, 64)
+
+
 def test_adapter_of_another_model(tmp_path) -> None:
     make_adapter(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"

@@ -147,8 +147,13 @@ class Adapter:
         rank = shape[0]
         a = self.store.read(a_name, (rank, weight.shape[1]))
         b = self.store.read(b_name, (weight.shape[0], rank))
-        change: Floats = (b @ a) * np.float32(self._scale(stem.removeprefix(_PREFIX), rank))
-        return weight + change
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged: Floats = weight + (b @ a) * np.float32(self._scale(stem.removeprefix(_PREFIX), rank))
+        if not np.isfinite(merged).all():
+            raise CheckpointError(
+                f"{self.folder}: with the adapter, {module} has NaN or infinite weights; train it again"
+            )
+        return merged
 
     def _scale(self, module: str, rank: int) -> float:
         with damage_is(CheckpointError, self.folder / "adapter_config.json", "save the adapter again"):
