@@ -242,7 +242,7 @@ def test_an_adapter_that_overflows_is_named(tmp_path) -> None:
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * 1e25 for name, tensor in load_file(file).items()}, file)
     adapted = Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"adapter: with the adapter, .*w1 has NaN or infinite weights"):
+    with pytest.raises(CheckpointError, match=r"adapter: with the adapter, .*w1 has infinite weights"):
         adapted.read("text.layers.0.feed_forward.w1.weight", 96, 64)
 
 
