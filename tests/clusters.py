@@ -57,6 +57,10 @@ class Cluster:
         more = ("--name", name, "--nthreads", "1", "--no-dashboard", kind, *offered, *words)
         self.workers.append(self._start("dask_worker", f"worker-{name}", self.address, *more, before=before))
 
+    def has_registered(self, name: str) -> bool:
+        """Whether the scheduler knows a worker, as its log says."""
+        return "Registered to:" in (self.folder / f"worker-{name}.log").read_text()
+
     def __enter__(self):
         return self
 

@@ -54,6 +54,7 @@ def test_a_worker_without_the_extra(command, tmp_path) -> None:
         cluster.work("bare", before=NO_EXTRA)
         assert "its Python lacks lfm-edge with the extra fleet" in failed(command("--scheduler", cluster.address))
         cluster.work("good")
+        until(lambda: cluster.has_registered("good"))  # a run that knows the other one alone ends
         run = start(command("--scheduler", cluster.address))
         said = run.communicate(timeout=PATIENCE_S)[1]
         assert run.returncode == 0, said
