@@ -48,11 +48,12 @@ class Recipe:
         return next((rule.precision for rule in self.rules if fnmatchcase(name, rule.pattern)), Precision(32))
 
     def attends_in_integers(self, name: str) -> bool:
-        """Whether an attention is to be tried in 8 bits: where a rule for attentions says so. Rules such as `vision.*`
-        are for products.
+        """Whether an attention is to be tried in 8 bits: the first rule that matches and is for attentions, or keeps
+        what it matches fp32, decides. Others, such as 8 bits for `vision.*`, are for products.
         """
-        rules = (rule for rule in self.rules if rule.pattern.endswith("attention") and fnmatchcase(name, rule.pattern))
-        return next((rule.precision.bits == 8 for rule in rules), False)
+        matching = (rule for rule in self.rules if fnmatchcase(name, rule.pattern))
+        bits = (r.precision.bits for r in matching if r.pattern.endswith("attention") or r.precision.bits == 32)
+        return next(bits, 32) == 8
 
     def check(self, names: Iterable[str]) -> None:
         """Raise QuantizeError when a pattern matches no product: it would be a typo without effect."""

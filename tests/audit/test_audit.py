@@ -515,44 +515,6 @@ def test_soak(demo_bundle, images, tmp_path, processes) -> None:
     assert soak["ttft_change"] == 0.0, "one minute against itself"
 
 
-@pytest.mark.parametrize(
-    ("output", "content", "said"),
-    [
-        ("audits", None, "audits is a folder; name a file"),
-        ("nowhere/a.json", None, "is not a folder; make it"),
-        ("mine.json", '{"mine": 1}', "exists, and lfm-edge audit did not write it"),
-        ("mine.json", "not JSON", "exists, and lfm-edge audit did not write it"),
-    ],
-)
-def test_where_it_cannot_be_written_nothing_is_measured(
-    demo_bundle, tmp_path, monkeypatch, capsys, output, content, said
-) -> None:
-    monkeypatch.setattr(audit_module, "audit", lambda *_: pytest.fail("measures"))
-    (tmp_path / "audits").mkdir()
-    if content is not None:
-        (tmp_path / output).write_text(content)
-    assert main(["audit", str(demo_bundle), "-o", str(tmp_path / output)]) == 2
-    assert said in capsys.readouterr().err
-    (tmp_path / "mine.csv").write_text("date,price\n")
-    assert main(["audit", str(demo_bundle), "--csv", str(tmp_path / "mine.csv")]) == 2
-    assert (tmp_path / "mine.csv").read_text() == "date,price\n"
-
-
-def test_what_was_measured_is_kept_when_its_place_fails(tmp_path, monkeypatch) -> None:
-    """A disk that became full, or a folder that was removed meanwhile."""
-    from lfm_runtime.formats import files
-
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(elsewhere))
-    with pytest.raises(
-        EdgeError, match=r"cannot be written \(No such file or directory\); it was written to .* instead"
-    ):
-        files.write_or_rescue(tmp_path / "gone" / "audit.json", "measured")
-    (kept,) = elsewhere.iterdir()
-    assert kept.read_text() == "measured"
-
-
 def test_a_variant_that_is_added_meanwhile_ends_it(demo_bundle, images, processes, monkeypatch) -> None:
     """It would be used from then on; what was measured before is kept."""
     processes(3)
@@ -566,10 +528,3 @@ def test_a_variant_that_is_added_meanwhile_ends_it(demo_bundle, images, processe
     found = done(work(demo_bundle, images), Sensors())
     assert "was given int8 meanwhile" in found["stopped"]
     assert len(found["variants"]["fp32"]["starts"]["warm"]["ready_ms"]["samples"]) == 2
-
-
-def test_one_file_for_two_outputs(demo_bundle, tmp_path, capsys) -> None:
-    words = ["audit", str(demo_bundle), "-o", str(tmp_path / "a.csv"), "--csv", str(tmp_path / "." / "a.csv")]
-    assert main(words) == 2
-    assert "-o and --csv are both" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -433,28 +433,3 @@ def test_background_load_is_marked_where_it_was(audit, tmp_path) -> None:
     assert said not in evenness()
     spans[3]["share"] = spans[7]["share"] = 0.4
     assert evenness().count(said) == 1
-
-
-def test_the_audit_of_another_bundle_stays(audit, demo_bundle, tmp_path, capsys) -> None:
-    """It would have to be measured again."""
-    place = Path(write(tmp_path, "a", {**audit, "bundle": {**audit["bundle"], "name": "other"}}))
-    before = place.read_bytes()
-    assert main(["audit", str(demo_bundle), "-o", str(place)]) == 2
-    assert f"is an audit of other, not of {demo_bundle.name}; choose another output" in capsys.readouterr().err
-    assert place.read_bytes() == before
-
-
-@pytest.mark.parametrize("suffix", [".html", ".md"])
-def test_an_edited_report_stays(suffix, audit, tmp_path, capsys) -> None:
-    source, page = write(tmp_path, "a", audit), tmp_path / f"page{suffix}"
-    words = ["report", str(source), "-o", str(page)]
-    for _ in range(2):
-        assert main(words) == 0
-    whole = page.read_text()
-    for edited in (f"{whole}MY NOTES\n", f"Mine\n{whole}", whole.replace("a", "A", 1)):
-        page.write_text(edited)
-        assert main(words) == 2
-        assert "or it was edited since; choose another name" in capsys.readouterr().err
-        assert page.read_text() == edited
-    assert main([*words, "--force"]) == 0
-    assert page.read_text() == whole

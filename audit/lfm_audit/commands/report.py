@@ -79,6 +79,7 @@ def _written(output: Path, text: str) -> int:
 
     from lfm_audit.report.source import sealed
 
-    write_whole(output, sealed(text))
-    print(f"written: {output} ({len(text.encode()) / 1e3:,.0f} kB)")
+    whole = sealed(text)
+    write_whole(output, whole)
+    print(f"written: {output} ({len(whole.encode()) / 1e3:,.0f} kB)")
     return 0

@@ -37,8 +37,6 @@ _BOARDS = (
     "figure is worse than the others' median, by more than 5 % and three times what they differ by; where it was "
     "throttled; or where its versions, settings or weights are not those of most."
 )
-
-
 _KL = (
     "KL divergence as the bundle knew it, on images that did not calibrate: measured when the variant was quantized, "
     "or by lfm-edge quality over more questions."
@@ -66,7 +64,8 @@ def audit_page(audits: Sequence[Named]) -> str:
         sections = [replace(section, folded=True) for section in sections]
     notes = [f"{named.name}: {note}" if several else note for named in audits for note in _notes(named.audit)]
     if any(one.result.kl is not None for one in series) and not plots.comparable_losses(series):
-        notes.append("no plot of quality and cost: fewer than two variants' losses to one other, as they ran, are here")
+        needed = "two variants whose losses to the same one were measured as they ran"
+        notes.append(f"no plot of quality and cost: it needs {needed}")
     verdicts = [{**_verdict(named), "name": named.name if several else ""} for named in audits]
     if len(audits) > _MOST_NAMES:
         verdicts = [verdict for verdict in verdicts if not verdict["good"]]

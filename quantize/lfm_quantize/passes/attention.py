@@ -4,7 +4,7 @@ Queries have one scale for a head, keys one for each patch, values one for each 
 graph runs. Keys and values are taken about their mean over the patches: a softmax does not see what all keys share, and
 what all values share is added again at the end, so it loses nothing where small shares become zero. (Both as
 SageAttention, arXiv:2410.02367 and 2411.10958, does; it keeps the second product in 16 bits, for which onnxruntime has
-no kernel.) Each row of shares has a scale of its own, of its largest.
+no kernel on x86.) Each row of shares has a scale of its own, of its largest.
 
 The heads are the steps of a Scan: a head's scores, 4 MB for 1,024 patches, are written and read back while they are in
 cache, and the graph has these nodes once a layer. What that gains, and where it loses, is in docs/log/2026-11-28.md.
@@ -109,7 +109,7 @@ def _by_heads(graph: ir.Graph, name: str, attend: ir.Node, width: int) -> list[i
 
 
 def _means(new: _Nodes, patches: ir.Value) -> ir.Value:
-    """A row that a product with gives the mean over the patches: four times as fast as ReduceMean."""
+    """A row that a product with gives the mean over the patches: six times as fast as ReduceMean."""
     one, count = new.constant("one", 1, np.float32), new.add("Cast", [patches], "count", to=FLOAT)
     row = new.add("Concat", [new.constant("ones", [1]), patches], "row", axis=0)
     return new.add("Expand", [new.add("Div", [one, count], "weight"), row], "weights")
