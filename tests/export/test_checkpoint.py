@@ -237,6 +237,32 @@ def test_adapters_that_cannot_be_merged(tmp_path, change, says) -> None:
         Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        (lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor, "all of its lora_B are zero"),
+        (lambda name, tensor: None if "v_proj" in name else tensor, "targets v_proj, and .* has no tensor of one"),
+    ],
+    ids=["untrained", "a target is lost"],
+)
+def test_an_adapter_of_which_nothing_or_not_all_would_be_merged(tmp_path, lost, says) -> None:
+    make_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = {name: lost(name, tensor) for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, file)
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
+
+
+def test_an_adapter_may_name_modules_that_the_part_it_was_trained_on_lacks(tmp_path) -> None:
+    """Trained on the text model alone, with a list of names for many models."""
+    make_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "language_model" in name}, file)
+    edit(tmp_path / "adapter", "adapter_config.json", target_modules=[*TARGETS, "query_key_value"])
+    Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
+
+
 def test_an_adapter_that_overflows_is_named(tmp_path) -> None:
     make_adapter(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"

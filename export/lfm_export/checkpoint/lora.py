@@ -97,7 +97,17 @@ class Adapter:
         with damage_is(CheckpointError, folder / "adapter_config.json", "save the adapter again"):
             for stem in modules.values():
                 found._check_module(stem.removeprefix(_PREFIX), store.entries.get(f"{stem}.lora_A.weight"))
+        found._check_it_was_trained()
         return found
+
+    def _check_it_was_trained(self) -> None:
+        """Raise CheckpointError where every B is zero, as PEFT starts it: the merge would be the checkpoint."""
+        outputs = [name for name in self.store.entries if name.endswith(".lora_B.weight")]
+        if outputs and not any(self.store.read(name, self.store.entries[name].shape).any() for name in outputs):
+            raise CheckpointError(
+                f"{self.folder}: all of its lora_B are zero, so it changes nothing; was the adapter saved before it "
+                "was trained?"
+            )
 
     def _check_module(self, module: str, a: Any) -> None:
         """Raise CheckpointError where the tensors of a module are not those that the config describes: config and
@@ -116,11 +126,28 @@ class Adapter:
             )
 
     def check_targets(self, base: TensorStore) -> None:
-        """Every adapted module must exist in the checkpoint: an adapter for another model is an error, not a no-op."""
-        known = {_canonical(name.removesuffix(".weight")) for name in base.entries}
+        """Every adapted module must exist in the checkpoint: an adapter for another model is an error, not a no-op.
+        And every listed name that the parts it adapts have must be adapted: else some of its tensors were lost.
+        """
+        paths = {
+            _canonical(name.removesuffix(".weight")): name.removesuffix(".weight")
+            for name, entry in base.entries.items()
+            if name.endswith(".weight") and len(entry.shape) > 1
+        }
         for module in self.modules:
-            if module not in known:
+            if module not in paths:
                 raise CheckpointError(f"{self.folder}: adapter changes {module}, which the checkpoint does not have")
+        targets = self.config.get("target_modules")
+        parts = tuple({module.split(".")[0] for module in self.modules})  # of a text model alone: not the vision tower
+        there = [path for module, path in paths.items() if module.startswith(parts) and _is_targeted(self.config, path)]
+        for target in targets if isinstance(targets, list) else []:
+            if any(_is_named([target], path, "") for path in there) and not any(
+                _is_named([target], module, "") for module in self.modules
+            ):
+                raise CheckpointError(
+                    f"{self.folder}: adapter_config.json targets {target}, and {ADAPTER_WEIGHTS} has no tensor of one; "
+                    "tensors are missing, save the adapter again"
+                )
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""

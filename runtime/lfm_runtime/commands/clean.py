@@ -29,6 +29,9 @@ def run(options: argparse.Namespace) -> int:
         raise BundleError(f"{options.bundle} does not exist, and nothing of a bundle of this name lies there")
     if not found and not holds_a_model(options.bundle):
         raise BundleError(f"{options.bundle} is not a bundle; name the folder of one")
+    if not found:
+        print(f"nothing to remove beside {options.bundle}")
+        return 0
     total = 0
     for path in found:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
