@@ -152,12 +152,38 @@ def test_the_ollama_package(server, demo_model) -> None:
         ask.chat(model=name, messages=messages, options={"num_predict": 0})
     assert caught.value.status_code == 400
     assert server.ask("/api/version")[1]["version"].count(".") == 2
-    for call in (lambda: ask.generate(name, "x"), ask.ps):
+    for call in (lambda: ask.embed(name, "x"), lambda: ask.pull(name)):
         with pytest.raises(ollama.ResponseError, match=r"^there is no (POST|GET) /api/\w+; of Ollama's API there are"):
             call()
     bundle = demo_model.bundle
     files = {bundle.folder / name for path in bundle.graphs("fp32")[1].values() for name in data_of(bundle, path)}
     assert ask.list().models[0].size == sum(path.stat().st_size for path in files)
+
+
+def test_one_question_of_the_ollama_package(server, demo_model) -> None:
+    """generate: Frigate's way, with the options that it sends always; ps; loading and unloading ask for no answer."""
+    ollama = pytest.importorskip("ollama")
+    ask = ollama.Client(host=server.url)
+    (loaded,) = ask.ps().models
+    assert (loaded.name, loaded.context_length, loaded.size) == (ask.list().models[0].model, 4096, loaded.size)
+    name, image = loaded.name, PICTURES[0].read_bytes()
+    whole = ask.generate(name, QUESTION, images=[image], options={"temperature": 0})
+    assert (
+        whole.response
+        == ask.chat(
+            name, [{"role": "user", "content": QUESTION, "images": [image]}], options={"temperature": 0}
+        ).message.content
+    )
+    assert whole.done_reason == "stop" and whole.eval_count and whole.prompt_eval_count
+    parts = list(ask.generate(name, QUESTION, images=[image], options={"temperature": 0}, stream=True))
+    assert "".join(part.response for part in parts) == whole.response and parts[-1].done
+    frigates = {"temperature": 0.5, "repeat_penalty": 1.05, "presence_penalty": 0.3}
+    review = ask.generate(name, "Describe.", images=[image, image], format=Seen.model_json_schema(), options=frigates)
+    assert Seen.model_validate_json(review.response)
+    assert ask.generate(name).done_reason == ask.chat(name).done_reason == "load"
+    assert ask.generate(name, keep_alive=0).done_reason == "unload"
+    with pytest.raises(ollama.ResponseError, match="suffix is not built"):
+        ask.generate(name, "def f(", suffix="return")
 
 
 def data_of(bundle, graph) -> list[str]:
@@ -176,7 +202,7 @@ def test_frigate_as_llama_cpp(server, demo_model) -> None:
     """What its provider asks at the start, its probe of an image's tokens, its review, and its chat."""
     models = server.ask("/v1/models")[1]["data"]
     name = models[0]["id"]
-    assert name in models[0]["aliases"] and "image" in models[0]["architecture"]["input_modalities"]
+    assert models[0]["aliases"] == [] and "image" in models[0]["architecture"]["input_modalities"]
     props = server.ask(f"/props?model={name}")[1]
     assert models[0]["meta"]["n_ctx"] == props["default_generation_settings"]["n_ctx"] == 4096
     assert props["modalities"]["vision"] and props["chat_template_caps"] == {"supports_tools": False}

@@ -15,7 +15,7 @@ from lfm_serve.api.choose import Asked as Choices
 from lfm_serve.api.choose import parse_choose
 from lfm_serve.api.errors import ApiError
 from lfm_serve.api.images import image_bytes
-from lfm_serve.api.ollama import parse_chat
+from lfm_serve.api.ollama import only_loads, parse_chat, parse_generate
 from lfm_serve.limits import Limits
 
 JSON = st.recursive(
@@ -92,6 +92,19 @@ OLLAMA = st.fixed_dictionaries(
         "keep_alive": JSON,
     },
 )
+GENERATE = st.fixed_dictionaries(
+    {"prompt": st.text(max_size=5) | JSON},
+    optional={
+        "images": JSON | st.lists(st.text(), max_size=2),
+        "system": JSON,
+        "format": JSON | st.just("json"),
+        "raw": JSON,
+        "context": JSON,
+        "suffix": JSON,
+        "stream": JSON,
+        "options": JSON,
+    },
+)
 CHOOSE = st.fixed_dictionaries(
     {},
     optional={
@@ -104,10 +117,16 @@ CHOOSE = st.fixed_dictionaries(
 )
 
 
-@given(OLLAMA | JSON, CHOOSE | JSON)
+@given(OLLAMA | JSON, GENERATE | JSON, CHOOSE | JSON)
 @settings(max_examples=300)
-def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, choose) -> None:
-    for read, body, kind in ((parse_chat, chat, Asked), (parse_choose, choose, Choices)):
+def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, generate, choose) -> None:
+    for body in (chat, generate):
+        assert isinstance(only_loads(body), bool)
+    for read, body, kind in (
+        (parse_chat, chat, Asked),
+        (parse_generate, generate, Asked),
+        (parse_choose, choose, Choices),
+    ):
         try:
             assert isinstance(read(body), kind)
         except ApiError as e:  # noqa: PERF203
@@ -115,7 +134,9 @@ def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, choose) -> N
 
 
 def test_ollamas_requests_are_openais() -> None:
-    """Images stand before the text, options have other names, a negative limit is none, the default is a stream."""
+    """Images stand before the text, options have other names, a negative limit is what the context holds, the default is
+    a stream. One question of /api/generate is a conversation of a turn.
+    """
     asked = parse_chat(
         {
             "model": "m",
@@ -128,9 +149,16 @@ def test_ollamas_requests_are_openais() -> None:
     )
     assert asked.conversation.messages[0].content == (IMAGE, "what?")
     assert asked.generation == {
-        "speculate": 0, "temperature": 0.0, "repetition_penalty": 1.1, "stop": ("a",), "schema": '{"type": "object"}'
+        "speculate": 0, "temperature": 0.0, "repetition_penalty": 1.1, "stop": ("a",), "schema": '{"type": "object"}',
+        "max_new_tokens": 1 << 20
     }  # fmt: skip
     assert asked.stream and asked.model == "m" and asked.unused == ("options.num_ctx",)
+    question = {"model": "m", "prompt": "what?", "system": "Be brief.", "images": ["QUJD" * 8], "raw": False}
+    same = parse_generate({**question, "suffix": "", "template": "", "context": [], "options": {"presence_penalty": 1}})
+    assert [m.content for m in same.conversation.messages] == ["Be brief.", (IMAGE, "what?")]
+    assert same.generation == {"speculate": 0, "presence_penalty": 1.0} and same.unused == () and same.stream
+    with pytest.raises(ApiError, match="raw is not built; send the conversation to /api/chat"):
+        parse_generate({**question, "raw": True})
 
 
 def test_calls_of_past_turns() -> None:
@@ -214,7 +242,7 @@ def test_turns_as_clients_send_them() -> None:
         ("response_format", {"type": "json_schema"}, "has no json_schema.schema"),
         ("grammar", "root ::= x", "is not enforced"),
         ("guided_choice", ["a", "b"], "is not enforced"),
-        ("presence_penalty", 0.5, "not implemented"),
+        ("presence_penalty", "some", "a number is needed"),
         ("temperature", "hot", "a number is needed"),
         ("temperature", True, "a number is needed"),
         ("stream", 1, "true or false is needed"),
@@ -240,8 +268,16 @@ def test_settings_that_change_nothing_are_taken() -> None:
     more = {"logit_bias": None, "n_predict": -1, "mirostat": False, "samplers": ["top_k"], "num_ctx": 4096}
     asked = parse({"messages": [{"role": "user", "content": "x"}], **sent, **more})
     assert asked.unused == ("num_ctx", "samplers")
-    assert "max_new_tokens" not in asked.generation
+    assert asked.generation["max_new_tokens"] == 1 << 20, "no limit but the context's"
     assert parse({"messages": [{"role": "user", "content": "x"}], "n_predict": 5}).generation["max_new_tokens"] == 5
+
+
+def test_json_is_cut_by_the_limit_of_the_client_alone() -> None:
+    """The model's own limit is for text: JSON that it cuts is of no use."""
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}
+    assert parse(body).generation["max_new_tokens"] == 1 << 20
+    assert parse({**body, "max_tokens": 9}).generation["max_new_tokens"] == 9
+    assert "max_new_tokens" not in parse({"messages": body["messages"]}).generation
 
 
 def test_ollamas_options_too() -> None:

@@ -1,6 +1,6 @@
 """Which token comes next: greedy or sampled, from one row of logits. Pure functions on numpy arrays.
 
-Order as in transformers: repetition penalty, then temperature, top_k, top_p, min_p.
+Order as in transformers and vLLM: repetition penalty, presence and frequency penalty, temperature, top_k, top_p, min_p.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _KINDS: dict[str, type] = {
     "top_k": int,
     "top_p": float,
     "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
     "max_new_tokens": int,
     "seed": int,
     "speculate": int,
@@ -81,6 +83,8 @@ class Generation(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     max_new_tokens: int | None
     seed: int | None
     stop: str | tuple[str, ...] | None
@@ -100,6 +104,8 @@ class GenerationSettings:
     top_k: int = 0  # keep the k likeliest; 0 off
     top_p: float = 1.0  # keep the likeliest up to this probability; 1 off
     repetition_penalty: float = 1.05  # divides logits of tokens seen; 1 off
+    presence_penalty: float = 0.0  # subtracted from logits of tokens generated, once; 0 off
+    frequency_penalty: float = 0.0  # subtracted for each time that one was generated; 0 off
     max_new_tokens: int = 512
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -121,6 +127,8 @@ class GenerationSettings:
             ("top_k", self.top_k >= 0, "0 (off) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
             ("repetition_penalty", _LEAST <= self.repetition_penalty <= _MOST, f"{_RANGE}; 1 is off"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2; 0 is off"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is off"),
             ("max_new_tokens", 1 <= self.max_new_tokens <= 1 << 20, "1 to 1048576"),
             ("seed", self.seed is None or self.seed >= 0, "0 or above"),
             ("stop", all(self.stop), "strings that are not empty"),
@@ -231,6 +239,8 @@ class Sampler:
         self._count = len(seen)
         self._is_seen = np.zeros(vocabulary, np.bool_)
         self._is_seen[seen] = True
+        self._penalties = settings.presence_penalty, settings.frequency_penalty
+        self._times: dict[int, int] = {}  # each id was generated; kept where there are penalties
 
     def next(self, logits: Logits | Top) -> int:
         """The next id for logits [vocabulary], which are changed, or for the top of them: the same token, the row is
@@ -257,6 +267,8 @@ class Sampler:
     def _note(self, token: int) -> None:
         if self._guide:
             self._guide.accept(token)
+        if any(self._penalties):
+            self._times[token] = self._times.get(token, 0) + 1
         if not self._is_seen[token]:
             self._is_seen[token] = True
             self._seen[self._count] = token
@@ -265,6 +277,9 @@ class Sampler:
     def _next_of(self, logits: Logits) -> int:
         if self.settings.repetition_penalty != 1:
             penalise(logits, self._seen[: self._count], self.settings.repetition_penalty)
+        if self._times:
+            ids = np.fromiter(self._times, np.int64, len(self._times))
+            logits[ids] -= self._subtracted(ids)
         if self._guide:
             allowed = self._guide.allowed()
             logits[: len(allowed)][~allowed] = -np.inf
@@ -278,15 +293,24 @@ class Sampler:
         ids, logits = top.ids[order], top.logits[order]
         if self.settings.repetition_penalty != 1:
             penalise(logits, np.flatnonzero(self._is_seen[ids]), self.settings.repetition_penalty)
+        if self._times:
+            logits -= self._subtracted(ids)
         if self._guide:
             allowed = self._guide.allowed()
             if np.count_nonzero(allowed) == 1:
                 return int(allowed.argmax())
             logits[~np.append(allowed, False)[np.minimum(ids, len(allowed))]] = -np.inf
-        # A penalty of 1 and above only lowers logits: what is not in the top is not above its last.
-        if self.settings.repetition_penalty < 1 or not _all_above(logits, top.logits[-1], self.settings):
+        # Such penalties only lower logits: what is not in the top is not above its last.
+        lower = self.settings.repetition_penalty >= 1 and min(self._penalties) >= 0
+        if not lower or not _all_above(logits, top.logits[-1], self.settings):
             return self._next_of(top.whole())
         return int(ids[_likeliest(logits) if self.settings.temperature == 0 else self._draw(logits)])
+
+    def _subtracted(self, ids: NDArray[np.int64]) -> Logits:
+        """What presence and frequency penalty take from the logits of `ids`, as OpenAI's API defines them."""
+        presence, frequency = self._penalties
+        times = np.array([self._times.get(int(i), 0) for i in ids], np.float32)
+        return np.asarray(presence * (times > 0) + frequency * times, np.float32)
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = distribution(logits, self.settings)

@@ -33,7 +33,7 @@ from lfm_serve.api.errors import ApiError, Json, loading, of, refused_image, too
 from lfm_serve.api.images import image_bytes
 from lfm_serve.api.metrics import Metrics
 from lfm_serve.api.ollama import VERSION as OLLAMA_VERSION
-from lfm_serve.api.ollama import ChatLines, parse_chat, shown, tag
+from lfm_serve.api.ollama import ChatLines, GenerateLines, only_loads, parse_chat, parse_generate, running, shown, tag
 from lfm_serve.engine import Engine
 from lfm_serve.limits import FEW_IMAGE_TOKENS, Limits, free_mib, image_mib
 from lfm_serve.page import page
@@ -70,6 +70,8 @@ class Api:
             Route("/metrics", self.metrics.page, methods=["GET"]),
             Route("/props", self.props, methods=["GET"]),
             Route("/api/chat", self.ollama_chat, methods=["POST"]),
+            Route("/api/generate", self.ollama_generate, methods=["POST"]),
+            Route("/api/ps", self.ollama_ps, methods=["GET"]),
             Route("/api/tags", self.ollama_tags, methods=["GET"]),
             Route("/api/version", self.ollama_version, methods=["GET"]),
             Route("/api/show", self.ollama_show, methods=["POST"]),
@@ -89,9 +91,20 @@ class Api:
 
     async def ollama_chat(self, request: HttpRequest) -> Response:
         """Answer a conversation, as Ollama does."""
-        asked = parse_chat(await self._body(request))
+        return await self._as_ollama(request, parse_chat, ChatLines(self.name))
+
+    async def ollama_generate(self, request: HttpRequest) -> Response:
+        """Answer one question, as Ollama does."""
+        return await self._as_ollama(request, parse_generate, GenerateLines(self.name))
+
+    async def _as_ollama(self, request: HttpRequest, parse: Callable[[Any], Asked], shape: ChatLines) -> Response:
+        body = await self._body(request)
+        if only_loads(body):
+            self._loaded()
+            return Json(shape.loaded(stays=body.get("keep_alive") != 0))
+        asked = parse(body)
         job, _ = await self._prepared(asked)
-        return await self._answering.answer(request, job, ChatLines(self.name), stream=asked.stream)
+        return await self._answering.answer(request, job, shape, stream=asked.stream)
 
     async def choose(self, request: HttpRequest) -> Response:
         """Score given answers."""
@@ -175,6 +188,11 @@ class Api:
         setup = self.engine.setup
         return Json({"models": [tag(self.name, setup)]})
 
+    async def ollama_ps(self, _: HttpRequest) -> Response:
+        """Return Ollama's list of loaded models: the one."""
+        self._loaded()
+        return Json({"models": [running(self.name, self.engine.setup, self.engine.capacity)]})
+
     async def ollama_version(self, _: HttpRequest) -> Response:
         """Return the version of Ollama whose API this is like."""
         return Json({"version": OLLAMA_VERSION})
@@ -196,7 +214,7 @@ class Api:
             "object": "model",
             "created": 0,
             "owned_by": f"lfm-edge {__version__}",
-            "aliases": [self.name],
+            "aliases": [],  # other names: Frigate lists them beside the id
             "max_model_len": context,
             "meta": {"n_ctx": context},
             "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
@@ -252,7 +270,7 @@ async def _edge_error(request: HttpRequest, error: Exception) -> Response:
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what, path = f"{request.method} {request.url.path}"[:200], request.url.path
-    ollamas = "; of Ollama's API there are /api/chat, /api/tags, /api/show and /api/version"
+    ollamas = "; of Ollama's API there are /api/chat, /api/generate, /api/tags, /api/ps, /api/show and /api/version"
     said = {
         404: f"there is no {what}{ollamas if path.startswith('/api/') else ''}",
         405: f"{what} is not a method of this path",

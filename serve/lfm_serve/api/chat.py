@@ -32,8 +32,12 @@ _NUMBERS = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
 }
 _MOST = 10**300  # a number that no float holds is as impossible
+_UNLIMITED = 1 << 20
+"""Tokens of an answer that ends where the context does."""
 _WITHOUT_EFFECT_WHEN_GREEDY = ("top_p", "min_p", "top_k", "seed")
 
 
@@ -72,7 +76,8 @@ def parse(body: Any) -> Asked:
         said = "response_format together with tools is not built; ask for one of them, or tool_choice: none"
         raise ApiError(400, said, "unsupported", "response_format")
     generation = _generation(body)
-    generation |= cast("Generation", {"schema": schema} if schema is not None else {})
+    if schema is not None:  # JSON that a limit nobody asked for cuts is of no use
+        generation = {"max_new_tokens": _UNLIMITED, **generation, "schema": schema}
     generation |= cast("Generation", {"tool_choice": choice} if choice != "auto" else {})
     return Asked(
         Conversation(messages, tools, special=False),  # a stranger's text forges no turn
@@ -97,9 +102,6 @@ def _check_not_built(body: Mapping[str, Any]) -> None:
     for name in _OTHER_GRAMMARS:
         if body.get(name) is not None:
             refuse(name, f"{name} is not enforced by this server; send response_format with a JSON schema")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if body.get(name) not in (None, 0):
-            refuse(name, f"{name} is not implemented; use repetition_penalty")
     for name in IMAGE_SETTINGS:
         if body.get(name) is not None:
             refuse(name, f"{name} is set where the server is started; a request has image_url.detail: low or high")
@@ -246,7 +248,8 @@ def _generation(body: Mapping[str, Any]) -> Generation:
             found[ours] = float(max(-_MOST, min(value, _MOST))) if abs(value) > _MOST else float(value)
     for name in ("max_tokens", "max_completion_tokens", "n_predict"):
         value = typed(body, name, int)
-        if value is not None and value != -1:  # no limit, for clients of llama.cpp and LM Studio
+        if value is not None:
+            value = _UNLIMITED if value == -1 else value  # as clients of llama.cpp and LM Studio mean it
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             if (other := found.setdefault("max_new_tokens", value)) != value:
@@ -356,6 +359,4 @@ _KNOWN = {
     "json_schema",
     "timings_per_token",
     *_OTHER_GRAMMARS,
-    "presence_penalty",
-    "frequency_penalty",
 }

@@ -1,4 +1,6 @@
-"""The part of Ollama's API that Home Assistant and others use: /api/tags, /api/version, /api/show, /api/chat."""
+"""The part of Ollama's API that Home Assistant, Frigate and others use: /api/chat, /api/generate, and what tells of the
+model: /api/tags, /api/ps, /api/show, /api/version.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,8 @@ from lfm_serve.engine import Piece
 
 VERSION = "0.13.0"
 """Of Ollama, whose API this is like: clients compare it with what they need."""
+_NEVER = "2318-01-01T00:00:00Z"
+"""When a model is unloaded that stays: Ollama's own answer to a negative keep_alive is as far."""
 _OPTIONS = {
     "num_predict": "max_tokens",
     "temperature": "temperature",
@@ -34,6 +38,27 @@ _OPTIONS = {
     "frequency_penalty": "frequency_penalty",
 }
 _UNUSED = ("keep_alive", "think", "truncate", "shift", "options", "format", "stream", "model", "messages", "tools")
+_OF_GENERATE = ("prompt", "system", "images")
+_NOT_BUILT = {"suffix": "", "template": "", "raw": False, "context": []}
+"""Of /api/generate, and the values that ask for nothing."""
+
+
+def only_loads(body: Any) -> bool:
+    """Whether a request of /api/chat or /api/generate only asks that the model be loaded: without any text or image."""
+    return isinstance(body, dict) and not any(body.get(name) for name in ("messages", *_OF_GENERATE))
+
+
+def parse_generate(body: Any) -> Asked:
+    """Of /api/generate: one question, which is a conversation of one turn; raises ApiError as `parse_chat`."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    for name, nothing in _NOT_BUILT.items():
+        if body.get(name) not in (None, nothing):
+            raise ApiError(400, f"{name} is not built; send the conversation to /api/chat", "unsupported", name)
+    system = typed(body, "system", str)
+    turn = {"role": "user", "content": typed(body, "prompt", str) or "", "images": body.get("images")}
+    rest = {name: value for name, value in body.items() if name not in (*_OF_GENERATE, *_NOT_BUILT, "tools")}
+    return parse_chat({**rest, "messages": [*([{"role": "system", "content": system}] if system else []), turn]})
 
 
 def parse_chat(body: Any) -> Asked:
@@ -42,8 +67,8 @@ def parse_chat(body: Any) -> Asked:
         raise ApiError(400, "the body is not a JSON object")
     options = typed(body, "options", dict) or {}
     found: dict[str, Any] = {ours: options[theirs] for theirs, ours in _OPTIONS.items() if theirs in options}
-    if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # no limit
-        del found["max_tokens"]
+    if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # -1: no limit, -2: the context is
+        found["max_tokens"] = -1
     for name, value in options.items():
         if name not in _OPTIONS:
             found[name if name in NOT_APPLIED else f"options.{name}"] = value
@@ -87,8 +112,16 @@ class ChatLines:
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The answer as one object."""
-        message: dict[str, Any] = {"role": "assistant", "content": reply.report.text}
-        return {**self._head(), "message": {**message, **_calls(reply)}, **_logprobs(reply, reply.odds), **_end(reply)}
+        text = self.text(reply.report.text, _calls(reply))
+        return {**self._head(), **text, **_logprobs(reply, reply.odds), **_end(reply)}
+
+    def loaded(self, *, stays: bool) -> dict[str, Any]:
+        """What `only_loads` gets: the model is loaded always. `stays`: not asked to leave memory."""
+        return {**self._head(), **self.text(""), "done": True, "done_reason": "load" if stays else "unload"}
+
+    def text(self, text: str, calls: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Text as this route has it."""
+        return {"message": {"role": "assistant", "content": text, **(calls or {})}}
 
     def first(self) -> bytes:
         """Nothing: the first line is of the first text."""
@@ -96,18 +129,16 @@ class ChatLines:
 
     def piece(self, piece: Piece, reply: Reply) -> bytes:
         """A line of text."""
-        message = {"role": "assistant", "content": piece.text}
-        return self._line({"message": message, **_logprobs(reply, piece.odds), "done": False})
+        return self._line({**self.text(piece.text), **_logprobs(reply, piece.odds), "done": False})
 
     def working(self) -> bytes:
         """A line without text: the format has no comments."""
-        return self._line({"message": {"role": "assistant", "content": ""}, "done": False})
+        return self._line({**self.text(""), "done": False})
 
     def last(self, reply: Reply) -> bytes:
         """The line with the calls, if there are any, and that with the reason and the figures."""
-        empty = {"role": "assistant", "content": ""}
-        calls = self._line({"message": {**empty, **_calls(reply)}, "done": False}) if reply.calls else b""
-        return calls + self._line({"message": empty, **_logprobs(reply, reply.new_odds()), **_end(reply)})
+        calls = self._line({**self.text("", _calls(reply)), "done": False}) if reply.calls else b""
+        return calls + self._line({**self.text(""), **_logprobs(reply, reply.new_odds()), **_end(reply)})
 
     def failed(self, error: ApiError) -> bytes:
         """A line with the error."""
@@ -118,6 +149,15 @@ class ChatLines:
 
     def _head(self) -> dict[str, Any]:
         return {"model": self.model, "created_at": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
+
+
+@dataclass(frozen=True)
+class GenerateLines(ChatLines):
+    """The same of /api/generate, where the text is no message."""
+
+    def text(self, text: str, calls: Mapping[str, Any] | None = None) -> dict[str, Any]:  # noqa: ARG002
+        """Text alone: this route has no tools."""
+        return {"response": text}
 
 
 def _json(value: Any) -> bytes:
@@ -157,6 +197,11 @@ def tag(name: str, setup: Setup) -> dict[str, Any]:
     modified = datetime.fromtimestamp(bundle.folder.stat().st_mtime, timezone.utc).isoformat()
     details = _details(variant)
     return {"name": name, "model": name, "modified_at": modified, "size": size, "digest": digest, "details": details}
+
+
+def running(name: str, setup: Setup, context: int) -> dict[str, Any]:
+    """The model as a line of /api/ps: it stays loaded, and none of it lies in a GPU's memory."""
+    return {**tag(name, setup), "expires_at": _NEVER, "size_vram": 0, "context_length": context}
 
 
 def shown(bundle: Bundle, variant: str, context: int, chat: ChatFormat) -> dict[str, Any]:

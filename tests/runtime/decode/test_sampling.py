@@ -54,6 +54,24 @@ def test_penalty_like_transformers() -> None:
     np.testing.assert_allclose(logits, wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0.0), (0.0, 0.25), (1.0, 0.5), (-0.5, 0.0), (0.3, -0.4)])
+def test_presence_and_frequency_penalty_as_openai_defines_them(presence, frequency) -> None:
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, c of the tokens generated: those of the prompt
+    do not count.
+    """
+    logits = np.random.default_rng(0).standard_normal(30)
+    choice = {"temperature": 0.0, "repetition_penalty": 1.0}
+    sampler = Sampler(
+        GenerationSettings(**choice, presence_penalty=presence, frequency_penalty=frequency), 30, range(30)
+    )
+    counts = np.zeros(30)
+    for _ in range(25):
+        wanted = int((logits - counts * frequency - (counts > 0) * presence).argmax())
+        assert sampler.next(logits.astype(np.float32)) == wanted
+        counts[wanted] += 1
+    assert (counts > 0).sum() > 3 or min(presence, frequency) < 0 or not frequency
+
+
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws; each frequency within five standard errors of its probability."""
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))

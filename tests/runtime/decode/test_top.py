@@ -27,11 +27,13 @@ def test_the_top_says_what_the_row_says(data) -> None:
         top_k=data.draw(st.sampled_from([0, 1, 5, 64, 90])),
         top_p=data.draw(st.sampled_from([1.0, 0.8])),
         repetition_penalty=data.draw(st.sampled_from([1.0, 1.05, 1.5, 0.8])),
+        presence_penalty=data.draw(st.sampled_from([0.0, 0.0, 0.3, 2.0, -0.5])),
+        frequency_penalty=data.draw(st.sampled_from([0.0, 0.0, 0.7, -0.2])),
         seed=3,
     )
     order = np.argsort(-row, kind="stable")[:TOP_TOKENS]
     a, b = Sampler(choice, vocabulary, seen), Sampler(choice, vocabulary, seen)
-    for _ in range(3):
+    for _ in range(5):
         assert a.next(row.copy()) == b.next(Top(row[order].copy(), order, row.copy))
 
 
