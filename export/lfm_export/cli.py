@@ -60,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export the checkpoint, print what was written, its size and the time taken, and return 0."""
     from lfm_runtime.commands.console import print_json
-    from lfm_runtime.setup.hub import adapter_folder, checkpoint_folder
 
     from lfm_export.checkpoint.config import CheckpointError
 
@@ -71,17 +70,29 @@ def run(options: argparse.Namespace) -> int:
             raise CheckpointError(f"--{flag} has no effect without --static; leave it out")
     if options.variant is not None and not options.genai:
         raise CheckpointError("--variant has no effect without --genai; leave it out")
-    if options.static:
-        return _run_static(options)
-    if options.web:
-        return _run_web(options)
-    if options.genai:
-        return _run_genai(options)
+    started = time.perf_counter()
+    if options.static or options.web or options.genai:
+        made, warning = _from_bundle(options), None
+    else:
+        made, warning = "", _from_checkpoint(options)
+    size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
+    seconds = time.perf_counter() - started
+    if options.json:
+        print_json({"bundle": str(options.output), "bytes": size, "seconds": round(seconds, 3), "warning": warning})
+    elif not options.quiet:
+        figures = (made, f"{size / 1e6:,.1f} MB", f"{seconds:.1f} s")
+        print("  ".join(filter(None, (str(options.output), *figures))), file=sys.stderr)
+    return 0
+
+
+def _from_checkpoint(options: argparse.Namespace) -> str | None:
+    """Export; returns the warning, if there is one."""
+    from lfm_runtime.setup.hub import adapter_folder, checkpoint_folder
+
     from lfm_export.export import export
 
     checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
     adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
-    started = time.perf_counter()
     progress = Printer(not options.quiet)
     warning = export(
         checkpoint,
@@ -97,13 +108,28 @@ def run(options: argparse.Namespace) -> int:
         print(f"lfm-edge: warning: {warning}", file=sys.stderr)
     if options.adapter:
         print(f"merged the adapter {options.adapter} into the weights", file=sys.stderr)
-    size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
-    seconds = time.perf_counter() - started
-    if options.json:
-        print_json({"bundle": str(options.output), "bytes": size, "seconds": round(seconds, 3), "warning": warning})
-    elif not options.quiet:
-        print(f"{options.output}  {size / 1e6:,.1f} MB  {seconds:.1f} s", file=sys.stderr)
-    return 0
+    return warning
+
+
+def _from_bundle(options: argparse.Namespace) -> str:
+    """Write the folder that --genai, --web or --static asks for; returns in words what is in it."""
+    if options.genai:
+        from lfm_export.genai import write_genai
+
+        return write_genai(options.checkpoint, options.output, options.variant)
+    if options.web:
+        from lfm_export.web import write_web
+
+        return ", ".join(write_web(options.checkpoint, options.output))
+    from lfm_export.portable.static import StaticShape, write_static
+
+    default = StaticShape()
+    shape = StaticShape.parse(
+        options.grid or f"{default.rows}x{default.columns}",
+        default.prefill if options.prefill is None else options.prefill,
+        default.context if options.context is None else options.context,
+    )
+    return ", ".join(path.name for path in write_static(options.checkpoint, options.output, shape))
 
 
 def _check_reads_a_bundle(options: argparse.Namespace) -> None:
@@ -122,41 +148,6 @@ def _check_reads_a_bundle(options: argparse.Namespace) -> None:
     for other, given in (("--static", options.static), ("--web", options.web)):
         if given and other != what:
             raise CheckpointError(f"{other} and {what} exclude each other: each writes a folder of its own; give one")
-
-
-def _run_genai(options: argparse.Namespace) -> int:
-    from lfm_export.genai import write_genai
-
-    variant = write_genai(options.checkpoint, options.output, options.variant)
-    if not options.quiet:
-        size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
-        print(f"{options.output}  {variant}  {size / 1e6:,.1f} MB", file=sys.stderr)
-    return 0
-
-
-def _run_web(options: argparse.Namespace) -> int:
-    from lfm_export.web import write_web
-
-    variants = write_web(options.checkpoint, options.output)
-    if not options.quiet:
-        size = sum(p.stat().st_size for p in options.output.rglob("*") if p.is_file())
-        print(f"{options.output}  {', '.join(variants)}  {size / 1e6:,.1f} MB", file=sys.stderr)
-    return 0
-
-
-def _run_static(options: argparse.Namespace) -> int:
-    from lfm_export.portable.static import StaticShape, write_static
-
-    default = StaticShape()
-    shape = StaticShape.parse(
-        options.grid or f"{default.rows}x{default.columns}",
-        default.prefill if options.prefill is None else options.prefill,
-        default.context if options.context is None else options.context,
-    )
-    for path in write_static(options.checkpoint, options.output, shape):
-        size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
-        print(f"{path}  {size / 1e6:,.1f} MB", file=sys.stderr)
-    return 0
 
 
 class Printer:

@@ -214,6 +214,28 @@ def test_write_that_fails_midway(tmp_path) -> None:
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (Path.unlink, "which manifest.json names; copy the bundle again, or remove it to make it anew"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "is damaged"),
+    ],
+    ids=["missing", "damaged"],
+)
+def test_another_variants_file_that_is_missing_or_damaged_is_named(bundle_copy, capsys, harm, says) -> None:
+    """By its place in the bundle, not in the folder that is being written."""
+    add_int8 = ["quantize", str(bundle_copy), "--variant", "int8", "--calibration", str(DEMO.parent / "photos")]
+    assert main([*add_int8, "--quiet", "--floor", "9"]) == 0
+    path = next((bundle_copy / "onnx").glob("decoder*int8.onnx"))
+    harm(path)
+    capsys.readouterr()
+    assert main(["export", str(DEMO), "-o", str(bundle_copy), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert says in said
+    assert ".partial-" not in said
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_full_disk(tmp_path, capsys) -> None:
     """A real full disk: 8 MB of tmpfs for a 22 MB bundle."""

@@ -4,6 +4,7 @@ fixed ranges is close.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_files_with_another_hard_link_are_read(static, portable, tmp_path) -> No
     for path in (tmp_path / "bundle" / "onnx").iterdir():
         os.link(path, tmp_path / "web" / path.name)
     write_static(tmp_path / "bundle", tmp_path / "static", StaticShape(8, 12, PREFILL, CONTEXT))
-    for path in static.iterdir():
+    for path in static.glob("*.onnx*"):
         assert (tmp_path / "static" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -169,6 +170,8 @@ def test_a_portable_bundle_gets_no_other_variant(portable) -> None:
         (["--grid", "7x8"], "multiples of 2"),
         (["--grid", "0x8"], "impossible"),
         (["--prefill", "8", "--context", "8"], "1 <= prefill < context"),
+        (["--grid", "500x500"], "has more than 16384 image tokens"),
+        (["--context", "100000"], "the model has 4096 tokens"),
         (["--portable"], "--portable has no effect beside --static"),
         (["--dtype", "fp16"], "--dtype has no effect beside --static"),
         (["--adapter", "x"], "--adapter has no effect beside --static"),
@@ -189,10 +192,21 @@ def test_the_command_writes_all_graphs(portable, tmp_path, capsys) -> None:
     out = tmp_path / "static"
     words = ["--static", "--grid", "8x8", "--prefill", "4", "--context", "8"]
     assert main(["export", str(portable), "-o", str(out), *words]) == 0
-    assert capsys.readouterr().err.count(" MB") == 3
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        f"{stem}.onnx{end}" for stem in ("vision_encoder", "decoder_prefill", "decoder_decode") for end in ("", "_data")
-    )
+    said = capsys.readouterr().err
+    assert said.count(" MB") == 1 and "vision_encoder.onnx, decoder_prefill.onnx, decoder_decode.onnx" in said
+    stems = ("vision_encoder", "decoder_prefill", "decoder_decode")
+    names = sorted(["static.json", *(f"{stem}.onnx{end}" for stem in stems for end in ("", "_data"))])
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert len({p.stat().st_mode for p in out.iterdir()}) == 1, "data as readable as graphs"
+    assert main(["export", str(portable), "-o", str(out), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bundle"] == str(out) and found["bytes"] == sum(p.stat().st_size for p in out.iterdir())
+    assert main(["export", str(portable), "-o", str(out), *words, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    (out / "vision_encoder_int8_static.onnx").write_text("of another model")
+    (out / "mine.txt").write_text("precious")
+    assert main(["export", str(portable), "-o", str(out), *words]) == 2
+    assert "mine.txt was not written by lfm-edge export --static" in capsys.readouterr().err
 
 
 def test_a_bundle_that_is_not_portable_is_refused(demo_bundle, tmp_path) -> None:
@@ -211,6 +225,14 @@ def test_nothing_is_written_where_it_cannot_be(portable, tmp_path) -> None:
     for place, says in ((portable, "holds the graphs that are read"), (portable / "onnx", "lies inside the bundle")):
         with pytest.raises(EdgeError, match=says):
             write_static(portable, place, StaticShape(8, 8, 4, 8))
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "vision_encoder.onnx").write_text("precious")
+    bundle = Path(shutil.copytree(portable, tmp_path / "bundle"))
+    for place in (others, bundle):
+        with pytest.raises(EdgeError, match=r"export --static did not make; name another one"):
+            write_static(portable, place, StaticShape(8, 8, 4, 8))
+    assert (others / "vision_encoder.onnx").read_text() == "precious"
     cut = Path(shutil.copytree(portable, tmp_path / "cut"))
     graph = cut / "onnx" / "vision_encoder.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])

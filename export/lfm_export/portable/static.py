@@ -4,6 +4,7 @@ dynamic shapes take.
     vision_encoder.onnx    pixel_values [1, rows·columns, 768] → image_features [tokens, H]; grid and mask are constants
     decoder_prefill.onnx   inputs_embeds [1, PREFILL, H], attention_mask [1, CONTEXT], past of CONTEXT - PREFILL tokens
     decoder_decode.onnx    the same for one token: past of CONTEXT - 1 tokens
+    static.json            what they were made of: model, sizes, files
 
 Besides vision_encoder_int8_static.onnx, where the bundle has that variant. The past is kept at the right end: what is
 not there yet, and what a prompt shorter than PREFILL leaves free on its left, is 0 in attention_mask. The past of a
@@ -17,7 +18,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from lfm_profiles import VARIANTS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import unreadable
 from lfm_runtime.formats.contract import BATCH, DECODER, PAST, PATCHES, TOKENS, TOTAL, VISION_ENCODER
-from lfm_runtime.formats.files import check_outside_bundles
+from lfm_runtime.formats.files import check_outside_bundles, read_json_object, to_json
+from lfm_runtime.formats.writer import replacing
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
@@ -36,6 +38,10 @@ from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param
 
 from lfm_export.checkpoint.config import CheckpointError
 
+NOTE = "static.json"
+"""What was written: source, its weights' hash, sizes, files. A folder that has it is replaced by the next run."""
+_MOST_TOKENS = 1 << 14
+"""Of a view, as for max_image_tokens."""
 _INLINE_BYTES = 1024
 _BEFORE = {
     BATCH: ("batch", "views"),
@@ -72,16 +78,16 @@ class StaticShape:
 
 
 def write_static(folder: Path, output: Path, shape: StaticShape) -> list[Path]:
-    """Write the graphs of a portable bundle with fixed shapes; returns the files. They appear when all are written.
+    """Write the graphs of a portable bundle with fixed shapes; returns them. The folder appears when all are written.
 
     Args:
         folder: a bundle made by lfm-edge export --portable.
-        output: the folder to write to, made where it is missing.
+        output: the folder to make; one of an earlier run is replaced.
         shape: the sizes.
 
     Raises:
-        CheckpointError: a grid that the projector cannot join, graphs that are not portable, no place to write to.
-        BundleError: not a bundle.
+        CheckpointError: sizes that the model cannot take, graphs that are not portable, an output with other files.
+        BundleError: not a bundle, or the output cannot be written.
         EdgeError: the output lies inside a bundle.
     """
     check_outside_bundles(output)
@@ -91,6 +97,10 @@ def write_static(folder: Path, output: Path, shape: StaticShape) -> list[Path]:
         raise CheckpointError(
             f"--grid {shape.rows}x{shape.columns} is impossible; rows and columns are multiples of {factor}: 32x32"
         )
+    if shape.rows * shape.columns // factor**2 > _MOST_TOKENS:
+        raise CheckpointError(f"--grid {shape.rows}x{shape.columns} has more than {_MOST_TOKENS} image tokens")
+    if shape.context > bundle.context_length:
+        raise CheckpointError(f"--context {shape.context} is impossible; the model has {bundle.context_length} tokens")
     exact = bundle.graphs("fp32")[1]
     encoders = [exact[VISION_ENCODER.stem]]
     encoders += [bundle.graphs(v)[1][VISION_ENCODER.stem] for v in bundle.variants if VARIANTS[v].static]
@@ -99,19 +109,32 @@ def write_static(folder: Path, output: Path, shape: StaticShape) -> list[Path]:
             raise CheckpointError(f"{path} is not portable; make it with: lfm-edge export CHECKPOINT -o B --portable")
     if output.resolve() == bundle.folder.resolve():
         raise CheckpointError(f"{output} holds the graphs that are read; name another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output) as work:
-            written = list(_write(encoders, exact[DECODER.stem], shape, factor, Path(work)))
-            for path in written:
-                for file in path.parent.glob(f"{path.name}*"):
-                    file.replace(output / file.name)
-    except OSError as e:
-        raise CheckpointError(f"{output} cannot be written ({e.strerror or e}); name another folder") from e
+    with replacing(output, _check_ours) as new:
+        written = list(_write(encoders, exact[DECODER.stem], shape, factor, new))
+        files = sorted(path.name for path in new.iterdir())
+        weights = bundle.manifest.source.weights if bundle.manifest else ""
+        note = {"model": bundle.folder.name, "weights": weights, **asdict(shape), "files": files}
+        (new / NOTE).write_text(to_json(note, indent=2) + "\n", encoding="utf-8")
     return [output / path.name for path in written]
 
 
-def _write(encoders: list[Path], decoder: Path, shape: StaticShape, factor: int, work: Path) -> Iterator[Path]:
+def _check_ours(output: Path) -> None:
+    """Raise CheckpointError where something lies in the output that `write_static` did not write."""
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} cannot be written: it is not a folder; name another one")
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not there:
+        return
+    if NOTE not in there:
+        raise CheckpointError(f"{output} is a folder that lfm-edge export --static did not make; name another one")
+    note = read_json_object(output / NOTE, CheckpointError, advice="name another folder, or remove this one")
+    named = note.get("files")
+    if others := sorted(there - {NOTE, *(named if isinstance(named, list) else ())}):
+        what = f"{output / others[0]} was not written by lfm-edge export --static"
+        raise CheckpointError(f"{what}, and would be lost; move it")
+
+
+def _write(encoders: list[Path], decoder: Path, shape: StaticShape, factor: int, new: Path) -> Iterator[Path]:
     patches = shape.rows * shape.columns
     known = {
         "pixel_attention_mask": np.ones((1, patches), np.int64),
@@ -119,10 +142,10 @@ def _write(encoders: list[Path], decoder: Path, shape: StaticShape, factor: int,
     }
     for path in encoders:
         encoder = _fixed(_load(path), {BATCH: 1, PATCHES: patches}, known)
-        yield _save(_all_kept(encoder, patches // factor**2), work / path.name)
+        yield _save(_all_kept(encoder, patches // factor**2), new / path.name)
     for name, tokens in (("decoder_prefill", shape.prefill), ("decoder_decode", 1)):
         sizes = {BATCH: 1, TOKENS: tokens, PAST: shape.context - tokens, TOTAL: shape.context}
-        yield _save(_fixed(_load(decoder), sizes, {}), work / f"{name}.onnx")
+        yield _save(_fixed(_load(decoder), sizes, {}), new / f"{name}.onnx")
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -222,4 +245,5 @@ def _save(model: onnx.ModelProto, path: Path) -> Path:
     """The graph, its weights beside it, checked."""
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}_data", size_threshold=_INLINE_BYTES)
     onnx.checker.check_model(str(path), full_check=True)
+    path.with_name(f"{path.name}_data").chmod(path.stat().st_mode)  # onnx makes it private
     return path

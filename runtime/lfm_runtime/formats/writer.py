@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, EdgeError
 from lfm_runtime.formats.files import check_outside_bundles
-from lfm_runtime.formats.manifest import BESIDE_MANIFEST, Manifest
+from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, Manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -53,6 +53,10 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
                     if path.is_file():
                         _sync(path)
                 _swap(staging, bundle)
+            except EdgeError as e:  # whoever reads it finds the folder that he named, not one that is gone
+                if e.args and isinstance(e.args[0], str):
+                    e.args = (e.args[0].replace(str(staging), str(bundle)), *e.args[1:])
+                raise
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
@@ -69,8 +73,14 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
 def carry_over(bundle: Path, folder: Path, names: Iterable[str]) -> None:
     """The bundle's files `names` in the new folder as well: hard links where the file system can, copies elsewhere. A
     link becomes the file: what is written there later would be written through it, into the hub's cache.
+
+    Raises:
+        BundleError: the bundle lacks one.
     """
     for name in names:
+        if not (bundle / name).is_file():
+            said = f"{bundle / name} is missing, which {MANIFEST} names"
+            raise BundleError(f"{said}; copy the bundle again, or remove it to make it anew")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         source = (bundle / name).resolve()
         try:
