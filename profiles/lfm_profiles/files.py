@@ -134,8 +134,16 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     )
 
 
-@functools.cache  # of every profile shipped, choosing one reads the rules
 def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    return _parsed_once(path) if path.parent == SHIPPED else _read_parsed(path)  # a user's own changes
+
+
+@functools.cache  # of every profile shipped, choosing one reads the rules
+def _parsed_once(path: Path) -> tuple[str, dict[str, Any]]:
+    return _read_parsed(path)
+
+
+def _read_parsed(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw = tomllib.loads(text)

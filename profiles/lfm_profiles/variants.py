@@ -70,6 +70,10 @@ class Variant:
         """Names of the variants whose graphs use the weights' files of this one."""
         return [v.name for v in VARIANTS.values() if self.name in v.bases]
 
+    def has_decoder_of(self, other: Variant) -> bool:
+        """Whether both decoders compute the same products, so that none is faster with prompts."""
+        return (self.weights, self.activations) == (other.weights, other.activations)
+
     def shares_states_with(self, other: Variant) -> bool:
         """Whether each variant's decoder can go on from the other's states."""
         return (self.keys, self.activations) == (other.keys, other.activations)

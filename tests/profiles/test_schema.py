@@ -187,3 +187,10 @@ def test_every_setting_is_documented() -> None:
     assert set(re.findall(r"^\| `([a-z0-9_.]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, re.MULTILINE)) == {
         f"{p}{n}" for p, known in tables.items() for n in known
     }
+
+
+def test_a_profile_that_was_edited_is_read_again(tmp_path) -> None:
+    path = tmp_path / "mine.toml"
+    for threads in (1, 2):
+        path.write_text(f"threads = {threads}\n")
+        assert read(str(path)).threads == threads

@@ -8,12 +8,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.commands.cli import add_force_argument
 from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import counted
 
+if TYPE_CHECKING:
+    from lfm_runtime.bundle import Bundle
+
+_ANY_CPU = "generic"
+"""A profile that lists variants as those of all processors do: what a device chooses that is not known."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -79,19 +85,20 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
 
     name = options.profile or board
     bundle = Bundle.open(options.bundle)
+    out = sys.stderr if options.json else sys.stdout
+    _tell_left_out(options, bundle, out)
     if not name and not options.variant:
         raise SettingError("name --variant, or the profile of the device: --profile pi5")
-    if not name:
-        if options.prefill == options.variant:
-            raise SettingError(
-                f"--prefill {options.prefill} has no effect beside the variant {options.variant}; leave it out"
-            )
-        prefill = None if options.prefill == "none" else options.prefill
-        golden = _golden(options, find_profile("", variant=options.variant, prefill=prefill or "none"))
-        return Contents([options.variant, *([prefill] if prefill else [])], None, golden)
-    profile = find_profile(name, variant=options.variant, prefill=options.prefill)
+    profile = find_profile(name or _ANY_CPU, variant=options.variant, prefill=options.prefill)
     variant, prefill = choose_variants(bundle.variants, profile)
-    out = sys.stderr if options.json else sys.stdout
+    variants = [variant, *([prefill] if prefill else [])]
+    by_itself = choose_variants(variants, find_profile(name or _ANY_CPU))  # what the device will come to with these
+    if not name:
+        if by_itself[0] != variant:
+            said = f"a device that finds {' and '.join(variants)} runs {by_itself[0]} unless a profile says otherwise"
+            raise SettingError(f"{said}; pack the device's as well: --profile pi5")
+        golden = _golden(options, find_profile("", variant=variant, prefill=prefill or "none"))
+        return Contents(variants, None, golden)
     print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""), file=out)
     if changes := departures(profile, bundle.images, bundle.generation):
         print(f"  it changes the checkpoint's settings: {', '.join(changes)}", file=out)
@@ -100,7 +107,22 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
     packed = find_profile(name, variant=variant, prefill=prefill)
     golden = _golden(options, find_profile(packed, prefill=prefill or "none"))  # of what is packed alone
-    return Contents([variant, *([prefill] if prefill else [])], packed if options.profile else None, golden)
+    goes_along = bool(options.profile) or by_itself != (variant, prefill)
+    if goes_along and not options.profile:
+        print("  it is packed too: by itself, the board would choose others of these variants", file=out)
+    return Contents(variants, packed if goes_along else None, golden)
+
+
+def _tell_left_out(options: argparse.Namespace, bundle: Bundle, out: TextIO) -> None:
+    """What an unpacked bundle has of its pack's maker is packed again only where it is named."""
+    from lfm_runtime.formats.manifest import PROFILE
+    from lfm_runtime.questions import GOLDEN_QUESTIONS
+
+    if PROFILE in bundle.files and not options.profile:
+        place = bundle.folder / PROFILE
+        print(f"  the bundle's own profile is left out; to pack it: --profile {place}", file=out)
+    if GOLDEN_QUESTIONS in bundle.files and options.golden is None:
+        print("  the bundle's golden questions are left out; to pack them: --golden FILE.jsonl", file=out)
 
 
 def _golden(options: argparse.Namespace, profile: Profile) -> Mapping[str, Path | bytes]:

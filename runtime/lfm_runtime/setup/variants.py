@@ -15,7 +15,7 @@ def choose_variants(variants: Collection[str], profile: Profile) -> tuple[str, s
     """(variant, the one whose decoder reads prompts) that a profile comes to with a bundle's variants.
 
     Raises:
-        SettingError: prefill, asked for by the user, has no effect.
+        SettingError: prefill, asked for by the user, has no effect, or cannot be.
     """
     variant = choose_variant(variants, profile)
     return variant, _prefill(variants, profile, variant)
@@ -45,7 +45,7 @@ def _prefill(variants: Collection[str], profile: Profile, variant: str) -> str |
             )
         return None
     row, other = VARIANTS[variant], VARIANTS[name]
-    if other.float_keys == row.float_keys:
+    if other.has_decoder_of(row):
         if asked:
             raise SettingError(f"prefill {name} has no effect beside the variant {variant}; leave it out")
         return None
@@ -53,6 +53,11 @@ def _prefill(variants: Collection[str], profile: Profile, variant: str) -> str |
         return None  # who names float weights means them for the prompt as well
     if row.keys == "int8" and other.int8_keys in variants:
         other = VARIANTS[other.int8_keys or name]
+    if asked and not other.shares_states_with(row):
+        raise SettingError(
+            f"prefill {other.name} cannot read prompts for {variant}: their KV caches have different numbers; use two "
+            "-kv8 variants quantized with the same images, two fp16 variants, or two that are neither"
+        )
     return other.name if asked or (other.name in variants and other.shares_states_with(row)) else None
 
 
