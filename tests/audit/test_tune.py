@@ -10,7 +10,7 @@ import pytest
 from lfm_audit.measure.trial import AnswerTimes, Outcome, Trial, TrialError, start
 from lfm_audit.tune import search as tuning_module
 from lfm_audit.tune.search import axes_of, tune
-from lfm_audit.tune.tuning import Tuning
+from lfm_audit.tune.tuning import Measured, Tuning
 from lfm_profiles import Device, read, with_flags
 from lfm_profiles.sensors import Sensors
 from lfm_runtime.bundle import Bundle
@@ -197,6 +197,28 @@ def test_what_was_not_tried_is_not_changed(demo_bundle, photo, monkeypatch) -> N
     assert "do_image_splitting" not in found.profile_of(found.chosen()).origin
     tried, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.02)
     assert tried.profile_of(tried.chosen()).origin["do_image_splitting"] == "tune"
+
+
+def test_no_point_is_chosen_that_another_outdoes_in_everything(demo_bundle, photo, monkeypatch) -> None:
+    """Three points as they were measured once: the first had met the second in one round only, and took it for as fast;
+    it was slower than the third in each of three rounds, with more memory and sixty times the loss.
+    """
+    found, _ = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
+    first, second, third = (
+        tuple(sorted({**dict(found.first_point()), "variant": variant, "prefill": prefill, "arena": arena}.items()))
+        for variant, prefill, arena in (("int4", "int8", True), ("int4", "none", True), ("int8", "none", False))
+    )
+    found.points = {
+        first: Measured({5: 95.7, 6: 101.4, 7: 95.9, 8: 96.1, 9: 104.3}, {5: 85.0}, 107.9, 54.7, {}, 0.0062),
+        second: Measured({3: 106.2, 4: 106.1, 5: 106.9}, {3: 95.1}, 100.8, 51.4, {}, 0.0191),
+        third: Measured({4: 99.7, 5: 98.5, 7: 98.0, 8: 102.0, 9: 98.1}, {4: 84.0}, 99.2, 47.9, {}, 0.0003),
+    }
+    assert found.chosen() == third
+    assert "of 3 points" in found.why()
+    assert "one with the least memory (within 2%)" in found.why()
+    found.points[second] = Measured({3: 106.2, 4: 106.1, 5: 106.9}, {3: 95.1}, 100.8, 51.4, {}, 0.0191)
+    found.points[third] = Measured({3: 97.5, 4: 96.4, 5: 96.5}, {4: 84.0}, 103.8, 47.9, {}, 0.0003)
+    assert found.chosen() != second, "clearly slower than one of those that are alike"
 
 
 def test_unknown_quality_beats_nothing(demo_bundle, photo, monkeypatch) -> None:

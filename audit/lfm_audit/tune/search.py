@@ -203,11 +203,10 @@ def _agreeing(values: dict[str, Any], axis: str) -> Point:
     """Settings that exclude what was just set on `axis` give way: a second decoder and low_memory, or a decoder beside
     itself.
     """
-    if values["prefill"] != "none":
-        if values["low_memory"]:
-            values["low_memory" if axis == "prefill" else "prefill"] = False if axis == "prefill" else "none"
-        if VARIANTS[values["variant"]].float_keys == values["prefill"]:
-            values["prefill"] = "none"
+    if values["prefill"] != "none" and values["low_memory"]:
+        values["low_memory" if axis == "prefill" else "prefill"] = False if axis == "prefill" else "none"
+    if values["prefill"] != "none" and VARIANTS[values["prefill"]].has_decoder_of(VARIANTS[values["variant"]]):
+        values["prefill"] = "none"
     return tuple(sorted(values.items()))
 
 

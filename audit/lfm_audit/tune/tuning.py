@@ -95,9 +95,10 @@ class Tuning:
 
     def chosen(self) -> Point:
         """The best for the objective. Of several that chance may have put in this order those of the least memory, and
-        of these the one nearest to the profile.
+        of these the one nearest to the profile; none that another of them outdoes in everything.
         """
         same = self._alike()
+        same = [p for p in same if not any(self._outdoes(q, p) for q in same)]
         least = min(self.points[p].peak_mib for p in same)
         same = [p for p in same if self.points[p].peak_mib <= least * _SAME_MEMORY]
         base = dict(self.first_point())
@@ -116,13 +117,19 @@ class Tuning:
         if len(alike) == 1:
             return f"best by {self.objective} with {allowed}{few}"
         among = f"of {len(alike)} points whose {self.objective} differs by no more than chance ({allowed})"
-        least = "the one with the least memory" if chosen != best else "the best, which also takes the least memory"
-        return f"{among}, {least} and the settings nearest to profile {self.profile.name}{few}"
+        if chosen == best:
+            return f"{among}, the best, which also takes the least memory (within {_SAME_MEMORY - 1:.0%}){few}"
+        least = f"one with the least memory (within {_SAME_MEMORY - 1:.0%})"
+        return f"{among}, {least}; of these the settings nearest to profile {self.profile.name}{few}"
 
     def _alike(self) -> list[Point]:
         """The best for the objective, and those that chance may have put behind it."""
         first, *others = self.front()
-        return [first, *(p for p in others if self._rank(p)[0] == self._rank(first)[0] and not self._differ(first, p))]
+        alike = [first]
+        for point in others:  # the first may have met it in few rounds, another that was measured more often in many
+            if self._rank(point)[0] == self._rank(first)[0] and not any(self._differ(p, point) for p in alike):
+                alike.append(point)
+        return alike
 
     def first_point(self) -> Point:
         """Return the point of the axes that is nearest to the profile's own settings."""
@@ -169,6 +176,16 @@ class Tuning:
         if one.peak_mib > other.peak_mib * _SAME_MEMORY or lost > theirs * _SAME_KL + 1e-6:
             return False
         return _slower(other.latency_ms, one.latency_ms)
+
+    def _outdoes(self, a: Point, b: Point) -> bool:
+        """Whether a is no worse than b in anything, and has less memory or KL than chance would give it."""
+        one, other = self.points[a], self.points[b]
+        lost, theirs = (math.inf if m.kl is None else m.kl for m in (one, other))
+        if self._rank(a) > self._rank(b) or one.latency > other.latency:
+            return False
+        if one.peak_mib > other.peak_mib or lost > theirs:
+            return False
+        return one.peak_mib * _SAME_MEMORY < other.peak_mib or lost * _SAME_KL + 1e-6 < theirs
 
     def _differ(self, a: Point, b: Point) -> bool:
         one, other = self.points[a], self.points[b]
