@@ -135,7 +135,7 @@ def test_tls(tmp_path, monkeypatch, known) -> None:
         published = Published(f"mqtts://localhost:{port}/home/gate", said.append)
         published.write({"text": "open"})
         end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end and (published._waiting if known else not said):
+        while time.monotonic() < end and (published.waiting() if known else not said):
             time.sleep(0.05)
         published.close()
     finally:
@@ -155,6 +155,6 @@ def test_a_wrong_password_is_told(watching, broker, stills) -> None:
         f"exec:while :; do cat {stills}/0.png; sleep 0.1; done", "--mqtt", f"mqtt://me:wrong@127.0.0.1:{port}/home/gate"
     )
     found.until(lambda records: len(records) >= 2 and "Not authorized" in found.said.read_text())
-    assert found.stop() == 0
+    assert found.stop() == 3, "no record arrived"
     assert "wrong" not in found.said.read_text()
     assert f"{counted(len(found.records()), 'record')} not delivered" in found.said.read_text()

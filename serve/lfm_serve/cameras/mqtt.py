@@ -14,7 +14,7 @@ from lfm_runtime.formats.files import to_json
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from lfm_serve.cameras.records import Warn
+from lfm_serve.cameras.records import Records, Warn
 
 _URL = re.compile(r"(mqtts?)://(?:([^:@/]*)(?::([^@/]*))?@)?([\w.-]+|\[[\da-fA-F:]+\])(?::(\d{1,5}))?/(.+)")
 _ADVICE = (
@@ -27,7 +27,7 @@ _WAITING = 1000
 _END_S, _LONGEST_PAUSE_S = 5.0, 30
 
 
-class Published:
+class Published(Records):
     """On a topic, each as a message that the broker acknowledges (QoS 1)."""
 
     def __init__(self, url: str, warn: Warn) -> None:
@@ -51,7 +51,8 @@ class Published:
         self._shown = f"{scheme}://{host}{f':{port}' if port else ''}/{topic:.80}"
         self._away = False
         self._lost = 0
-        self._waiting: set[int] = set()  # numbers of records that the broker has not acknowledged
+        self._sent: set[int] = set()  # numbers of records that the broker had not acknowledged when last looked
+        self._acknowledged: set[int] = set()  # by the network's thread, which may be faster than `write`
         self._client = client = paho.Client(CallbackAPIVersion.VERSION2)
         if user:
             client.username_pw_set(unquote(user), None if password is None else unquote(password))
@@ -67,12 +68,21 @@ class Published:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Implement Records.write."""
-        if len(self._waiting) < _WAITING:
-            self._waiting.add(self._client.publish(self._topic, to_json(record, ascii_only=True), qos=1).mid)
+        if self.waiting() < _WAITING:
+            self._sent.add(self._client.publish(self._topic, to_json(record, ascii_only=True), qos=1).mid)
         else:
             self._lost += 1
+            self.lost += 1
             if self._lost == 1:
                 self._warn(f"{self._shown}: {_WAITING} records wait for the broker; more are lost until it is back")
+
+    def waiting(self) -> int:
+        """How many records the broker has not acknowledged."""
+        done = self._sent.intersection(self._acknowledged.copy())
+        self._sent -= done
+        self._acknowledged -= done
+        self.arrived += len(done)
+        return len(self._sent)
 
     def close(self) -> None:
         """Nothing more is sent but what waits, where the broker is there."""
@@ -82,7 +92,8 @@ class Published:
                 last.wait_for_publish(_END_S)
         self._client.disconnect()
         self._client.loop_stop()
-        self._lost += len(self._waiting)
+        self._lost += self.waiting()
+        self.lost += self.waiting()
         self._tell_lost()
 
     def _connected(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
@@ -96,7 +107,7 @@ class Published:
         self._tell_lost()
 
     def _published(self, _client: Any, _data: Any, number: int, _reason: Any, _properties: Any) -> None:
-        self._waiting.discard(number)
+        self._acknowledged.add(number)
 
     def _failed(self, _client: Any, _data: Any) -> None:
         self._tell("no connection (host, port, network or TLS)")

@@ -29,12 +29,15 @@ class RecordsError(EdgeError):
 class Records(Protocol):
     """Takes records."""
 
+    arrived: int = 0  # records that are where they should be, for good
+    lost: int = 0  # records that never will be
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one, or say once that it cannot be done for now."""
         ...
 
 
-class Printed:
+class Printed(Records):
     """On standard output."""
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -43,7 +46,7 @@ class Printed:
         sys.stdout.flush()
 
 
-class Told:
+class Told(Records):
     """What becomes of the source, on standard error."""
 
     def __init__(self, warn: Warn) -> None:
@@ -57,7 +60,7 @@ class Told:
             self._warn(f"{record['source']}: there again after {record['seconds']:g} s")
 
 
-class Appended:
+class Appended(Records):
     """At the end of a JSONL file. Where there is no room, records are lost until there is; the number is told."""
 
     def __init__(self, path: Path, warn: Warn) -> None:
@@ -90,7 +93,9 @@ class Appended:
             if not self._lost:
                 self._warn(f"{self._path}: {e.strerror}; records are lost until there is room")
             self._lost += 1
+            self.lost += 1
             return
+        self.arrived += 1
         self._synced = time.monotonic() if sync else self._synced
         self._tell_lost()
 

@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
                 look(scene, what, records, seen)
         except SourceError as e:
             failed = f"{source.shown}: {e}"
-    return _end(options, what, seen, failed)
+    return _end(options, what, seen, failed, records)
 
 
 def _setup(options: argparse.Namespace, bundle: Bundle, asked: list[Asking]) -> Setup:
@@ -167,7 +167,7 @@ def _summary(seen: Seen) -> str:
     return ", ".join(parts)
 
 
-def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str) -> int:
+def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str, records: list[Records]) -> int:
     if not options.quiet:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{clear}{what.source.shown}: {_summary(seen)}", file=sys.stderr)
@@ -178,7 +178,8 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str) -> in
         return _EXIT_STOPPED if seen.stopped else _EXIT_NOT_SAID
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED
-    return _EXIT_ERRORS if seen.errors and not what.source.live else 0
+    lost = any(place.lost and (not what.source.live or not place.arrived) for place in records)
+    return _EXIT_ERRORS if lost or (seen.errors and not what.source.live) else 0
 
 
 def _check(options: argparse.Namespace) -> None:
