@@ -221,7 +221,15 @@ END
     done
 }
 
+give_up() { # STATUS: what was begun is removed; 130 where the user, or the system, ended it
+    discard "$id"
+    [ "$1" = 130 ] || fail "$id could not be installed; still installed: ${before:-nothing}"
+    say "install.sh: interrupted; still installed: ${before:-nothing}" >&2
+    exit 130
+}
+
 install() {
+    [ "$stick" != "$prefix/bin" ] || fail "which stick? name its folder: $0 --stick FOLDER"
     check_stick
     check_machine
     id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
@@ -251,7 +259,7 @@ install() {
     fi
     if [ ! -f "$prefix/versions/$id/complete" ]; then
         check_space
-        trap 'discard "$id"; fail "$id could not be installed; still installed: ${before:-nothing}"' EXIT
+        trap 'give_up "$?"' EXIT
         trap 'exit 130' INT TERM HUP
         mkdir "$prefix/versions/$id"
         : >"$prefix/versions/$id/.lfm-edge"

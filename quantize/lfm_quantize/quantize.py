@@ -127,6 +127,8 @@ def _answer_tokens(settings: Settings) -> int:
 def _check_place(bundle: Bundle, manifest: Manifest, settings: Settings, start: str, warn: Warn) -> None:
     """Raise BundleError or QuantizeError where the variant must not, or cannot, be written into the bundle."""
     check_replaceable(bundle.folder)
+    for base in VARIANTS[settings.variant].bases:
+        bundle.graphs(base)
     _check_better(manifest, settings)
     _check_dependents(manifest, settings)
     check_space(bundle.folder, bundle, start)
@@ -225,6 +227,12 @@ def _questions(settings: Settings, manifest: Manifest, warn: Warn) -> _Questions
         return _Questions([], [])
     questions, skipped = read_questions(settings.calibration, settings.prompts)
     images = len({q.image for q in questions})
+    given = [place.resolve() for place in settings.calibration]
+    if questions[0].place and not any(
+        place in (image, *image.parents) for image in {q.image.resolve() for q in questions} for place in given
+    ):
+        where = ", ".join(map(str, settings.calibration))
+        warn(f"{settings.prompts} asks about images beside it, and none in {where}: that is not calibrated with")
     if settings.prompts is None and (
         left := [file for place in settings.calibration for file in sorted(place.glob("*.jsonl"))]
     ):

@@ -41,8 +41,8 @@ CAUTION = 0.7
 """Share of a budget of quality that the search plans to spend: effects add up nearly, not exactly."""
 PADDING_BYTES = 1 << 15
 """Before a large constant in the data file, on average."""
-NODE_BYTES = 900
-"""Of the protobuf, for a quantized product."""
+NODE_BYTES = 1700
+"""Of the protobuf, for a quantized product and what stands around it, at most."""
 
 
 Distance = Callable[[Sequence[Values], Sequence[Values]], float]
@@ -202,6 +202,12 @@ def _bytes(n: int, k: int, precision: Precision) -> int:
     """Of a product's constants and nodes in the files."""
     stored = round(n * k * precision.bits_per_weight / 8) + (4 * n if precision.bits == 8 else 0)
     return stored + NODE_BYTES + (PADDING_BYTES if stored >= LARGE_BYTES else 0)
+
+
+def room_for_padding(source: Source) -> float:
+    """Bytes that constants may need before them beyond the average: three standard deviations, all of it at most."""
+    large = sum(of.n * of.k >= LARGE_BYTES for of in source.linears().values())
+    return float(min(large * PADDING_BYTES, 3 * 2 * PADDING_BYTES * (large / 12) ** 0.5))  # each is even
 
 
 def check_reachable(source: Source, kept: Sequence[str], max_bytes: float) -> None:

@@ -338,6 +338,34 @@ def test_two_at_once(stick, tmp_path) -> None:
         os.killpg(held.pid, signal.SIGKILL)
 
 
+def test_interrupted(stick, tmp_path) -> None:
+    """130, as the signal's; what was begun is gone."""
+    prefix = tmp_path / "edge"
+    began = subprocess.Popen(
+        ["sh", str(stick / "install.sh"), "--prefix", str(prefix)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert "installing the runtime" in began.stdout.readline()
+    os.killpg(began.pid, signal.SIGTERM)
+    _, said = began.communicate()
+    assert began.returncode == 130, said
+    assert "install.sh: interrupted; still installed: nothing" in said
+    assert list((prefix / "versions").iterdir()) == []
+
+
+def test_the_installed_copy_asks_for_the_stick(stick, tmp_path) -> None:
+    prefix = tmp_path / "edge"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / ".lfm-edge").write_text("")
+    copy = Path(shutil.copy(stick / "install.sh", prefix / "bin" / "lfm-edge-install"))
+    done = subprocess.run(["sh", str(copy)], capture_output=True, text=True, check=False)
+    assert f"which stick? name its folder: {copy} --stick FOLDER" in failed(done)
+
+
 def test_nowhere_to_write(stick, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     for prefix in (tmp_path / "file", tmp_path / "file" / "edge"):

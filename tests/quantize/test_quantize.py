@@ -203,6 +203,9 @@ def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     arguments = int4_words(bundle, few)
     assert main([*arguments, "--max-size", "3.9"]) == 0
+    assert main(["quantize", str(bundle), "--variant", "fp16"]) == 0
+    assert main(["quantize", str(bundle), "--variant", "int4-fp16"]) == 2
+    assert "int4 has layers in 8 bits, such as" in capsys.readouterr().err
     files = {n: h for n, h in tree(bundle).items() if "_q4" in n}
     size = sum((bundle / n).stat().st_size for n in files)
     assert 3.6e6 < size <= 3.9e6
@@ -211,6 +214,8 @@ def test_search_within_a_size(demo_bundle, few, tmp_path, capsys) -> None:
     shutil.copy(bundle / "recipes" / "int4.toml", tmp_path / "r.toml")
     assert main([*arguments, "--recipe", str(tmp_path / "r.toml")]) == 0
     assert {n: h for n, h in tree(bundle).items() if "_q4" in n} == files
+    assert main([*arguments, "--max-size", "5"]) == 0
+    assert 4.7e6 < sum((bundle / n).stat().st_size for n in tree(bundle) if "_q4" in n) <= 5e6
     assert main([*arguments, "--max-size", "1"]) == 2
     assert "--max-size cannot be met" in capsys.readouterr().err
 
@@ -270,3 +275,25 @@ def test_memory_at_full_size(full_size, peak_mib, tmp_path, size, limit_mib) -> 
             tmp_path / "images" / f"{i}.jpg"
         )
     assert peak_mib(QUANTIZE, tmp_path / "bundle", tmp_path / "images") <= limit_mib
+
+
+def test_a_folder_that_no_question_is_about_is_told(demo_bundle, few, tmp_path) -> None:
+    """A JSONL names images beside itself: the folder after --calibration is then not what is calibrated with."""
+    bundle, others = Path(shutil.copytree(demo_bundle, tmp_path / "bundle")), tmp_path / "others"
+    others.mkdir()
+    shutil.copy(next((few / "images").iterdir()), others)
+    for folder, told in ((others, True), (few / "images", False), (few, False)):
+        said: list[str] = []
+        settings = Settings("int8", (folder,), few / "calibration.jsonl", quick=True, floor=9.0, force=True)
+        quantize(bundle, settings, warn=said.append)
+        assert any("asks about images beside it, and none in" in line for line in said) is told
+
+
+def test_a_variant_without_its_base_is_refused_before_the_work(demo_bundle, few) -> None:
+    from lfm_runtime.errors import BundleError
+
+    def progress(*_) -> None:
+        pytest.fail("the work began")
+
+    with pytest.raises(BundleError, match="has no variant 'int4'"):
+        quantize(demo_bundle, Settings("int4-kv8", (few / "images",)), progress)

@@ -8,7 +8,7 @@ from lfm_runtime.formats.manifest import Manifest
 
 from lfm_quantize.calibrate.blocks import FedGraph, prompt_feeds
 from lfm_quantize.calibrate.overflow import overflowing
-from lfm_quantize.graph import open_graph
+from lfm_quantize.graph import QuantizeError, open_graph
 from lfm_quantize.passes.biases import FusedBiases
 from lfm_quantize.passes.half import Half
 from lfm_quantize.passes.likeliest import Likeliest
@@ -17,6 +17,8 @@ from lfm_quantize.passes.standard import StandardOperators
 from lfm_quantize.recipe import matching
 from lfm_quantize.run import Made, Run
 from lfm_quantize.variant import NewGraph, VariantGraphs
+
+_FED_WITH_FP32 = ("DynamicQuantizeMatMul", "DynamicQuantizeLinear", "MatMulIntegerToFloat")
 
 
 def as_fp16(run: Run) -> Made:
@@ -46,6 +48,11 @@ def over_int4(run: Run) -> Made:
     """int4's weights with fp16 activations: another decoder graph over int4's file, beside fp16's encoder."""
     int4, fp16 = run.files("int4"), run.files("fp16")
     model = open_graph(run.bundle.folder / str(int4[DECODER.stem]))
+    if mixed := [str(n.name) for n in model.graph if n.op_type in _FED_WITH_FP32]:
+        raise QuantizeError(
+            f"int4 has layers in 8 bits, such as {mixed[0]}, whose products take no fp16: a recipe or --max-size chose "
+            "them; quantize int4 again without, then int4-fp16"
+        )
     kept = set(Manifest.of(run.bundle.folder).quantization.get("fp16", {}).get("kept_fp32", []))
     names = [str(n.name) for n in model.graph]
     stay = [name for name in names if kept.intersection((name, name.removesuffix(".matmul")))]

@@ -18,7 +18,7 @@ from lfm_quantize.passes.table import QuantizedTable
 from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rounding import COMPENSATING, METHODS, Rounded
 from lfm_quantize.run import Made, Run
-from lfm_quantize.search import check_reachable, choose, survey
+from lfm_quantize.search import check_reachable, choose, room_for_padding, survey
 from lfm_quantize.variant import NewGraph, VariantGraphs
 
 Float = NDArray[np.float32]
@@ -49,11 +49,12 @@ def _search(run: Run) -> Recipe:
     if recipe := run.work.recipe():
         return recipe
     kept = matching(run.settings.keep, run.source.layers())
-    size = run.settings.max_size
+    megabytes = run.settings.max_size
+    size = None if megabytes is None else megabytes * 1e6 - run.source.other_bytes() - room_for_padding(run.source)
     if size is not None:
-        check_reachable(run.source, kept, size * 1e6 - run.source.other_bytes())
+        check_reachable(run.source, kept, size)
     choices = survey(run.source, run.bundle, run.samples, kept, run.settings.threads, run.progress)
-    recipe = choose(choices, run.settings.kl_floor(), None if size is None else size * 1e6 - run.source.other_bytes())
+    recipe = choose(choices, run.settings.kl_floor(), size)
     run.work.keep_recipe(recipe)
     return recipe
 

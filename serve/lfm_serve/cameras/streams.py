@@ -187,6 +187,8 @@ def _opened(address: str, **how: Any) -> Iterator[Any]:
         raise SourceError(f"no answer for {how['timeout'][0]:g} s") from None
     except (av.FFmpegError, OSError) as e:
         why = "its host is not known, or what it sends is no video" if e.errno == errno.EIO else e.strerror
+        if isinstance(e, av.error.InvalidDataError):
+            why = f"no video that ffmpeg knows, or cut off ({why}); look at it with: ffprobe FILE"
         raise SourceError(str(why or type(e).__name__)) from None
 
 
