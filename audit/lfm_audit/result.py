@@ -222,6 +222,12 @@ class VariantResult:
         return str((self.quality or {}).get("against", "fp32"))
 
     @property
+    def kl_questions(self) -> int:
+        """How many questions `kl` is the mean of; 0 where that is not known."""
+        found = (self.quality or {}).get("questions")
+        return found if isinstance(found, int) and not isinstance(found, bool) else 0
+
+    @property
     def kl_with(self) -> str:
         """How `kl` was measured, where that was not with the prefill decoder of this audit: in words."""
         board = (self.quality or {}).get("board")

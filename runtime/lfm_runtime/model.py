@@ -267,7 +267,7 @@ class Model:
         report.timing_ms["load"] = self.load_ms
         settings = self.setup.generation.with_changes(generation)
         if settings.speculate and not self.setup.verifies:
-            do = "leave it out" if self.sessions.execution.on_gpu else "take a variant for CPUs, or export again"
+            do = "leave it out, or take a bundle of lfm-edge export without --portable, and a variant for CPUs"
             raise SettingError(
                 "speculate needs a decoder on the CPU that can undo rejected tokens (a graph that also outputs "
                 f"its convolutions' inputs); {do}"

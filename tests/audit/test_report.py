@@ -127,6 +127,12 @@ def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
     assert {"KL to fp32", "0.012", "0.046"} <= set(page.words)
     assert "Quality and cost" in page.headings
     assert "no plot of" not in (tmp_path / "alike.html").read_text()
+    first["quality"]["questions"], second["quality"]["questions"] = 34, 480
+    assert main(["report", str(write(tmp_path, "few", audit))]) == 0
+    page = Page((tmp_path / "few.html").read_text())
+    assert {"0.012, 34 questions", "0.046, 480 questions"} <= set(page.words)
+    assert "Quality and cost" not in page.headings, "means of other questions are not on one scale"
+    del first["quality"]["questions"], second["quality"]["questions"]
     second["quality"]["against"] = "int8"
     assert main(["report", str(write(tmp_path, "unlike", audit))]) == 0
     page = Page((tmp_path / "unlike.html").read_text())

@@ -234,10 +234,10 @@ def machine(audits: Sequence[Named]) -> str:
 
 
 def comparable_losses(series: Sequence[Series]) -> list[Series]:
-    """Those whose loss to the same variant was measured as they ran, two at least; else none."""
+    """Those whose loss to the same variant, of as many questions, was measured as they ran, two at least; else none."""
     measured = [s for s in series if s.result.kl is not None and not s.result.kl_with and s.result.memory.peak_mib]
-    to = Counter(one.result.kl_to for one in measured).most_common(1)[0][0] if measured else ""
-    there = [one for one in measured if one.result.kl_to == to]
+    kinds = Counter((one.result.kl_to, one.result.kl_questions) for one in measured).most_common(1)
+    there = [one for one in measured if kinds and (one.result.kl_to, one.result.kl_questions) == kinds[0][0]]
     return there if len(there) > 1 else []
 
 

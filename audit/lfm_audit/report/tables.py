@@ -109,10 +109,19 @@ def answers_table(series: Sequence[Series]) -> Table:
     return Table(head, rows, (1,)).without_empty()
 
 
+def _loss(found: VariantResult, *, several_to: bool, several_asked: bool) -> str:
+    """KL, with what tells it from those of other rows: to what, of how many questions, with which prefill decoder."""
+    parts = [f"{found.kl:.2g}{f' to {found.kl_to}' * several_to}"]
+    parts += [counted(found.kl_questions, "question")] if several_asked and found.kl_questions else []
+    parts += [found.kl_with] if found.kl_with else []
+    return ", ".join(parts)
+
+
 def variants_table(series: Sequence[Series]) -> Table:
     """Return a row for each variant: memory, start, size and quality."""
     rows = []
-    to = sorted({one.result.kl_to for one in series if one.result.kl is not None})
+    judged = [one.result for one in series if one.result.kl is not None]
+    to, asked = sorted({found.kl_to for found in judged}), {found.kl_questions for found in judged}
     for one in series:
         found, starts = one.result, dict(one.result.starts.items())
         peak = found.memory.peak_mib
@@ -122,9 +131,7 @@ def variants_table(series: Sequence[Series]) -> Table:
             _of(found.memory.anonymous_mib, 0),
             *(_of(starts[kind].ready_ms, 0) if kind in starts else NONE for kind in ("warm", "cold", "first_ever")),
             f"{found.disk_mib:,.0f}",
-            NONE
-            if found.kl is None
-            else f"{found.kl:.2g}{f' to {found.kl_to}' * (len(to) > 1)}{f', {found.kl_with}' if found.kl_with else ''}",
+            NONE if found.kl is None else _loss(found, several_to=len(to) > 1, several_asked=len(asked) > 1),
         ]
         rows.append(Row(cells))
     head = [

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import bundle_of, setting_flags
+from lfm_runtime.errors import SettingError
 from lfm_runtime.model import Model
 from lfm_runtime.setup.setup import Setup
 
@@ -100,6 +101,11 @@ class Alone:
         how, most = self._plan, self._options.max_megapixels
         model = Model.of(how.setup)
         answers = Answers(model, asking, output.settings, rows=how.rows, capacity=how.capacity)
+        if (self._options.rows or 1) > answers.rows:
+            raise SettingError(
+                f"--rows {self._options.rows} has no effect: the decoder of {model.bundle.folder} makes one answer at "
+                "a time (from --portable, or another exporter); leave it out"
+            )
         if not self._options.quiet:
             print(f"{how.setup.summary}, {answers.rows} at once", file=sys.stderr)
         self._reader = Reader(paths, lambda path: read_image(model, path, output.key(path), max_megapixels=most))
