@@ -118,9 +118,15 @@ def _from_bundle(options: argparse.Namespace) -> str:
 
         return write_genai(options.checkpoint, options.output, options.variant)
     if options.web:
+        from lfm_runtime.bundle import Bundle
+
+        from lfm_export.web import VARIANTS as WEB_VARIANTS
         from lfm_export.web import write_web
 
-        return ", ".join(write_web(options.checkpoint, options.output))
+        written = write_web(options.checkpoint, options.output)
+        if left := [name for name in Bundle.open(options.checkpoint).variants if name not in written]:
+            print(f"left out: {', '.join(left)}; browsers take {', '.join(WEB_VARIANTS)}", file=sys.stderr)
+        return ", ".join(written)
     from lfm_export.portable.static import StaticShape, write_static
 
     default = StaticShape()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -10,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Remove what lies beside a bundle and is of no use any more: work of interrupted quantize runs, half-written "
-        "bundles, graphs prepared for another processor or onnxruntime. The bundle stays as it is."
+        "bundles, graphs prepared for another processor or onnxruntime, or from graphs that are gone. The bundle stays "
+        "as it is."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="print what would be removed")
@@ -50,12 +52,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _leftovers(bundle: Path) -> list[Path]:
     """Folders of interrupted runs that no process is writing, and prepared graphs that do not fit this machine."""
-    from lfm_runtime.engine.prepared import NOTE, folder_of
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.engine.prepared import NOTE, folder_of, outdated
+    from lfm_runtime.errors import EdgeError
 
     here = folder_of(bundle)
     found = [*bundle.parent.glob(f".{bundle.name}.*-work"), *bundle.parent.glob(f".{bundle.name}.partial-*")]
     others = (path for path in here.parent.glob("onnxruntime-*") if path != here)
     found += [path for path in others if all((inner / NOTE).is_file() for inner in path.iterdir())]  # what we wrote
+    with suppress(EdgeError):  # of a bundle that is damaged or missing, nobody knows
+        found += outdated(Bundle.open(bundle))
     return sorted(path for path in found if not _in_use(path))
 
 

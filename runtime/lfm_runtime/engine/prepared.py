@@ -13,6 +13,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def find(bundle: Bundle, source: Path, *, verify: bool = False) -> Found:
     except (BundleError, OSError, KeyError, TypeError, AttributeError):
         return Found(source, f"{place / NOTE} is missing or damaged, so what was prepared is not used", damaged=True)
     return Found(place / source.name)
+
+
+def outdated(bundle: Bundle) -> list[Path]:
+    """What is prepared for this machine of graphs that the bundle does not have, or has otherwise now."""
+    graphs = {path.stem: path for paths in bundle.variants.values() for path in paths.values()}
+    found = []
+    for note in folder_of(bundle.folder).glob(f"*/{NOTE}"):
+        source = graphs.get(note.parent.name)
+        with suppress(BundleError, KeyError):
+            if source is None or read_json_object(note, BundleError)["source"] != bundle.fingerprint(source):
+                found.append(note.parent)
+    return found
 
 
 def tell_of_damage(bundle: Bundle) -> None:

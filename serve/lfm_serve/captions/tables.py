@@ -45,7 +45,11 @@ def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequen
     from pyarrow import parquet
 
     whole = io.BytesIO()
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    found = {name: pa.array([row.get(name) for row in rows]) for name in columns}
+    texts = {
+        name: a.cast(pa.string()) if pa.types.is_null(a.type) else a for name, a in found.items()
+    }  # of nulls alone
+    table = pa.table(texts)
     parquet.write_table(table, whole)
     write_whole(path, whole.getvalue())
 

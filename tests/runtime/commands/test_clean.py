@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
+from pathlib import Path
 
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.prepared import folder_of
@@ -33,6 +36,21 @@ def test_only_leftovers_are_removed(bundle_copy, capsys) -> None:
     assert not any(folder.exists() for folder in gone)
     assert all(folder.exists() for folder in kept)
     assert before == {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
+
+
+def test_what_was_prepared_of_graphs_that_are_gone(bundle_copy, capsys) -> None:
+    """Another bundle was unpacked in its place, or a variant quantized again."""
+    assert main(["prepare", str(bundle_copy)]) == 0
+    here = folder_of(bundle_copy)
+    (stays, changed) = sorted(path for path in here.iterdir() if path.is_dir())[:2]
+    other = Path(shutil.copytree(stays, here / "decoder_model_merged_q4"))
+    note = json.loads((changed / "prepared.json").read_text())
+    (changed / "prepared.json").write_text(json.dumps({**note, "source": ["another"]}))
+    capsys.readouterr()
+    assert main(["clean", str(bundle_copy)]) == 0
+    assert not other.exists()
+    assert not changed.exists()
+    assert stays.exists()
 
 
 def test_what_cannot_be_removed_is_named(bundle_copy, capsys, monkeypatch) -> None:
