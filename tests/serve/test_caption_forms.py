@@ -39,6 +39,8 @@ def test_a_table_as_parquet(caption, folder, tmp_path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     (folder / "zero.png").touch()
     found = caption("--table", str(tmp_path / "t.parquet"), code=3)
+    types = {column.name: str(column.type) for column in parquet.read_schema(tmp_path / "t.parquet")}
+    assert "null" not in types.values()
     rows = parquet.read_table(tmp_path / "t.parquet").to_pylist()
     assert [(row["path"], row["text"], row["error"]) for row in rows] == [
         (one["path"], one.get("text"), one.get("error")) for one in found

@@ -46,10 +46,8 @@ def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequen
 
     whole = io.BytesIO()
     found = {name: pa.array([row.get(name) for row in rows]) for name in columns}
-    texts = {
-        name: a.cast(pa.string()) if pa.types.is_null(a.type) else a for name, a in found.items()
-    }  # of nulls alone
-    table = pa.table(texts)
+    # A column of nulls alone would be of no type, and tables of two runs could not be read as one.
+    table = pa.table({name: a.cast(pa.string()) if pa.types.is_null(a.type) else a for name, a in found.items()})
     parquet.write_table(table, whole)
     write_whole(path, whole.getvalue())
 
