@@ -72,7 +72,7 @@ class Server:
         """SIGTERM; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=60)
+        self.said = self.process.communicate(timeout=60)[1]
         return self.process.returncode
 
 

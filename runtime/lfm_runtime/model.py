@@ -194,7 +194,7 @@ class Model:
         asked = []
         for question, answers in questions:
             chat = Conversation([*turns, Message.user(question, len(opened))], special=special)
-            asked.append(self.prepare_choice(chat, opened, answers))
+            asked.append(self.prepare_choice(chat, opened, answers if isinstance(answers, str) else tuple(answers)))
         return self.chosen(asked)
 
     def chosen(self, asked: Sequence[Choice], context: Context | None = None) -> list[Chosen]:

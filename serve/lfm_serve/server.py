@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -67,6 +68,7 @@ def serve(
         timeout_keep_alive=75,
         lifespan="off",
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_abort)
     server = _Server(config)
     engine.start()
     watcher = threading.Thread(target=_tell_when_ready, args=(engine, server, listening, name, quiet), daemon=True)
@@ -78,6 +80,11 @@ def serve(
         os._exit(0)  # Python would wait for the engine's thread, or end it inside onnxruntime
     engine.close()
     return 0
+
+
+def _is_no_abort(record: logging.LogRecord) -> bool:
+    """A second signal cancels what is being answered, which uvicorn takes for a fault of the application."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Server(uvicorn.Server):

@@ -199,7 +199,9 @@ def test_a_good_board_a_full_one_and_one_with_another_python(fleet, with_server,
 
 @pytest.mark.slow
 def test_serving_and_settings(serving) -> None:
-    """Clients with a key are served; a second run changes nothing; settings that cannot be leave a reason."""
+    """Clients with a key are served; a second run changes nothing; settings that cannot be leave a reason, and those of
+    before.
+    """
     address = serving.boards["cam"].address
     assert "nothing is installed" not in serving.play("doctor").text
     settings = {"serve_listen": f"{address}:8080", "serve_keys_file": "clients"}
@@ -210,6 +212,12 @@ def test_serving_and_settings(serving) -> None:
     assert "is open to other machines: give keys" in serving.play("serve", serve_listen="0.0.0.0:8080").last("cam")
     played = serving.play("serve", **settings, serve_arguments=["--context", "100000000"])
     assert "does not answer" in played.last("cam") and "--context 100000000 is impossible" in played.last("cam")
+    assert "it serves with its settings of before again" in played.last("cam")
+    assert answers(serving.boards["cam"])
+    played = serving.play("serve", serve_listen="203.0.113.9:8080", serve_keys_file="clients")  # not its address
+    assert "does not answer at 203.0.113.9:8080" in played.last("cam")
+    assert answers(serving.boards["cam"]), "with the settings of before"
+    assert serving.play("serve", **settings).of("cam")["changed"] == 0
     assert serving.play("serve", **settings, serve_arguments=["--name", 'a "$b" 100%']).of("cam")["failed"] == 0
     assert answers(serving.boards["cam"])
 

@@ -148,7 +148,7 @@ def test_the_ollama_package(server, demo_model) -> None:
     odds = ask.chat(model=name, messages=messages, options={"temperature": 0}, logprobs=True, top_logprobs=3).logprobs
     assert "".join(one.token for one in odds) == whole.message.content
     assert all(len(one.top_logprobs) == 3 for one in odds)
-    with pytest.raises(ollama.ResponseError, match="max_tokens 0") as caught:
+    with pytest.raises(ollama.ResponseError, match="num_predict 0") as caught:
         ask.chat(model=name, messages=messages, options={"num_predict": 0})
     assert caught.value.status_code == 400
     assert server.ask("/api/version")[1]["version"].count(".") == 2

@@ -133,6 +133,9 @@ def test_anything_is_a_request_of_the_other_apis_or_a_refusal(chat, generate, ch
             assert e.status == 400 and e.message
 
 
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
 def test_ollamas_requests_are_openais() -> None:
     """Images stand before the text, options have other names, a negative limit is what the context holds, the default is
     a stream. One question of /api/generate is a conversation of a turn.
@@ -157,6 +160,13 @@ def test_ollamas_requests_are_openais() -> None:
     same = parse_generate({**question, "suffix": "", "template": "", "context": [], "options": {"presence_penalty": 1}})
     assert [m.content for m in same.conversation.messages] == ["Be brief.", (IMAGE, "what?")]
     assert same.generation == {"speculate": 0, "presence_penalty": 1.0} and same.unused == () and same.stream
+    assert parse_chat({**CHAT, "options": {"num_predict": 5.0, "seed": 3.0}}).generation["max_new_tokens"] == 5
+    for options, says in (
+        ({"num_predict": 0.5}, r"num_predict is 0\.5; a whole"),
+        ({"num_predict": 0}, "num_predict 0 is"),
+    ):
+        with pytest.raises(ApiError, match=says):
+            parse_chat({**CHAT, "options": options})
     with pytest.raises(ApiError, match="raw is not built; send the conversation to /api/chat"):
         parse_generate({**question, "raw": True})
 
@@ -277,6 +287,7 @@ def test_json_is_cut_by_the_limit_of_the_client_alone() -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}
     assert parse(body).generation["max_new_tokens"] == 1 << 20
     assert parse({**body, "max_tokens": 9}).generation["max_new_tokens"] == 9
+    assert parse({**body, "max_tokens": 10**12}).generation["max_new_tokens"] == 1 << 20, "the context ends before"
     assert "max_new_tokens" not in parse({"messages": body["messages"]}).generation
 
 

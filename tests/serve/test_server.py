@@ -241,6 +241,7 @@ def test_sigterm_lets_answers_end(demo_bundle) -> None:
 
 
 def test_a_second_sigterm_does_not(demo_bundle) -> None:
+    """The stream is cut, without a traceback."""
     server = Server(demo_bundle)
     line = long_request(server, stream=True)
     server.becomes("lfm_running", 1)
@@ -248,6 +249,7 @@ def test_a_second_sigterm_does_not(demo_bundle) -> None:
     timer = threading.Timer(0.5, server.process.send_signal, [signal.SIGTERM])
     timer.start()
     assert server.stop() == 0
+    assert "Traceback" not in server.said
     line.close()
 
 

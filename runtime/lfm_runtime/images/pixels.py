@@ -84,7 +84,7 @@ def _tell_of_more_pages(name: str) -> None:
 def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; whatever goes wrong with it is an ImageError."""
     name = (
-        str(source)
+        str(source) or "the image ''"
         if isinstance(source, (str, os.PathLike))
         else getattr(source, "name", f"image ({type(source).__name__})")
     )

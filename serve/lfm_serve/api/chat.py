@@ -249,7 +249,7 @@ def _generation(body: Mapping[str, Any]) -> Generation:
     for name in ("max_tokens", "max_completion_tokens", "n_predict"):
         value = typed(body, name, int)
         if value is not None:
-            value = _UNLIMITED if value == -1 else value  # as clients of llama.cpp and LM Studio mean it
+            value = _UNLIMITED if value == -1 else min(value, _UNLIMITED)  # -1: as llama.cpp and LM Studio mean it
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             if (other := found.setdefault("max_new_tokens", value)) != value:

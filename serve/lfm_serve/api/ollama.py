@@ -4,6 +4,7 @@ model: /api/tags, /api/ps, /api/show, /api/version.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -66,7 +67,7 @@ def parse_chat(body: Any) -> Asked:
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     options = typed(body, "options", dict) or {}
-    found: dict[str, Any] = {ours: options[theirs] for theirs, ours in _OPTIONS.items() if theirs in options}
+    found: dict[str, Any] = {ours: _whole(options[theirs]) for theirs, ours in _OPTIONS.items() if theirs in options}
     if isinstance(found.get("max_tokens"), int) and found["max_tokens"] < 0:  # -1: no limit, -2: the context is
         found["max_tokens"] = -1
     for name, value in options.items():
@@ -80,7 +81,7 @@ def parse_chat(body: Any) -> Asked:
     elif form:
         raise ApiError(400, f"format {form!r:.40} is not known; json, or a JSON schema", None, "format")
     stream = typed(body, "stream", bool)
-    return parse(
+    return _parse_as_named(
         {
             **{name: value for name, value in body.items() if name not in _UNUSED},
             **found,
@@ -90,6 +91,22 @@ def parse_chat(body: Any) -> Asked:
             "stream": True if stream is None else stream,
         }
     )
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as one, where a client's language has floats alone."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _parse_as_named(body: Mapping[str, Any]) -> Asked:
+    """What is refused is told by Ollama's names."""
+    try:
+        return parse(body)
+    except ApiError as e:
+        said = e.message
+        for theirs, ours in _OPTIONS.items():
+            said = re.sub(rf"\b{ours}\b", theirs, said)
+        raise ApiError(e.status, said, e.code, e.param) from None
 
 
 def _message(raw: Any, where: str) -> Any:
