@@ -244,6 +244,16 @@ def test_a_profile_that_the_manifest_does_not_name_is_not_selected(bundle_copy, 
     assert found(replace(machine, profile="pi5"), hardware.profile)["profile"].said.endswith("; pi5 is selected")
 
 
+def test_a_profile_that_is_not_there(bundle_copy, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
+    for words in ([], [str(bundle_copy)]):
+        assert main(["doctor", *words, "--profile", "nix", "--json"]) == 1
+        said = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+        assert said["profile"]["state"] == "problem"
+        assert "there is no profile 'nix'" in said["profile"]["said"]
+        assert "bundle" not in said, "it would say the same again"
+
+
 def test_telemetry(monkeypatch, tmp_path) -> None:
     machine = of("pi5-4gb", tmp_path)
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")

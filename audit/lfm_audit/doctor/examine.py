@@ -27,13 +27,15 @@ CHECKS = (
 
 
 def examine(machine: Machine) -> Iterator[Finding]:
-    """Every check, one after the other; those of the bundle only where onnxruntime can be imported."""
-    importable = True
+    """Every check, one after the other; those of the bundle only where it could be run: onnxruntime can be imported,
+    and the profile can be read.
+    """
+    runs = True
     for check in CHECKS:
         for finding in _safely(check, machine):
-            importable &= not (check is software.onnxruntime and finding.state == "problem")
+            runs &= not (check in (software.onnxruntime, hardware.profile) and finding.state == "problem")
             yield finding
-    if machine.bundle is not None and importable:
+    if machine.bundle is not None and runs:
         from lfm_audit.doctor import bundle
 
         for check in (bundle.bundle, bundle.prepared):

@@ -13,6 +13,7 @@ from lfm_profiles import choose
 from lfm_profiles.device import read
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.manifest import PROFILE, Manifest
+from lfm_runtime.setup.profile import find_profile
 
 from lfm_audit.doctor.finding import Finding, Machine, judged
 
@@ -126,9 +127,11 @@ def sensors(machine: Machine) -> Iterator[Finding]:
 
 
 def profile(machine: Machine) -> Iterator[Finding]:
-    """The profile that fits, and the one selected instead."""
+    """The profile that fits, and the one selected instead. Raises SettingError where that one cannot be read."""
     said = f"{choose(machine.device, ['CPUExecutionProvider']).profile.name} fits this machine"
     named = machine.profile or os.environ.get("LFM_EDGE_PROFILE") or _packed(machine.bundle)
+    if named:
+        find_profile(named)
     yield Finding("profile", "ok", f"{said}; {named} is selected" if named else said)
 
 
