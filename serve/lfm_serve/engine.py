@@ -13,7 +13,7 @@ from lfm_runtime.answer.choice import Choice, Chosen
 from lfm_runtime.answer.reply import Job
 from lfm_runtime.batch import Batch, Scoring, Seat
 from lfm_runtime.decode.sampling import Odds
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.model import Model
 from lfm_runtime.setup.setup import Setup
 
@@ -115,7 +115,7 @@ class Engine:
         with self._changed:
             if len(self._queue) + len(self._seats) >= self.rows + self._most_waiting:
                 there = len(self._queue) + len(self._seats)
-                raise QueueFullError(f"this server is busy with {there} requests; try again in a moment")
+                raise QueueFullError(f"this server is busy with {counted(there, 'request')}; try again in a moment")
             self._queue.append(request)
             self._changed.notify()
 

@@ -262,6 +262,10 @@ def test_modes(photo) -> None:
     assert np.array_equal(np.asarray(open_image(save(deep, "PNG")))[..., 0], np.asarray(grey))
     assert np.array_equal(np.asarray(open_image(save(deep, "TIFF")))[..., 1], np.asarray(grey))
     assert np.array_equal(np.asarray(open_image(np.asarray(grey)))[..., 2], np.asarray(grey))
+    for wide in (1, 257):  # 32 bits a pixel: of 8, or of 16
+        image = Image.fromarray(np.asarray(grey).astype(np.int32) * wide)
+        assert np.array_equal(np.asarray(open_image(image))[..., 0], np.asarray(grey))
+        assert np.array_equal(np.asarray(open_image(save(image, "TIFF")))[..., 0], np.asarray(grey))
 
 
 def test_kinds_of_source(photo, tmp_path) -> None:

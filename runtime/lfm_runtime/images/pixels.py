@@ -157,6 +157,8 @@ def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
                 f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits"
             )
         lightest, white_is_0 = grey
+        if image.mode == "I" and image.format != "PNG" and values.max() <= 255:
+            lightest = 255  # 32 bits a pixel say nothing of the scale; 16-bit PNGs are opened so by older Pillows
         scaled = (np.minimum(values / lightest, 1) * 255 + 0.5).astype(np.uint8)
         if white_is_0:
             scaled = 255 - scaled
