@@ -129,7 +129,9 @@ def read_fields(path: Path) -> dict[str, str]:
         raise SettingError(f"--fields {path}: {twice!r:.40} stands there twice; leave one out")
     found = {}
     for name, description in raw.items():
-        if not isinstance(name, str) or not name.strip():
+        if isinstance(name, str) and not name.strip():
+            raise SettingError(f"--fields {path}: a field has no name, {name!r:.20}; give it one")
+        if not isinstance(name, str):
             raise SettingError(f"--fields {path}: {name!r:.40} is no name of a field; put it in quotes")
         if isinstance(description, dict | list):
             raise SettingError(f"--fields {path}: what {name!r:.40} means is no text; {advice}")

@@ -95,6 +95,9 @@ def test_the_command(demo_bundle, photo, tmp_path, capsys) -> None:
     words = ["run", str(demo_bundle), str(photo), "-p", "Detect the cup.", "--threads", "2", "--boxes", str(out)]
     assert main([*words, "--schema", str(schema), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
+    cut = ["run", str(demo_bundle), "-p", "x", "--schema", str(schema), "--max-new-tokens", "3", "--quiet"]
+    assert main(cut) == 3
+    assert "cut off after 3 tokens, before its JSON was whole; allow more" in capsys.readouterr().err
     width, height = Image.open(photo).size
     assert found["boxes"][0] | {"label": "cup", "left": width / 4, "bottom": height / 2} == found["boxes"][0]
     assert Image.open(out).size == (width, height)

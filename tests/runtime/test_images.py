@@ -271,7 +271,9 @@ def test_modes(photo) -> None:
 def test_kinds_of_source(photo, tmp_path) -> None:
     """Path, string, bytes, PIL and numpy give the same pixels."""
     wanted = np.asarray(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))
-    for source in (photo, str(photo), photo.read_bytes(), Image.open(photo), wanted):
+    opened = photo.open("rb")
+    opened.read(10)  # whoever looked at its header
+    for source in (photo, str(photo), photo.read_bytes(), Image.open(photo), wanted, io.BytesIO(photo.read_bytes()), opened):  # fmt: skip
         assert np.array_equal(np.asarray(open_image(source)), wanted)
 
 

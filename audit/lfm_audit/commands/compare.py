@@ -96,9 +96,12 @@ def _print(
             print("".join(f"  {reason}\n" for reason in grouped(audit.verdict.reasons)), end="")
     for difference in others:
         print(f"differs: {difference}")
-    print(f"\n{'':32s} {'before':>10s} {'after':>10s} {'change':>8s}")
-    for change in found:
+    names = [" ".join(part for part in (change.variant, change.image, change.name) if part) for change in found]
+    width = max(32, *map(len, names), 0)
+    print(f"\n{'':{width}s} {'before':>10s} {'after':>10s} {'change':>8s}")
+    for name, change in zip(names, found, strict=True):
         word = "WORSE" if change in worse else change.word()
         ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"
-        name = " ".join(part for part in (change.variant, change.image, change.name) if part)
-        print(f"{name:32s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip())
+        print(
+            f"{name:{width}s} {change.before.median:10,.1f} {change.after.median:10,.1f} {ratio:>8s}  {word}".rstrip()
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from lfm_profiles import FINEST
 from lfm_runtime import golden
 from lfm_runtime.engine.loader import check_onnxruntime
 from lfm_runtime.engine.ort_release import FOLDERS_SINCE, onnxruntime_is
-from lfm_runtime.engine.prepared import find, remove_damaged
+from lfm_runtime.engine.prepared import find, folder_of, remove_damaged
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
@@ -79,6 +80,9 @@ def prepared(machine: Machine) -> Iterator[Finding]:
     found = [find(bundle, path) for path in paths]
     notes += [one.note for one in found if one.note]
     fix = f"lfm-edge prepare {machine.bundle} --variant {variant}" + (f" --prefill {prefill}" if prefill else "")
+    place = folder_of(bundle.folder).parent
+    if not os.access(there := place if place.exists() else place.parent, os.W_OK):
+        fix = f"change the permissions of {there}, where what is prepared lies; then {fix}"
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)
     elif all(one.path != path for one, path in zip(found, paths, strict=True)):

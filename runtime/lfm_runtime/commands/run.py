@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_model_arguments, add_output_arguments, answer_changes, load_model, progress_of
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import SettingError, counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SOFTWARE = "lfm-edge run --boxes"
 _LARGEST_SCHEMA = 4 << 20
+_EXIT_CUT = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,10 @@ def run(options: argparse.Namespace) -> int:
         if not options.quiet:
             name = model.bundle.folder.resolve().name
             print(f"\n{name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
+    if options.schema and answer.report.finish_reason == "length":
+        said = f"the answer was cut off after {counted(answer.report.new_tokens, 'token')}, before its JSON was whole"
+        print(f"lfm-edge: {said}; allow more with --max-new-tokens", file=sys.stderr)
+        return _EXIT_CUT
     return 0
 
 

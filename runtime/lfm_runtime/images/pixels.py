@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from lfm_runtime.images.layout import ImageLayout, ImageSettings
 
 _log = logging.getLogger(__name__)
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]"
 Patches = NDArray[np.float32]
 
 MAX_MEGAPIXELS = 100.0
@@ -50,14 +50,15 @@ def open_image(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
         ImageError: missing, not an image, truncated, empty, or above `max_megapixels`.
     """
     with _opened(source, max_megapixels) as image:
+        name = str(getattr(image, "filename", "") or getattr(source, "name", "") or "an image")
         if image is not source and _has_more_pages(image):
-            _tell_of_more_pages(str(getattr(image, "filename", "") or "an image"))
+            _tell_of_more_pages(name)
         transparent, levels = transparent_sample(image), grey_levels(image)
         image.load()
         if transparent is not None:
             image.info["transparency"] = transparent
         turned = image.getexif().get(ORIENTATION, 1) != 1  # else exif_transpose would copy the image as it is
-        return _to_rgb(ImageOps.exif_transpose(image) if turned else image, levels)
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image, levels, name)
 
 
 def image_size(source: ImageLike, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
@@ -129,7 +130,14 @@ def _read(source: ImageLike) -> Image.Image:
             raise ImageError(f"array of shape {source.shape} has no pixels")
         return Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
     if not isinstance(source, (str, os.PathLike, bytes)):
-        raise ImageError(f"an image is a {type(source).__name__}; give a path, a file's bytes, a PIL image or an array")
+        if not hasattr(source, "read"):
+            kinds = "a path, a file, its bytes, a PIL image or an array"
+            raise ImageError(f"an image is a {type(source).__name__}; give {kinds}")
+        source.seek(0)  # its header may have been read before
+        content = source.read()
+        if not isinstance(content, bytes):
+            raise ImageError("an image is a file of text; open it as binary: open(path, 'rb')")
+        return open_file(content)
     return open_file(source)
 
 
@@ -146,15 +154,16 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, grey: tuple[int, bool]) -> Image.Image:
-    """Return the image as 8-bit RGB, transparency over white; `grey` is what grey_levels returned."""
+def _to_rgb(image: Image.Image, grey: tuple[int, bool], name: str) -> Image.Image:
+    """Return the image as 8-bit RGB, transparency over white. `grey`: of grey_levels; `name`: for errors."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ImageError(
-                f"image of mode {image.mode} with values {values.min():g}…{values.max():g}; convert it to 8 or 16 bits"
+                f"{name} is of mode {image.mode}, with values {values.min():g}…{values.max():g}; convert it to 8 or 16 "
+                "bits"
             )
         lightest, white_is_0 = grey
         if image.mode == "I" and image.format != "PNG" and values.max() <= 255:

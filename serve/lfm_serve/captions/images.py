@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import os
 import stat
 import threading
@@ -148,12 +149,20 @@ def opened(model: Model, image: ReadImage, content: bytes, *, max_megapixels: fl
     """The image with the hash and the pixels of what was read."""
     image = replace(image, sha256=hashlib.sha256(content).hexdigest())
     try:
-        pixels = model.open(content, max_megapixels=max_megapixels).cut()  # a photo of 48 megapixels is 144 MB
+        pixels = model.open(_Named(content, image.path), max_megapixels=max_megapixels).cut()  # 48 megapixels: 144 MB
     except EdgeError as e:
-        return replace(image, error=ImageError(str(e).removeprefix("image (bytes) ")))
+        return replace(image, error=ImageError(str(e).removeprefix(f"{image.path} ")))
     except MemoryError:
         return replace(image, error=ImageError(_NO_MEMORY))
     return replace(image, image=pixels)
+
+
+class _Named(io.BytesIO):
+    """A file's bytes, which messages can name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
 
 
 class Reader(Generic[Place]):
