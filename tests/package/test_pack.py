@@ -148,7 +148,10 @@ def test_packed_and_unpacked_by_command_is_whole(demo_bundle, tmp_path, capsys) 
         (["--variant", "fp32", "-o", "x.tar", "--split", "7"], "--split 7 is impossible"),
         (["--variant", "fp32", "-o", "x.tar", "--split", "0"], "--split 0 is impossible"),
         (["--variant", "fp32", "-o", "x.tar", "--split", "much"], "--split much is impossible"),
-        (["--variant", "fp32", "--prefill", "fp32", "-o", "x.tar"], "--prefill fp32 has no effect"),
+        (
+            ["--variant", "fp32", "--prefill", "fp32", "-o", "x.tar"],
+            "prefill fp32 has no effect beside the variant fp32",
+        ),
         (["--variant", "fp32", "--profile", "zzz", "-o", "x.tar"], "there is no profile 'zzz'"),
     ],
 )

@@ -53,7 +53,7 @@ def _prefill(variants: Collection[str], profile: Profile, variant: str) -> str |
         return None  # who names float weights means them for the prompt as well
     if row.keys == "int8" and other.int8_keys in variants:
         other = VARIANTS[other.int8_keys or name]
-    if asked and not other.shares_states_with(row):
+    if asked and other.name in variants and not other.shares_states_with(row):
         raise SettingError(
             f"prefill {other.name} cannot read prompts for {variant}: their KV caches have different numbers; use two "
             "-kv8 variants quantized with the same images, two fp16 variants, or two that are neither"

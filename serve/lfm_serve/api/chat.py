@@ -36,6 +36,7 @@ _NUMBERS = {
     "frequency_penalty": "frequency_penalty",
 }
 _MOST = 10**300  # a number that no float holds is as impossible
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 _UNLIMITED = 1 << 20
 """Tokens of an answer that ends where the context does."""
 _WITHOUT_EFFECT_WHEN_GREEDY = ("top_p", "min_p", "top_k", "seed")
@@ -246,14 +247,16 @@ def _generation(body: Mapping[str, Any]) -> Generation:
         value = typed(body, name, int, float)
         if value is not None:
             found[ours] = float(max(-_MOST, min(value, _MOST))) if abs(value) > _MOST else float(value)
-    for name in ("max_tokens", "max_completion_tokens", "n_predict"):
+    for name in _LIMITS:
         value = typed(body, name, int)
-        if value is not None:
-            value = _UNLIMITED if value == -1 else min(value, _UNLIMITED)  # -1: as llama.cpp and LM Studio mean it
+        if value is not None and value != -1:
+            value = min(value, _UNLIMITED)
             if value < 1:
                 raise ApiError(400, f"{name} {value} is impossible; allowed: 1 and above", None, name)
             if (other := found.setdefault("max_new_tokens", value)) != value:
                 raise ApiError(400, f"{name} {value} contradicts another limit, {other}; send one of them", None, name)
+    if any(body.get(name) == -1 for name in _LIMITS):  # none, as clients of llama.cpp and LM Studio mean it
+        found.setdefault("max_new_tokens", _UNLIMITED)
     top_k, seed = typed(body, "top_k", int), typed(body, "seed", int)
     if top_k is not None:
         found["top_k"] = max(0, top_k)  # -1: llama.cpp's off
@@ -342,9 +345,7 @@ _KNOWN = {
     "model",
     "stream",
     "stream_options",
-    "max_tokens",
-    "max_completion_tokens",
-    "n_predict",
+    *_LIMITS,
     "top_k",
     "seed",
     "ignore_eos",
