@@ -108,8 +108,12 @@ def test_what_transformers_users_try_first(demo_model, drawing) -> None:
     for images, count in (([], 0), ([drawing, drawing], 2)):
         with pytest.raises(PromptError, match=f"have 1 places for images .* and {count} images are given"):
             demo_model.converse(place, images)
-    for odd, kind in ((None, "NoneType"), (io.BytesIO(b""), "BytesIO")):
-        with pytest.raises(ImageError, match=f"an image is a {kind}; give a path"):
+    for odd, says in (
+        (None, "an image is a NoneType; give a path, a file"),
+        (io.BytesIO(b""), r"image \(BytesIO\) is not a readable image"),
+        (io.StringIO("x"), "an image is a file of text; open it as binary"),
+    ):
+        with pytest.raises(ImageError, match=says):
             demo_model.answer(odd, "x")
     with pytest.raises(ImageError, match="does not exist; download it first"):
         demo_model.answer("https://example.com/a.jpg", "x")
