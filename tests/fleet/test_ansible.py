@@ -232,7 +232,7 @@ def test_a_profile_for_every_version(serving, tmp_path) -> None:
     assert "threads = 'many' is impossible" in played.last("cam")
     assert board.ssh("cat /opt/lfm-edge/profile.toml") == "threads = 1"
     assert serving.play("profile", profile_file=str(tmp_path / "one.toml")).of("cam")["changed"] == 0
-    assert " 1 threads, profile " in board.ssh("/opt/lfm-edge/bin/lfm-edge run /opt/lfm-edge/current/bundle -p Hi 2>&1")
+    assert " 1 thread, profile " in board.ssh("/opt/lfm-edge/bin/lfm-edge run /opt/lfm-edge/current/bundle -p Hi 2>&1")
     assert serving.play("profile").of("cam")["changed"]
     assert answers(serving.boards["cam"])
 
