@@ -143,7 +143,7 @@ class Model:
         """Answer a question about images (or about none). Bad input raises here; the work starts with the iteration.
 
         Args:
-            images: one or several of: paths, bytes, PIL images, uint8 arrays [height, width, 3].
+            images: one or several of: paths, files open as binary, bytes, PIL images, uint8 arrays [height, width, 3].
             question: the user's text, after the images.
             system: a system prompt.
             special: False takes special tokens that the texts spell out as text: for texts of strangers.

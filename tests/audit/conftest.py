@@ -4,6 +4,7 @@ audits do not have.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,12 @@ def made(demo_bundle, tmp_path_factory) -> Path:
     path = folder / "made.json"
     path.write_text(found.to_text())
     return path
+
+
+@pytest.fixture
+def audit(made) -> dict:
+    """Its JSON."""
+    return json.loads(made.read_text())
 
 
 def outcome(variant: str, kind: str, spawned: float, chance: random.Random) -> Outcome:

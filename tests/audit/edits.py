@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lfm_audit.figures import Figure
@@ -35,3 +36,10 @@ def sealed(raw: dict[str, Any]) -> str:
 
 def images_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [image for found in result["variants"].values() for image in found["images"].values()]
+
+
+def write(folder: Path, name: str, result: dict) -> Path:
+    """The audit as the file NAME.json, sealed again."""
+    path = folder / f"{name}.json"
+    path.write_text(sealed(result))
+    return path

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from edits import sealed
+from edits import write
 from lfm_audit import audit as audit_module
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError
-
-
-@pytest.fixture
-def audit(made) -> dict:
-    return json.loads(made.read_text())
-
-
-def write(folder: Path, name: str, result: dict) -> Path:
-    path = folder / f"{name}.json"
-    path.write_text(sealed(result))
-    return path
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from lfm_runtime.commands.cli import main
 
 pytest.importorskip("matplotlib")
-from edits import figure, images_of, resampled, sealed
+from edits import figure, images_of, resampled, sealed, write
 from lfm_audit.report.page import audit_page
 from lfm_audit.report.plots import waterfall
 from lfm_audit.report.source import all_series, named_audits
@@ -23,17 +22,6 @@ from lfm_audit.report.tables import Row, Table, changes_table
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-
-
-@pytest.fixture
-def audit(made) -> dict:
-    return json.loads(made.read_text())
-
-
-def write(folder: Path, name: str, result: dict) -> Path:
-    path = folder / f"{name}.json"
-    path.write_text(sealed(result))
-    return path
 
 
 def changed(result: dict, factor: float = 1.3) -> dict:

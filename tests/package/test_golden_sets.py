@@ -86,34 +86,3 @@ def test_golden_answers_are_of_what_is_packed(demo_bundle, tmp_path, capsys, mon
         assert main([*words, *more, "-o", str(tmp_path / "cam.tar"), "--force"]) == 0
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("golden set"))
         assert ("prefill int8" in line) is reader
-
-
-def test_what_a_pack_says_is_what_its_device_runs(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
-    """The variant that was named is the one that runs, also where the device's profile lists the prefill variant first;
-    where that is not known, it is refused. What an unpacked bundle has of its maker is not lost without a word.
-    """
-    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    for variant in ("int8", "int4"):
-        assert main(["quantize", str(bundle), "--variant", variant, "--quiet"]) == 0
-
-    def packed(*words: str) -> str:
-        shutil.rmtree(tmp_path / "unpacked", ignore_errors=True)
-        assert main(["pack", str(bundle), *words, "-o", str(tmp_path / "cam.tar"), "--force"]) == 0
-        assert main(["unpack", str(tmp_path / "cam.tar"), "-o", str(tmp_path / "unpacked")]) == 0
-        capsys.readouterr()
-        assert main(["plan", str(tmp_path / "unpacked"), str(EVALUATION / "0007.png"), "--json"]) == 0
-        plan = json.loads(capsys.readouterr().out)
-        return f"{plan['variant']} {plan['prefill']}"
-
-    monkeypatch.setenv("LFM_EDGE_PROFILE", "pi5")
-    assert packed("--variant", "int4", "--prefill", "int8") == "int4 int8"
-    monkeypatch.delenv("LFM_EDGE_PROFILE")
-    assert packed("--variant", "int8", "--prefill", "int4", "--profile", "pi5") == "int8 int4"
-    assert packed("--variant", "fp32", "--prefill", "int8", "--profile", "pi5") == "fp32 int8"
-    for variant, prefill, taken in (("fp32", "int8", "int8"), ("int8", "int4", "int4")):
-        words = ["pack", str(bundle), "--variant", variant, "--prefill", prefill, "-o", str(tmp_path / "x.tar")]
-        assert main(words) == 2
-        assert f"runs {taken} unless a profile says otherwise; pack the device's as well" in capsys.readouterr().err
-    again = ["pack", str(tmp_path / "unpacked"), "--variant", "fp32", "-o", str(tmp_path / "again.tar")]
-    assert main(again) == 0
-    assert f"own profile is left out; to pack it: --profile {tmp_path / 'unpacked'}" in capsys.readouterr().out

@@ -133,7 +133,8 @@ def _read(source: ImageLike) -> Image.Image:
         if not hasattr(source, "read"):
             kinds = "a path, a file, its bytes, a PIL image or an array"
             raise ImageError(f"an image is a {type(source).__name__}; give {kinds}")
-        source.seek(0)  # its header may have been read before
+        if source.seekable():
+            source.seek(0)  # its header may have been read before
         content = source.read()
         if not isinstance(content, bytes):
             raise ImageError("an image is a file of text; open it as binary: open(path, 'rb')")
