@@ -74,6 +74,8 @@ is_version() { # whether this script made a folder of versions, whole or not
     [ -f "$prefix/versions/$1/complete" ] || [ -f "$prefix/versions/$1/.lfm-edge" ]
 }
 lock() { # held until this process and what it started end
+    { [ -w "$prefix" ] && (: >>"$prefix/.lock") 2>/dev/null; } ||
+        fail "$prefix cannot be changed by $(id -un); run this as $(stat -c %U "$prefix"), whose folder it is"
     exec 9>"$prefix/.lock"
     if command -v flock >/dev/null 2>&1; then
         flock -n 9 || fail "$prefix is being changed by another install.sh; wait for it"

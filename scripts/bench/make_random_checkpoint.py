@@ -38,6 +38,16 @@ SIZES = {
         "layers": ["conv", "full_attention", "conv", "full_attention"],
     },
     "3b": {},  # as its config.json says
+    **{
+        f"450m-{layers}": {  # so many layers of each tower: what a layer costs is the difference of two
+            "hidden": 1024,
+            "heads": 16,
+            "ff": 6656,
+            "vision": (768, layers, 12, 3072),
+            "layers": ["conv", "full_attention"] * (layers // 2),
+        }
+        for layers in (2, 4)
+    },
 }
 IMAGE_TOKENS = (
     "<image>",

