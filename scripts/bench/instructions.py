@@ -2,7 +2,9 @@
 no board is at hand. Counts are exact and repeat; times they are not.
 
     scripts/checks/arm64_sandbox.sh        # once: makes the root for aarch64 in build/arm64
-    python scripts/bench/instructions.py [-o FILE.json]
+    python scripts/bench/instructions.py [--onnxruntime 1.32.0] [--cpu cortex-a76 …] [-o FILE.json]
+
+`i8mm` is a processor with products of 8-bit matrices, as an Apple M2 or a Graviton 3, without SVE.
 
 Needs root on Debian with qemu-user (7.2 or another with plugin interface 1) and gcc. A whole model would take hours, so two
 are counted whose towers have 2 and 4 layers: the difference is what layers cost, and 12 and 16 of them are reckoned.
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parents[1]
 WORK = ROOT / "build" / "arm64"
-PACKAGES = ("onnxruntime==1.32.0", "numpy==2.4.6", "pillow==13.0.0", "psutil==7.2.2")
-CPUS = ("cortex-a76", "cortex-a72")
+PACKAGES = ("numpy==2.4.6", "pillow==13.0.0", "psutil==7.2.2")
+CPUS = {"cortex-a76": "cortex-a76", "cortex-a72": "cortex-a72", "i8mm": "max,sve=off,sme=off"}
+"""By the names of their /proc/cpuinfo in WORK, what qemu calls them."""
 VARIANTS = ("fp32", "int8", "int4")
 MARK = 5000  # of instructions.c
 STAGES = {"image": (256, 12), "prompt": (32, 16), "token": (8, 16)}
@@ -91,50 +93,31 @@ def made(layers: int) -> Path:
     return bundle
 
 
-def prepared() -> None:
-    """The plugin and the packages for aarch64."""
+def prepared(release: str) -> Path:
+    """The plugin; returns a folder with the packages for aarch64."""
     from peers_made import run
 
-    run(
-        "gcc",
-        "-O2",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-o",
-        WORK / "instructions.so",
-        BENCH / "instructions.c",
-    )
-    if not (WORK / "packages").exists():
+    plugin, packages = WORK / "instructions.so", WORK / f"packages-{release}"
+    run("gcc", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-o", plugin, BENCH / "instructions.c")
+    if not packages.exists():
         platforms = [f"--platform=manylinux{glibc}_aarch64" for glibc in ("_2_28", "_2_27", "2014")]
-        where = ("--target", WORK / "packages", "--python-version", "3.13", "--only-binary", ":all:", "--no-deps")
-        run(sys.executable, "-m", "pip", "install", *where, *platforms, *PACKAGES)
+        where = ("--target", packages, "--python-version", "3.13", "--only-binary", ":all:", "--no-deps")
+        run(sys.executable, "-m", "pip", "install", *where, *platforms, *PACKAGES, f"onnxruntime=={release}")
+    known = (WORK / "cortex-a76").read_text()
+    (WORK / "i8mm").write_text(known.replace("asimddp", "asimddp i8mm bf16"))
+    return packages
 
 
-def counted(bundle: Path, cpu: str, variant: str) -> dict[str, Count]:
+def counted(bundle: Path, cpu: str, variant: str, packages: Path) -> dict[str, Count]:
     """Of each stage; of one token."""
-    paths = ":".join(str(p) for p in (WORK / "packages", ROOT / "runtime", ROOT / "profiles", BENCH))
-    emulator = [
-        "qemu-aarch64",
-        "-cpu",
-        cpu,
-        "-L",
-        WORK / "root",
-        "-E",
-        f"PYTHONPATH={paths}",
-        "-plugin",
-        WORK / "instructions.so",
-    ]
-    words = [*emulator, WORK / "root" / "usr" / "bin" / "python3", "-B", __file__, "--inside", bundle, variant]
+    paths = ":".join(str(p) for p in (packages, ROOT / "runtime", ROOT / "profiles", BENCH))
+    emulator = ["qemu-aarch64", "-cpu", CPUS[cpu], "-L", WORK / "root", "-E", f"PYTHONPATH={paths}"]
+    python = ["-plugin", WORK / "instructions.so", WORK / "root" / "usr" / "bin" / "python3", "-B"]
+    words = [*emulator, *python, __file__, "--inside", bundle, variant]
     # onnxruntime looks into /proc/cpuinfo for what the processor can do
     mounted = f"mount --bind '{WORK / cpu}' /proc/cpuinfo && exec \"$@\""
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mounted, "sh", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ,
-    )
+    shell = ["unshare", "-m", "sh", "-c", mounted, "sh"]
+    done = subprocess.run([*shell, *map(str, words)], capture_output=True, text=True, check=False)
     marks = re.findall(r"^LFM (\d) (\d+) (\d+) (\d+)$", done.stderr, re.MULTILINE)
     if done.returncode or [m[0] for m in marks] != ["0", "1", "2", "3"]:
         raise SystemExit(f"{done.stderr[-2000:]}\n{cpu}, {variant}: the emulator ended with {done.returncode}")
@@ -155,6 +138,8 @@ def table(found: dict[str, dict[str, dict[str, Count]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnxruntime", default="1.32.0", metavar="RELEASE")
+    parser.add_argument("--cpu", nargs="+", choices=CPUS, default=list(CPUS))
     parser.add_argument("-o", "--output", type=Path, default=WORK / "instructions.json")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -163,12 +148,12 @@ def main() -> None:
         return
     if not (WORK / "root" / ".complete").exists():
         parser.error(f"no root for aarch64 in {WORK}; run scripts/checks/arm64_sandbox.sh first")
-    prepared()
+    packages = prepared(options.onnxruntime)
     fewer, more = (made(layers) for layers in CUTS)
     found: dict[str, dict[str, dict[str, Count]]] = {}
-    for cpu in CPUS:
+    for cpu in options.cpu:
         for variant in VARIANTS:
-            small, large = (counted(bundle, cpu, variant) for bundle in (fewer, more))
+            small, large = (counted(bundle, cpu, variant, packages) for bundle in (fewer, more))
             found.setdefault(cpu, {})[variant] = {
                 stage: small[stage].reckoned(large[stage], layers) for stage, (_, layers) in STAGES.items()
             }

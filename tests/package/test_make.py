@@ -44,11 +44,11 @@ def asked(*words: str) -> Order:
 def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     """A second run makes only the stick; with another image the variants, but no export."""
     words = ["make", str(CHECKPOINT), "--target", "x86_64", "--python", PYTHON, "--calibration", str(few), "--quick"]
-    words += ["--profile", "pi5", "-o", str(tmp_path / "cam")]
+    words += ["--profile", "pi4", "-o", str(tmp_path / "cam")]
     assert main(words) == 0
     said = capfd.readouterr().err
     assert "10 images: three quarters calibrate, a quarter judges (quick: at most 8 and 4)" in said
-    assert f"cost together: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi5 --images '{few}'" in said
+    assert f"cost together: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi4 --images '{few}'" in said
     told = [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int8", "int4", "stick")]
     assert told == sorted(told), "the prefill decoder is there when the other variant is judged"
     assert "in all" in said
@@ -56,7 +56,7 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     assert set(bundle.variants) == {"fp32", "int8", "int4"}
     assert bundle.manifest is not None
     judged = bundle.manifest.quality["int4"]["board"]
-    assert (judged["profile"], judged["prefill"], judged["alike"]) == ("pi5", "int8", True)
+    assert (judged["profile"], judged["prefill"], judged["alike"]) == ("pi4", "int8", True)
     assert judged["changes"][0] == "do_image_splitting off instead of on"
     conf = dict(line.split("=", 1) for line in (tmp_path / "cam" / "stick.conf").read_text().splitlines())
     assert (conf["variant"], conf["prefill"]) == ("int4", "int8")
@@ -155,7 +155,7 @@ def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "variants"), [("pi5", ["int8", "int4"]), ("pi4", None), ("jetson-jp6", None), ("x86_64", None)]
+    ("target", "variants"), [("pi4", ["int8", "int4"]), ("pi5", None), ("jetson-jp6", None), ("x86_64", None)]
 )
 def test_variants_are_what_the_profile_would_miss(target, variants, demo_bundle, tmp_path) -> None:
     """As `doctor` says it of a bundle with fp32 alone."""
@@ -239,7 +239,7 @@ def test_shown_figures_add_up() -> None:
 
 def test_force_reaches_every_step_that_asks_for_it(few, tmp_path) -> None:
     """Whose messages name it."""
-    words = [str(CHECKPOINT), "--target", "pi5", "--calibration", str(few), "-o", str(tmp_path / "cam")]
+    words = [str(CHECKPOINT), "--target", "pi4", "--calibration", str(few), "-o", str(tmp_path / "cam")]
     for given in ([], ["--force"]):
         steps = {step.name: step for step in steps_of(asked(*words, *given))}
         assert [("--force" in steps[name].words) for name in ("int8", "int4", "stick")] == [bool(given)] * 3

@@ -28,11 +28,11 @@ def test_what_a_pack_says_is_what_its_device_runs(demo_bundle, tmp_path, capsys,
         plan = json.loads(capsys.readouterr().out)
         return f"{plan['variant']} {plan['prefill']}"
 
-    monkeypatch.setenv("LFM_EDGE_PROFILE", "pi5")
+    monkeypatch.setenv("LFM_EDGE_PROFILE", "pi4")
     assert packed("--variant", "int4", "--prefill", "int8") == "int4 int8"
     monkeypatch.delenv("LFM_EDGE_PROFILE")
-    assert packed("--variant", "int8", "--prefill", "int4", "--profile", "pi5") == "int8 int4"
-    assert packed("--variant", "fp32", "--prefill", "int8", "--profile", "pi5") == "fp32 int8"
+    assert packed("--variant", "int8", "--prefill", "int4", "--profile", "pi4") == "int8 int4"
+    assert packed("--variant", "fp32", "--prefill", "int8", "--profile", "pi4") == "fp32 int8"
     for variant, prefill, taken in (("fp32", "int8", "int8"), ("int8", "int4", "int4")):
         words = ["pack", str(bundle), "--variant", variant, "--prefill", prefill, "-o", str(tmp_path / "x.tar")]
         assert main(words) == 2

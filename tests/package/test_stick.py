@@ -157,7 +157,7 @@ def test_a_stick_of_another_board_or_a_signed_one_stays(demo_bundle, no_fetching
 
 
 def test_a_stick_takes_what_its_board_will_choose(bundle_copy, no_fetching, tmp_path, capsys) -> None:
-    """pi5 reads prompts with int8's decoder: where the bundle has one, it is on the stick."""
+    """pi4 reads prompts with int8's decoder: where the bundle has one, it is on the stick."""
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     for stem, name in manifest["variants"]["fp32"].items():
         for suffix, other in (("int8", "_int8"), ("int4", "_q4")):
@@ -170,14 +170,14 @@ def test_a_stick_takes_what_its_board_will_choose(bundle_copy, no_fetching, tmp_
             if name != copy:
                 manifest["graphs"][copy] = manifest["graphs"][name]
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
-    assert main(["stick", str(bundle_copy), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 0
+    assert main(["stick", str(bundle_copy), "--target", "pi4", "-o", str(tmp_path / "cam")]) == 0
     said = capsys.readouterr().out
-    assert "profile pi5: int4, int8 for the prefill" in said
+    assert "profile pi4: int4, int8 for the prefill" in said
     settings = (tmp_path / "cam" / "stick.conf").read_text()
     assert "variant=int4\n" in settings
     assert "prefill=int8\n" in settings
     assert (
-        main(["stick", str(bundle_copy), "--target", "pi5", "--prefill", "none", "-o", str(tmp_path / "cam.tar")]) == 0
+        main(["stick", str(bundle_copy), "--target", "pi4", "--prefill", "none", "-o", str(tmp_path / "cam.tar")]) == 0
     )
     assert "tar xf cam.tar && sh cam/install.sh" in capsys.readouterr().out
 

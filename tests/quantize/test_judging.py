@@ -262,7 +262,7 @@ def test_a_board_for_both_variants_measures_the_variant_alone(quantized, tmp_pat
     photo = ROOT / "demo" / "photos" / "coffee.jpg"
     asked = [Question(photo, "What is in this image?"), Question(photo, "Describe the image.")]
     bundle = Bundle.open(quantized)
-    profile = find_profile("pi5", variant="int4")
+    profile = find_profile("pi4", variant="int4")
     one, alike = (
         measure(quantized, "int4", "fp32", asked, 1, board=Board.of(bundle, profile, alike=a)) for a in (False, True)
     )
@@ -282,7 +282,7 @@ def test_judging_as_a_profile_follows_the_runtime(quantized, questions) -> None:
 
     asked = questions[1][:60]
     model = Model.load(quantized, variant="int4", prefill="int8", max_image_tokens=16, min_image_tokens=4, threads=1)
-    board = Board("pi5", "int8", model.setup.images, ())
+    board = Board("pi4", "int8", model.setup.images, ())
     quality = measure(quantized, "int4", "fp32", asked, 1, board=board)
     right = [model.answer(q.image, q.text, temperature=0).text() == q.answer for q in asked]
     total = sum(found["int4"] * found["questions"] for found in quality.accuracy.values())

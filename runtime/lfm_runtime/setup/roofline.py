@@ -4,9 +4,10 @@ board can do at most (the profile's [board]), times the share of it that kernels
 The shares are those of products on prompts and images and of reading weights for a token. The least and the most are a
 factor of two apart, and were set so that what is published for a Pi 5 lies inside: LFM2.5-350M in int8, by another
 engine, 200 tok/s of a prompt and 30 tok/s; LFM2.5-230M 42 tok/s. On two processors of an EPYC with AVX-512 VNNI, taken
-as whole cores at 4 GHz, int8 products reach 0.39 of the peak and fp32 products 0.38, and prompts are read 0.57 times as
-fast with 4-bit weights as with int8's; an encoder's attention takes 0.68 times as long in int8 as in fp32. On Arm
-nothing has been measured.
+as whole cores at 4 GHz, int8 products reach 0.39 of the peak and fp32 products 0.38; an encoder's attention takes 0.68
+times as long in int8 as in fp32. On Arm nothing has been measured in time, but instructions have been counted
+(scripts/bench/instructions.py): 4-bit weights take as many as int8's on a Cortex-A76, which has dot products; on a
+Cortex-A72, which has none, 1.6 times as many for a prompt, and for a token 1.4 a weight.
 
 Every run of a graph also takes time for each of its nodes, which is most of a small model's token: 1.3 to 3.5 µs on
 that EPYC, of the demo model. A Pi 5 is taken to need 2 to 4, others more or less as their peak in fp32 is below or
@@ -31,7 +32,8 @@ from lfm_runtime.setup.forecast import Forecast
 from lfm_runtime.setup.memory import weights_of
 from lfm_runtime.setup.setup import Setup
 
-_SHARES = {"fp32": (0.4, 0.8), "fp16": (0.4, 0.8), "int8": (0.17, 0.34), "int4": (0.1, 0.2)}
+_SHARES = {"fp32": (0.4, 0.8), "fp16": (0.4, 0.8), "int8": (0.17, 0.34), "int4": (0.16, 0.32)}
+_INT4_WITHOUT_DOT_PRODUCTS = {"prompt": (0.1, 0.2), "token": (0.06, 0.12)}
 _READING = (0.45, 0.9)
 _ATTENTION_IN_INT8 = 0.68  # of its time in fp32
 _NODE_US, _OF_GFLOPS = (2.0, 4.0), 153.6
@@ -100,11 +102,12 @@ def text_weights(model: ModelFacts) -> int:
     return sum(mixer[kind] + 3 * model.hidden * model.feed_forward for kind in model.layers)
 
 
-def products_ms(operations: float, number: str, board: Board) -> Range:
-    """Of matrix products with weights of so many bits."""
+def products_ms(operations: float, number: str, board: Board, rows: str = "prompt") -> Range:
+    """Of matrix products with weights of such numbers, for the rows of a `prompt` or of an image, or for a `token` alone."""
+    assert board.int8_gops and board.fp32_gflops
     peak = board.fp32_gflops if number in ("fp32", "fp16") else board.int8_gops
-    assert peak
-    low, high = _SHARES[number]
+    dot_products = board.int8_gops > 2 * board.fp32_gflops
+    low, high = _INT4_WITHOUT_DOT_PRODUCTS[rows] if number == "int4" and not dot_products else _SHARES[number]
     return Range(operations / peak / high / 1e6, operations / peak / low / 1e6)
 
 
@@ -152,7 +155,7 @@ def foreseen_ms(setup: Setup, forecast: Forecast) -> dict[str, Range] | None:
     prompt += calls_ms(node_count(reader) * -(-forecast.prompt_tokens // MOST_AT_ONCE), board)
     kept = 8 * sum(kind == "full_attention" for kind in model.layers) * model.kv_heads * model.head_dim
     token = reading_ms(weights_of(bundle, decoder) + kept * forecast.prompt_tokens, board)
-    token = token.or_longer(products_ms(2.0 * (weights + head), number_of(DECODER, decoder), board))
+    token = token.or_longer(products_ms(2.0 * (weights + head), number_of(DECODER, decoder), board, "token"))
     token += calls_ms(node_count(decoder), board)
     return {"vision": images, "prefill": prompt, "ttft": images + prompt, "per_token": token}
 

@@ -53,6 +53,19 @@ def test_what_is_published_for_a_pi_5_is_inside_the_range(demo_bundle) -> None:
         assert token.least <= 1e3 / rate <= token.most == pytest.approx(2 * token.least)
 
 
+def test_4_bit_weights_take_what_their_counted_instructions_say() -> None:
+    """docs/log/2026-11-28.md, millions: on a Cortex-A76 941 for a prompt of 32 tokens, in int8 937; on a Cortex-A72, which
+    begins three a cycle at most, 3,499, in int8 2,279, and 873 for a token.
+    """
+    pi5, pi4, all_weights = read("pi5").board, read("pi4").board, 2.0 * 354.5e6
+    prompts = {board: [products_ms(1e12, n, board).most for n in ("int4", "int8")] for board in (pi5, pi4)}
+    assert prompts[pi5][0] / prompts[pi5][1] == pytest.approx(941 / 937, rel=0.1)
+    assert prompts[pi4][0] / prompts[pi4][1] == pytest.approx(3499 / 2279, rel=0.15)
+    token = products_ms(all_weights, "int4", pi4, "token")
+    assert token.least > 873e6 / 3 / (4 * 1.5e9) * 1e3
+    assert products_ms(all_weights, "int4", pi5, "token").most < token.least
+
+
 def test_a_small_model_is_not_foreseen_faster_than_its_nodes(demo_bundle, photo, capsys, monkeypatch) -> None:
     """The demo's weights are read in less time than its operators are called."""
     monkeypatch.setattr(Memory, "of_this_process", staticmethod(lambda: Memory(40.0, 27.0)))  # other tests' is larger
