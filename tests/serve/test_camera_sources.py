@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -203,6 +204,57 @@ def test_what_ffmpeg_cannot_open_says_what_to_look_at(tmp_path, left) -> None:
         SourceError, match=r"no video that ffmpeg knows, or cut off \(.*\); look at it with: ffprobe FILE"
     ):
         list(source_of(str(path), every=0, stall=1).frames())
+
+
+def test_nothing_of_a_device_outlives_it(tmp_path, monkeypatch) -> None:
+    """A raw picture of Video4Linux lies in the device's buffers, and freeing it after the device ends the process
+    (scripts/checks/usb_camera.sh tries it with a kernel's driver). A file of raw pictures stands for one.
+    """
+    av = pytest.importorskip("av")
+    from lfm_serve.cameras import streams
+
+    given, real = [], av.open
+    (raw := tmp_path / "raw").write_bytes(bytes(64 * 48 * 2 * 50))
+    form = {"video_size": "64x48", "pixel_format": "yuyv422", "framerate": "100"}
+
+    class Watched:
+        """A container whose packets and frames are known."""
+
+        def __init__(self) -> None:
+            self._real = real(str(raw), format="rawvideo", options=form)
+            self.streams = self._real.streams
+
+        def demux(self, stream):
+            for packet in self._real.demux(stream):
+                given.append(packet)
+                yield Packet(packet)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            (alone,) = (sys.getrefcount(one) for one in [object()])  # as below, without others
+            self.left = [type(one).__name__ for one in given if sys.getrefcount(one) > alone]
+            self._real.close()
+
+    class Packet:
+        def __init__(self, packet) -> None:
+            self._packet = packet
+
+        def decode(self):
+            frames = self._packet.decode()
+            given.extend(frames)
+            return frames
+
+    opened: list[Watched] = []
+    monkeypatch.setattr(streams.Lag, "_WAITED_S", 0.0)
+    monkeypatch.setattr(streams.av, "open", lambda *a, **k: opened.append(Watched()) or opened[-1])
+    frames = streams.Stream("/dev/video0", 5.0, device=True).frames()
+    held = [next(frames), next(frames)]
+    frames.close()
+    assert len(given) >= 4
+    assert opened[0].left == [], "somebody still holds packets or frames"
+    assert [one.picture().size for one in held] == [(64, 48)] * 2
 
 
 def test_one_picture_by_http_is_fetched_again_and_again(monkeypatch) -> None:

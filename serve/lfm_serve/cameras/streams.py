@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -54,31 +54,39 @@ class Stream:
             how["format"] = "video4linux2"
         elif self._address.lower().startswith("rtsp"):
             how["options"] = {"rtsp_transport": "tcp"}  # over UDP lost packets are smeared pictures
+        with _opened(self._address, **how) as container, closing(self._pictures(container, number)) as pictures:
+            yield from pictures
+
+    def _pictures(self, container: Any, number: int) -> Generator[Frame, None, None]:
+        """What is decoded. A generator of its own, so that closing it lets go of packets before the container closes:
+        those of a device lie in its buffers, and freeing one later ends the process.
+        """
         lag, held = Lag(), None
-        with _opened(self._address, **how) as container:
-            stream = _video(container)
-            stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
-            last, why = time.monotonic(), f"no picture for {self.stall:g} s"
-            for packet, waited in self._packets(container.demux(stream)):
-                if time.monotonic() - last >= 0.99 * self.stall:  # ffmpeg gives a rest of one when it has waited enough
-                    raise SourceError(why)
-                try:
-                    frames = packet.decode()
-                except av.error.InvalidDataError:  # what was lost on the way is in the next ones
-                    continue
-                for frame in frames:
-                    now = time.monotonic()
-                    late = lag.note(now, frame.time, waited)
-                    stream.codec_context.skip_frame = "NONKEY" if lag.behind else "DEFAULT"
-                    if late <= OLD_S:
-                        last = now
-                    why = f"pictures come {late:.0f} s late" if late > OLD_S else f"no picture for {self.stall:g} s"
-                    held = Frame(number, partial(_picture, frame), received=now - late, moment=time.time() - late)
-                    if lag.caught_up:
-                        yield held
-                        number += 1
-            if held and not lag.caught_up:  # a snapshot: the only picture of its address
-                yield held
+        stream = _video(container)
+        stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
+        in_buffers = self._device and stream.codec_context.name == "rawvideo"  # frames too: nothing decodes them
+        last, why = time.monotonic(), f"no picture for {self.stall:g} s"
+        for packet, waited in self._packets(container.demux(stream)):
+            if time.monotonic() - last >= 0.99 * self.stall:  # ffmpeg gives a rest of one when it has waited enough
+                raise SourceError(why)
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:  # what was lost on the way is in the next ones
+                continue
+            for frame in frames:
+                now = time.monotonic()
+                late = lag.note(now, frame.time, waited)
+                stream.codec_context.skip_frame = "NONKEY" if lag.behind else "DEFAULT"
+                if late <= OLD_S:
+                    last = now
+                why = f"pictures come {late:.0f} s late" if late > OLD_S else f"no picture for {self.stall:g} s"
+                picture = _converted(frame) if in_buffers else partial(_picture, frame)
+                held = Frame(number, picture, received=now - late, moment=time.time() - late)
+                if lag.caught_up:
+                    yield held
+                    number += 1
+        if held and not lag.caught_up:  # a snapshot: the only picture of its address
+            yield held
 
     def _packets(self, packets: Iterator[Any]) -> Iterator[tuple[Any, float]]:
         """Packets, and how long each was waited for."""
@@ -220,3 +228,12 @@ def _picture(frame: Any) -> Image.Image:
     except (av.FFmpegError, ValueError, OSError) as e:
         raise ImageError(f"a frame cannot be converted ({e})") from e
     return image.transpose(_TURNS[turned]) if turned in _TURNS else image
+
+
+def _converted(frame: Any) -> Callable[[], Image.Image]:
+    """Its picture, made now."""
+    try:
+        image = _picture(frame)
+    except ImageError as e:
+        raise SourceError(str(e)) from e
+    return lambda: image
