@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
         parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of the commands below")
+        first, later = next(iter(words), ""), [word for word in words if word in commands]
+        if first.startswith("-") and first not in ("-h", "--help", "--version") and later:
+            parser.error(f"{first} stands before the command; options come after it: lfm-edge {later[0]} … {first}")
         parser.parse_args(words[:1] or ["--help"])
     try:
         module: ModuleType = importlib.import_module(commands[words[0]].value)

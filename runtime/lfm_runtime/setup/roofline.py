@@ -6,8 +6,8 @@ factor of two apart, and were set so that what is published for a Pi 5 lies insi
 engine, 200 tok/s of a prompt and 30 tok/s; LFM2.5-230M 42 tok/s. On two processors of an EPYC with AVX-512 VNNI, taken
 as whole cores at 4 GHz, int8 products reach 0.39 of the peak and fp32 products 0.38; an encoder's attention takes 0.68
 times as long in int8 as in fp32. On Arm nothing has been measured in time, but instructions have been counted
-(scripts/bench/instructions.py, onnxruntime 1.32.0): 4-bit weights take as many as int8's on a Cortex-A76, which has dot
-products; on a Cortex-A72, which has none, 1.5 times as many for a prompt, and 6 times as many for a token.
+(scripts/bench/instructions.py, onnxruntime from 1.24 on): 4-bit weights take as many as int8's on a Cortex-A76, which
+has dot products; on a Cortex-A72, which has none, 1.5 times as many for a prompt, and 6 times as many for a token.
 
 Every run of a graph also takes time for each of its nodes, which is most of a small model's token: 1.3 to 3.5 µs on
 that EPYC, of the demo model. A Pi 5 is taken to need 2 to 4, others more or less as their peak in fp32 is below or

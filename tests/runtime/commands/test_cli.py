@@ -22,6 +22,17 @@ def test_help_says_what_each_command_does(capsys) -> None:
     assert capsys.readouterr().out == f"lfm-edge {__version__}\n"
 
 
+def test_options_before_the_command(capsys) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["--variant", "int4", "run", "bundle", "-p", "hi"])
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--variant stands before the command; options come after it: lfm-edge run … --variant" in line
+    with pytest.raises(SystemExit) as e:
+        main(["--help", "run"])
+    assert e.value.code == 0
+
+
 def test_misspelt_options(capsys) -> None:
     """The error is one line, with the option that was meant."""
     with pytest.raises(SystemExit) as e:
