@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -120,3 +121,20 @@ def test_the_command(demo_bundle, photo, tmp_path, capsys) -> None:
     schema.write_text('{"not": {}}')
     assert main(["run", str(demo_bundle), "-p", "x", "--schema", str(schema)]) == 2
     assert "cannot be enforced" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_answer_whole(
+    demo_bundle, photo, tmp_path, capsys, monkeypatch
+) -> None:
+    """The disk is full by then: the answer ends its line, the error is one of its own."""
+
+    def full(path, _) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lfm_runtime.formats.files.write_whole", full)
+    words = ["run", str(demo_bundle), str(photo), "-p", "x", "--threads", "1", "--max-new-tokens", "2", "--quiet"]
+    assert main([*words, "--boxes", str(tmp_path / "out.png")]) == 2
+    said = capsys.readouterr()
+    assert said.out.endswith("\n")
+    assert said.err.startswith("lfm-edge: ")
+    assert said.err.count("\n") == 1

@@ -95,7 +95,10 @@ def test_sidecars_replace_only_our_own(caption, folder, tmp_path, capsys) -> Non
     found = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
     assert (folder / "0001.txt").read_text() == found["images/0001.png"] + "\n"
     assert (folder / "0002.txt").read_text() == "mine"
-    assert "0002.txt is not of lfm-edge caption and stays; --force replaces it" in capsys.readouterr().err
+    assert (
+        "0002.txt has a text that is in no record of this output, and stays; --force replaces it"
+        in capsys.readouterr().err
+    )
     shutil.copy(IMAGES[30], folder / "0001.png")
     again = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
     assert again["images/0001.png"] != found["images/0001.png"]

@@ -69,15 +69,14 @@ def run(options: argparse.Namespace) -> int:
     for piece in answer:
         if not options.json:
             print(piece, end="", flush=True)
+    if not options.json:
+        print(flush=True)  # before anything is said of boxes that could not be drawn
     boxes = _draw(options, answer.report.text) if options.boxes else None
     if options.json:
         print_json({**answer.report.as_dict(), **({} if boxes is None else {"boxes": [asdict(box) for box in boxes]})})
-    else:
-        print()
-        sys.stdout.flush()
-        if not options.quiet:
-            name = model.bundle.folder.resolve().name
-            print(f"\n{name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
+    elif not options.quiet:
+        name = model.bundle.folder.resolve().name
+        print(f"\n{name}, {model.setup.summary}\n{answer.report.table()}", file=sys.stderr)
     if options.schema and answer.report.finish_reason == "length":
         said = f"the answer was cut off after {counted(answer.report.new_tokens, 'token')}, before its JSON was whole"
         print(f"lfm-edge: {said}; allow more with --max-new-tokens", file=sys.stderr)
@@ -177,7 +176,7 @@ def _draw(options: argparse.Namespace, text: str) -> list[Box]:
             if boxes
             else "no box in the answer; the image alone is in"
         )
-        print(f"\nlfm-edge: {said} {options.boxes}", file=sys.stderr)
+        print(f"lfm-edge: {said} {options.boxes}", file=sys.stderr)
     return boxes
 
 

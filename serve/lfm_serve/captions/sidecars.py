@@ -50,7 +50,7 @@ class Sidecars:
             elif self._force or not place.exists() or self._is_ours(place, record["path"]):
                 write_whole(place, text + "\n")
             else:
-                warn(f"{place} is not of lfm-edge caption and stays; --force replaces it")
+                warn(f"{place} has a text that is in no record of this output, and stays; --force replaces it")
                 return
         except (OSError, EdgeError) as e:
             warn(f"{place} is not written: {e}")
