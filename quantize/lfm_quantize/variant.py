@@ -110,10 +110,8 @@ def keep_quality(folder: Path, quality: Quality, images: Iterable[Path], measure
     for variant in (quality.variant, quality.against):
         if _weights(there, variant) != _weights(measured, variant):
             return f"the numbers are not kept: {variant} was made anew meanwhile, and they are of the one before"
-    marks, calibrated = calibration_marks(images), _calibrated(there, quality.variant)
-    if known := calibrated.intersection(marks):
-        few = f"{len(known)} of {counted(len(marks), 'image')} calibrated {quality.variant}"
-        return f"{few}, so that its loss on others is larger; the numbers are not kept"
+    if seen := seen_before(there, quality.variant, images):
+        return f"{seen}; the numbers are not kept"
     if quality.against not in FINEST or quality.against == quality.variant:
         kept, these = f"{MANIFEST} has the loss to {' or '.join(FINEST)}", quality.against
         these = "the variant itself" if these == quality.variant else these
@@ -130,6 +128,14 @@ def keep_quality(folder: Path, quality: Quality, images: Iterable[Path], measure
     except BundleError as e:
         return f"the numbers are not kept: {e}"
     return None
+
+
+def seen_before(manifest: Manifest, variant: str, images: Iterable[Path]) -> str | None:
+    """That some of the images calibrated a variant; None where none did."""
+    marks = calibration_marks(images)
+    known = _calibrated(manifest, variant).intersection(marks)
+    few = f"{len(known)} of {counted(len(marks), 'image')} calibrated {variant}"
+    return f"{few}, so that its loss on others is larger" if known else None
 
 
 def _weights(manifest: Manifest, variant: str) -> dict[str, File]:

@@ -48,7 +48,10 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     assert main(words) == 0
     said = capfd.readouterr().err
     assert "10 images: three quarters calibrate, a quarter judges (quick: at most 8 and 4)" in said
-    assert f"cost together: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi4 --images '{few}'" in said
+    assert (
+        f"cost together, with other images better: lfm-edge quality {tmp_path / 'cam-bundle'} --profile pi4 --images '{few}'"
+        in said
+    )
     told = [said.index(f"of 4, {step}: lfm-edge") for step in ("export", "int8", "int4", "stick")]
     assert told == sorted(told), "the prefill decoder is there when the other variant is judged"
     assert "in all" in said

@@ -113,6 +113,8 @@ def test_only_the_loss_to_floats_is_kept(quantized, tmp_path, capsys) -> None:
     assert (
         "1 of 1 image calibrated int4, so that its loss on others is larger; the numbers are not" in judged(bundle).err
     )
+    seen = judged(bundle, "--profile", "pi5").err
+    assert seen.endswith("1 of 1 image calibrated int4, so that its loss on others is larger\n")
     whole.write(bundle)
     before = tree(bundle)
     assert "has the loss to fp32 or fp16, these are to int8" in judged(bundle, "--against", "int8").err

@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     if order.calibration and order.changes_images():
         words = ["quality", str(order.bundle), "--profile", order.profile, "--images", str(order.calibration[0])]
         say(f"profile {order.board.name} shows the model less of an image than the checkpoint asks for; what that and")
-        say(f"the variant cost together: lfm-edge {shlex.join(words)}")
+        say(f"the variant cost together, with other images better: lfm-edge {shlex.join(words)}")
     return 0
 
 

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
-    from lfm_quantize.variant import keep_quality
+    from lfm_quantize.variant import keep_quality, seen_before
 
     if options.plot:
         from lfm_quantize.judge.plot import error_plot, is_plot
@@ -95,11 +95,15 @@ def run(options: argparse.Namespace) -> int:
         print_json(quality.to_dict())
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
+    images = [question.image for question in questions]
     if board is None:
-        if problem := keep_quality(options.bundle, quality, (question.image for question in questions), measured):
-            printer.warn(problem)
-        elif not options.quiet:
-            print(f"the numbers are kept in {options.bundle / MANIFEST}", file=sys.stderr)
+        problem = keep_quality(options.bundle, quality, images, measured)
+    else:
+        problem = seen_before(measured, variant, images) if measured else None
+    if problem:
+        printer.warn(problem)
+    elif board is None and not options.quiet:
+        print(f"the numbers are kept in {options.bundle / MANIFEST}", file=sys.stderr)
     if options.plot:
         error_plot(quality, options.plot)
     return 0
