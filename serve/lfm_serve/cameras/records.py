@@ -139,5 +139,7 @@ def _whole_end(path: Path) -> int:
     except ValueError:
         ours = not first.endswith(b"\n")
     if not (ours and begun):
-        raise RecordsError(f"{path} exists, and lfm-edge watch did not write it; choose another output")
+        raise RecordsError(
+            f"{path} exists, and lfm-edge watch did not write it, or it was edited since; choose another output"
+        )
     return size - len(last) + last.rfind(b"\n") + 1

@@ -80,7 +80,8 @@ def _walk(top: str, recursive: bool, match: Sequence[str], warn: Callable[[str],
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as e:
-            warn(f"{folder} cannot be read ({e.strerror}); it is left out")
+            do = "; change its permissions" if isinstance(e, PermissionError) else ""
+            warn(f"{folder} cannot be read ({e.strerror}) and is left out{do}")
             continue
         below = {entry.path: entry.name for entry in found if _is_folder(entry)}
         for entry in found:
