@@ -151,7 +151,7 @@ def test_the_demo_model_answers_the_same(portable, demo_bundle, photo) -> None:
 def test_model_card_snippet(portable) -> None:
     """The model card's snippet runs with portable graphs as it does with the built ones."""
     sys.path.insert(0, str(ROOT / "tests" / "runtime"))
-    from test_model import test_model_card_snippet as snippet
+    from test_hub_folders import test_model_card_snippet as snippet
 
     snippet(portable, Model.load(portable, profile="generic"), ROOT / "demo/eval/images/0003.png")
 
