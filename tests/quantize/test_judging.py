@@ -115,6 +115,9 @@ def test_only_the_loss_to_floats_is_kept(quantized, tmp_path, capsys) -> None:
     )
     seen = judged(bundle, "--profile", "pi5").err
     assert seen.endswith("1 of 1 image calibrated int4, so that its loss on others is larger\n")
+    other = dict(whole.quantization["int8"], calibration={"images": 1, "sha256": marks})
+    replace(whole, quantization={**whole.quantization, "int8": other}, quality={}).write(bundle)
+    assert "1 of 1 image calibrated int8" in judged(bundle, "--profile", "pi4").err, "whose decoder reads the prompts"
     whole.write(bundle)
     before = tree(bundle)
     assert "has the loss to fp32 or fp16, these are to int8" in judged(bundle, "--against", "int8").err

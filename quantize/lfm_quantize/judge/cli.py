@@ -96,10 +96,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
     images = [question.image for question in questions]
+    problem = None
     if board is None:
         problem = keep_quality(options.bundle, quality, images, measured)
-    else:
-        problem = seen_before(measured, variant, images) if measured else None
+    elif measured is not None:
+        found = (seen_before(measured, name, images) for name in (variant, board.prefill) if name)
+        problem = next(filter(None, found), None)
     if problem:
         printer.warn(problem)
     elif board is None and not options.quiet:

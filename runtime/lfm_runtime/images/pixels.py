@@ -107,9 +107,7 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
         raise ImageError(f"{name} is {what}") from e
     except PermissionError as e:
         raise ImageError(f"{name} cannot be read; check its permissions") from e
-    except (
-        Exception
-    ) as e:  # Pillow's decoders raise anything for damaged files: struct.error, SyntaxError, NotImplementedError …
+    except Exception as e:  # of damaged files Pillow's decoders raise anything: struct.error, SyntaxError …
         why = re.sub(r" ?<_io\.\w+ object at \w+>", "", str(e)) or type(e).__name__
         raise ImageError(f"{name} is not a readable image or is cut off ({why})") from e
 
