@@ -11,6 +11,9 @@ from lfm_runtime.commands.cli import add_image_arguments, given_flags
 from lfm_runtime.errors import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lfm_runtime.formats.manifest import Manifest
     from lfm_runtime.questions import Question
 
     from lfm_quantize.judge.measure import Board
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
-    from lfm_quantize.variant import keep_quality, seen_before
+    from lfm_quantize.variant import keep_quality
 
     if options.plot:
         from lfm_quantize.judge.plot import error_plot, is_plot
@@ -96,12 +99,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(quality.table() + (f"\n\n{quality.layer_table()}" if options.layers else ""))
     images = [question.image for question in questions]
-    problem = None
     if board is None:
         problem = keep_quality(options.bundle, quality, images, measured)
-    elif measured is not None:
-        found = (seen_before(measured, name, images) for name in (variant, board.prefill) if name)
-        problem = next(filter(None, found), None)
+    else:
+        problem = _seen(measured, (variant, board.prefill), images)
     if problem:
         printer.warn(problem)
     elif board is None and not options.quiet:
@@ -109,6 +110,15 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         error_plot(quality, options.plot)
     return 0
+
+
+def _seen(measured: Manifest | None, variants: Sequence[str | None], images: Sequence[Path]) -> str | None:
+    """That some of the images calibrated one of the variants that run."""
+    from lfm_quantize.variant import seen_before
+
+    if measured is None:
+        return None
+    return next((said for name in variants if name and (said := seen_before(measured, name, images))), None)
 
 
 def _questions(options: argparse.Namespace) -> tuple[list[Question], list[Path]]:
