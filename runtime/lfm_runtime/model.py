@@ -342,7 +342,7 @@ class Model:
         self, job: Job, context: Context, progress: Progress | None = None, *, returning: bool = False
     ) -> NDArray[np.float32]:
         """Prefill what of the prompt neither `context` nor the cache has; returns the logits [vocabulary] of its last
-        position. `returning`: somebody may come back to where an image ends, in this context or through the cache.
+        position. `returning`: somebody may come back to a place within it, in this context or through the cache.
         """
         return run_through(self.reading(job, context, progress, returning=returning))
 
@@ -365,7 +365,7 @@ class Model:
             embeds = self.decoder.embed_prompt(prompt.ids[known:], features, self.prompts.image_id)
         with report.stage("prefill"):
             context.resume(found, keys, job.capacity)
-        ends = stops(prompt.view_ends, prompt.image_ends, len(prompt.ids)) if returning else (len(prompt.ids),)
+        ends = stops(prompt.view_ends, prompt.image_ends, prompt.turns, len(prompt.ids)) if returning else (len(keys),)
         for end in (end for end in ends if end > known):
             if context.length > known:
                 yield
@@ -373,7 +373,7 @@ class Model:
             part = context.feeding(embeds[:, at - known : end - known], keys[at:end])
             logits = yield from report.staged("prefill", part)
             with report.stage("prefill"):
-                context.remember(cached=end in prompt.image_ends)
+                context.remember(cached=end in (*prompt.image_ends, *prompt.turns))
         return logits
 
     def encode(self, opened: Sequence[Opened], report: Report | None = None) -> NDArray[np.float32]:

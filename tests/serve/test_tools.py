@@ -76,6 +76,19 @@ def test_a_call_whose_arguments_follow_the_schema(tools_server, seed) -> None:
     jsonschema.validate(json.loads(call.function.arguments), schema)
 
 
+def test_tools_are_read_once(tools_server) -> None:
+    """A voice assistant sends its instructions and tools with every sentence; of the second, its own words are read."""
+    system = {"role": "system", "content": "You control the lights of this house. " * 20}
+    words = ("It is dark in the hall.", "Now it is too bright.", "Stop all that.")
+    found = [
+        ask(tools_server, messages=[system, {"role": "user", "content": sentence}], tools=TOOLS, seed=1).usage
+        for sentence in words
+    ]
+    read = [one.prompt_tokens - one.prompt_tokens_details.cached_tokens for one in found]
+    assert read[0] == found[0].prompt_tokens > 300
+    assert all(one < 20 for one in read[1:])
+
+
 ODD = {"type": "object", "required": ["how bright?"], "properties": {"how bright?": {"enum": [1, 2]}, "a=b": {"type": "boolean"}, "": {"type": "null"}}}  # fmt: skip
 
 

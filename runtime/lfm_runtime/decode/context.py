@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,10 @@ time. One view and a question are below it.
 """
 
 Keys = NDArray[np.int64]
+FEWEST_KEPT = 128
+"""Tokens of text that are worth a step and a copy of their own: what stands before a message is kept where it has so
+many more than what is kept already. A system prompt with its tools is; the turns of a small talk are not, each.
+"""
 _ROOM = 512
 """Capacity grows in such steps: a conversation does not move its past at every turn."""
 
@@ -134,7 +139,7 @@ class Context:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the state after the tokens processed so far."""
-        return self.state.snapshot()
+        return self.state.snapshot().copy()
 
     @property
     def state(self) -> State:
@@ -159,9 +164,9 @@ def prompt_keys(ids: Sequence[int], image_id: int, views: Sequence[int], ends: S
     return keys
 
 
-def stops(views: Sequence[int], images: Sequence[int], end: int) -> Iterator[int]:
-    """Where the steps of a prompt end that others may begin like: where each image does, and between its views so that
-    a step has as many of them as it may.
+def stops(views: Sequence[int], images: Sequence[int], turns: Sequence[int], end: int) -> Iterator[int]:
+    """Where the steps of a prompt end that others may begin like: where each image does, between its views so that a
+    step has as many of them as it may, and where a message begins, FEWEST_KEPT tokens or more after the last.
 
     Two prompts that are alike up to a stop of both have the same steps up to there. So what is computed is the same bit
     for bit, whatever comes after it and wherever it was gone on from.
@@ -169,11 +174,13 @@ def stops(views: Sequence[int], images: Sequence[int], end: int) -> Iterator[int
     Args:
         views: positions where those of the prompt end.
         images: the same of its images.
-        end: where the prompt does.
+        turns: where its messages begin.
+        end: where the prompt ends.
     """
-    last = 0
-    for here, following in zip(views, (*views[1:], end), strict=False):
-        if here in images or following - last > MOST_AT_ONCE:
+    last, ends = 0, sorted({*views, *turns, end})
+    for here, following in pairwise(ends):
+        whole = here in images or (here in turns and here - last >= FEWEST_KEPT)
+        if whole or (here in views and following - last > MOST_AT_ONCE):
             yield here
             last = here
     yield end

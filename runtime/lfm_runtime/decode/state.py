@@ -35,10 +35,9 @@ class Snapshot:
     length: int
     values: Arrays
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays together."""
-        return sum(array.nbytes for array in self.values.values())
+    def copy(self) -> Snapshot:
+        """The same in arrays of its own."""
+        return Snapshot(self.length, {name: array.copy() for name, array in self.values.items()})
 
 
 class State(Protocol):
@@ -64,7 +63,9 @@ class State(Protocol):
         ...
 
     def snapshot(self) -> Snapshot:
-        """Return a copy that can start other states."""
+        """What other states can start from. Its arrays may be this state's own: whoever keeps them beyond the next step
+        copies them.
+        """
         ...
 
 

@@ -121,11 +121,9 @@ class SharedState:
             self._buffers[name][self._turn][...] = array
 
     def snapshot(self) -> Snapshot:
-        """Implement State.snapshot; every array is a copy."""
+        """Implement State.snapshot; keys and values are the state's own."""
         attention = {
-            s.name: self._buffers[s.name][0][:, :, : self.length].copy()
-            for s in self._graphs.info.states
-            if not s.is_conv
+            s.name: self._buffers[s.name][0][:, :, : self.length] for s in self._graphs.info.states if not s.is_conv
         }
         return Snapshot(self.length, {**attention, **self.mark().convs})
 

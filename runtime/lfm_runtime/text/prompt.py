@@ -12,20 +12,21 @@ from itertools import accumulate
 from lfm_runtime.errors import PromptError
 from lfm_runtime.images.layout import ImageLayout
 from lfm_runtime.text.messages import Conversation, Message, mapped_strings
-from lfm_runtime.text.spec import PromptSpec
+from lfm_runtime.text.spec import TURN, PromptSpec
 from lfm_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
     """Token ids; `image_token` stands once for every row of image features, in order. `image_ends[i]` is where those of
-    image i end, `view_ends[j]` those of view j of all images.
+    image i end, `view_ends[j]` those of view j of all images, `turns[k]` where message k begins.
     """
 
     ids: list[int]
     image_tokens: int
     image_ends: tuple[int, ...] = ()
     view_ends: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
 
 
 class PromptBuilder:
@@ -124,7 +125,9 @@ class PromptBuilder:
             return tuple(at[count - 1] + 1 for count in accumulate(counts))
 
         views = (view.tokens for layout in layouts for view in layout.views)
-        return RenderedPrompt(ids, wanted, ends(layout.tokens for layout in layouts), ends(views))
+        turn = self.tokenizer.id_of.get(TURN)
+        turns = tuple(i for i, token in enumerate(ids) if token == turn)
+        return RenderedPrompt(ids, wanted, ends(layout.tokens for layout in layouts), ends(views), turns)
 
 
 def _unused_character(chat: Conversation, rendered: str) -> str:

@@ -31,6 +31,8 @@ CHATML = (
     "endif -%}"
 )
 """LFM2's first template, for folders that have none."""
+TURN = "<|im_start|>"
+"""The special token that every message of the family begins with."""
 _STAND_INS_1 = {ord(old): new for old, new in zip("ª²\xa0§", "\ue001\ue002\ue003\ue000", strict=True)}
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, metavar="N", help="answers at once; default: 4, 2 or 1, as memory allows")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer for each (default 4096)")
     parser.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait")
-    parser.add_argument("--cache-mib", type=int, default=128, metavar="N", help="memory for images seen before")
+    parser.add_argument("--cache-mib", type=int, default=128, metavar="N", help="memory for what was read before")
     parser.add_argument("--max-megapixels", type=float, default=25.0, metavar="N", help="refuse larger images")
     parser.add_argument("--max-body-mib", type=int, default=64, metavar="N", help="refuse larger requests")
     parser.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer")
