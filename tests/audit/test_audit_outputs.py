@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from edits import write
 from lfm_audit import audit as audit_module
+from lfm_audit import measured as measured_module
+from lfm_audit.reading import read_audit
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError
 
@@ -80,3 +82,24 @@ def test_one_file_for_two_outputs(demo_bundle, tmp_path, capsys) -> None:
     assert main(words) == 2
     assert "-o and --csv are both" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_audit_that_ended_early_replaces_no_whole_one(audit, demo_bundle, tmp_path, monkeypatch, capsys) -> None:
+    """Ctrl-C during a second audit to the same place; another one that ended early it does replace, as --force does."""
+    whole = {**audit, "bundle": {**audit["bundle"], "name": demo_bundle.name}}
+    place = Path(write(tmp_path, "a", whole))
+    cut = read_audit(Path(write(tmp_path, "cut", {**whole, "partial": True, "stopped": "interrupted"})))
+    monkeypatch.setattr(audit_module, "audit", lambda *_: cut)
+    monkeypatch.setattr(measured_module, "keep_measured", lambda *_: None)
+    before, names = place.read_bytes(), lambda: sorted(path.name for path in tmp_path.glob("a*"))
+    words = ["audit", str(demo_bundle), "-o", str(place)]
+    for n, name in enumerate((f"{place.stem}-partial.json", f"{place.stem}-partial-2.json"), 2):
+        main(words)
+        said = capsys.readouterr().out
+        assert f"{place} is a whole audit and stays; this one ended early\nwritten: {tmp_path / name}" in said
+        assert place.read_bytes() == before and len(names()) == n
+    partial = tmp_path / f"{place.stem}-partial.json"
+    main(["audit", str(demo_bundle), "-o", str(partial)])
+    assert len(names()) == 3
+    main([*words, "--force"])
+    assert read_audit(place).partial

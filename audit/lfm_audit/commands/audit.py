@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from lfm_runtime.setup.setup import Setup
 
+    from lfm_audit.result import Audit
     from lfm_audit.workload import Subject, Workload
 
 LIMIT_BROKEN, INVALID = 1, 3
@@ -98,11 +100,11 @@ def run(options: argparse.Namespace) -> int:
     progress("")
     print(table(result))
     if options.output:
-        write_or_rescue(options.output, result.to_text())
-        print(
-            f"\nwritten: {options.output}; as a page: lfm-edge report {options.output} -o "
-            f"{options.output.with_suffix('.html')}"
-        )
+        output = _place(options, result)
+        write_or_rescue(output, result.to_text())
+        if output != options.output:
+            print(f"\n{options.output} is a whole audit and stays; this one ended early", end="")
+        print(f"\nwritten: {output}; as a page: lfm-edge report {output} -o {output.with_suffix('.html')}")
     if options.csv:
         header, rows = rows_for_csv(result)
         more = is_csv(options.csv)
@@ -112,6 +114,22 @@ def run(options: argparse.Namespace) -> int:
     if not result.verdict.valid:
         return INVALID
     return 0 if all(limit.holds for limit in result.limits) else LIMIT_BROKEN
+
+
+def _place(options: argparse.Namespace, result: Audit) -> Path:
+    """Where the audit is written: one that ended early does not replace a whole one, but stands beside it."""
+    from lfm_audit.reading import AuditError, read_audit
+
+    output: Path = options.output
+    if not result.partial or options.force or not output.exists():
+        return output
+    try:
+        if read_audit(output).partial:
+            return output
+    except AuditError:  # an empty file, as check_output takes
+        return output
+    names = (output.with_stem(f"{output.stem}-partial{f'-{n}' if n > 1 else ''}") for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _check_same_bundle(options: argparse.Namespace) -> None:
