@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from importlib.metadata import distribution
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.errors import EdgeError
+from lfm_runtime.formats.files import is_sealed, sealed
 from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
 from packaging.requirements import Requirement
@@ -29,6 +31,7 @@ from lfm_package.targets import Platform
 
 REQUIREMENTS = "requirements.txt"
 _NAME = "lfm-edge"
+_PROGRAM = "lfm-edge wheelhouse"
 _INSTALLER = "pip"  # from its wheel an environment is filled where the system's Python has no ensurepip
 
 
@@ -95,7 +98,7 @@ def wheelhouse(platform: Platform, folder: Path, extras: Sequence[str] = ()) -> 
         _pip("download", "--dest", str(new), "--no-deps", "--require-hashes", "-r", str(pins), *_tags(platform))
         found = read_wheelhouse(new)
         check(platform, found)
-        pins.write_text(_pinned(platform, [wheel for wheel in found if wheel.name != _INSTALLER]), encoding="utf-8")
+        pins.write_text(sealed(_pinned(platform, found, commented=_INSTALLER), _PROGRAM), encoding="utf-8")
     return found
 
 
@@ -236,8 +239,12 @@ def _reported(entry: dict[str, Any]) -> Wheel:
     return Wheel(file, sha256, tuple(said.get("requires_dist") or ()), said.get("requires_python") or "", license="")
 
 
-def _pinned(platform: Platform, wheels: Iterable[Wheel]) -> str:
-    lines = [f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in wheels]
+def _pinned(platform: Platform, wheels: Iterable[Wheel], *, commented: str = "") -> str:
+    """Requirements with hashes; the wheel named `commented` is there, but not to be installed."""
+    lines = [
+        f"{'# ' if wheel.name == commented else ''}{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}"
+        for wheel in wheels
+    ]
     return f"# {platform}\n" + "\n".join(sorted(lines)) + "\n"
 
 
@@ -283,10 +290,17 @@ def _pip(*words: str) -> str:
 
 
 def _check_ours(folder: Path) -> None:
+    """Raise WheelhouseError for a folder that has something else than `wheelhouse` wrote: a wheel of the user's too."""
     if not folder.exists():
         return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    strange = sorted(name for name in names if name != REQUIREMENTS and not name.endswith(".whl"))
+    if not folder.is_dir():
+        raise WheelhouseError(f"{folder} is a file; name a folder")
+    pins, known = folder / REQUIREMENTS, ""
+    with suppress(OSError, UnicodeDecodeError):
+        known = pins.read_text(encoding="utf-8") if is_sealed(pins) else ""
+    ours = {path for path in folder.glob("*.whl") if path.is_file() and file_hash(path) in known}
+    strange = sorted({*folder.iterdir()} - ours - ({pins} if known else set()), key=lambda path: (path != pins, path))
     if strange:
-        what = f"has {strange[0]!r}" if strange[0] else "is a file"
-        raise WheelhouseError(f"{folder} {what}, so it is not a wheelhouse; choose another output")
+        raise WheelhouseError(
+            f"{strange[0]} was not written by {_PROGRAM}, or was edited since; choose another output than {folder}"
+        )

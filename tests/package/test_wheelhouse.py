@@ -197,9 +197,8 @@ def test_a_real_one(tmp_path) -> None:
     pins = (folder / "requirements.txt").read_text()
     for wheel in found:
         data = (folder / wheel.file).read_bytes()
-        assert (f"{wheel.name}=={wheel.version} --hash=sha256:{hashlib.sha256(data).hexdigest()}" in pins) == (
-            wheel.name != "pip"
-        )
+        pinned = f"{wheel.name}=={wheel.version} --hash=sha256:{hashlib.sha256(data).hexdigest()}"
+        assert f"\n{'# ' if wheel.name == 'pip' else ''}{pinned}\n" in pins
     words = [
         "pip",
         "install",
@@ -232,9 +231,18 @@ def test_a_real_one(tmp_path) -> None:
         names = archive.namelist()
     assert "lfm_runtime/commands/cli.py" in names
     assert "lfm_package/install.sh" in names
-    (folder / "photo.jpg").write_bytes(b"")
-    with pytest.raises(WheelhouseError, match="is not a wheelhouse"):
+    for name in ("photo.jpg", "mine-1.0-py3-none-any.whl"):
+        (folder / name).write_bytes(b"mine")
+        with pytest.raises(WheelhouseError, match=f"{name} was not written by lfm-edge wheelhouse"):
+            wheelhouse(PI5, folder)
+        (folder / name).unlink()
+    (folder / "requirements.txt").write_text(f"{pins}more==1.0\n")
+    with pytest.raises(
+        WheelhouseError, match=r"requirements.txt was not written by lfm-edge wheelhouse, or was edited"
+    ):
         wheelhouse(PI5, folder)
+    (folder / "requirements.txt").write_text(pins)
+    module._check_ours(folder)
 
 
 def test_our_own_wheel_is_made_again_from_where_it_was_installed(tmp_path) -> None:
@@ -259,3 +267,14 @@ def test_targets_that_do_not_exist_are_refused(tmp_path, monkeypatch, capsys) ->
         Wheel.read(tmp_path / "bad.whl")
     with pytest.raises(WheelhouseError, match="holds no wheels"):
         read_wheelhouse(Path(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "mine-1.0-py3-none-any.whl", "requirements.txt", "folder.whl/a"])
+def test_a_folder_of_somebody_else_stays(tmp_path, monkeypatch, name) -> None:
+    """A folder of wheels that the user collected is no wheelhouse."""
+    monkeypatch.setattr(module, "_our_wheel", lambda _: pytest.fail("works"))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\xff mine")
+    with pytest.raises(WheelhouseError, match=f"{name.partition('/')[0]} was not written by lfm-edge wheelhouse"):
+        wheelhouse(PI5, tmp_path)
+    assert (tmp_path / name).read_bytes() == b"\xff mine"

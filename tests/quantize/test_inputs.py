@@ -87,6 +87,14 @@ BAD = {
         lambda d: ((d / "x.bin").write_bytes(bytes(range(256))), read_questions(d / "x.bin", None)),
         "neither a folder nor a text file",
     ),
+    "questions for paths": (
+        lambda d: ((d / "p.jsonl").write_text('{"image": "x.png"}'), read_questions(d / "p.jsonl", None)),
+        "p.jsonl holds questions, not paths; give it as --prompts",
+    ),
+    "questions for paths, by another name": (
+        lambda d: ((d / "p").write_text('{"image": "x.png"}'), read_questions(d / "p", None)),
+        "p holds questions, not paths; give it as --prompts",
+    ),
     "empty prompts": (lambda d: ((d / "p").write_text(""), read_questions(PHOTOS, d / "p")), "is empty"),
     "binary prompts": (lambda d: read_questions(PHOTOS, PHOTOS / "coffee.jpg"), "cannot be read as text"),
     "a JSON array": (

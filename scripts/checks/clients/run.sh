@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Programs that people point at the server, as they are: Frigate, Home Assistant with LLM Vision and with its own Ollama
-# integration, Open WebUI. Each in an environment of its own (some 3 GB and ten minutes at first); after scripts/demo.sh.
+# Programs that people point at the server, as they are: Frigate, Home Assistant with LLM Vision and with its own integrations of
+# Ollama and llama.cpp, Open WebUI. Each in an environment of its own (some 4 GB and ten minutes at first); after scripts/demo.sh.
+# Needs root and debootstrap, for Home Assistant.
 #
 #     scripts/checks/clients/run.sh FRIGATE LLM_VISION
 #
@@ -29,11 +30,27 @@ make_environment "$work/frigate" "$(find_python 3.11)" pydantic ruamel.yaml nump
 PYTHONPATH=$frigate "$work/frigate/bin/python" $here/frigate_genai.py
 
 echo "== Home Assistant, LLM Vision $(git -C "$llm_vision" log -1 --format='%h of %cs')"
-make_environment "$work/home-assistant" "$(find_python 3.13)" pytest-homeassistant-custom-component boto3==1.37.1 \
-    aiosqlite==0.21.0 aiofile==3.9.0 ollama==0.4.7 aiofiles pillow hassil home-assistant-intents
-components=$(echo "$work"/home-assistant/lib/python3.13/site-packages/pytest_homeassistant_custom_component/testing_config/custom_components)
+root=$work/debian # Home Assistant takes the newest Python, which Debian's next release has
+in_root() { # COMMAND: in the root, with this machine's network
+    unshare --mount sh -c 'mount --bind /proc "$0/proc" && mount --bind /dev "$0/dev" && exec chroot "$0" "$@"' "$root" "$@"
+}
+if [ ! -f "$root/.complete" ]; then
+    rm -rf "$root"
+    debootstrap --variant=minbase --include=python3-venv,python3-dev,g++,libffi-dev,libturbojpeg0,ca-certificates \
+        testing "$root" >"$work/debootstrap.log"
+    in_root python3 -m venv /environment
+    touch "$root/.complete"
+fi
+for file in /etc/resolv.conf /etc/pip.conf /root/.config/pip/pip.conf /etc/ssl/certs/ca-certificates.crt; do # pip as it is here
+    [ ! -f "$file" ] || { mkdir -p "$root${file%/*}" && cp "$file" "$root$file"; }
+done
+in_root /environment/bin/pip install --quiet pytest-homeassistant-custom-component boto3==1.37.1 aiosqlite==0.21.0 aiofile==3.9.0
+cp $here/home_assistant.py $here/home_assistant_needs.py "$root"
+in_root /environment/bin/python /home_assistant_needs.py >"$root/needs.txt"
+in_root /environment/bin/pip install --quiet -r /needs.txt
+components=$(echo "$root"/environment/lib/python3*/site-packages/pytest_homeassistant_custom_component/testing_config/custom_components)
 rm -rf "$components/llmvision" && cp -r "$llm_vision/custom_components/llmvision" "$components"
-"$work/home-assistant/bin/python" -m pytest -q -p no:cacheprovider --asyncio-mode=auto --rootdir "$here" $here/home_assistant.py
+in_root /environment/bin/python -m pytest -q -p no:cacheprovider --asyncio-mode=auto --rootdir / /home_assistant.py
 
 echo "== Open WebUI"
 make_environment "$work/open-webui" "$(find_python 3.11)" torch==2.13.0 open-webui
