@@ -85,6 +85,23 @@ def path_of(name: str) -> Path:
     raise ProfileError(f"there is no profile {name!r}; shipped: {AUTO}, {', '.join(names())}; or name a .toml file")
 
 
+def _extended(path: Path, text: str, extends: str) -> str:
+    """What a profile's file extends: a file beside it, by its name with or without .toml, or a shipped profile."""
+    where = _where(path, text, "extends")
+    file = path.parent / (extends if extends.endswith(".toml") else f"{extends}.toml")
+    if extends.endswith(".toml"):
+        if not file.is_file():
+            raise ProfileError(f"{where}: {file} does not exist")
+        return str(file)
+    if file.is_file() and file.resolve() != path.resolve():  # one's own may extend the shipped profile of the same name
+        return str(file)
+    try:
+        path_of(extends)
+    except ProfileError as e:
+        raise ProfileError(f"{where}: {e}") from e
+    return extends
+
+
 def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tuple[Path, ...] = ()) -> Profile:
     """A profile with what it extends resolved.
 
@@ -105,13 +122,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     if extends == AUTO:
         parent = detected() if detected else parent
     elif extends is not None:
-        beside = path.parent / f"{extends}.toml"  # a file of one's own may extend the shipped profile of the same name
-        own = beside.is_file() and beside.resolve() != path.resolve()
-        wanted = str(beside) if own else extends
-        try:
-            path_of(wanted)
-        except (ProfileError, TypeError) as e:
-            raise ProfileError(f"{_where(path, text, 'extends')}: {e}") from e
+        wanted = _extended(path, text, extends)
         parent = read(wanted, detected=detected, _below=(*_below, path))
     sections = {
         section: _section(path, text, raw.pop(section, {}), section, kind) for section, kind in _SECTIONS.items()

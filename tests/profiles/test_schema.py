@@ -124,6 +124,8 @@ def test_extending_the_detected_one(tmp_path) -> None:
             "mine.toml, line 2: there is no profile 'nothing'; shipped: auto, apple",
         ),
         ('extends = "mine"\n', "there is no profile"),
+        ('threads = 2\nextends = "nothing.toml"\n', "mine.toml, line 2: "),
+        ('threads = 2\nextends = "nothing.toml"\n', "nothing.toml does not exist"),
         ("[[rules]]\n", "unknown key 'rules'"),
         ("context = 1e3\n", "context = 1000.0 is impossible; allowed: 64 to 1048576 (tokens)"),
         ("arena = 1\n", "arena = 1 is impossible"),
@@ -137,6 +139,13 @@ def test_a_profile_with_a_wrong_value_is_refused_with_its_place(text, says, tmp_
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_file_beside_it_is_extended(tmp_path) -> None:
+    """By its name with and without .toml, wherever one stands."""
+    profile(tmp_path, "threads = 3\n", "base")
+    for extends in ("base", "base.toml", str(tmp_path / "base.toml")):
+        assert read(profile(tmp_path, f'extends = "{extends}"\n', "mine")).threads == 3
 
 
 def test_cycles_and_missing_files(tmp_path) -> None:

@@ -98,12 +98,11 @@ class Talk:
             pieces = iter(answer)
             self._show(pieces)
         except EdgeError as e:
-            anew = "/clear forgets it" if sys.stdin.isatty() else "start another chat"
-            full = (
-                f"; the conversation so far takes most of them: {anew}"
-                if isinstance(e, ContextFullError) and said
-                else ""
-            )
+            full = ""
+            if isinstance(e, ContextFullError) and (said or self._waiting):
+                taken, them = ("the conversation so far takes", "it") if said else ("its images take", "them")
+                anew = f"/clear forgets {them}" if sys.stdin.isatty() else "start another chat"
+                full = f"; {taken} most of them: {anew}"
             print_json({"question": question, "error": f"{e}{full}"}) if self._json else self.say_nothing()
             print(f"lfm-edge: {e}{full}", file=sys.stderr)
             return e.exit_code
@@ -253,11 +252,12 @@ def _typed() -> str:
 def _do(talk: Talk, line: str) -> None:
     """Carry out a command, or ask a question. `/home/me/photo.jpg …` is a question: a command is one word."""
     word, _, rest = line.partition(" ")
+    if not re.fullmatch(r"/[a-z?]*", word):
+        talk.ask(line)
+        return
     try:
-        rest = _as_pasted(rest.strip())
-        if not re.fullmatch(r"/[a-z?]*", word):
-            talk.ask(line)
-        elif word == "/image" and rest:
+        rest = _as_pasted(rest.strip()) if word in _WITH_FILE else rest.strip()
+        if word == "/image" and rest:
             talk.add_image(str(Path(rest).expanduser()))
             print("[added to the next question]", file=sys.stderr)
         elif word == "/save" and rest:

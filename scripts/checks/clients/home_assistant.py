@@ -116,7 +116,6 @@ async def test_ollama(hass, key) -> None:
         "shape": {"selector": {"select": {"options": ["circle", "star"]}}, "required": True},
         "count": {"selector": {"number": {"min": 0, "max": 9}}, "required": True},
         "broken": {"selector": {"boolean": {}}, "required": True},
-        "label": {"selector": {"text": {}}, "description": "one word"},
     }
     data = await generated(attachments=[photo], structure=fields)
     assert data["shape"] in ("circle", "star")

@@ -135,7 +135,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle_copy, image) -> None:
     assert terminal.ends() == 130
 
 
-def test_a_full_conversation_says_what_helps(demo_bundle, capsys) -> None:
+def test_a_full_conversation_says_what_helps(demo_bundle, image) -> None:
     """The question alone is told its own length; a conversation, how it begins anew."""
     words = [sys.executable, "-m", "lfm_runtime", "chat", str(demo_bundle), "--quiet", "--max-new-tokens", "2"]
     asked = f"{'word ' * 300}\n" * 5
@@ -144,6 +144,9 @@ def test_a_full_conversation_says_what_helps(demo_bundle, capsys) -> None:
     first = subprocess.run(words, input="word " * 9000, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert "may have at most" in first.stderr
     assert "the conversation so far" not in first.stderr
+    words += [str(image)] * 400
+    many = subprocess.run(words, input="What?", capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert "its images take most of them: start another chat" in many.stderr
 
 
 def test_names_as_terminals_paste_them(tmp_path) -> None:
@@ -236,6 +239,9 @@ def test_commands(demo_bundle, image, tmp_path) -> None:
     assert "lies inside the bundle" in terminal.asks(f"/save {demo_bundle}/x.txt")
     assert "forgotten" in terminal.asks("/clear")
     terminal.asks("/var/log is a folder")  # a path is no command
+    for question in ("Please " + "describe it " * 30, "Compare ~nobody99 and the others", "Say 'it"):
+        said = terminal.asks(question)
+        assert "generated" in said and "lfm-edge:" not in said  # no file is looked for
     terminal.types("/exit\r")
     assert terminal.ends() == 0
 
