@@ -185,10 +185,10 @@ class Profile:
         None, "maximum of prompt and answer together", "64 to 1048576", _whole(64, 1 << 20), "tokens"
     )
     min_image_tokens: int | None = _setting(
-        None, "minimum of one view: smaller images are enlarged", "1 to 65536", _whole(1, 1 << 16), "tokens"
+        None, "minimum of a whole image or thumbnail, which is enlarged", "1 to 65536", _whole(1, 1 << 16), "tokens"
     )
     max_image_tokens: int | None = _setting(
-        None, "maximum of one view: larger images are reduced", "1 to 65536", _whole(1, 1 << 16), "tokens"
+        None, "maximum of a whole image or thumbnail, which is reduced", "1 to 65536", _whole(1, 1 << 16), "tokens"
     )
     do_image_splitting: bool | None = _setting(None, "cut large images into tiles", "true, false", _is_bool)
     min_tiles: int | None = _setting(None, "minimum of a large image", "1 to 1024", _whole(1, 1024), "tiles")

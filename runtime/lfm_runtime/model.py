@@ -396,5 +396,5 @@ class Model:
             raise ContextFullError(
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), but "
                 f"prompt and answer together may have at most {limit}; shorten the text"
-                + (", or lower --max-image-tokens or --max-tiles" if prompt.image_tokens else "")
+                + (", or take fewer images or tiles (--max-tiles)" if prompt.image_tokens else "")
             )

@@ -8,6 +8,7 @@ import pytest
 from edits import write
 from lfm_audit import audit as audit_module
 from lfm_audit import measured as measured_module
+from lfm_audit.commands import audit as command_module
 from lfm_audit.reading import read_audit
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import EdgeError
@@ -56,7 +57,15 @@ def test_the_audit_of_another_bundle_stays(audit, demo_bundle, tmp_path, capsys)
     place = Path(write(tmp_path, "a", {**audit, "bundle": {**audit["bundle"], "name": "other"}}))
     before = place.read_bytes()
     assert main(["audit", str(demo_bundle), "-o", str(place)]) == 2
-    assert f"is an audit of other, not of {demo_bundle.name}; choose another output" in capsys.readouterr().err
+    assert f"is an audit of other, int8, int4, not of {demo_bundle.name}, fp32; choose" in capsys.readouterr().err
+    assert place.read_bytes() == before
+
+
+def test_the_audit_of_another_variant_stays(audit, demo_bundle, tmp_path, capsys) -> None:
+    place = Path(write(tmp_path, "a", {**audit, "bundle": {**audit["bundle"], "name": demo_bundle.name}}))
+    before = place.read_bytes()
+    assert main(["audit", str(demo_bundle), "-o", str(place), "--variants", "fp32"]) == 2
+    assert f"is an audit of {demo_bundle.name}, int8, int4, not of" in capsys.readouterr().err
     assert place.read_bytes() == before
 
 
@@ -84,6 +93,21 @@ def test_one_file_for_two_outputs(demo_bundle, tmp_path, capsys) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_audit_of_other_weights_stays(audit, demo_bundle, tmp_path, capsys) -> None:
+    """Of another bundle in a folder of the same name, or of this one before it was made again."""
+    bundle = {**audit["bundle"], "name": demo_bundle.name, "fingerprint": {"fp32": "0" * 64}}
+    place = Path(write(tmp_path, "a", {**audit, "bundle": bundle, "variants": {"fp32": audit["variants"]["int8"]}}))
+    assert main(["audit", str(demo_bundle), "-o", str(place), "--variants", "fp32"]) == 2
+    assert f"{place} is an audit of other weights than {demo_bundle} has now; choose" in capsys.readouterr().err
+
+
+def test_an_edited_audit_stays(audit, demo_bundle, tmp_path, capsys) -> None:
+    place = Path(write(tmp_path, "a", audit))
+    place.write_text(place.read_text().replace(audit["bundle"]["name"], "mine"))
+    assert main(["audit", str(demo_bundle), "-o", str(place)]) == 2
+    assert "or it was edited since; choose another name" in capsys.readouterr().err
+
+
 def test_an_audit_that_ended_early_replaces_no_whole_one(audit, demo_bundle, tmp_path, monkeypatch, capsys) -> None:
     """Ctrl-C during a second audit to the same place; another one that ended early it does replace, as --force does."""
     whole = {**audit, "bundle": {**audit["bundle"], "name": demo_bundle.name}}
@@ -92,6 +116,7 @@ def test_an_audit_that_ended_early_replaces_no_whole_one(audit, demo_bundle, tmp
     monkeypatch.setattr(audit_module, "audit", lambda *_: cut)
     monkeypatch.setattr(measured_module, "keep_measured", lambda *_: None)
     before, names = place.read_bytes(), lambda: sorted(path.name for path in tmp_path.glob("a*"))
+    monkeypatch.setattr(command_module, "_check_same", lambda *_: None)  # of int8 and int4, which are not here
     words = ["audit", str(demo_bundle), "-o", str(place)]
     for n, name in enumerate((f"{place.stem}-partial.json", f"{place.stem}-partial-2.json"), 2):
         main(words)

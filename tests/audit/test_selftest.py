@@ -295,6 +295,29 @@ def test_selftests_of_nothing_are_refused(demo_bundle, capsys, words, message) -
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "left", "said"),
+    [
+        ("config.json", None, "config.json is missing"),
+        ("manifest.json", 30, "manifest.json is not valid JSON"),
+        ("onnx/decoder_model_merged.onnx_data", 100, "has 100 bytes, the manifest says"),
+    ],
+)
+def test_a_bundle_that_cannot_be_opened_fails(bundle_copy, capsys, name, left, said) -> None:
+    """Its first check fails, as for a file with a wrong byte."""
+    path = bundle_copy / name
+    content = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(content[:left])
+    assert main(["selftest", str(bundle_copy)]) == 1
+    found = capsys.readouterr()
+    assert found.out.startswith(f"FAILED   {CHECKS[0].name}") and said in found.out and not found.err
+    assert found.out.endswith(f"FAILED: {CHECKS[0].name} (profile auto)\n")
+    assert main(["selftest", str(bundle_copy), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["failed"] == [CHECKS[0].name]
+
+
 def test_as_pytest(demo_bundle) -> None:
     """device_tests/ run the same checks as `lfm-edge selftest`."""
     words = [

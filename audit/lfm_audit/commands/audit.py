@@ -15,6 +15,7 @@ from lfm_runtime.errors import SettingError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lfm_runtime.bundle import Bundle
     from lfm_runtime.setup.setup import Setup
 
     from lfm_audit.result import Audit
@@ -86,7 +87,6 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"-o and --csv are both {options.csv}; name two files")
     if options.output:
         check_output(options.output, "lfm-edge audit", is_audit, force=options.force)
-        _check_same_bundle(options)
     if options.csv:
         check_output(options.csv, "lfm-edge audit", is_csv, force=options.force)
     if options.meter:
@@ -96,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         images, skipped = find_images(options.images) if options.images else (make_images(Path(folder)), [])
         work = _workload(options, images, skipped)
+        if options.output:
+            _check_same(options, work)
         result = audit(work, this_machine().device, Sensors(), progress)
     progress("")
     print(table(result))
@@ -132,19 +134,38 @@ def _place(options: argparse.Namespace, result: Audit) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _check_same_bundle(options: argparse.Namespace) -> None:
-    """Raise SettingError where the audit of another bundle would be replaced: it would have to be measured again."""
+def _check_same(options: argparse.Namespace, work: Workload) -> None:
+    """Raise SettingError where what would be replaced cannot be measured by this audit again: one of another bundle, of
+    other weights, or of a variant that is not measured now.
+    """
     from lfm_runtime.errors import SettingError
-    from lfm_runtime.formats.files import read_json_object
+
+    from lfm_audit.reading import read_audit
 
     if options.force or not options.output.exists() or not options.output.stat().st_size:
         return
-    before, now = read_json_object(options.output, SettingError).get("bundle"), options.bundle.resolve().name
-    name = before.get("name") if isinstance(before, dict) else None
-    if name != now:
-        raise SettingError(
-            f"{options.output} is an audit of {name}, not of {now}; choose another output, or replace it with --force"
-        )
+    before, now = read_audit(options.output), work.bundle
+    variants = [subject.variant for subject in work.subjects]
+    lost = [name for name in before.variants if name not in variants]
+    if before.bundle.name != now.folder.resolve().name or lost:
+        of = ", ".join((before.bundle.name, *lost))
+        what = f"is an audit of {of}, not of {', '.join((now.folder.resolve().name, *variants))}"
+    elif any(not _has_weights(now, name, found.prefill, before) for name, found in before.variants.items()):
+        what = f"is an audit of other weights than {now.folder} has now"
+    else:
+        return
+    raise SettingError(f"{options.output} {what}; choose another output, or replace it with --force")
+
+
+def _has_weights(bundle: Bundle, variant: str, prefill: str | None, before: Audit) -> bool:
+    """Whether a bundle has the weights of a variant that an audit measured."""
+    from lfm_runtime.errors import BundleError
+    from lfm_runtime.setup.costs import fingerprint
+
+    try:
+        return fingerprint(bundle, variant, prefill) == before.bundle.fingerprint.get(variant)
+    except BundleError:  # it has that prefill decoder no longer
+        return False
 
 
 def _workload(options: argparse.Namespace, images: Mapping[str, Path], skipped: list[dict[str, str]]) -> Workload:

@@ -30,21 +30,43 @@ def run(options: argparse.Namespace) -> int:
     """Run and print every check; return 0 where none fails, 3 where only checks of the machine fail, else 1."""
     from dataclasses import asdict
 
-    from lfm_audit.selftest import CHECKS, Installed, selftest
+    from lfm_runtime.errors import BundleError
 
-    on = Installed(options.bundle, options.profile, options.variant)
+    from lfm_audit.selftest import CHECKS, Installed, Result, selftest
+
+    try:
+        on = Installed(options.bundle, options.profile, options.variant)
+        profile, outcomes = on.profile.name, selftest(on)
+    except BundleError:
+        damage = _damage(options.bundle)
+        if not damage:
+            raise
+        profile, outcomes = options.profile or "auto", iter([Result(CHECKS[0].name, "failed", damage, 0.0)])
     results = []
-    for result in selftest(on):
+    for result in outcomes:
         results.append(result)
         if not options.json and not (options.quiet and result.outcome != "failed"):
             word = {"ok": "ok     ", "failed": "FAILED ", "skipped": "skipped"}[result.outcome]
             print(f"{word}  {result.name:18s} {result.seconds:6.1f} s  {result.said}", flush=True)
     failed = [result.name for result in results if result.outcome == "failed"]
     if options.json:
-        found = {"profile": on.profile.name, "failed": failed, "checks": [asdict(result) for result in results]}
-        print_json(found)
+        print_json({"profile": profile, "failed": failed, "checks": [asdict(result) for result in results]})
     else:
-        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'} (profile {on.profile.name})")
+        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'} (profile {profile})")
     if not failed:
         return 0
     return _WORKS if all(check.of_the_machine for check in CHECKS if check.name in failed) else 1
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a bundle; None where they are whole, or where there is none."""
+    from lfm_runtime.bundle import Bundle
+    from lfm_runtime.errors import EdgeError
+    from lfm_runtime.formats.files import holds_a_model
+
+    try:
+        if holds_a_model(folder):
+            Bundle.open(folder).verify()
+    except EdgeError as e:
+        return str(e)
+    return None

@@ -252,6 +252,7 @@ def _typed() -> str:
 def _do(talk: Talk, line: str) -> None:
     """Carry out a command, or ask a question. `/home/me/photo.jpg …` is a question: a command is one word."""
     word, _, rest = line.partition(" ")
+    word = word.lower() if word.lower() in _COMMANDS else word
     if not re.fullmatch(r"/[a-z?]*", word):
         talk.ask(line)
         return

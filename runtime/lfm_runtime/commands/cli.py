@@ -242,10 +242,10 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each image setting."""
     image = parser.add_argument_group("images (defaults: the profile's, else the checkpoint's)")
     image.add_argument(
-        "--min-image-tokens", type=int, metavar="N", help="minimum tokens of one view; smaller images are enlarged"
+        "--min-image-tokens", type=int, metavar="N", help="minimum tokens of a whole image; smaller ones are enlarged"
     )
     image.add_argument(
-        "--max-image-tokens", type=int, metavar="N", help="maximum tokens of one view; larger images are reduced"
+        "--max-image-tokens", type=int, metavar="N", help="maximum tokens of a whole image; larger ones are reduced"
     )
     image.add_argument("--do-image-splitting", action=argparse.BooleanOptionalAction, help="tile large images")
     image.add_argument("--min-tiles", type=int, metavar="N", help="minimum tiles of a large image")
@@ -279,7 +279,7 @@ def load_model(
     from lfm_runtime.setup.resolve import DoesNotFitError, resolve
     from lfm_runtime.setup.setup import Ask
 
-    check_images(options)
+    check_images(options, more=not question and sys.stdin.isatty())  # a chat, where /image names some
     most = MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels
     sizes = tuple(image_size(image, max_megapixels=most) for image in options.images)
     ask, flags = Ask(sizes, question, special, once=at_once), setting_flags(options)
@@ -322,15 +322,17 @@ def given_flags(options: argparse.Namespace, names: Iterable[str]) -> dict[str, 
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
-def check_images(options: argparse.Namespace) -> None:
-    """Image settings need an image that they could apply to. Images that come through pipes are read, once."""
+def check_images(options: argparse.Namespace, *, more: bool = False) -> None:
+    """Image settings need an image that they could apply to; `more`: one may still come. Images that come through pipes
+    are read, once.
+    """
     from lfm_profiles.schema import IMAGE_SETTINGS
 
     from lfm_runtime.images.files import is_stream, read_stream
 
     options.images = [read_stream(image) if is_stream(image) else image for image in options.images]
     given = list(given_flags(options, (*IMAGE_SETTINGS, "max_megapixels")))
-    if given and not options.images:
+    if given and not options.images and not more:
         raise EdgeError(f"--{given[0].replace('_', '-')} has no effect without an image; leave it out or name an image")
 
 

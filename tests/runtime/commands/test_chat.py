@@ -214,8 +214,9 @@ def test_ctrl_c_while_it_streams_keeps_what_was_said(demo_bundle, image, monkeyp
 
 
 def test_commands(demo_bundle, image, tmp_path) -> None:
-    terminal = Terminal(demo_bundle)
+    terminal = Terminal(demo_bundle, "--max-image-tokens", "32")  # for images that are named later
     assert "/save FILE" in terminal.asks("/help")
+    assert "/save FILE" in terminal.asks("/HELP")
     assert "did you mean /clear?" in terminal.asks("/cler")
     assert "/image needs a file" in terminal.asks("/image")
     assert "/clear stands alone" in terminal.asks("/clear all")
