@@ -144,7 +144,7 @@ def _looked_through(archive: Path) -> dict[str, tarfile.TarInfo]:
             files = json.loads(source.read())["files"]
             sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-            raise BundleError(f"{archive}: {MANIFEST} is damaged ({type(e).__name__}); copy it again") from e
+            raise BundleError(f"{archive}: {MANIFEST} is damaged: it lists no files and sizes; copy it again") from e
     for name, entry in entries.items():
         if name not in BESIDE_MANIFEST and entry.size != sizes.get(name):
             said = f"{sizes[name]} bytes" if name in sizes else "nothing"

@@ -158,8 +158,10 @@ def _read_parsed(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw = tomllib.loads(text)
+    except FileNotFoundError as e:
+        raise ProfileError(f"{path} does not exist; name a .toml file, or one of: {AUTO}, {', '.join(names())}") from e
     except OSError as e:
-        raise ProfileError(f"{path} cannot be read: {e.strerror}") from e
+        raise ProfileError(f"{path} cannot be read ({e.strerror}); check the path") from e
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise ProfileError(f"{path} is not TOML ({e}); see profiles/README.md") from e
     for key in _TEXTS:

@@ -153,8 +153,11 @@ def test_cycles_and_missing_files(tmp_path) -> None:
     profile(tmp_path, 'extends = "one"\n', "two")
     with pytest.raises(ProfileError, match="circular: one → two → one"):
         read(str(tmp_path / "one.toml"))
-    with pytest.raises(ProfileError, match="cannot be read"):
+    with pytest.raises(ProfileError, match=r"none.toml does not exist; name a .toml file, or one of: auto, "):
         read(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ProfileError, match=r"cannot be read \(Is a directory\); check the path"):
+        read(str(tmp_path / "folder.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ProfileError, match="is not TOML"):
         read(str(tmp_path / "binary.toml"))

@@ -229,6 +229,15 @@ def test_gate_error_is_an_edge_error() -> None:
     assert issubclass(GateError, ValueError)
 
 
+def test_what_a_profile_would_also_use_is_told(demo_bundle, tmp_path, capsys) -> None:
+    """As `stick` and `pack` say: the board may run other variants than were judged."""
+    photo = ROOT / "demo" / "photos" / "coffee.jpg"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(photo), "question": "What is in this image?"}))
+    assert main(["quality", str(demo_bundle), "--images", str(tmp_path / "q.jsonl"), "--profile", "pi4"]) == 0
+    said = capsys.readouterr().err
+    assert f"profile pi4 would also use int8, which the bundle lacks: lfm-edge quantize {demo_bundle} --var" in said
+
+
 def test_quality_as_a_profile_runs_it(quantized, tmp_path, capsys) -> None:
     """pi5 shows the model one view where the checkpoint would see tiles: that costs more than int8 does, and is told."""
     bundle = quantized

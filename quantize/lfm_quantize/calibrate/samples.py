@@ -98,7 +98,8 @@ def read_questions(images: Path | Sequence[Path] | None, prompts: Path | None) -
     if not questions:
         where = skipped_of or ", ".join(map(str, places)) or prompts
         why = f" ({named(skipped)})" if skipped else ""
-        raise QuantizeError(f"{where} has no usable image{why}; name a folder with JPEG or PNG files")
+        what = "JPEG or PNG files there" if skipped_of else "a folder with JPEG or PNG files"
+        raise QuantizeError(f"{where} has no usable image{why}; name {what}")
     return questions, skipped
 
 

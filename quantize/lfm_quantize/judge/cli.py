@@ -143,7 +143,7 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
     from lfm_profiles.schema import IMAGE_SETTINGS
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.setup.profile import find_profile
-    from lfm_runtime.setup.variants import choose_variant
+    from lfm_runtime.setup.variants import choose_variant, unmet
 
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import Board
@@ -157,4 +157,7 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
         raise QuantizeError("--layers and --plot have no effect with --profile or image flags; leave them out")
     bundle = Bundle.open(options.bundle)
     profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
+    for wish in unmet(bundle, profile) if not options.quiet else ():
+        how = f"lfm-edge quantize {options.bundle} --variant {wish}"
+        print(f"profile {profile.name} would also use {wish}, which the bundle lacks: {how}", file=sys.stderr)
     return choose_variant(bundle.variants, profile), Board.of(bundle, profile)
