@@ -166,7 +166,8 @@ class Cache:
         if size > self._max_bytes:
             return
         while self.nbytes + size > self._max_bytes:
-            gone, _ = self._kept.popitem(last=False)
+            gone = next(iter(self._kept))
+            del self._kept[gone]  # no name may hold its arrays: their room is needed now
             self._lengths.pop(gone, None)
         self._kept[name] = _in_one_block(arrays)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lfm_runtime import Conversation, Message, Model
 from lfm_runtime.batch import Batch
+from lfm_runtime.decode import cache
+from lfm_runtime.decode.cache import Cache
 from lfm_runtime.decode.context import FEWEST_KEPT, MOST_AT_ONCE, Context, stops
 from lfm_runtime.text.prompt import RenderedPrompt
 
@@ -101,6 +106,25 @@ def test_rows_share_it(demo_bundle) -> None:
     assert [job.reply.report.cached_tokens for job in jobs] == [0, *2 * [jobs[0].prompt.turns[1]]]
     texts = [model_alone(demo_bundle, asked(words)) for words in ("Which room?", "Which house?")]
     assert [jobs[0].reply.report.text, jobs[2].reply.report.text] == texts
+
+
+def test_what_leaves_the_cache_is_gone_before_the_next_is_copied(monkeypatch) -> None:
+    """At a snapshot's peak a device has no room for two."""
+    features = np.ones((64, 1024), np.float32)
+    kept = Cache("m", max_bytes=features.nbytes + mmap.PAGESIZE)
+    kept.keep_features(1, features)
+    (arrays,) = kept._kept.values()
+    gone, copied = weakref.ref(arrays["features"].base), cache._in_one_block
+    del arrays
+
+    def looks(arrays):
+        assert gone() is None
+        return copied(arrays)
+
+    monkeypatch.setattr(cache, "_in_one_block", looks)
+    kept.keep_features(2, features)
+    assert kept.features(1, 64) is None
+    assert kept.features(2, 64) is not None
 
 
 def test_a_text_begins_no_turn(model) -> None:
