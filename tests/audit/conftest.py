@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lfm_audit import audit as audit_module
 from lfm_audit.audit import check_limits, judge
 from lfm_audit.images import make_images
 from lfm_audit.measure.power import Power
@@ -91,3 +92,22 @@ def watch(sensors: Sensors, at: float) -> Watch:
     states = [StateSample(at + n, 1.8e9 + at + n, sensors.read(), 9000.0) for n in range(4)]
     memory = [MemorySample(at + 0.05 * n, min(60.0, 10.0 + n), 35.0) for n in range(80)]
     return Watch(sensors, False, memory, states, [], Counters(at, 100.0 + at, 0.0), Counters(at + 4, 101.0 + at, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch) -> None:
+    monkeypatch.setattr(audit_module, "_IDLE_S", 0.1)
+
+
+@pytest.fixture
+def images(tmp_path) -> dict[str, Path]:
+    found = make_images(tmp_path)
+    return {"small": found["small"]}
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """A function: audits measure so many processes, however busy the machine is with other tests."""
+    return lambda count: monkeypatch.setattr(
+        audit_module, "_schedule", lambda work: [("warm", s) for _ in range(count) for s in work.subjects]
+    )

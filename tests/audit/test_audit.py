@@ -1,67 +1,29 @@
-"""Audits of the demo model: what they say against what the run did, what makes them invalid, and what wrong input gets."""
+"""Audits of the demo model: what they say against what the run did, and what wrong input gets."""
+
+from __future__ import annotations
 
 import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from auditing import TREE, done, work
 from lfm_audit import audit as audit_module
-from lfm_audit.audit import audit
-from lfm_audit.figures import Figure
 from lfm_audit.images import SIZES, find_images, make_images
-from lfm_audit.measure.trial import start
 from lfm_audit.reading import read_audit
-from lfm_audit.result import Audit, Limit, Verdict
-from lfm_audit.workload import QUESTION, Subject, Workload
-from lfm_profiles import detect, read, with_flags
+from lfm_audit.result import Limit, Verdict
+from lfm_audit.workload import QUESTION
 from lfm_profiles.sensors import Sensors
-from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.errors import EdgeError, ImageError
+from lfm_runtime.errors import ImageError
 from profiles.trees import write
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
 
 SCHEMA = Path(audit_module.__file__).with_name("audit.schema.json")
-TREE = {
-    "sys/class/thermal/thermal_zone0/temp": "41000\n",
-    "sys/class/thermal/thermal_zone0/type": "cpu\n",
-    "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n",
-}
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch) -> None:
-    monkeypatch.setattr(audit_module, "_IDLE_S", 0.1)
-
-
-@pytest.fixture
-def images(tmp_path) -> dict[str, Path]:
-    found = make_images(tmp_path)
-    return {"small": found["small"]}
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """A function: audits measure so many processes, however busy the machine is with other tests."""
-    return lambda count: monkeypatch.setattr(
-        audit_module, "_schedule", lambda work: [("warm", s) for _ in range(count) for s in work.subjects]
-    )
-
-
-def work(bundle: Path, images: dict[str, Path], **more) -> Workload:
-    profile = with_flags(read("generic"), {"prepared": False, "threads": 1, **more.pop("flags", {})})
-    return Workload(
-        Bundle.open(bundle), profile, [Subject("fp32", profile)], images, **{"new_tokens": 8, "budget_s": 600.0, **more}
-    )
-
-
-def done(workload: Workload, sensors: Sensors, progress=lambda _: None) -> dict:
-    return json.loads(audit(workload, detect(), sensors, progress).to_text())
 
 
 @pytest.fixture(scope="module")
@@ -183,111 +145,6 @@ def test_peak_is_what_time_says(demo_bundle, images, tmp_path, monkeypatch, proc
     assert peak["max"] == pytest.approx(said, rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------ verdict
-
-
-def reasons(result: dict) -> str:
-    assert result["verdict"]["valid"] == (not result["verdict"]["reasons"])
-    return "; ".join(result["verdict"]["reasons"])
-
-
-def test_background_load(demo_bundle, images, tmp_path, processes) -> None:
-    processes(1)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    try:
-        result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
-    finally:
-        for process in busy:
-            process.kill()
-    assert "background load" in reasons(result)
-
-
-def test_throttle_bit(demo_bundle, images, tmp_path, processes) -> None:
-    processes(1)
-    tree = write(tmp_path / "tree", TREE)
-
-    def hot(text: str) -> None:
-        if "processes measured" in text:
-            (tree / "sys/devices/platform/soc/soc:firmware/get_throttled").write_text("20002\n")
-
-    result = done(work(demo_bundle, images), Sensors(tree), hot)
-    assert "throttled: the firmware's bits were 0x0 before and 0x20002 after" in reasons(result)
-    old = write(tmp_path / "old", {**TREE, "sys/devices/platform/soc/soc:firmware/get_throttled": "50000\n"})
-    assert "throttled" not in reasons(done(work(demo_bundle, images), Sensors(old))), "what was before is not ours"
-
-
-def test_exchanged_model(bundle_copy, images, tmp_path, processes) -> None:
-    processes(1)
-    weights = bundle_copy / "onnx" / "decoder_model_merged.onnx_data"
-
-    def exchange(_: str) -> None:
-        shutil.copy(weights, tmp_path / "same")
-        (tmp_path / "same").replace(weights)
-
-    assert "files were changed" in reasons(
-        done(work(bundle_copy, images), Sensors(write(tmp_path / "tree", TREE)), exchange)
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda answer, n: replace(answer, text_sha256=str(n)), "output changed"),
-        (
-            lambda answer, _: replace(
-                answer, ended=answer.started, spans=[(s, answer.started, answer.started) for s, *_ in answer.spans]
-            ),
-            "the clock stood still",
-        ),
-    ],
-)
-def test_answers_that_cannot_be(demo_bundle, images, tmp_path, monkeypatch, change, word, processes) -> None:
-    processes(3)
-    calls = iter(range(100))
-
-    def odd(trial, **more):
-        outcome = start(trial, **more)
-        n = next(calls)
-        return replace(outcome, answers=[change(answer, n) for answer in outcome.answers])
-
-    monkeypatch.setattr(audit_module, "start", odd)
-    assert word in reasons(done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE))))
-
-
-def test_frequency_that_falls_and_swap(made) -> None:
-    """The verdict is judged from a machine's figures; nothing is measured."""
-    from lfm_audit.verdict import judge
-
-    whole = read_audit(made)
-
-    def machine(**more) -> Audit:
-        speeds = more.pop("speeds", [2400.0] * 30)
-        samples = tuple(replace(whole.machine.samples[0], frequency_mhz=s) for s in speeds)
-        found = replace(whole.machine, background_share=Figure.of([0.0]), samples=samples, **more)
-        return replace(whole, variants={}, machine=found)
-
-    def said(result: Audit, elapsed=(60.0, 60.0)) -> str:
-        return "; ".join(judge(result, changed_files=False, elapsed=elapsed).reasons)
-
-    assert said(machine()) == ""
-    assert "the frequency fell from 2400 to 1500" in said(machine(speeds=[2400.0] * 20 + [1500.0] * 10))
-    assert said(machine(speeds=[600.0] * 3 + [2400.0] * 30)) == "", "an idle processor that wakes is not throttled"
-    assert "swapped: 12 MiB" in said(machine(swapped_mib=12.0))
-    assert "the clock stood still or jumped" in said(machine(), elapsed=(60.0, 3660.0))
-
-
-def test_interrupted(demo_bundle, images, tmp_path, processes) -> None:
-    processes(4)
-
-    def stop(text: str) -> None:
-        if "2 processes measured" in text:
-            raise KeyboardInterrupt
-
-    result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)), stop)
-    assert result["partial"] and list(result["variants"]) == ["fp32"]
-    assert "too few processes" in reasons(result)
-
-
 def test_meter(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
     """Through the command, with a meter that writes while the audit runs, and is read when it is over."""
     import threading
@@ -345,23 +202,6 @@ def test_low_memory(demo_bundle, images, tmp_path, processes, monkeypatch) -> No
     assert image["stages"]["other_ms"]["median"] < 0.1 * image["total_ms"]["median"]
 
 
-def test_a_late_failure_keeps_what_was_measured(demo_bundle, images, tmp_path, monkeypatch, processes) -> None:
-    from lfm_audit.measure.trial import TrialError
-
-    processes(4)
-    calls = iter(range(100))
-
-    def fails(trial, **more):
-        if next(calls) == 2:
-            raise TrialError("the measured process was killed by signal 9")
-        return start(trial, **more)
-
-    monkeypatch.setattr(audit_module, "start", fails)
-    result = done(work(demo_bundle, images), Sensors(write(tmp_path / "tree", TREE)))
-    assert result["partial"] and "signal 9" in result["stopped"]
-    assert result["variants"]["fp32"]["starts"]["warm"]["ready_ms"]["n"] == 2
-
-
 def test_one_token(demo_bundle, images, tmp_path, processes) -> None:
     """No rate where there is nothing between tokens: not zero, but not measured."""
     processes(1)
@@ -375,61 +215,6 @@ def test_one_token(demo_bundle, images, tmp_path, processes) -> None:
         {"name": "decode_tok_s", "limit": 1.0, "variant": None, "image": None, "measured": None, "holds": False}
     ]
     assert result["soak"]["minutes"][0]["inter_token_ms"] is None
-
-
-def cpu_seconds(process) -> float | None:
-    """What a process has computed so far; None when it has ended."""
-    import psutil
-
-    try:
-        return None if process.status() == psutil.STATUS_ZOMBIE else sum(process.cpu_times()[:2])
-    except psutil.NoSuchProcess:
-        return None
-
-
-def test_sigterm_keeps_what_was_measured(demo_bundle, tmp_path) -> None:
-    """SIGTERM keeps what was measured; the process measured does not go on, also when its parent is killed."""
-    import signal
-
-    import psutil
-
-    code = "import sys; from lfm_runtime.commands import console; console._PAUSE_S = 0  # every line\n"
-    code += "from lfm_runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [
-        sys.executable,
-        "-c",
-        code,
-        "audit",
-        str(demo_bundle),
-        "--profile",
-        "generic",
-        "--new-tokens",
-        "120",
-        "-o",
-        str(tmp_path / "a.json"),
-    ]
-    for signal_, kept in ((signal.SIGTERM, True), (signal.SIGKILL, False)):
-        with subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            next(line for line in process.stderr if "2 processes measured" in line)
-            children = []
-            while not children:
-                children = psutil.Process(process.pid).children()
-            process.send_signal(signal_)
-            process.wait()
-            before = {child: cpu_seconds(child) for child in children}
-        for child in children:
-            while (now := cpu_seconds(child)) is not None:  # in seconds of work, however busy the machine is
-                assert now - (before[child] or 0) < 3, "a process goes on measuring for nobody"
-        assert (tmp_path / "a.json").exists() == kept
-        if kept:
-            assert json.loads((tmp_path / "a.json").read_text())["stopped"] == "interrupted"
-            (tmp_path / "a.json").unlink()
-
-
-# ------------------------------------------------------------------------------------------------------------- limits
 
 
 def test_limits(written, demo_bundle, capsys, processes) -> None:
@@ -447,9 +232,6 @@ def test_exit_codes(written, monkeypatch, demo_bundle, capsys) -> None:
         changed = replace(read_audit(written), verdict=Verdict(valid, ()), limits=(limit,))
         monkeypatch.setattr(audit_module, "audit", lambda *_, changed=changed: changed)
         assert main(["audit", str(demo_bundle), "--quiet"]) == code
-
-
-# -------------------------------------------------------------------------------------------------------------- input
 
 
 def test_images_found(tmp_path, images) -> None:
@@ -498,14 +280,6 @@ def test_audits_that_cannot_be_are_refused_before_measuring(demo_bundle, capsys,
     assert message in capsys.readouterr().err
 
 
-def test_trial_errors_are_told(bundle_copy, images, tmp_path, processes) -> None:
-    processes(1)
-    workload = work(bundle_copy, images)
-    (bundle_copy / "onnx" / "vision_encoder.onnx").write_bytes(b"damaged")
-    with pytest.raises(EdgeError, match="vision_encoder"):
-        done(workload, Sensors(tmp_path))
-
-
 def test_soak(demo_bundle, images, tmp_path, processes) -> None:
     processes(1)
     result = done(work(demo_bundle, images, soak_minutes=0.05), Sensors(write(tmp_path / "tree", TREE)))
@@ -513,18 +287,3 @@ def test_soak(demo_bundle, images, tmp_path, processes) -> None:
     assert (soak["variant"], soak["steady"]) == ("fp32", False)
     assert soak["minutes"][0]["answers"] > 3 and soak["minutes"][0]["temperature_c"] == 41.0
     assert soak["ttft_change"] == 0.0, "one minute against itself"
-
-
-def test_a_variant_that_is_added_meanwhile_ends_it(demo_bundle, images, processes, monkeypatch) -> None:
-    """It would be used from then on; what was measured before is kept."""
-    processes(3)
-    real, outcomes = audit_module.start, []
-
-    def started(*given, **more):
-        outcomes.append(real(*given, **more))
-        return replace(outcomes[-1], prefill="int8") if len(outcomes) == 3 else outcomes[-1]
-
-    monkeypatch.setattr(audit_module, "start", started)
-    found = done(work(demo_bundle, images), Sensors())
-    assert "was given int8 meanwhile" in found["stopped"]
-    assert len(found["variants"]["fp32"]["starts"]["warm"]["ready_ms"]["samples"]) == 2
