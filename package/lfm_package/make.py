@@ -21,9 +21,10 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.files import read_json_object, to_json, write_whole
 from lfm_runtime.images.layout import image_settings
 from lfm_runtime.process import child_environment, module
+from lfm_runtime.setup.costs import fingerprint
 from lfm_runtime.setup.profile import find_profile, image_changes
 
-EXPORT, STICK = "export", "stick"
+EXPORT, STICK, FULL = "export", "stick", "fp32"
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,28 @@ class Done:
     def has(self, step: Step) -> bool:
         """Whether a step was done with the same inputs, and what it made is still there."""
         known = self._known.get(step.name)
-        if not step.made_of or not known or known not in (step.made_of, step.better):
+        if not step.made_of or not isinstance(known, dict) or known.get("made_of") not in (step.made_of, step.better):
             return False
-        try:
-            variants = Bundle.open(self.bundle).variants
-        except EdgeError:
-            return False
-        return step.name == EXPORT or step.name in variants
+        made = self._made(step)
+        return made is not None and made == known.get("made")
 
     def add(self, step: Step) -> None:
-        """Remember that a step is done."""
-        self._known[step.name] = step.made_of
-        write_whole(self.path, to_json(self._known, indent=1))
+        """Remember that a step is done, and what it made."""
+        if step.made_of:
+            self._known[step.name] = {"made_of": step.made_of, "made": self._made(step)}
+            write_whole(self.path, to_json(self._known, indent=1))
+
+    def _made(self, step: Step) -> str | None:
+        """Tells what the bundle has of a step from what another command puts there; None where it has nothing."""
+        variant = FULL if step.name == EXPORT else step.name
+        try:
+            bundle = Bundle.open(self.bundle)
+            weights, manifest = fingerprint(bundle, variant), bundle.manifest
+        except EdgeError:
+            return None
+        if manifest is None:
+            return None
+        names = (name for name in manifest.files if "/" not in name and name != "config.json")  # which quantize changes
+        beside = {name: manifest.files[name].sha256 for name in names}
+        how = beside if step.name == EXPORT else manifest.quantization.get(variant)
+        return hashlib.sha256(f"{weights}{json.dumps(how, sort_keys=True)}".encode()).hexdigest()

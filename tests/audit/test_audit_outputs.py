@@ -108,8 +108,8 @@ def test_an_edited_audit_stays(audit, demo_bundle, tmp_path, capsys) -> None:
     assert "or it was edited since; choose another name" in capsys.readouterr().err
 
 
-def test_an_audit_that_ended_early_replaces_no_whole_one(audit, demo_bundle, tmp_path, monkeypatch, capsys) -> None:
-    """Ctrl-C during a second audit to the same place; another one that ended early it does replace, as --force does."""
+def test_an_audit_that_ended_early_replaces_none(audit, demo_bundle, tmp_path, monkeypatch, capsys) -> None:
+    """Ctrl-C during a second audit to the same place."""
     whole = {**audit, "bundle": {**audit["bundle"], "name": demo_bundle.name}}
     place = Path(write(tmp_path, "a", whole))
     cut = read_audit(Path(write(tmp_path, "cut", {**whole, "partial": True, "stopped": "interrupted"})))
@@ -121,10 +121,7 @@ def test_an_audit_that_ended_early_replaces_no_whole_one(audit, demo_bundle, tmp
     for n, name in enumerate((f"{place.stem}-partial.json", f"{place.stem}-partial-2.json"), 2):
         main(words)
         said = capsys.readouterr().out
-        assert f"{place} is a whole audit and stays; this one ended early\nwritten: {tmp_path / name}" in said
+        assert f"{place} stays, since this audit ended early\nwritten: {tmp_path / name}" in said
         assert place.read_bytes() == before and len(names()) == n
-    partial = tmp_path / f"{place.stem}-partial.json"
-    main(["audit", str(demo_bundle), "-o", str(partial)])
-    assert len(names()) == 3
     main([*words, "--force"])
     assert read_audit(place).partial

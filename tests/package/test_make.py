@@ -16,6 +16,7 @@ from lfm_package.make import Done, Order, Step, steps_of
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.commands.parser import Parser
+from lfm_runtime.formats.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -193,9 +194,29 @@ def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_
     shutil.rmtree(bundle)
     assert not done.has(export), "what was made is gone"
     shutil.copytree(demo_bundle, bundle)
-    for text in ("", "[]", '{"export": 1}', json.dumps({"export": [export.made_of]})):
+    for text in ("", "[]", '{"export": 1}', json.dumps({"export": {"made_of": [export.made_of]}})):
         again.path.write_text(text)
         assert not Done(bundle).has(export)
+
+
+def test_done_is_only_what_make_has_made_itself(demo_bundle, tmp_path) -> None:
+    """An experiment in the bundle, or another one in its place, is not what was asked for and judged."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    export, int4, *_ = steps_of(Order(CHECKPOINT, bundle, tmp_path / "cam", "pi5"))
+    steps, done = [export, replace(int4, name="fp32")], Done(bundle)  # a variant that the bundle has
+    for step in steps:
+        done.add(step)
+    assert all(Done(bundle).has(step) for step in steps)
+    whole = Manifest.of(bundle)
+    replace(whole, quality={"fp32": {"kl": 0.1}}).write(bundle)
+    assert all(Done(bundle).has(step) for step in steps), "another judgement changes nothing"
+    replace(whole, quantization={"fp32": {"quick": True}}).write(bundle)
+    assert [Done(bundle).has(step) for step in steps] == [True, False]
+    whole.write(bundle)
+    assert all(Done(bundle).has(step) for step in steps)
+    weights = "onnx/decoder_model_merged.onnx_data"
+    replace(whole, files={**whole.files, weights: replace(whole.files[weights], sha256="0" * 64)}).write(bundle)
+    assert not any(Done(bundle).has(step) for step in steps)
 
 
 def test_an_interrupted_step_is_not_done(tmp_path, monkeypatch) -> None:

@@ -210,7 +210,7 @@ def test_rows_that_fit(demo_bundle) -> None:
         (["-p", "x", "--max-megapixels", "0"], "allowed: above 0"),
         (["-p", "x", "--rows", "0"], "--rows 0 is impossible"),
         (["-p", "x", "--match", "*.gif"], "none matches *.gif; try without --match"),
-        (["-p", "x", "--schema", "f.yaml"], "the schema is not JSON"),
+        (["-p", "x", "--schema", "f.yaml"], "f.yaml is not JSON"),
         (["-p", "x", "-o", "nowhere/out.jsonl"], "is not a folder"),
     ],
 )

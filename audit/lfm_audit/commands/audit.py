@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         output = _place(options, result)
         write_or_rescue(output, result.to_text())
         if output != options.output:
-            print(f"\n{options.output} is a whole audit and stays; this one ended early", end="")
+            print(f"\n{options.output} stays, since this audit ended early", end="")
         print(f"\nwritten: {output}; as a page: lfm-edge report {output} -o {output.with_suffix('.html')}")
     if options.csv:
         header, rows = rows_for_csv(result)
@@ -119,16 +119,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _place(options: argparse.Namespace, result: Audit) -> Path:
-    """Where the audit is written: one that ended early does not replace a whole one, but stands beside it."""
-    from lfm_audit.reading import AuditError, read_audit
-
+    """Where the audit is written: one that ended early replaces no other, but stands beside it."""
     output: Path = options.output
-    if not result.partial or options.force or not output.exists():
-        return output
-    try:
-        if read_audit(output).partial:
-            return output
-    except AuditError:  # an empty file, as check_output takes
+    if not result.partial or options.force or not output.exists() or not output.stat().st_size:
         return output
     names = (output.with_stem(f"{output.stem}-partial{f'-{n}' if n > 1 else ''}") for n in count(1))
     return next(name for name in names if not name.exists())

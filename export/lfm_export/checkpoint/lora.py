@@ -71,6 +71,8 @@ class Adapter:
         Raises:
             CheckpointError: a file is missing, or the adapter does something a weight merge cannot express.
         """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} does not exist; name a folder that PEFT saved")
         if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER_WEIGHTS).exists():
             raise CheckpointError(
                 f"{folder} has only adapter_model.bin; load it with peft and save it again with save_pretrained, "

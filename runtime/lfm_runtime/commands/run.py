@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_schema(name: str) -> str:
-    """The text of a JSON schema's file. Raises SettingError where it cannot be read, or is no text, or is too long."""
+    """The text of a JSON schema's file. Raises SettingError where it cannot be read, is too long, or is not JSON."""
     try:
         with Path(name).open(encoding="utf-8-sig") as file:  # a pipe too; a device would not end
             text = file.read(_LARGEST_SCHEMA + 1)
@@ -95,6 +95,10 @@ def read_schema(name: str) -> str:
         raise SettingError(f"{name} is not UTF-8 text; --schema is a file with a JSON schema") from e
     if len(text) > _LARGEST_SCHEMA:
         raise SettingError(f"{name} has more than {_LARGEST_SCHEMA >> 20} MiB; --schema is a file with a JSON schema")
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise SettingError(f"{name} is not JSON ({str(e)[:200]}); --schema is a file with a JSON schema") from e
     return text
 
 

@@ -149,7 +149,7 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float) -> None:
     if megapixels > max_megapixels:
         raise ImageError(
             f"{name} has {megapixels:.4g} megapixels, the limit is {max_megapixels:g}; make it smaller, or raise the "
-            "limit of run and chat with --max-megapixels"
+            "limit, where a command has --max-megapixels"
         )
 
 
