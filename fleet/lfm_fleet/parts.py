@@ -155,7 +155,7 @@ class Parts(Output):
             return {}
         try:
             found = json.loads(self._fs.cat_file(place))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise JournalError(f"{place} is damaged") from e
         return found if isinstance(found, dict) else {"damaged": True}
 

@@ -162,11 +162,13 @@ def _read_parsed(path: Path) -> tuple[str, dict[str, Any]]:
         raise ProfileError(f"{path} does not exist; name a .toml file, or one of: {AUTO}, {', '.join(names())}") from e
     except OSError as e:
         raise ProfileError(f"{path} cannot be read ({e.strerror}); check the path") from e
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
         raise ProfileError(f"{path} is not TOML ({e}); see profiles/README.md") from e
     for key in _TEXTS:
         if not isinstance(raw.get(key, ""), str):
             raise ProfileError(f"{_where(path, text, key)}: {key} must be a string in quotes")
+        if not raw.get(key, "").replace("\n", " ").isprintable():  # a stranger's would steer the terminal
+            raise ProfileError(f"{_where(path, text, key)}: {key} has characters that cannot be shown; leave them out")
     return text, raw
 
 

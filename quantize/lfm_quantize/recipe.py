@@ -88,7 +88,7 @@ class Recipe:
         """
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise QuantizeError(f"{path} cannot be read as a recipe ({e}); it is TOML with [[layer]] tables") from e
         layers = raw.get("layer")
         if set(raw) != {"layer"} or not isinstance(layers, list) or not layers:

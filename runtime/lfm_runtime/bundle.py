@@ -20,7 +20,14 @@ from lfm_runtime.errors import BundleError, PromptError
 from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.facts import context_length, contradictions, facts_of
-from lfm_runtime.formats.files import check_no_pointer, damage_is, holds_a_model, read_json_object, write_whole
+from lfm_runtime.formats.files import (
+    check_no_pointer,
+    check_plain,
+    damage_is,
+    holds_a_model,
+    read_json_object,
+    write_whole,
+)
 from lfm_runtime.formats.genai import Genai
 from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, ModelFacts, file_hash, hashed, unlike_sums
 from lfm_runtime.formats.onnx_file import external_files
@@ -29,10 +36,7 @@ from lfm_runtime.text.prompt import PromptBuilder
 from lfm_runtime.text.spec import PromptSpec, compile_on_device, token_text
 
 HASHED_AT_LOAD = 32 << 20
-"""Files up to this size are hashed at every load; larger ones only by size, because hashing 1 GB takes seconds on a Pi.
-"""
-
-
+"""Files up to this size are hashed at every load; of larger ones the size is known: 1 GB takes seconds on a Pi."""
 FETCHED = "fetched"
 """The folder in which bundles lie that were fetched by URL, by the hash of their manifest."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
@@ -72,6 +76,7 @@ class Bundle:
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
             raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
         check_names(folder)
+        check_plain((*folder.iterdir(), *(folder / "onnx").glob("*")), BundleError)
         if folder.name == "onnx" and holds_a_model(folder.resolve().parent):
             folder = folder.resolve().parent  # of the graphs in it
         if not holds_a_model(folder):
@@ -245,8 +250,7 @@ def end_tokens(folder: Path, prompt: PromptSpec) -> tuple[int, ...]:
     """
     generation = read_json_object(folder / "generation_config.json", BundleError, required=False)
     config = read_json_object(folder / "config.json", BundleError, required=False)
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else {}
+    text = inner if isinstance(inner := config.get("text_config"), dict) else {}
     said = {"generation_config.json": generation, "config.json's text_config": text, "config.json": config}
     for place, section in said.items():
         found = section.get("eos_token_id")

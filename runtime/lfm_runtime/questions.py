@@ -68,7 +68,7 @@ def _read(line: str, folders: Sequence[Path], where: str, error: type[EdgeError]
         entry = json.loads(line)
         name, question, answer = str(entry["image"]), str(entry["question"]), entry.get("answer")
         task = entry.get("task", "all")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise error(
             f'{where}: no JSON object with "image" and "question"; write one: {{"image": …, "question": …}}'
         ) from e

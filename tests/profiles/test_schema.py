@@ -127,6 +127,8 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ('threads = 2\nextends = "nothing.toml"\n', "mine.toml, line 2: "),
         ('threads = 2\nextends = "nothing.toml"\n', "nothing.toml does not exist"),
         ("[[rules]]\n", "unknown key 'rules'"),
+        ("a = " + "[" * 50_000, "is not TOML"),
+        ('threads = 1\ndescription = "\\u001b[31mred"\n', "line 2: description has characters that cannot be shown"),
         ("context = 1e3\n", "context = 1000.0 is impossible; allowed: 64 to 1048576 (tokens)"),
         ("arena = 1\n", "arena = 1 is impossible"),
     ],

@@ -116,6 +116,10 @@ BAD = {
         ),
         "line 2",
     ),
+    "JSONL without an end": (
+        lambda d: ((d / "p.jsonl").write_text('{"image": ' + "[" * 50_000), read_questions(PHOTOS, d / "p.jsonl")),
+        "line 1",
+    ),
     "JSONL with a typing error": (
         lambda d: (
             (d / "p").write_text('{"image": "coffee.jpg", "question": "?", "anwser": "1"}'),
@@ -224,6 +228,7 @@ def test_first_rule_decides_and_keep_comes_first() -> None:
     ("text", "says"),
     [
         ("[[layer]", "cannot be read as a recipe"),
+        ("a = " + "[" * 50_000, "cannot be read as a recipe"),
         ("layers = 3", "is not a recipe"),
         ("layer = 3", "is not a recipe"),
         ('[[layer]]\npattern = "*"', "pattern (text) and bits are needed"),

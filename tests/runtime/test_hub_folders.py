@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 from lfm_runtime import Model, PromptError
+from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import BundleError
 from model_card import card_answer
 
 
@@ -39,6 +42,16 @@ def test_hub_folder_without_a_tokenizer(demo_bundle, tmp_path) -> None:
         (tmp_path / "b" / name).unlink()
     with pytest.raises(PromptError, match=r"tokenizer\.json is missing"):
         Model.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "onnx/decoder_model_merged.onnx"])
+def test_a_pipe_in_a_bundle_is_not_waited_for(demo_bundle, tmp_path, name) -> None:
+    """An archive from elsewhere may have one; nobody writes into it."""
+    shutil.copytree(demo_bundle, tmp_path / "b")
+    (tmp_path / "b" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "b" / name)
+    with pytest.raises(BundleError, match=f"{name} is not a plain file; remove it"):
+        Bundle.open(tmp_path / "b")
 
 
 def test_model_card_snippet(demo_bundle, demo_model, drawing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import glob
+import os
 import re
 import shlex
 import signal
@@ -155,11 +156,13 @@ class Talk:
         """Write the conversation as transformers' chat templates take it, with the images' paths.
 
         Raises:
-            SettingError: the file exists.
+            SettingError: the file exists, or nothing was said yet.
             EdgeError: it cannot be written.
         """
         from lfm_runtime.formats.files import check_outside_bundles, to_json, write_whole
 
+        if not self._chat.messages:
+            raise SettingError("there is no conversation yet; ask something first")
         check_outside_bundles(path)
         if path.exists():
             raise SettingError(f"{path} exists; choose a new name")
@@ -311,12 +314,39 @@ def _read_question() -> str | None:
 def _read_line(prompt: str) -> str:
     """A line of the terminal. readline writes its prompt to standard output, so only where that is the terminal."""
     if sys.stdout.isatty():
-        return input(prompt)
+        with _coming_back(prompt):
+            return input(prompt)
     print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+@contextmanager
+def _coming_back(prompt: str) -> Iterator[None]:
+    """After Ctrl-Z and `fg`, the terminal as readline had it, which the shell has changed since, and the line again."""
+    if not hasattr(signal, "SIGTSTP"):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+
+    def stop(*_: object) -> None:
+        during = termios.tcgetattr(sys.stdin)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # until it is continued
+        signal.signal(signal.SIGTSTP, stop)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
+        print(f"\r{prompt}{_typed()}", end="", flush=True)
+
+    known = signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, known)
 
 
 def _edit_lines() -> None:

@@ -108,7 +108,7 @@ def parse_choices(text: str) -> list[str]:
         return [part.strip() for part in text.split(",")]
     try:
         found = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise argparse.ArgumentTypeError(f'{text!r:.80} is not JSON ({e}); write yes,no or ["a, b", "c"]') from e
     if not all(isinstance(part, str) for part in found):
         raise argparse.ArgumentTypeError(f'{text!r:.80} is no list of texts; write yes,no or ["a, b", "c"]')

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,13 @@ def _check_plain(path: Path) -> None:
     """A device or a pipe is written into by others; replaced by a file, it would be lost for all."""
     if path.exists() and not path.is_file():
         raise EdgeError(f"{path} is not a plain file, and would be replaced by one; name a file")
+
+
+def check_plain(paths: Iterable[Path], error: type[EdgeError]) -> None:
+    """Raise `error` for a pipe or a device among what a folder holds: whoever reads it may wait for ever."""
+    for path in paths:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise error(f"{path} is not a plain file; remove it, or copy the folder again")
 
 
 def check_outside_bundles(path: Path, *, itself: bool = False) -> None:

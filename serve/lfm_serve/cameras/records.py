@@ -136,7 +136,7 @@ def _whole_end(path: Path) -> int:
         begun |= not is_json(torn)  # whatever it is: a board that lost its power may leave zeros
         ours = isinstance(record, dict) and isinstance(record.get("time"), str) and "source" in record
         ours = ours and ("frame" in record or "event" in record)
-    except ValueError:
+    except (ValueError, RecursionError):
         ours = not first.endswith(b"\n")
     if not (ours and begun):
         raise RecordsError(

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -81,6 +82,14 @@ class Terminal:
         self.child.expect(pexpect.EOF)
         self.child.close()
         return self.process.wait()
+
+
+_A_SHELL = (
+    _IN_A_TERMINAL[: _IN_A_TERMINAL.index("os.execv")]
+    + """
+os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+"""
+)
 
 
 @pytest.fixture
@@ -222,6 +231,7 @@ def test_commands(demo_bundle, image, tmp_path) -> None:
     assert "/clear stands alone" in terminal.asks("/clear all")
     assert "does not exist" in terminal.asks("/image nowhere.png")
     assert "added" in terminal.asks(f"/image '{image}'")
+    assert "there is no conversation yet" in terminal.asks(f"/save {tmp_path / 'nothing.json'}")
     terminal.asks("What is in this image?")
     terminal.asks("How many\\\rshapes?")
     file = tmp_path / "my talk.json"
@@ -245,6 +255,39 @@ def test_commands(demo_bundle, image, tmp_path) -> None:
         assert "generated" in said and "lfm-edge:" not in said  # no file is looked for
     terminal.types("/exit\r")
     assert terminal.ends() == 0
+
+
+def test_ctrl_z_and_back(demo_bundle) -> None:
+    """In a shell with jobs: the line stands there again, is edited on, and is shown once."""
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "lfm_runtime", "chat", str(demo_bundle), "--threads", "1"]
+    shell = subprocess.Popen(
+        [sys.executable, "-c", _A_SHELL],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**ENVIRONMENT, "PS1": "ready: "},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    child = fdpexpect.fdspawn(ours, encoding="utf-8", timeout=WAIT_S)
+    child.send(shlex.join(words) + "\r")
+    child.expect_exact("ends the chat")
+    child.expect_exact("> ")
+    child.send("How many")
+    child.expect_exact("How many")
+    child.send("\x1a")
+    child.expect_exact("Stopped")
+    child.send("fg\r")
+    child.expect_exact("> How many")
+    child.send(" shapes\x7f\x7f?\r")
+    child.expect_exact("generated")
+    assert child.before.count("shap") == 1, child.before  # the terminal itself shows nothing: readline does
+    child.send(CTRL_D)
+    child.expect_exact("ready: ")
+    child.send("exit\r")
+    child.expect(pexpect.EOF)
+    shell.wait()
 
 
 def test_tab_completes_file_names(demo_bundle, tmp_path) -> None:

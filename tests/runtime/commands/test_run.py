@@ -287,3 +287,11 @@ def test_errors_are_standard_errors() -> None:
     for error in (BundleError, GraphContractError, ImageError, PromptError, SettingError):
         assert issubclass(error, EdgeError)
         assert issubclass(error, ValueError)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "[yes", "[1, 2]"])
+def test_choices_that_are_none(demo_bundle, capsys, text) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", str(demo_bundle), "-p", "x", "--choices", text])
+    said = capsys.readouterr().err
+    assert 'write yes,no or ["a, b", "c"]' in said and said.count("\n") == 1
