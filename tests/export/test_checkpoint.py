@@ -282,7 +282,7 @@ def test_adapter_of_another_model(tmp_path) -> None:
     with pytest.raises(EdgeError, match="is missing"):
         Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
     shutil.rmtree(tmp_path / "adapter")
-    with pytest.raises(EdgeError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(EdgeError, match=r"adapter does not exist; name a folder that PEFT saved"):
         Checkpoint(tmp_path / "checkpoint", tmp_path / "adapter")
 
 
