@@ -92,7 +92,9 @@ class Parts(Output):
                 self._fs.makedirs(self._folder, exist_ok=True)
                 self._put(name, b"".join(self._buffer.values()))
                 break
-            except Exception as e:
+            except MemoryError:
+                raise
+            except Exception as e:  # a driver raises what its library does: botocore's, paramiko's, aiohttp's
                 if isinstance(e, OSError) and e.errno in FULL:
                     return f"{self._folder}: {why(e)}"
                 if pause is None:
@@ -166,7 +168,7 @@ class Parts(Output):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except JournalError:
+        except (JournalError, MemoryError):
             raise
-        except Exception as e:
+        except Exception as e:  # see _flush
             raise JournalError(f"{self.name} cannot be read and written ({why(e)}); choose another output") from e

@@ -58,11 +58,11 @@ def reading(url: str, do: str) -> Iterator[None]:
     """Whatever a driver raises becomes a PlaceError, with what to `do`."""
     try:
         yield
-    except EdgeError:
+    except (EdgeError, MemoryError):
         raise
     except FileNotFoundError as e:
         raise PlaceError(f"{url} does not exist; {do}") from e
-    except Exception as e:
+    except Exception as e:  # a driver raises what its library does
         raise PlaceError(f"{url} cannot be read ({why(e)}); {do}") from e
 
 

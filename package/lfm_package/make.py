@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lfm_profiles import SMALLER, Profile
+from lfm_profiles import FINEST, SMALLER, Profile
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import EdgeError
@@ -24,7 +24,7 @@ from lfm_runtime.process import child_environment, module
 from lfm_runtime.setup.costs import fingerprint
 from lfm_runtime.setup.profile import find_profile, image_changes
 
-EXPORT, STICK, FULL = "export", "stick", "fp32"
+EXPORT, STICK = "export", "stick"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Done:
 
     def _made(self, step: Step) -> str | None:
         """Tells what the bundle has of a step from what another command puts there; None where it has nothing."""
-        variant = FULL if step.name == EXPORT else step.name
+        variant = FINEST[0] if step.name == EXPORT else step.name
         try:
             bundle = Bundle.open(self.bundle)
             weights, manifest = fingerprint(bundle, variant), bundle.manifest

@@ -91,7 +91,7 @@ def _extended(path: Path, text: str, extends: str) -> str:
     file = path.parent / (extends if extends.endswith(".toml") else f"{extends}.toml")
     if extends.endswith(".toml"):
         if not file.is_file():
-            raise ProfileError(f"{where}: {file} does not exist")
+            raise ProfileError(f"{where}: {file} does not exist; name a file beside this one, or a shipped profile")
         return str(file)
     if file.is_file() and file.resolve() != path.resolve():  # one's own may extend the shipped profile of the same name
         return str(file)

@@ -236,3 +236,15 @@ def test_what_is_somebody_elses_is_not_touched(tmp_path) -> None:
     ):
         pass
     assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
+
+
+@pytest.mark.parametrize("method", ["_records", "_put"])
+def test_want_of_memory_is_not_the_outputs_fault(monkeypatch, tmp_path, method) -> None:
+    """Drivers raise anything, so anything is theirs but this."""
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Parts, method, fails)
+    with pytest.raises(MemoryError), Parts.open(f"file://{tmp_path}/out.jsonl", SETTINGS, "abc") as parts:
+        parts.write({"path": "a"})

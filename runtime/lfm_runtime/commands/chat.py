@@ -232,7 +232,7 @@ def _turns(talk: Talk) -> bool:
     """
     lines, answering = 0, False
     try:
-        while (line := _read_question()) is not None and line != "/exit":
+        while (line := _read_question()) is not None and line.lower() != "/exit":
             lines, answering = lines + 1, True
             if line:
                 _do(talk, line)

@@ -117,7 +117,7 @@ def test_lines_are_edited_and_remembered(demo_bundle) -> None:
     shown = terminal.prompt()
     assert "stars?" in shown
     assert "[A" not in shown
-    terminal.types("/exit\r")
+    terminal.types("/Exit\r")
     assert terminal.ends() == 0
 
 
