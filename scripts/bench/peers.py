@@ -174,8 +174,6 @@ def machine_of(programs: Path, threads: int) -> dict[str, Any]:
     server = [programs / "llama-server", "--version"]
     build = subprocess.run(server, capture_output=True, text=True, errors="replace", check=True)
     commit = re.search(r"commit (\w+)|\((\w+)\)", build.stdout + build.stderr)
-    how = programs.parent / "CMakeCache.txt"
-    without = " without AMX" if how.is_file() and "-mno-amx" in how.read_text() else ""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": cpu[1] if cpu else platform.machine(),
@@ -184,7 +182,7 @@ def machine_of(programs: Path, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": onnxruntime.__version__,
-        LLAMA: (next(filter(None, commit.groups())) if commit else "of an unknown build") + without,
+        LLAMA: next(filter(None, commit.groups())) if commit else "of an unknown build",
     }
 
 

@@ -87,7 +87,7 @@ def _opened(source: ImageLike, max_megapixels: float) -> Iterator[Image.Image]:
     name = (
         str(source) or "the image ''"
         if isinstance(source, (str, os.PathLike))
-        else getattr(source, "name", f"image ({type(source).__name__})")
+        else str(getattr(source, "filename", "") or getattr(source, "name", "") or "the image")
     )
     try:
         with _pillow_limit_lifted():  # ours is checked below, before any pixel is decoded
