@@ -24,7 +24,7 @@ from lfm_runtime import Answer, Model, golden
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.engine.ort_release import refuses_links
 from lfm_runtime.engine.prepared import remove_damaged
-from lfm_runtime.errors import EdgeError, counted
+from lfm_runtime.errors import EdgeError, command, counted
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST
@@ -110,7 +110,7 @@ def _loads(on: Installed) -> str:
         graphs = on.model.sessions
         sessions = {DECODER: on.model.decoder.load().decoder, VISION_ENCODER: graphs.vision()}
     except EdgeError as e:
-        raise CheckError(f"{e}; if it loads elsewhere, run: lfm-edge prepare {on.folder}") from e
+        raise CheckError(f"{e}; if it loads elsewhere, run: {command('prepare', on.folder)}") from e
     for graph, session in sessions.items():
         wanted = provider_options(on.setup.execution, graph)[0][0]
         if wanted not in session.get_providers():

@@ -18,6 +18,12 @@ unset PYTHONPATH PYTHONHOME 2>/dev/null || true
 
 say() { printf '%s\n' "$*"; }
 quote() { printf '%s' "$1" | sed "s/'/'\\\\''/g"; } # for a text between ' and '
+word() { # PATH: as one word of a command to be typed
+    case $1 in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "$(quote "$1")" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
 fail() {
     printf 'install.sh: %s\n' "$*" >&2
     exit 2
@@ -201,7 +207,7 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     "$edge" selftest "$1/bundle" || status=$?
     case $status in
     0) ;;
-    3) say "warning: it works, but a budget of the profile is exceeded or the board is throttled (see above); see: $prefix/bin/lfm-edge doctor $prefix/current/bundle" ;;
+    3) say "warning: it works, but a budget of the profile is exceeded or the board is throttled (see above); see: $(word "$prefix/bin/lfm-edge") doctor $(word "$prefix/current/bundle")" ;;
     *) return 1 ;;
     esac
 }
@@ -281,17 +287,13 @@ install() {
     else
         [ -z "$before" ] || switch previous "$before"
         switch current "$id"
-        say "installed $id in $prefix${before:+; back to $before: $prefix/bin/lfm-edge-install --rollback}"
+        say "installed $id in $prefix${before:+; back to $before: $(word "$prefix/bin/lfm-edge-install") --rollback}"
     fi
     for folder in "$prefix"/versions/*; do
         kept=${folder##*/}
         [ "$kept" = "$id" ] || [ "$kept" = "$(version_of previous)" ] || ! is_version "$kept" || discard "$kept"
     done
-    case $prefix in
-    *[!A-Za-z0-9_./-]*) shown="'$(quote "$prefix")" && end="'" ;;
-    *) shown=$prefix && end= ;;
-    esac
-    say "try: $shown/bin/lfm-edge$end run $shown/current/bundle$end photo.jpg -p 'What is in this image?'"
+    say "try: $(word "$prefix/bin/lfm-edge") run $(word "$prefix/current/bundle") photo.jpg -p 'What is in this image?'"
 }
 
 "$action"

@@ -20,7 +20,7 @@ SUFFIX = ".sig"
 def check_key(key: Path) -> None:
     """Before long work: raise SettingError where there is no such key."""
     if not key.is_file():
-        raise SettingError(f"{key} does not exist; make a key with: ssh-keygen -t ed25519 -f {key}")
+        raise SettingError(f"{key} does not exist; make a key with: ssh-keygen -t ed25519 -f {shlex.quote(str(key))}")
 
 
 def sign(path: Path, key: Path) -> Path:

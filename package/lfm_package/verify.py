@@ -13,7 +13,7 @@ from lfm_runtime.bundle import Bundle, check_names, in_a_cache
 from lfm_runtime.engine.execution import Execution
 from lfm_runtime.engine.loader import check_onnxruntime, load_session
 from lfm_runtime.engine.prepared import remove_damaged
-from lfm_runtime.errors import BundleError, EdgeError
+from lfm_runtime.errors import BundleError, EdgeError, command
 from lfm_runtime.formats.contract import GRAPHS
 from lfm_runtime.formats.files import check_no_pointer
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, SUMS, File, Manifest, file_hash, unlike_sums
@@ -41,7 +41,7 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         SettingError: `signers` is no file, or ssh-keygen is missing.
     """
     if not folder.is_dir():
-        packed = f"; unpack it, which verifies it: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
+        packed = f"; unpack it, which verifies it: {command('unpack', folder, '-o', folder.with_suffix(''))}"
         raise BundleError(f"{folder} is not a folder{packed if folder.suffix == '.tar' else '; name a bundle'}")
     check_names(folder)
     if (folder / "stick.conf").is_file():

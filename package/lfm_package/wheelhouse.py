@@ -18,7 +18,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, command
 from lfm_runtime.formats.files import is_sealed, sealed
 from lfm_runtime.formats.manifest import file_hash
 from lfm_runtime.formats.writer import replacing
@@ -111,7 +111,8 @@ def read_wheelhouse(folder: Path) -> list[Wheel]:
     found = [Wheel.read(path) for path in sorted(folder.glob("*.whl"))]
     if not found:
         raise WheelhouseError(
-            f"{folder} holds no wheels; make a wheelhouse with: lfm-edge wheelhouse --target TARGET -o {folder}"
+            f"{folder} holds no wheels; make a wheelhouse with: "
+            f"{command('wheelhouse', '--target', 'TARGET', '-o', folder)}"
         )
     return sorted(found, key=lambda wheel: wheel.name)
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from lfm_profiles import FINEST, VARIANTS, Variant
 
 from lfm_runtime.decode.sampling import GenerationSettings
-from lfm_runtime.errors import BundleError, PromptError
+from lfm_runtime.errors import BundleError, PromptError, command
 from lfm_runtime.formats import clients
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, GraphSpec
 from lfm_runtime.formats.facts import context_length, contradictions, facts_of
@@ -64,9 +64,8 @@ class Bundle:
             BundleError: not a bundle, damaged, or of a newer schema.
         """
         if folder.is_file() and folder.suffix == ".tar":
-            raise BundleError(
-                f"{folder} is a packed bundle; unpack it first: lfm-edge unpack {folder} -o {folder.with_suffix('')}"
-            )
+            unpack = command("unpack", folder, "-o", folder.with_suffix(""))
+            raise BundleError(f"{folder} is a packed bundle; unpack it first: {unpack}")
         if folder.is_file():
             raise BundleError(f"{folder} is a file; give the bundle folder first, then the images")
         if not folder.is_dir():
@@ -74,7 +73,8 @@ class Bundle:
         if not os.access(folder, os.R_OK | os.X_OK):
             raise BundleError(f"{folder} cannot be read; change its permissions")
         if (folder / "install.sh").is_file() and (folder / "stick.conf").is_file():
-            raise BundleError(f"{folder} is a stick, not a bundle; install it: sh {folder}/install.sh")
+            install = shlex.join(["sh", str(folder / "install.sh")])
+            raise BundleError(f"{folder} is a stick, not a bundle; install it: {install}")
         check_names(folder)
         check_plain((*folder.iterdir(), *(folder / "onnx").glob("*")), BundleError)
         if folder.name == "onnx" and holds_a_model(folder.resolve().parent):
@@ -176,9 +176,9 @@ class Bundle:
             raise BundleError(f"there is no variant {name!r}; {self.folder} has {', '.join(self.variants)}")
         if name not in self.variants:
             how = (
-                f"lfm-edge export CHECKPOINT -o {self.folder} --dtype {name}"
+                command("export", "CHECKPOINT", "-o", self.folder, "--dtype", name)
                 if name in FINEST and not set(FINEST).intersection(self.variants)
-                else f"lfm-edge quantize {self.folder} --variant {name}"
+                else command("quantize", self.folder, "--variant", name)
             )
             raise BundleError(
                 f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}"
@@ -186,10 +186,8 @@ class Bundle:
         graphs = self.variants[name]
         for graph in GRAPHS:
             if graph.stem not in graphs or not graphs[graph.stem].exists():
-                raise BundleError(
-                    f"{self.folder}: variant {name} has no {graph.stem}; create it with: lfm-edge export "
-                    f"CHECKPOINT -o {self.folder} --graphs {graph.stem}"
-                )
+                how = command("export", "CHECKPOINT", "-o", self.folder, "--graphs", graph.stem)
+                raise BundleError(f"{self.folder}: variant {name} has no {graph.stem}; create it with: {how}")
         return name, graphs
 
     def graphs_read(self, variant: str, prefill: str | None = None) -> list[Path]:
@@ -346,8 +344,8 @@ def _hub_variants(folder: Path) -> dict[str, dict[str, Path]]:
         missing = "no manifest.json, and no set of vision_encoder, embed_tokens and decoder_model_merged graphs"
         checkpoint = any(folder.glob("*.safetensors"))
         what = "a checkpoint, not a bundle" if checkpoint else f"not a bundle: {missing}"
-        source = shlex.quote(str(folder)) if checkpoint else "CHECKPOINT"
-        raise BundleError(f"{folder} is {what}; make a bundle with: lfm-edge export {source} -o bundle")
+        how = command("export", folder if checkpoint else "CHECKPOINT", "-o", "bundle")
+        raise BundleError(f"{folder} is {what}; make a bundle with: {how}")
     return variants
 
 
@@ -384,10 +382,9 @@ def _what_else(folder: Path) -> str:
 def _how_to_get(folder: Path) -> str:
     """What to do about a bundle that is not there; `owner/name` is a checkpoint of the hub."""
     if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir():
-        return (
-            f"if it is an id of the hub: lfm-edge run {folder}, or for a checkpoint lfm-edge export {folder} -o bundle"
-        )
-    return f"make a bundle with: lfm-edge export CHECKPOINT -o {folder}"
+        export = command("export", folder, "-o", "bundle")
+        return f"if it is an id of the hub: {command('run', folder)}, or for a checkpoint {export}"
+    return f"make a bundle with: {command('export', 'CHECKPOINT', '-o', folder)}"
 
 
 def check_names(folder: Path) -> None:

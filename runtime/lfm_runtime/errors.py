@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 from pathlib import Path
 
 
@@ -106,3 +107,8 @@ def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 image, 2,000 images, 2 boxes."""
     plural = "es" if noun.endswith("x") else "s"
     return f"{number:,} {noun}{plural * (number != 1)}"
+
+
+def command(*words: object) -> str:
+    """A command of ours that a message gives, to be pasted into a shell whatever its paths are."""
+    return shlex.join(["lfm-edge", *map(str, words)])

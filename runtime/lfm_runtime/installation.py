@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -25,8 +26,8 @@ def install_advice(extra: str) -> str:
     their packages by name.
     """
     clone = _clone()
-    what = f"-e '{_shown(clone)}[{extra}]'" if clone else " ".join(f"'{name}'" for name in _all_requirements(extra))
-    return f"{_shown(Path(sys.executable))} -m pip install {what}"
+    what = ["-e", f"{_shown(clone)}[{extra}]"] if clone else _all_requirements(extra)
+    return shlex.join([_shown(Path(sys.executable)), "-m", "pip", "install", *what])
 
 
 def extra_for(module: str, likely: str = "") -> str | None:

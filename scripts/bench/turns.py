@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 
 import numpy as np
@@ -90,21 +91,30 @@ class Machine:
 
 
 def in_turns(row: Row, rounds: int, machine: Machine) -> None:
-    """Fill a row, and print it."""
-    for measure in row.sides.values():
-        measure()
-    kept: list[dict[str, float]] = []
-    spoiled: list[dict[str, float]] = []
+    """Fill a row, and print it. A server that ends on the way (a connection breaks) has no figure in it."""
+    sides, kept, spoiled = dict(row.sides), list[dict[str, float]](), list[dict[str, float]]()
+
+    def each(measured: Callable[[Measure], Any]) -> dict[str, Any]:
+        found = {}
+        for name, measure in list(sides.items()):
+            try:
+                found[name] = measured(measure)
+            except (OSError, HTTPException) as e:  # noqa: PERF203  (the other sides go on)
+                print(f"  {row.name}: {name} ended ({e}); it has no figure", flush=True)
+                del sides[name]
+        return found
+
+    each(lambda measure: measure())
     while len(kept) < rounds and len(kept) + len(spoiled) < 2 * rounds:
-        found = {name: machine.measure(measure) for name, measure in row.sides.items()}
+        found = each(machine.measure)
         quiet = all(undisturbed for _, undisturbed in found.values())
         (kept if quiet else spoiled).append({name: value for name, (value, _) in found.items()})
     row.dropped = len(spoiled)
     if len(kept) < rounds:
         print(f"  {row.name}: only {len(kept)} undisturbed rounds of {len(kept) + len(spoiled)}", flush=True)
     for values in kept or spoiled:
-        for name, value in values.items():
-            row.values.setdefault(name, []).append(value)
+        for name in sides:
+            row.values.setdefault(name, []).append(values[name])
     said = [f"{name} {statistics.median(v):,.{row.digits}f}" for name, v in row.values.items()]
     ratio = row.ratio(LLAMA)
     print(f"{row.name:44} {row.unit:6} {'  '.join(said)}" + (f"  {ratio:.2f} ×" if ratio else ""), flush=True)

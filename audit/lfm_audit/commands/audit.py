@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import SettingError, command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> int:
         write_or_rescue(output, result.to_text())
         if output != options.output:
             print(f"\n{options.output} stays, since this audit ended early", end="")
-        print(f"\nwritten: {output}; as a page: lfm-edge report {output} -o {output.with_suffix('.html')}")
+        page = command("report", output, "-o", output.with_suffix(".html"))
+        print(f"\nwritten: {output}; as a page: {page}")
     if options.csv:
         header, rows = rows_for_csv(result)
         more = is_csv(options.csv)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lfm_runtime.commands.cli import add_force_argument
+from lfm_runtime.errors import command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     if options.files[0].suffix == ".jsonl":
         return _records(options, output)
     if captions := next((file for file in options.files if file.suffix == ".jsonl"), None):
-        raise SettingError(f"{captions} is of lfm-edge caption, and reported alone: lfm-edge report {captions}")
+        raise SettingError(f"{captions} is of lfm-edge caption, and reported alone: {command('report', captions)}")
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
     from lfm_audit.report.source import is_report, named_audits, read_tuning

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
-from lfm_runtime.errors import SettingError, counted
+from lfm_runtime.errors import SettingError, command, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +110,6 @@ def run(options: argparse.Namespace) -> int:
     where, day = device.board or device.cpu or device.machine, time.strftime("%Y-%m-%d")
     said = f"Tuned for {tuning.objective} on {where}, {day}: answers in {best.latency:.0f} ms, {best.peak_mib:.0f} MiB"
     write_or_rescue(output, sealed(to_toml(tuning.profile_of(chosen, said)), "lfm-edge tune"))
-    use, plot = (shlex.quote(str(path)) for path in (output, kept))
-    print(f"\nwritten: {output}; use it with --profile {use}. Measurements: {kept}; plot: lfm-edge report {plot}")
+    use, plot = shlex.quote(str(output)), command("report", kept)
+    print(f"\nwritten: {output}; use it with --profile {use}. Measurements: {kept}; plot: {plot}")
     return 0

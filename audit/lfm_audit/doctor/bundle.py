@@ -11,6 +11,7 @@ from lfm_runtime import golden
 from lfm_runtime.engine.loader import check_onnxruntime
 from lfm_runtime.engine.ort_release import FOLDERS_SINCE, onnxruntime_is
 from lfm_runtime.engine.prepared import find, folder_of, remove_damaged
+from lfm_runtime.errors import command
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
@@ -43,7 +44,7 @@ def bundle(machine: Machine) -> Iterator[Finding]:
         return
     for wish in unmet(bundle, setup.profile):
         why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
-        do = f"lfm-edge quantize {bundle.folder} --variant {wish}"
+        do = command("quantize", bundle.folder, "--variant", wish)
         if not set(FINEST).intersection(bundle.variants):
             do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
         yield Finding("variants", "warning", why, do)
@@ -79,7 +80,7 @@ def prepared(machine: Machine) -> Iterator[Finding]:
     notes = remove_damaged(bundle, paths)
     found = [find(bundle, path) for path in paths]
     notes += [one.note for one in found if one.note]
-    fix = f"lfm-edge prepare {machine.bundle} --variant {variant}" + (f" --prefill {prefill}" if prefill else "")
+    fix = command("prepare", machine.bundle, "--variant", variant, *(["--prefill", prefill] if prefill else []))
     place = folder_of(bundle.folder).parent
     if not os.access(there := place if place.exists() else place.parent, os.W_OK):
         fix = f"change the permissions of {there}, where what is prepared lies; then {fix}"

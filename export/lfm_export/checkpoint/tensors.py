@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_runtime.errors import unreadable
+from lfm_runtime.errors import command, unreadable
 from lfm_runtime.formats.files import check_no_pointer, read_json_object
 from numpy.typing import NDArray
 
@@ -158,7 +158,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         if (folder / "manifest.json").exists():
-            raise CheckpointError(f"{folder} is a bundle already, not a checkpoint; lfm-edge run {folder} uses it")
+            raise CheckpointError(f"{folder} is a bundle already, not a checkpoint; {command('run', folder)} uses it")
         found = sorted(
             path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.npz") for path in folder.glob(pattern)
         )

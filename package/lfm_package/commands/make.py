@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan, do what is not done yet, and return 0 or the exit code of the step that failed."""
     from lfm_runtime.commands.cli import interrupt_on_termination
+    from lfm_runtime.errors import command
 
     from lfm_package.estimate import table
     from lfm_package.make import Done, steps_of
@@ -87,14 +87,14 @@ def run(options: argparse.Namespace) -> int:
             if code == NOT_GOOD_ENOUGH and order.quick:
                 how = "the same command without --quick goes on from there"
             elif code == NOT_GOOD_ENOUGH:
-                how = f"once it is made in another way, go on with: lfm-edge {shlex.join(steps[-1].words)}"
+                how = f"once it is made in another way, go on with: {command(*steps[-1].words)}"
             print(f"lfm-edge: make stopped at {step.name}; {how}", file=sys.stderr)
             return code
         done.add(step)
     if order.calibration and order.changes_images():
         words = ["quality", str(order.bundle), "--profile", order.profile, "--images", str(order.calibration[0])]
         say(f"profile {order.board.name} shows the model less of an image than the checkpoint asks for; what that and")
-        say(f"the variant cost together, with other images better: lfm-edge {shlex.join(words)}")
+        say(f"the variant cost together, with other images better: {command(*words)}")
     return 0
 
 

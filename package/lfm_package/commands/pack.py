@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from lfm_profiles import VARIANTS, Profile
 from lfm_runtime.commands.cli import add_force_argument
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import counted
+from lfm_runtime.errors import command, counted
 
 if TYPE_CHECKING:
     from lfm_runtime.bundle import Bundle
@@ -103,7 +103,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     if changes := departures(profile, bundle.images, bundle.generation):
         print(f"  it changes the checkpoint's settings: {', '.join(changes)}", file=out)
     for wish in unmet(bundle, profile):
-        how = f"lfm-edge quantize {options.bundle} --variant {wish}"
+        how = command("quantize", options.bundle, "--variant", wish)
         print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
     packed = find_profile(name, variant=variant, prefill=prefill)
     golden = _golden(options, find_profile(packed, prefill=prefill or "none"))  # of what is packed alone

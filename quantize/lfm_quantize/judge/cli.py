@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
-from lfm_runtime.errors import counted
+from lfm_runtime.errors import command, counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,6 +158,6 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
     bundle = Bundle.open(options.bundle)
     profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
     for wish in unmet(bundle, profile) if not options.quiet else ():
-        how = f"lfm-edge quantize {options.bundle} --variant {wish}"
+        how = command("quantize", options.bundle, "--variant", wish)
         print(f"profile {profile.name} would also use {wish}, which the bundle lacks: {how}", file=sys.stderr)
     return choose_variant(bundle.variants, profile), Board.of(bundle, profile)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_setting_arguments, bundle_of, check_images, setting_flags
 from lfm_runtime.commands.console import print_json
-from lfm_runtime.errors import BundleError, SettingError
+from lfm_runtime.errors import BundleError, SettingError, command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +109,7 @@ def _foreseen(setup: Setup, ranges: Mapping[str, Range] | None) -> Iterator[tupl
 
 def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tuple[str, str]]:
     if costs is None:
-        advice = f"lfm-edge audit {setup.bundle.folder}"
+        advice = command("audit", setup.bundle.folder)
         yield "time", f"unknown until this variant is audited on this machine: {advice}"
         return
     times = forecast.times_ms(costs, low_memory=setup.execution.low_memory)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shlex
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,7 +20,7 @@ import onnxruntime as ort
 from lfm_profiles import cpu_features
 
 from lfm_runtime.bundle import HASHED_AT_LOAD, Bundle
-from lfm_runtime.errors import BundleError
+from lfm_runtime.errors import BundleError, command
 from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import file_hash
 
@@ -106,6 +105,6 @@ def remove_damaged(bundle: Bundle, sources: Iterable[Path]) -> list[str]:
         except OSError as e:
             did = f"remove {place} ({e.strerror or e})"
         variant = next(name for name, graphs in bundle.variants.items() if source in graphs.values())
-        again = f"lfm-edge prepare {shlex.quote(str(bundle.folder))} --variant {variant}"
+        again = command("prepare", bundle.folder, "--variant", variant)
         said.append(f"{found.note}: {did}; make it again: {again}")
     return said

@@ -22,7 +22,7 @@ from lfm_runtime.engine.failures import failures_are_ours, is_onnxruntimes, reas
 from lfm_runtime.engine.gpu import GpuError, check_placement, full, is_full, left_to_cpu, unusable
 from lfm_runtime.engine.gpu_wheel import CUDA
 from lfm_runtime.engine.loader import Loader, check_onnxruntime
-from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError
+from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError, command
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, KV_SCALES, VISION_ENCODER, GraphSpec
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Sessions:
         self.prefill_path = bundle.graphs(prefill)[1][DECODER.stem] if prefill else None
         for path in (*self.paths.values(), *([self.prefill_path] if self.prefill_path else [])):
             check_onnxruntime(bundle, path)
-        advice = f"lfm-edge prepare {bundle.folder} --variant {variant}{f' --prefill {prefill}' if prefill else ''}"
+        advice = command("prepare", bundle.folder, "--variant", variant, *(["--prefill", prefill] if prefill else []))
         self._bundle = bundle
         self._loader = Loader(bundle, execution, self.paths, advice, unpacked=unpacked, verify=verify)
         self._vision: ort.InferenceSession | None = None

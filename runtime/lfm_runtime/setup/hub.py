@@ -21,7 +21,7 @@ from typing import Any
 from lfm_profiles import Profile
 
 from lfm_runtime.bundle import find_variants
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, command
 from lfm_runtime.formats.contract import DECODER
 from lfm_runtime.formats.manifest import MANIFEST, Manifest, recipe_file
 from lfm_runtime.formats.onnx_file import external_files
@@ -112,7 +112,8 @@ def bundle_folder(text: str | os.PathLike[str], profile: Profile, *, quiet: bool
     variants = manifest.variants if manifest else find_variants(repository.files)
     if not variants:
         raise HubError(
-            f"{wanted} has no ONNX graphs that lfm-edge runs; if it is a checkpoint: lfm-edge export {wanted} -o bundle"
+            f"{wanted} has no ONNX graphs that lfm-edge runs; if it is a checkpoint: "
+            f"{command('export', wanted, '-o', 'bundle')}"
         )
     variant, prefill = choose_variants(variants, profile)
     if variant not in variants:

@@ -16,7 +16,7 @@ from lfm_profiles.schema import TILE_SETTINGS
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu import GpuError, check_tensorrt
 from lfm_runtime.engine.gpu_wheel import CUDA, TENSORRT
-from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.errors import EdgeError, SettingError, command
 from lfm_runtime.formats.contract import VISION_ENCODER
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.forecast import Memory
@@ -104,7 +104,7 @@ def _check_gpu(bundle: Bundle, profile: Profile) -> None:
     if not VARIANTS[name].on_gpu and not profile.is_flag("variant"):
         raise GpuError(
             f"{bundle.folder} has no variant that runs completely on a GPU, only {', '.join(bundle.variants)}; "
-            f"make one: lfm-edge quantize {bundle.folder} --variant {profile.variant[0]}"
+            f"make one: {command('quantize', bundle.folder, '--variant', profile.variant[0])}"
         )
     if TENSORRT in profile.providers:
         check_tensorrt(bundle.graphs(name)[1][VISION_ENCODER.stem])
