@@ -13,7 +13,9 @@ from lfm_runtime.errors import BundleError, command
 from lfm_runtime.setup.resolve import resolve
 from test_sizes import CODE, ROOT
 
-_TYPED = re.compile(r"(?:lfm-edge (?!reads|exports|runs)[a-z]+(?: [^ ;,\n]+)*|python3? -m [^;,\n]*|\bsh|ssh-keygen [^;,\n]*) \0")
+_TYPED = re.compile(
+    r"(?:lfm-edge (?!reads|exports|runs)[a-z]+(?: [^ ;,\n]+)*|python3? -m [^;,\n]*|\bsh|ssh-keygen [^;,\n]*) \0"
+)
 """A command with a path that was put into it as it is."""
 _NAMES = "profile show", "quantize BUNDLE"  # what follows is no path of the user's
 

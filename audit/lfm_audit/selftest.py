@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.messages import Message
 
 from lfm_audit.measure.trial import Trial, start
-from lfm_audit.summary import inter_token, ttft
+from lfm_audit.summary import decode_rate, ttft
 
 _GROWTH = 0.01
 _SMALLEST_GROWTH_MIB = 2.0
@@ -173,7 +174,7 @@ def _budgets(on: Installed) -> str:
         golden.golden_image().save(Path(folder) / "image.png")
         outcome = start(Trial(on.folder, on.profile, [Path(folder) / "image.png"], repeats=3, new_tokens=16))
     last = outcome.answers[-1]
-    rate = 1e3 / sorted(inter_token(last))[len(inter_token(last)) // 2]
+    rate = statistics.median(decode_rate(answer) for answer in outcome.answers[1:])
     broken = []
     peak = outcome.memory_mib["peak"] or 0.0
     if budget.peak_rss_mib is not None and peak > budget.peak_rss_mib:

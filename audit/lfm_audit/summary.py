@@ -209,7 +209,7 @@ def _answers(at: int, runs: Sequence[Run], measured: Measured) -> Answers:
         Figure.of([ms for a in answers for ms in a.stage_ms("vision")]) if one.views else None,
         Figure.of([ms for a in answers for ms in inter_token(a)]) if decodes else None,
         Figure.of(prefill or [0.0]),
-        Figure.of([_decode_rate(a) for a in answers]) if decodes else None,
+        Figure.of([decode_rate(a) for a in answers]) if decodes else None,
         Figure.of(energy) if energy else None,
         Figure.of([j / one.new_tokens for j in energy]) if energy else None,
         tuple(sorted({a.text_sha256 for _, a in all_of_it})),
@@ -243,7 +243,7 @@ def ms_a_token(answer: AnswerTimes) -> float | None:
     return statistics.fmean(steps) if steps else None
 
 
-def _decode_rate(answer: AnswerTimes) -> float:
+def decode_rate(answer: AnswerTimes) -> float:
     """tok/s after the first token; 0 where the clock says that no time passed."""
     passed = answer.token_times[-1] - answer.token_times[0]
     return (answer.new_tokens - 1) / passed * 1e3 if passed > 0 else 0.0

@@ -374,6 +374,7 @@ def test_tune_writes_a_profile_that_run_takes(demo_bundle, photo, tmp_path, caps
     [
         (["tune", "BUNDLE", "PHOTO", "--minutes", "-1"], "minutes -1 is impossible"),
         *((["tune", "BUNDLE", "PHOTO", "--floor", f], f"--floor {f} is impossible") for f in ("nan", "inf", "-1", "0")),
+        (["tune", "BUNDLE", "PHOTO", "--minutes", "0", "-o", "new.toml"], "nothing was measured before"),
         (["tune", "BUNDLE", "PHOTO", "-p", ""], "the question is empty"),
         (["tune", "BUNDLE", "PHOTO", "-o", "x.json"], "x.json cannot be written as a profile"),
         (["tune", "BUNDLE", "nowhere.png"], "nowhere.png does not exist"),

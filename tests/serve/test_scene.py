@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_runtime import Model
-from lfm_runtime.errors import PromptError
+from lfm_runtime.errors import PromptError, SettingError
 from lfm_serve.asking import Asking
 from lfm_serve.cameras.scene import Scene, cache_mib
 from PIL import Image
@@ -142,6 +142,12 @@ def test_choices_without_a_cache(models) -> None:
         fresh = Scene(models[1])
         assert found.probabilities == fresh.ask(fresh.see(tiled(colours)), CHOICES).probabilities
     assert found.report.cached_tokens >= found.report.image_tokens
+
+
+@pytest.mark.parametrize("tolerance", [-1, 300, float("nan"), None, "x"])
+def test_impossible_tolerances(models, tolerance) -> None:
+    with pytest.raises(SettingError, match=r"tolerance .* is impossible; allowed: 0 to 255"):
+        Scene(models[0], tolerance=tolerance)
 
 
 def test_errors_leave_the_scene_usable(models) -> None:

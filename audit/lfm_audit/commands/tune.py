@@ -100,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if tuning.resume(kept):
         print(f"continuing with {counted(len(tuning.points), 'point')} from {kept}", file=sys.stderr)
+    if options.minutes == 0 and not tuning.front():
+        raise SettingError(f"nothing was measured before, so there is nothing to choose from in {kept}; give --minutes")
     interrupt_on_termination()
     progress = status_line(quiet=options.quiet)
     tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)

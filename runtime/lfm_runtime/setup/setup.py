@@ -18,7 +18,7 @@ from lfm_runtime.engine.failures import reason
 from lfm_runtime.engine.gpu import CUDA_GRAPHS_SINCE
 from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.engine.prepared import folder_of
-from lfm_runtime.errors import BundleError, OutOfMemoryError, counted, is_out_of_memory, more_memory
+from lfm_runtime.errors import BundleError, OutOfMemoryError, SettingError, counted, is_out_of_memory, more_memory
 from lfm_runtime.formats.contract import CONV_INPUT, DECODER, VISION_ENCODER, number_of
 from lfm_runtime.formats.onnx_file import output_names
 from lfm_runtime.images.layout import ImageSettings, image_settings, lay_out
@@ -58,7 +58,9 @@ class Flags(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What a run is expected to be asked, which memory is forecast for."""
+    """What a run is expected to be asked, which memory is forecast for. Raises SettingError for sizes that no image
+    has, and for less than no tokens or memory.
+    """
 
     images: tuple[Size, ...]  # asked about together
     question: str = ""
@@ -66,6 +68,13 @@ class Ask:
     kv_tokens: int = 0  # whose keys and values are kept at once, where more than this question's
     cache_mib: int = 0  # for prompts' beginnings and image features
     once: bool = False  # this question alone, and then the process ends
+
+    def __post_init__(self) -> None:
+        for width, height in self.images:
+            if not (width >= 1 and height >= 1):
+                raise SettingError(f"an image of {width}×{height} pixels is impossible")
+        if self.kv_tokens < 0 or self.cache_mib < 0:
+            raise SettingError(f"kv_tokens {self.kv_tokens}, cache_mib {self.cache_mib}: allowed are 0 and above")
 
 
 @dataclass(frozen=True)

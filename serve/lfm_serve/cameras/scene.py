@@ -8,6 +8,7 @@ import numpy as np
 from lfm_runtime.answer.choice import Chosen
 from lfm_runtime.answer.reply import Job
 from lfm_runtime.decode.context import Context
+from lfm_runtime.errors import SettingError
 from lfm_runtime.images.opened import CutImage
 from lfm_runtime.images.pixels import ImageLike
 from lfm_runtime.model import Model
@@ -38,8 +39,12 @@ class Scene:
     def __init__(self, model: Model, *, tolerance: float = 0.0) -> None:
         """`tolerance`: a view is also taken for unchanged where no 16×16 patch's mean, of any colour, differs by more,
         of 255, from that of the view that was encoded. With 0 answers, on a CPU, are those of a scene that keeps
-            nothing, bit for bit.
+        nothing, bit for bit.
+
+        Raises SettingError for a tolerance that is no number from 0 to 255.
         """
+        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 255:
+            raise SettingError(f"tolerance {tolerance!r} is impossible; allowed: 0 to 255")
         self.model, self._tolerance = model, tolerance
         self._context = Context(model.decoder)  # without the cache: no copies of keys and values are kept
         self._before: CutImage | None = None

@@ -15,6 +15,7 @@ import pytest
 from lfm_profiles import Device, detect, read, with_flags
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
+from lfm_runtime.errors import SettingError
 from lfm_runtime.setup import costs
 from lfm_runtime.setup import memory as planning
 from lfm_runtime.setup.forecast import Forecast, Memory
@@ -355,3 +356,11 @@ def data_of(graph: Path) -> set[str]:
     onnx = pytest.importorskip("onnx")
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
     return {f"onnx/{e.value}" for t in tensors for e in t.external_data if e.key == "location"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"images": ((0, 960),)}, {"images": ((-5, 960),)}, {"kv_tokens": -1}, {"cache_mib": -1}]
+)
+def test_nobody_asks_so(wrong) -> None:
+    with pytest.raises(SettingError, match=r"impossible|allowed are 0 and above"):
+        Ask(**{"images": ((512, 512),), **wrong})
