@@ -34,6 +34,11 @@ class Chat:
         self._context = Context(model.decoder, model.cache)
         self._answering = False
 
+    @property
+    def tokens(self) -> int:
+        """What was read and said so far, image tokens included."""
+        return self._context.length
+
     def ask(
         self,
         question: str,

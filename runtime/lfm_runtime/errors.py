@@ -33,7 +33,11 @@ class PromptError(EdgeError, ValueError):
 
 
 class ContextFullError(PromptError):
-    """Prompt and answer together have more tokens than the context."""
+    """Prompt and answer together have more tokens than the context. `tokens`: the prompt's."""
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class SettingError(EdgeError, ValueError):

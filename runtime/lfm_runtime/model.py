@@ -391,10 +391,8 @@ class Model:
                 yield piece
 
     def _check_context(self, prompt: RenderedPrompt) -> None:
-        limit = self.setup.context_length
-        if len(prompt.ids) >= limit:
-            raise ContextFullError(
-                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of them image tokens), but "
-                f"prompt and answer together may have at most {limit}; shorten the text"
-                + (", or take fewer images or tiles (--max-tiles)" if prompt.image_tokens else "")
-            )
+        limit, tokens = self.setup.context_length, len(prompt.ids)
+        if tokens >= limit:
+            fewer = ", or take fewer images or tiles (--max-tiles)" if prompt.image_tokens else ""
+            said = f"the prompt has {tokens} tokens ({prompt.image_tokens} of them image tokens), but prompt and answer"
+            raise ContextFullError(f"{said} together may have at most {limit}; shorten the text{fewer}", tokens)

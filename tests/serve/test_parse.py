@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import sys
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("starlette")
+from lfm_runtime.decode.guide import Grammars
+from lfm_runtime.errors import SettingError
 from lfm_runtime.text.messages import IMAGE
 from lfm_serve.api.chat import Asked, effective, parse
 from lfm_serve.api.choose import Asked as Choices
 from lfm_serve.api.choose import parse_choose
-from lfm_serve.api.errors import ApiError
+from lfm_serve.api.errors import ApiError, of
 from lfm_serve.api.images import image_bytes
 from lfm_serve.api.ollama import only_loads, parse_chat, parse_generate
 from lfm_serve.limits import Limits
@@ -72,6 +75,7 @@ def test_base64_as_clients_write_it(data, urlsafe, broken, padded, percent) -> N
         ("https://example.org/a.jpg", "fetches no URLs"),
         ("file:///etc/passwd", "file: URLs are not opened"),
         ("photo.jpg", "an image is base64 text, or a data URI"),
+        ("/home/pi/pictures/photo.jpg", "names and paths are not opened"),
         ("data:image/png;base64,###", "not valid base64"),
         ("data:image/png;base64,", "no bytes"),
     ],
@@ -313,3 +317,11 @@ def test_fields_that_change_nothing_are_named() -> None:
     assert parse_chat(asked).unused == ("options.num_ctx",)
     with pytest.raises(ApiError, match=r"max_tokens is 3\.5; a whole number is needed"):
         parse({"messages": [{"role": "user", "content": "x"}], "max_tokens": 3.5})
+
+
+def test_how_to_install_is_not_for_clients(monkeypatch) -> None:
+    """They have no shell here, and the server's paths are none of theirs."""
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(SettingError, match="-m pip install") as caught:
+        Grammars(None, ())
+    assert of(caught.value).message == "answers in a schema need llguidance, which is not installed on this server"

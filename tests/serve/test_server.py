@@ -259,7 +259,7 @@ def test_keys(demo_bundle, tmp_path, capsys) -> None:
     try:
         assert server.ask("/health")[0] == 200
         assert server.ask("/v1/models")[0] == 401
-        with pytest.raises(openai.AuthenticationError):
+        with pytest.raises(openai.AuthenticationError, match="the key is none of this server's"):
             client(server, key="wrong").models.list()
         assert client(server, key="second").models.list().data[0].id == "cam"
         with pytest.raises(openai.NotFoundError):

@@ -86,6 +86,16 @@ class Talk:
         """Open an image for the next question."""
         self._waiting.append((path if isinstance(path, str) else "-", self._model.open(path, **self._limit)))
 
+    def _what_is_full(self, error: ContextFullError) -> str:
+        """What takes most of a full context, unless it is the question, and how to be rid of it."""
+        images = sum(image.layout.tokens for _, image in self._waiting)
+        if 2 * max(self._chat.tokens, images) < error.tokens:
+            return ""
+        taken, them = (
+            ("the conversation so far takes", "it") if self._chat.tokens > images else ("its images take", "them")
+        )
+        return f"; {taken} most of them: " + (f"/clear forgets {them}" if sys.stdin.isatty() else "start another chat")
+
     def ask(self, question: str) -> int:
         """Print the answer to a question; return the exit code. A question that fails, or is interrupted before its
         answer begins, is not part of the conversation.
@@ -99,11 +109,7 @@ class Talk:
             pieces = iter(answer)
             self._show(pieces)
         except EdgeError as e:
-            full = ""
-            if isinstance(e, ContextFullError) and (said or self._waiting):
-                taken, them = ("the conversation so far takes", "it") if said else ("its images take", "them")
-                anew = f"/clear forgets {them}" if sys.stdin.isatty() else "start another chat"
-                full = f"; {taken} most of them: {anew}"
+            full = self._what_is_full(e) if isinstance(e, ContextFullError) else ""
             print_json({"question": question, "error": f"{e}{full}"}) if self._json else self.say_nothing()
             print(f"lfm-edge: {e}{full}", file=sys.stderr)
             return e.exit_code

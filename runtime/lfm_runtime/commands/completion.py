@@ -11,8 +11,8 @@ EXIT_CODES = {
     "1": "a check failed (verify, doctor, selftest), a figure got worse (compare), a limit is broken (audit --limit), "
     "an answer did not come (watch --until)",
     "2": "an error that the message explains",
-    "3": "quantize: the variant is not good enough. audit, compare: the measurement is not valid. selftest: only a "
-    "budget is exceeded, or the board is throttled. caption, watch: some images have an "
+    "3": "quantize: the variant is not good enough. audit, compare: the measurement is not valid, or was interrupted. "
+    "selftest: only a budget is exceeded, or the board is throttled. caption, watch: some images have an "
     "error, or records were not delivered. run --schema: the JSON was cut off",
     "130": "interrupted",
 }

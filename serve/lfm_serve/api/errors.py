@@ -82,6 +82,8 @@ def of(error: EdgeError) -> ApiError:
     if isinstance(error, ImageError | PromptError):
         return ApiError(400, said, None, "messages")
     if isinstance(error, SettingError):
+        if isinstance(error.__cause__, ImportError):  # a command to install it is for who has a shell here
+            said = f"{said.partition(':')[0]}, which is not installed on this server"
         return ApiError(400, said)
     if isinstance(error, MemoryError):
         return too_large(said)

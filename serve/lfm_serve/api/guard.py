@@ -63,7 +63,8 @@ class Guard:
         given = key.strip().encode()
         fits = [hmac.compare_digest(given, known) for known in self._keys]  # each, so that time tells nothing
         if kind.lower() != "bearer" or not any(fits):
-            said = "this server needs a key: Authorization: Bearer KEY"
+            wrong = "the key is none of this server's; it needs" if header else "this server needs a key:"
+            said = f"{wrong} Authorization: Bearer KEY"
             raise ApiError(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 

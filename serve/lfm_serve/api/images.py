@@ -37,7 +37,7 @@ def image_bytes(url: str, limits: Limits) -> bytes:
         raise refused_image(f"{scheme}: URLs are not opened; send the image itself: data:image/jpeg;base64,…")
     if len(url) < _SHORTEST:
         raise refused_image("an image is base64 text, or a data URI: data:image/jpeg;base64,…")
-    return _decoded(url.encode("ascii", "replace"))
+    return _decoded(url.encode("ascii", "replace"), "; names and paths are not opened")
 
 
 def _file(url: str, folder: Path, most: int) -> bytes:
@@ -54,13 +54,13 @@ def _file(url: str, folder: Path, most: int) -> bytes:
     return path.read_bytes()
 
 
-def _decoded(text: bytes) -> bytes:
-    """Base64, of both alphabets, with line breaks, and without padding."""
+def _decoded(text: bytes, more: str = "") -> bytes:
+    """Base64, of both alphabets, with line breaks, and without padding. `more`: for the message where it is none."""
     packed = b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
         return _not_empty(base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True))
     except (binascii.Error, ValueError) as e:
-        raise refused_image(f"the image is not valid base64 ({e})") from e
+        raise refused_image(f"the image is not valid base64 ({e}){more}") from e
 
 
 def _not_empty(found: bytes) -> bytes:

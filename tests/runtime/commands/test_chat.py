@@ -144,7 +144,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle_copy, image) -> None:
     assert terminal.ends() == 130
 
 
-def test_a_full_conversation_says_what_helps(demo_bundle, image) -> None:
+def test_a_full_conversation_says_what_helps(demo_bundle, image, tmp_path) -> None:
     """The question alone is told its own length; a conversation, how it begins anew."""
     words = [sys.executable, "-m", "lfm_runtime", "chat", str(demo_bundle), "--quiet", "--max-new-tokens", "2"]
     asked = f"{'word ' * 300}\n" * 5
@@ -153,6 +153,12 @@ def test_a_full_conversation_says_what_helps(demo_bundle, image) -> None:
     first = subprocess.run(words, input="word " * 9000, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert "may have at most" in first.stderr
     assert "the conversation so far" not in first.stderr
+    (tmp_path / "short.toml").write_text('extends = "auto"\ncontext = 100\n')
+    short = [*words, "--profile", str(tmp_path / "short.toml")]
+    second = subprocess.run(
+        short, input=f"Hi.\n{'word ' * 400}\n", capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert "may have at most 100; shorten the text\n" in second.stderr, "it is the question that takes them"
     words += [str(image)] * 400
     many = subprocess.run(words, input="What?", capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert "its images take most of them: start another chat" in many.stderr
