@@ -46,6 +46,13 @@ HEADS = {
     OPENVINO: "OpenVINO, fp32 weights",
     GENAI: "onnxruntime-genai, our int4",
 }
+WIDEST = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
 PROMPTS, PASTS, ROWS = (275, 1500), (10, 512, 1500), (1, 4, 8)
 
 
@@ -170,13 +177,15 @@ def into_pages(made: str) -> None:
 
 def machine_of(programs: Path, threads: int) -> dict[str, Any]:
     """What everything was measured with."""
-    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    about = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"^model name\s*: (.*)$", about, re.MULTILINE)
+    widest = next((f" with {name}" for flag, name in WIDEST.items() if re.search(rf"\b{flag}\b", about)), "")
     server = [programs / "llama-server", "--version"]
     build = subprocess.run(server, capture_output=True, text=True, errors="replace", check=True)
     commit = re.search(r"commit (\w+)|\((\w+)\)", build.stdout + build.stderr)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": cpu[1] if cpu else platform.machine(),
+        "processor": (cpu[1] if cpu else platform.machine()) + widest,
         "threads": threads,
         "kernel": platform.release(),
         "python": platform.python_version(),
