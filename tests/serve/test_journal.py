@@ -64,7 +64,7 @@ def test_a_file_cut_off_anywhere_goes_on(place, texts, at, twice) -> None:
         (f"{json.dumps(record(1))}\nx\n{json.dumps(record(2))}\n", "line 2 is no record"),
         (f"{json.dumps(record(1, 'other'))}\n", "was made with other settings"),
         (f"{json.dumps(record(1))}\n{json.dumps(record(2, 'other'))}", "was made with other settings"),
-        (f"{json.dumps(record(1))}\n5", "did not write it"),
+        (f"{json.dumps(record(1))}\n5", "line 2 is no record"),
     ],
 )
 def test_what_is_not_ours_stays(tmp_path, content, says) -> None:
@@ -73,6 +73,16 @@ def test_what_is_not_ours_stays(tmp_path, content, says) -> None:
     with pytest.raises(JournalError, match=says), Journal.open(out, SETTINGS, "s"):
         pytest.fail("opened")
     assert out.read_text() == content
+
+
+def test_a_damaged_first_line_of_ours_is_named(tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Journal.open(out, SETTINGS, "s") as journal:
+        journal.write(record(1))
+    for damaged in (record(1, text=5), {**record(1), "size": "big"}):
+        out.write_text(f"{json.dumps(damaged)}\n")
+        with pytest.raises(JournalError, match="line 1 is no record"), Journal.open(out, SETTINGS, "s"):
+            pytest.fail("opened")
 
 
 def test_a_second_writer_is_refused(tmp_path) -> None:

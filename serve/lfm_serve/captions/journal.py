@@ -115,7 +115,7 @@ class Journal(Output):
 
     def _read(self) -> int:
         """Learn what is there; returns where a last line begins that was cut off, or the end."""
-        whole, last = 0, b""
+        whole, number, last, began = 0, 0, b"", self._settings_place.exists()
         with self.path.open("rb") as f:
             for number, last in enumerate(f, 1):
                 record = parsed(last)
@@ -123,18 +123,23 @@ class Journal(Output):
                 if not last.endswith(b"\n"):
                     break
                 if record is None:
-                    what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or"
-                    what = what if number > 1 else f"{self.path} exists, and lfm-edge caption did not write it;"
-                    raise JournalError(f"{what} choose another output")
+                    raise self._foreign(number, ours=began or number > 1)
                 whole += len(last)
                 self.superseded += record["path"] in self.records
                 self._note(record)
         if whole == self.path.stat().st_size:
             return whole
-        ours = last.startswith(b'{"path": "'[: len(last)]) and self._settings_place.exists()
+        ours = last.startswith(b'{"path": "'[: len(last)]) and began
         if not (whole or ours) or (is_json(last) and parsed(last) is None):  # ours may lack its newline alone
-            raise JournalError(f"{self.path} exists, and lfm-edge caption did not write it; choose another output")
+            raise self._foreign(number, ours=bool(whole or ours))
         return whole
+
+    def _foreign(self, number: int, *, ours: bool) -> JournalError:
+        """For a line that is no record, in a file that is ours but for it, or not."""
+        what = f"{self.path} exists, and lfm-edge caption did not write it;"
+        if ours:
+            what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or"
+        return JournalError(f"{what} choose another output")
 
     @property
     def _settings_place(self) -> Path:
