@@ -294,8 +294,10 @@ def _answer_all(
     def take(_: bool) -> tuple[int, Job | EdgeError] | None:
         if (asked := next(questions, None)) is None:
             return None
-        index, (images, question) = asked
-        images = each_image(images)
+        index, pair = asked
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise SettingError(f"question {index} is {pair!r:.60}; a pair is needed: (images, question)")
+        images, question = each_image(pair[0]), pair[1]
         try:
             return index, batch.model.prepare_answer(
                 [*turns, Message.user(question, len(images))], images, **generation

@@ -313,6 +313,9 @@ def test_fields_that_change_nothing_are_named() -> None:
     """So that the log can say once that they are ignored."""
     choices = {"question": "Is it red?", "choices": ["yes", "no"]}
     assert parse_choose({**choices, "temperature": 3, "model": "m"}).unused == ("temperature",)
+    for questions in ([], [{"question": "x", "choices": ["a", "b"]}]):
+        with pytest.raises(ApiError, match="send one of them"):
+            parse_choose({**choices, "question": "x", "questions": questions})
     asked = {"messages": [{"role": "user", "content": "x"}], "options": {"num_ctx": 100, "top_k": 3}, "keep_alive": 1}
     assert parse_chat(asked).unused == ("options.num_ctx",)
     with pytest.raises(ApiError, match=r"max_tokens is 3\.5; a whole number is needed"):

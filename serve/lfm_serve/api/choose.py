@@ -56,7 +56,7 @@ def parse_choose(body: Any) -> Asked:
     if typed(body, "stream", bool):
         raise ApiError(400, "stream: all choices are answered at once; leave it out", None, "stream")
     raw = typed(body, "questions", list)
-    if raw and body.get("question") is not None:
+    if raw is not None and body.get("question") is not None:
         raise ApiError(400, "question and questions: send one of them", None, "questions")
     questions = [_question(one, f"questions[{n}]") for n, one in enumerate(raw)] if raw else [_question(body, "")]
     if len(questions) > _MOST_QUESTIONS:
