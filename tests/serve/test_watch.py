@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from datetime import datetime
 import pytest
 from lfm_runtime.commands.cli import main
 from lfm_runtime.installation import install_advice
+from lfm_serve.cameras import records
 from pictures import IMAGES, QUESTION
 from PIL import Image
 from watching import HEAD, PATIENCE_S
@@ -48,6 +50,23 @@ def test_several_questions_about_each(watch, stills) -> None:
     assert [one["question"] for one in found] == [QUESTION, "How many shapes?"] * 6
     assert {one["encoded_tiles"] for one in found[1::2]} == {0}
     assert all(one["cached_tokens"] >= one["image_tokens"] for one in found[1::2])
+
+
+def test_lost_records_of_a_camera_end_with_3(watch, stills, tmp_path, monkeypatch, demo_model) -> None:
+    """Also where others were written: whoever looks at the exit code alone learns of them."""
+    failures = iter([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+    append = records.append
+
+    def once_full(*words, **named) -> None:
+        if error := next(failures, None):
+            raise error
+        append(*words, **named)
+
+    monkeypatch.setattr(records, "append", once_full)
+    last = demo_model.answer(IMAGES[1], QUESTION, temperature=0).text()
+    source = f"exec:while :; do for n in 0 1; do cat {stills}/$n.png; sleep 0.3; done; done"
+    watch(source, "--until", f"answer:{last}", "-o", str(tmp_path / "out.jsonl"), code=3)
+    assert "records are lost until there is room" in watch.said and "1 record lost" in watch.said
 
 
 def test_unreadable_stills_are_records(watch, stills) -> None:

@@ -81,7 +81,6 @@ class Published(Records):
         done = self._sent.intersection(self._acknowledged.copy())
         self._sent -= done
         self._acknowledged -= done
-        self.arrived += len(done)
         return len(self._sent)
 
     def close(self) -> None:

@@ -29,7 +29,6 @@ class RecordsError(EdgeError):
 class Records(Protocol):
     """Takes records."""
 
-    arrived: int = 0  # records that are where they should be, for good
     lost: int = 0  # records that never will be
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -95,7 +94,6 @@ class Appended(Records):
             self._lost += 1
             self.lost += 1
             return
-        self.arrived += 1
         self._synced = time.monotonic() if sync else self._synced
         self._tell_lost()
 

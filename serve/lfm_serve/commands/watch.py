@@ -178,7 +178,7 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str, recor
         return _EXIT_STOPPED if seen.stopped else _EXIT_NOT_SAID
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED
-    lost = any(place.lost and (not what.source.live or not place.arrived) for place in records)
+    lost = any(place.lost for place in records)
     return _EXIT_ERRORS if lost or (seen.errors and not what.source.live) else 0
 
 
