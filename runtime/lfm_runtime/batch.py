@@ -20,7 +20,7 @@ from lfm_runtime.decode.context import Context
 from lfm_runtime.decode.sampling import Generation, Sampler
 from lfm_runtime.decode.states import SharedState
 from lfm_runtime.engine.failures import failures_are_ours
-from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.errors import EdgeError, SettingError, pair
 from lfm_runtime.images.pixels import ImageLike, each_image
 from lfm_runtime.model import Model
 from lfm_runtime.report import Report
@@ -294,10 +294,8 @@ def _answer_all(
     def take(_: bool) -> tuple[int, Job | EdgeError] | None:
         if (asked := next(questions, None)) is None:
             return None
-        index, pair = asked
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise SettingError(f"question {index} is {pair!r:.60}; a pair is needed: (images, question)")
-        images, question = each_image(pair[0]), pair[1]
+        images, question = pair(asked[1], "images, question")
+        index, images = asked[0], each_image(images)
         try:
             return index, batch.model.prepare_answer(
                 [*turns, Message.user(question, len(images))], images, **generation

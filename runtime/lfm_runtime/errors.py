@@ -8,6 +8,7 @@ import contextlib
 import errno
 import shlex
 from pathlib import Path
+from typing import Any
 
 
 class EdgeError(Exception):
@@ -111,6 +112,13 @@ def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 image, 2,000 images, 2 boxes."""
     plural = "es" if noun.endswith("x") else "s"
     return f"{number:,} {noun}{plural * (number != 1)}"
+
+
+def pair(value: Any, names: str) -> tuple[Any, Any]:
+    """What a program gave as a pair. Raises SettingError where it is none."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise SettingError(f"{value!r:.60} is no pair; give ({names})")
+    return value[0], value[1]
 
 
 def command(*words: object) -> str:

@@ -27,7 +27,7 @@ from lfm_runtime.decode.speculation import PromptLookup, speculative_tokens
 from lfm_runtime.engine.gpu import GpuError
 from lfm_runtime.engine.sessions import Sessions
 from lfm_runtime.engine.vision import Progress, encoding
-from lfm_runtime.errors import ContextFullError, SettingError
+from lfm_runtime.errors import ContextFullError, SettingError, pair
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import MAX_MEGAPIXELS, ImageLike, each_image, open_image
@@ -192,7 +192,7 @@ class Model:
         opened = self.open_all(images, max_megapixels=max_megapixels)
         turns = [Message("system", system)] if system else []
         asked = []
-        for question, answers in questions:
+        for question, answers in (pair(one, "question, answers") for one in questions):
             chat = Conversation([*turns, Message.user(question, len(opened))], special=special)
             asked.append(self.prepare_choice(chat, opened, answers if isinstance(answers, str) else tuple(answers)))
         return self.chosen(asked)

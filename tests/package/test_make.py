@@ -139,6 +139,8 @@ def test_a_checkpoint_that_is_none(tmp_path, capsys) -> None:
     assert main(["make", str(tmp_path), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is no checkpoint, it has no config.json" in line
+    assert main(["make", str(tmp_path / "chekpoint"), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 2
+    assert "chekpoint does not exist; name" in capsys.readouterr().err
 
 
 def test_a_file_in_the_way_is_seen_before_the_work(tmp_path, capsys) -> None:

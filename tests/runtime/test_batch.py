@@ -164,7 +164,7 @@ def test_batches_that_cannot_be_are_refused(demo_model, demo_bundle) -> None:
     with pytest.raises(SettingError, match="temperature"):
         list(answer_all(demo_model, [], temperature=-1))
     for odd in (("a.png",), "ab c", 5):
-        with pytest.raises(SettingError, match=r"question 0 is .*; a pair is needed"):
+        with pytest.raises(SettingError, match=r"is no pair; give \(images, question\)"):
             list(answer_all(demo_model, [odd]))
     with pytest.raises(SettingError, match="low_memory"):
         list(answer_all(Model.load(demo_bundle, low_memory=True), []))

@@ -119,3 +119,9 @@ def test_the_command(demo_bundle, demo_model, capsys) -> None:
     assert "give two or more" in capsys.readouterr().err
     assert main([*words, "yes,no", "--temperature", "0.5"]) == 2
     assert "--temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("questions", ["x", [("q",)], [("q", ["yes", "no"], 1)]])
+def test_questions_that_are_no_pairs(demo_model, questions) -> None:
+    with pytest.raises(SettingError, match=r"is no pair; give \(question, answers\)"):
+        demo_model.choose_each(PICTURES[0], questions)

@@ -172,4 +172,7 @@ def test_the_page_of_a_run(caption, folder, tmp_path, capsys) -> None:
     assert main(["report", str(tmp_path / "odd.jsonl")]) == 0
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     assert main(["report", str(tmp_path / "other.jsonl")]) == 2
-    assert "line 1 is no record of lfm-edge caption" in capsys.readouterr().err
+    assert "was not written by lfm-edge caption" in capsys.readouterr().err, "and no line of it is to be removed"
+    (tmp_path / "other.jsonl.settings.json").write_text("{}")
+    assert main(["report", str(tmp_path / "other.jsonl")]) == 2
+    assert "line 1 is no record of lfm-edge caption; remove the line" in capsys.readouterr().err

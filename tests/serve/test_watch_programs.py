@@ -45,6 +45,9 @@ def test_a_program_that_stalls_or_is_not_there(watching, stills) -> None:
     missing = watching("exec:no-such-program -o -")
     records = missing.until(bool)
     assert "ended with 127" in records[0]["error"]
+    text = watching("exec:echo hello")
+    assert text.until(bool)[0]["error"] == "the command ended with 0 without a JPEG or PNG picture"
+    assert text.stop() == 0
     assert missing.stop() == 0
 
 

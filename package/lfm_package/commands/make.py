@@ -125,7 +125,8 @@ def _order(options: argparse.Namespace) -> Order:
         )
     options.checkpoint = checkpoint_folder(options.checkpoint, quiet=options.quiet)
     if not (options.checkpoint / "config.json").exists():
-        raise SettingError(f"{options.checkpoint} is no checkpoint, it has no config.json; name its folder, or its id")
+        what = "is no checkpoint, it has no config.json" if options.checkpoint.exists() else "does not exist"
+        raise SettingError(f"{options.checkpoint} {what}; name a checkpoint's folder, or its id")
     options.adapter = adapter_folder(options.adapter, quiet=options.quiet) if options.adapter else None
     _check_inputs(options)
     check_place(options.output, platform, signed=bool(options.sign), force=options.force)

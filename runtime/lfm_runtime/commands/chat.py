@@ -227,14 +227,14 @@ def _on_terminal(talk: Talk) -> None:
     """Read lines with history and editing until Ctrl-D, /exit, or Ctrl-C twice at the prompt."""
     _edit_lines()
     print("/help lists commands; Ctrl-C stops an answer; Ctrl-D ends the chat", file=sys.stderr)
-    stopped = True
+    stopped, first = True, True
     while stopped:
-        stopped = _turns(talk)
+        stopped, first = _turns(talk, first=first), False
 
 
-def _turns(talk: Talk) -> bool:
+def _turns(talk: Talk, *, first: bool) -> bool:
     """Questions and commands to the end of the chat (False) or to a Ctrl-C (True). A Ctrl-C before anything is typed
-    is raised: it is the second in a row.
+    is raised where it is not the first: it is the second in a row.
     """
     lines, answering = 0, False
     try:
@@ -244,7 +244,7 @@ def _turns(talk: Talk) -> bool:
                 _do(talk, line)
             answering = False
     except KeyboardInterrupt:
-        if not (lines or _typed()):
+        if not (first or lines or _typed()):
             raise
         what = "stopped; " if answering else ""
         print(f"\n[{what}Ctrl-C again or Ctrl-D ends the chat]", file=sys.stderr)

@@ -69,7 +69,7 @@ class Program:
         said = bytearray()
         listener = threading.Thread(target=_listen, args=(process.stderr, said), daemon=True)
         listener.start()
-        watch = _Watch(self.stall)
+        watch, number = _Watch(self.stall), -1
         try:
             for number, content in enumerate(pictures(watch.chunks(process.stdout), most=_MOST)):
                 watch.seen()
@@ -82,7 +82,8 @@ class Program:
             listener.join(_END_S)  # which closes what it reads: a child in another session may still hold it
         lines = [line.strip() for line in re.split(r"[\r\n]", said.decode(errors="replace")) if line.strip()]
         what = f": {masked(lines[-1])[-200:]}" if lines else ""
-        raise SourceError(f"the command ended with {process.returncode}{what}")
+        none = " without a JPEG or PNG picture" if number < 0 and process.returncode == 0 else ""
+        raise SourceError(f"the command ended with {process.returncode}{none}{what}")
 
     def stop(self) -> None:
         """Implement Source.stop."""

@@ -54,6 +54,10 @@ class Roi:
         except ValueError:
             raise SettingError(f"--roi {text!r:.40} is no region; {advice}") from None
         most = 1.0 + _ROUNDING if shares else float("inf")
+        if shares and max(x + width, y + height) > most and max(x, y, width, height) <= most:
+            raise SettingError(
+                f"--roi {text!r:.40} reaches over the picture's edge: x + width or y + height is above 1; {advice}"
+            )
         if not (x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= most and y + height <= most):
             raise SettingError(f"--roi {text!r:.40} is no region of a picture; {advice}")
         if not shares and width <= 1 and height <= 1:

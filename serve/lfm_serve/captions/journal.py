@@ -115,7 +115,7 @@ class Journal(Output):
 
     def _read(self) -> int:
         """Learn what is there; returns where a last line begins that was cut off, or the end."""
-        whole, number, last, began = 0, 0, b"", self._settings_place.exists()
+        whole, number, last, began = 0, 0, b"", settings_place(self.path).exists()
         with self.path.open("rb") as f:
             for number, last in enumerate(f, 1):
                 record = parsed(last)
@@ -141,15 +141,16 @@ class Journal(Output):
             what = f"{self.path}, line {number} is no record of lfm-edge caption; remove the line, or"
         return JournalError(f"{what} choose another output")
 
-    @property
-    def _settings_place(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.settings.json")
-
     def _read_settings(self) -> dict[str, Any]:
-        return read_json_object(self._settings_place, JournalError, required=False)
+        return read_json_object(settings_place(self.path), JournalError, required=False)
 
     def _write_settings(self, text: str) -> None:
-        write_whole(self._settings_place, text)
+        write_whole(settings_place(self.path), text)
+
+
+def settings_place(output: Path) -> Path:
+    """The file beside an output that says how it was made."""
+    return output.with_name(f"{output.name}.settings.json")
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -174,6 +175,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 if record is None:
                     if line.startswith(WATCHED):
                         raise JournalError(f"{path} has records of lfm-edge watch, not of lfm-edge caption")
+                    if number == 1 and not settings_place(path).exists():
+                        raise JournalError(f"{path} was not written by lfm-edge caption; name what it wrote")
                     raise JournalError(f"{path}, line {number} is no record of lfm-edge caption; remove the line")
                 found.pop(record["path"], None)
                 found[record["path"]] = record

@@ -144,6 +144,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle_copy, image) -> None:
     assert terminal.ends() == 130
 
 
+def test_the_first_ctrl_c_of_a_chat_asks(demo_bundle) -> None:
+    terminal = Terminal(demo_bundle)
+    terminal.types(CTRL_C)
+    terminal.sees("[Ctrl-C again or Ctrl-D ends the chat]")
+    terminal.prompt()
+    terminal.types(CTRL_C)
+    assert terminal.ends() == 130
+
+
 def test_a_full_conversation_says_what_helps(demo_bundle, image, tmp_path) -> None:
     """The question alone is told its own length; a conversation, how it begins anew."""
     words = [sys.executable, "-m", "lfm_runtime", "chat", str(demo_bundle), "--quiet", "--max-new-tokens", "2"]
