@@ -119,10 +119,12 @@ uninstall() {
     rm -f "$prefix/.lock" "$prefix/.lfm-edge"
     rmdir "$prefix/versions" 2>/dev/null || true
     rmdir "$prefix/bin" "$prefix" 2>/dev/null || true
-    if [ -d "$prefix" ]; then
-        say "what was installed in $prefix is removed; other files are still there"
-    else
+    if [ ! -d "$prefix" ]; then
         say "$prefix is removed"
+    elif [ -z "$(ls -A "$prefix")" ]; then
+        say "what was installed in $prefix is removed; the empty folder stays"
+    else
+        say "what was installed in $prefix is removed; other files are still there"
     fi
 }
 
