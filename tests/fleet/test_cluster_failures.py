@@ -127,7 +127,7 @@ def test_images_that_a_worker_does_not_see(command, tmp_path) -> None:
 
 def test_a_scheduler_that_goes_and_stays_away(command, folder, tmp_path, demo_bundle) -> None:
     """`Client` gives up after its own time; what is written stays."""
-    with Cluster(tmp_path) as cluster, Client(cluster.address, timeout=1) as client:
+    with Cluster(tmp_path) as cluster, Client(cluster.address, timeout=10) as client:
         cluster.work("a")
         items = [Item(str(path), path.name) for path in sorted(folder.iterdir())]
         batches = Batches(client, captioner(demo_bundle, "What?", threads=1).job, items, print)
