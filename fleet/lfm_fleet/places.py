@@ -48,7 +48,9 @@ def filesystem(url: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as e:
         raise PlaceError(f"{url}: {' '.join(str(e).split())}") from e  # which says what to install
-    except Exception as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # see reading
         raise PlaceError(f"{url} cannot be used ({why(e)}); see fsspec's page on this kind of URL") from e
     return fs, str(path)
 
@@ -107,9 +109,9 @@ def read(url: str, size: int | None) -> bytes:
         check_size(size or 0)
         content = bytes(fs.cat_file(path))
         check_size(len(content))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # see reading
         raise ImageError(f"cannot be read ({why(e)})") from e
     return content
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +233,19 @@ def test_budgets(demo_bundle, tmp_path, budget, message) -> None:
     else:
         with pytest.raises(CheckError, match=message):
             check("budgets").run(on)
+
+
+def test_a_budget_of_tokens_a_second_counts_pauses(installed, monkeypatch, tmp_path) -> None:
+    """15 tokens in 30 ms and a pause of 270: 50 a second, as an audit says, and not the 500 of most of them."""
+    profile = tmp_path / "tight.toml"
+    profile.write_text('extends = "generic"\n[budget]\ndecode_tok_s = 100\n')
+    on = Installed(installed.folder, str(profile), "fp32")
+    times = [100.0 + 2 * n + (270 if n > 7 else 0) for n in range(16)]
+    answer = SimpleNamespace(token_times=times, new_tokens=16, started=0.0)
+    outcome = SimpleNamespace(answers=[answer] * 3, memory_mib={"peak": 100.0})
+    monkeypatch.setattr(selftest, "start", lambda _: outcome)
+    with pytest.raises(CheckError, match=r"decode_tok_s 100: 50\.0 tok/s"):
+        check("budgets").run(on)
 
 
 def test_bundle_that_is_written_to_is_found(installed, monkeypatch) -> None:

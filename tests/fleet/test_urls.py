@@ -14,6 +14,7 @@ import fsspec
 import pytest
 from clusters import PATIENCE_S, start, texts
 from hub import Repository, running
+from lfm_fleet import places
 from lfm_fleet.bundles import cache_folder, open_bundle
 from lfm_fleet.parts import Parts
 from lfm_fleet.places import PlaceError, find
@@ -214,8 +215,6 @@ def test_names_of_images(output, path, key) -> None:
 
 
 def test_urls_keep_their_host() -> None:
-    from lfm_fleet import places
-
     class Ftp:
         protocol = "ftp"
 
@@ -248,3 +247,17 @@ def test_want_of_memory_is_not_the_outputs_fault(monkeypatch, tmp_path, method) 
     monkeypatch.setattr(Parts, method, fails)
     with pytest.raises(MemoryError), Parts.open(f"file://{tmp_path}/out.jsonl", SETTINGS, "abc") as parts:
         parts.write({"path": "a"})
+
+
+@pytest.mark.parametrize("where", ["url_to_fs", "cat_file"])
+def test_an_image_too_large_for_the_memory_is_called_so(monkeypatch, where) -> None:
+    """And not unreadable: what reads it says what it takes."""
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    place = places.fsspec.core if where == "url_to_fs" else fsspec.filesystem("memory")
+    fsspec.filesystem("memory").pipe_file("/a.png", b"x")
+    monkeypatch.setattr(place, where, full)
+    with pytest.raises(MemoryError):
+        places.read("memory://a.png", 1)

@@ -227,9 +227,9 @@ def _on_terminal(talk: Talk) -> None:
     """Read lines with history and editing until Ctrl-D, /exit, or Ctrl-C twice at the prompt."""
     _edit_lines()
     print("/help lists commands; Ctrl-C stops an answer; Ctrl-D ends the chat", file=sys.stderr)
-    stopped, first = True, True
-    while stopped:
-        stopped, first = _turns(talk, first=first), False
+    first = True
+    while _turns(talk, first=first):
+        first = False
 
 
 def _turns(talk: Talk, *, first: bool) -> bool:
