@@ -184,7 +184,9 @@ check_machine() { # sets $python
 }
 
 check_space() { # of the disk that the folder is, or will be, on
-    free=$(($(df -Pk "$place" | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/') / 1024))
+    free=$(df -Pk "$place" 2>/dev/null | tail -n 1 | sed 's/.* \([0-9][0-9]*\) \{1,\}[0-9-]*% .*/\1/')
+    case $free in '' | *[!0-9]*) return 0 ;; esac # what has no size, as /proc, says so when it is written
+    free=$((free / 1024))
     needed=$((($(setting need_kib) + 1023) / 1024))
     [ "$free" -ge "$needed" ] || fail "$prefix has $free MiB free, $needed are needed: $((needed - free)) MiB more; free some space, or name another disk with --prefix"
 }
@@ -247,7 +249,11 @@ install() {
     while [ ! -e "$place" ]; do place=$(dirname "$place"); done
     [ -d "$place" ] || fail "$place is a file; name another folder with --prefix"
     [ -d "$prefix" ] || check_space
-    [ ! -e "$prefix/versions" ] || [ -f "$prefix/.lfm-edge" ] || fail "$prefix holds something else; name another folder with --prefix"
+    if [ ! -f "$prefix/.lfm-edge" ]; then # what this script would replace must be its own
+        for file in versions current previous .lock bin/lfm-edge bin/lfm-edge-install; do
+            { [ ! -e "$prefix/$file" ] && [ ! -L "$prefix/$file" ]; } || fail "$prefix/$file was not made by this script; name another folder with --prefix"
+        done
+    fi
     { mkdir -p "$prefix" && touch "$prefix/.lfm-edge" && mkdir -p "$prefix/versions"; } 2>/dev/null && [ -w "$prefix/versions" ] ||
         fail "$prefix cannot be written by $(id -un); name another folder with --prefix"
     lock

@@ -123,6 +123,13 @@ def test_strangers_files_stay(stick, tmp_path) -> None:
         assert "name " in failed(install(stick, prefix, *words))
         assert (prefix / "versions" / "3.12.1").exists()
     shutil.rmtree(prefix / "versions")
+    (prefix / "bin").mkdir()
+    for file in ("bin/lfm-edge", "bin/lfm-edge-install", "current"):  # of pip --user in ~/.local, say
+        (prefix / file).symlink_to("/nowhere")
+        assert f"{prefix / file} was not made by this script; name another folder" in failed(install(stick, prefix))
+        assert [p for p in prefix.rglob("*") if p.name != "bin"] == [prefix / file]
+        (prefix / file).unlink()
+    (prefix / "bin").rmdir()
     (prefix / ".lfm-edge").write_text("")
     (prefix / "versions" / "backup").mkdir(parents=True)
     (prefix / "versions" / "backup" / "photo.txt").write_text("mine")
@@ -390,6 +397,9 @@ def test_nowhere_to_write(stick, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     for prefix in (tmp_path / "file", tmp_path / "file" / "edge"):
         assert f"{tmp_path / 'file'} is a file; name another folder" in failed(install(stick, prefix))
+    done = install(stick, Path("/proc/edge"))  # it has no size
+    assert "/proc/edge cannot be written by" in failed(done)
+    assert done.stderr.count("\n") == 1
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o555)
         assert "cannot be written by" in failed(install(stick, tmp_path / "closed" / "edge"))
