@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from lfm_runtime.errors import ImageError
+from lfm_runtime.bundle import IMAGE_SUFFIXES
+from lfm_runtime.errors import ImageError, counted
 from lfm_runtime.images.pixels import open_image
 from PIL import Image
 
@@ -15,7 +16,7 @@ _MOST_IMAGES = 8
 
 
 def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
-    """(name → image, those left out with the reason) of a folder.
+    """(name → image, those left out with the reason) of a folder: of the files whose names end as an image's do.
 
     Raises:
         ImageError: it is no folder, or holds no image that can be read.
@@ -24,7 +25,8 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
         raise ImageError(f"{folder} is not a folder of images; name one, or leave --images out for made ones")
     found: dict[str, Path] = {}
     skipped = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    files = [p for p in folder.iterdir() if p.is_file()]
+    for path in sorted(p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)):
         reason = f"more than {_MOST_IMAGES} images" if len(found) == _MOST_IMAGES else _unreadable(path)
         if reason:
             skipped.append({"name": path.name, "reason": reason})
@@ -32,7 +34,7 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
             found[path.name] = path
     if not found:
         raise ImageError(
-            f"{folder} holds no image that can be read ({len(skipped)} files looked at); name another folder"
+            f"{folder} holds no image that can be read ({counted(len(files), 'file')} looked at); name another folder"
         )
     return found, skipped
 

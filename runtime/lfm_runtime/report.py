@@ -115,11 +115,12 @@ class Report:
             if self.speculative_tokens
             else ""
         )
+        new = f"{self.new_tokens} new ({ended})" if ended else f"{self.new_tokens} new"  # choosing generates nothing
         return "\n".join(
             [
                 f"ms    {head}",
                 f"      {body}",
-                f"tokens  {self.prompt_tokens} prompt ({prompt}), {self.new_tokens} new ({ended}); "
+                f"tokens  {self.prompt_tokens} prompt ({prompt}), {new}; "
                 f"prefill {show(self.throughput['prefill_tok_s'])} tok/s, decode "
                 f"{show(self.throughput['decode_tok_s'])} tok/s",
                 f"MiB   peak {show(memory.get('peak'))}, now {show(memory.get('rss'))} "

@@ -74,7 +74,10 @@ class Asking:
         if self.fields:
             said["fields"] = _fields(found.text, self.fields)
         if self.schema is not None and not is_json(found.text):
-            said["error"] = f"the answer ended ({found.finish_reason}) before its JSON was whole: see --max-new-tokens"
+            said["error"] = (
+                f"the answer ended ({found.finish_reason}) before its JSON was whole: give a larger "
+                "--max-new-tokens, and another output"
+            )
         return {**said, **_cost(found)}
 
 

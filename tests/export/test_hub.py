@@ -162,8 +162,8 @@ def test_a_bundle_of_ours_on_the_hub(demo_bundle, tmp_path) -> None:
     ("name", "says"),
     [
         ("Liquid/Gated", "Liquid/Gated is gated: accept its licence at http://127.0.0.1"),
-        ("Liquid/Private", "is not on the hub, or is private"),
-        ("Liquid/None", "is not on the hub, or is private"),
+        ("Liquid/Private", "is no folder here and not on the hub, or is private"),
+        ("Liquid/None", "is no folder here and not on the hub, or is private"),
         ("Liquid/Demo@v9", "Liquid/Demo has no revision v9"),
     ],
 )
@@ -205,9 +205,9 @@ def test_a_download_that_breaks_off_goes_on(checkpoint, tmp_path) -> None:
 def test_no_network_and_nothing_cached(tmp_path) -> None:
     nobody = "http://127.0.0.1:9"  # discard: no server listens there
     said = failed(edge(nobody, tmp_path / "home", "export", "Liquid/Demo", "-o", tmp_path / "b", "--quiet"))
-    assert "the hub cannot be reached for Liquid/Demo (Connection refused)" in said
+    assert "Liquid/Demo is no folder here, and the hub cannot be reached for it (Connection refused)" in said
     said = failed(edge(nobody, tmp_path / "home", "export", "Liquid/Demo", "-o", tmp_path / "b", HF_HUB_OFFLINE="1"))
-    assert "is not in the cache, and HF_HUB_OFFLINE is set" in said
+    assert "is no folder here and not in the cache, and HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")

@@ -179,6 +179,8 @@ def test_progress_says_rate_and_time_left(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "75 of 200 images, 20 errors, 24.9 a minute, 5 min left\n"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert Progress(counts, 200, quiet=False).line().startswith("[########............] 75 of 200 images")
+    counts.answered = 25_000
+    assert "8,294 a minute" in Progress(counts, None, quiet=True).line()
 
 
 def test_rows_that_fit(demo_bundle) -> None:

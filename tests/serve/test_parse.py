@@ -313,6 +313,8 @@ def test_fields_that_change_nothing_are_named() -> None:
     """So that the log can say once that they are ignored."""
     choices = {"question": "Is it red?", "choices": ["yes", "no"]}
     assert parse_choose({**choices, "temperature": 3, "model": "m"}).unused == ("temperature",)
+    with pytest.raises(ApiError, match="image is unknown; did you mean images"):
+        parse_choose({**choices, "image": "data:,"})
     for questions in ([], [{"question": "x", "choices": ["a", "b"]}]):
         with pytest.raises(ApiError, match="send one of them"):
             parse_choose({**choices, "question": "x", "questions": questions})

@@ -90,7 +90,7 @@ def read_tuning(path: Path) -> TuningResult | None:
     Raises:
         AuditError: it is not JSON, or a damaged tuning.
     """
-    return TuningResult.read(path, AuditError, "name a file written by lfm-edge audit or lfm-edge tune")
+    return TuningResult.read(path, AuditError, "name a file written by lfm-edge audit, tune or caption")
 
 
 MARK = "<!-- lfm-edge report -->"

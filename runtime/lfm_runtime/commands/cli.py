@@ -158,7 +158,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "bundle", help="folder made by lfm-edge export, a hub repository's ONNX files, or its id: owner/name[@revision]"
     )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; the question is about all of them")
+    parser.add_argument(
+        "images", nargs="*", default=[], metavar="IMAGE", help="image files; the question is about all of them"
+    )
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="how to run: a name of lfm-edge profile list, or a .toml file"
     )

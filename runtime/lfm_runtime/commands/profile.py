@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list: the shipped profiles; show: the settings of one (default: this machine's), with the flags below; "
         "validate: check profile files; detect: show this machine",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a profile's name or .toml file")
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="a profile's name or .toml file")
     parser.add_argument("--bundle", metavar="BUNDLE", help="show: with this bundle's own image settings")
     parser.add_argument("--json", action="store_true", help="list, show, detect: print JSON")
     add_setting_arguments(parser)

@@ -189,7 +189,8 @@ class _Repository:
             ) from e
         except errors.RepositoryNotFoundError as e:
             raise HubError(
-                f"{self.id} is not on the hub, or is private; check the name, or log in: hf auth login, or set HF_TOKEN"
+                f"{self.id} is no folder here and not on the hub, or is private; check the name, or log in: "
+                "hf auth login, or set HF_TOKEN"
             ) from e
         except errors.RevisionNotFoundError as e:
             raise HubError(
@@ -197,8 +198,8 @@ class _Repository:
             ) from e
         except errors.OfflineModeIsEnabled as e:
             raise HubError(
-                f"{self.id} is not in the cache, and HF_HUB_OFFLINE is set; unset it, or fetch it where there is a "
-                f"network: hf download {self.id.name}"
+                f"{self.id} is no folder here and not in the cache, and HF_HUB_OFFLINE is set; unset it, or fetch it "
+                f"where there is a network: hf download {self.id.name}"
             ) from e
         except errors.HfHubHTTPError as e:
             raise HubError(f"the hub does not give {self.id} ({_first_line(e)}); try again later") from e
@@ -215,8 +216,8 @@ class _Repository:
             )
         if isinstance(e, self._hub.errors.LocalEntryNotFoundError) or not self.files:
             return HubError(
-                f"the hub cannot be reached for {self.id} ({_first_line(e)}); check the network, or copy the folder "
-                "from a machine that has it"
+                f"{self.id} is no folder here, and the hub cannot be reached for it ({_first_line(e)}); check the name "
+                "or the network, or copy the folder from a machine that has it"
             )
         return HubError(
             f"fetching {self.id} broke off ({_first_line(e)}); the same command goes on with what is missing"

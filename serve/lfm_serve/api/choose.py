@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,9 @@ def parse_choose(body: Any) -> Asked:
     images = typed(body, "images", list) or []
     pictures = tuple(picture(one, f"images[{n}]") for n, one in enumerate(images))
     unused = tuple(sorted(name for name in body if name not in _KNOWN))
+    for name in unused:
+        if meant := difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8):
+            raise ApiError(400, f"{name} is unknown; did you mean {meant[0]}?", None, name)
     return Asked(pictures, tuple(questions), typed(body, "system", str) or "", typed(body, "model", str), unused)
 
 

@@ -174,7 +174,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                     break
                 if record is None:
                     if line.startswith(WATCHED):
-                        raise JournalError(f"{path} has records of lfm-edge watch, not of lfm-edge caption")
+                        raise JournalError(
+                            f"{path} has records of lfm-edge watch, not of lfm-edge caption; name what caption wrote"
+                        )
                     if number == 1 and not settings_place(path).exists():
                         raise JournalError(f"{path} was not written by lfm-edge caption; name what it wrote")
                     raise JournalError(f"{path}, line {number} is no record of lfm-edge caption; remove the line")

@@ -57,7 +57,8 @@ class Progress:
             if self._total is None
             else f"{counts.done:,} of {counted(self._total, 'image')}"
         )
-        return f"{bar}{images}{errors}, {rate * 60:.3g} a minute{left}"
+        speed = f"{rate * 60:,.0f}" if rate * 60 >= 100 else f"{rate * 60:.3g}"
+        return f"{bar}{images}{errors}, {speed} a minute{left}"
 
 
 def _duration(seconds: float) -> str:

@@ -295,3 +295,15 @@ def test_choices_that_are_none(demo_bundle, capsys, text) -> None:
         main(["run", str(demo_bundle), "-p", "x", "--choices", text])
     said = capsys.readouterr().err
     assert 'write yes,no or ["a, b", "c"]' in said and said.count("\n") == 1
+
+
+def test_choosing_says_that_nothing_was_generated(demo_bundle, capsys) -> None:
+    assert main(["run", str(demo_bundle), "-p", "Is it red?", "--choices", "yes,no"]) == 0
+    assert ", 0 new; prefill " in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(capsys) -> None:
+    """A question needs no image."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["run"])
+    assert "the following arguments are required: bundle;" in capsys.readouterr().err
