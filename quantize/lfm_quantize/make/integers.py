@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.block import Change, quantize_block
 from lfm_quantize.calibrate.blocks import FedGraph, Values, blocks_of, prompt_feeds
 from lfm_quantize.graph import POSITION_TABLE, linears
+from lfm_quantize.passes.gates import Gates
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.positions import AllPositions
 from lfm_quantize.passes.stored_half import StoredAsHalf
@@ -38,7 +39,7 @@ def as_integers(run: Run) -> Made:
     graphs: VariantGraphs = {
         VISION_ENCODER.stem: NewGraph(encoder),
         EMBED_TOKENS.stem: NewGraph(rewritten(source.embed, QuantizedTable(table)) if table else source.embed),
-        DECODER.stem: NewGraph(rewritten(source.decoder, *decoder.passes(tied=source.tied))),
+        DECODER.stem: NewGraph(rewritten(source.decoder, *decoder.passes(tied=source.tied), Gates())),
     }
     layers = [*vision.layers, *decoder.layers]
     return Made(graphs, {"recipe": recipe.to_list(), "layers": layers, "attentions": vision.attentions}, recipe)

@@ -1,15 +1,13 @@
 """A matrix product in its quantized form.
 
-8 bits: every row of the input, a token, is quantized with a range of its own. Of a Gemm, whose input has two axes, by
-QuantizeLinear along the rows; of others the row is divided by its range, so that onnxruntime's dynamic quantization,
-which takes one range for the whole tensor, has the same effect (one pass over the activations more, 4 % of a 450M's
-encoder). Then it is multiplied back. 4 bits: MatMulNBits, which quantizes inputs block by block of a row. All exist on
-every onnxruntime from 1.20.
+8 bits: every row of the input, a token or a patch, is quantized by QuantizeLinear with a range of its own, whatever
+else is in the tensor, then multiplied back. (onnxruntime dynamic quantization has one range for the whole tensor.)
+4 bits: MatMulNBits, which quantizes inputs block by block of a row. All exist on every onnxruntime from 1.20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +72,9 @@ class Integers(ir.passes.InPlacePass):
         output = f"{name}.product" if linear.adds_bias else y
         if product.rounded.precision.bits == 4:
             nodes = _four_bits(graph, name, x, output, product.rounded)
-        elif linear.node.op_type == "Gemm" and not tied and linear.name != "head":
-            nodes = _eight_bits_by_rows(graph, name, x, output, product)
         else:
-            nodes = _eight_bits(graph, name, x, output, product, tied=tied)
+            flat = linear.node.op_type == "Gemm" and linear.name != "head"  # the head's Reshapes go
+            nodes = _eight_bits(graph, name, x, output, product, flat=flat, tied=tied)
         if linear.adds_bias:
             nodes.append(node("Add", [nodes[-1].outputs[0], linear.node.inputs[2]], y, f"{name}.bias"))
         return nodes
@@ -103,26 +100,46 @@ def _in_three_axes(graph: ir.Graph, rows: ir.Value | None) -> None:
     made.name = str(logits.name)
 
 
-def _eight_bits_by_rows(graph: ir.Graph, name: str, x: ir.Value, output: str, product: Product) -> list[ir.Node]:
+def _eight_bits(
+    graph: ir.Graph, name: str, x: ir.Value, output: str, product: Product, *, flat: bool, tied: bool
+) -> list[ir.Node]:
+    """`flat`: x has two axes, which QuantizeLinear wants for a scale a row. `tied`: the weights are stored as the table
+    has them.
+    """
     rounded = product.rounded
+    n, k = rounded.codes.shape
     steps = 255 / (1 + product.negative)  # of the range above zero
     zero = round(steps * product.negative)
-    span, ranges = _ranges(graph, name, x, product)
     step = constant_of(graph, f"quantize.step_{zero}", np.array(1 / steps, np.float32))
     zero_point = constant_of(graph, f"quantize.zero_{zero}", np.array(zero, np.uint8))
     one = constant_of(graph, "quantize.one", np.array(1, np.float32))
-    column = node("Mul", [span, step], f"{name}.steps")
-    row = node("Squeeze", [column.outputs[0], _last_axis(graph)], f"{name}.row_steps")
-    count = node("Shape", [row.outputs[0]], f"{name}.rows")
-    zeros = node("Expand", [zero_point, count.outputs[0]], f"{name}.zeros")
-    inputs = node("QuantizeLinear", [x, row.outputs[0], zeros.outputs[0]], f"{name}.inputs", axis=0)
-    codes = lazily(lambda: np.ascontiguousarray(rounded.codes.T), ir.DataType.INT8, rounded.codes.shape[::-1])
-    weight = constant_of(graph, f"{name}.weight_int8", codes)
     scales = constant_of(graph, f"{name}.scales", np.ascontiguousarray(rounded.scales[:, 0]))
-    factors = [inputs.outputs[0], weight, one, scales, zero_point]
-    counted = node("MatMulIntegerToFloat", factors, f"{name}.matmul", domain=CONTRIB)
-    scaled = node("Mul", [counted.outputs[0], column.outputs[0]], output, f"{name}.scaled")
-    return [*ranges, column, row, count, zeros, inputs, counted, scaled]
+    made = []
+
+    def add(op_type: str, given: Sequence[ir.Value], short: str, **attributes: Any) -> ir.Value:
+        made.append(node(op_type, given, f"{name}.{short}", **attributes))
+        return made[-1].outputs[0]
+
+    if tied:  # onnxruntime makes the transposed copy once, when it loads the graph
+        stored = constant_of(graph, f"{name}.weight_int8", lazily(lambda: rounded.codes, ir.DataType.INT8, (n, k)))
+        weight = add("Transpose", [stored], "transposed", perm=[1, 0])
+    else:
+        codes = lazily(lambda: np.ascontiguousarray(rounded.codes.T), ir.DataType.INT8, (k, n))
+        weight = constant_of(graph, f"{name}.weight_int8", codes)
+    span, ranges = _ranges(graph, name, x, product)
+    made += ranges
+    column = add("Mul", [span, step], "steps")
+    row = add("Reshape", [column, _integers(graph, -1)], "row_steps")
+    zeros = add("Expand", [zero_point, add("Shape", [row], "rows")], "zeros")
+    rows = x if flat else add("Reshape", [x, _integers(graph, -1, k)], "flat")
+    inputs = add("QuantizeLinear", [rows, row, zeros], "inputs", axis=0)
+    inputs = inputs if flat else add("Reshape", [inputs, add("Shape", [x], "shape")], "shaped")
+    counted = add("MatMulIntegerToFloat", [inputs, weight, one, scales, zero_point], "matmul", domain=CONTRIB)
+    return [*made, node("Mul", [counted, column], output, f"{name}.scaled")]
+
+
+def _integers(graph: ir.Graph, *values: int) -> ir.Value:
+    return constant_of(graph, f"quantize.shape{''.join(f'_{v}' for v in values)}", np.array(values, np.int64))
 
 
 def _last_axis(graph: ir.Graph) -> ir.Value:
@@ -139,27 +156,6 @@ def _ranges(graph: ir.Graph, name: str, x: ir.Value, product: Product) -> tuple[
     mirrored = node("Mul", [least.outputs[0], minus], f"{name}.below")
     span = node("Max", [largest.outputs[0], mirrored.outputs[0], tiny], f"{name}.range")
     return span.outputs[0], [largest, least, mirrored, span]
-
-
-def _eight_bits(graph: ir.Graph, name: str, x: ir.Value, output: str, product: Product, *, tied: bool) -> list[ir.Node]:
-    rounded = product.rounded
-    n, k = rounded.codes.shape
-    scales = constant_of(graph, f"{name}.scales", np.ascontiguousarray(rounded.scales[:, 0]))
-    nodes = []
-    if tied:  # onnxruntime makes the transposed copy once, when it loads the graph
-        stored = constant_of(graph, f"{name}.weight_int8", lazily(lambda: rounded.codes, ir.DataType.INT8, (n, k)))
-        nodes.append(node("Transpose", [stored], f"{name}.transposed", perm=[1, 0]))
-        weight = nodes[0].outputs[0]
-    else:
-        codes = lazily(lambda: np.ascontiguousarray(rounded.codes.T), ir.DataType.INT8, (k, n))
-        weight = constant_of(graph, f"{name}.weight_int8", codes)
-    span, ranges = _ranges(graph, name, x, product)
-    unit = node("Div", [x, span], f"{name}.unit")
-    product_of_units = node(
-        "DynamicQuantizeMatMul", [unit.outputs[0], weight, scales], f"{name}.matmul", domain=CONTRIB
-    )
-    scaled = node("Mul", [product_of_units.outputs[0], span], output, f"{name}.scaled")
-    return [*nodes, *ranges, unit, product_of_units, scaled]
 
 
 def _four_bits(graph: ir.Graph, name: str, x: ir.Value, output: str, rounded: Rounded) -> list[ir.Node]:

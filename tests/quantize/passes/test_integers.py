@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -11,11 +10,10 @@ from graphs import constants, kinds, model_of, run, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 from lfm_quantize.calibrate.smooth import fake_rows
-from lfm_quantize.graph import save
+from lfm_quantize.graph import save, session
 from lfm_quantize.passes.integers import Integers, Product, pack
-from lfm_quantize.passes.nodes import exchange, node, rewritten
+from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.rounding import Precision, clipped, rtn
-from onnx.reference import ReferenceEvaluator
 
 PRECISIONS = [
     Precision(8),
@@ -68,49 +66,43 @@ def test_a_computed_weight_is_no_product() -> None:
     assert not Integers({"layer": Product(rtn(weights(2, 2), Precision(8), None))})(model).modified
 
 
-def test_fused_int8_equals_its_unfused_twin(tmp_path) -> None:
-    """DynamicQuantizeMatMul against DynamicQuantizeLinear, MatMulInteger and Mul, evaluated by onnx's own reference."""
-    weight = weights(16, 64)
-    x = np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
-    x[4] *= 500
-    x[5] = 0
-    fused = rewritten(product(weight, bias=False), Integers({"layer": Product(rtn(weight, Precision(8), None))}))
-    unfused = fused.clone()
-    (contrib,) = [n for n in unfused.graph if n.domain]
-    inner, codes, scales = contrib.inputs
-    quantized = node("DynamicQuantizeLinear", [inner], ["q", "step", "zero"])
-    q, step, zero = quantized.outputs
-    sums = node("MatMulInteger", [q, codes, zero], "sums")
-    values = node("Cast", sums.outputs, "values", to=ir.DataType.FLOAT)
-    once = node("Mul", [values.outputs[0], step], "once")
-    scaled = node("Mul", [once.outputs[0], scales], str(contrib.outputs[0].name))
-    exchange(unfused.graph, contrib, [quantized, sums, values, once, scaled])
-    save(unfused, tmp_path / "unfused.onnx")
-    (wanted,) = ReferenceEvaluator(onnx.load(tmp_path / "unfused.onnx")).run(None, {"x": x})
-    np.testing.assert_allclose(run(fused, x=x)[0], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
-    assert not run(fused, x=x)[0][5].any()
-
-
-def test_rounding_by_rows_equals_its_unfused_twin(tmp_path) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("negative", [1.0, 0.125])
+def test_rounding_by_rows_equals_its_unfused_twin(bias, negative) -> None:
     """QuantizeLinear along the rows and MatMulIntegerToFloat against NumPy."""
     weight, x = weights(16, 64), np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
     x[4] *= 500
     x[5] = 0
-    for negative in (1.0, 0.125):
-        rounded = rtn(weight, Precision(8), None)
-        made = rewritten(product(weight), Integers({"layer": Product(rounded, negative)}))
-        assert {n.op_type for n in made.graph} >= {"QuantizeLinear", "MatMulIntegerToFloat"}
-        steps = 255 / (1 + negative)
-        step = np.maximum(np.maximum(x.max(1), x.min(1) / -negative), 1e-20)[:, None] / steps
-        zero = round(steps * negative)
-        inputs = np.clip(np.rint(x / step) + zero, 0, 255) - zero
-        sums = inputs @ rounded.codes.T.astype(np.float64)
-        bias, (got,) = constants(product(weight))["b"], run(made, x=x)
-        rows = [n for n in range(9) if n != 5]
-        off = np.abs((got[rows] - bias) / (step * rounded.scales[:, 0])[rows] - sums[rows])
-        assert np.median(off) < 1
-        assert off.max() < 256  # two inputs that lie between two steps, at most
-        np.testing.assert_array_equal(got[5], constants(product(weight))["b"])
+    rounded, plain = rtn(weight, Precision(8), None), product(weight, bias=bias)
+    made = rewritten(plain, Integers({"layer": Product(rounded, negative)}))
+    assert {n.op_type for n in made.graph} >= {"QuantizeLinear", "MatMulIntegerToFloat"}
+    steps = 255 / (1 + negative)
+    step = np.maximum(np.maximum(x.max(1), x.min(1) / -negative), 1e-20)[:, None] / steps
+    zero = round(steps * negative)
+    inputs = np.clip(np.rint(x / step) + zero, 0, 255) - zero
+    sums = inputs @ rounded.codes.T.astype(np.float64)
+    added, (got,) = constants(plain)["b"] if bias else np.zeros(16, np.float32), run(made, x=x)
+    rows = [n for n in range(9) if n != 5]
+    off = np.abs((got[rows] - added) / (step * rounded.scales[:, 0])[rows] - sums[rows])
+    assert np.median(off) < 1
+    assert off.max() < 256  # two inputs that lie between two steps, at most
+    np.testing.assert_array_equal(got[5], added)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+def test_a_token_gives_the_same_alone_and_among_others(rows, tokens, seed) -> None:
+    """In three axes, as in a decoder: whatever else is in the batch, bit for bit."""
+    weight = weights(16, 64)
+    text = "one (float[rows, tokens, 64] x) => (float[rows, tokens, 16] y) { [layer] y = MatMul (x, w) }"
+    plain = model_of(text, w=np.ascontiguousarray(weight.T))
+    made = session(rewritten(plain, Integers({"layer": Product(rtn(weight, Precision(8), None))})), 1)
+    random = np.random.default_rng(seed)
+    x = (random.standard_normal((rows, tokens, 64)) * random.lognormal(0, 3, (rows, tokens, 1))).astype(np.float32)
+    (together,) = made.run(None, {"x": x})
+    for row in range(rows):
+        for token in range(tokens):
+            (alone,) = made.run(None, {"x": x[row : row + 1, token : token + 1]})
+            np.testing.assert_array_equal(together[row, token], alone[0, 0])
 
 
 @pytest.mark.parametrize("bias", [False, True])
