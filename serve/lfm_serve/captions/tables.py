@@ -27,12 +27,12 @@ def check_table(path: Path) -> None:
 
 
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> None:
-    """Write a row for each record: what it is about, its fields or its text, its error."""
+    """Write a row for each record, in order of their paths: what it is about, its fields or its text, its error."""
     columns = [*(name for name in _ALL if name != "text" or not fields), *(f"fields.{name}" for name in fields)]
     rows = [
         {name: printable(value) for name, value in record.items()}
         | {f"fields.{name}": printable(value) for name, value in (record.get("fields") or {}).items()}
-        for record in records
+        for record in sorted(records, key=lambda record: str(record["path"]))
     ]
     if path.suffix == ".csv":
         text = io.StringIO()
