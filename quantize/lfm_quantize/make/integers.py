@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.block import Change, quantize_block
 from lfm_quantize.calibrate.blocks import FedGraph, Values, blocks_of, prompt_feeds
 from lfm_quantize.graph import POSITION_TABLE, linears
+from lfm_quantize.passes.constants import StoredAsHalf
 from lfm_quantize.passes.gates import Gates
 from lfm_quantize.passes.nodes import rewritten
 from lfm_quantize.passes.positions import AllPositions
-from lfm_quantize.passes.stored_half import StoredAsHalf
 from lfm_quantize.passes.table import QuantizedTable
 from lfm_quantize.recipe import Recipe, matching
 from lfm_quantize.rounding import COMPENSATING, METHODS, Rounded

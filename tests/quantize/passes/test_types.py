@@ -6,10 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphs import constants, kinds, model_of, run, text_of
-from lfm_quantize.passes.constants import Constants
+from lfm_quantize.passes.constants import Constants, StoredAsHalf
 from lfm_quantize.passes.half import Half
 from lfm_quantize.passes.nodes import rewritten
-from lfm_quantize.passes.stored_half import StoredAsHalf
 from lfm_quantize.passes.widen import Widen
 
 X = np.random.default_rng(0).uniform(-1, 1, (2, 4)).astype(np.float32)
