@@ -16,6 +16,8 @@ import pytest
 from lfm_runtime.errors import counted
 from watching import PATIENCE_S, free_port
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def broker(tmp_path) -> Iterator[Callable[[], tuple[subprocess.Popen, int]]]:

@@ -19,6 +19,8 @@ from lfm_serve.cameras.sources import Frame, source_of
 from PIL import Image
 from watching import HEAD, PATIENCE_S, answers, free_port
 
+pytestmark = pytest.mark.process
+
 CAMERA = Path(__file__).with_name("rtsp_camera.py")
 
 
