@@ -4,8 +4,6 @@ import hashlib
 import json
 from dataclasses import replace
 
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from lfm_package.pack import reduced
 from lfm_package.sbom import sbom
 from lfm_package.wheelhouse import Wheel
@@ -17,6 +15,9 @@ WHEELS = [
 
 
 def test_valid_complete_and_the_same_again(demo_bundle) -> None:
+    from cyclonedx.schema import SchemaVersion  # seconds, for grammars
+    from cyclonedx.validation.json import JsonStrictValidator
+
     manifest = reduced(demo_bundle, ["fp32"])
     text = sbom("cam", manifest, WHEELS)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
