@@ -233,7 +233,11 @@ def test_markdown(audit, tmp_path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, (
             "all rows of a table are as long"
         )
+    assert "### What changed\n\n|  | of | figure | before | after |" in text
     assert Table(["a"], [Row(["x|y\nz"])]).markdown().endswith("| x\\|y z |")
+    assert main(["report", str(paths[0]), "-o", str(tmp_path / "one.md")]) == 0
+    first = next(iter(audit["variants"]))
+    assert f"### Variants compared\n\n|  | of | figure | {first} | the other |" in (tmp_path / "one.md").read_text()
 
 
 TUNING = {

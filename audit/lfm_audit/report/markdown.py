@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from lfm_audit.report.fleet import boards_table, kinds
 from lfm_audit.report.source import MARK, Named, all_series
-from lfm_audit.report.tables import answers_table, changes_table, limits_table, tuning_tables, variants_table
+from lfm_audit.report.tables import (
+    answers_table,
+    changes_table,
+    changes_title,
+    limits_table,
+    tuning_tables,
+    variants_table,
+)
 from lfm_audit.table import verdict_line
 from lfm_audit.tune.result import TuningResult
 from lfm_audit.verdict import grouped
@@ -23,7 +30,7 @@ def audit_markdown(audits: Sequence[Named]) -> str:
         ("What it costs", answers_table(all_series(audits))),
         ("Memory and start", variants_table(all_series(audits))),
         ("Limits", limits_table(audits)),
-        ("What changed", changes_table(audits)),
+        (changes_title(audits), changes_table(audits)),
     ]
     lines = ["\n".join(parts), *(f"### {title}\n\n{table.markdown()}" for title, table in tables if table)]
     return "\n\n".join([*lines, MARK]) + "\n"

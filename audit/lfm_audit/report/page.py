@@ -19,6 +19,7 @@ from lfm_audit.report.tables import (
     Table,
     answers_table,
     changes_table,
+    changes_title,
     figures_table,
     limits_table,
     machine_table,
@@ -80,7 +81,6 @@ def _title(audits: Sequence[Named]) -> str:
 
 
 def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section]:
-    compared = "What changed" if len(audits) > 1 else "Variants compared"
     return [
         Section(
             "What it costs",
@@ -96,7 +96,7 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
         ),
         Section("Limits", [limits_table(audits)]),
         Section(
-            compared,
+            changes_title(audits),
             [changes_table(audits)],
             "Within noise: the medians' 95 % intervals overlap."
             + (" Bold: worse by more than 5 %." if len(audits) > 1 else ""),

@@ -168,6 +168,11 @@ def limits_table(audits: Sequence[Named]) -> Table:
     return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows, (1,)).without_empty()
 
 
+def changes_title(audits: Sequence[Named]) -> str:
+    """What `changes_table` shows."""
+    return "What changed" if len(audits) > 1 else "Variants compared"
+
+
 def changes_table(audits: Sequence[Named]) -> Table:
     """Each audit after the first, against it; for one audit of several variants, those against its first."""
     rows = []
@@ -179,7 +184,8 @@ def changes_table(audits: Sequence[Named]) -> Table:
         for change in changes(audits[0].audit, other.audit):
             of = f"{change.variant} {change.image}".strip()
             rows.append(_change(other.name, of, change, regression=True))
-    return Table(["", "of", "figure", "before", "after", "change", ""], rows, (1, 2, 6))
+    sides = ["before", "after"] if len(audits) > 1 else [next(iter(audits[0].audit.variants)), "the other"]
+    return Table(["", "of", "figure", *sides, "change", ""], rows, (1, 2, 6))
 
 
 def _variants_compared(named: Named) -> list[Row]:
