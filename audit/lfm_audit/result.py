@@ -368,7 +368,7 @@ class Audit:
 
     def to_text(self) -> str:
         """Return the text of audit.json; numbers are rounded to a ten-thousandth, those below 1 to four digits."""
-        return to_json(with_digest(_rounded(as_json(self))), indent=1) + "\n"
+        return to_json(with_digest(as_written(as_json(self))), indent=1) + "\n"
 
 
 def audit_schema() -> dict[str, Any]:
@@ -380,12 +380,13 @@ def audit_schema() -> dict[str, Any]:
     return schema
 
 
-def _rounded(value: Any) -> Any:
+def as_written(value: Any) -> Any:
+    """A value, or the values of lists and dicts, as precise as a file has it."""
     if isinstance(value, float):
         return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {key: as_written(v) for key, v in value.items()}
+    return [as_written(v) for v in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":  # python -m lfm_audit.result > audit/lfm_audit/audit.schema.json

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from lfm_audit.result import Audit, Limit, MachineResult, Verdict
+from lfm_audit.result import Audit, Limit, MachineResult, Verdict, as_written
 
 MOST_SPREAD, MOST_BACKGROUND, FEWEST_RUNS = 0.05, 0.05, 3
 _SWAPPED_MIB = 1.0
@@ -32,7 +32,8 @@ def check_limits(audit: Audit, limits: Mapping[str, float]) -> tuple[Limit, ...]
     for name, limit in limits.items():
         about = [headline for headline in audit.headlines() if headline.name == name]
         for headline in about:
-            measured = headline.figure.max if name.endswith("_mib") else headline.figure.median
+            figure = headline.figure.max if name.endswith("_mib") else headline.figure.median
+            measured: float = as_written(figure)  # so that who reads the file finds the same verdict and digits
             holds = measured >= limit if name == "decode_tok_s" else measured <= limit
             rows.append(Limit(name, limit, headline.variant, headline.image or None, measured, holds))
         if not about:

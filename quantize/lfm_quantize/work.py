@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lfm_runtime.formats.files import to_write
 
 from lfm_quantize.calibrate.block import Change
 from lfm_quantize.graph import DAMAGE, Array, QuantizeError
@@ -49,7 +50,8 @@ class Work:
             folder.mkdir(exist_ok=True)
         except OSError as e:
             raise QuantizeError(
-                f"{folder.parent} cannot be written ({e.strerror}), where a run keeps its work; change its permissions"
+                f"{folder.parent} cannot be written ({e.strerror}), where a run keeps its work; "
+                + to_write(folder.parent)
             ) from e
         descriptor = os.open(folder, os.O_RDONLY)
         try:

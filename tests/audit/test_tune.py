@@ -147,7 +147,7 @@ def test_interrupted_and_resumed(demo_bundle, photo, monkeypatch) -> None:
     kept = photo.with_suffix(".json")
     found, scripted = search(demo_bundle, photo, monkeypatch, cost, minutes=0.0)
     scripted.interrupt_at = scripted.asked + 10
-    tune(found, BIG, minutes=1, kept=kept, sensors=Sensors(photo.parent))  # ends where Ctrl-C came
+    assert not tune(found, BIG, minutes=1, kept=kept, sensors=Sensors(photo.parent))  # ends where Ctrl-C came
     assert 5 < len(found.points) <= 10
     again = Tuning(found.bundle, found.profile, found.images, QUESTION, "latency", 0.1, found.axes)
     assert again.resume(kept)

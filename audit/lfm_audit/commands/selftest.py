@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
     from lfm_audit.selftest import CHECKS, Installed, Result, selftest
 
+    profile: str | None
     try:
         on = Installed(options.bundle, options.profile, options.variant)
         profile, outcomes = on.profile.name, selftest(on)
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         damage = _damage(options.bundle)
         if not damage:
             raise
-        profile, outcomes = options.profile or "auto", iter([Result(CHECKS[0].name, "failed", damage, 0.0)])
+        profile, outcomes = None, iter([Result(CHECKS[0].name, "failed", damage, 0.0)])
     results = []
     for result in outcomes:
         results.append(result)
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"profile": profile, "failed": failed, "checks": [asdict(result) for result in results]})
     else:
-        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'} (profile {profile})")
+        with_profile = f" (profile {profile})" if profile else ""  # a bundle that cannot be opened has none yet
+        print(f"{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'}{with_profile}")
     if not failed:
         return 0
     return _WORKS if all(check.of_the_machine for check in CHECKS if check.name in failed) else 1

@@ -8,7 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from lfm_runtime.commands.cli import add_force_argument, add_setting_arguments, interrupt_on_termination, setting_flags
+from lfm_runtime.commands.cli import (
+    EXIT_INTERRUPTED,
+    add_force_argument,
+    add_setting_arguments,
+    interrupt_on_termination,
+    setting_flags,
+)
 from lfm_runtime.errors import SettingError, command, counted
 
 
@@ -104,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"nothing was measured before, so there is nothing to choose from in {kept}; give --minutes")
     interrupt_on_termination()
     progress = status_line(quiet=options.quiet)
-    tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)
+    whole = tune(tuning, device, minutes=options.minutes, kept=kept, sensors=Sensors(), progress=progress)
     progress("")
     print(tuning.summary())
     chosen = tuning.chosen()
@@ -114,4 +120,6 @@ def run(options: argparse.Namespace) -> int:
     write_or_rescue(output, sealed(to_toml(tuning.profile_of(chosen, said)), "lfm-edge tune"))
     use, plot = shlex.quote(str(output)), command("report", kept)
     print(f"\nwritten: {output}; use it with --profile {use}. Measurements: {kept}; plot: {plot}")
-    return 0
+    if not whole:
+        print("lfm-edge: interrupted; chosen from what is known so far. The same command goes on", file=sys.stderr)
+    return 0 if whole else EXIT_INTERRUPTED

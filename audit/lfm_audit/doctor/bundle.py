@@ -13,6 +13,7 @@ from lfm_runtime.engine.ort_release import FOLDERS_SINCE, onnxruntime_is
 from lfm_runtime.engine.prepared import find, folder_of, remove_damaged
 from lfm_runtime.errors import command
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
+from lfm_runtime.formats.files import to_write
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
 from lfm_runtime.setup.resolve import resolve
@@ -83,7 +84,7 @@ def prepared(machine: Machine) -> Iterator[Finding]:
     fix = command("prepare", machine.bundle, "--variant", variant, *(["--prefill", prefill] if prefill else []))
     place = folder_of(bundle.folder).parent
     if not os.access(there := place if place.exists() else place.parent, os.W_OK):
-        fix = f"change the permissions of {there}, where what is prepared lies; then {fix}"
+        fix = f"{to_write(there)}, where what is prepared lies; then {fix}"
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)
     elif all(one.path != path for one, path in zip(found, paths, strict=True)):

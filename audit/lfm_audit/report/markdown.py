@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lfm_audit.report.fleet import boards_table, kinds
-from lfm_audit.report.source import MARK, Named, all_series
-from lfm_audit.report.tables import (
-    answers_table,
-    changes_table,
-    changes_title,
-    limits_table,
-    tuning_tables,
-    variants_table,
-)
+from lfm_audit.report.source import MARK, Named, all_series, changes_title
+from lfm_audit.report.tables import answers_table, changes_table, limits_table, tuning_tables, variants_table
 from lfm_audit.table import verdict_line
 from lfm_audit.tune.result import TuningResult
 from lfm_audit.verdict import grouped

@@ -14,12 +14,11 @@ from lfm_runtime.errors import counted
 
 from lfm_audit.report import plots
 from lfm_audit.report.fleet import boards_table, kinds
-from lfm_audit.report.source import MARK, Named, Series, all_series
+from lfm_audit.report.source import MARK, Named, Series, all_series, changes_title
 from lfm_audit.report.tables import (
     Table,
     answers_table,
     changes_table,
-    changes_title,
     figures_table,
     limits_table,
     machine_table,

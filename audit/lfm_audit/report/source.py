@@ -84,6 +84,11 @@ def images_of(series: Sequence[Series]) -> list[str]:
     return list(dict.fromkeys(name for one in series for name in one.result.images))
 
 
+def changes_title(audits: Sequence[Named]) -> str:
+    """What a table of changes between audits, or of one audit's variants, is called."""
+    return "What changed" if len(audits) > 1 else "Variants compared"
+
+
 def read_tuning(path: Path) -> TuningResult | None:
     """What lfm-edge tune measured; None where the file is something else.
 

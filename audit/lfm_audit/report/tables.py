@@ -155,22 +155,17 @@ def limits_table(audits: Sequence[Named]) -> Table:
                 named.name,
                 WORDS.get(limit.name, limit.name),
                 f"{limit.limit:g}",
+                "holds" if limit.holds else "broken",
+                NONE if limit.measured is None else f"{limit.measured:,.4g}",
                 limit.variant or NONE,
                 limit.image or NONE,
-                NONE if limit.measured is None else f"{limit.measured:,.4g}",
-                "holds" if limit.holds else "broken",
             ],
             bad=not limit.holds,
         )
         for named in audits
         for limit in named.audit.limits
     ]
-    return Table(["audit", "limit", "", "variant", "image", "measured", ""], rows, (1,)).without_empty()
-
-
-def changes_title(audits: Sequence[Named]) -> str:
-    """What `changes_table` shows."""
-    return "What changed" if len(audits) > 1 else "Variants compared"
+    return Table(["audit", "limit", "asked", "", "measured", "variant", "image"], rows, (1, 3, 5, 6)).without_empty()
 
 
 def changes_table(audits: Sequence[Named]) -> Table:
@@ -352,21 +347,21 @@ def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:
         Row(
             [
                 f"{number}{' chosen' if p is chosen else ''}",
-                *(_value(p.settings[name]) for name in names),
                 f"{p.ms:,.0f}",
                 f"{min(p.latency_ms.values()):,.0f}",
                 f"{max(p.latency_ms.values()):,.0f}",
+                str(len(p.latency_ms)),
                 f"{p.peak_mib:,.0f}",
                 f"{p.anonymous_mib:,.0f}",
                 _number(p.kl, 4),
-                str(len(p.latency_ms)),
+                *(_value(p.settings[name]) for name in names),
             ]
         )
         for number, p in enumerate(map(tuning.point, tuning.front), 1)
     ]
     cost = {"answer, ms": f"{chosen.ms:,.0f}", "peak, MiB": f"{chosen.peak_mib:,.0f}", "KL": _number(chosen.kl, 4)}
     settings = {**{name: _value(chosen.settings[name]) for name in names}, **cost}
-    head = ["", *names, "answer, ms", "min", "max", "peak, MiB", "anonymous", "KL", "rounds"]
+    head = ["", "answer, ms", "min", "max", "rounds", "peak, MiB", "anonymous", "KL", *names]
     return Table(head, rows), Table(["", ""], [Row([name, value]) for name, value in settings.items()])
 
 

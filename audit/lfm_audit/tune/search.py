@@ -48,9 +48,9 @@ def tune(
     kept: Path,
     sensors: Sensors,
     progress: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Measure until the time is over or nothing is left to measure; KeyboardInterrupt ends it as well. What was
-    measured is in `tuning`, and after each round in the file `kept`.
+) -> bool:
+    """Measure until the time is over or nothing is left to measure; KeyboardInterrupt ends it as well, and is returned
+    as False. What was measured is in `tuning`, and after each round in the file `kept`.
 
     Raises:
         SettingError: nothing measures energy here.
@@ -60,14 +60,10 @@ def tune(
     _check_objective(tuning.objective, sensors)
     random_order, begin, start_point = random.Random(tuning.rounds), time.monotonic(), tuning.first_point()  # noqa: S311
     if minutes <= 0 and tuning.front():
-        return
+        return True
     with tempfile.TemporaryDirectory(prefix="lfm-edge-") as folder:
         try:
-            reference = _make_reference(tuning, device, Path(folder), progress)
-            if tuning.reference not in ("", reference):
-                for known in tuning.points.values():
-                    known.kl = None  # of another reference: measured again with the point
-            tuning.reference = reference
+            _refer_to(tuning, _make_reference(tuning, device, Path(folder), progress))
             if not tuning.front():
                 _measure(tuning, start_point, Path(folder), sensors)
                 _check_some(tuning)
@@ -98,7 +94,18 @@ def tune(
         except KeyboardInterrupt:
             if not tuning.front():
                 raise
+            tuning.save(kept)
+            return False
     tuning.save(kept)
+    return True
+
+
+def _refer_to(tuning: Tuning, reference: str) -> None:
+    """KL of another reference is measured again with its point."""
+    if tuning.reference not in ("", reference):
+        for known in tuning.points.values():
+            known.kl = None
+    tuning.reference = reference
 
 
 def _check_objective(objective: str, sensors: Sensors) -> None:

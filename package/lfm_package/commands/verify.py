@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Check every file's hash, and that there are no unknown files and no weights outside the bundle, and "
         "that every graph loads; also what lfm-edge prepare wrote beside it, of which damaged graphs are removed. Exit "
-        "code 0; 1: something is wrong."
+        "code 0; 1: something is wrong; 2: there is no manifest that can be read."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(

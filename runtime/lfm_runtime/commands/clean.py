@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what is removed, with sizes, and return 0."""
+    import errno
     import shutil
 
     from lfm_runtime.errors import BundleError
-    from lfm_runtime.formats.files import holds_a_model
+    from lfm_runtime.formats.files import holds_a_model, to_write
 
     # The bundle may be damaged, or missing: a first export that was killed left none.
     found = _leftovers(options.bundle.resolve())
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
             try:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             except OSError as e:
-                do = "change its permissions: chmod -R u+w" if isinstance(e, PermissionError) else "remove it by hand"
+                do = to_write(path.parent) if e.errno == errno.EROFS else "remove it by hand"
+                do = "change its permissions: chmod -R u+w" if isinstance(e, PermissionError) else do
                 raise BundleError(f"{path} cannot be removed ({e.strerror or e}); {do}") from e
     print(f"{total / 1e6:,.1f} MB {'would be removed' if options.dry_run else 'removed'}")
     return 0

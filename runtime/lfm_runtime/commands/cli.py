@@ -37,7 +37,9 @@ _GROUPS = {
     "measure": ("audit", "compare", "report", "tune"),
     "check": ("doctor", "selftest", "verify", "clean"),
 }
-_EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
+EXIT_INTERRUPTED = 130
+_EXIT_ERROR = 2
+_EXIT_UNREAD = 141  # as of programs that SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{e.name or 'a Python package'} cannot be loaded ({e}); install lfm-edge again")
     except KeyboardInterrupt as e:  # a terminal has written ^C
         print(f"{chr(10) * sys.stderr.isatty()}lfm-edge: {str(e) or 'interrupted'}", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) went away: nothing to tell it
         sys.stderr.close()
-        return 0
+        return _EXIT_UNREAD  # 0 would say that a check went well
     except MemoryError as e:
         why = str(e) or "Python has none left"
         return _fail(f"not enough memory ({why}); {more_memory()}, or use a machine with more")

@@ -15,6 +15,7 @@ EXIT_CODES = {
     "selftest: only a budget is exceeded, or the board is throttled. caption, watch: some images have an "
     "error, or records were not delivered. run --schema: the JSON was cut off",
     "130": "interrupted",
+    "141": "the program that reads the output ended before it, as head does",
 }
 
 

@@ -106,6 +106,15 @@ def write_whole(path: Path, text: str | bytes) -> None:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
 
 
+def to_write(place: Path) -> str:
+    """What the user can do so that a file or folder that is there can be written. Permissions do not help where the
+    whole file system is mounted read-only.
+    """
+    if os.statvfs(place).f_flag & os.ST_RDONLY:
+        return f"mount the disk of {place} for writing, or copy the bundle to another"
+    return f"change the permissions of {place}"
+
+
 def check_writable(path: Path) -> None:
     """Before long work, raise EdgeError where write_whole could not write this file."""
     if path.is_dir():

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lfm_runtime.errors import BundleError, EdgeError
-from lfm_runtime.formats.files import check_outside_bundles
+from lfm_runtime.formats.files import check_outside_bundles, to_write
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST, MANIFEST, Manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -43,7 +43,7 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
             (check or check_replaceable)(bundle)
             if bundle.is_dir() and not os.access(bundle, os.W_OK):  # renaming it would need its parent's alone
                 raise BundleError(
-                    f"{bundle} is read-only; change its permissions{', or choose another output' * elsewhere}"
+                    f"{bundle} is read-only; {to_write(bundle)}{', or choose another output' * elsewhere}"
                 )
             staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.partial-", dir=bundle.parent))
             try:
@@ -61,10 +61,10 @@ def replacing(bundle: Path, check: Callable[[Path], None] | None = None, *, else
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        denied = e.errno in (errno.EACCES, errno.EPERM)
+        denied = e.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         free = f", {shutil.disk_usage(bundle.parent).free >> 20} MiB free" if full and bundle.parent.is_dir() else ""
         there = next((place for place in bundle.parents if place.exists()), bundle)
-        do = "free some space" if full else f"change the permissions of {there}" if denied else ""
+        do = "free some space" if full else to_write(there) if denied else ""
         other = "choose another output" if elsewhere else ""
         do = ", or ".join(filter(None, (do, other))) or "try again"
         raise BundleError(f"cannot write {bundle}: {e.strerror or e}{free}; nothing has changed there; {do}") from e

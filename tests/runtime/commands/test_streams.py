@@ -375,3 +375,15 @@ def test_ctrl_c_is_one_line(tmp_path) -> None:
     assert said.splitlines()[-1] == "lfm-edge: interrupted"
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_ends_first_is_told_from_success(demo_bundle, tmp_path) -> None:
+    """A check that nobody has read did not go well for anybody: 141, as of programs that SIGPIPE ends; no traceback."""
+    (tmp_path / "stills").mkdir()
+    for n in range(3):
+        Image.new("RGB", (64, 64), (80 * n, 0, 0)).save(tmp_path / "stills" / f"{n}.png")
+    watch = ("watch", demo_bundle, tmp_path / "stills", "-p", "x", "--until", "answer:zebra", "--max-new-tokens", 1)
+    for words, reader in ((("verify", demo_bundle), "true"), (watch, "head -c 1 >/dev/null")):
+        found = run(*words, shell=f"| {reader}; exit ${{PIPESTATUS[0]}}")
+        assert found.returncode == 141, found.stderr
+        assert b"Traceback" not in found.stderr and b"BrokenPipe" not in found.stderr

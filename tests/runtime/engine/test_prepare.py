@@ -202,6 +202,12 @@ def test_prepare_says_why_it_cannot(demo_bundle, tmp_path, capsys, monkeypatch) 
         patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         assert main(["prepare", str(bundle)]) == 2
         assert f"change the permissions of {tmp_path}\n" in capsys.readouterr().err, "of what is there"
+        patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        flags = 8  # of the fields of statvfs
+        there = os.statvfs(tmp_path)
+        patch.setattr("os.statvfs", lambda _: os.statvfs_result([*there[:flags], os.ST_RDONLY, *there[flags + 1 :]]))
+        assert main(["prepare", str(bundle)]) == 2
+        assert f"mount the disk of {tmp_path} for writing, or copy the bundle to another\n" in capsys.readouterr().err
     assert main(["prepare", str(bundle), "--prefill", "int8"]) == 2
     assert "has no variant 'int8'" in capsys.readouterr().err
 
