@@ -348,12 +348,12 @@ def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:
             [
                 f"{number}{' chosen' if p is chosen else ''}",
                 f"{p.ms:,.0f}",
+                f"{p.peak_mib:,.0f}",
+                _number(p.kl, 4),
                 f"{min(p.latency_ms.values()):,.0f}",
                 f"{max(p.latency_ms.values()):,.0f}",
                 str(len(p.latency_ms)),
-                f"{p.peak_mib:,.0f}",
                 f"{p.anonymous_mib:,.0f}",
-                _number(p.kl, 4),
                 *(_value(p.settings[name]) for name in names),
             ]
         )
@@ -361,7 +361,7 @@ def tuning_tables(tuning: TuningResult) -> tuple[Table, Table]:
     ]
     cost = {"answer, ms": f"{chosen.ms:,.0f}", "peak, MiB": f"{chosen.peak_mib:,.0f}", "KL": _number(chosen.kl, 4)}
     settings = {**{name: _value(chosen.settings[name]) for name in names}, **cost}
-    head = ["", "answer, ms", "min", "max", "rounds", "peak, MiB", "anonymous", "KL", *names]
+    head = ["", "answer, ms", "peak, MiB", "KL", "min", "max", "rounds", "anonymous", *names]
     return Table(head, rows), Table(["", ""], [Row([name, value]) for name, value in settings.items()])
 
 
