@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 from lfm_runtime.commands.cli import main
 
@@ -126,3 +131,26 @@ def test_permissions_that_lack_where_no_reader_says_so(monkeypatch, capsys) -> N
     monkeypatch.setattr(profile, "run", fails)
     assert main(["profile", "list"]) == 2
     assert capsys.readouterr().err == "lfm-edge: place: Permission denied; change its permissions\n"
+
+
+@pytest.mark.process
+def test_ctrl_c_waits_for_a_module_that_loads(tmp_path) -> None:
+    """Libraries make errors of their own of it: numpy "import numpy failed", onnxruntime "initialization failed"."""
+    (tmp_path / "library.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    loaded = True\n"
+        "except KeyboardInterrupt:\n    raise ImportError('initialization failed') from None\n"
+    )
+    program = (
+        "import signal, time\nfrom lfm_runtime.commands import _interrupt\nsignal.signal(signal.SIGINT, _interrupt)\n"
+        "import library\nprint('loaded', flush=True)\ntime.sleep(100)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt") and "ImportError" not in done.stderr
+    assert done.returncode == -signal.SIGINT
