@@ -29,12 +29,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     inner = frame
     while inner:
         if inner.f_code.co_filename.startswith("<frozen importlib."):
-            _thread.start_new_thread(_again, ())
+            _thread.start_new_thread(_again, (_thread.get_ident(),))
             return
         inner = inner.f_back
     signal.default_int_handler(number, frame)
 
 
-def _again() -> None:
+def _again(main: int) -> None:
     time.sleep(_LATER_S)
-    _thread.interrupt_main()
+    signal.pthread_kill(main, signal.SIGINT)  # unlike _thread.interrupt_main, it ends a wait
