@@ -260,7 +260,8 @@ def _checked(key: str, value: Any, metadata: Mapping[str, Any], where: str = "")
         shown = {True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool) else repr(value)
         unit = f" ({metadata['unit']})" if metadata["unit"] else ""
         said = f"{where}: {key} = {shown}" if where else f"{key} {shown}"
-        raise ProfileError(f"{said} is impossible; allowed: {metadata['allowed']}{unit}")
+        number = metadata["allowed"][:1].isdigit() and isinstance(value, str)
+        raise ProfileError(f"{said} is impossible; allowed: {metadata['allowed']}{unit}{', without quotes' * number}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -174,6 +174,16 @@ def test_variants_are_what_the_profile_would_miss(target, variants, demo_bundle,
     assert variants is None or order.variants() == variants
 
 
+@pytest.mark.parametrize(("variant", "missed"), [("fp32", []), ("", ["int8"])])
+def test_a_prefill_decoder_that_would_not_be_used_is_not_missed(variant, missed, demo_bundle, tmp_path) -> None:
+    """Who names float weights means them for the prompt as well."""
+    from lfm_runtime.setup.profile import find_profile
+    from lfm_runtime.setup.variants import unmet
+
+    profile = find_profile("x86-avx2", **({"variant": variant} if variant else {}))
+    assert [name for name in unmet(Bundle.open(demo_bundle), profile) if name != "int4"] == missed
+
+
 def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_path) -> None:
     bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     order = Order(CHECKPOINT, bundle, tmp_path / "cam", "pi5")

@@ -96,6 +96,7 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ("threads = \n", "is not TOML"),
         ("threads = 2\nthread = 3\n", "line 2: unknown key 'thread'; did you mean threads?"),
         ("\n\nthreads = 0\n", "line 3: threads = 0 is impossible; allowed: 1 to 1024"),
+        ('threads = "2"\n', "line 1: threads = '2' is impossible; allowed: 1 to 1024, without quotes"),
         ("threads = true\n", "line 1: threads = true is impossible"),
         ('threads = "two"\n', "line 1: threads = 'two' is impossible"),
         ('variant = "int4"\n', "allowed: a list of fp32"),

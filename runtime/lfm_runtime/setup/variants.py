@@ -68,6 +68,6 @@ def unmet(bundle: Bundle, profile: Profile) -> list[str]:
     if profile.variant and variant != profile.variant[0] and VARIANTS[variant].float_keys != profile.variant[0]:
         found.append(profile.variant[0])
     wish = profile.prefill
-    if wish not in (None, "none") and not prefill and not profile.low_memory and wish not in bundle.variants:
-        found.append(wish)
+    if wish and not prefill and _prefill({*bundle.variants, wish}, profile, variant) == wish:
+        found.append(wish)  # it would be used if it were there
     return [name for name in dict.fromkeys(found) if name not in bundle.variants]
