@@ -25,6 +25,7 @@ from lfm_runtime.commands.cli import main
 from lfm_runtime.engine import gpu_wheel
 from lfm_runtime.engine.gpu_wheel import has_kernels, kernel_architectures
 from lfm_runtime.engine.ort_release import onnxruntime_is
+from lfm_runtime.formats.manifest import file_hash
 from trees import DEVICES, machine_of, write
 
 
@@ -355,3 +356,15 @@ def test_the_chip_of_a_pc(monkeypatch, tmp_path) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     gpu_wheel._asked_capability.cache_clear()
     assert gpu_wheel.compute_capability(machine.device) is None
+
+
+def test_what_a_packed_bundle_lacks_is_made_elsewhere(bundle_copy, capsys) -> None:
+    """On a board nothing can be quantized, and what was verified would be changed."""
+    words = ["doctor", str(bundle_copy), "--profile", "pi4"]
+    main(words)
+    assert f"lfm-edge quantize {bundle_copy} --variant int4" in capsys.readouterr().out
+    files = [path for path in bundle_copy.rglob("*") if path.is_file()]
+    sums = [f"{file_hash(path)}  {path.relative_to(bundle_copy).as_posix()}\n" for path in sorted(files)]
+    (bundle_copy / "SHA256SUMS").write_text("".join(sums))
+    main(words)
+    assert "where the bundle was made: lfm-edge quantize BUNDLE --variant int4" in capsys.readouterr().out

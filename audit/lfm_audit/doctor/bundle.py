@@ -14,6 +14,7 @@ from lfm_runtime.engine.prepared import find, folder_of, remove_damaged
 from lfm_runtime.errors import command
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import to_write
+from lfm_runtime.formats.manifest import SUMS
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
 from lfm_runtime.setup.resolve import resolve
@@ -46,7 +47,9 @@ def bundle(machine: Machine) -> Iterator[Finding]:
     for wish in unmet(bundle, setup.profile):
         why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
         do = command("quantize", bundle.folder, "--variant", wish)
-        if not set(FINEST).intersection(bundle.variants):
+        if (
+            not set(FINEST).intersection(bundle.variants) or (bundle.folder / SUMS).exists()
+        ):  # it was packed for a board
             do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
         yield Finding("variants", "warning", why, do)
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
