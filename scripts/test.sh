@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in environments made here.
 #
-#   scripts/test.sh          # everything, in three environments: about a quarter of an hour on two cores, pip included
+#   scripts/test.sh          # everything, in three environments: half an hour on two cores, pip included
 #   scripts/test.sh --fast   # lint, types, units (no exported bundle, no other process): a minute after the first time
 #   LONG=1 scripts/test.sh   # also the tests marked slow, and more of the Arm sandbox
 set -euo pipefail
