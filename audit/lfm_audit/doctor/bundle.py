@@ -44,12 +44,11 @@ def bundle(machine: Machine) -> Iterator[Finding]:
         fix = "make a bundle with: lfm-edge export"
         yield Finding("bundle", "warning", f"{said}; a folder without manifest.json: nothing to check against", fix)
         return
+    packed = (bundle.folder / SUMS).exists()  # for a board, where nothing can be quantized
     for wish in unmet(bundle, setup.profile):
         why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
         do = command("quantize", bundle.folder, "--variant", wish)
-        if (
-            not set(FINEST).intersection(bundle.variants) or (bundle.folder / SUMS).exists()
-        ):  # it was packed for a board
+        if packed or not set(FINEST).intersection(bundle.variants):
             do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
         yield Finding("variants", "warning", why, do)
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
