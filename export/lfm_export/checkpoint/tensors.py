@@ -115,7 +115,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         hub_id = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in (".", "..")
         how = (
-            f"download it first: hf download {folder} --local-dir {folder.name}"
+            f"check the path, or download it: hf download {folder} --local-dir {folder.name}"
             if hub_id
             else "give that of a Hugging Face checkpoint"
         )
