@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 from hub import Hub, Repository, running
-from lfm_runtime.setup.hub import HubError, HubId
+from lfm_runtime.setup.hub import HubError, HubId, checkpoint_folder
 
 pytestmark = [pytest.mark.process, pytest.mark.transformers5]
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,17 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1]
+
+
+def test_want_of_memory_is_not_the_hubs_fault(monkeypatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def model_info(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    with pytest.raises(MemoryError):
+        checkpoint_folder("Liquid/None-Such", quiet=True)
 
 
 def test_a_checkpoint_is_fetched_and_named(checkpoint, tmp_path) -> None:

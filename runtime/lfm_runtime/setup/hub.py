@@ -182,6 +182,8 @@ class _Repository:
         errors = self._hub.errors
         try:
             yield
+        except (EdgeError, MemoryError):
+            raise
         except errors.GatedRepoError as e:
             raise HubError(
                 f"{self.id} is gated: accept its licence at {self._hub.constants.ENDPOINT}/{self.id.name}, and log in: "
@@ -207,8 +209,6 @@ class _Repository:
             raise self._explained(e) from e
 
     def _explained(self, e: Exception) -> EdgeError:
-        if isinstance(e, EdgeError):
-            return e
         if _errno(e) == errno.ENOSPC:
             return HubError(
                 f"no space is left in {self._hub.constants.HF_HUB_CACHE}; free some, or name another folder with "
