@@ -21,7 +21,7 @@ from lfm_runtime.questions import Question
 
 from lfm_quantize.calibrate.answers import Progress, add_answers
 from lfm_quantize.calibrate.samples import FEW_IMAGES, named, read_questions, split_off, to_sample
-from lfm_quantize.calibrate.spread import spread_over
+from lfm_quantize.calibrate.spread import cluster_of
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.judge.measure import Board, measure
 from lfm_quantize.judge.quality import GateError, Quality, check_floor
@@ -87,11 +87,12 @@ def quantize(
     _check_place(bundle, manifest, settings, source.variant, warn)
     questions = _questions(settings, manifest, warn)
 
-    with Work.open(folder, settings.variant, _key(settings, recipe, manifest, source, questions)) as work:
+    key = _key(settings, recipe, manifest, source, questions)
+    with Work.open(folder, settings.variant, key) as work, cluster_of(settings.scheduler) as cluster:
         # Calibrate: questions and answers that the source's variant is led through.
         samples = [to_sample(bundle, q, split=False) for q in questions.calibrate]
-        run = Run(settings, bundle, source, recipe, samples, work, progress)
-        add_answers(run.exact, samples, _answer_tokens(settings), progress, spread_over(settings.scheduler))
+        run = Run(settings, bundle, source, recipe, samples, work, progress, cluster)
+        add_answers(run.exact, samples, _answer_tokens(settings), progress, cluster)
         # Smooth and round, or rewrite.
         made = MAKERS[settings.variant](run)
         made.record.update(_origin(source, questions))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lfm_quantize.calibrate.answers import Answering, Progress
 from lfm_quantize.calibrate.blocks import image_positions
 from lfm_quantize.calibrate.samples import Sample
+from lfm_quantize.calibrate.spread import Cluster
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.settings import Settings
 from lfm_quantize.source import Source
@@ -39,6 +40,7 @@ class Run:
     samples: list[Sample]
     work: Work
     progress: Progress
+    cluster: Cluster
 
     @property
     def exact(self) -> Answering:

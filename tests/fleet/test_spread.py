@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
-from clusters import PATIENCE_S, Cluster, start
+from clusters import PATIENCE_S, Cluster, start, until
+from lfm_fleet.crew import ClusterError
+from lfm_fleet.spread import workers
+from lfm_quantize.calibrate.block import quantize_block
+from lfm_quantize.calibrate.blocks import blocks_of
+from lfm_quantize.calibrate.observe import Observed
+from lfm_quantize.calibrate.samples import to_sample
+from lfm_quantize.calibrate.spread import HERE
+from lfm_quantize.calibrate.trail import Graphs, into_encoder
+from lfm_quantize.recipe import Recipe
+from lfm_quantize.source import Source
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
+from lfm_runtime.questions import Question
+from pictures import IMAGES
 
-pytest.importorskip("onnx")
 FEW = 40
 
 
@@ -23,8 +37,6 @@ def bundle(demo_bundle, tmp_path):
 @pytest.fixture
 def questions(tmp_path):
     """Some of the demo's, in a file of their own."""
-    from pictures import IMAGES
-
     place = IMAGES[0].parents[1] / "eval.jsonl"
     lines = [json.loads(line) for line in place.read_text().splitlines()[:FEW]]
     for line in lines:
@@ -68,9 +80,7 @@ def test_quality_on_a_cluster(bundle, questions, tmp_path) -> None:
 
 
 def test_calibration_on_a_cluster(demo_bundle, tmp_path) -> None:
-    """The questions are answered there; the variant is the same, file by file."""
-    from pictures import IMAGES
-
+    """Questions are answered and samples led through the layers there; it is the same variant but for roundings."""
     (tmp_path / "images.txt").write_text("".join(f"{path}\n" for path in IMAGES[:24]))
     words = [
         "--variant",
@@ -90,8 +100,81 @@ def test_calibration_on_a_cluster(demo_bundle, tmp_path) -> None:
         for name in "ab":
             cluster.work(name)
         there = measured(["quantize", str(tmp_path / "there"), *words, "--scheduler", cluster.address])
-    assert {name: here[name] for name in here if name != "seconds"} == {
-        name: there[name] for name in there if name != "seconds"
-    }
-    files = [json.loads((tmp_path / name / "manifest.json").read_text())["files"] for name in ("here", "there")]
-    assert files[0] == files[1]
+    same = ("variant", "against", "questions", "images", "answer_tokens", "bytes", "bits_per_weight")
+    assert {name: here[name] for name in same} == {name: there[name] for name in same}
+    records = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["quantization"]["int4"]
+        for name in ("here", "there")
+    ]
+    assert records[0]["calibration"] == records[1]["calibration"]
+    pairs = list(zip(*(record["layers"] for record in records), strict=True))
+    for one, other in pairs:
+        assert {**one, "weight_error": 0, "smoothed": 0} == {**other, "weight_error": 0, "smoothed": 0}
+    # A weight that lies between two integers may fall to either, and what is behind it is fed something else.
+    errors = np.array([[layer["weight_error"] for layer in pair] for pair in pairs if pair[0]["weight_error"]])
+    assert np.exp(np.log(errors[:, 1] / errors[:, 0]).mean()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.fixture
+def samples(demo_bundle):
+    """Questions with answers, two of them about one image."""
+    bundle = Bundle.open(demo_bundle)
+    asked = [Question(path, f"What is {i % 2}?") for i, path in enumerate([*IMAGES[:12], IMAGES[2]])]
+    found = [to_sample(bundle, question, split=False) for question in asked]
+    for sample in found:
+        sample.ids += bundle.prompts.tokenizer.encode(" an answer")
+    return found
+
+
+def test_what_layers_are_fed_is_summed_on_a_cluster(demo_bundle, samples, tmp_path) -> None:
+    """The sums of one process, to what fp32 sums of the same numbers in another order differ by."""
+    bundle = Bundle.open(demo_bundle)
+    graphs, recipe = Graphs.of(Source.open(bundle, "int4")), Recipe.default("int4", "gptq", quick=True)
+    with _three(tmp_path) as (_, cluster):
+        trails = [into_encoder(where, bundle, "int4", graphs, samples, 1) for where in (HERE, cluster)]
+        assert [len(trail.parts) for trail in trails] == [1, 3]
+        for model in (graphs.vision, graphs.decoder):
+            if model is graphs.decoder:
+                trails = [trail.into_decoder(len(samples), None, bundle.prompts.image_id) for trail in trails]
+            for block in blocks_of(model):
+                change = quantize_block(model, block, trails[0], recipe)
+                _same(*(trail.observe(block, dict.fromkeys(change.products, True)) for trail in trails))
+                trails = [trail.advance(block, change.passes(tied=False)) for trail in trails]
+
+
+def test_a_worker_that_leaves_with_samples_is_told(demo_bundle, samples, tmp_path) -> None:
+    bundle = Bundle.open(demo_bundle)
+    graphs = Graphs.of(Source.open(bundle, "int4"))
+    first, second, third = blocks_of(graphs.vision)[:3]
+    with _three(tmp_path) as (started, cluster):
+        trail = into_encoder(cluster, bundle, "int4", graphs, samples, 1)
+        for block in (first, second):
+            trail = trail.advance(block, [])
+        trail.observe(third, dict.fromkeys(third.linears, True))
+        started.workers[0].kill()
+        with pytest.raises(ClusterError, match="left, and what it held is lost; run again"):
+            trail.observe(third, dict.fromkeys(third.linears, True))
+
+
+@contextmanager
+def _three(folder):
+    """A cluster of three workers, as quantize reaches it."""
+    with Cluster(folder) as started:
+        for name in "abc":
+            started.work(name)
+            until(lambda name=name: started.has_registered(name), f"worker {name} has come")
+        with workers(started.address) as cluster:
+            assert cluster.size == 3
+            yield started, cluster
+
+
+def _same(one: dict[str, Observed], other: dict[str, Observed]) -> None:
+    assert one.keys() == other.keys()
+    for name, here in one.items():
+        there = other[name]
+        assert here.counts == there.counts
+        np.testing.assert_array_equal(here.largest, there.largest)
+        np.testing.assert_array_equal(np.sort(here.kept(), 0), np.sort(there.kept(), 0))
+        for kind, moments in here.moments.items():
+            difference = np.linalg.norm(moments - there.moments[kind]) / np.linalg.norm(moments)
+            assert difference < 2e-6, (name, kind)

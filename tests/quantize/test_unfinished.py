@@ -29,7 +29,9 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
     blocks: list[str] = []
     real = integers.quantize_block
     monkeypatch.setattr(
-        integers, "quantize_block", lambda fed, block, *rest: (blocks.append(block.name), real(fed, block, *rest))[1]
+        integers,
+        "quantize_block",
+        lambda model, block, *rest: (blocks.append(block.name), real(model, block, *rest))[1],
     )
 
     def kill(what: str, done: int, _: int) -> None:

@@ -15,7 +15,7 @@ from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, VISION_ENCODER
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.samples import MOST_ANSWER_TOKENS, Sample, View, to_sample
-from lfm_quantize.calibrate.spread import Sent, SharedBundle, Spread, parts_of, received
+from lfm_quantize.calibrate.spread import HERE, Cluster, Sent, SharedBundle, parts_of, received
 from lfm_quantize.graph import QuantizeError
 
 Float = NDArray[np.float32]
@@ -110,10 +110,10 @@ class Greedy:
 
 
 def add_answers(
-    answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress, spread: Spread | None = None
+    answering: Answering, samples: Sequence[Sample], limit: int, progress: Progress, cluster: Cluster = HERE
 ) -> None:
-    """Give each sample its answer: the known one, else the greedy one of at most `limit` tokens; where there is
-    `spread`, parts of the questions are answered there.
+    """Give each sample its answer: the known one, else the greedy one of at most `limit` tokens, of the workers where
+    there is a cluster.
 
     Raises:
         QuantizeError: a known answer is too long or holds an image token.
@@ -134,10 +134,10 @@ def add_answers(
         sample.ids += answer
     if not unknown:
         return
-    if spread:
+    if cluster is not HERE:
         ask = Greedy(SharedBundle.of(bundle.folder), answering.variant, answering.threads, limit)
-        parts = parts_of([sample.question for sample in unknown])
-        answers: Iterable[list[int]] = (ids for part in spread(ask, parts) for ids in part)
+        asked = [cluster.call(ask, part) for part in parts_of([sample.question for sample in unknown])]
+        answers: Iterable[list[int]] = (ids for part in cluster.results(asked) for ids in part)
     else:
         answers = _greedy_answers(answering, unknown, limit, progress)
     for i, (sample, ids) in enumerate(zip(unknown, answers, strict=True)):

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.blocks import Block, FedGraph, Values
-from lfm_quantize.calibrate.observe import observe
 from lfm_quantize.calibrate.smooth import Fit, find_fit, fold, sources
+from lfm_quantize.calibrate.trail import Trail
 from lfm_quantize.graph import Array, QuantizeError, linears, release
 from lfm_quantize.passes.attention import IntegerAttention
 from lfm_quantize.passes.constants import Constants
@@ -55,22 +55,20 @@ class Change:
         return Constants(self.constants), IntegerAttention(attentions), Integers(self.products, tied=tied)
 
 
-def quantize_block(
-    fed: FedGraph, block: Block, states: list[Values], recipe: Recipe, table: Rounded | None = None
-) -> Change:
+def quantize_block(model: ir.Model, block: Block, trail: Trail, recipe: Recipe, table: Rounded | None = None) -> Change:
     """Decide a block's integers from what its products are fed in the samples (none: from the weights alone).
 
     Args:
-        fed: the whole graph, fp32, and its inputs.
+        model: the whole graph, fp32.
         block: the part to quantize.
-        states: each sample's hidden state before the block.
+        trail: the samples before the block.
         recipe: precision by product name.
         table: the embedding table, rounded already, where the head is tied to it.
 
     Raises:
         QuantizeError: a weight is not finite.
     """
-    products = {name: linear for name, linear in linears(fed.model).items() if name in block.linears}
+    products = {name: linear for name, linear in linears(model).items() if name in block.linears}
     wanted = {name: recipe.precision(name) for name in products}
     weights = {name: linear.weights() for name, linear in products.items()}
     for name, weight in weights.items():
@@ -78,11 +76,11 @@ def quantize_block(
             raise QuantizeError(f"{name} has NaN or infinite weights; the checkpoint is broken: export a sound one")
 
     small = {n: p for n, p in wanted.items() if p.bits < 32 and n != "head"}
-    seen = observe(fed, block, states, {name: precision.method != "rtn" for name, precision in small.items()})
+    seen = trail.observe(block, {name: precision.method != "rtn" for name, precision in small.items()})
 
-    where = sources(fed.model)
+    where = sources(model)
     fits = {name: find_fit(weights[name], seen[name], where.get(name), wanted[name]) for name in seen}
-    folded = fold(fed.model, {name: fit.factors for name, fit in fits.items() if fit.smooths})
+    folded = fold(model, {name: fit.factors for name, fit in fits.items() if fit.smooths})
 
     change = Change(constants={**folded.vectors})
     for name, linear in products.items():
@@ -100,13 +98,15 @@ def quantize_block(
         change.products[name] = Product(rounded, fit.negative if fit else 1.0)
         change.layers.append(_record(name, wanted[name], rounded, weight, moments, fit))
     for name in block.attentions:
-        if recipe.attends_in_integers(name) and fed.feeds:
-            error = float(f"{_attention_error(fed, block, states, name):.4g}")
+        if not recipe.attends_in_integers(name):
+            continue
+        if (tried := trail.tried(_attention_error, block, name)) is not None:
+            error = float(f"{tried:.4g}")
             change.attentions.append({"name": name, "bits": 8 if error <= ATTENTION_ERROR else 32, "error": error})
     return change
 
 
-def _attention_error(fed: FedGraph, block: Block, states: list[Values], name: str) -> float:
+def _attention_error(fed: FedGraph, states: list[Values], block: Block, name: str) -> float:
     """|y - x| / |x| of what attention gives for the first views, in 8 bits against fp32."""
     few = replace(fed, feeds=fed.feeds[:ATTENTION_VIEWS], kinds=fed.kinds[:ATTENTION_VIEWS])
     whole = replace(block, outputs=(name,))

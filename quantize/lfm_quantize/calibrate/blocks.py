@@ -72,12 +72,16 @@ def _residual(norm: ir.Node) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FedGraph:
-    """A graph and what it is fed: the inputs of each sample, and which of its tokens are image tokens."""
+    """A graph and what it is fed: the inputs of each sample, and which of its tokens are image tokens; of some samples,
+    their numbers in the whole run.
+    """
 
     model: ir.Model
     feeds: Sequence[Feeds]
     kinds: Sequence[NDArray[np.bool_]]
     threads: int
+    numbers: Sequence[tuple[int, int]] = ()
+    of: int = 0  # samples in the whole run
 
     def start(self) -> list[Values]:
         """Each sample's hidden state before the first block: there is none yet."""

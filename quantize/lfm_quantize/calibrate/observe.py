@@ -63,6 +63,22 @@ class Observed:
         else:
             self.moments[kind] = product
 
+    def summed(self) -> Observed:
+        """The same, with no rows that wait to be added up."""
+        for kind in KINDS:
+            self._measure(kind)
+        return self
+
+    def merge(self, other: Observed) -> None:
+        """Add what the same product was fed in other samples; takes its sums over."""
+        np.maximum(self.largest, other.largest, out=self.largest)
+        for kind in KINDS:
+            self.rows[kind] += other.rows[kind]
+            self.counts[kind] += other.counts[kind]
+            if kind in other.moments:
+                moments = other.moments.pop(kind)
+                self.moments[kind] = self.moments[kind] + moments if kind in self.moments else moments
+
     def kept(self) -> Float:
         """The rows kept, both kinds."""
         return np.concatenate([r for kind in KINDS for r in self.rows[kind]])
@@ -71,8 +87,6 @@ class Observed:
         """Mean of xᵀx [k, k] for inputs divided by `factors` [k]; each kind of token that occurs counts the same. Gives
         the sums away: they are large.
         """
-        for kind in KINDS:
-            self._measure(kind)
         parts = [(self.moments.pop(kind), self.counts[kind]) for kind in list(self.moments)]
         for moments, count in parts:
             np.divide(moments, (factors * np.float32(count * len(parts)))[:, None], out=moments)
@@ -97,15 +111,16 @@ def observe(fed: FedGraph, block: Block, states: list[Values], with_moments: Map
     products = linears(fed.model)
     seen = {name: Observed(products[name].k, moments) for name, moments in with_moments.items()}
     inputs = {name: products[name].input for name in seen}
-    rows = -(-ROWS // len(fed.feeds))
-    rng = np.random.default_rng(0)
+    rows = -(-ROWS // (fed.of or len(fed.feeds)))
 
     def note(i: int, values: Values) -> None:
         kinds = fed.kinds[i]
+        # What is kept of a sample does not depend on which others are beside it.
+        rng = np.random.default_rng(fed.numbers[i] if fed.numbers else (i, 0))
         for name, observed in seen.items():
             x = values[inputs[name]].reshape(-1, observed.k)
             kind = kinds if len(x) == len(kinds) else np.full(len(x), kinds.all())
             observed.add(x, kind, rows, rng)
 
     fed.run(block, states, [x for x in inputs.values() if x not in block.cut], note)
-    return seen
+    return {name: observed.summed() for name, observed in seen.items()}

@@ -1,13 +1,15 @@
-"""Questions in parts, for the workers of a cluster, which have the same bundle and images under the same paths."""
+"""A cluster, as quantizing sees it: functions called on workers that have the same bundle and images under the same
+paths; and questions in parts for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import BundleError
@@ -19,16 +21,48 @@ SENT_QUESTIONS = 16
 
 Sent = tuple[str, str, str | None, str, str]
 """A Question's fields, in their order. A Path of Python 3.13 cannot be read by an older one."""
-Spread = Callable[[Callable[[Sequence[Sent]], Any], "Sequence[Sequence[Sent]]"], Iterable[Any]]
-"""Calls a function with each part elsewhere; what it returns, in the order of the parts."""
 
 
-def spread_over(scheduler: str | None) -> Spread | None:
-    """What calls on the workers of a scheduler; None: here."""
+class Cluster(Protocol):
+    """Where functions are called. What they return stays there until it is asked for, and other calls can take it."""
+
+    size: int  # processes that take part
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function with values, or with what other calls return; returns what stands for its result."""
+
+    def share(self, value: Any) -> Any:
+        """Bring a value to where many calls take it."""
+
+    def results(self, calls: Sequence[Any]) -> Iterator[Any]:
+        """What calls return, in their order. Raises what they raise."""
+
+
+class _Here:
+    """This process."""
+
+    size = 1
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def results(self, calls: Sequence[Any]) -> Iterator[Any]:
+        return iter(calls)
+
+
+HERE: Cluster = _Here()
+
+
+def cluster_of(scheduler: str | None) -> AbstractContextManager[Cluster]:
+    """The workers of a scheduler; None: this process."""
     if scheduler is None:
-        return None
-    (found,) = entry_points(group="lfm_edge.clusters", name="spread")
-    return partial(found.load(), scheduler)
+        return nullcontext(HERE)
+    (found,) = entry_points(group="lfm_edge.clusters", name="workers")
+    workers: AbstractContextManager[Cluster] = found.load()(scheduler)
+    return workers
 
 
 def parts_of(questions: Sequence[Question]) -> list[list[Sent]]:
@@ -37,13 +71,18 @@ def parts_of(questions: Sequence[Question]) -> list[list[Sent]]:
     for question in questions:
         if len(parts[-1]) >= SENT_QUESTIONS and str(question.image) != parts[-1][-1][0]:
             parts.append([])
-        parts[-1].append((str(question.image), question.text, question.answer, question.task, question.place))
+        parts[-1].append(sent(question))
     return parts
 
 
-def received(sent: Sequence[Sent]) -> list[Question]:
+def sent(question: Question) -> Sent:
+    """A question as it travels."""
+    return str(question.image), question.text, question.answer, question.task, question.place
+
+
+def received(questions: Sequence[Sent]) -> list[Question]:
     """The questions of a part."""
-    return [Question(Path(image), text, answer, task, place) for image, text, answer, task, place in sent]
+    return [Question(Path(image), text, answer, task, place) for image, text, answer, task, place in questions]
 
 
 @dataclass(frozen=True)

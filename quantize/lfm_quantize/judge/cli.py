@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.formats.manifest import MANIFEST, Manifest
 
     from lfm_quantize.calibrate.samples import named
-    from lfm_quantize.calibrate.spread import spread_over
+    from lfm_quantize.calibrate.spread import cluster_of
     from lfm_quantize.cli import Printer
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import measure
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         printer.warn(f"{counted(len(skipped), 'image')} left out: {named(skipped)}")
     try:
         threads = default_threads() if options.threads is None else check_threads(options.threads)
-        with failures_are_ours(options.bundle):
+        with failures_are_ours(options.bundle), cluster_of(options.scheduler) as cluster:
             quality = measure(
                 options.bundle,
                 variant,
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
                 threads,
                 printer.progress,
                 board=board,
-                spread=spread_over(options.scheduler),
+                cluster=cluster,
             )
     finally:
         printer.clear()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lfm_quantize.calibrate.answers import Answering, Progress, follow, greedy
 from lfm_quantize.calibrate.samples import Sample, to_sample
-from lfm_quantize.calibrate.spread import Sent, SharedBundle, Spread, parts_of, received
+from lfm_quantize.calibrate.spread import HERE, Cluster, Sent, SharedBundle, parts_of, received
 from lfm_quantize.graph import Mapped, QuantizeError, linears, open_graph
 from lfm_quantize.judge.distances import cosines, kl_divergence, standard_error
 from lfm_quantize.judge.layers import layer_errors
@@ -82,11 +82,11 @@ def measure(
     *,
     board: Board | None = None,
     quick: bool = False,
-    spread: Spread | None = None,
+    cluster: Cluster = HERE,
 ) -> Quality:
     """Compare two variants of a bundle; this one as on a board, the other one with the checkpoint's own image settings
     or, where they are to be alike, with the board's. `quick`: shorter answers, and the layers of one question alone;
-    `spread`: parts of the questions are compared elsewhere, and the numbers are those of one machine.
+    `cluster`: where parts of the questions are compared; the numbers are those of one machine.
 
     Raises:
         BundleError: a variant is missing.
@@ -99,9 +99,9 @@ def measure(
     exact = Answering(bundle, against, threads, packed=False)  # the large one: its weights stay where they are mapped
     judged = Answering(bundle, variant, threads, prefill=board.prefill if board else None)
     most = JUDGED_TOKENS // 3 if quick else JUDGED_TOKENS
-    if spread:
+    if cluster is not HERE:
         comparison = Comparison(SharedBundle.of(folder), variant, against, threads, most, board)
-        found = _elsewhere(spread, comparison, questions, progress)
+        found = _elsewhere(cluster, comparison, questions, progress)
     else:
         found = _compare(exact, judged, questions, most, board, progress)
     followed = 1 if quick else LAYER_SAMPLES
@@ -156,9 +156,9 @@ class Comparison:
         return _compare(exact, judged, questions, self.most, self.board, lambda *_: None)
 
 
-def _elsewhere(spread: Spread, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
+def _elsewhere(cluster: Cluster, comparison: Comparison, questions: Sequence[Question], progress: Progress) -> Found:
     whole = Found()
-    for part in spread(comparison, parts_of(questions)):
+    for part in cluster.results([cluster.call(comparison, part) for part in parts_of(questions)]):
         whole.extend(part)
         progress(f"evaluates {comparison.variant}", len(whole.same_answer), len(questions))
     return whole

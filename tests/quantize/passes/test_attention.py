@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphs import model_of, run
 from lfm_quantize.calibrate import block as calibrating
 from lfm_quantize.calibrate.block import quantize_block
-from lfm_quantize.calibrate.blocks import FedGraph, blocks_of
+from lfm_quantize.calibrate.blocks import Feeds, blocks_of
+from lfm_quantize.calibrate.spread import HERE
+from lfm_quantize.calibrate.trail import Graphs, Part, Trail
 from lfm_quantize.graph import linears, open_graph
 from lfm_quantize.passes.attention import IntegerAttention, attentions
 from lfm_quantize.passes.constants import Constants
@@ -97,6 +100,16 @@ def encoder(demo_bundle):
     return open_graph(Bundle.open(demo_bundle).variants["fp32"]["vision_encoder"])
 
 
+def _before(encoder: ir.Model, feeds: list[Feeds]) -> Trail:
+    """Views before an encoder's first block."""
+    graphs = Graphs(encoder, encoder, np.zeros((1, 1), np.float32))
+    kinds = [np.ones(len(view["pixel_attention_mask"][0]), np.bool_) for view in feeds]
+    return Trail(
+        HERE,
+        [Part(lambda: graphs, feeds, kinds, [(i, 0) for i in range(len(feeds))], len(feeds), 1, [{} for _ in feeds])],
+    )
+
+
 def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
     """Scores a hundred times as large leave each patch with one other: the nearest two are mixed up."""
     rng = np.random.default_rng(0)
@@ -115,13 +128,12 @@ def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
     usual = Recipe.default("int8", "rtn")
     recipe = Recipe((Rule("vision.*.attention", Precision(8)), *usual.rules))
     for graph, eight in ((encoder, True), (sharp, False)):
-        fed = FedGraph(graph, feeds, [np.ones(96, np.bool_)], 1)
-        states = fed.start()
+        trail = _before(graph, feeds)
         for block in blocks_of(graph):
             if name in block.attentions:
                 break
-            states = fed.run(block, states)
-        change = quantize_block(fed, block, states, recipe)
+            trail = trail.advance(block, [])
+        change = quantize_block(graph, block, trail, recipe)
         (record,) = change.attentions
         assert record["name"] == name
         assert record["bits"] == (8 if eight else 32)
@@ -129,6 +141,6 @@ def test_attention_that_8_bits_would_change_stays_fp32(encoder) -> None:
         made = attentions(rewritten(graph, *change.passes(tied=False)))
         assert (name in made) is not eight
         for pattern in (name, "vision.*", "*"):  # --keep comes first
-            assert not quantize_block(fed, block, states, recipe.keeping([pattern])).attentions
-        assert not quantize_block(fed, block, states, usual).attentions
-        assert not quantize_block(FedGraph(graph, [], [], 1), block, [], recipe).attentions, "nothing to try it on"
+            assert not quantize_block(graph, block, trail, recipe.keeping([pattern])).attentions
+        assert not quantize_block(graph, block, trail, usual).attentions
+        assert not quantize_block(graph, block, Trail(HERE, []), recipe).attentions, "nothing to try it on"
