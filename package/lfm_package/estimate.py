@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from lfm_profiles import default_threads
+from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import damage_is, read_json_object
-from PIL import Image
 
 from lfm_package.make import EXPORT, STICK, Order, Step
 
@@ -128,12 +128,11 @@ def _time(seconds: float) -> str:
 
 def count_images(places: Sequence[Path]) -> int:
     """Images, as `lfm-edge quantize` finds them."""
-    suffixes = set(Image.registered_extensions())
     total = 0
     for place in places:
         if place.is_dir():
-            total += sum(1 for file in place.rglob("*") if file.suffix.lower() in suffixes)
-        elif place.suffix.lower() in suffixes:
+            total += sum(1 for file in place.rglob("*") if file.name.lower().endswith(IMAGE_SUFFIXES))
+        elif place.name.lower().endswith(IMAGE_SUFFIXES):
             total += 1
         else:
             lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()

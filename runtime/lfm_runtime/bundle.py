@@ -39,7 +39,13 @@ HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; of larger ones the size is known: 1 GB takes seconds on a Pi."""
 FETCHED = "fetched"
 """The folder in which bundles lie that were fetched by URL, by the hash of their manifest."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"),
+)
+"""What is taken for an image in a folder: what cameras, scanners and converters write. A file that is named itself may
+be any kind that is read, icons too.
+"""
 
 
 @dataclass(frozen=True)

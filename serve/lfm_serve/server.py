@@ -71,7 +71,8 @@ def serve(
     logging.getLogger("uvicorn.error").addFilter(_is_no_abort)
     server = _Server(config)
     engine.start()
-    watcher = threading.Thread(target=_tell_when_ready, args=(engine, server, listening, name, quiet), daemon=True)
+    told = None if quiet else f"serving at {_address(listening.getsockname())}"
+    watcher = threading.Thread(target=_tell_when_ready, args=(engine, server, name, told), daemon=True)
     watcher.start()
     server.run(sockets=[listening])
     if engine.failure:
@@ -137,15 +138,14 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def _tell_when_ready(engine: Engine, server: uvicorn.Server, listening: socket.socket, name: str, quiet: bool) -> None:
-    """Say where the server is once it answers; end it with its engine."""
+def _tell_when_ready(engine: Engine, server: uvicorn.Server, name: str, where: str | None) -> None:
+    """Say where the server is once it answers, unless it was stopped before; end it with its engine."""
     engine.wait_until_loaded()
-    if engine.failure is None:
+    if engine.failure is None and not server.should_exit:
         tell("READY=1")
-    if engine.failure is None and not quiet:
-        where = _address(listening.getsockname())
-        rows = f"{engine.rows} at once, {engine.capacity} tokens each"
-        print(f"{name}, {engine.setup.summary}, {rows}\nserving at {where}", file=sys.stderr, flush=True)
+        if where:
+            rows = f"{engine.rows} at once, {engine.capacity} tokens each"
+            print(f"{name}, {engine.setup.summary}, {rows}\n{where}", file=sys.stderr, flush=True)
     engine.wait_until_over()
     server.should_exit = True  # the engine's failure ends the process, whose supervisor starts it again
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lfm_quantize.calibrate.samples import BUILT_IN, read_questions, split_off
+from lfm_quantize.calibrate.samples import BUILT_IN, named, read_questions, split_off
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.recipe import BLOCKS, Recipe, Rule
 from lfm_quantize.rounding import METHODS, Precision
@@ -40,6 +40,17 @@ def test_a_folder_of_images(images) -> None:
         ("b.JPG", BUILT_IN[2], None),
     ]
     assert [path.name for path in skipped] == ["broken.png"]  # broken.png; notes.txt is not taken for an image
+
+
+def test_why_images_are_left_out_is_told(tmp_path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    with pytest.raises(
+        QuantizeError, match=r"no usable image: a\.heic could not be opened \(HEIC .* pip install pillow-heif"
+    ):
+        read_questions(tmp_path, None)
+    (tmp_path / "b.png").write_bytes(b"no")
+    shutil.copy(PHOTOS / "coffee.jpg", tmp_path / "c.jpg")
+    assert named(read_questions(tmp_path, None)[1]).startswith("a.heic, b.png could not be opened (the first: HEIC")
 
 
 def test_several_places(images) -> None:
@@ -137,7 +148,7 @@ BAD = {
             (d / "p.jsonl").write_text('{"image": "x.txt", "question": "?"}'),
             read_questions(None, d / "p.jsonl"),
         ),
-        "p.jsonl, line 1 has no usable image (x.txt could not be opened)",
+        "p.jsonl, line 1 has no usable image: x.txt could not be opened (",
     ),
     "JSONL without question": (
         lambda d: ((d / "p").write_text('{"image": "coffee.jpg"}'), read_questions(PHOTOS, d / "p")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
+from lfm_runtime.images.files import _FORMATS
 from lfm_serve.asking import Asking
-from lfm_serve.captions.images import find
+from lfm_serve.captions.images import find, read_image
 from lfm_serve.captions.making import Counts
 from lfm_serve.captions.output import _shown
 from lfm_serve.captions.progress import Progress
@@ -145,6 +147,31 @@ def test_patterns_and_places(folder, tmp_path) -> None:
     assert not said
     with pytest.raises(Exception, match="does not exist; name a folder of images"):
         names(tmp_path / "nowhere")
+
+
+def test_every_kind_of_photo_is_found_in_a_folder(folder) -> None:
+    """What Pillow registers for the formats that are read, but for icons and what programs keep for themselves."""
+    Image.init()
+    odd = {"ICO", "ICNS", "DDS", "XBM", "XPM", "SGI", "PCX"}
+    rare = {".jpc", ".jpf", ".jpx", ".j2c", ".icb", ".vda", ".vst", ".avifs", ".pfm"}
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*_FORMATS} - odd} - rare
+    assert {".jpg", ".jfif", ".webp", ".tif"} < kinds
+    for suffix in kinds:
+        (folder / f"photo{suffix}").touch()
+        (folder / f"PHOTO{suffix.upper()}").touch()
+    found = set(find([str(folder)], recursive=False, match=("*hoto.*", "*HOTO.*"), warn=print))
+    assert found == {str(path) for path in folder.iterdir() if path.stem.lower() == "photo"}
+
+
+def test_a_small_file_takes_little_memory(demo_model, folder) -> None:
+    """As much as it has, not as much as it may have."""
+    path = folder / IMAGES[0].name
+    tracemalloc.start()
+    try:
+        read_image(demo_model, str(path), path.name, max_megapixels=1)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_other_settings_are_named(caption, demo_bundle, folder, tmp_path, capsys) -> None:

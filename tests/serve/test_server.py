@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from lfm_runtime.commands.cli import main
@@ -20,6 +21,7 @@ from PIL import Image
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
+from lfm_serve.server import _tell_when_ready  # noqa: E402
 from servers import PICTURES, Server, picture, text  # noqa: E402
 
 pytestmark = [pytest.mark.process, pytest.mark.newest_python]
@@ -252,6 +254,21 @@ def test_a_second_sigterm_does_not(demo_bundle) -> None:
     assert server.stop() == 0
     assert "Traceback" not in server.said
     line.close()
+
+
+def test_a_server_that_was_stopped_while_it_loaded_is_not_told_to_be_ready(capsys) -> None:
+    """Its socket is closed by then."""
+    engine = SimpleNamespace(
+        wait_until_loaded=lambda: None,
+        failure=None,
+        wait_until_over=lambda: None,
+        rows=1,
+        capacity=9,
+        setup=SimpleNamespace(summary="int4"),
+    )
+    for stopped, says in ((True, ""), (False, "cam, int4, 1 at once, 9 tokens each\nserving at somewhere\n")):
+        _tell_when_ready(engine, SimpleNamespace(should_exit=stopped), "cam", "serving at somewhere")
+        assert capsys.readouterr().err == says
 
 
 def test_keys(demo_bundle, tmp_path, capsys) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_runtime.bundle import Bundle
+from lfm_runtime.bundle import IMAGE_SUFFIXES, Bundle
 from lfm_runtime.errors import ImageError, PromptError, unreadable
 from lfm_runtime.images.layout import ImageSettings, lay_out
 from lfm_runtime.images.pixels import cut_views, open_image
@@ -20,7 +20,6 @@ from PIL import Image
 
 from lfm_quantize.graph import QuantizeError
 
-SUFFIXES = frozenset(Image.registered_extensions())
 FEW_IMAGES = 8
 MOST_ANSWER_TOKENS = 64
 """Room kept for an answer, known or greedy."""
@@ -69,8 +68,10 @@ class Sample:
         return self.ids[self.prompt_tokens :]
 
 
-def read_questions(images: Path | Sequence[Path] | None, prompts: Path | None) -> tuple[list[Question], list[Path]]:
-    """Questions about the usable images, and the images that could not be opened.
+def read_questions(
+    images: Path | Sequence[Path] | None, prompts: Path | None
+) -> tuple[list[Question], dict[Path, str]]:
+    """Questions about the usable images, and why others could not be opened.
 
     Args:
         images: folders (searched with their subfolders), image files, or text files of paths, one a line.
@@ -88,33 +89,32 @@ def read_questions(images: Path | Sequence[Path] | None, prompts: Path | None) -
     else:
         texts = [t for t in given if isinstance(t, str)] or list(BUILT_IN)
         questions = [Question(path, texts[i % len(texts)]) for i, path in enumerate(found)]
-    usable: dict[Path, bool] = {}
-    for question in questions:
-        if question.image not in usable:
-            usable[question.image] = _opens(question.image)
-    skipped = [path for path, ok in usable.items() if not ok]
-    skipped_of = next((q.place for q in questions if not usable[q.image]), "")
-    questions = [q for q in questions if usable[q.image]]
+    tried = {image: _problem(image) for image in dict.fromkeys(q.image for q in questions)}
+    skipped = {image: problem for image, problem in tried.items() if problem}
+    skipped_of = next((q.place for q in questions if q.image in skipped), "")
+    questions = [q for q in questions if q.image not in skipped]
     if not questions:
         where = skipped_of or ", ".join(map(str, places)) or prompts
-        why = f" ({named(skipped)})" if skipped else ""
+        why = f": {named(skipped)}" if skipped else ""
         what = "JPEG or PNG files there" if skipped_of else "a folder with JPEG or PNG files"
         raise QuantizeError(f"{where} has no usable image{why}; name {what}")
     return questions, skipped
 
 
-def named(paths: Sequence[Path]) -> str:
-    """Name images that could not be opened, the first three by name."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(path.name for path in paths[:3])}{more} could not be opened"
+def named(skipped: Mapping[Path, str]) -> str:
+    """Name images that could not be opened, the first three by name, and say why the first could not."""
+    names = [path.name for path in skipped]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    each = "the first: " if len(names) > 1 else ""
+    return f"{', '.join(names[:3])}{more} could not be opened ({each}{next(iter(skipped.values()))})"
 
 
 def _find_images(images: Path) -> list[Path]:
     if images.is_dir():
-        return sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        return sorted(p for p in images.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES) and p.is_file())
     if not images.exists():
         raise QuantizeError(f"{images} does not exist; name a folder of images, or a text file with one path a line")
-    if images.suffix.lower() in SUFFIXES:
+    if images.name.lower().endswith(IMAGE_SUFFIXES):
         return [images]
     try:
         lines = images.read_text(encoding="utf-8-sig").splitlines()
@@ -139,12 +139,13 @@ def _read_prompts(path: Path, folders: Sequence[Path]) -> list[Question] | list[
     return list(read_jsonl(path, [path.parent, *folders], QuantizeError))
 
 
-def _opens(path: Path) -> bool:
+def _problem(path: Path) -> str:
+    """Why an image cannot be opened; empty where it can."""
     try:
         open_image(path)
-    except ImageError:
-        return False
-    return True
+    except ImageError as e:
+        return str(e)
+    return ""
 
 
 def to_sample(bundle: Bundle, question: Question, *, split: bool, images: ImageSettings | None = None) -> Sample:

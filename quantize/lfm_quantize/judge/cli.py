@@ -121,8 +121,8 @@ def _seen(measured: Manifest | None, variants: Sequence[str | None], images: Seq
     return next((said for name in variants if name and (said := seen_before(measured, name, images))), None)
 
 
-def _questions(options: argparse.Namespace) -> tuple[list[Question], list[Path]]:
-    """The questions to judge with, and the images that are left out."""
+def _questions(options: argparse.Namespace) -> tuple[list[Question], dict[Path, str]]:
+    """The questions to judge with, and why other images are left out."""
     from lfm_quantize.calibrate.samples import read_questions
     from lfm_quantize.graph import QuantizeError
 

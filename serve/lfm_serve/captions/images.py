@@ -125,7 +125,7 @@ def read_image(model: Model, path: str, key: str, *, max_megapixels: float) -> R
         _check_plain(status)
         check_size(size)
         with open(path, "rb") as f:  # noqa: PTH123
-            content = f.read(MAX_BYTES + 1)
+            content = f.read(size + 1)  # Python allocates what is asked for at once
     except ImageError as e:
         return ReadImage(path, key, None, size, modified, error=e)
     except OSError as e:

@@ -132,10 +132,18 @@ def _found(options: argparse.Namespace, maker: Maker, counts: Counts) -> tuple[W
         watch = Watch(options.places, recursive=options.recursive, match=options.match)
     found = list(maker.find(progress.warn))
     if not (found or watch):
-        do = "" if options.recursive else "those in folders below are found with --recursive"
+        below = not options.recursive and any(map(_has_folders, options.places))
+        do = "those in folders below are found with --recursive" if below else ""
         do = f"none matches {' or '.join(options.match)}; try without --match" if options.match else do
-        raise SettingError(f"there are no images in {' '.join(options.places)}; {do or 'name other folders'}")
+        raise SettingError(
+            f"there are no images in {' '.join(options.places)}; {do or 'name other folders, or the files'}"
+        )
     return watch, progress, found
+
+
+def _has_folders(place: str) -> bool:
+    """Whether there may be folders in it: of an URL nobody knows."""
+    return "://" in place or (Path(place).is_dir() and any(path.is_dir() for path in Path(place).iterdir()))
 
 
 def _end(options: argparse.Namespace, counts: Counts) -> int:
