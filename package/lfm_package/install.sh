@@ -33,6 +33,8 @@ stick=$(cd "$(dirname "$0")" && pwd)
 prefix=${XDG_DATA_HOME:-${HOME:-}/.local/share}/lfm-edge
 [ ! -f "${stick%/bin}/.lfm-edge" ] || prefix=${stick%/bin}
 action=install signers=
+newline='
+'
 while [ $# -gt 0 ]; do
     case $1 in
     --prefix | --signers | --stick)
@@ -244,6 +246,9 @@ install() {
     [ "$stick" != "$prefix/bin" ] || fail "which stick? name its folder: $0 --stick FOLDER"
     check_stick
     check_machine
+    case $prefix in # the launchers of Python's packages are scripts with this path between double quotes
+    *[\"\$\`]* | *"$newline"*) fail "the folder to install in has \" \$ \` or a line break in its name, with which programs there would not start; name another one with --prefix" ;;
+    esac
     id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
     place=$prefix
     while [ ! -e "$place" ]; do place=$(dirname "$place"); done
