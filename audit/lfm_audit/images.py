@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import ImageError, counted
+from lfm_runtime.images.names import is_image
 from lfm_runtime.images.pixels import open_image
 from PIL import Image
 
@@ -26,7 +26,7 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
     found: dict[str, Path] = {}
     skipped = []
     files = [p for p in folder.iterdir() if p.is_file()]
-    for path in sorted(p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES)):
+    for path in sorted(p for p in files if is_image(p.name)):
         reason = f"more than {_MOST_IMAGES} images" if len(found) == _MOST_IMAGES else _unreadable(path)
         if reason:
             skipped.append({"name": path.name, "reason": reason})

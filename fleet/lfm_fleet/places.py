@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec.core
-from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, ImageError
+from lfm_runtime.images.names import is_image
 from lfm_serve.captions.images import check_size, wanted
 
 _MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "modified")
@@ -84,7 +84,7 @@ def find(
     """
     fs, path = filesystem(place)
     with reading(place, "name a folder of images"):
-        if urlsplit(place).path.lower().endswith(IMAGE_SUFFIXES):
+        if is_image(urlsplit(place).path):
             found = {path: fs.info(path)}
         else:
             found = fs.find(path, maxdepth=None if recursive else 1, detail=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from lfm_profiles import default_threads
-from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import damage_is, read_json_object
+from lfm_runtime.images.names import is_image
 
 from lfm_package.make import EXPORT, STICK, Order, Step
 
@@ -131,8 +131,8 @@ def count_images(places: Sequence[Path]) -> int:
     total = 0
     for place in places:
         if place.is_dir():
-            total += sum(1 for file in place.rglob("*") if file.name.lower().endswith(IMAGE_SUFFIXES))
-        elif place.name.lower().endswith(IMAGE_SUFFIXES):
+            total += sum(1 for file in place.rglob("*") if is_image(file.name))
+        elif is_image(place.name):
             total += 1
         else:
             lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()

@@ -30,8 +30,9 @@ from lfm_runtime.formats.files import (
 )
 from lfm_runtime.formats.genai import Genai
 from lfm_runtime.formats.manifest import MANIFEST, SUMS, File, Manifest, ModelFacts, file_hash, hashed, unlike_sums
-from lfm_runtime.formats.onnx_file import external_files
+from lfm_runtime.formats.onnx_file import check_external_files, external_files
 from lfm_runtime.images.layout import ImageSettings
+from lfm_runtime.images.names import is_image
 from lfm_runtime.text.prompt import PromptBuilder
 from lfm_runtime.text.spec import PromptSpec, compile_on_device, token_text
 
@@ -39,13 +40,6 @@ HASHED_AT_LOAD = 32 << 20
 """Files up to this size are hashed at every load; of larger ones the size is known: 1 GB takes seconds on a Pi."""
 FETCHED = "fetched"
 """The folder in which bundles lie that were fetched by URL, by the hash of their manifest."""
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"),
-)
-"""What is taken for an image in a folder: what cameras, scanners and converters write. A file that is named itself may
-be any kind that is read, icons too.
-"""
 
 
 @dataclass(frozen=True)
@@ -194,6 +188,8 @@ class Bundle:
             if graph.stem not in graphs or not graphs[graph.stem].exists():
                 how = command("export", "CHECKPOINT", "-o", self.folder, "--graphs", graph.stem)
                 raise BundleError(f"{self.folder}: variant {name} has no {graph.stem}; create it with: {how}")
+            if not self.manifest:
+                check_external_files(graphs[graph.stem])
         return name, graphs
 
     def graphs_read(self, variant: str, prefill: str | None = None) -> list[Path]:
@@ -378,7 +374,7 @@ def _what_else(folder: Path) -> str:
         return "it is empty"
     if any(name.endswith((".safetensors", ".gguf", ".bin")) for name in names):
         return "copy config.json and the tokenizer's files beside the weights, and export it: lfm-edge export"
-    if any(name.endswith(IMAGE_SUFFIXES) for name in names):
+    if any(map(is_image, names)):
         return "it holds images: name the bundle first, then the images"
     if found := next((path.parent for path in sorted(folder.glob("*/config.json"))), None):
         return f"did you mean {found}?"

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from lfm_runtime import Model, PromptError
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
 from model_card import card_answer
 
@@ -42,6 +43,26 @@ def test_hub_folder_without_a_tokenizer(demo_bundle, tmp_path) -> None:
         (tmp_path / "b" / name).unlink()
     with pytest.raises(PromptError, match=r"tokenizer\.json is missing"):
         Model.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("graph", ["vision_encoder", "embed_tokens", "decoder_model_merged"])
+def test_weights_that_are_missing_or_cut_off_are_named(demo_bundle, photo, tmp_path, capsys, graph) -> None:
+    """Nothing tells sizes or hashes of a hub folder's files but the graphs themselves."""
+    folder = tmp_path / "b"
+    shutil.copytree(demo_bundle, folder, ignore=shutil.ignore_patterns("manifest.json", "prompt.json"))
+    data = folder / "onnx" / f"{graph}.onnx_data"
+    os.truncate(data, data.stat().st_size // 2)
+    for says in (
+        f"{data} is cut off: it has {data.stat().st_size} bytes, {graph}.onnx reads",
+        f"{data} is missing, where",
+    ):
+        assert main(["run", str(folder), str(photo), "-p", "x", "--variant", "fp32"]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+        assert main(["doctor", str(folder)]) == 1
+        assert says in capsys.readouterr().out
+        data.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "onnx/decoder_model_merged.onnx"])

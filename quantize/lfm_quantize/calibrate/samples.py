@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lfm_runtime.bundle import IMAGE_SUFFIXES, Bundle
+from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError, PromptError, unreadable
 from lfm_runtime.images.layout import ImageSettings, lay_out
+from lfm_runtime.images.names import is_image
 from lfm_runtime.images.pixels import cut_views, open_image
 from lfm_runtime.questions import Question, read_jsonl
 from lfm_runtime.text.messages import Message
@@ -111,10 +112,10 @@ def named(skipped: Mapping[Path, str]) -> str:
 
 def _find_images(images: Path) -> list[Path]:
     if images.is_dir():
-        return sorted(p for p in images.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES) and p.is_file())
+        return sorted(p for p in images.rglob("*") if is_image(p.name) and p.is_file())
     if not images.exists():
         raise QuantizeError(f"{images} does not exist; name a folder of images, or a text file with one path a line")
-    if images.name.lower().endswith(IMAGE_SUFFIXES):
+    if is_image(images.name):
         return [images]
     try:
         lines = images.read_text(encoding="utf-8-sig").splitlines()

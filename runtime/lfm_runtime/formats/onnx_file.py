@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from lfm_runtime.errors import BundleError, unreadable
@@ -27,8 +28,9 @@ _WAYS: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "tensor": {13: "entry"},
 }
-_LOCATION, _SIZE = b"location", b"length"
+_LOCATION, _OFFSET, _SIZE = b"location", b"offset", b"length"
 _DEEPEST = 64
+_EXTERNAL = 13
 _GRAPH, _NODE, _TENSOR, _TENSOR_NAME, _GRAPH_OUTPUT, _VALUE_NAME = 7, 1, 5, 8, 12, 1
 _INPUT, _OUTPUT, _NAME, _OP_TYPE = 1, 2, 3, 4
 
@@ -50,6 +52,31 @@ def external_files(path: Path) -> set[str]:
         BundleError: the file is not an ONNX graph, or is cut off.
     """
     return {value.decode() for key, value in _read(path) if key == _LOCATION}
+
+
+@lru_cache
+def check_external_files(path: Path) -> None:
+    """Raise BundleError where a file that a graph's tensors lie in is missing, or ends before they do. What was found
+    sound is not looked at again: graphs are asked for many times, and some hold all their weights.
+    """
+    with _damage_is_ours(path):
+        needed: dict[str, int] = {}
+        for kind, message in _walk(memoryview(path.read_bytes()), "model", 0):
+            told = (
+                dict(_entry(value) for number, value in _fields(message) if number == _EXTERNAL)
+                if kind == "tensor"
+                else {}
+            )
+            if _LOCATION in told:
+                name = told[_LOCATION].decode()
+                needed[name] = max(needed.get(name, 0), int(told.get(_OFFSET, 0)) + int(told.get(_SIZE, 0)))
+    for name, size in needed.items():
+        file = path.with_name(name)
+        if not file.exists():
+            raise BundleError(f"{file} is missing, where {path.name} has its weights; copy it there")
+        check_no_pointer(file, BundleError)
+        if (there := file.stat().st_size) < size:
+            raise BundleError(f"{file} is cut off: it has {there} bytes, {path.name} reads {size}; copy it again")
 
 
 def external_bytes(path: Path) -> int:

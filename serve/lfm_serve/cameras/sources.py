@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from lfm_runtime.bundle import IMAGE_SUFFIXES
 from lfm_runtime.errors import EdgeError, SettingError
+from lfm_runtime.images.names import is_image
 from lfm_runtime.installation import install_advice
 from PIL import Image
 
@@ -92,7 +92,7 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
             f"{masked(text)} cannot be watched; known are {known}, exec:COMMAND, devices, files, folders"
         )
     path = Path(text)
-    if not scheme and (path.is_dir() or (path.is_file() and text.lower().endswith(IMAGE_SUFFIXES))):
+    if not scheme and (path.is_dir() or (path.is_file() and is_image(text))):
         from lfm_serve.cameras.stills import Stills
 
         return Stills(text)
