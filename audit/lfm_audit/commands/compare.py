@@ -97,8 +97,8 @@ def _print(
     for difference in others:
         print(f"differs: {difference}")
     names = [" ".join(part for part in (change.variant, change.image, change.name) if part) for change in found]
-    width = max(32, *map(len, names), 0)
-    print(f"\n{'':{width}s} {'before':>10s} {'after':>10s} {'change':>8s}")
+    width = max(40, *map(len, names), 0)
+    print(f"\n{'medians (audit shows the largest peak)':{width}s} {'before':>10s} {'after':>10s} {'change':>8s}")
     for name, change in zip(names, found, strict=True):
         word = "WORSE" if change in worse else change.word()
         ratio = "–" if change.ratio is None else f"{change.ratio - 1:+.1%}"

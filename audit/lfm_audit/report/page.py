@@ -97,7 +97,7 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
         Section(
             changes_title(audits),
             [changes_table(audits)],
-            "Within noise: the medians' 95 % intervals overlap."
+            "Medians, of the peak too. Within noise: their 95 % intervals overlap."
             + (" Bold: worse by more than 5 %." if len(audits) > 1 else ""),
         ),
         Section(
