@@ -27,7 +27,7 @@ class Settings:
     threads: int = 2
     quick: bool = False
     force: bool = False  # replace a variant that was calibrated, or not quickly, by one that is less
-    scheduler: str | None = None  # of a Dask cluster, whose workers answer the questions to calibrate with
+    scheduler: str | None = None  # of a Dask cluster, that calibrates
     profile: Profile | None = None  # of the device whose image settings and prefill decoder it is judged with
 
     def check(self) -> None:
