@@ -130,7 +130,7 @@ def read(name: str, *, detected: Callable[[], Profile] | None = None, _below: tu
     _check_match(path, text, sections["match"])
     description, said = raw.pop("description", ""), raw.pop("name", path.stem)
     values = {k: _value(path, text, k, v, {n: f.metadata for n, f in SETTINGS.items()}) for k, v in raw.items()}
-    _check_together(path, text, values)
+    _check_together(path, text, values, parent)
     inherited = {"budget": asdict(parent.budget), "board": asdict(parent.board)}
     made = changed(parent, values, path.stem)
     return Profile(
@@ -203,20 +203,33 @@ def _check_match(path: Path, text: str, match: Mapping[str, Any]) -> None:
         raise ProfileError(f"{where}: min_ram_mib = {least} is above max_ram_mib = {most}")
 
 
-def _check_together(path: Path, text: str, values: Mapping[str, Any]) -> None:
-    """Raise ProfileError where two settings of one file contradict each other."""
+def _check_together(path: Path, text: str, values: Mapping[str, Any], parent: Profile) -> None:
+    """Raise ProfileError where a setting of the file contradicts another one of it, or one that it extends."""
+
+    def at(name: str) -> Any:
+        return values.get(name, getattr(parent, name))
+
+    def fail(about: str, said: str) -> None:
+        raise ProfileError(f"{_where(path, text, about)}: {said}")
+
     useless = next((n for n in TILE_SETTINGS if n in values), None)
-    if values.get("do_image_splitting") is False and useless:
-        raise ProfileError(
-            f"{_where(path, text, useless)}: {useless} has no effect beside do_image_splitting = false; leave it out"
-        )
+    if useless and values.get("do_image_splitting") is False:  # where another file says so, it waits until that changes
+        fail(useless, f"{useless} has no effect beside do_image_splitting = false; leave it out")
     if values.get("low_memory") and values.get("prefill", "none") != "none":
-        raise ProfileError(
-            f"{_where(path, text, 'prefill')}: prefill has no effect beside low_memory = true; leave one out"
-        )
+        fail("prefill", "prefill has no effect beside low_memory = true; leave one out")
+    if at("low_memory") and "CUDAExecutionProvider" in at("providers") and {"low_memory", "providers"} & values.keys():
+        fail("low_memory" if "low_memory" in values else "providers", "low_memory = true is for the CPU; leave it out")
     for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
-        if low in values and high in values and values[low] > values[high]:
-            raise ProfileError(f"{_where(path, text, low)}: {low} = {values[low]} is above {high} = {values[high]}")
+        said = next((name for name in (low, high) if name in values), None)
+        if said and at(low) is not None and at(high) is not None and at(low) > at(high):
+            fail(said, f"{low} = {at(low)} is above {high} = {at(high)}")
+    said = next((name for name in ("affinity", "threads") if name in values), None)
+    if said and at("threads") and isinstance(at("affinity"), tuple) and len(at("affinity")) < at("threads"):
+        count = len(at("affinity"))
+        fail(
+            said,
+            f"affinity names {count} of the {at('threads')} processors that threads needs; name as many, or lower it",
+        )
 
 
 def _where(path: Path, text: str, key: str, section: str = "") -> str:

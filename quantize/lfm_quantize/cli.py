@@ -71,9 +71,7 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="calibrate on the workers of a Dask cluster (extra fleet; docs/fleet.md)",
+        "--scheduler", metavar="ADDRESS", help="calibrate on the workers of a Dask cluster (extra fleet; docs/fleet.md)"
     )
     parser.add_argument("--force", action="store_true", help="replace a variant that was made with more care")
     parser.add_argument("--json", action="store_true", help="print the quality as JSON; null if not measured")

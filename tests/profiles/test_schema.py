@@ -115,6 +115,8 @@ def test_extending_the_detected_one(tmp_path) -> None:
             "line 2: max_tiles has no effect beside do_image_splitting = false",
         ),
         ('low_memory = true\nprefill = "int8"\n', "line 2: prefill has no effect beside low_memory"),
+        ("threads = 2\naffinity = [0]\n", "line 2: affinity names 1 of the 2 processors that threads needs"),
+        ('extends = "x86-cuda"\nlow_memory = true\n', "line 2: low_memory = true is for the CPU"),
         ("[budget]\nttft = 3\n", "line 2: unknown key 'ttft'; did you mean ttft_ms?"),
         ("[match]\nmin_ram_mib = -5\n", "line 2: min_ram_mib = -5 is impossible; allowed: 1 and above (MiB)"),
         ("budget = 3\n", "line 1: budget must be a table: [budget]"),
@@ -149,6 +151,27 @@ def test_a_file_beside_it_is_extended(tmp_path) -> None:
     profile(tmp_path, "threads = 3\n", "base")
     for extends in ("base", "base.toml", str(tmp_path / "base.toml")):
         assert read(profile(tmp_path, f'extends = "{extends}"\n', "mine")).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("below", "text", "says"),
+    [
+        ("affinity = [0, 1]", "threads = 4", "affinity names 2 of the 4 processors"),
+        ("threads = 4", "affinity = [0, 1]", "affinity names 2 of the 4 processors"),
+        ("max_tiles = 4", "min_tiles = 6", "min_tiles = 6 is above max_tiles = 4"),
+        ("do_image_splitting = false", "max_tiles = 4", ""),  # a wish, for devices where it is on
+        ("affinity = [0, 1]\nthreads = 2", "threads = 1", ""),
+        ("max_tiles = 4", "do_image_splitting = false", ""),
+    ],
+)
+def test_what_contradicts_an_extended_file_is_refused(tmp_path, below, text, says) -> None:
+    (tmp_path / "below.toml").write_text(below)
+    path = profile(tmp_path, f'extends = "below.toml"\n{text}\n')
+    if not says:
+        read(path)
+        return
+    with pytest.raises(ProfileError, match=f"line 2: {says}"):
+        read(path)
 
 
 def test_cycles_and_missing_files(tmp_path) -> None:
