@@ -118,24 +118,37 @@ def is_loopback(name: Any) -> bool:
     """Whether only this machine reaches a socket of this name."""
     if not isinstance(name, tuple):  # a path
         return True
+    return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
+
+
+def resolved(host: str, port: int) -> tuple[Any, ...]:
+    """What socket.getaddrinfo says first of an address of this machine.
+
+    Raises:
+        SettingError: there is none.
+    """
     try:
-        return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
-    except ValueError:
-        return bool(name[0] == "localhost")
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, OverflowError, UnicodeError) as e:
+        raise SettingError(_unheard(host, port, e)) from e
 
 
 def _bound(host: str, port: int) -> socket.socket:
     """A listening socket."""
+    family, kind, protocol, _, address = resolved(host, port)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(_BACKLOG)
-    except (OSError, OverflowError) as e:
-        said = getattr(e, "strerror", None) or e
-        raise SettingError(f"{host}:{port} cannot be listened on ({said}); choose another --port or --host") from e
+    except OSError as e:
+        raise SettingError(_unheard(host, port, e)) from e
     return found
+
+
+def _unheard(host: str, port: int, e: Exception) -> str:
+    said = getattr(e, "strerror", None) or e
+    return f"{host}:{port} cannot be listened on ({said}); choose another --port or --host"
 
 
 def _tell_when_ready(engine: Engine, server: uvicorn.Server, name: str, where: str | None) -> None:

@@ -171,3 +171,19 @@ def test_int8_keys_without_base_or_images_are_refused(demo_bundle, bundle, few, 
     monkeypatch.setattr("lfm_runtime.engine.loader.ort.__version__", "1.26.0")
     assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
     assert "needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
+
+
+def test_doctor_says_which_decoder_is_not_prepared(quantized, tmp_path, capsys) -> None:
+    """The one that reads prompts, where the variant is prepared without it."""
+    bundle = Path(shutil.copytree(quantized, tmp_path / "bundle"))
+    (tmp_path / "mine.toml").write_text('variant = ["int4"]\nprefill = "int8"\n')
+    words = ["doctor", str(bundle), "--profile", str(tmp_path / "mine.toml")]
+    for prepared, says in (
+        (None, "int4 is not prepared: it starts"),
+        ([], "the decoder of int8 that reads prompts is not prepared: it starts"),
+        (["--prefill", "int8"], "int4, for this processor and onnxruntime"),
+    ):
+        if prepared is not None:
+            assert main(["prepare", str(bundle), "--variant", "int4", *prepared]) == 0
+        main(words)
+        assert says in capsys.readouterr().out

@@ -286,6 +286,11 @@ def test_keys(demo_bundle, tmp_path, capsys) -> None:
         assert server.stop() == 0
     for words, says in (
         (["--host", "0.0.0.0"], "open to other machines"),
+        (["--host", "nowhere.invalid"], "nowhere.invalid:8080 cannot be listened on (Name or service not known)"),
+        (
+            ["--no-auth", "--api-key-file", str(tmp_path / "keys")],
+            "--no-auth has no effect beside the keys of --api-key-file",
+        ),
         (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
         (["--port", "70000"], "--port 70000 is impossible"),
         (["--rows", "0"], "--rows 0 is impossible"),

@@ -149,6 +149,10 @@ def test_records_are_appended_to_a_file(watch, stills, tmp_path, capsys) -> None
         (["stills", "--roi", "0.5,0.0,0.6,1.0"], "reaches over the picture's edge"),
         (["stills", "--roi=-0.5,0.0,0.6,1.0"], "is no region of a picture"),
         (["stills", "--until", "later"], "--until 'later' is no end"),
+        (
+            ["stills", "--choices", "yes,no", "--until", "answer:maybe"],
+            "answer:maybe never comes: --choices are yes, no",
+        ),
         (["exec:x", "--every", "soon"], "--every 'soon' is no duration"),
         (["stills", "-o", "out.txt"], "name it OUT.jsonl"),
         (["stills", "-o", "nowhere/out.jsonl"], "nowhere"),

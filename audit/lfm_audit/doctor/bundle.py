@@ -92,6 +92,10 @@ def prepared(machine: Machine) -> Iterator[Finding]:
     elif all(one.path != path for one, path in zip(found, paths, strict=True)):
         yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
     else:
+        alone = found[-1].path == paths[-1] and all(
+            one.path != path for one, path in zip(found[:-1], paths, strict=False)
+        )
+        what = f"the decoder of {prefill} that reads prompts" if prefill and alone else variant
         yield Finding(
-            "prepared", "warning", f"{variant} is not prepared: it starts more slowly and takes more memory", fix
+            "prepared", "warning", f"{what} is not prepared: it starts more slowly and takes more memory", fix
         )

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lfm_profiles import VARIANTS
 
@@ -52,20 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ready_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {point.name: point for point in entry_points(group=_GROUP)}
-    if not words or words[0] not in commands:
-        parser = Parser(
-            prog="lfm-edge",
-            description="LFM2-VL on small machines: export, run, measure. Help for a command: lfm-edge COMMAND --help",
-            epilog=_by_group(commands),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
-        parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of the commands below")
-        first, later = next(iter(words), ""), [word for word in words if word in commands]
-        if first.startswith("-") and first not in ("-h", "--help", "--version") and later:
-            parser.error(f"{first} stands before the command; options come after it: lfm-edge {later[0]} … {first}")
-        parser.parse_args(words[:1] or ["--help"])
     try:
+        if not words or words[0] not in commands:
+            _say_commands(words, commands)
         module: ModuleType = importlib.import_module(commands[words[0]].value)
         inner = Parser(prog=f"lfm-edge {words[0]}", formatter_class=Help)
         module.add_arguments(inner)
@@ -94,6 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
         do = "; choose a shorter name" if e.errno == errno.ENAMETOOLONG else do
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
+
+
+def _say_commands(words: Sequence[str], commands: Mapping[str, EntryPoint]) -> NoReturn:
+    """Help, the version, or what is wrong with the first word; ends the process."""
+    parser = Parser(
+        prog="lfm-edge",
+        description="LFM2-VL on small machines: export, run, measure. Help for a command: lfm-edge COMMAND --help",
+        epilog=_by_group(commands),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lfm-edge {__version__}")
+    parser.add_argument("command", choices=sorted(commands), metavar="COMMAND", help="one of the commands below")
+    first, later = next(iter(words), ""), [word for word in words if word in commands]
+    if first.startswith("-") and first not in ("-h", "--help", "--version") and later:
+        parser.error(f"{first} stands before the command; options come after it: lfm-edge {later[0]} … {first}")
+    parser.parse_args(words[:1] or ["--help"])
+    raise AssertionError(words)  # argparse has ended it
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _EXIT_ERROR = 2
 _MAY_BE_EMPTY = ("-p", "--prompt", "--system")
@@ -27,6 +28,13 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the option that was meant."""
 
     _words: Sequence[str] = ()
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse does, but that a full disk or a reader that went away is an error."""
+        if message:
+            file = file or sys.stderr
+            file.write(message)
+            file.flush()
 
     def looked_at(self, words: list[str]) -> list[str]:
         """The words as argparse is to read them: `-- -x.jpg` names a file, and argparse, which lets options stand

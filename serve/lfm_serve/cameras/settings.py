@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from lfm_runtime.errors import ImageError, SettingError
 from PIL import Image
+
+from lfm_serve.asking import Asking
 
 _LONGEST_S = 1e9
 _ROUNDING = 1e-6
@@ -109,6 +112,12 @@ class Until:
             return Until(time.monotonic() + seconds(text, "--until"))
         except SettingError:
             raise SettingError(f"--until {text!r:.40} is no end; write 30m, 18:00 or answer:TEXT") from None
+
+    def check(self, asked: Sequence[Asking]) -> None:
+        """Raise SettingError where only given answers are made, and none of them ends it."""
+        answers = [answer for one in asked for answer in one.choices]
+        if self.answer and all(one.choices for one in asked) and not any(map(self.said, answers)):
+            raise SettingError(f"--until answer:{self.answer} never comes: --choices are {', '.join(answers)}")
 
     def left(self) -> float | None:
         """Seconds until then; None without a time."""

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, keys: Sequence[bytes]) -> None:
     """Raise SettingError for what cannot be."""
-    from lfm_serve.server import OPEN, is_loopback
+    from lfm_serve.server import OPEN, is_loopback, resolved
 
     for name, least in (("rows", 1), ("context", 16), ("queue", 0), ("cache_mib", 0), ("max_body_mib", 1), ("port", 0)):
         value = getattr(options, name)
@@ -130,7 +130,10 @@ def _check(options: argparse.Namespace, keys: Sequence[bytes]) -> None:
         raise SettingError("--low-memory has no effect here: encoder and decoder stay loaded; leave it out")
     if "/" in options.host:
         raise SettingError(f"--host {options.host} is a path; name an address, or let systemd pass a socket")
-    if not (keys or options.no_auth or is_loopback((options.host, options.port))):
+    if keys and options.no_auth:
+        where = "--api-key-file" if options.api_key_file else KEYS
+        raise SettingError(f"--no-auth has no effect beside the keys of {where}; leave one out")
+    if not (keys or options.no_auth or is_loopback(resolved(options.host, options.port)[-1])):
         raise SettingError(OPEN.format(options.host))  # before the model is looked at
 
 

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     _check_source(options, live=source.live)
     bundle = Bundle.open(Path(bundle_of(options)))
     asked = [asking_of(options, question, bundle) for question in options.prompt or [""]]
+    until.check(asked)
     seen, what = Seen(), Look(source, asked, every, options.changed, roi, until)
     with _records(options) as records:
         setup = _setup(options, bundle, asked)

@@ -377,6 +377,13 @@ def test_ctrl_c_is_one_line(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [(), ("--help",), ("--version",), ("run", "--help")])
+def test_help_that_cannot_be_written_is_an_error(words) -> None:
+    found = run(*words, shell=">/dev/full")
+    assert found.returncode == 2
+    assert found.stderr == b"lfm-edge: input or output: No space left on device\n"
+
+
 def test_a_reader_that_ends_first_is_told_from_success(demo_bundle, tmp_path) -> None:
     """A check that nobody has read did not go well for anybody: 141, as of programs that SIGPIPE ends; no traceback."""
     (tmp_path / "stills").mkdir()
