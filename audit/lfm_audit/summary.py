@@ -148,7 +148,7 @@ def _variant(measured: Measured, subject: Subject) -> VariantResult:
     outcome = warm[-1].outcome
     prepare = measured.prepare_ms.get(variant, "the audit ended before")
     graphs = bundle.graphs_read(variant, outcome.prefill)
-    files = {path for graph in graphs for path in (graph, *(graph.with_name(name) for name in external_files(graph)))}
+    files = {path for graph in graphs for path in (graph, *(graph.parent / name for name in external_files(graph)))}
     return VariantResult(
         _settings(subject.profile),
         subject.steps,

@@ -13,10 +13,11 @@ from typing import Any
 from distributed import Client, Future
 from lfm_runtime.errors import EdgeError
 
-from lfm_fleet.crew import RESOURCE, ClusterError, Crew, connected
+from lfm_fleet.crew import RESOURCE, ClusterError, Crew, connected, is_reached
 from lfm_fleet.places import why
 
 _RETRIES, _LOOK_S, _COME_S = 2, 1.0, 30.0
+_ENDED = ("finished", "error", "cancelled")
 
 
 class Workers:
@@ -26,42 +27,71 @@ class Workers:
 
     def __init__(self, scheduler: str, client: Client, crew: Crew) -> None:
         self._scheduler, self._client, self._crew = scheduler, client, crew
-        self.size = len(crew.look())
+
+    @property
+    def size(self) -> int:
+        """How many take part now."""
+        return max(1, len(self._crew.look()))
 
     def call(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Call a function, which the workers can import, with values or with futures of other calls."""
-        return self._client.submit(function, *args, resources={RESOURCE: 1}, retries=_RETRIES, pure=False)
-
-    def share(self, value: Any) -> Future[Any]:
-        """Bring a value to every worker, not through the scheduler.
+        """Call a function, which the workers can import, with values or with futures of other calls.
 
         Raises:
-            ClusterError: the workers cannot be reached from here.
+            ClusterError: the scheduler is gone.
         """
-        with _as_ours(self._scheduler):
-            shared: list[Future[Any]] = self._client.scatter([value], broadcast=True, direct=True, hash=False)
-        return shared[0]
+        with self._failures_are_ours():
+            return self._client.submit(function, *args, resources={RESOURCE: 1}, retries=_RETRIES, pure=False)
 
-    def results(self, calls: Sequence[Future[Any]]) -> Iterator[Any]:
-        """What calls return, in their order.
+    def share(self, value: Any) -> Future[Any]:
+        """Bring a value to every worker that takes part, not through the scheduler.
+
+        Raises:
+            ClusterError: a worker cannot be reached from here.
+        """
+        with self._failures_are_ours("; the workers' ports must be reached from here"):
+            (shared,) = self._client.scatter(
+                [value], workers=self._crew.look(), broadcast=True, direct=True, hash=False
+            )
+            return shared  # type: ignore[no-any-return]  # distributed has few types
+
+    def results(self, calls: Sequence[Future[Any]], *, large: bool = False) -> Iterator[Any]:
+        """What calls return, in their order; what is large comes from the workers, not through the scheduler.
 
         Raises:
             ClusterError: there is no worker any more, or one that cannot do it.
             EdgeError: as the function.
         """
-        with _as_ours(self._scheduler):
+        with self._failures_are_ours():
             for call in calls:
                 self._wait(call)
-                yield self._client.gather(call, direct=True)
+                yield self._client.gather(call, direct=large)
 
     def _wait(self, call: Future[Any]) -> None:
         """Until it is done, while there is a worker, or one may come."""
         seen, done = time.monotonic(), Event()
         call.add_done_callback(lambda _: done.set())
-        while not done.wait(_LOOK_S):
+        while call.status not in _ENDED:
+            if done.wait(_LOOK_S):
+                done.clear()  # what was done may be lost before it is fetched
+                continue
             seen = time.monotonic() if self._crew.look() else seen
             if time.monotonic() - seen > _COME_S:
                 self._crew.check()
+
+    @contextmanager
+    def _failures_are_ours(self, do: str = "") -> Iterator[None]:
+        try:
+            yield
+        except EdgeError:
+            raise
+        except Exception as e:
+            if not is_reached(self._client):
+                said = f"the scheduler {self._scheduler} is gone ({why(e)})"
+            elif isinstance(e, CancelledError):
+                said = f"a worker of {self._scheduler} left, and what it held is lost ({why(e)})"
+            else:
+                said = f"the workers of {self._scheduler} cannot do it ({why(e)}){do}"
+            raise ClusterError(f"{said}; run again") from e
 
 
 @contextmanager
@@ -79,15 +109,3 @@ def workers(scheduler: str) -> Iterator[Workers]:
         crew = Crew(client, warn)
         crew.gather()
         yield Workers(scheduler, client, crew)
-
-
-@contextmanager
-def _as_ours(scheduler: str) -> Iterator[None]:
-    try:
-        yield
-    except EdgeError:
-        raise
-    except CancelledError as e:
-        raise ClusterError(f"a worker of {scheduler} left, and what it held is lost; run again") from e
-    except Exception as e:
-        raise ClusterError(f"the workers of {scheduler} cannot do it ({why(e)}); run again") from e

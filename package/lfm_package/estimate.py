@@ -135,7 +135,10 @@ def count_images(places: Sequence[Path]) -> int:
         elif is_image(place.name):
             total += 1
         else:
-            lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            try:
+                lines = place.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError:
+                lines = [place.name]  # an image of a rare kind
             total += sum(1 for line in lines if line.strip())
     return total
 

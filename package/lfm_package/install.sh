@@ -247,7 +247,7 @@ install() {
     check_stick
     check_machine
     case $prefix in # the launchers of Python's packages are scripts with this path between double quotes
-    *[\"\$\`]* | *"$newline"*) fail "the folder to install in has \" \$ \` or a line break in its name, with which programs there would not start; name another one with --prefix" ;;
+    *[\"\$\`\\]* | *"$newline"*) fail "the folder to install in has \" \$ \` \\ or a line break in its name, with which programs there would not start; name another one with --prefix" ;;
     esac
     id=$(setting name)-$(sha256sum "$stick/SHA256SUMS" | cut -c1-12)
     place=$prefix

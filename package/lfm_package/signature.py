@@ -34,7 +34,8 @@ def sign(path: Path, key: Path) -> Path:
     signature.unlink(missing_ok=True)  # ssh-keygen would ask
     done = _ssh_keygen("sign", "-f", str(key), "-n", NAMESPACE, str(path))
     if done.returncode:
-        raise SettingError(f"{key} cannot sign: {_said(done)}")
+        do = "name a private key of ssh-keygen, or the public one whose private part ssh-agent holds"
+        raise SettingError(f"{key} cannot sign ({_said(done)}); {do}")
     return signature
 
 

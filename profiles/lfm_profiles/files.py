@@ -218,7 +218,9 @@ def _check_together(path: Path, text: str, values: Mapping[str, Any], parent: Pr
     if values.get("low_memory") and values.get("prefill", "none") != "none":
         fail("prefill", "prefill has no effect beside low_memory = true; leave one out")
     if at("low_memory") and "CUDAExecutionProvider" in at("providers") and {"low_memory", "providers"} & values.keys():
-        fail("low_memory" if "low_memory" in values else "providers", "low_memory = true is for the CPU; leave it out")
+        here = "low_memory" in values
+        do = "leave it out" if here else f"write low_memory = false, as {parent.origin['low_memory']} says otherwise"
+        fail("low_memory" if here else "providers", f"low_memory = true is for the CPU; {do}")
     for low, high in (("min_image_tokens", "max_image_tokens"), ("min_tiles", "max_tiles")):
         said = next((name for name in (low, high) if name in values), None)
         if said and at(low) is not None and at(high) is not None and at(low) > at(high):

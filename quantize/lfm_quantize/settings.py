@@ -63,7 +63,7 @@ class Settings:
                 "--quick chooses the methods; leave it out, or leave out --method, --recipe and --max-size"
             )
         if self.scheduler and not self.calibration:
-            raise QuantizeError("--scheduler has no effect without --calibration, whose questions are answered there")
+            raise QuantizeError("--scheduler has no effect without --calibration, which is done there")
         if self.profile and not self.calibration:
             raise QuantizeError("--profile has no effect without --calibration, which the variant is judged with")
         if self.floor is not None and not (self.calibration and 0 < self.floor < math.inf):

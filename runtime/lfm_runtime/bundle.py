@@ -203,8 +203,8 @@ class Bundle:
         """
         found = []
         entry = self.manifest.graphs.get(self.name_of(graph)) if self.manifest else None
-        data = [self.folder / name for name in entry.data] if entry else map(graph.with_name, external_files(graph))
-        for path in (graph, *sorted(data)):
+        place, data = (self.folder, entry.data) if entry else (graph.parent, external_files(graph))
+        for path in (graph, *sorted(place / name for name in data)):
             if path.exists():
                 name, status = path.relative_to(self.folder).as_posix(), path.stat()
                 found.append(

@@ -70,6 +70,13 @@ def step(model: Model, rows: int, past: int = 64, steps: int = 16) -> float:
     return timed_ms(lambda: [state.step(tokens) for _ in range(steps)]) / steps
 
 
+def hiding() -> Callable[[str], dict[str, str]]:
+    """Instruction sets, as SETS names them → the environment of a process that does not see them."""
+    library = str(Path(tempfile.mkdtemp()) / "cpuid.so")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(BENCH / "cpuid.c")], check=True)
+    return lambda hidden: {"CPUID_HIDES": hidden, "LD_PRELOAD": library}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
@@ -81,13 +88,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.bundle, options.one, options.threads)))
         return
-    hiding = str(Path(tempfile.mkdtemp()) / "cpuid.so")
-    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", hiding, str(BENCH / "cpuid.c")], check=True)
+    hide = hiding()
     words = [sys.executable, __file__, options.bundle, "--threads", str(options.threads), "--one"]
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for name, hidden in SETS.items():
-            environment = {**os.environ, "CPUID_HIDES": hidden, "LD_PRELOAD": hiding}
+            environment = {**os.environ, **hide(hidden)}
             for variant in VARIANTS:
                 done = subprocess.run([*words, variant], env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 found.setdefault(f"{name} | {variant}", []).append(json.loads(done.stdout))

@@ -1,8 +1,10 @@
 """Releases of onnxruntime beside each other on one decoder, in turns: ms a token, and which operators they take.
 
-    python scripts/bench/releases.py BUNDLE 1.31.1 1.32.0 [--variant int4] [--threads 2] [--rounds 7] [-o FILE.json]
+    python scripts/bench/releases.py BUNDLE 1.31.1 1.32.0 [--variant int4 int4-kv8] [--threads 2] [--hide amx,avx512] [--rounds 7]
+        [-o FILE.json]
 
-Each release is installed once into build/releases/ and measured in processes of its own, A B A B …, not prepared. Where pages of
+Each release is installed once into build/releases/ and measured in processes of its own, A B A B …, not prepared; `--hide` takes
+instruction sets away from it, as instruction_sets.py does. Where pages of
 memory happen to lie makes one process up to 15 % faster than the next, so that only medians over processes say anything.
 """
 
@@ -16,7 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import product
 from pathlib import Path
+
+from instruction_sets import hiding
 
 ROOT = Path(__file__).resolve().parents[2]
 PASTS = (0, 512, 1500)
@@ -48,7 +53,7 @@ def profiled(path: str, threads: int, past: int = 512, steps: int = 60) -> dict:
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding, arrays = session.io_binding(), []
     sizes = {"batch_size": 1, "sequence_length": 1, "positions": 1, "total_sequence_length": past + 1}
-    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int8)": np.int8}
     for value in (*session.get_inputs(), session.get_outputs()[0]):
         kv = value.name.startswith("past_key")
         shape = [d if isinstance(d, int) else sizes.get(d, past + steps) for d in value.shape]
@@ -80,14 +85,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("releases", nargs="*", help="two or more, the first is what others are compared with")
-    parser.add_argument("--variant", default="int4")
+    parser.add_argument("--variant", nargs="+", default=["int4"], metavar="VARIANT")
+    parser.add_argument(
+        "--hide", default="", metavar="SETS", help="instruction sets, as SETS of instruction_sets.py names them"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.bundle, options.variant, options.threads)))
+        print(json.dumps(measure(options.bundle, *options.variant, options.threads)))
         return
     if len(options.releases) < 2:
         parser.error("name two releases of onnxruntime or more, such as 1.31.1 1.32.0")
@@ -96,31 +104,24 @@ def main() -> None:
     for release, place in places.items():
         if not place.exists():
             subprocess.run([*pip, str(place), f"onnxruntime=={release}"], check=True)
-    found: dict[str, list[dict]] = {release: [] for release in places}
-    words = [
-        sys.executable,
-        __file__,
-        options.bundle,
-        "--one",
-        "--variant",
-        options.variant,
-        "--threads",
-        str(options.threads),
-    ]
+    hidden = hiding()(options.hide) if options.hide else {}
+    sides = list(product(places, options.variant))
+    found: dict[str, list[dict]] = {" ".join(side): [] for side in sides}
+    words = [sys.executable, __file__, options.bundle, "--one", "--threads", str(options.threads), "--variant"]
     for _ in range(options.rounds):
-        for release, place in places.items():
-            environment = {**os.environ, "PYTHONPATH": str(place)}
-            done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found[release].append(json.loads(done.stdout))
-    first = options.releases[0]
-    print(f"{'':36}" + "".join(f"{release:>10}" for release in places) + "   ratio to the first, by rounds")
+        for release, variant in sides:
+            environment = {**os.environ, **hidden, "PYTHONPATH": str(places[release])}
+            done = subprocess.run([*words, variant], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found[f"{release} {variant}"].append(json.loads(done.stdout))
+    first = next(iter(found))
+    print(f"{'':36}" + "".join(f"{side:>16}" for side in found) + "   ratio to the first, by rounds")
     for name in sorted(found[first][0], key=lambda n: (not n.startswith("after"), -found[first][0][n])):
         medians = [statistics.median(row.get(name, 0.0) for row in rows) for rows in found.values()]
         ratios = [
             statistics.median(b.get(name, 0) / a[name] for a, b in zip(found[first], rows, strict=True) if a.get(name))
             for rows in found.values()
         ]
-        print(f"{name:36}" + "".join(f"{m:10.3f}" for m in medians) + "   " + " ".join(f"{r:.3f}" for r in ratios))
+        print(f"{name:36}" + "".join(f"{m:16.3f}" for m in medians) + "   " + " ".join(f"{r:.3f}" for r in ratios))
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -400,7 +400,13 @@ def test_nowhere_to_write(stick, tmp_path) -> None:
     done = install(stick, Path("/proc/edge"))  # it has no size
     assert "/proc/edge cannot be written by" in failed(done)
     assert done.stderr.count("\n") == 1
-    for odd in ('a "board"', "a $HOME", "a `board`", "a\nboard"):  # what starts Python's programs cannot have it
+    for odd in (
+        'a "board"',
+        "a $HOME",
+        "a `board`",
+        "a \\board",
+        "a\nboard",
+    ):  # what starts Python's programs cannot have it
         assert "in its name, with which programs there would not start; name" in failed(install(stick, tmp_path / odd))
         assert not (tmp_path / odd).exists()
     if os.geteuid():

@@ -158,6 +158,11 @@ def test_a_file_beside_it_is_extended(tmp_path) -> None:
     [
         ("affinity = [0, 1]", "threads = 4", "affinity names 2 of the 4 processors"),
         ("threads = 4", "affinity = [0, 1]", "affinity names 2 of the 4 processors"),
+        (
+            "low_memory = true",
+            'providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]',
+            "low_memory = true is for the CPU; write low_memory = false",
+        ),
         ("max_tiles = 4", "min_tiles = 6", "min_tiles = 6 is above max_tiles = 4"),
         ("do_image_splitting = false", "max_tiles = 4", ""),  # a wish, for devices where it is on
         ("affinity = [0, 1]\nthreads = 2", "threads = 1", ""),

@@ -96,7 +96,7 @@ BAD = {
     ),
     "neither image nor list": (
         lambda d: ((d / "x.bin").write_bytes(bytes(range(256))), read_questions(d / "x.bin", None)),
-        "neither a folder nor a text file",
+        "x.bin has no usable image: x.bin could not be opened",
     ),
     "questions for paths": (
         lambda d: ((d / "p.jsonl").write_text('{"image": "x.png"}'), read_questions(d / "p.jsonl", None)),

@@ -10,6 +10,7 @@ from lfm_runtime import Model, PromptError
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import BundleError
+from lfm_runtime.formats.onnx_file import check_external_files
 from model_card import card_answer
 
 
@@ -63,6 +64,28 @@ def test_weights_that_are_missing_or_cut_off_are_named(demo_bundle, photo, tmp_p
         assert main(["doctor", str(folder)]) == 1
         assert says in capsys.readouterr().out
         data.unlink(missing_ok=True)
+
+
+def test_weights_in_a_folder_beside_the_graph(demo_bundle, drawing, demo_model, tmp_path) -> None:
+    """As ONNX allows: a location is a path."""
+    onnx = pytest.importorskip("onnx")
+    folder = tmp_path / "b"
+    shutil.copytree(demo_bundle, folder, ignore=shutil.ignore_patterns("manifest.json", "prompt.json"))
+    graph = folder / "onnx" / "decoder_model_merged.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    (folder / "onnx" / "weights").mkdir()
+    graph.with_name("decoder_model_merged.onnx_data").rename(folder / "onnx" / "weights" / "data.bin")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.value == "decoder_model_merged.onnx_data":  # others are shared with the embeddings
+                entry.value = "weights/data.bin"
+    onnx.save(model, graph)
+    wanted = demo_model.answer([drawing], "How many?").text()
+    assert Model.load(folder, threads=1).answer([drawing], "How many?").text() == wanted
+    (folder / "onnx" / "weights" / "data.bin").unlink()
+    check_external_files.cache_clear()
+    with pytest.raises(BundleError, match=r"weights/data\.bin is missing"):
+        Model.load(folder, threads=1)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "onnx/decoder_model_merged.onnx"])

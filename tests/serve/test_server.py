@@ -286,7 +286,7 @@ def test_keys(demo_bundle, tmp_path, capsys) -> None:
         assert server.stop() == 0
     for words, says in (
         (["--host", "0.0.0.0"], "open to other machines"),
-        (["--host", "nowhere.invalid"], "nowhere.invalid:8080 cannot be listened on (Name or service not known)"),
+        (["--host", "nowhere.invalid"], "nowhere.invalid:8080 cannot be listened on ("),
         (
             ["--no-auth", "--api-key-file", str(tmp_path / "keys")],
             "--no-auth has no effect beside the keys of --api-key-file",

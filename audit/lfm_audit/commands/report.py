@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from lfm_runtime.commands.cli import add_force_argument
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         return _records(options, output)
     if captions := next((file for file in options.files if file.suffix == ".jsonl"), None):
         raise SettingError(f"{captions} is of lfm-edge caption, and reported alone: {command('report', captions)}")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a HOME that cannot be written
     from lfm_audit.report.markdown import audit_markdown, tuning_markdown
     from lfm_audit.report.page import audit_page, tuning_page
     from lfm_audit.report.source import is_report, named_audits, read_tuning

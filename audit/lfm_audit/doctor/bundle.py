@@ -60,7 +60,7 @@ def _weights_elsewhere(graph: Path) -> Path | None:
     link itself as in the hub's cache, the folder that it leads to.
     """
     allowed = graph.parent.resolve(), graph.resolve().parent
-    files = (graph.with_name(name) for name in sorted(external_files(graph)))
+    files = (graph.parent / name for name in sorted(external_files(graph)))
     return next((file for file in files if not any(file.resolve().is_relative_to(place) for place in allowed)), None)
 
 
@@ -89,13 +89,10 @@ def prepared(machine: Machine) -> Iterator[Finding]:
         fix = f"{to_write(there)}, where what is prepared lies; then {fix}"
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)
-    elif all(one.path != path for one, path in zip(found, paths, strict=True)):
+    elif not (missing := [path for one, path in zip(found, paths, strict=True) if one.path == path]):
         yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
     else:
-        alone = found[-1].path == paths[-1] and all(
-            one.path != path for one, path in zip(found[:-1], paths, strict=False)
-        )
-        what = f"the decoder of {prefill} that reads prompts" if prefill and alone else variant
+        what = f"the decoder of {prefill} that reads prompts" if prefill and missing == paths[-1:] else variant
         yield Finding(
             "prepared", "warning", f"{what} is not prepared: it starts more slowly and takes more memory", fix
         )

@@ -119,8 +119,10 @@ def _find_images(images: Path) -> list[Path]:
         return [images]
     try:
         lines = images.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as e:
-        raise QuantizeError(f"{images} is neither a folder nor a text file of paths; name one of them") from e
+    except UnicodeDecodeError:
+        return [images]  # an image of a rare kind, or none: it is opened next
+    except OSError as e:
+        raise unreadable(images, e, QuantizeError, "name a folder of images, or a text file of paths") from e
     if images.suffix == ".jsonl" or any(line.lstrip().startswith(("{", "[")) for line in lines[:1]):
         raise QuantizeError(f"{images} holds questions, not paths; give it as --prompts {images}")
     return [images.parent / line.strip() for line in lines if line.strip()]

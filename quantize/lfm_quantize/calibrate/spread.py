@@ -26,7 +26,9 @@ Sent = tuple[str, str, str | None, str, str]
 class Cluster(Protocol):
     """Where functions are called. What they return stays there until it is asked for, and other calls can take it."""
 
-    size: int  # processes that take part
+    @property
+    def size(self) -> int:
+        """Processes that take part."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function with values, or with what other calls return; returns what stands for its result."""
@@ -34,8 +36,8 @@ class Cluster(Protocol):
     def share(self, value: Any) -> Any:
         """Bring a value to where many calls take it."""
 
-    def results(self, calls: Sequence[Any]) -> Iterator[Any]:
-        """What calls return, in their order. Raises what they raise."""
+    def results(self, calls: Sequence[Any], *, large: bool = False) -> Iterator[Any]:
+        """What calls return, in their order. Raises what they raise. `large`: megabytes, which go the short way."""
 
 
 class _Here:
@@ -49,7 +51,7 @@ class _Here:
     def share(self, value: Any) -> Any:
         return value
 
-    def results(self, calls: Sequence[Any]) -> Iterator[Any]:
+    def results(self, calls: Sequence[Any], *, large: bool = False) -> Iterator[Any]:  # noqa: ARG002  (see Cluster)
         return iter(calls)
 
 

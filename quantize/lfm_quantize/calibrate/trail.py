@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class Part:
     samples: list[tuple[int, Sample]] = field(default_factory=list)  # of the encoder's part, with their numbers
     decoder: bool = False
 
+    def __sizeof__(self) -> int:
+        """In memory: Dask moves and spills by it."""
+        arrays = [array for values in (*self.feeds, *self.states) for array in values.values()]
+        return sum(array.nbytes for array in arrays)
+
     def fed(self) -> FedGraph:
         """The graph with these inputs."""
         graphs = self.opened()
@@ -97,7 +102,14 @@ class Trail:
     def advance(self, block: Block, change: Sequence[ir.passes.InPlacePass]) -> Trail:
         """The samples behind the block, which `change` has quantized."""
         shared = self.cluster.share(change) if self.parts else change
-        return replace(self, parts=[self.cluster.call(_advance, part, block, shared) for part in self.parts])
+        after = replace(self, parts=[self.cluster.call(_advance, part, block, shared) for part in self.parts])
+        after.wait()  # until the change is used: the next one has as many weights
+        return after
+
+    def wait(self) -> None:
+        """Return when every part has arrived."""
+        for _ in self._each(_arrived):
+            pass
 
     def into_decoder(self, samples: int, table: Rounded | None, image_id: int) -> Trail:
         """The same samples, `samples` in all, before the decoder, fed what the encoder gave, and rows of the embedding
@@ -109,7 +121,7 @@ class Trail:
 
     def _each(self, function: Callable[..., Any], *more: Any, parts: list[Any] | None = None) -> Iterator[Any]:
         parts = self.parts if parts is None else parts
-        return self.cluster.results([self.cluster.call(function, part, *more) for part in parts])
+        return self.cluster.results([self.cluster.call(function, part, *more) for part in parts], large=True)
 
 
 def into_encoder(
@@ -138,17 +150,29 @@ def into_encoder(
     for some in np.array_split(np.arange(len(images)), count):
         wanted = {images[i] for i in some}
         told = [(i, sent(s.question), s.ids) for i, s in enumerate(samples) if s.question.image in wanted]
-        opened, asks = partial(_opened, shared, asked), partial(_read, shared, told)
-        parts.append(cluster.call(_into_encoder, opened, asks, views, threads))
+        asks = partial(_read, shared, told)
+        parts.append(cluster.call(_into_encoder, _There(shared, asked), asks, views, threads))
     return Trail(cluster, parts)
 
 
 # --------------------------------------------------------------------------------------------- where the parts are
 
 
-@lru_cache(maxsize=1)
-def _opened(shared: SharedBundle, asked: str) -> Graphs:
-    return Graphs.of(Source.open(shared.open(), asked))
+class _There:
+    """Opens the graphs of a bundle where it is called, once; they go with the parts that have it."""
+
+    def __init__(self, shared: SharedBundle, asked: str) -> None:
+        self._of = shared, asked
+        self._graphs: Graphs | None = None
+
+    def __call__(self) -> Graphs:
+        if self._graphs is None:
+            shared, asked = self._of
+            self._graphs = Graphs.of(Source.open(shared.open(), asked))
+        return self._graphs
+
+    def __reduce__(self) -> tuple[type[_There], tuple[SharedBundle, str]]:
+        return _There, self._of
 
 
 def _read(shared: SharedBundle, told: Sequence[tuple[int, Sent, list[int]]]) -> list[tuple[int, Sample]]:
@@ -189,6 +213,10 @@ def _observe(part: Part, block: Block, with_moments: Mapping[str, bool]) -> dict
 
 def _tried(part: Part, function: Callable[..., float], *more: Any) -> float:
     return function(part.fed(), part.states, *more)
+
+
+def _arrived(part: Part) -> int:
+    return len(part.states)
 
 
 def _advance(part: Part, block: Block, change: Sequence[ir.passes.InPlacePass]) -> Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_quantize.variant import keep_quality
 
     if options.plot:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a HOME that cannot be written
         from lfm_quantize.judge.plot import error_plot, is_plot
 
         if options.plot.suffix not in (".svg", ".png", ".pdf"):

@@ -133,7 +133,7 @@ class Talk:
         if not self._quiet:
             new = report.prompt_tokens - report.cached_tokens
             print(
-                f"  [{new} prompt tokens, {report.new_tokens} generated{cut}, "
+                f"  [{new} new prompt tokens, {report.new_tokens} generated{cut}, "
                 f"first token after {report.timing_ms['ttft'] or 0:.0f} ms]",
                 file=sys.stderr,
             )

@@ -273,10 +273,11 @@ def _affinity(text: str) -> str | tuple[int, ...]:
 
 
 def _spinning(text: str) -> bool | int:
-    try:
-        return text == "on" if text in ("on", "off") else int(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r}: write on, off, or microseconds: 100") from e
+    if text in ("on", "off"):
+        return text == "on"
+    if not (text.isdecimal() and 1 <= int(text) <= 1_000_000):
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: write on, off, or microseconds, 1 to 1000000")
+    return int(text)
 
 
 def load_model(

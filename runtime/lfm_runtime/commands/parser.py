@@ -31,8 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """As argparse does, but that a full disk or a reader that went away is an error."""
-        if message:
-            file = file or sys.stderr
+        if file is not sys.stdout:  # what is wrong with the words is told by the exit code as well
+            super()._print_message(message, file)
+        elif message:
             file.write(message)
             file.flush()
 

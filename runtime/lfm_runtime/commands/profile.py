@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         nargs="?",
         choices=("list", "show", "validate", "detect"),
-        help="list: the shipped profiles; show: the settings of one (default: this machine's), with the flags below; "
+        help="list: the shipped profiles; show: the settings of one (default: what would run), with the flags below; "
         "validate: check profile files; detect: show this machine",
     )
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="a profile's name or .toml file")
@@ -72,14 +72,14 @@ def _show(options: argparse.Namespace) -> None:
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.decode.sampling import GenerationSettings
     from lfm_runtime.images.layout import image_settings
-    from lfm_runtime.setup.profile import find_profile, generation_changes, image_changes
+    from lfm_runtime.setup.profile import default_name, find_profile, generation_changes, image_changes
 
     if len(options.names) > 1:
         raise SettingError("show takes one profile; name one")
-    profile = find_profile(*options.names, **setting_flags(options))
+    bundle = Bundle.open(Path(options.bundle)) if options.bundle else None
+    profile = find_profile(*options.names or [default_name(bundle)], **setting_flags(options))
     values = {name: (getattr(profile, name), profile.origin.get(name, "default")) for name in SETTINGS}
-    if options.bundle:
-        bundle = Bundle.open(Path(options.bundle))
+    if bundle:
         images = image_settings(bundle.images, image_changes(profile, bundle.images))
         values |= {name: (getattr(images, name), profile.origin.get(name, "checkpoint")) for name in IMAGE_SETTINGS}
         generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=True))

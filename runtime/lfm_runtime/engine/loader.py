@@ -136,7 +136,7 @@ def load_session(
             # Its own falling back prints, and at a run goes on silently.
             session = ort.InferenceSession(_in_utf8(path), options, providers=providers, enable_fallback=0)
     except BundleError as e:
-        for file in (path, *(path.with_name(name) for name in external_files(path))):
+        for file in (path, *(path.parent / name for name in external_files(path))):
             check_no_pointer(file, BundleError)
         if not (execution.on_gpu and execution.cuda_graphs and cannot_be_captured(e)):
             raise

@@ -71,7 +71,7 @@ def check_external_files(path: Path) -> None:
                 name = told[_LOCATION].decode()
                 needed[name] = max(needed.get(name, 0), int(told.get(_OFFSET, 0)) + int(told.get(_SIZE, 0)))
     for name, size in needed.items():
-        file = path.with_name(name)
+        file = path.parent / name
         if not file.exists():
             raise BundleError(f"{file} is missing, where {path.name} has its weights; copy it there")
         check_no_pointer(file, BundleError)

@@ -121,7 +121,7 @@ def bundle_folder(text: str | os.PathLike[str], profile: Profile, *, quiet: bool
     recipes = [recipe_file(name) for name in (variant, prefill) if name]
     graphs = {*variants[variant].values(), *([variants[prefill][DECODER.stem]] if prefill else [])}
     repository.fetch([*recipes, *(name for graph in graphs for name in (graph, f"{glob.escape(graph)}[_.]data*"))])
-    data = [str(PurePosixPath(graph).with_name(name)) for graph in graphs for name in external_files(folder / graph)]
+    data = [str(PurePosixPath(graph).parent / name) for graph in graphs for name in external_files(folder / graph)]
     missing = [name for name in data if not (folder / name).exists()]
     return repository.fetch(missing) if missing else folder
 

@@ -122,7 +122,7 @@ def weights_on_disk(bundle: Bundle, graphs: Iterable[Path]) -> int:
             names = bundle.manifest.graphs[name].data
             found |= {bundle.folder / data: bundle.manifest.files[data].bytes for data in names}
         else:
-            files = [graph.with_name(data) for data in external_files(graph)] or [graph]
+            files = [graph.parent / data for data in external_files(graph)] or [graph]
             found |= {path: path.stat().st_size for path in files}
     return sum(found.values())
 

@@ -382,6 +382,7 @@ def test_help_that_cannot_be_written_is_an_error(words) -> None:
     found = run(*words, shell=">/dev/full")
     assert found.returncode == 2
     assert found.stderr == b"lfm-edge: input or output: No space left on device\n"
+    assert run("nosuch", shell="2>/dev/full").returncode == run("run", "--nosuch", shell="2>/dev/full").returncode == 2
 
 
 def test_a_reader_that_ends_first_is_told_from_success(demo_bundle, tmp_path) -> None:

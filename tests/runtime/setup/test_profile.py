@@ -15,8 +15,10 @@ from lfm_profiles.files import names
 from lfm_runtime import Model, SettingError
 from lfm_runtime.commands.cli import main
 from lfm_runtime.engine.execution import Execution
+from lfm_runtime.formats.manifest import Manifest, hashed
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.setup.profile import detected, find_profile
+from lfm_runtime.setup.resolve import resolve
 from PIL import Image
 
 CUDA = [name for name in names() if "CUDAExecutionProvider" in read(name).providers]
@@ -214,10 +216,13 @@ def test_what_is_said_about_threads(demo_bundle, capsys, caplog) -> None:
         (["--threads", "0"], "threads 0 is impossible; allowed: 1 to 1024"),
         (["--affinity", "4000"], "affinity: this process may not use processor 4000; it may use"),
         (["--threads", "3", "--affinity", ",".join(map(str, usable[:1]))], "affinity has 1 processor for 3 threads"),
-        (["--spinning", "0"], "spinning 0 is impossible"),
     ]:
         assert main(["run", str(demo_bundle), "-p", "x", *words]) == 2
         assert says in capsys.readouterr().err
+    for wrong in ("0", "-1", "true", "1000001"):  # in the flag's own words, not a profile's
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", str(demo_bundle), "-p", "x", f"--spinning={wrong}"])
+        assert f"'{wrong}': write on, off, or microseconds, 1 to 1000000" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
@@ -263,6 +268,19 @@ def test_not_allowed_to_choose_processors(demo_bundle, monkeypatch, caplog) -> N
     monkeypatch.setattr("lfm_runtime.engine.execution.os.sched_setaffinity", refuse)
     assert Model.load(demo_bundle, threads=1, affinity="cores").answer([], "x", max_new_tokens=1).text() is not None
     assert "Operation not permitted" in caplog.text
+
+
+def test_show_tells_what_a_packed_bundle_would_run_with(bundle_copy, capsys, monkeypatch) -> None:
+    """As `run` does: its own profile, unless a variable names another."""
+    monkeypatch.delenv("LFM_EDGE_PROFILE", raising=False)
+    (bundle_copy / "profile.toml").write_text('extends = "pi5"\nname = "mine"\n')
+    manifest = Manifest.of(bundle_copy)
+    manifest.with_files(hashed(bundle_copy, ["profile.toml"])).write(bundle_copy)
+    for words, shown in (([], "mine"), (["pi4"], "pi4")):
+        assert main(["profile", "show", *words, "--bundle", str(bundle_copy), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == shown
+        setup = resolve(bundle_copy, *words)
+        assert setup.profile.name == shown
 
 
 def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
