@@ -282,7 +282,9 @@ def test_folders_that_may_not_be_read(bundle_copy, place, capsys) -> None:
 
 def test_missing_room_is_the_difference_of_the_other_figures(tmp_path, monkeypatch) -> None:
     for free, needed in ((1, 2), (3 << 20, (3 << 20) + 1), ((5 << 20) - 1, 5 << 20), (7_654_321, 987_654_321)):
-        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        monkeypatch.setattr(
+            "shutil.disk_usage", lambda _, free=free: type("Usage", (), {"free": free, "total": 1 << 40})
+        )
         with pytest.raises(BundleError) as raised:
             check_room(tmp_path, needed, "x", BundleError)
         have, takes, more = map(int, re.findall(r"(\d+) MiB free, x needs (\d+): (\d+) MiB", str(raised.value))[0])

@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn
 
 _EXIT_ERROR = 2
@@ -31,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """As argparse does, but that a full disk or a reader that went away is an error."""
-        if file is not sys.stdout:  # what is wrong with the words is told by the exit code as well
-            super()._print_message(message, file)
-        elif message:
-            file.write(message)
+        file = file or sys.stderr
+        # What is wrong with the words is told by the exit code as well.
+        with suppress(OSError) if file is sys.stderr else nullcontext():
+            file.write(message or "")
             file.flush()
 
     def looked_at(self, words: list[str]) -> list[str]:

@@ -230,8 +230,9 @@ def _write_whole(path: Path, text: str | bytes) -> None:
 
 def check_room(folder: Path, needed: int, what: str, error: type[EdgeError]) -> None:
     """Raise `error` where the disk of `folder`, which is there, has less than `needed` bytes free for `what`."""
-    total, _, free = shutil.disk_usage(folder)
-    if not total:
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if not usage.total:
         raise error(f"{folder} is in a file system that holds no files of ours; name another folder")
     if free < needed:
         have, takes = free >> 20, -(-needed >> 20)  # MiB, so that the third figure is the difference of the others
