@@ -53,6 +53,8 @@ def verify(folder: Path, progress: Progress = lambda *_: None, *, signers: Path 
         return problems  # what is not a plain file is not read
     manifest = Manifest.read(folder)
     if manifest is None:
+        if (folder / SUMS).exists():
+            Bundle.open(folder)  # which says what is missing
         raise BundleError(f"{folder} has no {MANIFEST}: nothing to compare with; make a bundle with: lfm-edge export")
     if in_a_cache(folder):
         manifest = manifest.of_whole_variants(folder)

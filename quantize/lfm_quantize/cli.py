@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lfm_profiles import VARIANTS
-from lfm_runtime.errors import counted
+from lfm_runtime.errors import command, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,8 @@ def run(options: argparse.Namespace) -> int:
         left = work_folder(options.bundle, options.variant)
         if not left.is_dir():
             raise
-        said = f"interrupted; the same command goes on from {left}, lfm-edge clean removes it"
+        remove = command("clean", options.bundle)
+        said = f"interrupted; the same command goes on from {left}, which {remove} removes"
         raise KeyboardInterrupt(said) from None
     finally:
         printer.clear()

@@ -232,6 +232,9 @@ def test_a_packed_profile_is_what_runs(demo_bundle, tmp_path, capsys, monkeypatc
     (tmp_path / "without" / "manifest.json").unlink()
     with pytest.raises(BundleError, match=r"manifest.json is missing, and SHA256SUMS names it"):
         resolve(tmp_path / "without")
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "without")]) == 2
+    assert "manifest.json is missing, and SHA256SUMS names it; copy the bundle again" in capsys.readouterr().err
     monkeypatch.setenv("LFM_EDGE_PROFILE", "generic")
     assert resolve(tmp_path / "cam").images.max_image_tokens == 64
     monkeypatch.delenv("LFM_EDGE_PROFILE")

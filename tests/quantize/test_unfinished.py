@@ -20,7 +20,7 @@ from lfm_runtime.commands.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypatch) -> None:
+def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypatch, capsys) -> None:
     settings = Settings("int4", (few / "images",), few / "calibration.jsonl", method="gptq")
     undisturbed = Path(shutil.copytree(demo_bundle, tmp_path / "undisturbed"))
     quantize(undisturbed, settings)
@@ -40,6 +40,21 @@ def test_a_killed_run_goes_on_where_it_was(demo_bundle, few, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         quantize(bundle, settings, kill)
+    words = [
+        "quantize",
+        str(bundle),
+        "--variant",
+        "int4",
+        "--calibration",
+        str(few / "images"),
+        "--method",
+        "gptq",
+        "--quiet",
+    ]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("lfm_quantize.quantize.quantize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    assert f"work, which lfm-edge clean {bundle} removes" in capsys.readouterr().err
     assert tree(bundle) == before
     first, blocks[:] = list(blocks), []
     (damaged,) = tmp_path.glob(".bundle.int4-work/vision.encoder.layers.1")

@@ -190,3 +190,6 @@ def test_what_is_missing_or_too_much_is_said(server) -> None:
     assert status == 400 and "4300 digits" in found["error"]["message"] and "sys." not in found["error"]["message"]
     status, found, _ = server.ask("/v1/choose", raw('{"question": "x", "choices": ["a", "b"], "stream": true}'))
     assert status == 400 and "stream" in found["error"]["message"], found
+    for image in ("/etc/passwd", "data:image/png;base64,bm8gaW1hZ2U=", "http://nowhere.invalid/a.png"):
+        status, found, _ = server.ask("/v1/choose", {"images": [image], "question": "x", "choices": ["a", "b"]})
+        assert (status, found["error"]["param"]) == (400, "images"), found

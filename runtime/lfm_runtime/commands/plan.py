@@ -113,7 +113,7 @@ def _times(setup: Setup, forecast: Forecast, costs: Costs | None) -> Iterator[tu
         yield "time", f"unknown until this variant is audited on this machine: {advice}"
         return
     times = forecast.times_ms(costs, low_memory=setup.execution.low_memory)
-    stages = ", ".join(f"{name} {ms:,.0f}" for name, ms in times.items() if name != "per_token")
+    stages = ", ".join(f"{name.replace('_', ' and ')} {ms:,.0f}" for name, ms in times.items() if name != "per_token")
     unfair = "" if costs.valid else ", which was not valid"
     yield "time", f"{stages} ms; then {times['per_token']:.1f} ms a token, as the last audit here measured{unfair}"
     budget, rate = setup.profile.budget, 1e3 / times["per_token"]

@@ -52,7 +52,7 @@ class Forecast:
         return sum(len(image.views) for image in self.images)
 
     def times_ms(self, costs: Costs, *, low_memory: bool) -> dict[str, float]:
-        """Stages, first token and each further one, from what an audit measured."""
+        """Stages, first token and each further one, from what an audit measured; image and preprocess together."""
         opening = sum(
             costs.image_ms(image.width * image.height, sum(v.rows * v.columns for v in image.views))
             for image in self.images
@@ -62,4 +62,11 @@ class Forecast:
         first = opening + costs.load_ms + vision + prefill
         load = {"load": costs.load_ms} if low_memory else {}
         per_token = costs.inter_token_ms
-        return {"image": opening, **load, "vision": vision, "prefill": prefill, "ttft": first, "per_token": per_token}
+        return {
+            "image_preprocess": opening,
+            **load,
+            "vision": vision,
+            "prefill": prefill,
+            "ttft": first,
+            "per_token": per_token,
+        }

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 from lfm_runtime import __version__
 from lfm_runtime.answer.reply import Job
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import CutImage, OpenedImage
 from lfm_runtime.images.pixels import image_size, open_image
@@ -29,7 +29,7 @@ from lfm_serve.api.answering import Answering
 from lfm_serve.api.answers import Completion
 from lfm_serve.api.chat import Asked, Picture, effective, parse
 from lfm_serve.api.choose import parse_choose, response
-from lfm_serve.api.errors import ApiError, Json, loading, of, refused_image, too_large
+from lfm_serve.api.errors import ApiError, Json, about, loading, of, refused_image, too_large
 from lfm_serve.api.images import image_bytes
 from lfm_serve.api.metrics import Metrics
 from lfm_serve.api.ollama import VERSION as OLLAMA_VERSION
@@ -112,7 +112,10 @@ class Api:
         self._tell_unused(asked.unused)
         model = self._loaded()
         self._check_name(asked.model)
-        images = await self._opened(model, asked.pictures)
+        try:
+            images = await self._opened(model, asked.pictures)
+        except (ApiError, ImageError) as e:
+            raise about(e, "images") from e
         choices = await run_in_threadpool(asked.prepared, model, images)
         ended = await self._answering.score(request, choices)
         return Json(response(self.name, asked, ended.chosen or [])) if ended else Response(status_code=499)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lfm_runtime.errors import ContextFullError, EdgeError, ImageError, PromptError, SettingError
@@ -57,6 +57,11 @@ def too_large(message: str) -> ApiError:
 def refused_image(message: str) -> ApiError:
     """For an image that cannot be had."""
     return ApiError(400, message, "invalid_image", "messages")
+
+
+def about(error: ApiError | EdgeError, param: str) -> ApiError:
+    """An error, of this field of the request."""
+    return replace(error if isinstance(error, ApiError) else of(error), param=param)
 
 
 def too_late() -> ApiError:
