@@ -33,7 +33,7 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
         else:
             found[path.name] = path
     if not found:
-        why = f"; {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ""
+        why = f"; {skipped[0]['reason']}" if skipped else ""
         looked = f"{counted(len(files), 'file')} looked at{why}"
         raise ImageError(f"{folder} holds no image that can be read ({looked}); name another folder")
     return found, skipped

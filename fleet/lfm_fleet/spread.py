@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 from distributed import Client, Future
-from lfm_runtime.errors import EdgeError
+from lfm_runtime.errors import EdgeError, is_out_of_memory
 
 from lfm_fleet.crew import RESOURCE, ClusterError, Crew, connected, is_reached
 from lfm_fleet.places import why
@@ -64,6 +64,11 @@ class Workers:
         with self._failures_are_ours():
             for call in calls:
                 self._wait(call)
+                if call.status == "error" and is_out_of_memory(call.exception()):
+                    raise ClusterError(
+                        f"a worker of {self._scheduler} has not enough memory for it; start workers with more, or "
+                        "fewer on a machine, and run again"
+                    )
                 yield self._client.gather(call, direct=large)
 
     def _wait(self, call: Future[Any]) -> None:
@@ -82,9 +87,9 @@ class Workers:
     def _failures_are_ours(self, do: str = "") -> Iterator[None]:
         try:
             yield
-        except EdgeError:
+        except (EdgeError, MemoryError):  # this process's own
             raise
-        except Exception as e:
+        except Exception as e:  # of Dask, of its connections, or of a function
             if not is_reached(self._client):
                 said = f"the scheduler {self._scheduler} is gone ({why(e)})"
             elif isinstance(e, CancelledError):

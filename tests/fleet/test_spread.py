@@ -157,6 +157,16 @@ def test_a_worker_that_leaves_with_samples_is_told(demo_bundle, samples, tmp_pat
             trail.observe(third, dict.fromkeys(third.linears, True))
 
 
+def test_what_fails_on_a_worker_is_told(tmp_path) -> None:
+    """Want of memory there is not this machine's."""
+    with _three(tmp_path) as (_, cluster):
+        with pytest.raises(ClusterError, match="has not enough memory for it; start workers with more"):
+            list(cluster.results([cluster.call(bytes, 1 << 62)]))
+        with pytest.raises(ClusterError, match="cannot do it \\(invalid literal"):
+            list(cluster.results([cluster.call(int, "odd")]))
+        assert list(cluster.results([cluster.call(abs, -2), cluster.call(abs, 3)])) == [2, 3]
+
+
 @contextmanager
 def _three(folder):
     """A cluster of three workers, as quantize reaches it, and of one that is somebody else's and has no lfm-edge."""

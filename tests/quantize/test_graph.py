@@ -107,11 +107,13 @@ def test_another_architecture(unlike, tmp_path, variant, images) -> None:
     )
     a, b = (m.encode([m.open(ROOT / "demo/photos/coffee.jpg")]) for m in (exact, model))
     assert cosines(a, b).min() > 0.99
-    ids = [5, 300, 20, 41]
-    a, b = (np.array(m.decoder.start(8).step(m.decoder.embed(ids))) for m in (exact, model))
-    assert cosines(a[None], b[None]).min() > (
-        0.9 if variant == "int4" else 0.999
-    )  # random weights, 64 wide: 4 bits tell
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(1, 400, rng.integers(3, 12)).tolist() for _ in range(50)]
+    a, b = (
+        np.stack([np.array(m.decoder.start(16).step(m.decoder.embed(ids))) for ids in prompts]) for m in (exact, model)
+    )
+    # Random weights, 64 wide: 4 bits tell, and of single prompts one in 25 is below 0.9.
+    assert cosines(a, b).mean() > (0.94 if variant == "int4" else 0.999)
 
 
 @pytest.mark.parametrize("stem", ["vision_encoder", "decoder_model_merged"])

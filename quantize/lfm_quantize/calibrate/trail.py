@@ -137,19 +137,19 @@ def into_encoder(
         samples: with their answers.
         threads: of each session.
     """
-    images = list(dict.fromkeys(sample.question.image for sample in samples))
-    first = {sample.question.image: sample for sample in reversed(samples)}
-    views = sum(1 + len(sample.extra) for sample in first.values())
     if not samples:
         return Trail(cluster, [])
+    numbered = [*enumerate(samples)]
+    first = _by_image(numbered)
+    views, images = sum(1 + len(sample.extra) for _, sample in first.values()), [*first]
     if cluster is HERE:
-        return Trail(cluster, [_into_encoder(lambda: graphs, lambda: [*enumerate(samples)], views, threads)])
+        return Trail(cluster, [_into_encoder(lambda: graphs, lambda: numbered, views, threads)])
     shared = SharedBundle.of(bundle.folder)
     count = max(1, min(cluster.size, len(images) // LEAST_IMAGES))
     parts = []
     for some in np.array_split(np.arange(len(images)), count):
         wanted = {images[i] for i in some}
-        told = [(i, sent(s.question), s.ids) for i, s in enumerate(samples) if s.question.image in wanted]
+        told = [(i, sent(s.question), s.ids) for i, s in numbered if s.question.image in wanted]
         asks = partial(_read, shared, told)
         parts.append(cluster.call(_into_encoder, _There(shared, asked), asks, views, threads))
     return Trail(cluster, parts)
@@ -184,11 +184,17 @@ def _read(shared: SharedBundle, told: Sequence[tuple[int, Sent, list[int]]]) -> 
     ]
 
 
-def _into_encoder(opened: Opened, asked: Asked, of: int, threads: int) -> Part:
-    samples = asked()
-    first: dict[Path, tuple[int, Sample]] = {}  # several questions may be about one image
+def _by_image(samples: Sequence[tuple[int, Sample]]) -> dict[Path, tuple[int, Sample]]:
+    """The first of the samples about each image, in their order: several questions may be about one."""
+    first: dict[Path, tuple[int, Sample]] = {}
     for number, sample in samples:
         first.setdefault(sample.question.image, (number, sample))
+    return first
+
+
+def _into_encoder(opened: Opened, asked: Asked, of: int, threads: int) -> Part:
+    samples = asked()
+    first = _by_image(samples)
     views = [(sample.views[0], (number, 0)) for number, sample in first.values()]
     views += [(view, (number, i)) for number, sample in first.values() for i, view in enumerate(sample.extra, 1)]
     kinds = [np.ones(len(view.patches), np.bool_) for view, _ in views]
@@ -199,7 +205,7 @@ def _into_encoder(opened: Opened, asked: Asked, of: int, threads: int) -> Part:
 def _into_decoder(encoded: Part, of: int, table: Rounded | None, image_id: int) -> Part:
     graphs = encoded.opened()
     samples = [sample for _, sample in encoded.samples]
-    images = {image: i for i, image in enumerate(dict.fromkeys(sample.question.image for sample in samples))}
+    images = {image: i for i, image in enumerate(_by_image(encoded.samples))}  # their whole views come first
     features = [encoded.states[images[sample.question.image]]["image_features"] for sample in samples]
     kinds = image_positions(samples, image_id)
     feeds = prompt_feeds(graphs.decoder, samples, kinds, graphs.table if table is None else table, features)

@@ -147,7 +147,9 @@ class _Repository:
         with self._errors():
             try:
                 found = self._hub.HfApi().model_info(wanted.name, revision=wanted.revision)
-            except Exception as e:
+            except MemoryError:
+                raise
+            except Exception as e:  # of the client, its HTTP library, or the network: they have no common one
                 if isinstance(e, self._hub.errors.HfHubHTTPError) or self._cached_config() is None:
                     raise
             else:

@@ -233,7 +233,7 @@ def test_ctrl_c_while_it_streams_keeps_what_was_said(demo_bundle, image, monkeyp
     assert question["content"][0] == {"type": "image", "path": str(image)}
     assert answer["content"] == "".join(shown).strip()
     assert talk.ask("And now?") == 0
-    new = int(re.search(r"\[(\d+) prompt tokens", capsys.readouterr().err)[1])
+    new = int(re.search(r"\[(\d+) new prompt tokens", capsys.readouterr().err)[1])
     assert new < 30, "the image alone has more"
 
 
