@@ -1,6 +1,11 @@
-"""Changes sticks in such a way that their checksums still hold."""
+"""Sticks: changed in such a way that their checksums still hold, and installed."""
+
+from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -18,3 +23,22 @@ def another(stick: Path, **settings: str) -> None:
     (stick / f"{conf['name']}.tar").rename(stick / f"{settings.get('name', conf['name'])}.tar")
     (stick / "stick.conf").write_text("".join(f"{key}={value}\n" for key, value in {**conf, **settings}.items()))
     sums(stick)
+
+
+def install(stick: Path, prefix: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "PYTHON"))}
+    return subprocess.run(
+        ["sh", str(stick / "install.sh"), "--prefix", str(prefix), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **environment},
+    )
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the error of an install.sh that exited with code 2: its last line."""
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("install.sh: ")
+    return said

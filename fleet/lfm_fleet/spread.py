@@ -48,7 +48,7 @@ class Workers:
         Raises:
             ClusterError: a worker cannot be reached from here.
         """
-        with self._failures_are_ours("; the workers' ports must be reached from here"):
+        with self._failures_are_ours():
             (shared,) = self._client.scatter(
                 [value], workers=self._crew.look(), broadcast=True, direct=True, hash=False
             )
@@ -64,11 +64,8 @@ class Workers:
         with self._failures_are_ours():
             for call in calls:
                 self._wait(call)
-                if call.status == "error" and is_out_of_memory(call.exception()):
-                    raise ClusterError(
-                        f"a worker of {self._scheduler} has not enough memory for it; start workers with more, or "
-                        "fewer on a machine, and run again"
-                    )
+                if call.status == "error":
+                    raise self._failure(call.exception())
                 yield self._client.gather(call, direct=large)
 
     def _wait(self, call: Future[Any]) -> None:
@@ -83,20 +80,30 @@ class Workers:
             if time.monotonic() - seen > _COME_S:
                 self._crew.check()
 
+    def _failure(self, e: BaseException) -> EdgeError:
+        """What a function raised on a worker."""
+        if isinstance(e, EdgeError):
+            return e
+        if is_out_of_memory(e):
+            do = "start workers with more, or fewer on a machine, and run again"
+            return ClusterError(f"a worker of {self._scheduler} has not enough memory for it; {do}")
+        return ClusterError(f"the workers of {self._scheduler} cannot do it ({why(e)}); run again")
+
     @contextmanager
-    def _failures_are_ours(self, do: str = "") -> Iterator[None]:
+    def _failures_are_ours(self) -> Iterator[None]:
+        """What Dask raises becomes a ClusterError. It has no common error for what its connections meet."""
         try:
             yield
-        except (EdgeError, MemoryError):  # this process's own
+        except (EdgeError, MemoryError):  # MemoryError: this process's own
             raise
-        except Exception as e:  # of Dask, of its connections, or of a function
+        except Exception as e:
             if not is_reached(self._client):
-                said = f"the scheduler {self._scheduler} is gone ({why(e)})"
+                said = f"the scheduler {self._scheduler} is gone"
             elif isinstance(e, CancelledError):
-                said = f"a worker of {self._scheduler} left, and what it held is lost ({why(e)})"
+                said = f"a worker of {self._scheduler} left, and what it held is lost"
             else:
-                said = f"the workers of {self._scheduler} cannot do it ({why(e)}){do}"
-            raise ClusterError(f"{said}; run again") from e
+                said = f"a worker of {self._scheduler} left, or cannot be reached from here"
+            raise ClusterError(f"{said} ({why(e)}); run again") from e
 
 
 @contextmanager
