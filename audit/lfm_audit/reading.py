@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def read_audit(path: Path) -> Audit:
     if not (isinstance(tool, dict) and tool.get("name") == TOOL):
         raise AuditError(f"{path} is not an audit; name a file written by {TOOL} -o")
     if (schema := raw.get("schema")) not in _READ or isinstance(schema, bool):
-        raise AuditError(f"{path} is an audit of schema {str(schema)[:20]}, this lfm-edge reads {SCHEMA}; {_AGAIN}")
+        raise AuditError(
+            f"{path} is an audit of schema {json.dumps(schema)[:20]}, this lfm-edge reads {SCHEMA}; {_AGAIN}"
+        )
     if schema == SCHEMA and DIGEST not in raw:
         raise AuditError(f"{path} was edited: it has no {DIGEST}; {_AGAIN}")
     check_digest(raw, path, AuditError, _AGAIN)

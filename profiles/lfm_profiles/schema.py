@@ -128,7 +128,7 @@ class Profile:
     variant: tuple[str, ...] = _setting(
         (),
         "the first of these that the bundle has; else the bundle's first",
-        f"a list of {', '.join(VARIANTS)}",
+        f"a list of {', '.join(VARIANTS)}, each once",
         _some_of(*VARIANTS),
     )
     prefill: str | None = _setting(
@@ -162,7 +162,7 @@ class Profile:
         "none",
         "pin each thread to one processor: cores uses one processor of each physical core, the fastest first; or "
         "a list of processors",
-        "none, cores, a list of processor numbers",
+        "none, cores, a list of processor numbers, each once",
         _cores,
     )
     spinning: bool | int = _setting(

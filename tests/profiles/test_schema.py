@@ -103,7 +103,10 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ('variant = ["int4", "int4"]\n', "is impossible"),
         ('variant = ["int3"]\n', "line 1: variant = ['int3'] is impossible"),
         ('providers = ["CUDAExecutionProvider"]\n', "CPUExecutionProvider last"),
-        ("affinity = [0, 0]\n", "affinity = [0, 0] is impossible; allowed: none, cores, a list of processor numbers"),
+        (
+            "affinity = [0, 0]\n",
+            "affinity = [0, 0] is impossible; allowed: none, cores, a list of processor numbers, each once",
+        ),
         ("spinning = 0\n", "allowed: true, false, 1 to 1000000 (µs)"),
         (
             "max_image_tokens = 64\nmin_image_tokens = 128\n",

@@ -166,6 +166,16 @@ def test_memory_that_runs_out(bundle_copy, photo, start_kib, more_mib) -> None:
 
 @pytest.mark.process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v")
+@pytest.mark.parametrize("mib", [60, 80, 100, 120, 140])
+def test_too_little_to_load_libraries(demo_bundle, mib) -> None:
+    """Some of them end the process themselves where they have no memory."""
+    done = limited(mib << 10, "doctor", demo_bundle)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(r"lfm-edge: not enough memory to load .*; raise the limit, ulimit -v\n", done.stderr)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v")
 @pytest.mark.parametrize("more_mib", [1, 40])
 def test_the_api_says_it_too(demo_bundle, more_mib) -> None:
     code = (

@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import importlib.util
+import mmap
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from lfm_profiles import VARIANTS
 
 from lfm_runtime import __version__
 from lfm_runtime.commands.parser import Help, Parser
-from lfm_runtime.errors import EdgeError, is_out_of_memory, more_memory
+from lfm_runtime.errors import EdgeError, OutOfMemoryError, is_out_of_memory, more_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +40,7 @@ _GROUPS = {
 }
 EXIT_INTERRUPTED = 130
 _EXIT_ERROR = 2
+_LIBRARIES_MIB = 128
 _EXIT_UNREAD = 141  # as of programs that SIGPIPE ends
 
 
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not words or words[0] not in commands:
             _say_commands(words, commands)
+        if arguments is None:
+            _check_room()
         module: ModuleType = importlib.import_module(commands[words[0]].value)
         inner = Parser(prog=f"lfm-edge {words[0]}", formatter_class=Help)
         module.add_arguments(inner)
@@ -83,6 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
         do = "; choose a shorter name" if e.errno == errno.ENAMETOOLONG else do
         return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
+
+
+def _check_room() -> None:
+    """Whether the libraries of every command have room: numpy's OpenBLAS ends the process itself where it has none.
+
+    Raises:
+        OutOfMemoryError: it has less address space than any command was seen to load in.
+    """
+    try:
+        mmap.mmap(-1, _LIBRARIES_MIB << 20).close()
+    except OSError as e:
+        need = f"they take at least {_LIBRARIES_MIB} MiB of address space"
+        raise OutOfMemoryError(f"not enough memory to load numpy and onnxruntime ({need}); {more_memory()}") from e
 
 
 def _say_commands(words: Sequence[str], commands: Mapping[str, EntryPoint]) -> NoReturn:

@@ -14,6 +14,10 @@ _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Before it is opened again; the last one from then on."""
 _END_S, _SLICE_S, _MARGIN_S = 1.0, 0.5, 10.0
 _MOST_EVENTS = 1000
+_GOES_ON_S = 0.25
+"""A source that has not ended so long after a picture goes on, so that this is whole: when a connection ends, ffmpeg
+gives what it has of a picture as if it were all of it, and tells of the end at the next packet.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Live:
         self._source = source
         self._ready = threading.Condition()
         self._newest: Frame | None = None
+        self._coming: Frame | None = None  # newer, but perhaps cut off
         self._events: deque[Lost | Back] = deque(maxlen=_MOST_EVENTS)
         self._stopped = False  # no Event: a signal's handler could wait for its lock without end
         self._lost: float | None = None  # since when
@@ -57,6 +62,8 @@ class Live:
             while not self._stopped:
                 if self._lost is None and time.monotonic() - self._seen > 2 * self._source.stall + _MARGIN_S:
                     self._lose(f"no picture for {time.monotonic() - self._seen:.0f} s")  # the reader itself is stuck
+                if self._coming and time.monotonic() - self._seen >= _GOES_ON_S:
+                    self._newest, self._coming = self._coming, None
                 found, event = self._newest, self._events[0] if self._events else None
                 before = isinstance(event, Lost) and pictures and found and found.moment <= event.moment
                 if event and not before:  # in their order
@@ -72,7 +79,8 @@ class Live:
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     return None
-                self._ready.wait(_SLICE_S if left is None else min(left, _SLICE_S))
+                least = _GOES_ON_S if self._coming else _SLICE_S
+                self._ready.wait(least if left is None else min(left, least))
         return None
 
     def stop(self) -> None:
@@ -120,11 +128,15 @@ class Live:
                 self._events.append(Back(self._seen - self._lost, self._attempts))
                 self._lost = None
             self._attempts = 0
-            self._newest = frame
+            if frame.whole:
+                self._newest, self._coming = frame, None
+            else:
+                self._newest, self._coming = self._coming or self._newest, frame
             self._ready.notify()
 
     def _lose(self, why: str) -> None:
         with self._ready:
+            self._coming = None
             if self._lost is None:
                 self._lost = time.monotonic()
                 self._events.append(Lost(why))

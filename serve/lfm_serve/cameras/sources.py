@@ -39,6 +39,8 @@ class Frame:
     at: float | str | None = None  # seconds from the beginning of a video; the name of a still
     received: float = field(default_factory=time.monotonic)  # here; what network and camera need is not known
     moment: float = field(default_factory=time.time)
+    whole: bool = True
+    """Whether it is certain that nothing of it is missing; else it is where the source goes on after it."""
 
     @property
     def age(self) -> float:

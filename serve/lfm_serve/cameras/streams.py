@@ -81,7 +81,7 @@ class Stream:
                     last = now
                 why = f"pictures come {late:.0f} s late" if late > OLD_S else f"no picture for {self.stall:g} s"
                 picture = _converted(frame) if in_buffers else partial(_picture, frame)
-                held = Frame(number, picture, received=now - late, moment=time.time() - late)
+                held = Frame(number, picture, received=now - late, moment=time.time() - late, whole=self._device)
                 if lag.caught_up:
                     yield held
                     number += 1
@@ -119,7 +119,8 @@ class Video:
             stream = _video(container)
             stream.thread_type = "AUTO"
             try:
-                for number, frame in enumerate(container.decode(stream)):
+                whole = (one for one in container.demux(stream) if not one.is_corrupt)  # a file's last, where it is cut
+                for number, frame in enumerate(frame for packet in whole for frame in packet.decode()):
                     at = last if frame.time is None else frame.time - (stream.start_time or 0) * float(stream.time_base)
                     last, shown = at, float((frame.duration or 0) * (frame.time_base or 0))
                     if at >= due - 1e-6:
@@ -193,13 +194,15 @@ class Lag:
 @contextmanager
 def _opened(address: str, **how: Any) -> Iterator[Any]:
     """A container; what ffmpeg says of it is a SourceError, without the address, which may hold a password."""
+    unread = "its host is not known, or what it sends is no video"
     try:
         with av.open(address, **how) as container:
+            unread = "the stream ended in the middle of a picture"
             yield container
     except av.error.ExitError:
         raise SourceError(f"no answer for {how['timeout'][0]:g} s") from None
     except (av.FFmpegError, OSError) as e:
-        why = "its host is not known, or what it sends is no video" if e.errno == errno.EIO else e.strerror
+        why = unread if e.errno == errno.EIO else e.strerror
         if isinstance(e, av.error.InvalidDataError | av.error.EOFError):
             why = f"no video that ffmpeg knows, or cut off ({why}); {_LOOK}"
         raise SourceError(str(why or type(e).__name__)) from None
