@@ -76,6 +76,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
-        meant = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown else []
+        known = list(self._option_string_actions)
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            unknown, known = choice[1], re.findall(r"[^', ]+", choice[2])
+        meant = difflib.get_close_matches(unknown, known, 1) if unknown else []
         hint = f"did you mean {meant[0]}? " if meant else self._of_a_negative(message)
         self.exit(_EXIT_ERROR, f"{self.prog}: {message}; {hint}for help: {self.prog} --help\n")

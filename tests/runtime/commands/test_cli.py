@@ -38,13 +38,25 @@ def test_options_before_the_command(capsys) -> None:
     assert e.value.code == 0
 
 
-def test_misspelt_options(capsys) -> None:
-    """The error is one line, with the option that was meant."""
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["run", "bundle", "--max-imge-tokens", "64"],
+            "; did you mean --max-image-tokens? for help: lfm-edge run --help",
+        ),
+        (["quantise", "bundle"], "; did you mean quantize? for help: lfm-edge --help"),
+        (["run", "bundle", "--variant", "int44"], "; did you mean int4? for help: lfm-edge run --help"),
+        (["llama", "bundle"], "); for help: lfm-edge --help"),
+    ],
+)
+def test_misspelt_words(words, says, capsys) -> None:
+    """The error is one line, with the command, option or value that was meant."""
     with pytest.raises(SystemExit) as e:
-        main(["run", "bundle", "-p", "hi", "--max-imge-tokens", "64"])
+        main(words)
     assert e.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("did you mean --max-image-tokens? for help: lfm-edge run --help")
+    assert line.endswith(says)
 
 
 @pytest.mark.parametrize(
