@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from lfm_runtime import Model
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.commands.cli import main
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import EdgeError, SettingError
 from lfm_serve.asking import is_extract, with_fields
+from lfm_serve.captions import making, sidecars
 from pictures import IMAGES
 from PIL import Image
 
@@ -128,7 +132,7 @@ def test_texts_of_two_images_never_share_a_file(caption, folder, tmp_path, capsy
     Image.open(IMAGES[0]).convert("RGB").save(tmp_path / "picture.txt", "jpeg")
     (folder / "0004.txt").symlink_to(tmp_path / "elsewhere")
     picture = (tmp_path / "picture.txt").read_bytes()
-    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"))
+    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"), code=3)
     said = capsys.readouterr().err
     assert "0001.txt is that of" in said
     assert "picture.txt is not written" in said
@@ -136,6 +140,66 @@ def test_texts_of_two_images_never_share_a_file(caption, folder, tmp_path, capsy
     assert (tmp_path / "picture.txt").read_bytes() == picture
     assert not (tmp_path / "elsewhere").exists()
     assert len(found) == 14
+
+
+def test_sidecars_that_cannot_be_written(caption, folder, capsys, monkeypatch) -> None:
+    """The answers are kept, the exit code says that texts are missing, and the same command writes them later."""
+    (folder / "0001.txt").mkdir()
+    os.mkfifo(folder / "0002.txt")
+    real = sidecars.write_whole
+
+    def denied(place, text) -> None:
+        if place.name in ("0003.txt", "0004.txt"):
+            raise EdgeError("no") from PermissionError(errno.EACCES, "Permission denied")
+        real(place, text)
+
+    monkeypatch.setattr(sidecars, "write_whole", denied)
+    found = {one["path"]: one["text"] for one in caption("--sidecar", "txt", code=3)}
+    said = capsys.readouterr().err
+    assert f"0001.txt is no plain file and stays; the text of {folder / '0001.png'} is not written" in said
+    assert f"0003.txt cannot be written: Permission denied; change the permissions of {folder}\n" in said
+    assert said.count("Permission denied") == said.count("no plain file") == 1, "there may be 100,000"
+    assert f"{folder}: the same of 1 other text\n" in said
+    assert "4 texts could not be written beside the images; the same command again writes them" in said
+    caption("--sidecar", "txt", code=3)
+    monkeypatch.setattr(sidecars, "write_whole", real)
+    (folder / "0001.txt").rmdir()
+    (folder / "0002.txt").unlink()
+    caption("--sidecar", "txt")
+    for n in range(1, 5):
+        assert (folder / f"000{n}.txt").read_text() == found[f"images/000{n}.png"] + "\n"
+
+
+def test_a_full_disk_is_waited_for_with_sidecars(caption, folder, capsys, monkeypatch) -> None:
+    real, full = sidecars.write_whole, [True, True, False]
+
+    def sometimes(place, text) -> None:
+        if place.name == "0003.txt" and full.pop(0):
+            raise EdgeError("no") from OSError(errno.ENOSPC, "No space left on device")
+        real(place, text)
+
+    monkeypatch.setattr(sidecars, "write_whole", sometimes)
+    monkeypatch.setattr(making, "_PAUSES_S", (0.01,))
+    caption("--sidecar", "txt")
+    said = capsys.readouterr().err
+    assert "0003.txt cannot be written: No space left on device; waiting until there is room" in said
+    assert "there is room again" in said
+    assert (folder / "0003.txt").is_file()
+    (folder / "0003.txt").unlink()
+    full += [True]
+    caption("--sidecar", "txt", code=2)
+    assert "0003.txt cannot be written: No space left on device; free some space" in capsys.readouterr().err
+
+
+def test_folders_that_take_no_sidecars_are_refused_first(caption, folder, tmp_path, capsys, monkeypatch) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and real(path, mode))
+    (out := tmp_path / "out.jsonl").touch()
+    assert caption("--sidecar", "txt", code=2) == []
+    assert (
+        f"--sidecar writes beside the images, and {folder} is not writable; change its perm" in capsys.readouterr().err
+    )
+    assert not out.with_name("out.jsonl.settings.json").exists(), "nothing was opened"
 
 
 def test_sidecars_are_of_the_images_that_are_named(caption, folder, tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lfm_runtime.answer.choice import Choice, Chosen
@@ -144,17 +145,19 @@ def keep(
             warn(f"{path} {record['error']}; its record stays")
             counts.unchanged += 1
             continue
-        if not _write(output, record, counts, warn):
+        if not with_room(partial(output.write, record), counts, warn):
             return
         counts.answered += "error" not in record
         counts.errors += "error" in record
         told(path, record)
 
 
-def _write(output: Output, record: dict[str, Any], counts: Counts, warn: Callable[[str], None]) -> bool:
-    """Write a record; where the disk is full, say so once and wait until there is room. False: stopped."""
+def with_room(write: Callable[[], str], counts: Counts, warn: Callable[[str], None]) -> bool:
+    """Write something; where the disk is full, which `write` returns in words, say so once and wait until there is
+    room. False: stopped.
+    """
     attempt = 0
-    while full := output.write(record):
+    while full := write():
         if attempt == 0:
             warn(f"{full}; waiting until there is room (Ctrl-C ends; what is written is whole)")
         again = time.monotonic() + _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the description of `parser` and add the command's arguments."""
     parser.description = (
         "Ask the same about every image of folders; write a JSONL file, one record for each. Run again to go on: only "
-        "what is missing or has changed is done. Exit code 0; 3 where images have an error instead of an answer; 130 "
-        "where it was stopped."
+        "what is missing or has changed is done. Exit code 0; 3 where images have an error instead of an answer, or a "
+        "text of --sidecar could not be written; 130 where it was stopped."
     )
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument("places", nargs="+", metavar="FOLDER", help="folders of images, or images")
@@ -61,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.formats.files import check_output
 
     from lfm_serve.asking import settings_hash, settings_of
-    from lfm_serve.captions.making import Counts, keep, missing
+    from lfm_serve.captions.making import Counts, keep, missing, with_room
     from lfm_serve.captions.progress import Progress
-    from lfm_serve.captions.sidecars import Sidecars
+    from lfm_serve.captions.sidecars import Sidecars, check_folders
     from lfm_serve.captions.tables import check_table, write_table
 
     _check(options)
@@ -74,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
     asking = asking_of(options, options.prompt, bundle)
     settings, counts = settings_of(maker.plan(bundle, asking), asking), Counts()
     watch, progress, found = _found(options, maker, counts)
+    if options.sidecar:
+        check_folders(found)
     with maker.output(settings, settings_hash(settings)) as output:
         if options.table:
             check_output(options.table, "this run", output.wrote_table, force=options.force)
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
         def told(path: str, record: Mapping[str, Any]) -> None:
             if sidecars:
-                sidecars.write(path, record, progress.warn)
+                with_room(partial(sidecars.write, path, record), counts, progress.warn)
             progress.told()
 
         def stop() -> None:
@@ -105,10 +108,12 @@ def run(options: argparse.Namespace) -> int:
                 made = maker.records(todo, asking, output, progress.warn)
                 keep(made, output, counts, told, progress.warn)
             progress.end()
+        if sidecars:
+            sidecars.end()
         if options.table:
             write_table(options.table, output.whole_records(), asking.fields)
             output.note_table(options.table)
-    return _end(options, counts)
+    return _end(options, counts, unwritten=bool(sidecars and sidecars.failed))
 
 
 def _maker(options: argparse.Namespace) -> Maker:
@@ -146,7 +151,7 @@ def _has_folders(place: str) -> bool:
     return "://" in place or (Path(place).is_dir() and any(path.is_dir() for path in Path(place).iterdir()))
 
 
-def _end(options: argparse.Namespace, counts: Counts) -> int:
+def _end(options: argparse.Namespace, counts: Counts, *, unwritten: bool) -> int:
     if not options.quiet:
         parts = [f"{counts.answered:,} answered"]
         parts += [counted(counts.errors, "error")] if counts.errors else []
@@ -156,7 +161,7 @@ def _end(options: argparse.Namespace, counts: Counts) -> int:
     if counts.stopped and not options.watch:
         print("lfm-edge: stopped; run it again to go on", file=sys.stderr)
         return _EXIT_STOPPED
-    return _EXIT_ERRORS if counts.errors or counts.failed else 0
+    return _EXIT_ERRORS if counts.errors or counts.failed or unwritten else 0
 
 
 def _check(options: argparse.Namespace) -> None:
