@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from lfm_runtime.errors import ImageError, counted
-from lfm_runtime.images.names import is_image
+from lfm_runtime.images.names import is_hidden, is_image
 from lfm_runtime.images.pixels import open_image
 from PIL import Image
 
@@ -25,7 +25,7 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[dict[str, str]]]:
         raise ImageError(f"{folder} is not a folder of images; name one, or leave --images out for made ones")
     found: dict[str, Path] = {}
     skipped = []
-    files = [p for p in folder.iterdir() if p.is_file()]
+    files = [p for p in folder.iterdir() if (p.is_file() or not p.exists()) and not is_hidden(p.name)]
     for path in sorted(p for p in files if is_image(p.name)):
         reason = f"more than {_MOST_IMAGES} images" if len(found) == _MOST_IMAGES else _unreadable(path)
         if reason:

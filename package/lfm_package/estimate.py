@@ -14,7 +14,7 @@ import numpy as np
 from lfm_profiles import default_threads
 from lfm_runtime.errors import EdgeError, counted
 from lfm_runtime.formats.files import damage_is, read_json_object
-from lfm_runtime.images.names import is_image
+from lfm_runtime.images.names import images_below, is_image
 
 from lfm_package.make import EXPORT, STICK, Order, Step
 
@@ -131,7 +131,7 @@ def count_images(places: Sequence[Path]) -> int:
     total = 0
     for place in places:
         if place.is_dir():
-            total += sum(1 for file in place.rglob("*") if is_image(file.name))
+            total += len(images_below(place))
         elif is_image(place.name):
             total += 1
         else:

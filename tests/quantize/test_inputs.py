@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lfm_package.estimate import count_images
 from lfm_quantize.calibrate.samples import BUILT_IN, named, read_questions, split_off
 from lfm_quantize.graph import QuantizeError
 from lfm_quantize.recipe import BLOCKS, Recipe, Rule
 from lfm_quantize.rounding import METHODS, Precision
 from lfm_quantize.search import Choice, choose
 from lfm_quantize.settings import Settings
+from lfm_serve.captions.images import find
 
 PHOTOS = Path(__file__).resolve().parents[2] / "demo" / "photos"
 
@@ -40,6 +42,23 @@ def test_a_folder_of_images(images) -> None:
         ("b.JPG", BUILT_IN[2], None),
     ]
     assert [path.name for path in skipped] == ["broken.png"]  # broken.png; notes.txt is not taken for an image
+
+
+def test_hidden_images_are_not_taken_and_broken_links_are_told(images) -> None:
+    """As `caption` does."""
+    (images / ".thumbs").mkdir()
+    shutil.copy(images / "a.jpg", images / ".thumbs" / "t.jpg")
+    shutil.copy(images / "a.jpg", images / "._a.jpg")
+    (images / "gone.jpg").symlink_to(images / "nowhere")
+    questions, skipped = read_questions(images, None)
+    assert [q.image.name for q in questions] == ["a.jpg", "b.JPG"]
+    assert [path.name for path in skipped] == ["broken.png", "gone.jpg"]
+    assert "does not exist" in skipped[images / "gone.jpg"]
+    assert count_images([images]) == 4
+    said: list[str] = []
+    assert [Path(path).name for path in find([str(images)], recursive=True, match=(), warn=said.append)] == [
+        *("a.jpg", "broken.png", "gone.jpg", "b.JPG")
+    ]
 
 
 def test_why_images_are_left_out_is_told(tmp_path) -> None:

@@ -141,9 +141,10 @@ def _check_same(options: argparse.Namespace, work: Workload) -> None:
     before, now = read_audit(options.output), work.bundle
     variants = [subject.variant for subject in work.subjects]
     lost = [name for name in before.variants if name not in variants]
-    if before.bundle.name != now.folder.resolve().name or lost:
-        of = ", ".join((before.bundle.name, *lost))
-        what = f"is an audit of {of}, not of {', '.join((now.folder.resolve().name, *variants))}"
+    if before.bundle.name != now.folder.resolve().name:
+        what = f"is an audit of {before.bundle.name}, not of {now.folder.resolve().name}"
+    elif lost:
+        what = f"has figures of {', '.join(lost)}, which this run does not measure"
     elif any(not _has_weights(now, name, found.prefill, before) for name, found in before.variants.items()):
         what = f"is an audit of other weights than {now.folder} has now"
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.errors import ImageError, PromptError, unreadable
 from lfm_runtime.images.layout import ImageSettings, lay_out
-from lfm_runtime.images.names import is_image
+from lfm_runtime.images.names import images_below, is_image
 from lfm_runtime.images.pixels import cut_views, open_image
 from lfm_runtime.questions import Question, read_jsonl
 from lfm_runtime.text.messages import Message
@@ -112,7 +112,7 @@ def named(skipped: Mapping[Path, str]) -> str:
 
 def _find_images(images: Path) -> list[Path]:
     if images.is_dir():
-        return sorted(p for p in images.rglob("*") if is_image(p.name) and p.is_file())
+        return images_below(images)
     if not images.exists():
         raise QuantizeError(f"{images} does not exist; name a folder of images, or a text file with one path a line")
     if is_image(images.name):

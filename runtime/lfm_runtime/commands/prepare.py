@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare each graph of the variant, print the folder and return 0."""
-    from lfm_runtime.engine.prepare import PREPARED, prepare
+    from lfm_runtime.engine.prepare import PREPARED, check_space, prepare
     from lfm_runtime.engine.prepared import folder_of
     from lfm_runtime.setup.resolve import resolve
 
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     wanted = [(graph, setup.paths[graph.stem]) for graph in PREPARED]
     if prefill and prefill != variant:
         wanted.append((DECODER, bundle.graphs(prefill)[1][DECODER.stem]))
+    check_space(bundle, [path for _, path in wanted])
     graphs = []
     for graph, path in wanted:
         started = time.perf_counter()

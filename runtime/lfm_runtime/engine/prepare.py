@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
         )
     place = folder_of(bundle.folder) / source.stem
     _check_ours(place)
-    check_room(bundle.folder.resolve().parent, space_needed(source), f"preparing {source.name}", BundleError)
+    check_space(bundle, [source])
     with replacing(place, check=_check_ours, elsewhere=False) as new:
         unprepared = load_session(source, graph, Execution(1), save_as=new / source.name)
         if not _same(
@@ -59,6 +59,19 @@ def prepare(bundle: Bundle, graph: GraphSpec, source: Path) -> Path:
             to_json({"source": bundle.fingerprint(source), "files": files}, indent=2) + "\n", encoding="utf-8"
         )
     return place
+
+
+def check_space(bundle: Bundle, sources: Sequence[Path]) -> None:
+    """Raise BundleError where the disk has no room to prepare these graphs one after the other, each of which replaces
+    its earlier form.
+    """
+    needed = grown = 0
+    for source in sources:
+        earlier = (folder_of(bundle.folder) / source.stem).glob("*")
+        needed = max(needed, grown + space_needed(source))
+        grown += space_needed(source) - sum(file.stat().st_size for file in earlier)
+    what = sources[0].name if len(sources) == 1 else f"{len(sources)} graphs"
+    check_room(bundle.folder.resolve().parent, needed, f"preparing {what}", BundleError)
 
 
 def space_needed(source: Path) -> int:

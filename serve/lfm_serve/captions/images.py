@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from lfm_runtime.errors import EdgeError, ImageError
 from lfm_runtime.images.files import MAX_BYTES
-from lfm_runtime.images.names import is_image
+from lfm_runtime.images.names import is_hidden, is_image
 from lfm_runtime.images.opened import CutImage
 from lfm_runtime.model import Model
 
@@ -61,7 +61,7 @@ def wanted(path: str, folder: str, match: Sequence[str]) -> bool:
     below the folder.
     """
     name, below = os.path.basename(path), os.path.relpath(path, folder)  # noqa: PTH119
-    if not is_image(name) or "/." in f"/{below}":
+    if not is_image(name) or is_hidden(below):
         return False
     return not match or any(fnmatch.fnmatch(below if "/" in pattern else name, pattern) for pattern in match)
 

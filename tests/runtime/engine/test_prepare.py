@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,24 @@ def test_damage_anywhere_in_small_files_is_seen_at_every_load(demo_bundle, demo_
     tell_of_damage(Bundle.open(bundle))
     assert "it was removed; make it again: lfm-edge prepare" in caplog.text
     assert not weights.exists()
+
+
+def test_room_is_asked_for_once(demo_bundle, tmp_path, capsys, monkeypatch) -> None:
+    """Whoever makes the room that is asked for need not make more for the next graph."""
+    bundle = Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+        assert main(["prepare", str(bundle)]) == 2
+    found = re.search(r"has 1 MiB free, preparing \d graphs needs (\d+): (\d+) MiB more", capsys.readouterr().err)
+    assert not list((tmp_path / "bundle.prepared").rglob("*.onnx"))
+    assert main(["prepare", str(bundle)]) == 0
+    taken = sum(file.stat().st_size for file in (tmp_path / "bundle.prepared").rglob("*") if file.is_file())
+    assert taken <= int(found[1]) << 20 <= 1.5 * taken + (2 << 20)
+    with monkeypatch.context() as patch:  # again, each replaces the one before
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+        assert main(["prepare", str(bundle)]) == 2
+    again = re.search(r"preparing \d graphs needs (\d+)", capsys.readouterr().err)
+    assert int(again[1]) < int(found[1])
 
 
 def test_a_file_where_prepared_graphs_go(demo_bundle, tmp_path, capsys) -> None:
