@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from lfm_runtime.bundle import complete_for_clients, end_tokens
 from lfm_runtime.decode.sampling import GenerationSettings, not_applied
-from lfm_runtime.errors import PromptError, SettingError
+from lfm_runtime.errors import EdgeError, PromptError, SettingError, command
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, graph_file
 from lfm_runtime.formats.files import read_json_object
 from lfm_runtime.formats.manifest import GraphEntry, Manifest, lost_seal
@@ -90,9 +90,12 @@ def export(
             entries |= _write_portable(folder, checkpoint, progress)
         else:
             entries |= _write_graphs(folder, checkpoint, dtype, wanted, progress)
-        manifest_of(folder, Exported(checkpoint, dtype, image_token_id, entries, tools), old, kept).write(folder)
+        exported = Exported(checkpoint, dtype, image_token_id, entries, tools)
+        changed = _changed_settings(bundle, folder) if kept else ""
+        manifest_of(folder, exported, old, kept, judged=not changed).write(folder)
         complete_for_clients(folder)
-        return add_golden(folder, dtype)
+        again = _not_as_judged(bundle, old, dtype, changed) if old and changed else []
+        return "; ".join(filter(None, (add_golden(folder, variant) for variant in (dtype, *again)))) or None
 
 
 def _check_place(bundle: Path, *sources: Path | None) -> None:
@@ -212,6 +215,30 @@ def _check_fits(
     for stem in sorted(rest):
         if graph_file(stem, dtype) not in (old.files if old else {}):
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
+
+
+def _changed_settings(before: Path, now: Path) -> str:
+    """In words, what of the settings that every variant runs with a bundle had otherwise before; "" where nothing."""
+    try:
+        same = ImageSettings.from_folder(before) == ImageSettings.from_folder(now)
+    except EdgeError:  # they were damaged
+        same = False
+    texts = [folder / "prompt.json" for folder in (before, now)]
+    alike = all(path.exists() for path in texts) and texts[0].read_bytes() == texts[1].read_bytes()
+    return " and ".join(["image settings"] * (not same) + ["tokenizer or chat template"] * (not alike))
+
+
+def _not_as_judged(bundle: Path, old: Manifest, dtype: str, changed: str) -> list[str]:
+    """The other variants, whose graphs stay, and whose golden values are wanted anew; warns of what was measured."""
+    others = [variant for variant in old.variants if variant != dtype]
+    if judged := [variant for variant in others if variant in old.quality]:
+        _log.warning(
+            "lfm-edge: other %s than before: %s stay, but not what was measured of them; measure it with: %s",
+            changed,
+            ", ".join(judged),
+            command("quality", bundle, "--variant", judged[0], "--images", "PHOTOS"),
+        )
+    return [variant for variant in others if variant in old.golden]
 
 
 def _portable_tools() -> dict[str, str]:

@@ -47,7 +47,9 @@ def described(graph: GraphBuilder | ir.Graph, opset: int, ir_version: int) -> Gr
     return GraphEntry(edges(graph.inputs), edges(graph.outputs), opset, ir_version, MIN_ONNXRUNTIME, tuple(data))
 
 
-def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: list[str]) -> Manifest:
+def manifest_of(
+    folder: Path, exported: Exported, old: Manifest | None, kept: list[str], *, judged: bool = True
+) -> Manifest:
     """The manifest of a bundle folder whose files are written.
 
     Args:
@@ -55,6 +57,7 @@ def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: li
         exported: what was written.
         old: the bundle's manifest before; None for a new bundle.
         kept: files carried over from it, which are of the same weights.
+        judged: whether what was measured of other variants is still true: they run with the same settings.
     """
     checkpoint, dtype = exported.checkpoint, exported.dtype
     text = checkpoint.config.text
@@ -92,8 +95,8 @@ def manifest_of(folder: Path, exported: Exported, old: Manifest | None, kept: li
         dict(sorted(exported.graphs.items())),
         {name: known.get(name) or File.of(folder / name) for name in names},
         others(old.quantization) if old else {},
-        others(old.quality) if old else {},
-        others(old.golden) if old else {},
+        others(old.quality) if old and judged else {},
+        others(old.golden) if old and judged else {},
     )
 
 
