@@ -291,6 +291,7 @@ def test_choose(server, demo_model) -> None:
         ({"question": "x", "choices": ["a"]}, "two or more"),
         ({"question": "x", "choices": ["a", "a"]}, "there twice"),
         ({"question": " ", "choices": ["a", "b"]}, "question is missing"),
+        ({"questions": []}, "questions is empty"),
         ({"question": "x", "choices": "a"}, "a list is needed"),
         ({"question": "word " * 5000, "choices": ["a", "b"]}, "at most 4096"),
     ):

@@ -189,11 +189,13 @@ def quantized(folder: Path, by: str) -> CheckpointError:
 
 def _check(config: Config, path: Path) -> None:
     text, vision = config.text, config.vision
-    if text.heads % text.kv_heads or text.head_dim % 2 or vision.hidden % vision.heads:
-        raise CheckpointError(
-            f"{path}: {text.heads} heads over {text.kv_heads} key-value heads of {text.head_dim}, and "
-            f"{vision.heads} vision heads in {vision.hidden}, do not divide; correct config.json"
-        )
+    for wrong, what in (
+        (text.heads % text.kv_heads, f"{text.heads} heads over {text.kv_heads} key-value heads"),
+        (text.head_dim % 2, f"{text.head_dim} numbers of a head in two halves"),
+        (vision.hidden % vision.heads, f"{vision.heads} vision heads in a width of {vision.hidden}"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{path}: {what} do not divide; correct config.json")
 
 
 def _text(top: Section, text: Section) -> TextConfig:

@@ -59,6 +59,8 @@ def parse_choose(body: Any) -> Asked:
     raw = typed(body, "questions", list)
     if raw is not None and body.get("question") is not None:
         raise ApiError(400, "question and questions: send one of them", None, "questions")
+    if raw == []:
+        raise ApiError(400, "questions is empty; send one, or question", None, "questions")
     questions = [_question(one, f"questions[{n}]") for n, one in enumerate(raw)] if raw else [_question(body, "")]
     if len(questions) > _MOST_QUESTIONS:
         raise ApiError(400, f"{len(questions)} questions; at most {_MOST_QUESTIONS}", None, "questions")
