@@ -68,11 +68,9 @@ def export(
     _check_place(bundle, checkpoint_folder, adapter)  # better now than after minutes
     tools = _portable_tools() if portable else {}
     checkpoint = Checkpoint(checkpoint_folder, adapter)
-    _look_at_settings(checkpoint)
+    _look_at_settings(checkpoint, bundle)
     prompt = compile_prompt(checkpoint_folder)
     image_token_id = _check_tokens(checkpoint, prompt)
-    for note in filter(None, (*checkpoint.notes, lost_seal(bundle))):
-        _log.warning("lfm-edge: %s", note)
     wanted = set(graphs or known)
     if wanted & {DECODER.stem, EMBED_TOKENS.stem} and checkpoint.config.text.tied_head:
         wanted |= {DECODER.stem, EMBED_TOKENS.stem}  # they share the embedding table's bytes
@@ -91,11 +89,10 @@ def export(
         else:
             entries |= _write_graphs(folder, checkpoint, dtype, wanted, progress)
         exported = Exported(checkpoint, dtype, image_token_id, entries, tools)
-        changed = _changed_settings(bundle, folder) if kept else ""
-        manifest_of(folder, exported, old, kept, judged=not changed).write(folder)
+        others = _judged_otherwise(bundle, folder, old, dtype) if kept and old else []
+        manifest_of(folder, exported, old, kept, judged=not others).write(folder)
         complete_for_clients(folder)
-        again = _not_as_judged(bundle, old, dtype, changed) if old and changed else []
-        return "; ".join(filter(None, (add_golden(folder, variant) for variant in (dtype, *again)))) or None
+        return "; ".join(filter(None, (add_golden(folder, variant) for variant in (dtype, *others)))) or None
 
 
 def _check_place(bundle: Path, *sources: Path | None) -> None:
@@ -146,10 +143,12 @@ def _write_portable(folder: Path, checkpoint: Checkpoint, progress: Progress) ->
     }
 
 
-def _look_at_settings(checkpoint: Checkpoint) -> None:
+def _look_at_settings(checkpoint: Checkpoint, bundle: Path) -> None:
     """Raise SettingError for image and generation settings that cannot be, or are not of these weights; a checkpoint
-    without image settings is exported with the reference processor's.
+    without image settings is exported with the reference processor's. Warns of what the bundle will lack.
     """
+    for note in filter(None, (*checkpoint.notes, lost_seal(bundle))):
+        _log.warning("lfm-edge: %s", note)
     folder = checkpoint.folder
     images, config = ImageSettings.from_folder(folder), checkpoint.config
     for name, said, needed in (
@@ -217,28 +216,27 @@ def _check_fits(
             raise CheckpointError(f"{bundle} has no {dtype} {stem} to keep; leave --graphs out to export all graphs")
 
 
-def _changed_settings(before: Path, now: Path) -> str:
-    """In words, what of the settings that every variant runs with a bundle had otherwise before; "" where nothing."""
+def _judged_otherwise(before: Path, now: Path, old: Manifest, dtype: str) -> list[str]:
+    """The other variants, whose graphs stay, where the settings that all run with are others than before; warns of what
+    was measured of them.
+    """
     try:
         same = ImageSettings.from_folder(before) == ImageSettings.from_folder(now)
     except EdgeError:  # they were damaged
         same = False
     texts = [folder / "prompt.json" for folder in (before, now)]
     alike = all(path.exists() for path in texts) and texts[0].read_bytes() == texts[1].read_bytes()
-    return " and ".join(["image settings"] * (not same) + ["tokenizer or chat template"] * (not alike))
-
-
-def _not_as_judged(bundle: Path, old: Manifest, dtype: str, changed: str) -> list[str]:
-    """The other variants, whose graphs stay, and whose golden values are wanted anew; warns of what was measured."""
     others = [variant for variant in old.variants if variant != dtype]
+    if same and alike:
+        return []
     if judged := [variant for variant in others if variant in old.quality]:
         _log.warning(
             "lfm-edge: other %s than before: %s stay, but not what was measured of them; measure it with: %s",
-            changed,
+            " and ".join(["image settings"] * (not same) + ["tokenizer or chat template"] * (not alike)),
             ", ".join(judged),
-            command("quality", bundle, "--variant", judged[0], "--images", "PHOTOS"),
+            command("quality", before, "--variant", judged[0], "--images", "PHOTOS"),
         )
-    return [variant for variant in others if variant in old.golden]
+    return others
 
 
 def _portable_tools() -> dict[str, str]:

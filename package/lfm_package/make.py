@@ -116,12 +116,13 @@ class Done:
     """What finished steps were made of, in a file beside the bundle."""
 
     def __init__(self, bundle: Path) -> None:
-        self.bundle = bundle
+        self.bundle, self.damage = bundle, ""
         self.path = bundle.with_name(f".{bundle.name}.make.json")
         try:
             self._known = read_json_object(self.path, EdgeError, required=False)
         except EdgeError:
             self._known = {}
+            self.damage = f"{self.path} cannot be read, which says what was done before; all is done again"
 
     def has(self, step: Step) -> bool:
         """Whether a step was done with the same inputs, and what it made is still there."""

@@ -221,13 +221,15 @@ class Model:
         context is used again afterwards.
         """
         found, returning = [], kept or len(asked) > 1 or self.cache is not None
+        ready = max((one.job.prepared for one in asked), default=0.0)
         for one in asked:
+            one.job.reply.report.waited += ready - one.job.prepared  # for the other questions
             logits = yield from self.reading(one.job, context, returning=returning)
             logits, scores = logits.copy(), []
             for ids in one.ids:
                 yield
                 scores.append(log_likelihood(self.decoder, context.state, logits, ids, self.bundle.eos))
-            one.job.finish()
+            ready = one.job.finish()
             found.append(Chosen(one.answers, tuple(scores), one.job.reply.report))
         return found
 
@@ -284,7 +286,7 @@ class Model:
         guide = self._guide(settings, tools)
         room = capacity - len(prompt.ids)
         reply = Reply(self.prompts.tokenizer, self.bundle.eos, settings, room, report, tools=tools, guide=guide)
-        return Job(prompt, opened, settings, reply, guide, capacity, started)
+        return Job(prompt, opened, settings, reply, guide, capacity, started, time.perf_counter())
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -38,7 +38,7 @@ class Report:
     )
     memory_mib: dict[str, float | None] = field(default_factory=dict)
     waited: float = field(default=0.0, repr=False)
-    """Seconds that the answer waited for graphs whose loading had begun before it."""
+    """Seconds that the answer waited for graphs whose loading had begun before it, or for questions asked with it."""
     spans: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
     """(stage, start, end) of every stretch of work and (WRITTEN, …) of every token; time.perf_counter() values."""
 

@@ -209,6 +209,7 @@ def test_done_holds_only_for_the_same_inputs_and_what_is_there(demo_bundle, tmp_
     for text in ("", "[]", '{"export": 1}', json.dumps({"export": {"made_of": [export.made_of]}})):
         again.path.write_text(text)
         assert not Done(bundle).has(export)
+        assert ("all is done again" in Done(bundle).damage) == (text in ("", "[]"))
 
 
 def test_done_is_only_what_make_has_made_itself(demo_bundle, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,20 @@ def test_several_questions_read_the_image_once(demo_model) -> None:
     assert together[0].report.cached_tokens == 0
     assert all(one.report.cached_tokens >= one.report.image_tokens for one in together[1:])
     assert all(one.report.timing_ms["vision"] is None for one in together[1:])
+
+
+def test_times_of_several_questions_do_not_overlap(demo_model) -> None:
+    """Each has its own: waiting for the others is none of it."""
+    questions = [("Is it red?", ["yes", "no"])] * 20
+    begun = time.perf_counter()
+    found = demo_model.choose_each(PICTURES[0], questions)
+    whole = (time.perf_counter() - begun) * 1e3
+    times = [one.report.timing_ms for one in found]
+    assert sum(one["total"] for one in times) <= whole
+    for one in times:
+        assert (
+            sum(one[stage] or 0.0 for stage in ("prompt", "preprocess", "vision", "embed", "prefill")) <= one["total"]
+        )
 
 
 def test_without_logits_of_every_token(portable_like, demo_model) -> None:

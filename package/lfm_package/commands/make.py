@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
     order = _order(options)
     steps, done = steps_of(order), Done(order.bundle)
+    if done.damage:
+        print(f"lfm-edge: {done.damage}", file=sys.stderr)
     left = [step for step in steps if not done.has(step)]
 
     def say(text: str) -> None:

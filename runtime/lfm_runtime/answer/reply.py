@@ -31,10 +31,13 @@ class Job:
     guide: Guide | None  # the grammar that it follows
     capacity: int  # of prompt and answer together
     started: float  # time.perf_counter()
+    prepared: float  # as well
 
-    def finish(self) -> None:
-        """Complete the report with the times of the start, the first token and now."""
-        self.reply.report.finish(self.started, self.reply.first_token, time.perf_counter())
+    def finish(self) -> float:
+        """Complete the report with the times of the start, the first token and now; returns now."""
+        now = time.perf_counter()
+        self.reply.report.finish(self.started, self.reply.first_token, now)
+        return now
 
 
 class Answer:

@@ -97,7 +97,7 @@ def response(name: str, asked: Asked, chosen: Sequence[Chosen]) -> dict[str, Any
     counts = [usage(one.report) for one in chosen]
     total = {key: sum(count[key] for count in counts) for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
     images = sum(one.report.timing_ms["vision"] or 0.0 for one in chosen)
-    longest = max(one.report.timing_ms["total"] or 0.0 for one in chosen)  # each is counted from the request on
-    spent = {"vision_ms": round(images, 3), "total_ms": round(longest, 3)}
+    whole = sum(one.report.timing_ms["total"] or 0.0 for one in chosen)  # the first waited for its turn
+    spent = {"vision_ms": round(images, 3), "total_ms": round(whole, 3)}
     head = {"object": "choice", "model": name}
     return {**head, **(results[0] if len(results) == 1 else {"results": results}), "usage": total, "timings": spent}
