@@ -132,7 +132,7 @@ def test_texts_of_two_images_never_share_a_file(caption, folder, tmp_path, capsy
     Image.open(IMAGES[0]).convert("RGB").save(tmp_path / "picture.txt", "jpeg")
     (folder / "0004.txt").symlink_to(tmp_path / "elsewhere")
     picture = (tmp_path / "picture.txt").read_bytes()
-    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"), code=3)
+    found = caption("--sidecar", "txt", "--force", str(tmp_path / "picture.txt"))
     said = capsys.readouterr().err
     assert "0001.txt is that of" in said
     assert "picture.txt is not written" in said
@@ -160,7 +160,7 @@ def test_sidecars_that_cannot_be_written(caption, folder, capsys, monkeypatch) -
     assert f"0003.txt cannot be written: Permission denied; change the permissions of {folder}\n" in said
     assert said.count("Permission denied") == said.count("no plain file") == 1, "there may be 100,000"
     assert f"{folder}: the same of 1 other text\n" in said
-    assert "4 texts could not be written beside the images; the same command again writes them" in said
+    assert "4 texts could not be written beside the images; the same command writes them once that is mended" in said
     caption("--sidecar", "txt", code=3)
     monkeypatch.setattr(sidecars, "write_whole", real)
     (folder / "0001.txt").rmdir()
@@ -168,6 +168,26 @@ def test_sidecars_that_cannot_be_written(caption, folder, capsys, monkeypatch) -
     caption("--sidecar", "txt")
     for n in range(1, 5):
         assert (folder / f"000{n}.txt").read_text() == found[f"images/000{n}.png"] + "\n"
+
+
+def test_a_text_that_could_not_be_replaced_is_replaced_later(caption, folder, capsys, monkeypatch) -> None:
+    """It is ours still, though its image has changed since and has another record."""
+    first = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
+    shutil.copy(IMAGES[30], folder / "0001.png")
+    with monkeypatch.context() as patch:
+        denied = EdgeError("no")
+        denied.__cause__ = PermissionError(errno.EACCES, "Permission denied")
+        patch.setattr(sidecars, "write_whole", lambda *_: (_ for _ in ()).throw(denied))
+        caption("--sidecar", "txt", code=3)
+        assert (folder / "0001.txt").read_text() == first["images/0001.png"] + "\n"
+        caption("--sidecar", "txt", code=3)
+    again = {one["path"]: one["text"] for one in caption("--sidecar", "txt")}
+    assert again["images/0001.png"] != first["images/0001.png"]
+    assert (folder / "0001.txt").read_text() == again["images/0001.png"] + "\n"
+    (folder / "0001.txt").write_text(first["images/0001.png"] + "\n")  # by the user, who likes that better
+    capsys.readouterr()
+    caption("--sidecar", "txt")
+    assert "stays; --force replaces it" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_waited_for_with_sidecars(caption, folder, capsys, monkeypatch) -> None:
@@ -197,7 +217,7 @@ def test_folders_that_take_no_sidecars_are_refused_first(caption, folder, tmp_pa
     (out := tmp_path / "out.jsonl").touch()
     assert caption("--sidecar", "txt", code=2) == []
     assert (
-        f"--sidecar writes beside the images, and {folder} is not writable; change its perm" in capsys.readouterr().err
+        f"--sidecar writes beside the images, and {folder} is not writable; change the perm" in capsys.readouterr().err
     )
     assert not out.with_name("out.jsonl.settings.json").exists(), "nothing was opened"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
+import socketserver
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +19,29 @@ from lfm_serve.cameras.live import Live, Lost
 from lfm_serve.cameras.sources import Frame, SourceError, source_of
 from PIL import Image
 
-COUNT, SIZE = 60, (160, 120)
+SIZE = (160, 120)
 CODECS = {"mpjpeg": "mjpeg", "h264": "libx264", "avi": "mjpeg", "mp4": "libx264", "matroska": "libx264"}
 PAUSE_S = 0.02
 """Between two pictures that are sent: what is there without waiting is taken for old."""
 
 
-def pictures() -> list[np.ndarray]:
-    """Coarse blocks of random grey: all differ everywhere."""
+@functools.cache
+def pictures(count: int = 200) -> list[np.ndarray]:
+    """Coarse blocks of random grey: all differ everywhere. So many that some are left when ffmpeg has looked at a
+    stream for as long as it does.
+    """
     random = np.random.default_rng(0)
-    return [np.kron(random.integers(0, 256, (6, 8)), np.ones((20, 20))).astype(np.uint8) for _ in range(COUNT)]
+    return [np.kron(random.integers(0, 256, (6, 8)), np.ones((20, 20))).astype(np.uint8) for _ in range(count)]
 
 
-def film(target: io.BytesIO | Path, form: str) -> list[int]:
+def film(target: io.BytesIO | Path, form: str, x264: str = "bframes=0:rc-lookahead=0") -> list[int]:
     """Has ffmpeg's libraries write the pictures; where each of them begins."""
     av, begins, mjpeg = pytest.importorskip("av"), [], CODECS[form] == "mjpeg"
     options = {"movflags": "faststart"} if form == "mp4" else {}
     with av.open(target, "w", format=form, options=options) as container:
         stream = container.add_stream(CODECS[form], rate=25)
         (stream.width, stream.height), stream.pix_fmt = SIZE, "yuvj420p" if mjpeg else "yuv420p"
-        stream.options = {} if mjpeg else {"tune": "zerolatency", "x264-params": "keyint=5:slices=2"}
+        stream.options = {} if mjpeg else {"preset": "ultrafast", "x264-params": f"keyint=5:slices=2:{x264}"}
         for picture in pictures():
             begins.append(target.tell() if isinstance(target, io.BytesIO) else 0)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.stack([picture] * 3, -1), format="rgb24")))
@@ -47,30 +51,23 @@ def film(target: io.BytesIO | Path, form: str) -> list[int]:
 
 @contextmanager
 def camera(pieces: list[bytes], kind: str) -> Iterator[str]:
-    """An address that sends these and then breaks off."""
+    """An address that sends these and then breaks off: by HTTP, or without a kind by TCP alone."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
             with suppress(OSError):
+                if kind:
+                    self.request.recv(1 << 16)
+                    self.request.sendall(f"HTTP/1.0 200 OK\r\nContent-Type: {kind}\r\n\r\n".encode())
                 for piece in pieces:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
+                    self.request.sendall(piece)
                     time.sleep(PAUSE_S)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/video"
-    finally:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{'http' if kind else 'tcp'}://127.0.0.1:{server.server_address[1]}{'/video' * bool(kind)}"
         server.shutdown()
-        server.server_close()
 
 
 def is_one_that_was_sent(picture: Image.Image) -> bool:
@@ -81,12 +78,18 @@ def is_one_that_was_sent(picture: Image.Image) -> bool:
 
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
 @pytest.mark.parametrize(
-    ("form", "kind"), [("mpjpeg", "multipart/x-mixed-replace; boundary=ffmpeg"), ("h264", "video/h264")]
+    ("form", "kind", "x264"),
+    [
+        ("mpjpeg", "multipart/x-mixed-replace; boundary=ffmpeg", ""),
+        ("h264", "video/h264", "bframes=0:rc-lookahead=0"),
+        ("h264", "", "bframes=2"),  # pictures that the decoder holds back come after the last one
+    ],
+    ids=["MJPEG", "H.264", "H.264 with B-frames"],
 )
-def test_a_stream_that_ends_in_the_middle_of_a_picture(monkeypatch, form, kind, share) -> None:
+def test_a_stream_that_ends_in_the_middle_of_a_picture(monkeypatch, form, kind, x264, share) -> None:
     """ffmpeg gives what it has of it as a picture, in which the rest is grey or of another one."""
     monkeypatch.setattr(live, "_GOES_ON_S", 1000.0)  # a busy machine's reader may be late
-    begins = film(content := io.BytesIO(), form)
+    begins = film(content := io.BytesIO(), form, x264)
     pieces = [content.getvalue()[begin:end] for begin, end in itertools.pairwise([*begins, None])]
     pieces[-1] = pieces[-1][: int(len(pieces[-1]) * share)]
     with camera(pieces, kind) as address:
@@ -125,9 +128,12 @@ def test_what_may_be_cut_is_taken_when_the_source_goes_on(monkeypatch) -> None:
     assert isinstance(found.take(60), Lost)
     found.close()
     monkeypatch.setattr(live, "_GOES_ON_S", 0.01)  # and where nothing comes after it, but no end either
+    goes_on.clear()
     ends.clear()
     found = Live(Pretended())
-    assert [found.take(60).number for _ in range(2)] == [0, 1]
+    assert found.take(60).number == 0
+    goes_on.set()
+    assert found.take(60).number == 1
     ends.set()
     found.close()
 

@@ -106,12 +106,12 @@ def write_whole(path: Path, text: str | bytes) -> None:
         raise EdgeError(f"{path} cannot be written ({e.strerror or e}); choose another place") from e
 
 
-def to_write(place: Path) -> str:
+def to_write(place: Path, what: str = "the bundle") -> str:
     """What the user can do so that a file or folder that is there can be written. Permissions do not help where the
-    whole file system is mounted read-only.
+    whole file system is mounted read-only. `what`: lies there.
     """
     if os.statvfs(place).f_flag & os.ST_RDONLY:
-        return f"mount the disk of {place} for writing, or copy the bundle to another"
+        return f"mount the disk of {place} for writing, or copy {what} to another"
     return f"change the permissions of {place}"
 
 

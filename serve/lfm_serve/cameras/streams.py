@@ -69,6 +69,8 @@ class Stream:
         for packet, waited in self._packets(container.demux(stream)):
             if time.monotonic() - last >= 0.99 * self.stall:  # ffmpeg gives a rest of one when it has waited enough
                 raise SourceError(why)
+            if held and not packet.size:  # the end: the decoder gives what it holds back, which may be cut off
+                break
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:  # what was lost on the way is in the next ones
@@ -119,8 +121,8 @@ class Video:
             stream = _video(container)
             stream.thread_type = "AUTO"
             try:
-                whole = (one for one in container.demux(stream) if not one.is_corrupt)  # a file's last, where it is cut
-                for number, frame in enumerate(frame for packet in whole for frame in packet.decode()):
+                packets = _but_a_cut_one(container.demux(stream))
+                for number, frame in enumerate(frame for packet in packets for frame in packet.decode()):
                     at = last if frame.time is None else frame.time - (stream.start_time or 0) * float(stream.time_base)
                     last, shown = at, float((frame.duration or 0) * (frame.time_base or 0))
                     if at >= due - 1e-6:
@@ -206,6 +208,21 @@ def _opened(address: str, **how: Any) -> Iterator[Any]:
         if isinstance(e, av.error.InvalidDataError | av.error.EOFError):
             why = f"no video that ffmpeg knows, or cut off ({why}); {_LOOK}"
         raise SourceError(str(why or type(e).__name__)) from None
+
+
+def _but_a_cut_one(packets: Iterator[Any]) -> Iterator[Any]:
+    """All but the last one, where that is marked as damaged: the file is cut off. One in the middle lacks what was lost
+    on the way, and those after it need it.
+    """
+    damaged = None
+    for packet in packets:
+        if damaged and packet.size:
+            yield damaged
+            damaged = None
+        if packet.is_corrupt:
+            damaged = packet
+        else:
+            yield packet
 
 
 def _length(container: Any, stream: Any) -> float:

@@ -53,7 +53,7 @@ class Output(ABC):
         self.name, self.settings = name, settings
         self.records: dict[str, Known] = {}  # by path
         self._others = False  # whether records of other settings are there
-        self._settings: dict[str, Any] = {"tables": {}}
+        self._settings: dict[str, Any] = {"tables": {}, "texts": {}}
 
     @abstractmethod
     def key(self, path: str) -> str:
@@ -88,7 +88,8 @@ class Output(ABC):
         if before and "weights" not in before and not self.records:
             raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
         if not self._others:
-            self._settings = {**settings, "tables": before.get("tables", {}) if self.records else {}}
+            kept = {name: before.get(name, {}) if self.records else {} for name in ("tables", "texts")}
+            self._settings = {**settings, **kept}
             if not self.records or not before:
                 self._write_settings(to_json(self._settings, indent=1) + "\n")
             return
@@ -111,6 +112,18 @@ class Output(ABC):
         known = self._settings["tables"]
         self._settings["tables"] = {**(known if isinstance(known, dict) else {}), self.key(str(path)): file_hash(path)}
         self._write_settings(to_json(self._settings, indent=1) + "\n")
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Hashes of texts beside images that are of earlier records than the last, by the names that records have."""
+        known = self._settings["texts"]
+        return dict(known) if isinstance(known, dict) else {}
+
+    def note_texts(self, texts: Mapping[str, str]) -> None:
+        """Remember these."""
+        if texts != self.texts:
+            self._settings["texts"] = dict(texts)
+            self._write_settings(to_json(self._settings, indent=1) + "\n")
 
     def _note(self, record: Mapping[str, Any]) -> None:
         self.records[record["path"]] = Known(record["size"], record["modified"], "error" in record)

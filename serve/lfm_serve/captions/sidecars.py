@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_runtime.errors import EdgeError, SettingError, counted
-from lfm_runtime.formats.files import write_whole
+from lfm_runtime.formats.files import to_write, write_whole
 
 from lfm_serve.jsonl import FULL
 
@@ -26,14 +26,17 @@ def check_folders(images: Iterable[str]) -> None:
     """
     known: set[Path] = set()
     for image in map(Path, images):
-        if image.parent in known or image.with_suffix(".txt").exists():
+        if image.parent in known:
             continue
-        known.add(image.parent)
-        if not os.access(image.parent, os.W_OK | os.X_OK):
+        writable = os.access(image.parent, os.W_OK | os.X_OK)
+        if not writable and not os.path.exists(image.with_suffix(".txt")):  # noqa: PTH110  (False where nobody may look)
+            do = to_write(image.parent, "the images")
             raise SettingError(
-                f"--sidecar writes beside the images, and {image.parent} is not writable; change its permissions, or "
-                "write the texts elsewhere with --table TEXTS.csv"
+                f"--sidecar writes beside the images, and {image.parent} is not writable; {do}, or write the texts "
+                "elsewhere with --table TEXTS.csv"
             )
+        if writable:
+            known.add(image.parent)
 
 
 class Sidecars:
@@ -42,19 +45,23 @@ class Sidecars:
     def __init__(
         self,
         records: Iterable[Mapping[str, Any]],
+        older: Mapping[str, str],
         images: Mapping[str, str],
         warn: Callable[[str], None],
         *,
         force: bool,
     ) -> None:
-        """`records`: of earlier runs, whose texts are ours, and are written where a run ended before it did; `images`:
-        the paths of those that are asked about now, by the names that records have; `force`: replace whatever is there.
+        """`records`: of earlier runs, whose texts are ours, and are written where a run ended before it did; `older`:
+        hashes of texts of ours that could not be replaced then, by the names that records have; `images`: the paths of
+        those that are asked about now, by the same; `force`: replace whatever is there.
 
         Raises:
             SettingError: there is no room for a text of an earlier run.
         """
         self._force, self._warn = force, warn
         self._ours: dict[str, str] = {}  # name → hash of its text
+        self.older = dict(older)
+        """Hashes of texts of ours that could not be replaced, by the names that records have."""
         self._of: dict[str, str] = {}  # text file → the image that it is of
         self._told: Counter[tuple[Path, str]] = Counter()  # what was said of a folder, of which there is one line
         self.failed: set[str] = set()
@@ -74,16 +81,16 @@ class Sidecars:
             return ""
         place, text = Path(path).with_suffix(".txt"), record["text"]
         other = self._of.setdefault(str(place), path)
-        self.failed.discard(path)
+        self.failed.add(path)
         not_of = f"the text of {path} is not written"
         try:
             if other != path or place == Path(path):
                 self._say(place, "taken", f"{not_of}: {place} is {'that of ' * (other != path)}{other}")
-            elif place.is_symlink() or (place.exists() and not place.is_file()):
-                what = "a link" if place.is_symlink() else "no plain file"
-                self._say(place, what, f"{place} is {what} and stays; {not_of}")
-                if not place.is_file():
-                    self.failed.add(path)
+            elif place.is_symlink():
+                self._say(place, "a link", f"{place} is a link and stays; {not_of}")
+            elif place.exists() and not place.is_file():
+                self._say(place, "no file", f"{place} is no plain file and stays; {not_of}; move it away")
+                return ""
             elif place.exists() and self._same(place, text):
                 pass
             elif self._force or not place.exists() or self._is_ours(place, record["path"]):
@@ -91,15 +98,20 @@ class Sidecars:
             else:
                 why = "has a text that is in no record of this output, and stays; --force replaces it"
                 self._say(place, "another's", f"{place} {why}")
+                self.failed.discard(path)
                 return ""
         except (OSError, EdgeError) as e:
+            if record["path"] in self._ours:
+                self.older.setdefault(record["path"], self._ours[record["path"]])
             cause = e if isinstance(e, OSError) else e.__cause__
             number, why = (cause.errno, cause.strerror or "") if isinstance(cause, OSError) else (None, str(e))
             if number in FULL:
                 return f"{place} cannot be written: {why}"
-            do = f"; change the permissions of {place.parent}" if number in _DENIED else ""
+            do = f"; {to_write(place.parent, 'the images')}" if number in _DENIED else ""
             self._say(place, f"failed: {why}", f"{place} cannot be written: {why}{do}")
-            self.failed.add(path)
+            return ""
+        self.failed.discard(path)
+        self.older.pop(record["path"], None)
         self._ours[record["path"]] = _digest(text)
         return ""
 
@@ -110,7 +122,9 @@ class Sidecars:
                 self._warn(f"{folder}: the same of {counted(times - 1, 'other text')}")
         if self.failed:
             texts = counted(len(self.failed), "text")
-            self._warn(f"{texts} could not be written beside the images; the same command again writes them")
+            self._warn(
+                f"{texts} could not be written beside the images; the same command writes them once that is mended"
+            )
 
     def _say(self, place: Path, kind: str, what: str) -> None:
         """Warn once of each kind in a folder: there may be 100,000."""
@@ -122,7 +136,8 @@ class Sidecars:
         return place.read_bytes().removesuffix(b"\n") == text.encode("utf-8", "surrogatepass")
 
     def _is_ours(self, place: Path, key: str) -> bool:
-        return hashlib.sha256(place.read_bytes().removesuffix(b"\n")).hexdigest() == self._ours.get(key)
+        there = hashlib.sha256(place.read_bytes().removesuffix(b"\n")).hexdigest()
+        return there in (self._ours.get(key), self.older.get(key))
 
 
 def _digest(text: str) -> str:

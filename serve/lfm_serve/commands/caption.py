@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         there = {output.key(path): path for path in found}
         sidecars = None
         if options.sidecar:
-            sidecars = Sidecars(output.whole_records(), there, progress.warn, force=options.force)
+            sidecars = Sidecars(output.whole_records(), output.texts, there, progress.warn, force=options.force)
         paths: Iterable[str] = there.values()
         if watch:
             paths = watch.paths(there.values(), lambda: maker.find(progress.warn), progress.warn)
@@ -110,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
             progress.end()
         if sidecars:
             sidecars.end()
+            output.note_texts(sidecars.older)
         if options.table:
             write_table(options.table, output.whole_records(), asking.fields)
             output.note_table(options.table)
