@@ -239,7 +239,7 @@ def test_nothing_of_a_device_outlives_it(tmp_path, monkeypatch) -> None:
 
     class Packet:
         def __init__(self, packet) -> None:
-            self._packet = packet
+            self._packet, self.size = packet, packet.size
 
         def decode(self):
             frames = self._packet.decode()
