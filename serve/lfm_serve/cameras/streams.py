@@ -70,7 +70,7 @@ class Stream:
             if time.monotonic() - last >= 0.99 * self.stall:  # ffmpeg gives a rest of one when it has waited enough
                 raise SourceError(why)
             if held and not packet.size:  # the end: the decoder gives what it holds back, which may be cut off
-                break
+                continue
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:  # what was lost on the way is in the next ones
