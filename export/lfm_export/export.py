@@ -220,19 +220,21 @@ def _judged_otherwise(before: Path, now: Path, old: Manifest, dtype: str) -> lis
     """The other variants, whose graphs stay, where the settings that all run with are others than before; warns of what
     was measured of them.
     """
-    try:
-        same = ImageSettings.from_folder(before) == ImageSettings.from_folder(now)
-    except EdgeError:  # they were damaged
-        same = False
-    texts = [folder / "prompt.json" for folder in (before, now)]
-    alike = all(path.exists() for path in texts) and texts[0].read_bytes() == texts[1].read_bytes()
+
+    def same(read: Callable[[Path], Any]) -> bool:
+        try:
+            return bool(read(before) == read(now))
+        except EdgeError:  # it was damaged
+            return False
+
+    images, texts = same(ImageSettings.from_folder), same(lambda folder: PromptSpec.load(folder / "prompt.json"))
     others = [variant for variant in old.variants if variant != dtype]
-    if same and alike:
+    if images and texts:
         return []
     if judged := [variant for variant in others if variant in old.quality]:
         _log.warning(
             "lfm-edge: other %s than before: %s stay, but not what was measured of them; measure it with: %s",
-            " and ".join(["image settings"] * (not same) + ["tokenizer or chat template"] * (not alike)),
+            " and ".join(["image settings"] * (not images) + ["tokenizer or chat template"] * (not texts)),
             ", ".join(judged),
             command("quality", before, "--variant", judged[0], "--images", "PHOTOS"),
         )
