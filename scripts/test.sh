@@ -79,9 +79,10 @@ if command -v npm >/dev/null; then
     fi
 fi
 
-echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6)"
+echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6) and the oldest packages that pyproject.toml allows"
 if old=$(find_python 3.10); then
-    make_environment .venv-3.10 "$old" . onnxruntime==1.23.2 tokenizers jinja2 pytest pytest-xdist hypothesis
+    make_environment .venv-3.10 "$old" '.[json]' onnxruntime==1.23.2 numpy==1.26.0 pillow==10.1.0 psutil==5.9.0 tomli==2.0.0 \
+        llguidance==1.6.0 pyyaml==6.0.1 tokenizers jinja2 pytest pytest-xdist hypothesis
     .venv/bin/lfm-edge export demo/checkpoint -o build/test-bundle --quiet
     LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q -n 2 --dist loadscope -m "not newest_python$long" \
         tests/runtime tests/audit tests/package/test_verify.py

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnxruntime as ort
@@ -33,17 +34,15 @@ from lfm_runtime.images.layout import lay_out
 from lfm_runtime.images.opened import OpenedImage
 from lfm_runtime.process import last_line, run_command
 from lfm_runtime.questions import GoldenSet, differing
-from lfm_runtime.report import memory_mib
 from lfm_runtime.setup.machine import this_machine
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask
 from lfm_runtime.text.messages import Message
 
+from lfm_audit.measure.growth import allowed_growth, least_growth
 from lfm_audit.measure.trial import Trial, start
 from lfm_audit.summary import decode_rate, ttft
 
-_GROWTH = 0.01
-_SMALLEST_GROWTH_MIB = 2.0
 _ANSWERS, _WARM_UP = 100, 10
 
 
@@ -165,6 +164,16 @@ def _answers(on: Installed) -> str:
     return repr(said[0][:40])
 
 
+def _schema(on: Installed) -> str:
+    """Check that an answer keeps to a JSON schema, where what that needs is installed."""
+    if find_spec("llguidance") is None:
+        raise Skipped("the extra json is not installed")
+    said = on.model.answer([], "Is it red?", schema='{"enum": ["yes", "no"]}', temperature=0).text()
+    if said not in ('"yes"', '"no"'):
+        raise CheckError(f"an answer in a JSON schema is {said!r}, which is not of it; install lfm-edge again")
+    return said
+
+
 def _budgets(on: Installed) -> str:
     """Check the profile's budgets by answers of a process of its own."""
     budget = on.profile.budget
@@ -197,11 +206,8 @@ def _steady_memory(on: Installed) -> str:
         for _ in range(_ANSWERS):
             _small_answer(on, 3).text()
 
-    before, grown = _growth(answers)
-    if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
-        more = f"memory grew by {grown:.1f} MiB ({grown / before:.1%}) in {_ANSWERS} answers"
-        raise CheckError(f"{more}, each time they were repeated; restart the process now and then, and report it")
-    return f"{grown:+.1f} MiB of {before:.0f} after {_ANSWERS} answers"
+    grown = _grown(answers, f"{_ANSWERS} answers", "restart the process now and then, and report it")
+    return f"{grown} after {_ANSWERS} answers"
 
 
 def _cancel(on: Installed) -> str:
@@ -214,14 +220,10 @@ def _cancel(on: Installed) -> str:
             next(pieces, None)
             pieces.close()  # type: ignore[attr-defined]
 
-    before, grown = _growth(cancelled)
-    if grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB):
-        raise CheckError(
-            f"memory grew by {grown:.1f} MiB in 10 cancelled answers, each time they were repeated; report it"
-        )
+    grown = _grown(cancelled, "10 cancelled answers", "report it")
     if _small_answer(on, 8).text() != wanted:
         raise CheckError("after a cancelled answer the same question is answered differently; report it")
-    return f"{grown:+.1f} MiB"
+    return grown
 
 
 def _full_disk(on: Installed) -> str:
@@ -331,6 +333,7 @@ CHECKS = (  # those that start processes or load a model of their own come befor
     Check("golden values", "cpu", _golden),
     Check("graphs load", "cpu", _loads),
     Check("answers", "cpu", _answers),
+    Check("answers in a schema", "cpu", _schema),
     Check("golden questions", "cpu", _golden_questions),
     Check("steady memory", "cpu", _steady_memory),
     Check("cancelled answers", "cpu", _cancel),
@@ -373,21 +376,13 @@ def _small_answer(on: Installed, tokens: int) -> Answer:
     return on.model.converse([Message.user(golden.QUESTION, 1)], [planned], temperature=0, max_new_tokens=tokens)
 
 
-def _growth(work: Callable[[], None]) -> tuple[float, float]:
-    """(anonymous memory in MiB, what the work adds to it). What is kept once is no leak: where it grew, the work is
-    done again, twice at most, and the smallest growth counts.
-    """
-    found: list[tuple[float, float]] = []
-    while len(found) < 3 and all(grown > max(_GROWTH * before, _SMALLEST_GROWTH_MIB) for before, grown in found):
-        before = _anonymous()
-        work()
-        found.append((before, _anonymous() - before))
-    return min(found, key=lambda pair: pair[1])
-
-
-def _anonymous() -> float:
-    gc.collect()
-    return (found := memory_mib())["rss_anon"] or found["rss"] or 0.0
+def _grown(work: Callable[[], None], what: str, do: str) -> str:
+    """What the work adds to anonymous memory, in words; raises CheckError where that is a leak."""
+    grown, before = least_growth(work)
+    if grown > allowed_growth(before):
+        more = f"memory grew by {grown:.1f} MiB ({grown / before:.1%}) in {what}"
+        raise CheckError(f"{more}, each time they were repeated; {do}")
+    return f"{grown:+.1f} MiB of {before:.0f}"
 
 
 def _profile_file(on: Installed, folder: str) -> str:

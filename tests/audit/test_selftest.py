@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +169,7 @@ def test_all_checks(demo_bundle, capsys) -> None:
     ):
         assert outcomes[name] == "ok", found
     assert outcomes["budgets"] == "skipped" and found["failed"] == []
+    assert outcomes["answers in a schema"] == ("ok" if find_spec("llguidance") else "skipped")
 
 
 def test_a_failure_does_not_hide_others(demo_bundle, monkeypatch, capsys) -> None:

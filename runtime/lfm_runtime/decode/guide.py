@@ -42,8 +42,11 @@ class Grammars:
         self._library = llguidance
         self._tokenizer = tokenizer
         size = len(tokenizer.vocabulary.tokens)
+        several = hasattr(llguidance.LLTokenizer, "eos_tokens")  # 1.6, the newest for glibc 2.28, takes one
         self._compiled = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Tokens(tokenizer, eos)), n_vocab=size, eos_token=list(eos)
+            llguidance.TokenizerWrapper(_Tokens(tokenizer, eos)),
+            n_vocab=size,
+            eos_token=list(eos) if several else eos[0],
         )
 
     def of_schema(self, schema: str) -> Guide:
