@@ -159,7 +159,9 @@ class Parts(Output):
             found = json.loads(self._fs.cat_file(place))
         except (ValueError, RecursionError) as e:
             raise JournalError(f"{place} is damaged") from e
-        return found if isinstance(found, dict) else {"damaged": True}
+        if not isinstance(found, dict):
+            raise JournalError(f"{place} is damaged")
+        return found
 
     def _write_settings(self, text: str) -> None:
         self._put(f"{self._path}.settings.json", text.encode())

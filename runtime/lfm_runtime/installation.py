@@ -23,8 +23,10 @@ _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w., -]*)\])?\s*([^;]*?)\s*(?:;.*?
 
 def install_advice(extra: str) -> str:
     """A command that installs an extra here, or several with commas between: from the clone where lfm-edge is one, else
-    their packages by name.
+    their packages by name. What a stick has installed has no pip, and is verified as a whole: another stick is made.
     """
+    if _by_stick():
+        return " ".join(["lfm-edge stick BUNDLE … -o STICK", *(f"--extra {one}" for one in extra.split(","))])
     clone = _clone()
     what = ["-e", f"{_shown(clone)}[{extra}]"] if clone else _all_requirements(extra)
     return shlex.join([_shown(Path(sys.executable)), "-m", "pip", "install", *what])
@@ -67,6 +69,12 @@ def _requires() -> Iterator[tuple[str, str, str, str]]:
         if match := _REQUIREMENT.match(line.strip()):
             name, inner, versions, extra = (part or "" for part in match.groups())
             yield name.lower().replace("_", "-"), inner, versions.strip("() "), extra
+
+
+def _by_stick() -> bool:
+    """Whether package/lfm_package/install.sh made this environment."""
+    version = Path(sys.prefix).parent
+    return version.parent.name == "versions" and any((version / name).exists() for name in ("complete", ".lfm-edge"))
 
 
 def _clone() -> Path | None:

@@ -37,6 +37,16 @@ def test_in_a_clone_and_beside_a_wheel(monkeypatch, tmp_path) -> None:
     assert "'packaging>=" in both
 
 
+def test_what_a_stick_installed_gets_another_stick(monkeypatch, tmp_path) -> None:
+    """There is no pip in it, and a board may have no network."""
+    version = tmp_path / "versions" / "demo-0123456789ab"
+    (version / "venv").mkdir(parents=True)
+    monkeypatch.setattr(installation.sys, "prefix", str(version / "venv"))
+    assert "pip install" in install_advice("video")
+    (version / "complete").touch()
+    assert install_advice("video,mqtt") == "lfm-edge stick BUNDLE … -o STICK --extra video --extra mqtt"
+
+
 def test_requirements_are_the_metadata(monkeypatch) -> None:
     packaging = pytest.importorskip("packaging.requirements")
     parsed = [packaging.Requirement(line) for line in distribution("lfm-edge").requires]

@@ -29,21 +29,24 @@ def test_no_durations(text) -> None:
 
 
 def test_ends() -> None:
-    assert Until.parse("10m").left() == pytest.approx(600, abs=5)
-    assert not Until.parse("10m").over()
-    assert Until.parse("0s").over()
-    assert 0 < Until.parse("00:00").left() <= 24 * 3600 + 3600  # summer time
+    assert Until.parse(["10m"]).left() == pytest.approx(600, abs=5)
+    assert not Until.parse(["10m"]).over()
+    assert Until.parse(["0s"]).over()
+    assert 0 < Until.parse(["00:00"]).left() <= 24 * 3600 + 3600  # summer time
     assert not Until().over()
     assert Until().left() is None
-    until = Until.parse("answer: yes")
+    until = Until.parse(["answer: yes"])
     assert [until.said(text) for text in ("Yes.", "yes", "Oh YES, it is", "eyes", "yesterday", "no", "")] == [
         *[True] * 3,
         *[False] * 4,
     ]
     assert not Until().said("")
+    both = Until.parse(["answer:yes", "30m", "answer:no entry", "10m"])
+    assert both.left() == pytest.approx(600, abs=5)
+    assert [both.said(text) for text in ("yes", "No entry.", "no")] == [True, True, False]
     for text in ("soon", "25:00", "answer:", ""):
         with pytest.raises(SettingError, match="--until"):
-            Until.parse(text)
+            Until.parse([text])
 
 
 @settings(max_examples=100)

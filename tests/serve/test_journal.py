@@ -85,6 +85,25 @@ def test_a_damaged_first_line_of_ours_is_named(tmp_path) -> None:
             pytest.fail("opened")
 
 
+@pytest.mark.parametrize("damaged", ["[", '{"weights": "ab', "", "null", '{"other": 1}'])
+def test_damaged_settings_name_no_difference(tmp_path, damaged) -> None:
+    """They say nothing; with the settings of the run before it goes on, and they are written anew."""
+    out, place = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
+    with Journal.open(out, SETTINGS, "s") as journal:
+        journal.write(record(1))
+    whole = place.read_text()
+    place.write_text(damaged)
+    with (
+        pytest.raises(JournalError, match=r"other settings \(out.jsonl.settings.json does not say which\)"),
+        Journal.open(out, {**SETTINGS, "question": "x"}, "other"),
+    ):
+        pytest.fail("opened")
+    assert place.read_text() == damaged
+    with Journal.open(out, SETTINGS, "s") as journal:
+        assert len(journal.records) == 1
+    assert place.read_text() == whole
+
+
 def test_a_second_writer_is_refused(tmp_path) -> None:
     with (
         Journal.open(tmp_path / "out.jsonl", SETTINGS, "s"),

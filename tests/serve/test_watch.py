@@ -106,6 +106,8 @@ def test_until_an_answer(watch, stills) -> None:
     assert len(watch(str(stills), "--until", f"answer:{word}")) == first + 1
     assert watch(str(stills), "--until", "0s") == []
     assert len(watch(str(stills), "--until", "answer:zebra", code=1)) == 6
+    for ends in (("answer:zebra", "0s"), ("0s", "answer:zebra")):
+        assert watch(str(stills), "--until", ends[0], "--until", ends[1], code=1) == []
 
 
 def test_choices_schemas_and_fields(watch, stills, tmp_path) -> None:
@@ -196,9 +198,11 @@ def test_without_the_extras_it_says_which(demo_bundle, capsys, monkeypatch, stil
             for loaded in [module for module in sys.modules if module.startswith((f"{name}.", "lfm_serve.cameras."))]:
                 monkeypatch.delitem(sys.modules, loaded)
     assert main(["watch", str(demo_bundle), "rtsp://me:secret@cam/1", "-p", QUESTION]) == 2
+    assert main(["watch", str(demo_bundle), __file__, "-p", QUESTION]) == 2
     assert main(["watch", str(demo_bundle), str(stills), "-p", QUESTION, "--mqtt", "mqtt://broker/a"]) == 2
     said = capsys.readouterr().err
     for extra in ("video", "mqtt"):
         assert f"needs the extra {extra}: {install_advice(extra)}\n" in said
+    assert f"{__file__} is no image, and as a video needs the extra video: " in said
     assert main(["watch", str(demo_bundle), str(IMAGES[0]), "-p", QUESTION, "--threads", "1"]) == 0, "needs none"
     assert "secret" not in said

@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return _EXIT_UNREAD  # 0 would say that a check went well
     except MemoryError as e:
-        why = str(e) or "Python has none left"
-        return _fail(f"not enough memory ({why}); {more_memory()}, or use a machine with more")
+        return _fail(f"not enough memory ({str(e) or 'none is left'}); {more_memory()}, or use a machine with more")
     except OSError as e:  # a file or disk failed where no better message was made
         if is_out_of_memory(e):
             return _fail(f"not enough memory ({e}); {more_memory()}, or use a machine with more")
         do = "; change its permissions" if isinstance(e, PermissionError) else ""
         do = "; choose a shorter name" if e.errno == errno.ENAMETOOLONG else do
-        return _fail(f"{e.filename or 'input or output'}: {e.strerror or e}{do}")
+        where = e.filename or ("the output cannot be written" if e.errno == errno.ENOSPC else "input or output")
+        return _fail(f"{where}: {e.strerror or e}{do}")
 
 
 def _check_room() -> None:

@@ -73,8 +73,17 @@ class Parser(argparse.ArgumentParser):
             return f"a value that begins with a dash is written {found[1]}={words[at]}; "
         return ""
 
+    def _unknown_option(self) -> str:
+        """The first word that begins as an option does and is none, nor the beginning of one; "" without such."""
+        options = self._words[: self._words.index("--")] if "--" in self._words else self._words
+        names = [word.partition("=")[0] for word in options if re.match(r"--[\w-]+(=|$)", word)]
+        known = list(self._option_string_actions)
+        return next((name for name in names if not any(option.startswith(name) for option in known)), "")
+
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""
+        if message.startswith("the following arguments are required") and (odd := self._unknown_option()):
+            message = f"unrecognized arguments: {odd}"  # which may be the one that is missing
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
         known = list(self._option_string_actions)
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):

@@ -10,7 +10,7 @@ from lfm_runtime.commands.console import print_json
 from lfm_runtime.errors import SettingError
 
 if TYPE_CHECKING:
-    from lfm_profiles import Device
+    from lfm_profiles import Device, Profile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,14 +81,14 @@ def _show(options: argparse.Namespace) -> None:
     values = {name: (getattr(profile, name), profile.origin.get(name, "default")) for name in SETTINGS}
     if bundle:
         images = image_settings(bundle.images, image_changes(profile, bundle.images))
-        values |= {name: (getattr(images, name), profile.origin.get(name, "checkpoint")) for name in IMAGE_SETTINGS}
+        values |= {name: _with_origin(profile, name, getattr(images, name), "checkpoint") for name in IMAGE_SETTINGS}
         generation = bundle.generation.with_changes(generation_changes(profile, bundle.generation, verifies=True))
         usual = GenerationSettings()
         for name in (*GENERATION_SETTINGS, "temperature", "min_p", "top_k", "top_p", "repetition_penalty"):
             said = "default" if getattr(bundle.generation, name) == getattr(usual, name) else "checkpoint"
-            values[name] = getattr(generation, name), profile.origin.get(name, said)
+            values[name] = _with_origin(profile, name, getattr(generation, name), said)
         most = bundle.context_length
-        values["context"] = min(profile.context or most, most), profile.origin.get("context", "checkpoint")
+        values["context"] = _with_origin(profile, "context", min(profile.context or most, most), "checkpoint")
     budget = {name: value for name, value in vars(profile.budget).items() if value is not None}
     if options.json:
         settings = {name: {"value": value, "from": origin} for name, (value, origin) in values.items()}
@@ -99,6 +99,15 @@ def _show(options: argparse.Namespace) -> None:
         print(f"{name:20s} {_shown(value):34s} {origin}")
     for name, value in budget.items():
         print(f"budget.{name:13s} {_shown(value):34s}")
+
+
+def _with_origin(profile: Profile, name: str, value: Any, otherwise: str) -> tuple[Any, str]:
+    """(value, where it came from); what a profile asks beyond the checkpoint is not taken."""
+    who = profile.origin.get(name)
+    if who is None:
+        return value, otherwise
+    asked = getattr(profile, name)
+    return value, who if asked == value else f"checkpoint ({who}: {_shown(asked)})"
 
 
 def _shown(value: Any) -> str:

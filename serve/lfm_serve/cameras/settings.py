@@ -86,49 +86,61 @@ class Roi:
 
 @dataclass(frozen=True)
 class Until:
-    """When to end: at a time, or with an answer."""
+    """When to end: at a time, or with an answer; what comes first, where there are several ends."""
 
-    deadline: float | None = None  # time.monotonic()
-    moment: float | None = None  # time.time(), which may be set while it is waited for
-    answer: str = ""
+    deadlines: tuple[float, ...] = ()  # time.monotonic()
+    moments: tuple[float, ...] = ()  # time.time(), which may be set while it is waited for
+    answers: tuple[str, ...] = ()
 
     @staticmethod
-    def parse(text: str) -> Until:
-        """A duration (30m), a time of day (18:00), or answer:TEXT for the first answer with the text in it (`said`).
+    def parse(texts: Sequence[str]) -> Until:
+        """Each is a duration (30m), a time of day (18:00), or answer:TEXT for the first answer with the text in it
+        (`said`).
 
         Raises:
-            SettingError: it is none of them.
+            SettingError: one is none of them.
         """
-        if text.startswith("answer:"):
-            wanted = text.removeprefix("answer:").strip()
-            if not wanted:
-                raise SettingError("--until answer: names no text; write answer:yes")
-            return Until(answer=wanted)
-        if clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text):
-            now = datetime.now()  # noqa: DTZ005  (local, without a zone: summer time may begin between)
-            then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
-            return Until(moment=(then + timedelta(days=then <= now)).timestamp())
-        try:
-            return Until(time.monotonic() + seconds(text, "--until"))
-        except SettingError:
-            raise SettingError(f"--until {text!r:.40} is no end; write 30m, 18:00 or answer:TEXT") from None
+        deadlines, moments, answers = [], [], []
+        for text in texts:
+            if text.startswith("answer:"):
+                answers.append(text.removeprefix("answer:").strip())
+                if not answers[-1]:
+                    raise SettingError("--until answer: names no text; write answer:yes")
+            elif clock := re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text):
+                now = datetime.now()  # noqa: DTZ005  (local, without a zone: summer time may begin between)
+                then = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+                moments.append((then + timedelta(days=then <= now)).timestamp())
+            else:
+                try:
+                    deadlines.append(time.monotonic() + seconds(text, "--until"))
+                except SettingError:
+                    said = f"--until {text!r:.40} is no end; write 30m, 18:00 or answer:TEXT"
+                    raise SettingError(said) from None
+        return Until(tuple(deadlines), tuple(moments), tuple(answers))
 
     def check(self, asked: Sequence[Asking]) -> None:
-        """Raise SettingError where only given answers are made, and none of them ends it."""
-        answers = [answer for one in asked for answer in one.choices]
-        if self.answer and all(one.choices for one in asked) and not any(map(self.said, answers)):
-            raise SettingError(f"--until answer:{self.answer} never comes: --choices are {', '.join(answers)}")
+        """Raise SettingError where only given answers are made, and one that would end it is none of them."""
+        if not all(one.choices for one in asked):
+            return
+        choices = [answer for one in asked for answer in one.choices]
+        for answer in self.answers:
+            if not any(_has_words(choice, answer) for choice in choices):
+                raise SettingError(f"--until answer:{answer} never comes: --choices are {', '.join(choices)}")
 
     def left(self) -> float | None:
         """Seconds until then; None without a time."""
-        if self.moment is not None:
-            return max(0.0, self.moment - time.time())
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        left = [moment - time.time() for moment in self.moments]
+        left += [deadline - time.monotonic() for deadline in self.deadlines]
+        return max(0.0, min(left)) if left else None
 
     def over(self) -> bool:
         """Whether the time has come."""
         return self.left() == 0
 
     def said(self, text: str) -> bool:
-        """Whether an answer ends it: it has the text in it, as whole words, in upper or lower case."""
-        return bool(self.answer) and bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", text, re.IGNORECASE))
+        """Whether an answer ends it: it has one of the texts in it, as whole words, in upper or lower case."""
+        return any(_has_words(text, answer) for answer in self.answers)
+
+
+def _has_words(text: str, words: str) -> bool:
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))

@@ -108,7 +108,8 @@ def source_of(text: str, *, every: float, stall: float) -> Source:
     try:
         from lfm_serve.cameras.streams import Stream, Video
     except ImportError as e:
-        raise SettingError(f"{masked(text)} needs the extra video: {install_advice('video')}") from e
+        as_what = "" if scheme or device else " is no image, and as a video"
+        raise SettingError(f"{masked(text)}{as_what} needs the extra video: {install_advice('video')}") from e
     if scheme or device:
         return Stream(text, stall, device=device, every=every)
     return Video(text, every)

@@ -81,12 +81,16 @@ class Output(ABC):
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings; write down those of a new file."""
         place = f"{self.name}.settings.json"
+        before: dict[str, Any] = {}
         try:
             before = self._read_settings()
+            ours = not before or "weights" in before
         except JournalError:
-            before = {"damaged": True}
-        if before and "weights" not in before and not self.records:
+            ours = False
+        if not ours and not self.records:
             raise JournalError(f"{place} exists, and lfm-edge caption did not write it; choose another output")
+        if not ours:  # beside records of ours: it is damaged, and says nothing
+            before = {}
         if not self._others:
             kept = {name: before.get(name, {}) if self.records else {} for name in ("tables", "texts")}
             self._settings = {**settings, **kept}

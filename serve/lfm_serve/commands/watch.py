@@ -54,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only those of which so much (0.05 is 5 %%) differs from the one that was last asked about",
     )
     which.add_argument("--roi", metavar="X,Y,W,H", help="this region alone, in pixels or in shares (0.25,0.0,0.5,1.0)")
-    which.add_argument("--until", metavar="END", help="30m, 18:00, or answer:TEXT: the first answer with these words")
+    which.add_argument(
+        "--until",
+        action="append",
+        default=[],
+        metavar="END",
+        help="30m, 18:00, or answer:TEXT: the first answer with these words; given several times, what comes first",
+    )
     which.add_argument("--stall", metavar="TIME", help="a camera without a picture for so long is lost (default 10s)")
     which.add_argument(
         "--tile-tolerance",
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     every = 0.0 if options.every is None else seconds(options.every, "--every")
     roi = None if options.roi is None else Roi.parse(options.roi)
-    until = Until() if options.until is None else Until.parse(options.until)
+    until = Until.parse(options.until)
     if (stall := seconds("10s" if options.stall is None else options.stall, "--stall")) <= 0:
         raise SettingError("--stall 0 is impossible; allowed: above 0")
     source = source_of(options.source, every=every, stall=stall)
@@ -175,7 +181,7 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str, recor
     if failed:
         print(f"lfm-edge: {failed}", file=sys.stderr)
         return _EXIT_ERRORS if seen.answered else 2
-    if what.until.answer and not seen.said:
+    if what.until.answers and not seen.said:
         return _EXIT_STOPPED if seen.stopped else _EXIT_NOT_SAID
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED

@@ -307,3 +307,6 @@ def test_what_is_missing_is_named(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["run"])
     assert "the following arguments are required: bundle;" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["stick", "bundle", "--targt", "pi5", "-o", "x"])
+    assert "unrecognized arguments: --targt; did you mean --target?" in capsys.readouterr().err

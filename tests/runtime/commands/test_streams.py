@@ -381,7 +381,7 @@ def test_ctrl_c_is_one_line(tmp_path) -> None:
 def test_help_that_cannot_be_written_is_an_error(words) -> None:
     found = run(*words, shell=">/dev/full")
     assert found.returncode == 2
-    assert found.stderr == b"lfm-edge: input or output: No space left on device\n"
+    assert found.stderr == b"lfm-edge: the output cannot be written: No space left on device\n"
     assert run("nosuch", shell="2>/dev/full").returncode == run("run", "--nosuch", shell="2>/dev/full").returncode == 2
 
 

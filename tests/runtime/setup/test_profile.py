@@ -296,6 +296,9 @@ def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
     assert found["settings"]["temperature"] == {"value": 0.0, "from": "checkpoint"}
     assert found["settings"]["top_p"] == {"value": 1.0, "from": "default"}
     assert found["budget"] == {"peak_rss_mib": 700}
+    assert main(["profile", "show", "pi4", "--bundle", str(demo_bundle), "--json"]) == 0
+    limited = json.loads(capsys.readouterr().out)["settings"]["max_image_tokens"]
+    assert limited == {"value": 64, "from": "checkpoint (pi4: 128)"}, "the profile asks for less, never for more"
 
 
 @pytest.mark.parametrize(
