@@ -72,6 +72,10 @@ def step(model: Model, rows: int, past: int = 64, steps: int = 16) -> float:
 
 def hiding() -> Callable[[str], dict[str, str]]:
     """Instruction sets, as SETS names them → the environment of a process that does not see them."""
+    if "cpuid_fault" not in Path("/proc/cpuinfo").read_text():
+        raise SystemExit(
+            "instruction sets can be hidden only where /proc/cpuinfo names cpuid_fault; not on this machine"
+        )
     library = str(Path(tempfile.mkdtemp()) / "cpuid.so")
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(BENCH / "cpuid.c")], check=True)
     return lambda hidden: {"CPUID_HIDES": hidden, "LD_PRELOAD": library}
