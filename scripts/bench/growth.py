@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib as mpl  # named first: an hour later is too late
 import numpy as np
 from lfm_runtime import Model
 from lfm_runtime.images.pixels import cut_views
@@ -134,8 +135,6 @@ def of_threads(load: Callable[[int], Model], most: int) -> list[Series]:
 
 def plot(series: list[Series], path: Path) -> None:
     """Small plots of all series, points and fits."""
-    import matplotlib as mpl
-
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
