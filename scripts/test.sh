@@ -79,10 +79,15 @@ if command -v npm >/dev/null; then
     fi
 fi
 
-echo "== runtime on Python 3.10 with onnxruntime 1.23.2 (JetPack 6) and the oldest packages that pyproject.toml allows"
+echo "== runtime and quantize on Python 3.10 with onnxruntime 1.23.2 (JetPack 6) and the oldest packages that pyproject.toml allows"
 if old=$(find_python 3.10); then
-    make_environment .venv-3.10 "$old" '.[json]' onnxruntime==1.23.2 numpy==1.26.0 pillow==10.1.0 psutil==5.9.0 tomli==2.0.0 \
-        llguidance==1.6.0 pyyaml==6.0.1 tokenizers jinja2 pytest pytest-xdist hypothesis
+    make_environment .venv-3.10 "$old" '.[json,export,quantize,package]' onnxruntime==1.23.2 numpy==1.26.0 pillow==10.1.0 psutil==5.9.0 tomli==2.0.0 \
+        llguidance==1.6.0 pyyaml==6.0.1 onnx-ir==0.1.15 onnx==1.17.0 jinja2==3.1.0 tokenizers pytest pytest-xdist hypothesis
+    .venv-3.10/bin/lfm-edge export demo/checkpoint -o build/bundle-3.10 --quiet
+    for variant in int8 int4 fp16 int8-static; do
+        .venv-3.10/bin/lfm-edge quantize build/bundle-3.10 --variant $variant --calibration demo/photos --quiet --force >build/quantize-3.10.log 2>&1 ||
+            { cat build/quantize-3.10.log && exit 1; }
+    done
     .venv/bin/lfm-edge export demo/checkpoint -o build/test-bundle --quiet
     LFM_EDGE_TEST_BUNDLE=build/test-bundle .venv-3.10/bin/python -m pytest -q -n 2 --dist loadscope -m "not newest_python$long" \
         tests/runtime tests/audit tests/package/test_verify.py

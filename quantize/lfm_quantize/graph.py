@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -235,8 +236,13 @@ def nodes_between(model: ir.Model, outputs: Iterable[str], cut: Iterable[str] = 
     return nodes[::-1]
 
 
-def part(model: ir.Model, outputs: Sequence[str], cut: Sequence[str] = ()) -> ir.Model:
-    """A copy of what computes `outputs` from `cut` (float32 values) and whatever graph inputs that needs."""
+def part(
+    model: ir.Model, outputs: Sequence[str], cut: Sequence[str] = (), like: Mapping[str, Array] = MappingProxyType({})
+) -> ir.Model:
+    """A copy of what computes `outputs` from `cut` (float32 values) and whatever graph inputs that needs. `like`: a
+    value of each in `cut`. Of its shape the rank and the last dimension are told: onnxruntime before 1.24 takes a wrong
+    one from reshaped values without a rank, and refuses the graph.
+    """
     nodes = nodes_between(model, outputs, cut)
     values = {v.name: v for v in model.graph.inputs} | {v.name: v for node in model.graph for v in node.outputs}
     needed = set(outputs).union(str(v.name) for node in nodes for v in reads(node))
@@ -253,6 +259,9 @@ def part(model: ir.Model, outputs: Sequence[str], cut: Sequence[str] = ()) -> ir
     graph = view.clone()
     for value in graph.inputs:
         value.type = value.type or ir.TensorType(FLOAT)
+        if value.shape is None and (known := like.get(str(value.name))) is not None:
+            *others, last = known.shape
+            value.shape = ir.Shape([*[None] * len(others), last])
     return ir.Model(graph, ir_version=model.ir_version, functions=[f.clone() for f in model.functions.values()])
 
 

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from lfm_profiles import VARIANTS
 from lfm_runtime import __version__
 from lfm_runtime.bundle import Bundle, complete_for_clients
+from lfm_runtime.engine.ort_release import onnxruntime_is
 from lfm_runtime.formats.manifest import Manifest, file_hash, lost_seal, outdated_files, recipe_file, variant_files
 from lfm_runtime.formats.writer import carry_over, check_replaceable, replacing
 from lfm_runtime.golden import add_golden
@@ -30,6 +31,7 @@ from lfm_quantize.make.integers import as_integers
 from lfm_quantize.make.keys import with_int8_keys
 from lfm_quantize.make.static import with_static_ranges
 from lfm_quantize.passes.attention import attentions
+from lfm_quantize.passes.kv import FIRST_ONNXRUNTIME
 from lfm_quantize.recipe import Recipe
 from lfm_quantize.run import Made, Run
 from lfm_quantize.settings import Settings
@@ -128,6 +130,9 @@ def _answer_tokens(settings: Settings) -> int:
 def _check_place(bundle: Bundle, manifest: Manifest, settings: Settings, start: str, warn: Warn) -> None:
     """Raise BundleError or QuantizeError where the variant must not, or cannot, be written into the bundle."""
     check_replaceable(bundle.folder)
+    first = FIRST_ONNXRUNTIME if VARIANTS[settings.variant].keys == "int8" else "0.0"
+    if not onnxruntime_is(first):
+        raise QuantizeError(f"{settings.variant} needs onnxruntime {first}, this is {ort.__version__}; update it")
     for base in VARIANTS[settings.variant].bases:
         bundle.graphs(base)
     _check_better(manifest, settings)

@@ -171,6 +171,9 @@ def test_int8_keys_without_base_or_images_are_refused(demo_bundle, bundle, few, 
     monkeypatch.setattr("lfm_runtime.engine.loader.ort.__version__", "1.26.0")
     assert main(["run", str(bundle), "-p", "x", "--variant", "int4-kv8"]) == 2
     assert "needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
+    words = ["--variant", "int4-kv8", "--calibration", str(few / "images"), "--force", "--quiet"]
+    assert main(["quantize", str(bundle), *words]) == 2
+    assert "int4-kv8 needs onnxruntime 1.27.0, this is 1.26.0" in capsys.readouterr().err
 
 
 def test_doctor_says_which_decoder_is_not_prepared(quantized, tmp_path, capsys) -> None:

@@ -156,8 +156,8 @@ def test_memory_that_runs_out(bundle_copy, photo, start_kib, more_mib) -> None:
     if forced.returncode > 0 and "thread-local data: ABORT" not in forced.stderr:
         says_memory(forced)
     planned = limited(limit, *words)
-    if planned.returncode:  # before anything is loaded
-        assert "needs at least" in planned.stderr, planned.stderr
+    if planned.returncode and "not enough memory to load numpy and onnxruntime" not in planned.stderr:
+        assert "needs at least" in planned.stderr, planned.stderr  # before anything is loaded
         assert "ulimit -v leaves" in planned.stderr
     prepared = limited(limit, "prepare", bundle_copy, "--variant", "fp32")
     if prepared.returncode:

@@ -107,7 +107,7 @@ class FedGraph:
             seen: called with each sample's number and its values.
         """
         wanted = [*block.outputs, *(t for t in dict.fromkeys(taps) if t not in block.outputs)]
-        running = session(part(self.model, wanted, block.cut), self.threads)
+        running = session(part(self.model, wanted, block.cut, next(iter(states), {})), self.threads)
         names = {i.name for i in running.get_inputs()}
         after = []
         for i, (given, state) in enumerate(zip(self.feeds, states, strict=True)):
