@@ -82,6 +82,8 @@ def path_of(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         return path
+    if path.is_dir():
+        raise ProfileError(f"{name} is a folder; name a profile, or its .toml file")
     raise ProfileError(f"there is no profile {name!r}; shipped: {AUTO}, {', '.join(names())}; or name a .toml file")
 
 

@@ -4,6 +4,7 @@ choice.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -261,7 +262,8 @@ def _checked(key: str, value: Any, metadata: Mapping[str, Any], where: str = "")
         unit = f" ({metadata['unit']})" if metadata["unit"] else ""
         said = f"{where}: {key} = {shown}" if where else f"{key} {shown}"
         number = metadata["allowed"][:1].isdigit() and isinstance(value, str)
-        raise ProfileError(f"{said} is impossible; allowed: {metadata['allowed']}{unit}{', without quotes' * number}")
+        more = ", without quotes" * number + ", and finite" * (isinstance(value, float) and not math.isfinite(value))
+        raise ProfileError(f"{said} is impossible; allowed: {metadata['allowed']}{unit}{more}")
     return tuple(value) if isinstance(value, list) else value
 
 

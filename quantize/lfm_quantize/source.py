@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from lfm_profiles import FINEST, VARIANTS
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import command
 from lfm_runtime.formats.contract import DECODER, EMBED_TOKENS, NEXT_MASK, TOP_IDS, TOP_LOGITS, VISION_ENCODER
 from numpy.typing import NDArray
 
@@ -46,9 +47,8 @@ class Source:
         """
         variant = next((v for v in FINEST if v in bundle.variants), None)
         if variant is None:
-            raise QuantizeError(
-                f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them with: lfm-edge export"
-            )
+            how = command("export", "CHECKPOINT", "-o", bundle.folder)
+            raise QuantizeError(f"{bundle.folder} has neither fp32 nor fp16 weights to start from; add them: {how}")
         if variant == asked:
             raise QuantizeError(f"{bundle.folder} has {asked} from lfm-edge export and nothing finer to make it from")
         files = bundle.graphs(variant)[1]

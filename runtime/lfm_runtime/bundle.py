@@ -175,14 +175,12 @@ class Bundle:
         if name not in VARIANTS:
             raise BundleError(f"there is no variant {name!r}; {self.folder} has {', '.join(self.variants)}")
         if name not in self.variants:
-            how = (
-                command("export", "CHECKPOINT", "-o", self.folder, "--dtype", name)
-                if name in FINEST and not set(FINEST).intersection(self.variants)
-                else command("quantize", self.folder, "--variant", name)
-            )
-            raise BundleError(
-                f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; make it: {how}"
-            )
+            how = f"make it: {command('quantize', self.folder, '--variant', name)}"
+            if not set(FINEST).intersection(self.variants):  # packed, or somebody else's
+                how = "none can be made of these: take the whole bundle, which has fp32 or fp16"
+                if name in FINEST:
+                    how = f"make it: {command('export', 'CHECKPOINT', '-o', self.folder, '--dtype', name)}"
+            raise BundleError(f"{self.folder} has no variant {name!r}; it has {', '.join(self.variants)}; {how}")
         graphs = self.variants[name]
         for graph in GRAPHS:
             if graph.stem not in graphs or not graphs[graph.stem].exists():

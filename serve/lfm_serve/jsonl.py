@@ -21,10 +21,7 @@ WATCHED = b'{"time": "'
 
 def json_line(value: Mapping[str, Any]) -> bytes:
     """A value as a line of JSON. A name that is not UTF-8 is written with escapes, which Python reads again."""
-    try:
-        return (to_json(value) + "\n").encode()
-    except UnicodeEncodeError:
-        return (to_json(value, ascii_only=True) + "\n").encode()
+    return (to_json(value) + "\n").encode()
 
 
 def is_json(text: str | bytes) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lfm_export.export import export
 from lfm_runtime.bundle import Bundle
+from lfm_runtime.errors import EdgeError
 from lfm_runtime.images.layout import ImageSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,22 @@ def with_image_settings(tmp_path: Path, preprocessor: dict | None, processor: di
         if value is not None:
             (folder / name).write_text(json.dumps(value))
     return folder
+
+
+def test_half_a_surrogate_pair(tmp_path) -> None:
+    """JSON of Python may hold it, UTF-8 cannot: where nothing reads it, it is copied with its escape; else it is named."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({**read(folder, name), "note": "x\ud800"}))
+    bundle = exported(folder, tmp_path)
+    assert read(bundle, "config.json")["note"] == "x\ud800"
+    assert read(bundle, "tokenizer_config.json")["note"] == "x\ud800"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**read(folder, "tokenizer_config.json"), "bos_token": "\ud800"})
+    )
+    with pytest.raises(EdgeError, match="half a surrogate pair"):
+        export(folder, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_bundle_of_the_demo(demo_bundle) -> None:

@@ -48,7 +48,7 @@ JSON_FILES = (
     "processor_config.json",
     "tokenizer_config.json",
 )
-VALUES = ("x", 3, 1.5, True, False, [], {}, -1, 0, 10**9, None, "", [1, 2], {"a": 1}, 1e-9)
+VALUES = ("x", "\ud800", 3, 1.5, True, False, [], {}, -1, 0, 10**9, None, "", [1, 2], {"a": 1}, 1e-9)
 TILING = (
     "max_image_tokens",
     "min_image_tokens",

@@ -33,6 +33,9 @@ def test_what_a_pack_says_is_what_its_device_runs(demo_bundle, tmp_path, capsys,
 
     monkeypatch.setenv("LFM_EDGE_PROFILE", "pi4")
     assert packed("--variant", "int4", "--prefill", "int8") == "int4 int8"
+    assert main(["run", str(tmp_path / "unpacked"), "-p", "x", "--variant", "int4-kv8"]) == 2
+    lacking = "it has int4, int8; none can be made of these: take the whole bundle, which has fp32 or fp16\n"
+    assert lacking in capsys.readouterr().err, "no advice that ends in the next error"
     monkeypatch.delenv("LFM_EDGE_PROFILE")
     assert packed("--variant", "int8", "--prefill", "int4", "--profile", "pi4") == "int8 int4"
     assert packed("--variant", "fp32", "--prefill", "int8", "--profile", "pi4") == "fp32 int8"

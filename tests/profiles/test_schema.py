@@ -98,6 +98,7 @@ def test_extending_the_detected_one(tmp_path) -> None:
         ("\n\nthreads = 0\n", "line 3: threads = 0 is impossible; allowed: 1 to 1024"),
         ('threads = "2"\n', "line 1: threads = '2' is impossible; allowed: 1 to 1024, without quotes"),
         ("threads = true\n", "line 1: threads = true is impossible"),
+        ("[budget]\ndecode_tok_s = inf\n", "decode_tok_s = inf is impossible; allowed: above 0 (tok/s), and finite"),
         ('threads = "two"\n', "line 1: threads = 'two' is impossible"),
         ('variant = "int4"\n', "allowed: a list of fp32"),
         ('variant = ["int4", "int4"]\n', "is impossible"),

@@ -184,7 +184,7 @@ def test_doctor_says_which_decoder_is_not_prepared(quantized, tmp_path, capsys) 
     for prepared, says in (
         (None, "int4 is not prepared: it starts"),
         ([], "the decoder of int8 that reads prompts is not prepared: it starts"),
-        (["--prefill", "int8"], "int4, for this processor and onnxruntime"),
+        (["--prefill", "int8"], "int4 and the decoder of int8, for this processor and onnxruntime"),
     ):
         if prepared is not None:
             assert main(["prepare", str(bundle), "--variant", "int4", *prepared]) == 0

@@ -120,7 +120,7 @@ def put_nan(bundle: Path) -> None:
 BREAK = {
     "no bundle": (shutil.rmtree, "does not exist"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
-    "no fp32": (remove_fp32, "neither fp32 nor fp16 weights to start from"),
+    "no fp32": (remove_fp32, "fp16 weights to start from; add them: lfm-edge export CHECKPOINT -o "),
     "NaN": (put_nan, "text.layers.2.conv.in_proj has NaN or infinite weights"),
     "truncated graph": (lambda b: (b / "onnx/vision_encoder.onnx").write_bytes(b"x"), "has 1 bytes"),
 }

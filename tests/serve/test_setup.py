@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("starlette")
 from lfm_runtime.setup.memory import Shapes
+from lfm_runtime.setup.resolve import DoesNotFitError
 from lfm_serve.api import app
 from lfm_serve.api.errors import ApiError
 from lfm_serve.engine import Engine
@@ -25,6 +26,14 @@ def test_rows_times_context_is_in_the_forecast(demo_bundle, starts_empty) -> Non
     kv_mib = 3 * 2000 * Shapes.of(setup.bundle).kv_bytes / 2**20
     assert peaks[4, 0] - peaks[1, 0] == pytest.approx(kv_mib, abs=0.1)
     assert peaks[4, 64] - peaks[4, 0] == pytest.approx(64, abs=0.1)
+
+
+def test_too_many_rows_are_named_as_the_cause(demo_bundle) -> None:
+    """Closing other programs would not help, nor a smaller model."""
+    with pytest.raises(DoesNotFitError, match=r"\. Take fewer rows, a shorter context or a smaller cache$"):
+        choose(demo_bundle, "generic", rows=10**6)
+    with pytest.raises(DoesNotFitError, match=r"\. Take fewer rows, a shorter context or a smaller cache$"):
+        choose(demo_bundle, "generic", cache_mib=10**9)
 
 
 def test_an_image_that_the_memory_cannot_open(demo_bundle, demo_model, monkeypatch) -> None:

@@ -90,7 +90,8 @@ def prepared(machine: Machine) -> Iterator[Finding]:
     if notes:
         yield Finding("prepared", "warning", notes[0], fix)
     elif not (missing := [path for one, path in zip(found, paths, strict=True) if one.path == path]):
-        yield Finding("prepared", "ok", f"{variant}, for this processor and onnxruntime")
+        also = f" and the decoder of {prefill}" if prefill else ""
+        yield Finding("prepared", "ok", f"{variant}{also}, for this processor and onnxruntime")
     else:
         what = f"the decoder of {prefill} that reads prompts" if prefill and missing == paths[-1:] else variant
         yield Finding(

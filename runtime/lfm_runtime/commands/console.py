@@ -39,8 +39,7 @@ def ready_streams() -> None:
 def print_json(value: Any) -> None:
     """One line of JSON on standard output; characters that it, or UTF-8, cannot encode (names of files) are escaped."""
     encoding, text = getattr(sys.stdout, "encoding", None) or "ascii", to_json(value)
-    encodable = encoding.lower().replace("-", "") == "utf8" and text == text.encode(errors="replace").decode()
-    print(text if encodable else to_json(value, ascii_only=True))
+    print(text if encoding.lower().replace("-", "") == "utf8" else to_json(value, ascii_only=True))
 
 
 def status_line(*, quiet: bool = False) -> Callable[[str], None]:

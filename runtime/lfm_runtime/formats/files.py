@@ -83,12 +83,18 @@ def check_digest(value: Mapping[str, Any], path: Path, error: type[EdgeError], a
 
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """JSON without NaN and infinity, which are none.
+    """JSON without NaN and infinity, which are none. What UTF-8 cannot write (half a surrogate pair, a name of other
+    bytes) is escaped.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return to_json(value, indent=indent, ascii_only=True)
+    return text
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
@@ -219,7 +225,7 @@ def _write_whole(path: Path, text: str | bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as f:
-            f.write(text if isinstance(text, bytes) else text.encode())
+            f.write(text if isinstance(text, bytes) else text.encode(errors="backslashreplace"))
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)

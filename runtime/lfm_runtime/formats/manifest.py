@@ -120,7 +120,9 @@ class Manifest:
         raw = read_json_object(path, BundleError)
         schema = raw.get("schema")
         if type(schema) is not int or not isinstance(raw.get("variants"), dict):
-            raise BundleError(f"{path} has no schema number or no variants; it is not a manifest of {TOOL}")
+            raise BundleError(
+                f"{path} has no schema number or no variants; it is not a manifest of {TOOL}; copy it again"
+            )
         if schema > SCHEMA_VERSION:
             raise BundleError(
                 f"{path} has schema {schema}, this lfm-edge reads up to {SCHEMA_VERSION}; update lfm-edge"

@@ -171,27 +171,30 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
                 if fits(with_steps(rest)):
                     taken = rest
             return with_steps(taken)
-    raise DoesNotFitError(_numbers(first, smallest, device, start))
+    alone = with_forecast(replace(smallest, ask=replace(first.ask, kv_tokens=0, cache_mib=0)))
+    raise DoesNotFitError(_numbers(first, smallest, device, start, kept=fits(alone)))
 
 
-def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory) -> str:
+def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, kept: bool) -> str:
+    """What is needed, what there is, and what helps. `kept`: it fits without what is kept for further questions."""
+    smaller = "fewer rows, a shorter context or a smaller cache" if kept else "a smaller model"
     assert smallest.forecast is not None
     memory, budget = smallest.forecast.memory, first.profile.budget.peak_rss_mib
     wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"
     room = min((n for n in (device.usable_mib, device.free_mib) if n is not None), default=None)
     if budget and (room is None or memory.peak <= room):  # planned here for a smaller machine
         allowed = f"profile {first.profile.name} allows {budget} (peak_rss_mib)"
-        return f"{first.bundle.folder} needs {wanted}; {allowed}. Take a smaller model or another profile"
+        return f"{first.bundle.folder} needs {wanted}; {allowed}. Take {smaller}, or another profile"
     needed, left = smallest.forecast.address_mib, device.address_free_mib
     if left is not None and left < needed:
         return (
             f"{first.bundle.folder} needs at least {needed:.0f} MiB of address space ({smallest.variant}); ulimit -v "
-            f"leaves {left}. Raise it, or take a smaller model"
+            f"leaves {left}. Raise it, or take {smaller}"
         )
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
     there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
-    do = "Close other programs, or take a smaller model"
+    do = f"Take {smaller}" if kept else f"Close other programs, or take {smaller}"
     return f"{first.bundle.folder} needs {wanted}; {there}. {do}"
 
 

@@ -208,7 +208,7 @@ def _content(message: Mapping[str, Any], where: str) -> tuple[list[str | Place],
     if raw is None or isinstance(raw, str):
         return [raw or ""], []
     if not isinstance(raw, list):
-        raise ApiError(400, f"{where} is a {type(raw).__name__}; give a string or a list of parts", None, where)
+        raise ApiError(400, f"{where} is of type {type(raw).__name__}; give a string or a list of parts", None, where)
     parts: list[str | Place] = []
     pictures: list[Picture] = []
     for n, part in enumerate(raw):

@@ -308,6 +308,7 @@ def test_show_tells_where_values_come_from(demo_bundle, capsys) -> None:
         (["detect", "--threads", "2"], "a setting has no effect on profile detect"),
         (["validate"], "validate needs a file"),
         (["show", "pi4", "pi5"], "show takes one profile"),
+        (["validate", str(Path(__file__).parent)], "setup is a folder; name a profile, or its .toml file"),
         (
             ["show", "pi4", "--max-tiles", "2"],
             "max_tiles has no effect while do_image_splitting is off (by the profile pi4)",
