@@ -52,6 +52,12 @@ def test_several_questions_about_each(watch, stills) -> None:
     assert all(one["cached_tokens"] >= one["image_tokens"] for one in found[1::2])
 
 
+def test_a_camera_that_never_gave_a_picture_ends_with_3(watch) -> None:
+    """Whoever waits for something learns that nothing was looked at."""
+    assert [one["event"] for one in watch("exec:exit 7", "--until", "1s", code=3)][:1] == ["lost"]
+    assert watch("exec:exit 7", "--until", "1s", "--until", "answer:cat", code=1)
+
+
 def test_lost_records_of_a_camera_end_with_3(watch, stills, tmp_path, monkeypatch, demo_model) -> None:
     """Also where others were written: whoever looks at the exit code alone learns of them."""
     failures = iter([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])

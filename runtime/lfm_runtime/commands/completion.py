@@ -13,7 +13,7 @@ EXIT_CODES = {
     "2": "an error that the message explains",
     "3": "quantize: the variant is not good enough. audit, compare: the measurement is not valid, or was interrupted. "
     "selftest: only a budget is exceeded, or the board is throttled. caption, watch: some images have an "
-    "error, or records or --sidecar texts were not delivered. run --schema: the JSON was cut off",
+    "error, no picture came, or records or --sidecar texts were not delivered. run --schema: the JSON was cut off",
     "130": "interrupted",
     "141": "the program that reads the output ended before it, as head does",
 }

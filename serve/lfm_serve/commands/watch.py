@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ask the same about the newest picture of a camera, again and again, until Ctrl-C; or about the pictures of a "
         "video or a folder. Writes a JSON record of each answer. Tiles that have not changed are not computed again. "
         "Exit code 0; 1 where --until answer:TEXT was not answered; 3 where pictures of a video or a folder have an "
-        "error; 130 where these were not seen to their end."
+        "error, or no picture of a camera came until --until; 130 where the former were not seen to their end."
     )
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument(
@@ -186,7 +186,8 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str, recor
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED
     lost = any(place.lost for place in records)
-    return _EXIT_ERRORS if lost or (seen.errors and not what.source.live) else 0
+    never = seen.lost and not (seen.answered or seen.unchanged or seen.errors or seen.stopped)  # no picture came
+    return _EXIT_ERRORS if lost or never or (seen.errors and not what.source.live) else 0
 
 
 def _check(options: argparse.Namespace) -> None:
