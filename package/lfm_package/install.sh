@@ -243,7 +243,7 @@ give_up() { # STATUS: what was begun is removed; 130 where the user, or the syst
 }
 
 install() {
-    [ "$stick" != "$prefix/bin" ] || fail "which stick? name its folder: $0 --stick FOLDER"
+    [ "$stick" != "$prefix/bin" ] || fail "which stick? name its folder: '$(quote "$0")' --stick FOLDER"
     check_stick
     check_machine
     case $prefix in # the launchers of Python's packages are scripts with this path between double quotes

@@ -19,6 +19,8 @@ SUFFIX = ".sig"
 
 def check_key(key: Path) -> None:
     """Before long work: raise SettingError where there is no such key."""
+    if key.is_dir():
+        raise SettingError(f"{key} is a folder; name a private key")
     if not key.is_file():
         raise SettingError(f"{key} does not exist; make a key with: ssh-keygen -t ed25519 -f {shlex.quote(str(key))}")
 

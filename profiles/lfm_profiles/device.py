@@ -107,6 +107,11 @@ class Device:
         """MiB that this process may use now; None where unknown."""
         return min((n for n in (self.ram_available_mib, self.limit_free_mib) if n is not None), default=None)
 
+    @property
+    def limit_binds(self) -> bool:
+        """Whether a limit, and not what other programs take, keeps more from this process now."""
+        return self.limit_free_mib is not None and self.limit_free_mib == self.free_mib
+
     def as_dict(self) -> dict[str, Any]:
         """Return all fields, usable_mib and free_mib as plain values for JSON."""
         return {**asdict(self), "usable_mib": self.usable_mib, "free_mib": self.free_mib}

@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 NAME = "lfm-edge"
+STICK_EXTRAS = ("serve", "json", "video", "mqtt", "fleet")
+"""What a stick may have besides: what boards do."""
 REFUSE_LINKS = ("1.24.0", "1.24.1")
 """Releases of onnxruntime that take weights only from files, not through a link as in the hub's cache."""
 WITHOUT_LINKS = "pip install 'onnxruntime!=1.24.0,!=1.24.1'"
@@ -25,8 +27,10 @@ def install_advice(extra: str) -> str:
     """A command that installs an extra here, or several with commas between: from the clone where lfm-edge is one, else
     their packages by name. What a stick has installed has no pip, and is verified as a whole: another stick is made.
     """
-    if _by_stick():
-        return " ".join(["lfm-edge stick BUNDLE … -o STICK", *(f"--extra {one}" for one in extra.split(","))])
+    if from_stick():
+        if set(STICK_EXTRAS).issuperset(extra.split(",")):
+            return " ".join(["lfm-edge stick BUNDLE … -o STICK", *(f"--extra {one}" for one in extra.split(","))])
+        return f"pip install -e '.[{extra}]' in a clone, on another machine"
     clone = _clone()
     what = ["-e", f"{_shown(clone)}[{extra}]"] if clone else _all_requirements(extra)
     return shlex.join([_shown(Path(sys.executable)), "-m", "pip", "install", *what])
@@ -71,7 +75,7 @@ def _requires() -> Iterator[tuple[str, str, str, str]]:
             yield name.lower().replace("_", "-"), inner, versions.strip("() "), extra
 
 
-def _by_stick() -> bool:
+def from_stick() -> bool:
     """Whether package/lfm_package/install.sh made this environment."""
     version = Path(sys.prefix).parent
     return version.parent.name == "versions" and any((version / name).exists() for name in ("complete", ".lfm-edge"))

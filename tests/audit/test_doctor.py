@@ -186,6 +186,25 @@ def test_an_onnxruntime_that_cannot_be_imported(code, said, fix, tmp_path, monke
     assert not [f for f in findings if f.name in ("bundle", "prepared")]
 
 
+def test_a_limit_is_raised_and_not_waited_for(tmp_path) -> None:
+    """Where a limit leaves less than the machine has, ending other programs does not help."""
+    machine = of("pi5-4gb", tmp_path)
+    limited = replace(machine.device, limit_mib=300, limit_free_mib=200, limit_by="ulimit -v")
+    there = found(replace(machine, device=limited), hardware.memory)["memory"]
+    assert there.fix == "raise the limit (ulimit -v), or see what fits: lfm-edge plan BUNDLE IMAGE"
+    busy = replace(limited, ram_available_mib=100)
+    assert "end other programs" in found(replace(machine, device=busy), hardware.memory)["memory"].fix
+
+
+def test_what_a_stick_has_installed_is_installed_from_it(tmp_path, monkeypatch) -> None:
+    """It has no pip."""
+    monkeypatch.setattr(software, "_version", lambda _: None)
+    assert "pip install" in found(of("pi5-4gb", tmp_path), software.packages)["packages"].fix
+    monkeypatch.setattr(software, "from_stick", lambda: True)
+    fix = found(of("pi5-4gb", tmp_path / "b"), software.packages)["packages"].fix
+    assert fix == "install again from the stick: sh STICK/install.sh"
+
+
 def test_two_wheels_at_once_and_one_that_kills(tmp_path, monkeypatch) -> None:
     here = software._version
     monkeypatch.setattr(software, "_version", lambda name: "1.31.1" if name.startswith("onnxruntime") else here(name))

@@ -290,7 +290,7 @@ def test_the_installed_copy_asks_for_the_stick(stick, tmp_path) -> None:
     (prefix / ".lfm-edge").write_text("")
     copy = Path(shutil.copy(stick / "install.sh", prefix / "bin" / "lfm-edge-install"))
     done = subprocess.run(["sh", str(copy)], capture_output=True, text=True, check=False)
-    assert f"which stick? name its folder: {copy} --stick FOLDER" in failed(done)
+    assert f"which stick? name its folder: '{copy}' --stick FOLDER" in failed(done)
 
 
 @pytest.mark.slow

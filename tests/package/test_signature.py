@@ -78,6 +78,8 @@ def test_changed_after_signing(demo_bundle, keys, tmp_path) -> None:
 def test_keys_that_cannot_sign_are_refused(demo_bundle, keys, tmp_path, monkeypatch) -> None:
     with pytest.raises(SettingError, match="does not exist; make a key with: ssh-keygen"):
         pack(demo_bundle, ["fp32"], tmp_path / "x.tar", Extras(sign_with=keys / "nobody"))
+    with pytest.raises(SettingError, match=r"is a folder; name a private key$"):
+        pack(demo_bundle, ["fp32"], tmp_path / "x.tar", Extras(sign_with=tmp_path))
     (tmp_path / "text").write_text("no key")
     (tmp_path / "text").chmod(0o600)
     with pytest.raises(SettingError, match="cannot sign"):

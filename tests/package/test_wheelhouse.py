@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import tomllib
 from lfm_package import wheelhouse as module
-from lfm_package.commands.wheelhouse import EXTRAS
 from lfm_package.targets import TARGETS, Platform, System, Target
 from lfm_package.wheelhouse import Wheel, WheelhouseError, check, glibc_needed, read_wheelhouse, resolve, wheelhouse
 from lfm_runtime.commands.cli import main
 from lfm_runtime.errors import SettingError
+from lfm_runtime.installation import STICK_EXTRAS
 from packaging import markers, tags
 
 pytestmark = pytest.mark.process
@@ -41,7 +41,7 @@ PI5 = Platform.of("pi5")
 @pytest.mark.parametrize(
     ("target", "python", "extras"),
     [
-        ("pi5", "3.13", EXTRAS),
+        ("pi5", "3.13", STICK_EXTRAS),
         *(
             pytest.param(*other, (), marks=pytest.mark.slow)
             for other in (
@@ -58,7 +58,7 @@ def test_the_same_as_another_resolver(target, python, extras, tmp_path) -> None:
     """Metadata only, from the index: the same releases as uv finds for that Python, processor and C library."""
     platform = Platform.of(target, python)
     listed = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
-    optional = {name: listed["optional-dependencies"][name] for name in EXTRAS}
+    optional = {name: listed["optional-dependencies"][name] for name in STICK_EXTRAS}
     ours = replace(
         OURS, requires=(*OURS.requires, *(f"{text}; extra == '{name}'" for name in optional for text in optional[name]))
     )

@@ -64,7 +64,7 @@ def test_hidden_images_are_not_taken_and_broken_links_are_told(images) -> None:
 def test_why_images_are_left_out_is_told(tmp_path) -> None:
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
     with pytest.raises(
-        QuantizeError, match=r"no usable image: a\.heic could not be opened \(HEIC .* pip install pillow-heif"
+        QuantizeError, match=r"no usable image: a\.heic could not be opened \(HEIC .* the Python package pillow-heif"
     ):
         read_questions(tmp_path, None)
     (tmp_path / "b.png").write_bytes(b"no")

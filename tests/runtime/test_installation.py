@@ -45,6 +45,7 @@ def test_what_a_stick_installed_gets_another_stick(monkeypatch, tmp_path) -> Non
     assert "pip install" in install_advice("video")
     (version / "complete").touch()
     assert install_advice("video,mqtt") == "lfm-edge stick BUNDLE … -o STICK --extra video --extra mqtt"
+    assert install_advice("report") == "pip install -e '.[report]' in a clone, on another machine"
 
 
 def test_requirements_are_the_metadata(monkeypatch) -> None:

@@ -21,7 +21,7 @@ from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Setup
 from lfm_runtime.setup.variants import unmet
 
-from lfm_audit.doctor.finding import Finding, Machine, judged
+from lfm_audit.doctor.finding import Finding, Machine, judged, room_advice
 
 
 def bundle(machine: Machine) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def bundle(machine: Machine) -> Iterator[Finding]:
             do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
         yield Finding("variants", "warning", why, do)
     steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
-    yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", "end other programs")
+    yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", room_advice(machine.device))
 
 
 def _weights_elsewhere(graph: Path) -> Path | None:

@@ -15,7 +15,7 @@ from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.manifest import PROFILE, Manifest
 from lfm_runtime.setup.profile import find_profile
 
-from lfm_audit.doctor.finding import Finding, Machine, judged
+from lfm_audit.doctor.finding import Finding, Machine, judged, room_advice
 
 _HOT_C = 80.0
 _LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64
@@ -48,7 +48,7 @@ def memory(machine: Machine) -> Iterator[Finding]:
     limit = f", at most {device.limit_mib} MiB by {device.limit_by}" if device.limit_mib is not None else ""
     said = f"{device.ram_total_mib} MiB, {device.free_mib} free now{limit}"
     if (device.free_mib or 0) < _LITTLE_MEMORY_MIB:
-        fix = "end other programs, or see what fits: lfm-edge plan BUNDLE IMAGE"
+        fix = f"{room_advice(device)}, or see what fits: lfm-edge plan BUNDLE IMAGE"
         yield Finding("memory", "warning", said, fix)
     else:
         yield Finding("memory", "ok", said)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lfm_runtime import process
 from lfm_runtime.engine import gpu_wheel
-from lfm_runtime.installation import REFUSE_LINKS, WITHOUT_LINKS
+from lfm_runtime.installation import REFUSE_LINKS, WITHOUT_LINKS, from_stick
 
 from lfm_audit.doctor.finding import Finding, Machine, judged
 
@@ -31,6 +31,11 @@ _IMPORT_FAILURES = (
     ),
     ("numpy", "numpy and onnxruntime are incompatible: pip install --upgrade numpy onnxruntime"),
 )
+
+
+def _here(fix: str) -> str:
+    """A remedy; what a stick has installed has no pip, and comes whole from a stick again."""
+    return "install again from the stick: sh STICK/install.sh" if from_stick() and "pip " in fix else fix
 
 
 def python(machine: Machine) -> Iterator[Finding]:
@@ -53,7 +58,8 @@ def packages(_: Machine) -> Iterator[Finding]:
     missing = [name for name, there in found.items() if there is None]
     said = ", ".join(f"{name} {there}" for name, there in found.items() if there)
     if missing:
-        yield Finding("packages", "problem", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+        fix = _here(f"pip install {' '.join(missing)}")
+        yield Finding("packages", "problem", f"missing: {', '.join(missing)}", fix)
     else:
         yield Finding("packages", "ok", said)
 
@@ -71,28 +77,28 @@ def onnxruntime(machine: Machine) -> Iterator[Finding]:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         fix = "install another version; 1.21.0 does this on Cortex-A53 and A72: pip install 'onnxruntime!=1.21.0'"
-        yield Finding("onnxruntime", "problem", f"{installed} crashes when imported ({name})", fix)
+        yield Finding("onnxruntime", "problem", f"{installed} crashes when imported ({name})", _here(fix))
     elif done.returncode:
         said = process.last_line(done.stderr)
         fix = next((fix for part, fix in _IMPORT_FAILURES if part in said), "pip install --force-reinstall onnxruntime")
-        yield Finding("onnxruntime", "problem", f"{installed} cannot be imported: {said}", fix)
+        yield Finding("onnxruntime", "problem", f"{installed} cannot be imported: {said}", _here(fix))
     elif len(wheels) > 1:
         fix = (
             "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu, then install the "
             "one you want"
         )
-        yield Finding("onnxruntime", "problem", f"{installed} are both installed", fix)
+        yield Finding("onnxruntime", "problem", f"{installed} are both installed", _here(fix))
     else:
         yield Finding("onnxruntime", "ok", f"{installed}, providers {done.stdout.strip()}")
     if (there := wheels.get("onnxruntime")) in REFUSE_LINKS:
         said = f"{there} refuses weights behind a link, as in the hub's cache"
-        yield Finding("onnxruntime", "warning", said, WITHOUT_LINKS)
+        yield Finding("onnxruntime", "warning", said, _here(WITHOUT_LINKS))
     if wheels.get("onnxruntime") == "1.21.0" and machine.device.machine in ("aarch64", "arm64"):
         yield Finding(
             "onnxruntime",
             "problem",
             "1.21.0 kills processes on Cortex-A53 and A72",
-            "pip install 'onnxruntime!=1.21.0'",
+            _here("pip install 'onnxruntime!=1.21.0'"),
         )
 
 

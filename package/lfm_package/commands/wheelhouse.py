@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXTRAS = ("serve", "json", "video", "mqtt", "fleet")
-"""Extras of lfm-edge that boards use."""
+from lfm_runtime.installation import STICK_EXTRAS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +33,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--extra",
         action="append",
         default=[],
-        choices=EXTRAS,
+        choices=STICK_EXTRAS,
         help="what else the board does: lfm-edge serve, answers by a schema, cameras, MQTT, Dask workers; repeatable",
     )
 

@@ -179,7 +179,9 @@ def _with_package(file: Any, kind: str) -> Image.Image:
     try:
         added = importlib.import_module(module)
     except ImportError as e:
-        raise ImageError(f"{kind} images need a package: pip install {package}; or convert them to JPEG or PNG") from e
+        raise ImageError(
+            f"{kind} images need the Python package {package}; install it, or convert them to JPEG or PNG"
+        ) from e
     if hasattr(added, "register_heif_opener"):
         added.register_heif_opener()
     names = sorted(set(Image.OPEN) - before) or [name for name in ("HEIF", "JXL", "AVIF") if name in Image.OPEN]

@@ -194,7 +194,8 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, ke
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
     there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
-    do = f"Take {smaller}" if kept else f"Close other programs, or take {smaller}"
+    more = f"Raise the limit ({device.limit_by})" if device.limit_binds else "Close other programs"
+    do = f"Take {smaller}" if kept else f"{more}, or take {smaller}"
     return f"{first.bundle.folder} needs {wanted}; {there}. {do}"
 
 

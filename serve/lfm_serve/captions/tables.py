@@ -22,7 +22,7 @@ def check_table(path: Path) -> None:
         try:
             import pyarrow as pa  # noqa: F401
         except ModuleNotFoundError as e:
-            raise SettingError(f"--table {path} needs pyarrow; install it: pip install pyarrow, or name a .csv") from e
+            raise SettingError(f"--table {path} needs the Python package pyarrow; install it, or name a .csv") from e
     check_writable(path)
 
 

@@ -170,10 +170,10 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, name) -> None:
 @pytest.mark.parametrize(
     ("head", "says"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images need a package: pip install pillow-heif"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC images need a package"),
-        (b"\xff\x0a\0\0", "JPEG XL images need a package: pip install pillow-jxl-plugin"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n....", "JPEG XL images need a package"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images need the Python package pillow-heif; install it"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC images need the Python package"),
+        (b"\xff\x0a\0\0", "JPEG XL images need the Python package pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n....", "JPEG XL images need the Python package"),
     ],
 )
 def test_kinds_that_need_a_package_are_named(tmp_path, monkeypatch, head, says) -> None:
