@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.commands.console import status_line
     from lfm_runtime.errors import SettingError
     from lfm_runtime.formats.files import check_output, write_or_rescue
+    from lfm_runtime.installation import from_stick
     from lfm_runtime.setup.machine import this_machine
 
     from lfm_audit.audit import audit
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         if output != options.output:
             print(f"\n{options.output} stays, since this audit ended early", end="")
         page = command("report", output, "-o", output.with_suffix(".html"))
-        print(f"\nwritten: {output}; as a page: {page}")
+        print(f"\nwritten: {output}; as a page{', on another machine' if from_stick() else ''}: {page}")
     if options.csv:
         header, rows = rows_for_csv(result)
         more = is_csv(options.csv)
