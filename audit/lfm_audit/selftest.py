@@ -26,7 +26,7 @@ from lfm_runtime import Answer, Model, golden
 from lfm_runtime.engine.gpu import provider_options
 from lfm_runtime.engine.ort_release import refuses_links
 from lfm_runtime.engine.prepared import remove_damaged
-from lfm_runtime.errors import EdgeError, command, counted
+from lfm_runtime.errors import EdgeError, command, counted, is_out_of_memory, more_memory
 from lfm_runtime.formats.contract import DECODER, VISION_ENCODER
 from lfm_runtime.formats.files import linked_copy
 from lfm_runtime.formats.manifest import BESIDE_MANIFEST
@@ -364,7 +364,9 @@ def selftest(on: Installed) -> Iterator[Result]:
         except EdgeError as e:
             outcome, said = "failed", str(e)
         except Exception as e:  # noqa: BLE001  (one check that breaks must not hide the others)
-            outcome, said = "failed", f"{type(e).__name__}: {e}; report it"
+            short = is_out_of_memory(e)
+            said = f"not enough memory ({e}); {more_memory()}" if short else f"{type(e).__name__}: {e}; report it"
+            outcome = "failed"
         yield Result(check.name, outcome, said, time.perf_counter() - begun)
 
 

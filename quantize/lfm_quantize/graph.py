@@ -240,7 +240,7 @@ def part(
     model: ir.Model, outputs: Sequence[str], cut: Sequence[str] = (), like: Mapping[str, Array] = MappingProxyType({})
 ) -> ir.Model:
     """A copy of what computes `outputs` from `cut` (float32 values) and whatever graph inputs that needs. `like`: a
-    value of each in `cut`. Of its shape the rank and the last dimension are told: onnxruntime before 1.24 takes a wrong
+    value of each in `cut`. Of its shape the rank and the last dimension are told: onnxruntime up to 1.23 takes a wrong
     one from reshaped values without a rank, and refuses the graph.
     """
     nodes = nodes_between(model, outputs, cut)

@@ -130,9 +130,9 @@ def _answer_tokens(settings: Settings) -> int:
 def _check_place(bundle: Bundle, manifest: Manifest, settings: Settings, start: str, warn: Warn) -> None:
     """Raise BundleError or QuantizeError where the variant must not, or cannot, be written into the bundle."""
     check_replaceable(bundle.folder)
-    first = FIRST_ONNXRUNTIME if VARIANTS[settings.variant].keys == "int8" else "0.0"
-    if not onnxruntime_is(first):
-        raise QuantizeError(f"{settings.variant} needs onnxruntime {first}, this is {ort.__version__}; update it")
+    if VARIANTS[settings.variant].keys == "int8" and not onnxruntime_is(FIRST_ONNXRUNTIME):
+        needs = f"needs onnxruntime {FIRST_ONNXRUNTIME}, this is {ort.__version__}"
+        raise QuantizeError(f"{settings.variant} {needs}; update it, or take another variant")
     for base in VARIANTS[settings.variant].bases:
         bundle.graphs(base)
     _check_better(manifest, settings)

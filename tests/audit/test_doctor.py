@@ -193,7 +193,7 @@ def test_a_limit_is_raised_and_not_waited_for(tmp_path) -> None:
     there = found(replace(machine, device=limited), hardware.memory)["memory"]
     assert there.fix == "raise the limit (ulimit -v), or see what fits: lfm-edge plan BUNDLE IMAGE"
     busy = replace(limited, ram_available_mib=100)
-    assert "end other programs" in found(replace(machine, device=busy), hardware.memory)["memory"].fix
+    assert "close other programs" in found(replace(machine, device=busy), hardware.memory)["memory"].fix
 
 
 def test_what_a_stick_has_installed_is_installed_from_it(tmp_path, monkeypatch) -> None:

@@ -56,6 +56,7 @@ def test_a_camera_that_never_gave_a_picture_ends_with_3(watch) -> None:
     """Whoever waits for something learns that nothing was looked at."""
     assert [one["event"] for one in watch("exec:exit 7", "--until", "1s", code=3)][:1] == ["lost"]
     assert watch("exec:exit 7", "--until", "1s", "--until", "answer:cat", code=1)
+    assert watch("exec:exec sleep 60", "--until", "1s", code=3) == [], "it is not lost yet"
 
 
 def test_lost_records_of_a_camera_end_with_3(watch, stills, tmp_path, monkeypatch, demo_model) -> None:

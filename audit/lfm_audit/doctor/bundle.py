@@ -17,11 +17,12 @@ from lfm_runtime.formats.files import to_write
 from lfm_runtime.formats.manifest import SUMS
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
+from lfm_runtime.setup.machine import room_advice
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Setup
 from lfm_runtime.setup.variants import unmet
 
-from lfm_audit.doctor.finding import Finding, Machine, judged, room_advice
+from lfm_audit.doctor.finding import Finding, Machine, judged
 
 
 def bundle(machine: Machine) -> Iterator[Finding]:

@@ -27,11 +27,6 @@ def judged(name: str, state: str | bool, said: str, fix: str) -> Finding:
     return Finding(name, str(state), said, fix) if state else Finding(name, "ok", said)
 
 
-def room_advice(device: Device) -> str:
-    """What helps where memory is short."""
-    return f"raise the limit ({device.limit_by})" if device.limit_binds else "end other programs"
-
-
 @dataclass(frozen=True)
 class Machine:
     """The machine that is examined, and the bundle and profile to be run on it."""

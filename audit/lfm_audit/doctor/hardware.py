@@ -13,9 +13,10 @@ from lfm_profiles import choose
 from lfm_profiles.device import read
 from lfm_runtime.errors import EdgeError
 from lfm_runtime.formats.manifest import PROFILE, Manifest
+from lfm_runtime.setup.machine import room_advice
 from lfm_runtime.setup.profile import find_profile
 
-from lfm_audit.doctor.finding import Finding, Machine, judged, room_advice
+from lfm_audit.doctor.finding import Finding, Machine, judged
 
 _HOT_C = 80.0
 _LITTLE_DISK_MIB, _NO_DISK_MIB = 1024, 64

@@ -23,7 +23,7 @@ def overflowing(fed: FedGraph) -> list[str]:
 
     def note(_: int, values: Values) -> None:
         for name, v in values.items():
-            # Before onnxruntime 1.24 there is no value of an optional output that nobody reads.
+            # Up to onnxruntime 1.23 there is no value of an optional output that nobody reads.
             if v is not None and v.dtype == np.float32 and _largest(v) > LARGEST:
                 large.add(name)
 

@@ -98,7 +98,7 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
-    """The file appears whole or not at all; what was there stays until then.
+    """The file appears whole or not at all; what was there stays until then. What UTF-8 cannot write is escaped.
 
     Raises:
         EdgeError: it cannot be written there.

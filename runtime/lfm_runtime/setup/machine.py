@@ -25,6 +25,11 @@ class Machine:
         return tuple(name for name in self.providers if not (name == CUDA and self.gpu_problem))
 
 
+def room_advice(device: Device) -> str:
+    """What gives this process more memory."""
+    return f"raise the limit ({device.limit_by})" if device.limit_binds else "close other programs"
+
+
 @functools.cache
 def this_machine() -> Machine:
     """Return this machine, which is looked at once, at the first call."""

@@ -20,7 +20,7 @@ from lfm_runtime.errors import EdgeError, SettingError, command
 from lfm_runtime.formats.contract import VISION_ENCODER
 from lfm_runtime.images.layout import ImageSettings
 from lfm_runtime.setup.forecast import Memory
-from lfm_runtime.setup.machine import this_machine
+from lfm_runtime.setup.machine import room_advice, this_machine
 from lfm_runtime.setup.memory import check_gpu_memory, forecast, variant_bytes
 from lfm_runtime.setup.profile import default_name, find_profile, on_cpu
 from lfm_runtime.setup.setup import Ask, Flags, Setup, settle
@@ -194,9 +194,8 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, ke
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "
     there += f"of which {device.free_mib} are free; it already uses {start.peak:.0f}"
     there += f"; the budget of profile {first.profile.name} is {budget} MiB" if budget else ""
-    more = f"Raise the limit ({device.limit_by})" if device.limit_binds else "Close other programs"
-    do = f"Take {smaller}" if kept else f"{more}, or take {smaller}"
-    return f"{first.bundle.folder} needs {wanted}; {there}. {do}"
+    do = f"take {smaller}" if kept else f"{room_advice(device)}, or take {smaller}"
+    return f"{first.bundle.folder} needs {wanted}; {there}. {do[0].upper()}{do[1:]}"
 
 
 @functools.cache

@@ -186,8 +186,10 @@ def _end(options: argparse.Namespace, what: Look, seen: Seen, failed: str, recor
     if seen.stopped and not what.source.live:
         return _EXIT_STOPPED
     lost = any(place.lost for place in records)
-    never = seen.lost and not (seen.answered or seen.unchanged or seen.errors or seen.stopped)  # no picture came
-    return _EXIT_ERRORS if lost or never or (seen.errors and not what.source.live) else 0
+    if what.source.live:
+        never = not (seen.answered or seen.unchanged or seen.errors or seen.stopped)  # no picture came
+        return _EXIT_ERRORS if lost or never else 0
+    return _EXIT_ERRORS if lost or seen.errors else 0
 
 
 def _check(options: argparse.Namespace) -> None:
