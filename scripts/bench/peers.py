@@ -5,8 +5,9 @@ Rules, made before anything was measured:
 - A figure is measured by all sides in turns, A B A B …, once before that does not count, then `--rounds` times. What is said is
   the median, and for ratios the median of the rounds' ratios.
 - A round is dropped, and another measured (at most as many again), where on one of its sides programs other than ours took more
-  than 5 % of the processors' time, or where a fixed piece of work before it took more than 1.25 times its median in this run (a
-  neighbour on a shared machine, or a lower clock). How many were dropped is in the JSON.
+  than 5 % of the processors' time, or where a fixed piece of work before it, in fp32 or in 8 bits, took more than 1.15 times what it
+  took in the fastest tenth of the run (a neighbour on a shared machine, or a lower clock). How many were dropped is in the JSON;
+  a row in which no round was undisturbed has the disturbed ones, and says so.
 - llama.cpp's programs run once for warmth before they measure; so does, in each turn, what stays loaded between them.
 - All sides have the same threads, the same image files and the same number of tokens. Sampling is greedy, an answer's end is
   ignored. llama.cpp: Q4_0 and the f16 projector. lfm-edge: int4 with the int8 decoder for prompts, prepared.
@@ -139,7 +140,7 @@ def in_servers(folder: Path, llama: Llama, threads: int, measured: Callable[[Row
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: on what and with what it was measured, and the figures."""
-    machine, rows = found["machine"], [Row(r["name"], r["unit"], {}, r["digits"], r["rounds"]) for r in found["rows"]]
+    machine, rows = found["machine"], [Row.from_json(raw) for raw in found["rows"]]
     names = [name for name in HEADS if any(name in row.values for row in rows)]
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("onnxruntime", LLAMA, OPENVINO, GENAI) if name in machine
@@ -159,7 +160,8 @@ def table(found: dict[str, Any]) -> str:
             for name in names
         ]
         ratio = row.ratio(LLAMA)
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {f'{ratio:.2f} ×' if ratio else ''} |")
+        name = f"{row.name} (disturbed)" if row.disturbed else row.name
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{ratio:.2f} ×' if ratio else ''} |")
     return "\n".join(lines) + "\n"
 
 
@@ -204,12 +206,14 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="measure anew only figures with this in their names")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md and docs/performance.md")
     options = parser.parse_args()
-    machine, about, rows = Machine(), machine_of(options.llama, options.threads), []
+    about, rows, fastest = machine_of(options.llama, options.threads), list[Row](), {}
     output = options.folder / "peers.json"
 
     if options.only and output.exists():
-        known = json.loads(output.read_text())["rows"]
-        rows += [Row(r["name"], r["unit"], {}, r["digits"], r["rounds"], r["dropped"]) for r in known]
+        known = json.loads(output.read_text())
+        rows += map(Row.from_json, known["rows"])
+        fastest = known["machine"].get("fastest pulse ms", {})
+    machine = Machine(fastest)
 
     def measured(row: Row) -> None:
         """A row is measured, and all that there is so far is written."""
@@ -220,7 +224,8 @@ def main() -> None:
         if row.sides:
             in_turns(row, options.rounds, machine)
         about["load average"] = {"median": statistics.median(machine.loads), "largest": max(machine.loads)}
-        about["pulse ms"] = {"median": statistics.median(machine.pulses), "largest": max(machine.pulses)}
+        about["pulse ms"] = {n: {"median": statistics.median(v), "largest": max(v)} for n, v in machine.pulses.items()}
+        about["fastest pulse ms"] = machine.fastest()
         output.write_text(json.dumps({"machine": about, "rows": [row.to_json() for row in rows]}, indent=1) + "\n")
 
     llama = Llama(options.llama, options.folder, options.threads)
