@@ -17,7 +17,7 @@ from lfm_audit.result import SCHEMA, TOOL, Answers, Audit
 from lfm_audit.summary import STAGES
 from lfm_audit.verdict import judged_again
 
-_READ = (1, SCHEMA)
+_READ = (1, 2, SCHEMA)
 _ROUNDING = 1.1e-3
 _STAGES_MS = 0.02
 """Of a sum of stages, each rounded to a ten-thousandth."""
@@ -44,7 +44,7 @@ def read_audit(path: Path) -> Audit:
         raise AuditError(
             f"{path} is an audit of schema {json.dumps(schema)[:20]}, this lfm-edge reads {SCHEMA}; {_AGAIN}"
         )
-    if schema == SCHEMA and DIGEST not in raw:
+    if schema > 1 and DIGEST not in raw:
         raise AuditError(f"{path} was edited: it has no {DIGEST}; {_AGAIN}")
     check_digest(raw, path, AuditError, _AGAIN)
     found = read_as(Audit, raw, path, AuditError, _AGAIN)

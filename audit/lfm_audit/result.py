@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 from lfm_runtime.formats.files import DIGEST, to_json, with_digest
 from lfm_runtime.formats.manifest import Source
 from lfm_runtime.formats.typed import as_json, schema_of
+from lfm_runtime.setup.judged import judged_otherwise
 
 from lfm_audit.figures import Figure
 
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
 TOOL = "lfm-edge audit"
 
 
@@ -209,6 +210,7 @@ class VariantResult:
     images: Mapping[str, Answers]
     memory: MemoryUse
     warnings: tuple[str, ...]
+    changes: Annotated[tuple[str, ...] | None, "of the checkpoint's image settings; null: not recorded"] = None
 
     @property
     def kl(self) -> float | None:
@@ -228,11 +230,15 @@ class VariantResult:
         return found if isinstance(found, int) and not isinstance(found, bool) else 0
 
     @property
+    def kl_error(self) -> float | None:
+        """Standard error of `kl` over the questions."""
+        found = (self.quality or {}).get("kl_error")
+        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
+    @property
     def kl_with(self) -> str:
-        """How `kl` was measured, where that was not with the prefill decoder of this audit: in words."""
-        board = (self.quality or {}).get("board")
-        judged = board.get("prefill") if isinstance(board, Mapping) else None
-        return "" if judged == self.prefill else f"with {judged} for the prefill" if judged else "alone"
+        """How `kl` was measured, where that was not with this audit's prefill decoder and image settings: in words."""
+        return judged_otherwise(self.quality or {}, self.prefill, self.changes)
 
 
 @dataclass(frozen=True)
@@ -337,7 +343,7 @@ class Headline:
 class Audit:
     """One audit, with the fields of audit.json."""
 
-    schema: Literal[1, 2]  # 1 had no sha256
+    schema: Literal[1, 2, 3]  # 1 had no sha256, 2 no changes of the image settings
     tool: Tool
     created_unix_s: float
     duration_s: float

@@ -25,6 +25,7 @@ from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.images.pixels import image_size
 from lfm_runtime.report import WRITTEN
 from lfm_runtime.setup.costs import fingerprint
+from lfm_runtime.setup.profile import departures
 
 from lfm_audit.figures import Figure
 from lfm_audit.measure.power import Power
@@ -164,6 +165,7 @@ def _variant(measured: Measured, subject: Subject) -> VariantResult:
         {name: _answers(at, warm, measured) for at, name in enumerate(measured.work.images)},
         _memory(warm),
         tuple(sorted({warning for r in runs for warning in r.outcome.warnings})),
+        tuple(departures(subject.profile, bundle.images)),
     )
 
 

@@ -136,10 +136,11 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self.model = Model.of(self.setup, cache_mib=self._cache_mib)
-            batch = Batch(self.model, self.rows, self.capacity)
+            model = Model.of(self.setup, cache_mib=self._cache_mib)
+            batch = Batch(model, self.rows, self.capacity)
+            self.model = model  # from here on /health says that requests are answered
             self._loaded.set()
-            with self.model.sessions.execution.pinned():
+            with model.sessions.execution.pinned():
                 while self._admit(batch):
                     for seat in batch.step():
                         self._tell(seat)

@@ -90,12 +90,19 @@ def test_verdicts_and_limits_are_judged_again(written, tmp_path) -> None:
     assert {limit.holds for limit in read().limits} == {False}
 
 
-def test_an_audit_of_schema_1_is_read(written, tmp_path) -> None:
-    """It had no digest."""
+def test_audits_of_older_schemas_are_read(written, tmp_path) -> None:
+    """1 had no digest, 2 did not tell what was changed of the image settings."""
     path = tmp_path / "a.json"
     old = {key: value for key, value in json.loads(written.read_text()).items() if key != "sha256"}
+    for variant in old["variants"].values():
+        assert variant.pop("changes") == []
     path.write_text(json.dumps({**old, "schema": 1}))
     assert read_audit(path).bundle == read_audit(written).bundle
+    path.write_text(sealed({**old, "schema": 2}))
+    assert {variant.changes for variant in read_audit(path).variants.values()} == {None}
+    path.write_text(json.dumps({**old, "schema": 2}))
+    with pytest.raises(AuditError, match="it has no sha256"):
+        read_audit(path)
 
 
 def test_every_figure_agrees_with_its_samples(written, tmp_path) -> None:

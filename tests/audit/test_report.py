@@ -131,13 +131,32 @@ def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
     assert main(["report", str(write(tmp_path, "alone", audit))]) == 0
     page = Page((tmp_path / "alone.html").read_text())
     assert {"0.012", "0.046, alone"} <= set(page.words)
-    assert "Where the prefill decoder was another than here, that is said" in " ".join(page.words)
+    assert "Where the prefill decoder or image settings were others than here, that is said" in " ".join(page.words)
     second["quality"]["board"] = {"prefill": "int8"}
     assert main(["report", str(write(tmp_path, "both", audit))]) == 0
     assert "0.046" in Page((tmp_path / "both.html").read_text()).words
     second["prefill"] = None
     assert main(["report", str(write(tmp_path, "judged", audit))]) == 0
     assert "0.046, with int8 for the prefill" in Page((tmp_path / "judged.html").read_text()).words
+    tiles = ["do_image_splitting off instead of on", "max_new_tokens 64 instead of 128"]
+    second["quality"] |= {"kl_error": 0.00712, "board": {"profile": "pi5", "prefill": None, "changes": tiles}}
+    as_board = "0.046 ± 0.007, as pi5 (do_image_splitting off instead of on)"
+    for name, changes in (("unknown", None), ("with-tiles", []), ("fewer", ["max_image_tokens 64 instead of 256"])):
+        second["changes"] = changes
+        path = write(tmp_path, name, audit)
+        assert main(["report", str(path)]) == 0
+        page = Page((tmp_path / f"{name}.html").read_text())
+        assert as_board in page.words
+        assert "Quality and cost" not in page.headings, "its cost is of other images than its loss"
+        assert main(["report", str(path), "-o", str(tmp_path / f"{name}.md")]) == 0
+        assert as_board in (tmp_path / f"{name}.md").read_text()
+    second["changes"] = tiles[:1]
+    assert main(["report", str(write(tmp_path, "as-pi5", audit))]) == 0
+    assert "0.046 ± 0.007" in Page((tmp_path / "as-pi5.html").read_text()).words
+    del second["quality"]["board"]
+    assert main(["report", str(write(tmp_path, "as-made", audit))]) == 0
+    asked = "0.046 ± 0.007, with the checkpoint's image settings"
+    assert asked in Page((tmp_path / "as-made.html").read_text()).words
 
 
 def test_two_audits(audit, tmp_path) -> None:

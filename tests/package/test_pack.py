@@ -74,6 +74,29 @@ def test_one_variant_alone(demo_bundle, tmp_path) -> None:
     assert sorted(bundle.rglob("*")) == before
 
 
+def test_a_loss_that_was_measured_otherwise_is_told(bundle_copy, tmp_path, capsys) -> None:
+    """For another board, or with the checkpoint's image settings where the board's are others."""
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    words = ["pack", str(bundle_copy), "--variant", "fp32", "--force", "-o", str(tmp_path / "cam.tar"), "--profile"]
+
+    def said(profile: str, board: dict | None) -> str:
+        found = {"kl": 0.1, "against": "fp32", **({"board": board} if board else {})}
+        path.write_text(json.dumps({**manifest, "quality": {"fp32": found}}))
+        assert main([*words, profile]) == 0
+        return capsys.readouterr().out
+
+    tiles = {"profile": "pi5", "prefill": None, "changes": ["do_image_splitting off instead of on"]}
+    how = "as pi5 (do_image_splitting off instead of on)"
+    again = f"lfm-edge quality {bundle_copy} --variant fp32 --profile x86-avx2 --images PHOTOS"
+    assert f"  what fp32 loses was measured otherwise, {how}; as here: {again}\n" in said("x86-avx2", tiles)
+    assert "measured otherwise, with the checkpoint's image settings; as here: " in said("pi5", None)
+    assert "measured otherwise" not in said("pi4", tiles), "it has the same image settings"
+    assert "measured otherwise" not in said("x86-avx2", None)
+    tiles |= {"prefill": "int8", "changes": ["max_new_tokens 64 instead of 128"]}
+    assert "measured otherwise, with int8 for the prefill; as here: " in said("x86-avx2", tiles)
+
+
 def test_the_same_bytes(demo_bundle, tmp_path) -> None:
     """From a copy with other times and permissions, in another order, at another place."""
     other = Path(shutil.copytree(demo_bundle, tmp_path / "elsewhere", copy_function=shutil.copy))

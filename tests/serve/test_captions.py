@@ -253,6 +253,12 @@ def test_what_cannot_be_is_one_line(demo_bundle, folder, tmp_path, capsys, monke
     assert said.count("\n") == 1
 
 
+def test_a_pattern_chooses_from_folders(demo_bundle, folder, tmp_path, capsys) -> None:
+    words = ["caption", str(demo_bundle), *map(str, folder.iterdir()), "-p", "x", "-o", str(tmp_path / "out.jsonl")]
+    assert main([*words, "--match", "*.tif"]) == 2
+    assert "--match chooses from folders, and has no effect on files that are named" in capsys.readouterr().err
+
+
 def test_what_the_kernel_does_not_tell_of(folder) -> None:
     """More events at once than it counts, or files on a network disk: found when all is looked at again, but for what
     may be in work.

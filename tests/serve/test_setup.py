@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("starlette")
 from lfm_runtime.setup.memory import Shapes
 from lfm_runtime.setup.resolve import DoesNotFitError
+from lfm_serve import engine as module
 from lfm_serve.api import app
 from lfm_serve.api.errors import ApiError
 from lfm_serve.engine import Engine
@@ -48,3 +49,16 @@ def test_an_image_that_the_memory_cannot_open(demo_bundle, demo_model, monkeypat
     assert caught.value.response("/v1/chat/completions").headers["x-should-retry"] == "false"
     monkeypatch.setattr(app, "free_mib", lambda: 1000)
     assert api._open(demo_model, data, "auto").pixels
+
+
+def test_it_is_ready_when_its_rows_are(demo_bundle, monkeypatch) -> None:
+    """What /health asks for is there only once requests can be answered."""
+    setup, rows = choose(demo_bundle, "generic")
+    engine, seen = Engine(setup, rows=rows, waiting=1, cache_mib=0), []
+    make = module.Batch
+    monkeypatch.setattr(module, "Batch", lambda *words: seen.append(engine.model) or make(*words))
+    engine.start()
+    engine.wait_until_loaded()
+    engine.close()
+    assert seen == [None]
+    assert engine.model is not None

@@ -39,7 +39,7 @@ _BOARDS = (
 )
 _KL = (
     "KL divergence as the bundle knew it, on images that did not calibrate: measured when the variant was quantized, "
-    "or by lfm-edge quality over more questions."
+    "or by lfm-edge quality over more questions. Its ± is the standard error over questions."
 )
 
 
@@ -88,7 +88,8 @@ def _sections(audits: Sequence[Named], series: Sequence[Series]) -> list[Section
             "The first answer of each process is left out."
             + (f" {_KL}" if any(one.result.kl for one in series) else "")
             + (
-                " Where the prefill decoder was another than here, that is said (see lfm-edge quality --profile)."
+                " Where the prefill decoder or image settings were others than here, that is said; measured as here: "
+                "lfm-edge quality --profile."
                 if any(one.result.kl and one.result.kl_with for one in series)
                 else ""
             ),

@@ -110,8 +110,9 @@ def answers_table(series: Sequence[Series]) -> Table:
 
 
 def _loss(found: VariantResult, *, several_to: bool, several_asked: bool) -> str:
-    """KL, with what tells it from those of other rows: to what, of how many questions, with which prefill decoder."""
-    parts = [f"{found.kl:.2g}{f' to {found.kl_to}' * several_to}"]
+    """KL ± its standard error, with what tells it from other rows': to what, of how many questions, measured how."""
+    error = "" if found.kl_error is None else f" ± {found.kl_error:.1g}"
+    parts = [f"{found.kl:.2g}{error}{f' to {found.kl_to}' * several_to}"]
     parts += [counted(found.kl_questions, "question")] if several_asked and found.kl_questions else []
     parts += [found.kl_with] if found.kl_with else []
     return ", ".join(parts)

@@ -80,6 +80,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     """
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.errors import SettingError
+    from lfm_runtime.setup.judged import judged_otherwise
     from lfm_runtime.setup.profile import departures, find_profile
     from lfm_runtime.setup.variants import choose_variants, unmet
 
@@ -102,6 +103,11 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     print(f"profile {profile.name}: {variant}" + (f", {prefill} for the prefill" if prefill else ""), file=out)
     if changes := departures(profile, bundle.images, bundle.generation):
         print(f"  it changes the checkpoint's settings: {', '.join(changes)}", file=out)
+    quality = bundle.manifest.quality.get(variant, {}) if bundle.manifest else {}
+    if "kl" in quality and (how := judged_otherwise(quality, prefill, departures(profile, bundle.images))):
+        again = command("quality", options.bundle, "--variant", variant, "--profile", name, "--images", "PHOTOS")
+        here = f"; as here: {again}" if quality.get("against") in bundle.variants else ""
+        print(f"  what {variant} loses was measured otherwise, {how}{here}", file=out)
     for wish in unmet(bundle, profile):
         how = command("quantize", options.bundle, "--variant", wish)
         print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)

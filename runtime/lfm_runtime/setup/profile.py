@@ -106,13 +106,13 @@ def generation_changes(profile: Profile, checkpoint: GenerationSettings, *, veri
     return given
 
 
-def departures(profile: Profile, images: ImageSettings, generation: GenerationSettings) -> list[str]:
+def departures(profile: Profile, images: ImageSettings, generation: GenerationSettings | None = None) -> list[str]:
     """What a profile changes of a checkpoint's settings, a few words each: "max_image_tokens 128 instead of 256"."""
     found = []
-    for changes, checkpoint in (
-        (image_changes(profile, images), images),
-        (generation_changes(profile, generation, verifies=False), generation),
-    ):
+    changed: list[tuple[dict[str, Any], Any]] = [(image_changes(profile, images), images)]
+    if generation:
+        changed.append((generation_changes(profile, generation, verifies=False), generation))
+    for changes, checkpoint in changed:
         for name, value in changes.items():
             old = getattr(checkpoint, name)
             if value != old:

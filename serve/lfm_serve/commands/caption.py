@@ -172,6 +172,8 @@ def _check(options: argparse.Namespace) -> None:
     check_asking(options, [options.prompt], "Describe this image.")
     if options.force and not (options.sidecar or options.table):
         raise SettingError("--force is about --sidecar and --table, and has no effect without them; leave it out")
+    if options.match and all(map(os.path.isfile, options.places)):
+        raise SettingError("--match chooses from folders, and has no effect on files that are named; leave it out")
     if not 0 < options.max_megapixels < float("inf"):
         raise SettingError(f"--max-megapixels {options.max_megapixels:g} is impossible; allowed: above 0")
     if os.path.lexists(options.output) and not os.path.isfile(options.output):  # noqa: PTH113  (may be an URL)
