@@ -39,7 +39,7 @@ def questions() -> list[dict[str, str]]:
 def answers(bundle: Path, dtype: str, questions: list[dict[str, str]], tmp_path: Path) -> list[str]:
     """What transformers.js says."""
     (tmp_path / "questions.json").write_text(json.dumps(questions))
-    shutil.copy(ROOT / "tests" / "node" / "answers.mjs", NODE)
+    shutil.copy(ROOT / "tests" / "node" / "answers.mjs", NODE / "answers.mjs")
     words = ["node", str(NODE / "answers.mjs"), str(bundle), dtype, str(tmp_path / "questions.json")]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=NODE)
     assert done.returncode == 0, done.stderr[-2000:]
