@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . scripts/environment.sh
-# Two pytest processes with one thread each; more threads would only wait for each other.
+# pytest processes with one thread each; more threads would only wait for each other.
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile all modules again
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 long=" and not slow"
@@ -113,4 +113,5 @@ wait $sandbox || { cat build/arm64.log && exit 1; }
 cat build/arm64.log
 
 echo "== all tests, transformers 4.57"
-.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "not transformers5_alone$long"
+# Three processes: many tests wait for servers, cameras, boards and disks.
+.venv/bin/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m "not transformers5_alone$long"

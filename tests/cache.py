@@ -4,6 +4,7 @@ package they come from has changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -24,14 +25,13 @@ _KEPT_S = 24 * 3600
 def cached_bundle(name: str, make: Callable[[Path], object], target: Path) -> Path:
     """A bundle of one's own at `target`: what `make` writes into the folder it is given, or has written before."""
     kept = HOME / f"{name}-{_key()}"
-    if not kept.exists():
-        HOME.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=HOME) as work:
-            make(Path(work) / "bundle")
-            try:
+    HOME.mkdir(parents=True, exist_ok=True)
+    with (HOME / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for it instead of making it too
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=HOME) as work:
+                make(Path(work) / "bundle")
                 (Path(work) / "bundle").rename(kept)
-            except OSError:
-                assert kept.exists()  # another process was first
     os.utime(kept)
     for old in HOME.iterdir():
         if time.time() - old.stat().st_mtime > _KEPT_S:

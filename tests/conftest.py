@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from cache import cached_bundle  # noqa: E402
 
-os.environ["LFM_EDGE_PROFILE"] = "generic"  # tests mean the same on every machine; those about profiles name theirs
+# Tests mean the same on every machine; those about profiles name theirs.
+os.environ["LFM_EDGE_PROFILE"] = str(ROOT / "tests" / "generic.toml")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub but those that start one
 with contextlib.suppress(ImportError):
     from hypothesis import settings
@@ -28,10 +29,24 @@ with contextlib.suppress(ImportError):
 
 _BUNDLES = {"demo_bundle", "gpu_bundle"}  # fixtures behind all others that export
 _ABOVE_UNITS = ("bundle", "process", "slow")
+_LONGEST = (
+    "test_ansible",
+    "test_install",
+    "test_documentation",
+    "test_make",
+    "test_cluster_failures",
+    "test_quantize",
+    "test_spread",
+    "test_cluster",
+    "test_judging",
+)
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """What a test asks for tells what it is: on a bundle, or a unit. Tests of whole stages make bundles of their own."""
+    """What a test asks for tells what it is: on a bundle, or a unit. Tests of whole stages make bundles of their own.
+    Files that take a minute or more come first: at the end one process would go on alone.
+    """
+    items.sort(key=lambda item: Path(item.path).stem not in _LONGEST)
     for item in items:
         stage = Path(item.path).parent.name in ("export", "quantize")
         if _BUNDLES.intersection(item.fixturenames) or stage:
@@ -96,7 +111,7 @@ def gpu_bundle(demo_bundle, tmp_path_factory) -> Path:
 def demo_model(demo_bundle):
     from lfm_runtime import Model
 
-    return Model.load(demo_bundle, threads=2)
+    return Model.load(demo_bundle, threads=1)
 
 
 @pytest.fixture

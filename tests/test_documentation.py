@@ -102,7 +102,7 @@ def run_short(words: list[str]) -> int:
         return done.returncode
     if words[0] != "audit":
         return main(words)
-    codes = (main([*words, "--budget", budget]) for budget in ("4s", "40s", "10m"))
+    codes = (main([*words, "--budget", budget]) for budget in ("4s", "15s", "60s", "10m"))
     return next((code for code in codes if code != 2), 2)
 
 

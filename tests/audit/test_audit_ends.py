@@ -76,7 +76,7 @@ def test_sigterm_keeps_what_was_measured(demo_bundle, tmp_path) -> None:
         "--profile",
         "generic",
         "--new-tokens",
-        "120",
+        "60",
         "-o",
         str(tmp_path / "a.json"),
     ]

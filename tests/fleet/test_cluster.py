@@ -97,7 +97,7 @@ def _chaos(command, folder, tmp_path, images: int, kill_every: float | None) -> 
 
 
 def test_a_worker_is_killed_and_the_scheduler_started_again(command, folder, tmp_path) -> None:
-    _chaos(command, folder, tmp_path, 600, None)
+    _chaos(command, folder, tmp_path, 300, None)
 
 
 @pytest.mark.slow

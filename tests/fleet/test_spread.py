@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -127,50 +126,10 @@ def samples(demo_bundle):
     return found
 
 
-def test_what_layers_are_fed_is_summed_on_a_cluster(demo_bundle, samples, tmp_path) -> None:
-    """The sums of one process, to what fp32 sums of the same numbers in another order differ by."""
-    bundle = Bundle.open(demo_bundle)
-    graphs, recipe = Graphs.of(Source.open(bundle, "int4")), Recipe.default("int4", "gptq", quick=True)
-    with _three(tmp_path) as (_, cluster):
-        trails = [into_encoder(where, bundle, "int4", graphs, samples, 1) for where in (HERE, cluster)]
-        assert [len(trail.parts) for trail in trails] == [1, 3]
-        for model in (graphs.vision, graphs.decoder):
-            if model is graphs.decoder:
-                trails = [trail.into_decoder(len(samples), None, bundle.prompts.image_id) for trail in trails]
-            for block in blocks_of(model):
-                change = quantize_block(model, block, trails[0], recipe)
-                _same(*(trail.observe(block, dict.fromkeys(change.products, True)) for trail in trails))
-                trails = [trail.advance(block, change.passes(tied=False)) for trail in trails]
-
-
-def test_a_worker_that_leaves_with_samples_is_told(demo_bundle, samples, tmp_path) -> None:
-    bundle = Bundle.open(demo_bundle)
-    graphs = Graphs.of(Source.open(bundle, "int4"))
-    first, second, third = blocks_of(graphs.vision)[:3]
-    with _three(tmp_path) as (started, cluster):
-        trail = into_encoder(cluster, bundle, "int4", graphs, samples, 1)
-        for block in (first, second):
-            trail = trail.advance(block, [])
-        trail.observe(third, dict.fromkeys(third.linears, True))
-        started.workers[0].kill()
-        with pytest.raises(ClusterError, match=r"left, and what it held is lost \(.*\); run again"):
-            trail.observe(third, dict.fromkeys(third.linears, True))
-
-
-def test_what_fails_on_a_worker_is_told(tmp_path) -> None:
-    """Want of memory there is not this machine's."""
-    with _three(tmp_path) as (_, cluster):
-        with pytest.raises(ClusterError, match="has not enough memory for it; start workers with more"):
-            list(cluster.results([cluster.call(bytes, 1 << 62)]))
-        with pytest.raises(ClusterError, match="cannot do it \\(invalid literal"):
-            list(cluster.results([cluster.call(int, "odd")]))
-        assert list(cluster.results([cluster.call(abs, -2), cluster.call(abs, 3)])) == [2, 3]
-
-
-@contextmanager
-def _three(folder):
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
     """A cluster of three workers, as quantize reaches it, and of one that is somebody else's and has no lfm-edge."""
-    with Cluster(folder) as started:
+    with Cluster(tmp_path_factory.mktemp("three")) as started:
         for name in "abc":
             started.work(name)
         started.work("other", offers="", before="import sys; sys.modules['lfm_quantize'] = None")
@@ -179,6 +138,46 @@ def _three(folder):
         with workers(started.address) as cluster:
             assert cluster.size == 3
             yield started, cluster
+
+
+def test_what_layers_are_fed_is_summed_on_a_cluster(demo_bundle, samples, three) -> None:
+    """The sums of one process, to what fp32 sums of the same numbers in another order differ by."""
+    bundle = Bundle.open(demo_bundle)
+    graphs, recipe = Graphs.of(Source.open(bundle, "int4")), Recipe.default("int4", "gptq", quick=True)
+    trails = [into_encoder(where, bundle, "int4", graphs, samples, 1) for where in (HERE, three[1])]
+    assert [len(trail.parts) for trail in trails] == [1, 3]
+    for model in (graphs.vision, graphs.decoder):
+        if model is graphs.decoder:
+            trails = [trail.into_decoder(len(samples), None, bundle.prompts.image_id) for trail in trails]
+        for block in blocks_of(model):
+            change = quantize_block(model, block, trails[0], recipe)
+            _same(*(trail.observe(block, dict.fromkeys(change.products, True)) for trail in trails))
+            trails = [trail.advance(block, change.passes(tied=False)) for trail in trails]
+
+
+def test_what_fails_on_a_worker_is_told(three) -> None:
+    """Want of memory there is not this machine's."""
+    cluster = three[1]
+    with pytest.raises(ClusterError, match="has not enough memory for it; start workers with more"):
+        list(cluster.results([cluster.call(bytes, 1 << 62)]))
+    with pytest.raises(ClusterError, match="cannot do it \\(invalid literal"):
+        list(cluster.results([cluster.call(int, "odd")]))
+    assert list(cluster.results([cluster.call(abs, -2), cluster.call(abs, 3)])) == [2, 3]
+
+
+def test_a_worker_that_leaves_with_samples_is_told(demo_bundle, samples, three) -> None:
+    """The last test of the cluster: one of its workers is gone."""
+    bundle = Bundle.open(demo_bundle)
+    graphs = Graphs.of(Source.open(bundle, "int4"))
+    first, second, third = blocks_of(graphs.vision)[:3]
+    started, cluster = three
+    trail = into_encoder(cluster, bundle, "int4", graphs, samples, 1)
+    for block in (first, second):
+        trail = trail.advance(block, [])
+    trail.observe(third, dict.fromkeys(third.linears, True))
+    started.workers[0].kill()
+    with pytest.raises(ClusterError, match=r"left, and what it held is lost \(.*\); run again"):
+        trail.observe(third, dict.fromkeys(third.linears, True))
 
 
 def _same(one: dict[str, Observed], other: dict[str, Observed]) -> None:

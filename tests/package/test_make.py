@@ -42,8 +42,8 @@ def asked(*words: str) -> Order:
 
 
 @pytest.mark.process
-def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
-    """A second run makes only the stick; with another image the variants, but no export."""
+def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd, monkeypatch) -> None:
+    """A second run makes only the stick; with another image the variants, but no export. What they would run is seen."""
     words = ["make", str(CHECKPOINT), "--target", "x86_64", "--python", PYTHON, "--calibration", str(few), "--quick"]
     words += ["--profile", "pi4", "-o", str(tmp_path / "cam")]
     assert main(words) == 0
@@ -65,13 +65,18 @@ def test_from_checkpoint_to_stick_and_again(few, tmp_path, capfd) -> None:
     conf = dict(line.split("=", 1) for line in (tmp_path / "cam" / "stick.conf").read_text().splitlines())
     assert (conf["variant"], conf["prefill"]) == ("int4", "int8")
 
+    again: list[str] = []
+    monkeypatch.setattr(Step, "run", lambda step: again.append(step.name) or 0)
     assert main(words) == 0
+    assert again == ["stick"]
     said = capfd.readouterr().err
     assert all(f"{step}: done before" in said for step in ("export", "int4", "int8"))
     assert "all but the stick was done before" in said
 
     shutil.copy(ROOT / "demo" / "photos" / "rocket.jpg", few)
+    again.clear()
     assert main(words) == 0
+    assert again == ["int8", "int4", "stick"]
     said = capfd.readouterr().err
     assert "export: done before" in said
     assert all(f"{step}: lfm-edge quantize" in said for step in ("int4", "int8"))

@@ -208,6 +208,7 @@ def test_prepared_graphs_are_hashed_and_damaged_ones_removed(bundle_copy, photo,
     from lfm_audit import selftest  # noqa: F401  (the command)
 
     question = ["run", str(bundle_copy), str(photo), "-p", "What is this?", "--variant", "fp32", "--temperature", "0"]
+    question += ["--max-new-tokens", "4"]
 
     def prepared() -> tuple[str, Path]:
         assert main(["prepare", str(bundle_copy), "--variant", "fp32"]) == 0

@@ -37,7 +37,9 @@ def _first_images(folder: Path, count: int) -> Path:
     # Shapes come first in the file, texts last: half of each.
     texts = [line for line in (CALIBRATION / "calibration.jsonl").read_text().splitlines() if '"read"' in line]
     chosen = chosen[: count // 2] + texts[: count - count // 2]
-    shutil.copytree(CALIBRATION / "images", folder / "images")
+    for name in {json.loads(line)["image"] for line in chosen}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CALIBRATION / name, folder / name)
     (folder / "calibration.jsonl").write_text("\n".join(chosen) + "\n")
     return folder
 

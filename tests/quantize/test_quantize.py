@@ -52,10 +52,10 @@ def check_floors(quality, variant: str, noise: float = 0.0) -> None:
 
 @pytest.mark.parametrize("variant", FLOORS)
 def test_floors(quantized, questions, variant) -> None:
-    """On half of the stored questions, none of whose pictures calibration saw. Of 240, one is 0.4 points, and which one
-    flips depends on the processor that calibrated; 2,000 decide (below).
+    """On a quarter of the stored questions, none of whose pictures calibration saw. Of 120, one is 0.8 points, and which
+    one flips depends on the processor that calibrated; 2,000 decide (below).
     """
-    check_floors(measure(quantized, variant, "fp32", questions[1][::2], 2), variant, noise=0.9)
+    check_floors(measure(quantized, variant, "fp32", questions[1][::4], 2), variant, noise=1.7)
 
 
 @pytest.mark.slow
