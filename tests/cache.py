@@ -22,9 +22,11 @@ _PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers",
 _KEPT_S = 24 * 3600
 
 
-def cached_bundle(name: str, make: Callable[[Path], object], target: Path) -> Path:
-    """A bundle of one's own at `target`: what `make` writes into the folder it is given, or has written before."""
-    kept = HOME / f"{name}-{_key()}"
+def cached_bundle(name: str, make: Callable[[Path], object], target: Path, *sources: str) -> Path:
+    """A bundle, or a stick, of one's own at `target`: what `make` writes into the folder it is given, or has written
+    before from the same files; `sources`: folders that only it is made of.
+    """
+    kept = HOME / f"{name}-{_key(*sources)}"
     HOME.mkdir(parents=True, exist_ok=True)
     with (HOME / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for it instead of making it too
@@ -40,9 +42,9 @@ def cached_bundle(name: str, make: Callable[[Path], object], target: Path) -> Pa
 
 
 @cache
-def _key() -> str:
+def _key(*sources: str) -> str:
     digest = hashlib.sha256()
-    for source in _SOURCES:
+    for source in (*_SOURCES, *sources):
         place = ROOT / source
         files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
         for file in files:

@@ -167,9 +167,14 @@ def stick_once(demo_bundle, tmp_path_factory) -> Path:
     from lfm_package.stick import write_stick
     from lfm_package.targets import Platform
 
-    folder = tmp_path_factory.mktemp("usb") / "cam"
-    write_stick(demo_bundle, ["fp32"], Platform.of("x86_64", f"3.{sys.version_info.minor}"), folder)
-    return folder
+    python = f"3.{sys.version_info.minor}"
+
+    def make(folder: Path) -> None:
+        write_stick(demo_bundle, ["fp32"], Platform.of("x86_64", python), folder.with_name("cam"))
+        folder.with_name("cam").rename(folder)
+
+    ours = ("audit", "package", "serve", "fleet", "pyproject.toml")  # in its wheel
+    return cached_bundle(f"stick-{python}", make, tmp_path_factory.mktemp("usb") / "cam", *ours)
 
 
 @pytest.fixture

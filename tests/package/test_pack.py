@@ -89,7 +89,7 @@ def test_a_loss_that_was_measured_otherwise_is_told(bundle_copy, tmp_path, capsy
     tiles = {"profile": "pi5", "prefill": None, "changes": ["do_image_splitting off instead of on"]}
     how = "as pi5 (do_image_splitting off instead of on)"
     again = f"lfm-edge quality {bundle_copy} --variant fp32 --profile x86-avx2 --images PHOTOS"
-    assert f"  what fp32 loses was measured otherwise, {how}; as here: {again}\n" in said("x86-avx2", tiles)
+    assert f"  the bundle knows fp32's loss as measured otherwise, {how}; as here: {again}\n" in said("x86-avx2", tiles)
     assert "measured otherwise, with the checkpoint's image settings; as here: " in said("pi5", None)
     assert "measured otherwise" not in said("pi4", tiles), "it has the same image settings"
     assert "measured otherwise" not in said("x86-avx2", None)

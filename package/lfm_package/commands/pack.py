@@ -107,7 +107,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     if "kl" in quality and (how := judged_otherwise(quality, prefill, departures(profile, bundle.images))):
         again = command("quality", options.bundle, "--variant", variant, "--profile", name, "--images", "PHOTOS")
         here = f"; as here: {again}" if quality.get("against") in bundle.variants else ""
-        print(f"  what {variant} loses was measured otherwise, {how}{here}", file=out)
+        print(f"  the bundle knows {variant}'s loss as measured otherwise, {how}{here}", file=out)
     for wish in unmet(bundle, profile):
         how = command("quantize", options.bundle, "--variant", wish)
         print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
