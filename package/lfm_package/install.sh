@@ -213,7 +213,7 @@ fill() { # FOLDER: environment, bundle, prepared graphs, all tested
     "$edge" selftest "$1/bundle" || status=$?
     case $status in
     0) ;;
-    3) say "warning: it works, but a budget of the profile is exceeded or the board is throttled (see above); see: $(word "$prefix/bin/lfm-edge") doctor $(word "$prefix/current/bundle")" ;;
+    3) say "warning: it works, but a budget of the profile is exceeded or the board is throttled ; the lines above say which, and what helps" ;;
     *) return 1 ;;
     esac
 }

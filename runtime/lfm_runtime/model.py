@@ -96,8 +96,8 @@ class Model:
             DoesNotFitError: not even the smallest setup fits the memory; with the numbers.
         """
         setup = resolve(folder, profile, ask, force=force, verify=verify, **flags)
-        for step in setup.steps:
-            _log.warning("lfm-edge: reduced to fit the memory (%s MiB are free): %s", setup.free_mib, step)
+        for line in setup.reductions:
+            _log.warning("lfm-edge: %s", line)
         return Model.of(setup, cache_mib=cache_mib, cache_folder=cache_folder)
 
     @staticmethod

@@ -140,6 +140,14 @@ def test_what_a_later_step_would_refuse_is_refused_first(words, told, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_golden_questions_are_read_before_the_work(tmp_path, capsys) -> None:
+    (tmp_path / "g.jsonl").write_text('{"image": "a.png"}\n')
+    words = ["--target", "pi5", "--golden", str(tmp_path / "g.jsonl"), "-o", str(tmp_path / "cam")]
+    assert main(["make", str(CHECKPOINT), *words]) == 2
+    assert 'g.jsonl, line 1: no JSON object with "image" and "question"' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["g.jsonl"]
+
+
 def test_a_checkpoint_that_is_none(tmp_path, capsys) -> None:
     assert main(["make", str(tmp_path), "--target", "pi5", "-o", str(tmp_path / "cam")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

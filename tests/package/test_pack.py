@@ -211,6 +211,15 @@ def test_what_the_profile_would_choose_is_packed(demo_bundle, tmp_path, capsys) 
     assert read(str(tmp_path / "cam" / "profile.toml")).name == "pi5"
 
 
+@pytest.mark.parametrize(("images", "more"), [(3, " --calibration PHOTOS\n"), (0, "\n"), (None, "\n")])
+def test_what_is_lacking_is_made_as_the_others_were(bundle_copy, tmp_path, capsys, images, more) -> None:
+    path = bundle_copy / "manifest.json"
+    made = {"fp32": {"calibration": images if images is None else {"images": images}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": made}))
+    assert main(["pack", str(bundle_copy), "--profile", "pi5", "-o", str(tmp_path / "cam.tar")]) == 0
+    assert f"lacks: lfm-edge quantize {bundle_copy} --variant int4{more}" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 @pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS"])
 def test_a_manifest_that_is_a_pipe(bundle_copy, name, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lfm_runtime import Model
 from lfm_runtime.errors import PromptError, SettingError
+from lfm_runtime.setup.setup import Ask
 from lfm_serve.asking import Asking
-from lfm_serve.cameras.scene import Scene, cache_mib
+from lfm_serve.cameras.scene import KEPT, Scene
 from PIL import Image
 
 EVAL = Path(__file__).resolve().parents[2] / "demo" / "eval"
@@ -103,7 +105,8 @@ def test_the_cache_holds_two_pictures_and_no_more(demo_bundle) -> None:
     assert model.cache.nbytes <= model.cache._max_bytes
     assert not model.cache._lengths
     views = model.setup.images.max_tiles + 1
-    assert cache_mib(model.setup) << 20 >= 2 * views * 64 * model.bundle.facts.hidden * 4
+    setup = replace(model.setup, ask=Ask((), pictures=KEPT))
+    assert setup.pictures_mib << 20 >= 2 * views * 64 * model.bundle.facts.hidden * 4
 
 
 def test_tolerance_takes_noise_for_nothing(models) -> None:

@@ -161,6 +161,7 @@ def test_paths_and_methods_that_are_not_there(server) -> None:
     assert "there is no POST /v1/responses" in server.ask("/v1/responses", {})[1]["error"]["message"]
     status, found, _ = server.ask("/v1/chat/completions")
     assert status == 405 and found["error"]["type"] == "invalid_request_error"
+    assert found["error"]["message"].endswith("is not a method of this path; it has POST")
     for body in (b"", b"{", b"[" * 100_000, b"\xff", b"[]", b'{"messages": 3}'):
         status, found, _ = server.ask("/chat/completions", body)
         assert status == 400 and found["error"]["message"], body[:9]

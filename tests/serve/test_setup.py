@@ -31,7 +31,7 @@ def test_rows_times_context_is_in_the_forecast(demo_bundle, starts_empty) -> Non
 
 def test_too_many_rows_are_named_as_the_cause(demo_bundle) -> None:
     """Closing other programs would not help, nor a smaller model."""
-    with pytest.raises(DoesNotFitError, match=r"\. Take fewer rows, a shorter context or a smaller cache$"):
+    with pytest.raises(DoesNotFitError, match=r"\. Take fewer rows or a shorter context$"):
         choose(demo_bundle, "generic", rows=10**6)
     with pytest.raises(DoesNotFitError, match=r"\. Take fewer rows, a shorter context or a smaller cache$"):
         choose(demo_bundle, "generic", cache_mib=10**9)

@@ -45,6 +45,31 @@ def test_a_folder_of_stills(watch, stills, demo_model) -> None:
     assert "6 answers" in watch.said
 
 
+def test_what_it_needs_is_said_once_and_for_all(watch, stills, tmp_path, starts_empty) -> None:
+    """What is named as the least suffices; a video needs more than stills; what cannot be set is no advice."""
+    pytest.importorskip("av")
+    profile, needed = tmp_path / "small.toml", {}
+
+    def allow(mib: int) -> str:
+        profile.write_text(f'extends = "generic"\n[budget]\npeak_rss_mib = {mib}\n')
+        return str(profile)
+
+    (tmp_path / "film.mp4").write_bytes(b"not looked at")
+    for source in (stills, tmp_path / "film.mp4"):
+        for limit in (20, 30):
+            watch(str(source), "--profile", allow(limit), code=2)
+            said = re.search(
+                rf"needs at least (\d+) MiB .*; profile small allows {limit} \(peak_rss_mib\)\. (.*)\n", watch.said
+            )
+            assert said[2] == "Take a smaller model, or another profile"
+            needed.setdefault(source.name, []).append(int(said[1]))
+    few, more = needed.values()
+    assert few[0] == few[1]
+    assert min(more) >= few[0] + 50
+    assert watch(str(stills), "--profile", allow(few[0] + 1), "--max-new-tokens", "1")
+    assert f"reduced to fit the memory (profile small allows {few[0] + 1} MiB (peak_rss_mib)): no tiles" in watch.said
+
+
 def test_several_questions_about_each(watch, stills) -> None:
     found = watch(str(stills), "-p", QUESTION, "-p", "How many shapes?")
     assert [one["question"] for one in found] == [QUESTION, "How many shapes?"] * 6

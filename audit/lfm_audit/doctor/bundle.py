@@ -17,10 +17,9 @@ from lfm_runtime.formats.files import to_write
 from lfm_runtime.formats.manifest import SUMS
 from lfm_runtime.formats.onnx_file import external_files
 from lfm_runtime.model import Model  # noqa: F401  (what the process has once it is loaded is part of the forecast)
-from lfm_runtime.setup.machine import room_advice
 from lfm_runtime.setup.resolve import resolve
 from lfm_runtime.setup.setup import Ask, Setup
-from lfm_runtime.setup.variants import unmet
+from lfm_runtime.setup.variants import made_with, unmet
 
 from lfm_audit.doctor.finding import Finding, Machine, judged
 
@@ -48,12 +47,12 @@ def bundle(machine: Machine) -> Iterator[Finding]:
     packed = (bundle.folder / SUMS).exists()  # for a board, where nothing can be quantized
     for wish in unmet(bundle, setup.profile):
         why = f"profile {setup.profile.name} would use {wish}, which the bundle lacks"
-        do = command("quantize", bundle.folder, "--variant", wish)
+        do = made_with(bundle, wish)
         if packed or not set(FINEST).intersection(bundle.variants):
-            do = f"where the bundle was made: lfm-edge quantize BUNDLE --variant {wish}, then pack or stick it again"
+            do = f"where the bundle was made: {made_with(bundle, wish, 'BUNDLE')}, then pack or stick it again"
         yield Finding("variants", "warning", why, do)
-    steps = f"; to fit the memory: {'; '.join(setup.steps)}" if setup.steps else ""
-    yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", room_advice(machine.device))
+    steps = f"; to fit the memory ({setup.bound}): {'; '.join(setup.steps)}" if setup.steps else ""
+    yield judged("bundle", bool(steps) and "warning", f"{said}{steps}", setup.remedy)
 
 
 def _weights_elsewhere(graph: Path) -> Path | None:

@@ -157,8 +157,9 @@ def _order(options: argparse.Namespace) -> Order:
 
 
 def _check_inputs(options: argparse.Namespace) -> None:
-    """Raise SettingError for images and files that are missing, or of no effect."""
+    """Raise SettingError for images and files that are missing, damaged or of no effect."""
     from lfm_runtime.errors import SettingError
+    from lfm_runtime.questions import read_jsonl
 
     from lfm_package.estimate import count_images
 
@@ -168,5 +169,7 @@ def _check_inputs(options: argparse.Namespace) -> None:
     for flag, given in (("--quick", options.quick), ("--prompts", options.prompts)):
         if given and not options.calibration:
             raise SettingError(f"{flag} has no effect without --calibration; name images, or leave it out")
+    if options.golden:
+        read_jsonl(options.golden, [options.golden.parent])
     if options.calibration and not count_images(options.calibration):
         raise SettingError(f"{options.calibration[0]} has no images; name a folder with JPEG or PNG files")

@@ -82,7 +82,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
     from lfm_runtime.errors import SettingError
     from lfm_runtime.setup.judged import judged_otherwise
     from lfm_runtime.setup.profile import departures, find_profile
-    from lfm_runtime.setup.variants import choose_variants, unmet
+    from lfm_runtime.setup.variants import choose_variants, made_with, unmet
 
     name = options.profile or board
     bundle = Bundle.open(options.bundle)
@@ -109,8 +109,7 @@ def chosen_contents(options: argparse.Namespace, board: str = "") -> Contents:
         here = f"; as here: {again}" if quality.get("against") in bundle.variants else ""
         print(f"  the bundle knows {variant}'s loss as measured otherwise, {how}{here}", file=out)
     for wish in unmet(bundle, profile):
-        how = command("quantize", options.bundle, "--variant", wish)
-        print(f"  it would also use {wish}, which the bundle lacks: {how}", file=out)
+        print(f"  it would also use {wish}, which the bundle lacks: {made_with(bundle, wish)}", file=out)
     packed = find_profile(name, variant=variant, prefill=prefill)
     golden = _golden(options, find_profile(packed, prefill=prefill or "none"))  # of what is packed alone
     goes_along = bool(options.profile) or by_itself != (variant, prefill)

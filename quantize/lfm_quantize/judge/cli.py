@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm_runtime.commands.cli import add_image_arguments, given_flags
-from lfm_runtime.errors import command, counted
+from lfm_runtime.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
     from lfm_profiles.schema import IMAGE_SETTINGS
     from lfm_runtime.bundle import Bundle
     from lfm_runtime.setup.profile import find_profile
-    from lfm_runtime.setup.variants import choose_variant, unmet
+    from lfm_runtime.setup.variants import choose_variant, made_with, unmet
 
     from lfm_quantize.graph import QuantizeError
     from lfm_quantize.judge.measure import Board
@@ -160,6 +160,6 @@ def _judged(options: argparse.Namespace) -> tuple[str, Board | None]:
     bundle = Bundle.open(options.bundle)
     profile = find_profile(options.profile or "generic", variant=options.variant, **flags)
     for wish in unmet(bundle, profile) if not options.quiet else ():
-        how = command("quantize", options.bundle, "--variant", wish)
-        print(f"profile {profile.name} would also use {wish}, which the bundle lacks: {how}", file=sys.stderr)
+        how = f"which the bundle lacks: {made_with(bundle, wish)}"
+        print(f"profile {profile.name} would also use {wish}, {how}", file=sys.stderr)
     return choose_variant(bundle.variants, profile), Board.of(bundle, profile)

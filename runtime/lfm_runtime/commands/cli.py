@@ -316,8 +316,8 @@ def load_model(
         setup = resolve(bundle, options.profile, ask, force=options.force, verify=options.verify, **flags)
     except DoesNotFitError as e:
         raise DoesNotFitError(f"{e}; --force tries all the same") from e
-    for step in setup.steps:
-        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    for line in setup.reductions:
+        print(f"lfm-edge: {line}", file=sys.stderr)
     say = status_line(quiet=options.quiet or not sys.stderr.isatty())
     say(f"loading {setup.bundle.folder.resolve().name}, {setup.summary}")
     try:

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     ):
         print(f"{name:10s} {value}")
     for step in setup.steps:
-        print(f"{'to fit':10s} {step}")
+        print(f"{'to fit':10s} {step}: {setup.bound}")
     return 0
 
 

@@ -152,7 +152,8 @@ def _run_memory(setup: Setup, shapes: Shapes, run: Forecast) -> Memory:
     cutting = max((_cutting(size, image, tile) for size, image in zip(sizes, layouts, strict=True)), default=0.0)
     loading = max(d.loading for d in decoders)
     seeing = encoding + features + held + cutting
-    answering = Memory(features + reading + kv + held + setup.ask.cache_mib, 0) + _END
+    kept = setup.ask.cache_mib + setup.pictures_mib + setup.ask.beside_mib
+    answering = Memory(features + reading + kv + held + kept, 0) + _END
     if setup.execution.low_memory:  # the encoder's memory is given back before the decoder is loaded
         first = vision.kept + Memory(max(vision.loading, seeing), 0) if layouts else Memory(0, 0)
         stages = [first, decoder + Memory(loading, 0), decoder + answering]

@@ -150,7 +150,7 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
         for _, settings in steps:
             profile = stepped_down(profile, settings)
         found = with_forecast(settle(first.bundle, profile, first.ask, verify=first.verify))
-        return replace(found, steps=tuple(words for words, _ in steps))
+        return replace(found, steps=tuple(words for words, _ in steps), bound=bound, remedy=remedy)
 
     first = with_forecast(first)
     if first.execution.on_gpu or first.forecast is None:  # a GPU's memory is another, and was looked at
@@ -159,6 +159,7 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
         _say_memory_is_unknown()
     if force or fits(first):
         return first
+    bound, remedy = _bound(first, device, start)
     taken: list[tuple[str, dict[str, Any]]] = []
     smallest = first
     for step in _steps_down(first):
@@ -175,9 +176,26 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
     raise DoesNotFitError(_numbers(first, smallest, device, start, kept=fits(alone)))
 
 
+def _bound(setup: Setup, device: Device, start: Memory) -> tuple[str, str]:
+    """The tightest of what a setup does not fit, and what would give it more, in words."""
+    left, budget = device.address_free_mib, setup.profile.budget.peak_rss_mib
+    if setup.forecast and left is not None and left < setup.forecast.address_mib:
+        return f"ulimit -v leaves {left} MiB", "raise ulimit -v"
+    more = room_advice(device)
+    allowed = f"profile {setup.profile.name} allows {budget} MiB (peak_rss_mib)"
+    limits = (
+        (device.free_mib and device.free_mib + start.peak, (f"{device.free_mib} MiB are free", more)),
+        (device.usable_mib, (f"this process may use {device.usable_mib} MiB", more)),
+        (budget, (allowed, "take another profile")),
+    )
+    return min((limit, words) for limit, words in limits if limit is not None)[1]
+
+
 def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, kept: bool) -> str:
     """What is needed, what there is, and what helps. `kept`: it fits without what is kept for further questions."""
-    smaller = "fewer rows, a shorter context or a smaller cache" if kept else "a smaller model"
+    cache = " or a smaller cache" if first.ask.cache_mib else ""
+    fewer = f"fewer rows{',' if cache else ' or'} a shorter context" if first.ask.kv_tokens else ""
+    smaller = (fewer + cache if fewer else "a smaller cache") if kept else "a smaller model"
     assert smallest.forecast is not None
     memory, budget = smallest.forecast.memory, first.profile.budget.peak_rss_mib
     wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"

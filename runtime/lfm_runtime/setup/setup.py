@@ -67,14 +67,17 @@ class Ask:
     special: bool = True  # whether the question may hold special tokens
     kv_tokens: int = 0  # whose keys and values are kept at once, where more than this question's
     cache_mib: int = 0  # for prompts' beginnings and image features
+    pictures: int = 0  # of the largest kind, whose features are kept
+    beside_mib: int = 0  # what the process takes for something else
     once: bool = False  # this question alone, and then the process ends
 
     def __post_init__(self) -> None:
         for width, height in self.images:
             if not (width >= 1 and height >= 1):
                 raise SettingError(f"an image of {width}×{height} pixels is impossible")
-        if self.kv_tokens < 0 or self.cache_mib < 0:
-            raise SettingError(f"kv_tokens {self.kv_tokens}, cache_mib {self.cache_mib}: allowed are 0 and above")
+        if min(self.kv_tokens, self.cache_mib, self.pictures, self.beside_mib) < 0:
+            given = f"kv_tokens {self.kv_tokens}, cache_mib {self.cache_mib}, pictures {self.pictures}, beside_mib "
+            raise SettingError(f"{given}{self.beside_mib}: allowed are 0 and above")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Setup:
     ask: Ask
     forecast: Forecast | None = None  # None: the bundle tells too little
     steps: tuple[str, ...] = ()  # what was given up to fit the memory, in words
+    bound: str = ""  # what asked for these steps: "400 MiB are free", or a profile's budget
+    remedy: str = ""  # what would give it more, in words
     free_mib: int | None = None  # that this process might take when it was decided; None where nothing tells
     verify: bool = False  # hash large files as well
     unpacked: frozenset[Path] = frozenset()  # graphs that are used so few times that packing weights takes longer
@@ -101,6 +106,20 @@ class Setup:
     def paths(self) -> dict[str, Path]:
         """Paths of the variant's graphs, by stem."""
         return dict(self.bundle.graphs(self.variant)[1])
+
+    @property
+    def reductions(self) -> list[str]:
+        """What was given up to fit the memory, and to fit what: a line each."""
+        return [f"reduced to fit the memory ({self.bound}): {step}" for step in self.steps]
+
+    @property
+    def pictures_mib(self) -> int:
+        """Memory for the features of all views of the pictures that are to be kept, each of the largest kind."""
+        images, facts = self.images, self.bundle.facts
+        views = 1 + (images.max_tiles if images.do_image_splitting else 0)
+        tokens = views * max(images.max_image_tokens, (images.tile_size // images.cell) ** 2)
+        hidden = facts.hidden if facts else 2048
+        return -(-self.ask.pictures * tokens * hidden * 4 >> 20) + 1 if self.ask.pictures else 0
 
     @property
     def summary(self) -> str:
@@ -156,6 +175,7 @@ class Setup:
             "prefill": self.prefill,
             "threads": self.execution.threads,
             "steps": list(self.steps),
+            "bound": self.bound or None,
             **expected,
             "free_mib": self.free_mib,
         }

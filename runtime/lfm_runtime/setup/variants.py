@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from lfm_profiles import VARIANTS, Profile
 
 from lfm_runtime.bundle import Bundle
 from lfm_runtime.engine.gpu_wheel import CUDA
-from lfm_runtime.errors import SettingError
+from lfm_runtime.errors import SettingError, command
 
 
 def choose_variants(variants: Collection[str], profile: Profile) -> tuple[str, str | None]:
@@ -71,3 +72,13 @@ def unmet(bundle: Bundle, profile: Profile) -> list[str]:
     if wish and not prefill and _prefill({*bundle.variants, wish}, profile, variant) == wish:
         found.append(wish)  # it would be used if it were there
     return [name for name in dict.fromkeys(found) if name not in bundle.variants]
+
+
+def made_with(bundle: Bundle, variant: str, folder: str | Path | None = None) -> str:
+    """The command that makes a variant as the bundle's others were made: calibrated where one of them is. `folder`:
+    what to call the bundle.
+    """
+    made = [how.get("calibration") for how in bundle.manifest.quantization.values()] if bundle.manifest else []
+    calibrated = any(isinstance(of, Mapping) and of.get("images") for of in made)
+    images = ("--calibration", "PHOTOS") if calibrated else ()
+    return command("quantize", folder or bundle.folder, "--variant", variant, *images)

@@ -276,7 +276,7 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     ollamas = "; of Ollama's API there are /api/chat, /api/generate, /api/tags, /api/ps, /api/show and /api/version"
     said = {
         404: f"there is no {what}{ollamas if path.startswith('/api/') else ''}",
-        405: f"{what} is not a method of this path",
+        405: f"{what} is not a method of this path; it has {(error.headers or {}).get('Allow', 'another')}",
     }
     return ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response(path)
 

@@ -13,11 +13,12 @@ from lfm_runtime.images.opened import CutImage
 from lfm_runtime.images.pixels import ImageLike
 from lfm_runtime.model import Model
 from lfm_runtime.report import Report
-from lfm_runtime.setup.setup import Setup
 from numpy.typing import NDArray
 
 from lfm_serve.asking import Asking
 
+KEPT = 2
+"""Pictures whose features are kept: the one before and this one."""
 _PATCH = 16  # pixels a side
 _SMALL = (64, 36)
 _DIFFERENT = 12
@@ -29,7 +30,7 @@ class Scene:
 
     A view (a tile, or the whole picture small) whose pixels are those of a picture before is not encoded again, and the
     decoder goes on from where the prompt begins to differ: the views before the first one that has changed are not read
-    again either. The model needs a cache with room for the views of two pictures: `cache_mib`.
+    again either. The model needs a cache with room for the views of KEPT pictures: see Setup.pictures_mib.
 
     scene = Scene(model)
     picture = scene.see("frame.jpg")
@@ -71,15 +72,6 @@ class Scene:
         answer = self.model.answering(work, self._context)
         answer.text()
         return answer.report
-
-
-def cache_mib(setup: Setup) -> int:
-    """Memory for the features of the largest picture's views, twice: of the picture before and of this one."""
-    images, facts = setup.images, setup.bundle.facts
-    views = 1 + (images.max_tiles if images.do_image_splitting else 0)
-    tokens = views * max(images.max_image_tokens, (images.tile_size // images.cell) ** 2)
-    hidden = facts.hidden if facts else 2048
-    return -(-2 * tokens * hidden * 4 >> 20) + 1
 
 
 def small(picture: Any) -> NDArray[np.uint8]:

@@ -72,8 +72,8 @@ class Alone:
         flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
         self._plan = plan(bundle, options.profile, asking, rows=options.rows, **flags)
         setup = self._plan.setup
-        for step in setup.steps:
-            print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+        for line in setup.reductions:
+            print(f"lfm-edge: {line}", file=sys.stderr)
         return setup
 
     def find(self, warn: Callable[[str], None]) -> Iterable[str]:

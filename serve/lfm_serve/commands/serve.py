@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
         cache_mib=options.cache_mib,
         **flags,
     )
-    for step in setup.steps:
-        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    for line in setup.reductions:
+        print(f"lfm-edge: {line}", file=sys.stderr)
     engine = Engine(setup, rows=rows, waiting=options.queue, cache_mib=options.cache_mib)
     limits = Limits(
         max_body_mib=options.max_body_mib,

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ask the same about the newest picture of a camera, again and again, until Ctrl-C; or about the pictures of a "
         "video or a folder. Writes a JSON record of each answer. Tiles that have not changed are not computed again. "
         "Exit code 0; 1 where --until answer:TEXT was not answered; 3 where pictures of a video or a folder have an "
-        "error, or no picture of a camera came until --until; 130 where the former were not seen to their end."
+        "error, or no picture of a camera came until --until; 130 where a signal ended a video or a folder."
     )
     parser.add_argument("bundle", help="folder made by lfm-edge export, or an id of the hub: owner/name[@revision]")
     parser.add_argument(
@@ -85,9 +85,10 @@ def run(options: argparse.Namespace) -> int:
     from lfm_runtime.model import Model
 
     from lfm_serve.cameras.looking import Look, Seen, look
-    from lfm_serve.cameras.scene import Scene, cache_mib
+    from lfm_serve.cameras.scene import Scene
     from lfm_serve.cameras.settings import Roi, Until, seconds
     from lfm_serve.cameras.sources import SourceError, source_of
+    from lfm_serve.cameras.stills import Stills
 
     _check(options)
     every = 0.0 if options.every is None else seconds(options.every, "--every")
@@ -102,8 +103,8 @@ def run(options: argparse.Namespace) -> int:
     until.check(asked)
     seen, what = Seen(), Look(source, asked, every, options.changed, roi, until)
     with _records(options) as records:
-        setup = _setup(options, bundle, asked)
-        scene = Scene(Model.of(setup, cache_mib=cache_mib(setup)), tolerance=options.tile_tolerance)
+        setup = _setup(options, bundle, asked, 0 if isinstance(source, Stills) else _CAMERA_MIB)
+        scene = Scene(Model.of(setup, cache_mib=setup.pictures_mib), tolerance=options.tile_tolerance)
         if not options.quiet:
             print(f"{setup.summary}; watching {source.shown}", file=sys.stderr)
             seen.told = _status(options)
@@ -116,20 +117,22 @@ def run(options: argparse.Namespace) -> int:
     return _end(options, what, seen, failed, records)
 
 
-def _setup(options: argparse.Namespace, bundle: Bundle, asked: list[Asking]) -> Setup:
-    """How it will run: memory is foreseen for the longest question about a large picture, and what is kept of two."""
+def _setup(options: argparse.Namespace, bundle: Bundle, asked: list[Asking], camera_mib: int) -> Setup:
+    """How it will run: memory is foreseen for the longest question about a large picture, for what is kept of two, and
+    for reading the camera.
+    """
     from lfm_runtime.setup.resolve import resolve
 
-    from lfm_serve.cameras.scene import cache_mib
+    from lfm_serve.cameras.scene import KEPT
     from lfm_serve.setup import spins_briefly
 
     flags = {**setting_flags(options), "max_new_tokens": options.max_new_tokens}
-    setup = resolve(bundle, options.profile, **flags)
+    large = resolve(bundle, options.profile, force=True, **flags).ask
     longest = max((f"{one.system} {one.question}" for one in asked), key=len)
-    ask = replace(setup.ask, question=longest, cache_mib=cache_mib(setup) + _CAMERA_MIB)
+    ask = replace(large, question=longest, pictures=KEPT, beside_mib=camera_mib)
     setup = resolve(bundle, options.profile, ask, **flags)
-    for step in setup.steps:
-        print(f"lfm-edge: reduced to fit the memory ({setup.free_mib} MiB are free): {step}", file=sys.stderr)
+    for line in setup.reductions:
+        print(f"lfm-edge: {line}", file=sys.stderr)
     return setup if flags.get("spinning") is not None else spins_briefly(setup)
 
 

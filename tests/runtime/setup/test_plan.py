@@ -235,7 +235,25 @@ def test_run_says_what_it_gave_up(demo_bundle, photo, capsys, monkeypatch) -> No
     need = foreseen(Bundle.open(demo_bundle), [(600, 400)], low).memory.peak - START.peak
     on(monkeypatch, device(int(need) + 1, 100_000))
     assert main(["run", str(demo_bundle), str(photo), "-p", QUESTION, "--max-new-tokens", "1"]) == 0
-    assert "reduced to fit the memory (" in capsys.readouterr().err
+    assert re.search(r"reduced to fit the memory \(\d+ MiB are free\): no tiles", capsys.readouterr().err)
+
+
+def test_what_asked_for_the_steps_is_named(demo_bundle, photo, capsys, monkeypatch, tmp_path) -> None:
+    """A profile's budget is not told as free memory, by run and plan and to programs; the tightest is."""
+    low = with_flags(read("generic"), {"low_memory": True})
+    need = foreseen(Bundle.open(demo_bundle), [(600, 400)], low).memory.peak
+    (tmp_path / "small.toml").write_text(f'extends = "generic"\n[budget]\npeak_rss_mib = {int(need) + 1}\n')
+    words = [str(demo_bundle), str(photo), "-p", QUESTION, "--profile", str(tmp_path / "small.toml")]
+    allowed = f"profile small allows {int(need) + 1} MiB (peak_rss_mib)"
+    on(monkeypatch, device(90_000, 100_000))
+    assert main(["run", *words, "--max-new-tokens", "1"]) == 0
+    assert f"reduced to fit the memory ({allowed}): no tiles" in capsys.readouterr().err
+    assert main(["plan", *words]) == 0
+    assert f"to fit     no tiles: {allowed}" in capsys.readouterr().out
+    assert main(["plan", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bound"] == allowed
+    on(monkeypatch, device(int(need - START.peak) + 20, int(need) + 20))
+    assert resolve(demo_bundle, str(tmp_path / "small.toml"), Ask(((1200, 800),))).remedy == "take another profile"
 
 
 def test_plan_for_people(demo_bundle, photo, capsys) -> None:
@@ -309,7 +327,7 @@ def test_python_does_what_run_does_under_a_memory_limit(demo_bundle, photo, spar
         lines = [
             line
             for line in (done.stdout + done.stderr).splitlines()
-            if "MiB are free" in line or "needs at least" in line
+            if "reduced to fit the memory" in line or "needs at least" in line
         ]
         return done.returncode, [
             re.sub(r"\d+", "N", line.removeprefix("lfm-edge: ").removesuffix(flag)) for line in lines
