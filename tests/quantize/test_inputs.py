@@ -125,6 +125,10 @@ BAD = {
         lambda d: ((d / "p").write_text('{"image": "x.png"}'), read_questions(d / "p", None)),
         "p holds questions, not paths; give it as --prompts",
     ),
+    "JSON that is neither": (
+        lambda d: ((d / "s.json").write_text('{"type": "object"}'), read_questions(d / "s.json", None)),
+        "s.json holds JSON, not paths; name a folder of images",
+    ),
     "empty prompts": (lambda d: ((d / "p").write_text(""), read_questions(PHOTOS, d / "p")), "is empty"),
     "binary prompts": (lambda d: read_questions(PHOTOS, PHOTOS / "coffee.jpg"), "cannot be read as text"),
     "a JSON array": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,8 +124,11 @@ def _find_images(images: Path) -> list[Path]:
         return [images]  # an image of a rare kind, or none: it is opened next
     except OSError as e:
         raise unreadable(images, e, QuantizeError, "name a folder of images, or a text file of paths") from e
-    if images.suffix == ".jsonl" or any(line.lstrip().startswith(("{", "[")) for line in lines[:1]):
+    of_json = any(line.lstrip().startswith(("{", "[")) for line in lines[:1])
+    if images.suffix == ".jsonl" or (of_json and re.search('"(image|question)"', "".join(lines))):
         raise QuantizeError(f"{images} holds questions, not paths; give it as --prompts {images}")
+    if of_json:
+        raise QuantizeError(f"{images} holds JSON, not paths; name a folder of images, or a text file of paths")
     return [images.parent / line.strip() for line in lines if line.strip()]
 
 

@@ -201,6 +201,8 @@ def _pixels(image: Image.Image) -> str:
 def _chat(options: argparse.Namespace) -> int:
     from lfm_runtime.commands import chat
 
-    if options.no_special or options.json or not sys.stdin.isatty():
-        raise SettingError('the question is missing: -p "What is in this image?"; for many questions: lfm-edge chat')
+    alone = [name for name in ("no_special", "schema", "choices", "boxes", "json") if getattr(options, name)]
+    if alone or not sys.stdin.isatty():
+        many = f"--{alone[0].replace('_', '-')} is for one question" if alone else "for many questions: lfm-edge chat"
+        raise SettingError(f'the question is missing: -p "What is in this image?"; {many}')
     return chat.run(options)

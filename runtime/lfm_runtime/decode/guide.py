@@ -76,7 +76,7 @@ class Grammars:
         """For answers that are one call of a tool, of this one where it has a name.
 
         Raises:
-            SettingError: there is no such tool, or its parameters cannot be enforced.
+            SettingError: there is no such tool, or its parameters cannot be enforced; the model knows no calls.
         """
         functions = [function_of(tool) for tool in tools]
         functions = [f for f in functions if not name or f.get("name") == name]
@@ -88,6 +88,8 @@ class Grammars:
                 rules += _call_rules(f"call{i}", function)
         except (ValueError, RecursionError, AttributeError) as e:
             raise SettingError(f"the tools' parameters cannot be enforced: {str(e)[:200]}") from e
+        if lacking := [token for token in (CALL_START, CALL_END) if token not in self._tokenizer.id_of]:
+            raise SettingError(f"this model has no token {lacking[0]}, so that no call of a tool can be asked for")
         return self._guide(self._library.LLMatcher.grammar_from_lark("\n".join(rules)), "the tools' parameters")
 
     def _guide(self, grammar: str, what: str) -> Guide:

@@ -131,7 +131,8 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
     budget = first.profile.budget.peak_rss_mib
 
     def with_forecast(setup: Setup) -> Setup:
-        return replace(setup, forecast=forecast(setup, start), free_mib=free)
+        left = device.address_free_mib
+        return replace(setup, forecast=forecast(setup, start), free_mib=free, address_free_mib=left)
 
     def peak(setup: Setup) -> float:
         return setup.forecast.memory.peak if setup.forecast else 0.0
@@ -206,7 +207,7 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, ke
     needed, left = smallest.forecast.address_mib, device.address_free_mib
     if left is not None and left < needed:
         return (
-            f"{first.bundle.folder} needs at least {needed:.0f} MiB of address space ({smallest.variant}); ulimit -v "
+            f"{first.bundle.folder} would need about {needed:.0f} MiB of address space ({smallest.variant}); ulimit -v "
             f"leaves {left}. Raise it, or take {smaller}"
         )
     there = f"this process may use {device.usable_mib} MiB ({device.limit_by or 'the machine'}), "

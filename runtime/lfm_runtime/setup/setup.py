@@ -99,6 +99,7 @@ class Setup:
     bound: str = ""  # what asked for these steps: "400 MiB are free", or a profile's budget
     remedy: str = ""  # what would give it more, in words
     free_mib: int | None = None  # that this process might take when it was decided; None where nothing tells
+    address_free_mib: int | None = None  # the same of the address space; None where ulimit -v does not limit it
     verify: bool = False  # hash large files as well
     unpacked: frozenset[Path] = frozenset()  # graphs that are used so few times that packing weights takes longer
 
@@ -142,6 +143,9 @@ class Setup:
         """The error for a run that memory did not suffice for, with what was expected and what was free."""
         peak = f"about {self.forecast.memory.peak:.0f} MiB" if self.forecast else "an unknown amount"
         free = "" if self.free_mib is None else f", {self.free_mib} MiB were free"
+        if self.forecast and self.address_free_mib is not None:
+            peak += f", {self.forecast.address_mib:.0f} MiB of address space"
+            free = f", ulimit -v left {self.address_free_mib}"
         low = self.execution.low_memory or self.execution.on_gpu
         less = (
             "a smaller variant or fewer image tokens"

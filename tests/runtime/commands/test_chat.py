@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from lfm_runtime.commands.cli import main
 from lfm_runtime.commands.parser import Parser
 
 pexpect = pytest.importorskip("pexpect")
@@ -332,6 +334,19 @@ def test_run_without_a_question_is_a_chat(demo_bundle, image) -> None:
     assert "generated" in terminal.asks("How many shapes?")
     terminal.types(CTRL_D)
     assert terminal.ends() == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--schema", "nowhere.json"), ("--choices", "a,b"), ("--boxes", "b.png"), ("--no-special", "")]
+)
+def test_what_is_for_one_question_does_not_become_a_chat(flag, value, tmp_path, monkeypatch, capsys) -> None:
+    """A chat has none of these flags: they would have no effect, or another one."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["run", str(tmp_path), flag, *([value] if value else [])]) == 2
+    assert (
+        f'the question is missing: -p "What is in this image?"; {flag} is for one question' in capsys.readouterr().err
+    )
 
 
 def piped(text: str, *words: object) -> subprocess.CompletedProcess[str]:

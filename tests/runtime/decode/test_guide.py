@@ -204,7 +204,7 @@ def test_a_grammar_for_the_top_of_the_logits(demo_model) -> None:
 def test_calls_need_the_tokens_for_them(demo_model) -> None:
     """The demo's tokenizer has none; tests/serve/test_tools.py has the family's."""
     grammars = Grammars(demo_model.prompts.tokenizer, demo_model.bundle.eos)
-    with pytest.raises(SettingError, match="cannot be enforced"):
+    with pytest.raises(SettingError, match=r"this model has no token <\|tool_call_start\|>, so that no call"):
         grammars.of_calls([{"type": "function", "function": {"name": "stop"}}])
     with pytest.raises(SettingError, match="no such tool"):
         grammars.of_calls([{"type": "function", "function": {"name": "stop"}}], "nothing")

@@ -327,7 +327,7 @@ def test_python_does_what_run_does_under_a_memory_limit(demo_bundle, photo, spar
         lines = [
             line
             for line in (done.stdout + done.stderr).splitlines()
-            if "reduced to fit the memory" in line or "needs at least" in line
+            if "reduced to fit the memory" in line or "of address space" in line
         ]
         return done.returncode, [
             re.sub(r"\d+", "N", line.removeprefix("lfm-edge: ").removesuffix(flag)) for line in lines
