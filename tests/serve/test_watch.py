@@ -59,7 +59,7 @@ def test_what_it_needs_is_said_once_and_for_all(watch, stills, tmp_path, starts_
         for limit in (20, 30):
             watch(str(source), "--profile", allow(limit), code=2)
             said = re.search(
-                rf"needs at least (\d+) MiB .*; profile small allows {limit} \(peak_rss_mib\)\. (.*)\n", watch.said
+                rf"needs at least (\d+) MiB .*; profile small allows {limit} MiB \(peak_rss_mib\)\. (.*)\n", watch.said
             )
             assert said[2] == "Take a smaller model, or another profile"
             needed.setdefault(source.name, []).append(int(said[1]))

@@ -151,7 +151,7 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
         for _, settings in steps:
             profile = stepped_down(profile, settings)
         found = with_forecast(settle(first.bundle, profile, first.ask, verify=first.verify))
-        return replace(found, steps=tuple(words for words, _ in steps), bound=bound, remedy=remedy)
+        return replace(found, steps=tuple(words for words, _ in steps), bound=first.bound, remedy=first.remedy)
 
     first = with_forecast(first)
     if first.execution.on_gpu or first.forecast is None:  # a GPU's memory is another, and was looked at
@@ -161,6 +161,7 @@ def _fitted(first: Setup, device: Device, *, force: bool) -> Setup:
     if force or fits(first):
         return first
     bound, remedy = _bound(first, device, start)
+    first = replace(first, bound=bound, remedy=remedy)
     taken: list[tuple[str, dict[str, Any]]] = []
     smallest = first
     for step in _steps_down(first):
@@ -183,13 +184,16 @@ def _bound(setup: Setup, device: Device, start: Memory) -> tuple[str, str]:
     if setup.forecast and left is not None and left < setup.forecast.address_mib:
         return f"ulimit -v leaves {left} MiB", "raise ulimit -v"
     more = room_advice(device)
-    allowed = f"profile {setup.profile.name} allows {budget} MiB (peak_rss_mib)"
     limits = (
         (device.free_mib and device.free_mib + start.peak, (f"{device.free_mib} MiB are free", more)),
         (device.usable_mib, (f"this process may use {device.usable_mib} MiB", more)),
-        (budget, (allowed, "take another profile")),
+        (budget, (_allowed(setup), "take another profile")),
     )
     return min((limit, words) for limit, words in limits if limit is not None)[1]
+
+
+def _allowed(setup: Setup) -> str:
+    return f"profile {setup.profile.name} allows {setup.profile.budget.peak_rss_mib} MiB (peak_rss_mib)"
 
 
 def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, kept: bool) -> str:
@@ -202,8 +206,7 @@ def _numbers(first: Setup, smallest: Setup, device: Device, start: Memory, *, ke
     wanted = f"at least {memory.peak:.0f} MiB ({memory.anonymous:.0f} anonymous; {smallest.variant})"
     room = min((n for n in (device.usable_mib, device.free_mib) if n is not None), default=None)
     if budget and (room is None or memory.peak <= room):  # planned here for a smaller machine
-        allowed = f"profile {first.profile.name} allows {budget} (peak_rss_mib)"
-        return f"{first.bundle.folder} needs {wanted}; {allowed}. Take {smaller}, or another profile"
+        return f"{first.bundle.folder} needs {wanted}; {_allowed(first)}. Take {smaller}, or another profile"
     needed, left = smallest.forecast.address_mib, device.address_free_mib
     if left is not None and left < needed:
         return (
