@@ -3,7 +3,6 @@ shows them.
 """
 
 import copy
-import html.parser
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from lfm_audit.report.page import audit_page
 from lfm_audit.report.plots import waterfall
 from lfm_audit.report.source import all_series, named_audits
 from lfm_audit.report.tables import Row, Table, changes_table
+from pages import Page
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -54,35 +54,6 @@ def changed(result: dict, factor: float = 1.3) -> dict:
     return other
 
 
-class Page(html.parser.HTMLParser):
-    """Collects text, headings, and everything that would be loaded from elsewhere."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.words, self.loads, self.headings, self.svgs, self._stack = [], [], [], 0, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self._stack.append(tag)
-        self.svgs += tag == "svg"
-        self.loads += [
-            value
-            for name, value in attrs
-            if name in ("src", "srcset", "action") or (name in ("href", "xlink:href") and not value.startswith("#"))
-        ]
-        assert tag not in ("script", "link", "iframe", "img")
-
-    def handle_data(self, data) -> None:
-        self.words.append(data)
-        if self._stack[-1:] == ["h2"]:
-            self.headings.append(data)
-
-    def handle_endtag(self, tag) -> None:
-        if tag in self._stack:
-            while self._stack.pop() != tag:
-                pass
-
-
 def test_one_audit(audit, tmp_path) -> None:
     path = write(tmp_path, "board", audit)
     assert main(["report", str(path)]) == 0
@@ -104,60 +75,6 @@ def test_one_audit(audit, tmp_path) -> None:
     assert "no temperature" in said
 
 
-def test_a_loss_names_what_it_is_to(audit, tmp_path) -> None:
-    """Records of older bundles may be of a comparison with int8."""
-    audit = copy.deepcopy(audit)
-    first, second = audit["variants"].values()
-    first["quality"] = {"kl": 0.0123, "against": "fp32"}
-    second["quality"] = {"kl": 0.0456, "against": "fp32"}
-    assert main(["report", str(write(tmp_path, "alike", audit))]) == 0
-    page = Page((tmp_path / "alike.html").read_text())
-    assert {"KL to fp32", "0.012", "0.046"} <= set(page.words)
-    assert "Quality and cost" in page.headings
-    assert "no plot of" not in (tmp_path / "alike.html").read_text()
-    first["quality"]["questions"], second["quality"]["questions"] = 34, 480
-    assert main(["report", str(write(tmp_path, "few", audit))]) == 0
-    page = Page((tmp_path / "few.html").read_text())
-    assert {"0.012, 34 questions", "0.046, 480 questions"} <= set(page.words)
-    assert "Quality and cost" not in page.headings, "means of other questions are not on one scale"
-    del first["quality"]["questions"], second["quality"]["questions"]
-    second["quality"]["against"] = "int8"
-    assert main(["report", str(write(tmp_path, "unlike", audit))]) == 0
-    page = Page((tmp_path / "unlike.html").read_text())
-    assert {"KL", "0.012 to fp32", "0.046 to int8"} <= set(page.words)
-    assert "Quality and cost" not in page.headings, "they are not on one scale"
-    assert "no plot of quality and cost" in (tmp_path / "unlike.html").read_text()
-    second["quality"]["against"], second["prefill"] = "fp32", "int8"
-    assert main(["report", str(write(tmp_path, "alone", audit))]) == 0
-    page = Page((tmp_path / "alone.html").read_text())
-    assert {"0.012", "0.046, alone"} <= set(page.words)
-    assert "Where the prefill decoder or image settings were others than here, that is said" in " ".join(page.words)
-    second["quality"]["board"] = {"prefill": "int8"}
-    assert main(["report", str(write(tmp_path, "both", audit))]) == 0
-    assert "0.046" in Page((tmp_path / "both.html").read_text()).words
-    second["prefill"] = None
-    assert main(["report", str(write(tmp_path, "judged", audit))]) == 0
-    assert "0.046, with int8 for the prefill" in Page((tmp_path / "judged.html").read_text()).words
-    tiles = ["do_image_splitting off instead of on", "max_new_tokens 64 instead of 128"]
-    second["quality"] |= {"kl_error": 0.00712, "board": {"profile": "pi5", "prefill": None, "changes": tiles}}
-    as_board = "0.046 ± 0.007, as pi5 (do_image_splitting off instead of on)"
-    for name, changes in (("unknown", None), ("with-tiles", []), ("fewer", ["max_image_tokens 64 instead of 256"])):
-        second["changes"] = changes
-        path = write(tmp_path, name, audit)
-        assert main(["report", str(path), "-o", str(tmp_path / f"{name}.md")]) == 0
-        assert f"| {as_board} |" in (tmp_path / f"{name}.md").read_text()
-    assert main(["report", str(path)]) == 0
-    page = Page(path.with_suffix(".html").read_text())
-    assert as_board in page.words
-    assert "Quality and cost" not in page.headings, "its cost is of other images than its loss"
-    second["changes"] = tiles[:1]
-    assert main(["report", str(write(tmp_path, "as-pi5", audit)), "-o", str(tmp_path / "as-pi5.md")]) == 0
-    assert "| 0.046 ± 0.007 |" in (tmp_path / "as-pi5.md").read_text()
-    del second["quality"]["board"]
-    assert main(["report", str(write(tmp_path, "as-made", audit)), "-o", str(tmp_path / "as-made.md")]) == 0
-    assert "| 0.046 ± 0.007, with the checkpoint's image settings |" in (tmp_path / "as-made.md").read_text()
-
-
 def test_two_audits(audit, tmp_path) -> None:
     paths = [write(tmp_path, "before", audit), write(tmp_path, "after", changed(audit))]
     assert main(["report", *map(str, paths), "-o", str(tmp_path / "both.html")]) == 0
@@ -166,60 +83,6 @@ def test_two_audits(audit, tmp_path) -> None:
     assert {"Limits", "What changed", "Soak", "The machine during the audit"} <= set(page.headings)
     assert "the clock <b>jumped</b> & more" in said, "shown as it is, not as markup"
     assert "+30.0%" in said and "0x20002" in said and "broken" in said
-
-
-def board(audit: dict, n: int, factor: float = 1.0, name: str = "Raspberry Pi 5") -> dict:
-    """An audit of another board of a kind: boards differ by up to 2 % in speed."""
-    other = copy.deepcopy(audit)
-    other["device"]["board"] = name
-    for found in other["variants"].values():
-        for image in found["images"].values():
-            resampled(image, lambda samples: [x * factor * (1 + 0.004 * (n % 5)) for x in samples])
-    return other
-
-
-def test_many_boards(audit, tmp_path) -> None:
-    """By their kind; a slow one, one that was throttled and one with other versions are found, and no other."""
-    boards = {f"pi-{n:02}": board(audit, n) for n in range(9)}
-    boards["pi-slow"] = board(audit, 0, 1.3)
-    boards["pi-old"] = board(audit, 1)
-    boards["pi-old"]["software"]["onnxruntime"] = "1.20.0"
-    boards["pi-hot"] = board(audit, 2)
-    boards["pi-hot"]["machine"].update(throttle_bits_before=0, throttle_bits_after=0x20002)
-    boards["pi-weights"] = board(audit, 3)
-    boards["pi-weights"]["bundle"]["fingerprint"] = dict.fromkeys(audit["bundle"]["fingerprint"], "0" * 64)
-    boards |= {f"jetson-{n}": board(audit, n, 0.3, "Jetson Orin Nano") for n in range(3)}
-    boards["alone"] = board(audit, 0, 5.0, "Raspberry Pi 3")
-    paths = [write(tmp_path, name, result) for name, result in boards.items()]
-    assert main(["report", *map(str, paths), "-o", str(tmp_path / "fleet.html")]) == 0
-    page = Page((tmp_path / "fleet.html").read_text())
-    said = " ".join(page.words)
-    assert "– pi-hot" in said
-    assert "– pi-00" not in said
-    assert [heading.partition(":")[0] for heading in page.headings[:2]] == [
-        "13 × Raspberry Pi 5",
-        "3 × Jetson Orin Nano",
-    ]
-    assert "17 audits: 13 × Raspberry Pi 5, 3 × Jetson Orin Nano, 1 × Raspberry Pi 3" in said
-    assert main(["report", *map(str, paths), "-o", str(tmp_path / "fleet.md")]) == 0
-    rows = (tmp_path / "fleet.md").read_text().split("### ")[1].splitlines()
-    unlike = {row.split("|")[1].strip(" *"): row.split("|")[-2].strip(" *") for row in rows if row.startswith("| ")}
-    assert {name for name, why in unlike.items() if why != "–"} - {"board", "---"} == {
-        "pi-slow",
-        "pi-old",
-        "pi-hot",
-        "pi-weights",
-    }
-    assert re.search("worse than the others: first token by (29|30)%, answer by (29|30)%", unlike["pi-slow"])
-    assert unlike["pi-old"] == f"onnxruntime 1.20.0, most have {audit['software']['onnxruntime']}"
-    assert unlike["pi-hot"].startswith("throttled: the firmware's bits were 0x0 before and 0x20002 after")
-    assert unlike["pi-weights"] == "other weights than most have"
-
-
-def test_two_boards_are_compared_as_before(audit, tmp_path) -> None:
-    paths = [write(tmp_path, name, board(audit, n)) for n, name in enumerate("ab")]
-    assert main(["report", *map(str, paths), "-o", str(tmp_path / "both.html")]) == 0
-    assert Page((tmp_path / "both.html").read_text()).headings[0] == "What it costs"
 
 
 def test_changes(audit, tmp_path) -> None:
